@@ -1,0 +1,9 @@
+"""Bag models for multiple-instance learning, in pure torch: `build_mil(name, input_dim=..., num_classes=...)`."""
+
+# The order of import is the order of registration, and of list_mils(); sorted, it would be another.
+# isort: off
+from MILS import LiteMIL, MABMIL, TransMIL, pool  # noqa: F401
+from MILS.registry import ModelError, build_mil, list_mils, mil_name, mil_options
+# isort: on
+
+__all__ = ["ModelError", "build_mil", "list_mils", "mil_name", "mil_options"]

@@ -1,0 +1,88 @@
+"""Pooling without learned attention: the mean or the maximum of the embedded instances.
+
+h_i = Dropout(ReLU(LN(W x_i + b)))                            (N, d)
+z   = mean_i h_i, or max_i h_i in each dimension              (d)
+y   = Linear(Dropout(GELU(Linear(z))))                        (C)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from MILS.pooling import AttentionModel, AttentionSummary, MaxSummary, MergeableModel, embedding, mlp_head
+from MILS.registry import register_mil
+
+
+@register_mil
+class meanPool(AttentionModel):
+    """Mean pooling: attention whose scores are all equal.
+
+    Arguments
+        input_dim: length D of an instance's features.
+        num_classes: number C of classes.
+        hidden_dim: width d of the embedding.
+        dropout: in the embedding and in the classifier.
+
+    aux["attn"] (B, 1, N): uniform over the real instances.
+    """
+
+    def __init__(self, input_dim: int, num_classes: int, *, hidden_dim: int = 256, dropout: float = 0.25) -> None:
+        super().__init__(input_dim, num_classes, hidden_dim=hidden_dim, dropout=dropout)
+        self.require(hidden_dim >= 2, f"hidden_dim must be at least 2, got {hidden_dim}")
+        self.instance_embed = embedding(input_dim, hidden_dim, dropout)
+        self.classifier = mlp_head(hidden_dim, num_classes, dropout)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.instance_embed(x)
+
+    def score(self, h: Tensor) -> Tensor:
+        return h.new_zeros(h.shape[0], 1, h.shape[1])
+
+    def classify(self, summary: AttentionSummary) -> Tensor:
+        return self.classifier(summary.pooled().squeeze(1).to(self.dtype))
+
+
+@register_mil
+class maxPool(MergeableModel[MaxSummary]):
+    """Max pooling, in each dimension of the embedding.
+
+    Arguments
+        input_dim: length D of an instance's features.
+        num_classes: number C of classes.
+        hidden_dim: width d of the embedding.
+        dropout: in the embedding and in the classifier.
+
+    aux["attn"] (B, 1, N) is a contribution rather than an attention: the share of embedding dimensions whose maximum
+    the instance supplies, the first of equals. A dimension that is 0 in every instance has no supplier and does not
+    count; should all be, the weights are uniform.
+    """
+
+    def __init__(self, input_dim: int, num_classes: int, *, hidden_dim: int = 256, dropout: float = 0.25) -> None:
+        super().__init__(input_dim, num_classes, hidden_dim=hidden_dim, dropout=dropout)
+        self.require(hidden_dim >= 2, f"hidden_dim must be at least 2, got {hidden_dim}")
+        self.instance_embed = embedding(input_dim, hidden_dim, dropout)
+        self.classifier = mlp_head(hidden_dim, num_classes, dropout)
+
+    def summarise(self, x: Tensor, mask: Tensor | None) -> tuple[MaxSummary, Tensor]:
+        """The summary, and as trace (B, 1, n) which instances are real."""
+        h = self.instance_embed(x)
+        real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        if mask is not None:
+            real = ~mask
+            h = h.masked_fill(mask.unsqueeze(-1), -torch.inf)
+        maximum, winner = h.max(dim=1)
+        return MaxSummary(maximum, winner, h.shape[1]), real.unsqueeze(1)
+
+    def classify(self, summary: MaxSummary) -> Tensor:
+        return self.classifier(summary.maximum)
+
+    def attention(self, summary: MaxSummary, trace: Tensor) -> Tensor:
+        bags, _, instances = trace.shape
+        alive = summary.maximum > 0
+        uniform = trace.to(torch.promote_types(self.dtype, torch.float32))
+        supplier = summary.winner + instances * torch.arange(bags, device=trace.device).unsqueeze(1)
+        counts = uniform.new_zeros(bags * instances)
+        counts = counts.index_add(0, supplier.flatten(), alive.flatten().to(counts.dtype)).view(bags, 1, instances)
+        counts = torch.where(alive.any(dim=1)[:, None, None], counts, uniform)
+        return counts / counts.sum(dim=-1, keepdim=True)

@@ -1,0 +1,23 @@
+"""Turn whole-slide images into patch features.
+
+uv run extractFeatures.py --input slide.svs --backbone resnet50
+uv run extractFeatures.py --input_dir slides/ --output_dir features/ --backbone uni --level 1
+"""
+
+import sys
+
+from utils.core import cli
+from utils.core.config import Extraction, ExtractionFiles
+from utils.feature_extractor import WSIFeatureExtractor, extract_slides, summary
+
+
+def main() -> None:
+    files, recipe = cli.parse(str(__doc__), {"files": ExtractionFiles, "recipe": Extraction})
+    statuses = extract_slides(WSIFeatureExtractor.of_config(recipe), files)
+    print(summary(statuses))
+    if any(status.status == "failed" for status in statuses):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""Predict a slide with a trained model, and show what the model attended to.
+
+uv run predict.py --checkpoint outputs/LiteMIL/mine/all_folds_best.pth --input slide.h5
+uv run predict.py --checkpoint outputs/LiteMIL/mine/all_folds_best.pth --input slide.svs --visualize
+"""
+
+from pathlib import Path
+
+from utils.attention_visualizer import AttentionVisualizer, level0_footprint
+from utils.bags.store import is_feature_file, write_bag
+from utils.core import cli
+from utils.core.config import Pictures, Prediction, PredictionRecipe
+from utils.core.errors import ConfigError, FeatureFileError
+from utils.core.files import write_json
+from utils.inference import SlidePrediction, SlidePredictor, extractPredict
+
+
+def main() -> None:
+    groups = {"prediction": Prediction, "raw slides": PredictionRecipe, "pictures": Pictures}
+    asked, recipe, pictures = cli.parse(str(__doc__), groups)
+    wsi = slide_to_draw_on(asked, pictures)
+    visualizer = AttentionVisualizer(pictures.cmap, pictures.alpha)
+    predictor = make_predictor(asked, recipe)
+    prediction = predictor.predict(asked.input, asked.mode, asked.chunk_size, asked.feat_type)
+
+    result = asked.output_dir / f"{prediction.slide}_prediction.json"
+    write_json(result, prediction.as_dict() | predictor.provenance(prediction))
+    print(f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})")
+    written = [result]
+    if recipe.save_features:
+        written.append(asked.output_dir / f"{prediction.slide}.h5")
+        write_bag(written[-1], prediction.bag)
+    if wsi is not None:
+        written += draw(visualizer, wsi, prediction, asked.output_dir, recipe, pictures)
+    print("\n".join(f"  {path}" for path in written))
+
+
+def make_predictor(asked: Prediction, recipe: PredictionRecipe) -> SlidePredictor:
+    if is_feature_file(asked.input):
+        predictor = SlidePredictor(asked.checkpoint, device=asked.device, allow_mismatch=asked.allow_mismatch)
+    else:
+        predictor = extractPredict(
+            asked.checkpoint,
+            backbone=recipe.backbone,
+            patch_size=recipe.patch_size,
+            level=recipe.level,
+            device=asked.device,
+            weights=recipe.weights,
+            stride=recipe.stride,
+            tissue_threshold=recipe.tissue_threshold,
+            batch_size=recipe.batch_size,
+            allow_mismatch=asked.allow_mismatch,
+        )
+    predictor.require(mil=asked.mil, dataset=asked.dataset, input_dim=asked.input_dim)
+    return predictor
+
+
+def slide_to_draw_on(asked: Prediction, pictures: Pictures) -> Path | None:
+    """The slide to draw on, None without --visualize; wrong combinations fail before any work."""
+    raw = not is_feature_file(asked.input)
+    if raw and pictures.wsi not in (None, asked.input):
+        raise ConfigError(f"--wsi {pictures.wsi}: --input is a raw slide itself; leave --wsi out")
+    if not pictures.visualize:
+        return None
+    if raw:
+        return asked.input
+    if pictures.wsi is None:
+        raise ConfigError("--visualize needs the slide of the feature file: give it with --wsi")
+    if is_feature_file(pictures.wsi):
+        raise ConfigError(f"--wsi {pictures.wsi}: a feature file; give the slide it was made from")
+    return pictures.wsi
+
+
+def draw(
+    visualizer: AttentionVisualizer,
+    wsi: Path,
+    prediction: SlidePrediction,
+    output_dir: Path,
+    recipe: PredictionRecipe,
+    pictures: Pictures,
+) -> list[Path]:
+    bag = prediction.bag
+    if bag.coords is None or prediction.attention is None:
+        raise FeatureFileError(f"{prediction.slide}: its features have no coordinates, so there is nothing to draw on")
+    return visualizer.save_set(
+        wsi,
+        output_dir,
+        bag.coords,
+        prediction.attention,
+        bag.patch_size_level0 or level0_footprint(wsi, recipe.patch_size, recipe.level),
+        name=prediction.slide,
+        title=f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})",
+        top_k=pictures.top_k,
+        record={"class_names": prediction.class_names, "probabilities": prediction.probabilities},
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

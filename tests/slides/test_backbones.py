@@ -1,0 +1,353 @@
+"""Backbones: names, transforms against PIL, weights that fit or are refused, features that stand on their own."""
+
+import json
+import pickle
+
+import huggingface_hub
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub.errors import GatedRepoError
+from PIL import Image
+from safetensors.torch import save_file
+
+from utils.core.errors import BackboneError
+from utils.slides import backbones
+from utils.slides.backbones import (
+    Transform,
+    backbone_spec,
+    canonical_backbone,
+    digest_weights,
+    list_backbones,
+    load_backbone,
+    read_weights,
+    rename_dinov2,
+)
+
+SMALL = "timm:test_vit"  # timm's own model for tests: 0.4 M weights
+
+
+@pytest.fixture(scope="module")
+def patches():
+    return np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def small_state():
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", pretrained=False, num_classes=0).state_dict()
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("uni", "uni"),
+        ("UNI", "uni"),
+        ("uni_v1", "uni"),
+        ("MahmoodLab/uni", "uni"),
+        ("mahmoodlab/UNI", "uni"),
+        ("phikon-v2", "phikon-v2"),
+        ("phikon_v2", "phikon-v2"),
+        ("Owkin/Phikon-v2", "phikon-v2"),
+        (" resnet50 ", "resnet50"),
+        ("timm:tf_efficientnet_lite0", "timm:tf_efficientnet_lite0"),
+        ("TIMM:resnet18.a1_in1k", "timm:resnet18.a1_in1k"),
+    ],
+)
+def test_aliases_are_one_name(alias, name):
+    assert canonical_backbone(alias) == name
+
+
+def test_unknown_names_list_the_known_and_the_nearest():
+    with pytest.raises(
+        BackboneError, match=r"'phikonv3'.*did you mean phikon-v2.*phikon-v2, resnet50, uni, timm:<model>"
+    ):
+        canonical_backbone("phikonv3")
+    with pytest.raises(BackboneError, match=r"did you mean timm:resnet18\?"):
+        canonical_backbone("resnet18")
+    with pytest.raises(BackboneError, match=r"no such model; did you mean .*resnet50"):
+        load_backbone("timm:resnet5O")
+
+
+def test_no_two_backbones_share_an_alias():
+    assert list_backbones() == ["phikon-v2", "resnet50", "uni"]
+    specs = [backbone_spec(name) for name in list_backbones()]
+    aliases = [alias.lower() for spec in specs for alias in (spec.name, *spec.aliases)]
+    assert len(aliases) == len(set(aliases))
+
+
+# Transform
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("size", "resize"), [(256, 224), (100, 224), (512, 224)])
+def test_resizing_is_pils_to_a_grey_level(interpolation, size, resize):
+    patch = np.random.default_rng(1).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    mine = Transform(resize=resize, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))(
+        torch.tensor(patch[None])
+    )
+    pil = Image.fromarray(patch).resize((resize, resize), Image.Resampling[interpolation.upper()])
+    difference = np.abs(mine[0].permute(1, 2, 0).numpy() * 255 - np.asarray(pil))
+    assert difference.max() < 2.01
+    assert (difference > 1.01).mean() < 1e-4
+    assert difference.mean() < 0.1
+
+
+def test_normalisation_and_no_resize():
+    transform = Transform(resize=None, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    out = transform(torch.full((2, 7, 7, 3), 51, dtype=torch.uint8))
+    assert out.shape == (2, 3, 7, 7)
+    torch.testing.assert_close(out[1, :, 3, 3], torch.tensor([0.2, 0.0, -0.05]), atol=1e-6, rtol=0)
+
+
+def test_cropping_takes_the_middle():
+    patch = torch.zeros((1, 10, 10, 3), dtype=torch.uint8)
+    patch[0, 3:7, 3:7] = 255
+    out = Transform(resize=None, crop=4, mean=(0, 0, 0), std=(1, 1, 1))(patch)
+    assert out.shape == (1, 3, 4, 4)
+    assert (out == 1).all()
+
+
+def test_a_transform_is_json_able():
+    transform = backbone_spec("resnet50").transform
+    as_dict = transform.as_dict()
+    assert json.loads(json.dumps(as_dict)) == as_dict
+    assert as_dict == {
+        "resize": None,
+        "crop": None,
+        "interpolation": "bilinear",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+
+
+# Registry
+
+
+def test_resnet50_is_layer3_averaged_and_takes_a_full_checkpoint(tmp_path, patches):
+    torch.manual_seed(0)
+    patches = patches[:2]
+    full = timm.create_model("resnet50.tv_in1k", pretrained=False).eval()
+    backbone = load_backbone("resnet50", saved(tmp_path / "r.pth", full.state_dict()))
+    features = backbone.embed(patches)
+    images = backbone.transform(torch.tensor(patches))
+    assert images.shape[-1] == 64  # not resized
+    with torch.no_grad():
+        expected = full.forward_intermediates(images, indices=[3], intermediates_only=True)[0].mean((2, 3))
+    assert features.shape == (2, backbone.dim) == (2, 1024)
+    torch.testing.assert_close(features, expected)
+    trunk = {name: tensor for name, tensor in full.state_dict().items() if not name.startswith(("layer4.", "fc."))}
+    assert load_backbone("resnet50", saved(tmp_path / "t.pth", trunk)).weights_digest == backbone.weights_digest
+
+
+@pytest.mark.parametrize(("width", "depth", "heads"), [(32, 2, 4), (48, 3, 3)])
+@pytest.mark.parametrize("names", ["file", "memory"])
+def test_dinov2_weights_give_the_same_cls_token_in_timm(tmp_path, width, depth, heads, names):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, image_size=64, patch_size=16
+    )
+    reference = transformers.Dinov2Model(config).eval()
+    with torch.no_grad():  # the layer scales start at 1 and the biases at 0, which would hide a mix-up
+        for parameter in reference.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    reference.save_pretrained(tmp_path)
+    state = read_weights(tmp_path / "model.safetensors") if names == "file" else reference.state_dict()
+
+    vit = timm.create_model(
+        "vit_large_patch16_224",
+        num_classes=0,
+        init_values=1e-5,
+        img_size=64,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+    ).eval()
+    vit.load_state_dict(rename_dinov2(dict(state)), strict=True)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = reference(images).last_hidden_state[:, 0]
+        torch.testing.assert_close(vit(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "interpolation"), [("uni", "bilinear"), ("phikon-v2", "bicubic")])
+def test_the_large_vits_are_built_as_published(name, interpolation):
+    spec = backbone_spec(name)
+    with torch.device("meta"):  # shapes only: 1.2 GB stay unallocated
+        module = spec.build()
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    assert len(shapes) == 24 * 14 + 6
+    assert shapes["pos_embed"] == (1, 197, 1024)
+    assert shapes["blocks.23.ls2.gamma"] == (1024,)
+    assert shapes["patch_embed.proj.weight"] == (1024, 3, 16, 16)
+    assert module.global_pool == "token"  # timm's word for the CLS token
+    assert (spec.dim, spec.transform.resize, spec.transform.interpolation) == (1024, 224, interpolation)
+
+
+def test_timm_features_and_transform(tmp_path, small_state, patches):
+    backbone = load_backbone(SMALL, saved(tmp_path / "a.pth", small_state))
+    config = timm.get_pretrained_cfg("test_vit")
+    assert backbone.name == SMALL
+    assert backbone.transform.resize == config.input_size[1]
+    assert backbone.transform.crop is None
+    assert backbone.transform.interpolation == config.interpolation
+    assert backbone.transform.mean == config.mean
+    features = backbone.embed(patches)
+    assert features.shape == (5, backbone.dim)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    assert not backbone.module.training
+
+
+def test_real_weights_deterministic_and_independent_of_the_batch(shared_data, patches):
+    backbone = load_backbone("timm:tf_efficientnet_lite0", shared_data / "weights" / "tf_efficientnet_lite0.pth")
+    assert backbone.dim == 1280
+    assert backbone.transform.as_dict()["mean"] == [0.5, 0.5, 0.5]
+    patches = patches[:3]
+    together = backbone.embed(patches)
+    assert torch.equal(together, backbone.embed(torch.tensor(patches)))
+    one_by_one = torch.cat([backbone.embed(patches[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-4)
+    assert together.std() > 0.1
+    assert not torch.allclose(together[0], together[1], atol=0.01)
+
+
+def test_what_embed_takes(tmp_path, small_state, patches):
+    backbone = load_backbone(SMALL, saved(tmp_path / "a.pth", small_state)).to("cpu")
+    assert backbone.embed(patches[:0]).shape == (0, backbone.dim)
+    for wrong in (patches.astype(np.float32), patches[0], patches.transpose(0, 3, 1, 2)):
+        with pytest.raises(BackboneError, match=r"\(B, P, P, 3\) uint8 is expected"):
+            backbone.embed(wrong)
+
+
+# Weights files
+
+
+def test_the_digest_depends_on_the_weights_not_on_the_file(tmp_path, small_state):
+    head = {"head.weight": torch.zeros(3, small_state["norm.weight"].numel()), "head.bias": torch.zeros(3)}
+    files = [
+        saved(tmp_path / "plain.pth", small_state),
+        saved(tmp_path / "head.bin", {**small_state, **head}),
+        saved(tmp_path / "nested.pt", {"state_dict": small_state, "epoch": 3}),
+        saved(tmp_path / "model.pth", {"model": dict(reversed(small_state.items()))}),
+        tmp_path / "same.safetensors",
+    ]
+    save_file(small_state, files[-1])
+    digests = {load_backbone(SMALL, file).weights_digest for file in files}
+    assert len(digests) == 1
+    changed = {**small_state, "norm.bias": small_state["norm.bias"] + 1e-6}
+    assert load_backbone(SMALL, saved(tmp_path / "changed.pth", changed)).weights_digest not in digests
+
+
+def test_the_digest_sees_names_shapes_and_dtypes():
+    weight = torch.arange(4.0)
+    base = digest_weights({"a": weight})
+    assert digest_weights({"b": weight}) != base
+    assert digest_weights({"a": weight.view(2, 2)}) != base
+    assert digest_weights({"a": weight.view(torch.int32)}) != base
+    assert digest_weights({"a": weight, "bn.num_batches_tracked": torch.tensor(7)}) == base
+    assert digest_weights({"a": torch.tensor(1.0)}) != base
+    assert digest_weights({"a": weight, "b": weight + 1}) == digest_weights({"b": weight + 1, "a": weight})
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path, small_state):
+    missing = dict(small_state)
+    for name in list(missing)[:6]:
+        del missing[name]
+    with pytest.raises(BackboneError, match=r"m\.pth.*6 missing \(cls_token, .*\.\.\.\)") as error:
+        load_backbone(SMALL, saved(tmp_path / "m.pth", missing))
+    assert "\n" not in str(error.value)
+    with pytest.raises(BackboneError, match=r"1 unexpected \(teacher\.head\)"):
+        load_backbone(SMALL, saved(tmp_path / "u.pth", {**small_state, "teacher.head": torch.zeros(1)}))
+    misshapen = {**small_state, "norm.bias": torch.zeros(3)}
+    with pytest.raises(BackboneError, match=r"1 of another shape \(norm\.bias \(3,\) instead of \(64,\)\)"):
+        load_backbone(SMALL, saved(tmp_path / "s.pth", misshapen))
+    with pytest.raises(BackboneError, match=r"m\.pth: not the weights"):
+        load_backbone("resnet50", tmp_path / "m.pth")
+
+
+class _Executed:
+    def __reduce__(self):
+        return eval, ("__import__('pathlib').Path('executed').touch()",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, small_state):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "evil.pth", {**small_state, "x": _Executed()})
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(_Executed(), protocol=2))
+    for name in ("evil.pth", "evil.pt"):
+        with pytest.raises(BackboneError, match=f"{name}: not loadable as weights"):
+            load_backbone(SMALL, tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors", "empty.pth", "empty.safetensors", "absent.pth"])
+def test_files_that_are_no_weights(tmp_path, name):
+    if not name.startswith("absent"):
+        (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"not weights at all" * 9)
+    with pytest.raises(BackboneError, match=name) as error:
+        load_backbone(SMALL, tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {}, {"state_dict": {}}, {"a": 1}, torch.zeros(3)])
+def test_a_file_without_a_state_dict(tmp_path, content):
+    with pytest.raises(BackboneError, match="no state dict"):
+        read_weights(saved(tmp_path / "a.pth", content))
+
+
+# Hubs
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", ["resnet50", "phikon-v2", "uni", "timm:tf_efficientnet_lite0"])
+def test_without_a_network_the_message_says_what_to_do(name):
+    with pytest.raises(BackboneError, match=f"'{name}'.*cannot be had.*HF_HUB_OFFLINE.*--weights FILE") as error:
+        load_backbone(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gated_model_says_where_to_ask(monkeypatch):
+    class Response:
+        status_code, headers, request, text = 403, {}, None, ""
+
+    def refuse(*args, **kwargs):
+        raise GatedRepoError("403 Client Error.\n\nAccess is restricted", response=Response())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(backbones, "hf_hub_download", refuse)
+    with pytest.raises(
+        BackboneError, match=r"https://huggingface\.co/MahmoodLab/UNI.*hf auth login.*--weights"
+    ) as error:
+        load_backbone("uni")
+    assert "\n" not in str(error.value)
+
+
+def test_a_download_goes_through_the_same_strict_load(monkeypatch, tmp_path):
+    save_file(backbones._ResNetToLayer3().state_dict(), tmp_path / "model.safetensors")
+    asked = []
+
+    def download(repo, filename, revision=None):
+        asked.append((repo, filename, revision))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(backbones, "hf_hub_download", download)
+    backbone = load_backbone("resnet50.tv_in1k")
+    assert asked == [("timm/resnet50.tv_in1k", "model.safetensors", None)]
+    assert backbone.weights_digest == load_backbone("resnet50", tmp_path / "model.safetensors").weights_digest

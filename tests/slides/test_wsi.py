@@ -1,0 +1,397 @@
+"""Slides: what is read where, what the file says, and every way a file can be bad."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from tests.slides.conftest import PLACE_SIZE
+from tests.synthetic import place_image, place_of, write_pyramid
+from utils.core.errors import SlideError
+from utils.slides import wsi
+from utils.slides.wsi import find_slides, is_slide_file, open_slide
+
+WIDTH, HEIGHT = PLACE_SIZE
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(("x", "y"), [(0, 0), (130, 17), (255, 201)])
+def test_a_region_shows_the_place_it_was_asked_for(place_slide, level, x, y):
+    with open_slide(place_slide) as slide:
+        downsample = slide.level_downsamples[level]
+        region = slide.read_region(x, y, level, 40, 30)
+    assert region.shape == (30, 40, 3)
+    assert region.dtype == np.uint8
+    seen_x, seen_y = place_of(region, WIDTH, HEIGHT)
+    tolerance = 2 * WIDTH / 255 + downsample / 2  # two grey levels, and OpenSlide's fraction of a level px
+    np.testing.assert_allclose(seen_x[15], x + (np.arange(40) + 0.5) * downsample, atol=tolerance)
+    np.testing.assert_allclose(seen_y[:, 20], y + (np.arange(30) + 0.5) * downsample, atol=tolerance)
+    assert np.abs(region[..., 2].astype(int) - 77).max() <= 1  # OpenSlide's seams between tiles cost one grey level
+
+
+def test_level_0_is_lossless(place_slide):
+    image = place_image(*PLACE_SIZE)
+    with open_slide(place_slide) as slide:
+        assert (slide.width, slide.height) == PLACE_SIZE
+        np.testing.assert_array_equal(slide.read_region(0, 0, 0, WIDTH, HEIGHT), image)
+
+
+def test_what_a_slide_says_of_itself(place_slide):
+    with open_slide(place_slide) as slide:
+        assert slide.name == "place"
+        assert slide.path == place_slide
+        assert slide.level_dimensions == ((510, 408), (204, 163), (127, 102))
+        assert slide.level_downsamples == pytest.approx((1, 2.5, 4), rel=0.003)
+        assert slide.mpp == pytest.approx(0.5)
+        assert slide.vendor == "generic-tiff"
+        assert slide.objective is None
+        assert slide.bounds is None
+
+
+@pytest.mark.parametrize("kind", ["pyramid", "image"])
+def test_beyond_the_edge_is_background_never_black(tmp_path, kind):
+    dark = np.full((100, 100, 3), 40, dtype=np.uint8)
+    path = tmp_path / ("a.tiff" if kind == "pyramid" else "a.png")
+    write_pyramid(path, dark, tile=128) if kind == "pyramid" else Image.fromarray(dark).save(path)
+    with open_slide(path) as slide:
+        region = slide.read_region(-10, 90, 0, 30, 20)
+    assert (region[:10, 10:] == 40).all()
+    assert (region[10:] == 255).all()
+    assert (region[:, :10] == 255).all()
+    with open_slide(path) as slide:
+        assert (slide.read_region(500, 500, 0, 8, 8) == 255).all()
+
+
+@pytest.mark.parametrize("name", ["a.tiff", "a.png"])
+def test_transparent_pixels_are_white_and_half_transparent_ones_half(tmp_path, name):
+    rgba = np.full((64, 64, 4), (100, 0, 200, 255), dtype=np.uint8)
+    rgba[:32, :, 3] = 0
+    if name.endswith("tiff"):
+        write_pyramid(tmp_path / name, rgba, downsamples=(1,), tile=64)
+    else:
+        rgba[32:, :32, 3] = 51  # a fifth
+        Image.fromarray(rgba).save(tmp_path / name)
+    with open_slide(tmp_path / name) as slide:
+        region = slide.read_region(0, 0, 0, 64, 64)
+    assert (region[:32] == 255).all()
+    assert (region[32:, 32:] == (100, 0, 200)).all()
+    if name.endswith("png"):
+        assert (region[32:, :32] == (224, 204, 244)).all()
+
+
+def test_the_slides_own_background_colour_is_used():
+    rgba = np.zeros((1, 2, 4), dtype=np.uint8)
+    rgba[0, 1] = (10, 20, 30, 255)
+    assert wsi._opaque(rgba, wsi._background("E0E1E2")).tolist() == [[[224, 225, 226], [10, 20, 30]]]
+    assert wsi._background(None) == wsi._background("no colour") == (255, 255, 255)
+
+
+def test_a_thumbnail_is_the_slide_averaged(place_slide):
+    with open_slide(place_slide) as slide:
+        for keywords, shape in [({"downsample": 5}, (82, 102)), ({"max_side": 51}, (41, 51))]:
+            thumbnail = slide.thumbnail(**keywords)
+            assert thumbnail.shape == (*shape, 3)
+            seen_x, seen_y = place_of(thumbnail, WIDTH, HEIGHT)
+            step_x, step_y = WIDTH / shape[1], HEIGHT / shape[0]
+            np.testing.assert_allclose(seen_x[7], (np.arange(shape[1]) + 0.5) * step_x, atol=5)
+            np.testing.assert_allclose(seen_y[:, 9], (np.arange(shape[0]) + 0.5) * step_y, atol=5)
+        assert slide.thumbnail(max_side=10_000).shape == (HEIGHT, WIDTH, 3)  # never enlarged
+        with pytest.raises(ValueError, match="exactly one"):
+            slide.thumbnail()
+        with pytest.raises(ValueError, match="exactly one"):
+            slide.thumbnail(downsample=2, max_side=10)
+
+
+def test_a_thumbnail_is_antialiased(tmp_path):
+    """Single black columns, one in eight, become an even grey; picking pixels would give black or white."""
+    stripes = np.full((160, 160, 3), 255, dtype=np.uint8)
+    stripes[:, ::8] = 0
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png") as slide:
+        thumbnail = slide.thumbnail(downsample=8)
+    np.testing.assert_allclose(thumbnail, 255 * 7 / 8, atol=1)
+
+
+def test_thumbnail_blocks_leave_no_seam(place_slide, monkeypatch):
+    with open_slide(place_slide) as slide:
+        whole = slide.thumbnail(downsample=3.3)
+        monkeypatch.setattr(wsi, "READ_BLOCK", 50)
+        blocks = slide.thumbnail(downsample=3.3)
+    np.testing.assert_allclose(blocks.astype(int), whole, atol=2)
+
+
+def test_a_level_that_is_not_there_is_named_with_the_ones_that_are(place_slide):
+    with open_slide(place_slide) as slide:
+        for level in (3, -1):
+            with pytest.raises(SlideError, match=rf"no level {level}.*0 \(510 x 408.*2 \(127 x 102, downsample 4"):
+                slide.read_region(0, 0, level, 10, 10)
+        with pytest.raises(SlideError, match="at least 1 x 1"):
+            slide.read_region(0, 0, 0, 0, 10)
+
+
+def test_reading_after_close_is_a_slide_error(place_slide, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    for path in (place_slide, tmp_path / "a.png"):
+        with open_slide(path) as slide:
+            slide.read_region(0, 0, 0, 4, 4)
+        slide.close()  # a second time is no error
+        with pytest.raises(SlideError, match=f"{path.name}.*closed"):
+            slide.read_region(0, 0, 0, 4, 4)
+
+
+def test_a_slide_travels_to_another_process(place_slide):
+    with open_slide(place_slide) as slide, pickle.loads(pickle.dumps(slide)) as copy:  # noqa: S301 - our own bytes
+        np.testing.assert_array_equal(copy.read_region(9, 9, 1, 20, 20), slide.read_region(9, 9, 1, 20, 20))
+
+
+def test_quick_hash_follows_the_content_not_the_name(tmp_path):
+    content = bytes(range(256)) * 12_000  # 3 MB: a middle that is not hashed
+    digests = {}
+    changed_end = content[:-1] + b"x"
+    for name, data in {"a": content, "b": content, "longer": content + b"\0", "end": changed_end}.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        slide = wsi.Slide()
+        slide.path = path
+        digests[name] = slide.quick_hash()
+    assert digests["a"] == digests["b"]
+    assert len(set(digests.values())) == 3
+
+
+# Resolution
+
+
+def mpp_of(tmp_path, caplog, **tags):
+    path = tmp_path / "mpp.tiff"
+    tifffile.imwrite(path, np.zeros((64, 64, 3), np.uint8), tile=(64, 64), photometric="rgb", metadata=None, **tags)
+    with caplog.at_level(logging.WARNING), open_slide(path) as slide:
+        assert slide.vendor == "generic-tiff"
+        return slide.mpp
+
+
+def test_mpp_comes_from_resolution_tags(tmp_path, caplog):
+    assert mpp_of(tmp_path, caplog, resolution=(40_000, 40_000), resolutionunit="centimeter") == pytest.approx(0.25)
+    assert mpp_of(tmp_path, caplog, resolution=(101_600, 101_600), resolutionunit="inch") == pytest.approx(0.25)
+    assert mpp_of(tmp_path, caplog) is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dpi", [72, 96, 10_000_000])
+def test_an_implausible_mpp_is_unknown_with_a_warning(tmp_path, caplog, dpi):
+    assert mpp_of(tmp_path, caplog, resolution=(dpi, dpi), resolutionunit="inch") is None
+    assert "mpp.tiff" in caplog.text
+    assert f"{25_400 / dpi:.4g}" in caplog.text
+
+
+def test_axes_that_disagree_make_the_mpp_unknown(tmp_path, caplog):
+    within = mpp_of(tmp_path, caplog, resolution=(40_000, 41_000), resolutionunit="centimeter")
+    assert within == pytest.approx((0.25 + 10 / 41) / 2)
+    assert not caplog.records
+    assert mpp_of(tmp_path, caplog, resolution=(40_000, 20_000), resolutionunit="centimeter") is None
+    assert "disagree (0.25 x 0.5" in caplog.text
+
+
+def test_a_plain_image_has_no_mpp(tmp_path, caplog):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", dpi=(50_800, 50_800))
+    with open_slide(tmp_path / "a.jpg") as slide:
+        assert slide.mpp is None
+        assert slide.vendor == "image"
+        assert slide.level_dimensions == ((30, 20),)
+    assert not caplog.records
+
+
+# Plain images
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGB", (10, 20, 30), (10, 20, 30)),
+        ("L", 90, (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+        ("LA", (90, 0), (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+    ],
+)
+def test_pixel_modes_become_rgb(tmp_path, mode, colour, expected):
+    path = tmp_path / ("a.tif" if mode in {"CMYK", "1"} else "a.png")
+    Image.new(mode, (8, 8), colour).save(path)
+    with open_slide(path) as slide:
+        assert (slide.read_region(0, 0, 0, 8, 8) == expected).all()
+
+
+def test_palettes_and_their_transparent_entry(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.putpixel((0, 0), 0)
+    image.save(tmp_path / "a.png", transparency=0)
+    with open_slide(tmp_path / "a.png") as slide:
+        region = slide.read_region(0, 0, 0, 8, 8)
+    assert region[0, 0].tolist() == [255, 255, 255]
+    assert region[1, 1].tolist() == [10, 20, 30]
+
+
+def test_sixteen_bit_grey_is_refused_by_name(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(SlideError, match=r"a\.png.*'I;16'.*8 bits"):
+        open_slide(tmp_path / "a.png")
+
+
+def test_exif_orientation_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate a quarter turn"
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    with open_slide(tmp_path / "a.jpg") as slide:
+        assert (slide.width, slide.height) == (30, 20)
+
+
+def test_an_image_too_large_to_decode_is_refused_and_a_large_one_is_not(tmp_path, monkeypatch, recwarn):
+    Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with open_slide(tmp_path / "a.png") as slide:
+        assert slide.width == 60
+    assert not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(SlideError, match=r"a\.png: too large.*pyramid"):
+        open_slide(tmp_path / "a.png")
+
+
+# Bad files
+
+
+def one_line(error: pytest.ExceptionInfo) -> bool:
+    return "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["text.svs", "text.png", "text.tiff", "text.xyz"])
+def test_a_text_file_is_no_slide(tmp_path, name):
+    (tmp_path / name).write_text("not a slide\n" * 100)
+    with pytest.raises(SlideError, match=name) as error:
+        open_slide(tmp_path / name)
+    assert one_line(error)
+
+
+def test_missing_empty_and_folder(tmp_path):
+    (tmp_path / "empty.svs").touch()
+    (tmp_path / "folder.svs").mkdir()
+    for name, said in [("absent.svs", "no such file"), ("empty.svs", "empty"), ("folder.svs", "folder")]:
+        with pytest.raises(SlideError, match=f"{name}: .*{said}") as error:
+            open_slide(tmp_path / name)
+        assert one_line(error)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.tif"])
+def test_a_truncated_image_fails_by_name(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    for share in (0.02, 0.5):
+        (tmp_path / name).write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(SlideError, match=name) as error, open_slide(tmp_path / name) as slide:
+            slide.read_region(0, 0, 0, 80, 80)
+        assert one_line(error)
+
+
+def test_a_truncated_pyramid_fails_by_name(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    path = write_pyramid(tmp_path / "a.tiff", noise, tile=64)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SlideError, match=r"a\.tiff") as error, open_slide(path) as slide:
+        slide.thumbnail(max_side=50)
+    assert one_line(error)
+
+
+def test_damage_inside_a_tile_is_an_error_for_good(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    path = write_pyramid(tmp_path / "a.tiff", noise, downsamples=(1,), tile=64)
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages[0].dataoffsets[5]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    with open_slide(path) as slide:
+        with pytest.raises(SlideError, match=r"a\.tiff: level 0 cannot be read at \(0, 0\)"):
+            slide.read_region(0, 0, 0, 256, 256)
+        with pytest.raises(SlideError, match=r"a\.tiff"):
+            slide.read_region(200, 200, 0, 10, 10)
+
+
+def test_the_bad_slides_each_give_one_clear_line(shared_data):
+    paths = sorted((shared_data / "bad_slides").iterdir())
+    assert len(paths) == 3
+    for path in paths:
+        with pytest.raises(SlideError, match=path.name) as error, open_slide(path) as slide:
+            slide.thumbnail(max_side=16)
+        assert one_line(error)
+
+
+def test_the_real_slides_say_what_is_known_of_them(shared_data, caplog):
+    facts = {
+        "CMU-1-Small-Region.svs": ((2220, 2967), 1, 0.499, 20),
+        "OS-1-detail_pyramid.tiff": ((1101, 1101), 2, 0.227, None),
+        "test3-DAPI-387.ndpi": ((3968, 4864), 7, 0.228, 40),
+        "ezwsi_multiframe_camelyon_challenge_image.dcm": ((1152, 700), 1, 28.97, None),
+        "boxes.tiff": ((300, 250), 4, None, None),
+    }
+    for name, (size, levels, mpp, objective) in facts.items():
+        with open_slide(shared_data / "slides" / name) as slide:
+            assert (slide.width, slide.height) == size
+            assert len(slide.level_dimensions) == levels
+            assert slide.mpp == (None if mpp is None else pytest.approx(mpp, rel=0.01))
+            assert slide.objective == objective
+    assert "boxes.tiff: mpp 352.8" in caplog.text
+
+
+# Finding
+
+
+@pytest.fixture
+def folder(tmp_path):
+    names = ["b.SVS", "a.tiff", "sub/c.Mrxs", "sub/deep/d.png", "sub/notes.txt", ".hidden.svs", ".cache/e.svs"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.svs").mkdir()
+    return tmp_path
+
+
+def found(folder, **keywords):
+    return [path.relative_to(folder).as_posix() for path in find_slides(folder, **keywords)]
+
+
+def test_slides_are_found_in_subfolders_whatever_the_case(folder):
+    assert found(folder) == ["a.tiff", "b.SVS", "sub/c.Mrxs", "sub/deep/d.png"]
+
+
+@pytest.mark.parametrize("extensions", [["svs", "MRXS"], [".svs", ".mrxs"], {".SVS", "mrxs"}])
+def test_extensions_with_or_without_the_dot(folder, extensions):
+    assert found(folder, extensions=extensions) == ["b.SVS", "sub/c.Mrxs"]
+
+
+def test_a_hidden_parent_of_the_folder_itself_hides_nothing(folder):
+    assert found(folder / ".cache") == ["e.svs"]
+
+
+def test_the_tiles_of_a_vms_slide_are_not_slides(tmp_path):
+    for name in ["a.vms", "a_1.jpg", "other/b.jpg"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert found(tmp_path) == ["a.vms", "other/b.jpg"]
+    assert found(tmp_path, extensions=["jpg"]) == ["a_1.jpg", "other/b.jpg"]
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(SlideError, match="absent: not a folder"):
+        find_slides(tmp_path / "absent")
+
+
+def test_is_slide_file():
+    assert is_slide_file("x/a.SVS")
+    assert is_slide_file("a.jpeg")
+    assert not is_slide_file("a.h5")
+    assert not is_slide_file("svs")

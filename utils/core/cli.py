@@ -1,0 +1,93 @@
+"""Command lines made from the config classes, and the one place where an error becomes an exit code."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.core import runtime
+from utils.core.config import flag_of
+from utils.core.errors import LiteMILError
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with each flag's default, and the description's line breaks kept."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, True, (), argparse.SUPPRESS) or "(default" in text:
+            return text
+        return text + " (default: %(default)s)"
+
+
+def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None = None, epilog: str = "") -> list[Any]:
+    """Parse a command line into one frozen config per group, in the groups' order.
+
+    `groups` maps a title of the help text to a config class; no two classes may share a flag.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"LiteMIL {runtime.versions()['litemil']}")
+    for title, config in groups.items():
+        group = parser.add_argument_group(title)
+        hints = typing.get_type_hints(config)
+        for field in _options(config):
+            group.add_argument(*_spellings(field), **_argument(field, hints[field.name]))
+    values = vars(parser.parse_args(argv))
+    return [
+        config(**{field.name: _frozen(values[field.name]) for field in _options(config)}) for config in groups.values()
+    ]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a LiteMILError becomes one line on stderr and exit code 1, Ctrl-C becomes 130."""
+    runtime.start_logging()
+    try:
+        main()
+    except LiteMILError as error:
+        runtime.log.log(logging.ERROR, "%s", " ".join(str(error).split()))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        runtime.log.log(logging.ERROR, "interrupted; what was finished is kept, the same command goes on from there")
+        sys.exit(130)
+
+
+def _options(config: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(config) if field.metadata]
+
+
+def _spellings(field: dataclasses.Field) -> list[str]:
+    alias = field.metadata["alias"]
+    return [flag_of(field)] + ([alias] if alias else [])
+
+
+def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """The keyword arguments of `add_argument` for a field of this type."""
+    settings: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"]}
+    settings |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
+    if hint is bool:
+        return settings | {"action": "store_false" if field.default else "store_true"}
+    inner = _without_none(hint)
+    if typing.get_origin(inner) is tuple:
+        settings["nargs"] = "+"
+        inner = typing.get_args(inner)[0]
+    if typing.get_origin(inner) is typing.Literal:
+        return settings | {"choices": typing.get_args(inner)}
+    names = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+    return settings | {"type": inner, "metavar": field.metadata["metavar"] or names[inner]}
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

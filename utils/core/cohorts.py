@@ -1,0 +1,23 @@
+"""What is known of the public cohorts whose features can be downloaded; any other name is the user's own cohort."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class KnownCohort:
+    """`label_names` renames labels as the table writes them; rows of a label in `left_out` belong to no class."""
+
+    class_names: tuple[str, ...]
+    label_names: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+_BREAST_RARE = ("ACBC", "BRCA", "BRCNOS", "IMMC", "MBC", "MDLC", "MPT", "PD", "SPC")
+
+KNOWN_COHORTS: Mapping[str, KnownCohort] = {
+    "breast": KnownCohort(("IDC", "ILC"), left_out=_BREAST_RARE),
+    "lung": KnownCohort(("LUAD", "LUSC")),
+    "kidney": KnownCohort(("PRCC", "CCRCC", "CHRCC")),
+    "tupac": KnownCohort(("Low", "High"), label_names={"0": "Low", "1": "High"}),
+}

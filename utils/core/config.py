@@ -1,0 +1,205 @@
+"""Every setting and its default, once. The command line is made from these classes (`core/cli.py`).
+
+A field made with `option` is also a flag; its help, limits and other spellings stand beside its default. Numbers out
+of range raise ConfigError naming the flag, the value and the limits.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.core.errors import ConfigError
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 - argparse's own word
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    flag: str | None = None,
+    alias: str | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory."""
+    metadata = {"help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar}
+    if default is REQUIRED:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    return field.metadata.get("flag") or f"--{field.name}"
+
+
+class _Checked:
+    """Checks each number against its field's limits when the dataclass is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if not field.metadata or isinstance(value, bool | str) or not isinstance(value, int | float):
+                continue
+            least, most = field.metadata["least"], field.metadata["most"]
+            if not least <= value <= most:
+                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ConfigError(f"{flag_of(field)} {value}: out of range; give a number {limits}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction(_Checked):
+    """The feature recipe, and how it is computed."""
+
+    backbone: str = option("resnet50", "resnet50, phikon-v2, uni, or timm:<any timm model>")
+    weights: Path | None = option(None, "local weights (.pth, .bin, .safetensors) instead of a download")
+    patch_size: int = option(256, "patch edge in pixels at the level read", least=1)
+    stride: int | None = option(
+        None, "step between patches in pixels at the level read (default: the patch size)", least=1
+    )
+    level: int = option(0, "pyramid level read (0 is the finest)", least=0)
+    tissue_threshold: float = option(0.5, "least fraction of tissue in a patch (0 keeps every patch)", least=0, most=1)
+    batch_size: int = option(64, "patches per forward pass", least=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["float16", "float32"] = option("float16", "precision of the stored features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionFiles(_Checked):
+    """Which slides `extractFeatures.py` reads and where it writes."""
+
+    input: Path | None = option(None, "one slide")
+    input_dir: Path | None = option(None, "a folder of slides, searched with its subfolders")
+    output: Path | None = option(None, "feature file for --input (default: beside the slide, <stem>.h5)")
+    output_dir: Path | None = option(None, "folder for the feature files (required with --input_dir)")
+    format: Literal["h5", "pt"] = option("h5", "feature file format")
+    extensions: tuple[str, ...] | None = option(None, "only files with these endings, e.g. .svs .ndpi", metavar="EXT")
+    limit: int | None = option(None, "only the first N slides, to try a recipe on a subset", least=1, metavar="N")
+    overwrite: bool = option(False, "replace feature files that were made with another recipe")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.input is None) == (self.input_dir is None):
+            raise ConfigError("give exactly one of --input (one slide) and --input_dir (a folder of slides)")
+        if self.input_dir is not None and self.output_dir is None:
+            raise ConfigError("--input_dir needs --output_dir, the folder for the feature files")
+        if self.input_dir is not None and self.output is not None:
+            raise ConfigError("--output names one file and goes with --input; give --output_dir with --input_dir")
+        if self.output is not None and self.output_dir is not None:
+            raise ConfigError("give one of --output (a file) and --output_dir (a folder)")
+        if self.output is not None and self.output.suffix not in (".h5", ".pt"):
+            raise ConfigError(f"--output {self.output}: ends in {self.output.suffix!r}; end it in .h5 or .pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort(_Checked):
+    """The slides, their labels, and how a slide is fed to a model."""
+
+    dataset: str = option(
+        REQUIRED, "name of the cohort; names the default folders datasets/<name> and outputs/<mil>/<name>"
+    )
+    features_dir: Path | None = option(None, "folder of feature files (default: datasets/<dataset>/features)")
+    labels_csv: Path | None = option(None, "table case_id,wsi_id,label (default: datasets/<dataset>/labels.csv)")
+    class_names: tuple[str, ...] | None = option(
+        None,
+        "classes in order, the positive one last (default: the known cohort's, else the labels sorted)",
+        metavar="NAME",
+    )
+    allow: tuple[Literal["missing", "unknown", "duplicate"], ...] = option(
+        (), "leave out rows without a feature file, with a label that is no class, or that repeat a wsi_id"
+    )
+    mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
+    chunk_size: int = option(1000, "most patches in a chunk", least=1)
+    feat_type: str = option("features", "name of the features inside each file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(_Checked):
+    """Which model; a hyperparameter that is not given is the model's own default, one that it lacks is an error."""
+
+    mil: str = option(REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool")
+    input_dim: int | None = option(None, "feature width (default: read off the features)", least=1)
+    hidden_dim: int | None = option(None, "hidden width", least=1)
+    num_heads: int | None = option(None, "attention heads", least=1)
+    num_queries: int | None = option(None, "learnable queries", least=1)
+    dropout: float | None = option(None, "dropout probability", least=0, most=1)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The hyperparameters that were given."""
+        names = ("hidden_dim", "num_heads", "num_queries", "dropout")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(_Checked):
+    """One training."""
+
+    epochs: int = option(100, "most epochs of a training", least=1)
+    patience: int = option(10, "stop after so many epochs without a better slide-level validation", least=1)
+    batch_size: int = option(128, "chunks (or whole slides) per step", least=1)
+    lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
+    weight_decay: float = option(0.01, "weight decay of AdamW", least=0)
+    use_amp: bool = option(True, "do not use mixed precision (it is used on CUDA only)", flag="--no_amp")
+    # Not flags: the paper's schedule.
+    warmup_epochs: int = 5
+    final_lr: float = 1e-6
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol(_Checked):
+    """Nested cross-validation."""
+
+    n_outer: int = option(5, "outer folds: each slide is tested once", least=2)
+    n_inner: int = option(4, "inner folds: they choose the model", least=2)
+    seed: int = option(42, "seed of splits, weights and batches", least=0)
+    output_dir: Path | None = option(None, "results (default: outputs/<mil>/<dataset>)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(_Checked):
+    """What `predict.py` predicts, with which model, and where it writes."""
+
+    checkpoint: Path = option(REQUIRED, "trained model (.pth); it says architecture, classes and recipe")
+    input: Path = option(REQUIRED, "feature file (.h5, .pt, .pth) or raw slide")
+    output_dir: Path = option(Path("outputs/inference"), "where the results go", alias="--output")
+    mode: Literal["full", "chunked"] | None = option(
+        None, "how the slide is fed (default: as in the model's evaluation)"
+    )
+    chunk_size: int | None = option(None, "most patches in a chunk (default: as in the model's evaluation)", least=1)
+    feat_type: str = option("features", "name of the features inside the file")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    allow_mismatch: bool = option(False, "predict although the features were made in another way than the model's")
+    # What the checkpoint says already; a flag that contradicts it is an error.
+    mil: str | None = option(None, "architecture the checkpoint must hold")
+    dataset: str | None = option(None, "cohort the checkpoint must have been trained on")
+    input_dim: int | None = option(None, "feature width the checkpoint must take", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionRecipe(_Checked):
+    """Extraction on the fly. Where the training features' recipe is recorded, these must agree with it."""
+
+    backbone: str | None = option(None, "backbone, where the checkpoint records none")
+    weights: Path | None = option(None, "the backbone's local weights instead of a download")
+    patch_size: int | None = option(None, "patch edge in pixels at the level read", least=1)
+    stride: int | None = option(None, "step between patches in pixels at the level read", least=1)
+    level: int | None = option(None, "pyramid level read", least=0)
+    tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
+    batch_size: int = option(Extraction.batch_size, "patches per forward pass", least=1)
+    save_features: bool = option(False, "keep the features as <output_dir>/<slide>.h5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(_Checked):
+    """What `--visualize` draws."""
+
+    visualize: bool = option(False, "write the attention heatmap, the top patches and the .npz")
+    wsi: Path | None = option(None, "the slide the feature file was made from (needed with --visualize)")
+    top_k: int = option(10, "how many of the most attended patches are shown", least=1)
+    cmap: str = option("viridis", "Matplotlib colour map")
+    alpha: float = option(0.5, "opacity of the heatmap over the slide", least=0, most=1)

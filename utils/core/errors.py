@@ -1,0 +1,49 @@
+"""The errors LiteMIL raises on purpose: one line that names the file, the value found, the value expected, the remedy.
+
+The scripts catch LiteMILError only, print that line to stderr and exit with 1; anything else is a bug and keeps its
+traceback.
+"""
+
+
+class LiteMILError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+class ConfigError(LiteMILError):
+    """A setting, or a combination of settings, that cannot be used."""
+
+
+class SlideError(LiteMILError):
+    """A slide that cannot be opened or read, or not at the resolution asked for."""
+
+
+class NoTissueError(SlideError):
+    """A slide in which no patch holds enough tissue."""
+
+
+class BackboneError(LiteMILError):
+    """A feature backbone that is unknown, or whose weights cannot be had or do not fit."""
+
+
+class FeatureFileError(LiteMILError):
+    """A feature file that is damaged, ambiguous or not a bag of patches."""
+
+
+class RecipeError(LiteMILError):
+    """Features made in another way than the ones they are to be used with."""
+
+
+class LabelsError(LiteMILError):
+    """A label table that does not account for every slide."""
+
+
+class SplitError(LiteMILError):
+    """Folds that cannot be made, or that share a patient."""
+
+
+class TrainingError(LiteMILError):
+    """A training that cannot go on, such as a loss that is not finite."""
+
+
+class CheckpointError(LiteMILError):
+    """A checkpoint that cannot be read, or that contradicts what is asked of it."""

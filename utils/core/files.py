@@ -1,0 +1,124 @@
+"""Files that are whole or absent, and loading that executes nothing.
+
+A file is written under a temporary name beside its place, flushed to disk and renamed, so that a killed process never
+leaves half a file under the final name. PyTorch files are read with `weights_only=True`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.core.errors import LiteMILError
+
+# What a pickled NumPy array or scalar needs to come back. Both homes of NumPy's reconstructors are named: files written
+# by NumPy 1 say numpy.core, files written by NumPy 2 say numpy._core.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY_GLOBALS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefdFDSUO" if code != "O"}, key=repr),
+    *[(_RECONSTRUCT, f"numpy.{home}.multiarray._reconstruct") for home in ("core", "_core")],
+    *[(_SCALAR, f"numpy.{home}.multiarray.scalar") for home in ("core", "_core")],
+]
+
+
+@contextmanager
+def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends well, else remove it."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+    except OSError as failure:
+        raise error(f"{path}: cannot be written ({failure.strerror}); choose another output folder") from failure
+    part = Path(name)
+    try:
+        os.close(handle)
+        yield part
+        # mkstemp makes private files; the result gets the permissions any other new file would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with whole_file(path) as part:
+        part.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write valid JSON: a NaN or an infinity raises ValueError instead of reaching the file."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as failure:
+        raise LiteMILError(f"{path}: not readable as JSON ({failure})") from failure
+
+
+def save_tensors(path: Path, content: Any) -> None:
+    """`torch.save` through a buffer: the bytes depend on the content alone, not on the file's name."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load_tensors(path: Path, error: type[LiteMILError], expected: str) -> Any:
+    """Load a file of tensors, NumPy arrays and plain values onto the CPU; nothing it contains is executed.
+
+    Raises `error` naming the file when it is missing, damaged, or holds anything else. `expected` says in the message
+    what the file should have been.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise error(f"{path}: no such file; expected {expected}")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as failure:
+        raise error(
+            f"{path}: not loadable as {expected}: {_load_failure(failure)}; nothing in it was executed"
+        ) from failure
+
+
+def _load_failure(failure: Exception) -> str:
+    """Why, in a few words: PyTorch's own message is long, and advises to load the file unsafely."""
+    text = str(failure)
+    forbidden = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", text) if "Unsupported" in text else None
+    if forbidden:
+        return f"it holds {forbidden[1]}, which is neither tensor, array nor plain value"
+    return "damaged, or of another format"
+
+
+def digest(*parts: str | bytes) -> str:
+    """The sha256 of the parts, each preceded by its length so that ("ab", "c") and ("a", "bc") differ."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        total.update(len(content).to_bytes(8, "little"))
+        total.update(content)
+    return total.hexdigest()

@@ -1,0 +1,88 @@
+"""Coordinate arithmetic on slides: exact level-0 grids, and how much of each patch a tissue mask covers. NumPy only."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def level0_size(pixels: int, downsample: float) -> int:
+    """The nearest whole number of level-0 pixels spanned by `pixels` pixels of a level; at least 1."""
+    return max(1, round(pixels * downsample))
+
+
+def usable_extent(extent_level0: int, extent_level: int, downsample: float) -> int:
+    """Level-0 pixels along one axis that a level really shows.
+
+    A pyramid level is cut to whole pixels, so its last column can lie outside the level: a grid that stays inside
+    `usable_extent` never reads beyond the level's edge.
+    """
+    # The margin keeps a product such as 550 * 2.001818... = 1100.9999999999998 from losing a column.
+    return min(extent_level0, int(extent_level * downsample + 1e-6))
+
+
+def patch_grid(width: int, height: int, size_level0: int, stride_level0: int) -> NDArray[np.int64]:
+    """Top-left corners (x, y) of every patch of a regular grid that lies inside the slide.
+
+    Args:
+        width, height: the slide in level-0 px.
+        size_level0, stride_level0: side of a patch and distance between neighbours, in level-0 px, both >= 1.
+
+    Returns:
+        (M, 2) int64 in level-0 px, row by row; M = 0 where the slide is smaller than one patch.
+
+    Raises:
+        ValueError: a size or a stride below 1.
+    """
+    if size_level0 < 1 or stride_level0 < 1:
+        raise ValueError(f"patch_grid: {size_level0=} and {stride_level0=} must be at least 1 level-0 px")
+    xs = np.arange(0, width - size_level0 + 1, stride_level0, dtype=np.int64)
+    ys = np.arange(0, height - size_level0 + 1, stride_level0, dtype=np.int64)
+    grid = np.empty((len(ys), len(xs), 2), dtype=np.int64)
+    grid[..., 0] = xs[None, :]
+    grid[..., 1] = ys[:, None]
+    return grid.reshape(-1, 2)
+
+
+def covered_fraction(
+    mask: NDArray[np.bool_], coords: NDArray[np.integer], size_level0: int, slide_width: int, slide_height: int
+) -> NDArray[np.float64]:
+    """The fraction of each patch's footprint that a mask marks, exact to float rounding.
+
+    Each mask pixel is a rectangle of `slide_width / w` by `slide_height / h` level-0 px, and a patch that cuts through
+    it counts the part it covers. What of a footprint lies outside the slide counts as unmarked.
+
+    Args:
+        mask: (h, w) bool over the whole slide; its scale may differ between x and y.
+        coords: (M, 2) top-left corners (x, y) in level-0 px.
+        size_level0: side of a patch in level-0 px.
+        slide_width, slide_height: the slide in level-0 px.
+
+    Returns:
+        (M,) float64 in [0, 1].
+    """
+    rows, columns = mask.shape
+    integral = np.zeros((rows + 1, columns + 1), dtype=np.int64)
+    integral[1:, 1:] = mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+
+    to_mask = np.array([columns / slide_width, rows / slide_height])
+    edge = np.array([columns, rows], dtype=np.float64)
+    corners = coords.astype(np.float64)
+    low: NDArray[np.float64] = np.clip(corners * to_mask, 0.0, edge)
+    high: NDArray[np.float64] = np.clip((corners + size_level0) * to_mask, 0.0, edge)
+    marked = (
+        _integral_at(integral, high[:, 0], high[:, 1])
+        - _integral_at(integral, low[:, 0], high[:, 1])
+        - _integral_at(integral, high[:, 0], low[:, 1])
+        + _integral_at(integral, low[:, 0], low[:, 1])
+    )
+    footprint = size_level0**2 * to_mask[0] * to_mask[1]
+    return np.clip(marked / footprint, 0.0, 1.0)
+
+
+def _integral_at(integral: NDArray[np.int64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The integral image at fractional positions: bilinear, which is exact because the mask is constant in a cell."""
+    left = np.minimum(x.astype(np.int64), integral.shape[1] - 2)
+    top = np.minimum(y.astype(np.int64), integral.shape[0] - 2)
+    right_share, bottom_share = x - left, y - top
+    upper = integral[top, left] * (1 - right_share) + integral[top, left + 1] * right_share
+    lower = integral[top + 1, left] * (1 - right_share) + integral[top + 1, left + 1] * right_share
+    return upper * (1 - bottom_share) + lower * bottom_share

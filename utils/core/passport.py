@@ -1,0 +1,68 @@
+"""The feature passport: how a bag's patches were cut and encoded, carried by its file and by every model trained on it.
+
+`recipe` is what a user chose and is the same for every slide of an extraction; `slide` is what was found and delivered
+for one slide; `software` are package versions. Two bags fit together when what is known of both recipes agrees.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA = 1
+# What makes features incomparable when it differs; stride, tissue threshold and level do not (mpp is compared apart).
+ENCODING_FIELDS = ("backbone", "weights_digest", "transform", "patch_size")
+# Scanners of one nominal magnification differ by about this much (0.22 to 0.25 um/px at "40x").
+MPP_TOLERANCE = 0.15
+
+
+@dataclass(frozen=True)
+class Passport:
+    """`recipe`: backbone, weights_digest, transform, precision, dtype, patch_size (px at the level read), stride,
+    level, tissue_threshold, tissue. `slide`: name, width, height, mpp, mpp_delivered, patch_size_level0, quick_hash.
+    """
+
+    recipe: dict[str, Any]
+    slide: dict[str, Any] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        content = {"schema": self.schema, "recipe": self.recipe, "slide": self.slide, "software": self.software}
+        return json.dumps(content, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Passport":
+        content = json.loads(text)
+        return cls(content["recipe"], content["slide"], content["software"], content["schema"])
+
+
+def recipe_differences(expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str]) -> list[str]:
+    """What differs, as 'field: found X, expected Y'; only fields known (not None) on both sides can differ."""
+    differences = []
+    for name in fields:
+        left, right = expected.get(name), found.get(name)
+        if left is not None and right is not None and left != right:
+            differences.append(f"{name}: found {_short(right)}, expected {_short(left)}")
+    return differences
+
+
+def mpp_difference(expected: tuple[float, float] | None, found: float | None) -> list[str]:
+    """Like `recipe_differences`, for the delivered um/px against the (least, greatest) seen in training."""
+    if expected is None or found is None:
+        return []
+    least, greatest = expected
+    if least / (1 + MPP_TOLERANCE) <= found <= greatest * (1 + MPP_TOLERANCE):
+        return []
+    return [f"mpp: found {found:.4g} um/px, expected {least:.4g} to {greatest:.4g}"]
+
+
+def unknown_fields(expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str]) -> list[str]:
+    """The fields that could not be compared because one side does not know them."""
+    return [name for name in fields if expected.get(name) is None or found.get(name) is None]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    is_digest = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
+    return text[:12] if is_digest else text

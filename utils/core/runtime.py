@@ -1,0 +1,137 @@
+"""Where and how a process runs: device, seeds, threads, log lines, progress bars, and the record of all that."""
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.core.errors import ConfigError
+
+log = logging.getLogger("litemil")
+Item = TypeVar("Item")
+
+_RECORDED_PACKAGES = ("torch", "numpy", "timm", "h5py", "openslide-python", "openslide-bin", "scikit-learn")
+# Where output is not a terminal (a log, a batch system), a bar prints a line at this interval instead of redrawing.
+_SECONDS_BETWEEN_LOG_LINES = 30
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU; a device that is asked for by name and absent is an error."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"--device {name}: unknown; use auto, cpu, mps, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"--device {name}: PyTorch sees {found} CUDA devices; use --device auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: PyTorch sees no Apple GPU; use --device auto or cpu")
+    return device
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed for one piece of work from everything that identifies it; the same parts give the same seed everywhere."""
+    name = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - other libraries draw from the global generator
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """LiteMIL's, Python's and the packages' versions that can change a number."""
+    found = {"litemil": _version("litemil"), "python": platform.python_version()}
+    return found | {name: _version(name) for name in _RECORDED_PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run_metadata(device: torch.device) -> dict[str, Any]:
+    """What a reader of the results may want to know about the process that made them."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "argv": sys.argv,
+        "versions": versions(),
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def available_memory() -> int | None:
+    """Bytes of memory free for use, or None where the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        # What the kernel could hand out, caches included; the pages that sysconf counts leave them out.
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            return int(found[1]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def progress(items: Iterable[Item], description: str, **bar: Any) -> "tqdm[Item]":
+    """A tqdm bar over `items`; on a terminal it redraws, in a log it prints a line now and then."""
+    return tqdm(items, desc=description, **_manners(), **bar)
+
+
+def progress_bar(description: str, total: int, **bar: Any) -> tqdm:
+    """A bar that is moved by hand, with the manners of `progress`."""
+    return tqdm(desc=description, total=total, **_manners(), **bar)
+
+
+def _manners() -> dict[str, Any]:
+    terminal = sys.stderr.isatty()
+    return {"mininterval": 0.1 if terminal else _SECONDS_BETWEEN_LOG_LINES, "dynamic_ncols": terminal}
+
+
+class _BarFriendlyHandler(logging.Handler):
+    """Writes log lines to stderr above whatever progress bar is being drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+
+def start_logging() -> None:
+    """Send LiteMIL's log lines to stderr; the scripts call this, the library never does."""
+    if not any(isinstance(handler, _BarFriendlyHandler) for handler in log.handlers):
+        log.addHandler(_BarFriendlyHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False

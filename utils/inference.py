@@ -1,0 +1,257 @@
+"""SlidePredictor: one slide's answer from a checkpoint, the way the model was evaluated.
+
+predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
+prediction = predictor.predict("slide.h5")
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from MILS import ModelError, mil_name
+from utils.bags.store import Bag, is_feature_file, read_bag
+from utils.core.config import Extraction
+from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
+from utils.core.passport import ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
+from utils.core.runtime import log, resolve_device
+from utils.feature_extractor import WSIFeatureExtractor
+from utils.learning.aggregation import SlideFeed, predict_features
+from utils.learning.checkpoint import id_digests, load_checkpoint
+from utils.slides.backbones import canonical_backbone
+from utils.slides.wsi import is_slide_file
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """`probabilities (C,)`; `attention (H, N)`, each head summing to 1 over the patches; `bag` with their places."""
+
+    slide: str
+    class_names: tuple[str, ...]
+    probabilities: NDArray[np.float64]
+    attention: NDArray[np.float32] | None
+    bag: Bag
+    feed: SlideFeed
+    seen_in_training: bool
+
+    @property
+    def predicted_class(self) -> str:
+        return self.class_names[int(self.probabilities.argmax())]
+
+    @property
+    def confidence(self) -> float:
+        """The predicted class's probability."""
+        return float(self.probabilities.max())
+
+    @property
+    def patch_attention(self) -> NDArray[np.float32] | None:
+        """`(N,)`, the mean over heads; sums to 1."""
+        return None if self.attention is None else self.attention.mean(axis=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `<slide>_prediction.json` says of the slide."""
+        return {
+            "slide": self.slide,
+            "predicted_class": self.predicted_class,
+            "confidence": self.confidence,
+            "probabilities": dict(zip(self.class_names, self.probabilities.tolist(), strict=True)),
+            "num_instances": len(self.bag.features),
+            **self.feed.as_dict(),
+            "seen_in_training": self.seen_in_training,
+        }
+
+
+class SlidePredictor:
+    """A trained model, ready to predict feature files and, with a feature extractor, raw slides.
+
+    The checkpoint says which model and classes it holds and how slides are fed; `model_class` (a name, a class or a
+    factory) and `class_names` are only checked against it. Raises CheckpointError.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        model_class: Any = None,
+        class_names: Sequence[str] | None = None,
+        device: str = "auto",
+        feature_extractor: WSIFeatureExtractor | None = None,
+        *,
+        allow_mismatch: bool = False,
+    ) -> None:
+        self.path, self.checkpoint = Path(model_path), load_checkpoint(Path(model_path))
+        self.device = resolve_device(device)
+        self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
+        self._check("model_class", _model_name(model_class), self.checkpoint.model["name"])
+        self._check("class_names", None if class_names is None else tuple(class_names), self.checkpoint.class_names)
+        self.model: nn.Module = self.checkpoint.build().to(self.device)
+        self._warned = False
+
+    def predict(
+        self, path: str | Path, mode: str | None = None, chunk_size: int | None = None, feat_type: str = "features"
+    ) -> SlidePrediction:
+        """Predict a feature file or a raw slide.
+
+        By default the slide is fed as in the checkpoint's evaluation; `mode` "full" or "chunked" and `chunk_size` say
+        otherwise. Raises RecipeError when the features were made in another way than the model's, FeatureFileError,
+        SlideError.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FeatureFileError(f"{path}: no such file; give a feature file (.h5, .pt, .pth) or a slide")
+        if is_feature_file(path):
+            bag = read_bag(path, feat_type)
+        elif is_slide_file(path):
+            bag = self._extractor().extract(path)
+        else:
+            raise FeatureFileError(
+                f"{path}: neither a feature file (.h5, .pt, .pth) nor a slide, by its ending {path.suffix!r}"
+            )
+        return self.predict_bag(bag, path, mode, chunk_size)
+
+    def predict_bag(
+        self, bag: Bag, path: Path, mode: str | None = None, chunk_size: int | None = None
+    ) -> SlidePrediction:
+        """Predict a bag in memory; `path` is where it came from."""
+        self._check_bag(bag, path)
+        feed = self._feed(mode, chunk_size)
+        output = predict_features(self.model, bag.features, feed, attention=True)
+        seen = id_digests("slide", [path.stem])[0] in self.checkpoint.seen["slide"]
+        if seen:
+            log.warning("%s: this model was trained on this slide; its prediction proves nothing", path)
+        return SlidePrediction(
+            path.stem, self.checkpoint.class_names, output.probabilities, output.attention, bag, feed, seen
+        )
+
+    def require(self, *, mil: str | None, dataset: str | None, input_dim: int | None) -> None:
+        """Raise CheckpointError unless the checkpoint holds what is asked (None: nothing is asked)."""
+        self._check("mil", mil and _known_name(mil), self.checkpoint.model["name"])
+        self._check("dataset", dataset, self.checkpoint.dataset)
+        self._check("input_dim", input_dim, self.checkpoint.model["input_dim"])
+
+    def provenance(self, prediction: SlidePrediction) -> dict[str, Any]:
+        """Which model, and how the slide's features were made."""
+        passport = prediction.bag.passport
+        return {
+            "model": self.checkpoint.model,
+            "checkpoint": str(self.path),
+            "selection": self.checkpoint.selection,
+            "recipe": passport.recipe if passport else None,
+            "slide_record": passport.slide if passport else None,
+        }
+
+    def _extractor(self) -> WSIFeatureExtractor:
+        if self.feature_extractor is None:
+            raise ConfigError(
+                f"{self.path}: a raw slide needs a feature extractor; use extractPredict, or pass feature_extractor"
+            )
+        return self.feature_extractor
+
+    def _feed(self, mode: str | None, chunk_size: int | None) -> SlideFeed:
+        trained = self.checkpoint.slide_feed
+        if chunk_size is not None and (mode or trained.mode) == "full":
+            raise ConfigError("--chunk_size has no meaning in full mode; give --mode chunked with it")
+        if mode is None or mode == trained.mode:
+            return replace(trained, chunk_size=chunk_size or trained.chunk_size)
+        if mode not in ("full", "chunked"):
+            raise ConfigError(f"mode {mode!r} is unknown; use 'full' or 'chunked'")
+        return SlideFeed.of_mode(mode, chunk_size or 1000)
+
+    def _check(self, what: str, asked: Any, held: Any) -> None:
+        if asked is not None and asked != held:
+            raise CheckpointError(
+                f"{self.path}: was trained with {what} {held!r}, not {asked!r}; leave that setting out"
+            )
+
+    def _check_bag(self, bag: Bag, path: Path) -> None:
+        width, expected = bag.features.shape[1], self.checkpoint.model["input_dim"]
+        if width != expected:
+            raise FeatureFileError(
+                f"{path}: features are {width} wide, the model of {self.path} takes {expected}; "
+                "extract the slide with the backbone that the model was trained on"
+            )
+        trained, passport = self.checkpoint.recipe, bag.passport
+        found = passport.recipe if passport else {}
+        mpp = passport.slide.get("mpp_delivered") if passport else None
+        differences = recipe_differences(trained or {}, found, ENCODING_FIELDS)
+        differences += mpp_difference(self.checkpoint.mpp_range, mpp)
+        if differences and not self.allow_mismatch:
+            raise RecipeError(
+                f"{path}: made in another way than the features {self.path} was trained on ({'; '.join(differences)}); "
+                "extract it with the training recipe, or give --allow_mismatch"
+            )
+        if differences:
+            log.warning("%s: made in another way than the training features (%s)", path, "; ".join(differences))
+        self._warn_of_unknown(path, trained or {}, found, mpp)
+
+    def _warn_of_unknown(self, path: Path, trained: dict[str, Any], found: dict[str, Any], mpp: float | None) -> None:
+        unknown = unknown_fields(trained, found, ENCODING_FIELDS)
+        if mpp is None or self.checkpoint.mpp_range is None:
+            unknown.append("mpp")
+        if unknown and not self._warned:
+            log.warning(
+                "%s: %s not recorded on both sides, so not compared with the training", path, ", ".join(unknown)
+            )
+            self._warned = True
+
+
+def extractPredict(  # noqa: N802 - the first version's public name
+    model_path: str | Path,
+    model_class: Any = None,
+    class_names: Sequence[str] | None = None,
+    backbone: str | None = None,
+    patch_size: int | None = None,
+    level: int | None = None,
+    device: str = "auto",
+    *,
+    weights: str | Path | None = None,
+    stride: int | None = None,
+    tissue_threshold: float | None = None,
+    batch_size: int = Extraction.batch_size,
+    allow_mismatch: bool = False,
+) -> SlidePredictor:
+    """A SlidePredictor for raw slides: patches are cut and encoded as the model's training features were.
+
+    Where the checkpoint records the recipe, `backbone`, `patch_size`, `stride`, `level` and `tissue_threshold` must
+    agree with it, else they make the recipe. `weights` is the backbone's local file instead of a download. Raises
+    RecipeError, BackboneError, CheckpointError.
+    """
+    predictor = SlidePredictor(model_path, model_class, class_names, device, allow_mismatch=allow_mismatch)
+    given = {
+        "backbone": canonical_backbone(backbone) if backbone else None,
+        "patch_size": patch_size,
+        "stride": stride,
+        "level": level,
+        "tissue_threshold": tissue_threshold,
+    }
+    recorded = predictor.checkpoint.recipe
+    weights = Path(weights) if weights else None
+    if recorded is None:
+        known = {name: value for name, value in given.items() if value is not None}
+        extractor = WSIFeatureExtractor(**known, weights=weights, batch_size=batch_size, device=device)
+    else:
+        differences = recipe_differences(recorded, given, given)
+        if differences:
+            raise RecipeError(
+                f"{model_path}: was trained on features made in another way ({'; '.join(differences)}); "
+                "leave those flags out, the checkpoint knows the recipe"
+            )
+        extractor = WSIFeatureExtractor.of_recipe(recorded, weights=weights, batch_size=batch_size, device=device)
+    predictor.feature_extractor = extractor
+    return predictor
+
+
+def _known_name(mil: str) -> str:
+    try:
+        return mil_name(mil)
+    except ModelError as error:
+        raise ConfigError(f"--mil {mil}: {error}") from error
+
+
+def _model_name(model_class: Any) -> str | None:
+    if model_class is None or isinstance(model_class, str):
+        return model_class
+    return model_class.__name__ if isinstance(model_class, type) else type(model_class()).__name__

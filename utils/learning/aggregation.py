@@ -1,0 +1,98 @@
+"""From a slide's features to the slide's answer: the one function that validation, test and prediction share.
+
+`mean`: the instance-weighted mean of the chunks' probabilities. `merge`: the exact answer for the slide as one bag,
+streamed in blocks for every model that can.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.bags.collate import cut_chunks
+
+# Patches per block of a streamed slide: large enough for full-speed matrix products, small enough to stay in cache.
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class SlideFeed:
+    """How a slide is fed: `chunk_size` None is the whole slide; `aggregation` "mean" or "merge"."""
+
+    chunk_size: int | None
+    aggregation: str
+
+    @classmethod
+    def of_mode(cls, mode: str, chunk_size: int) -> "SlideFeed":
+        """Chunked slides are averaged, full ones merged."""
+        return cls(chunk_size, "mean") if mode == "chunked" else cls(None, "merge")
+
+    @property
+    def mode(self) -> str:
+        return "full" if self.chunk_size is None else "chunked"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"mode": self.mode, "chunk_size": self.chunk_size, "aggregation": self.aggregation}
+
+
+@dataclass(frozen=True)
+class SlideOutput:
+    """`probabilities (C,)` of the slide; `chunk_probabilities (K, C)` and `chunk_sizes (K,)` of its chunks;
+    `attention (H, N)`, per head summing to 1 over the slide, or None.
+    """
+
+    probabilities: np.ndarray
+    chunk_probabilities: np.ndarray
+    chunk_sizes: np.ndarray
+    attention: np.ndarray | None
+
+
+@torch.inference_mode()
+def predict_features(model: nn.Module, features: np.ndarray, feed: SlideFeed, attention: bool = False) -> SlideOutput:
+    """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too."""
+    was_training = model.training
+    model.eval()
+    try:
+        cuts = cut_chunks(len(features), feed.chunk_size)
+        chunks = [_predict_bag(model, features if len(cuts) == 1 else features[cut], attention) for cut in cuts]
+        sizes = np.array([len(cut) for cut in cuts])
+        each = np.stack([probabilities for probabilities, _ in chunks])
+        whole = chunks[0] if len(cuts) == 1 else None
+        if whole is None and feed.aggregation == "merge":
+            whole = _predict_bag(model, features, attention)
+        if whole is not None:
+            return SlideOutput(whole[0], each, sizes, whole[1])
+        weights = _spread([weights for _, weights in chunks], cuts, len(features)) if attention else None
+        return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
+    finally:
+        model.train(was_training)
+
+
+def _predict_bag(model: Any, features: np.ndarray, attention: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Probabilities `(C,)` in float64 and attention `(H, N)` of one bag."""
+    device = next(model.parameters()).device
+    if getattr(model, "mergeable", False):
+        logits, aux = model.forward_blocks(_blocks(features, device), attention=attention)
+    else:
+        logits, aux = model(torch.from_numpy(features).to(device)[None])
+    weights = aux["attn"][0].float().cpu().numpy() if attention and aux["attn"] is not None else None
+    return torch.softmax(logits[0].double(), dim=0).cpu().numpy(), weights
+
+
+def _blocks(features: np.ndarray, device: torch.device) -> Iterator[torch.Tensor]:
+    for start in range(0, len(features), _BLOCK):
+        yield torch.from_numpy(features[start : start + _BLOCK]).to(device)
+
+
+def _spread(weights: list[np.ndarray | None], cuts: list[np.ndarray], num_instances: int) -> np.ndarray | None:
+    """The chunks' attention as one distribution over the slide, each chunk in proportion to its size."""
+    known = [part for part in weights if part is not None]
+    if len(known) < len(cuts):
+        return None
+    spread = np.empty((known[0].shape[0], num_instances), dtype=np.float32)
+    for part, cut in zip(known, cuts, strict=True):
+        spread[:, cut] = part * (len(cut) / num_instances)
+    return spread

@@ -1,0 +1,77 @@
+"""The checkpoint: everything `predict.py` needs, as plain tensors and JSON-able values."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from MILS import build_mil
+from MILS.registry import ModelError
+from utils.core.errors import CheckpointError
+from utils.core.files import digest, load_tensors, save_tensors
+from utils.core.runtime import versions
+from utils.learning.aggregation import SlideFeed
+
+FORMAT = "litemil-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`model`: the spec that rebuilds it; `recipe` and `mpp_range`: how the training features were made, where known;
+    `feed`: how a slide is fed (`SlideFeed.as_dict`); `selection`: which score on which split chose these weights;
+    `seen`: digests of the case and slide ids it was trained or selected on, never the ids (they may be patients').
+    """
+
+    model: dict[str, Any]
+    state_dict: dict[str, torch.Tensor]
+    class_names: tuple[str, ...]
+    dataset: str | None
+    feed: dict[str, Any]
+    recipe: dict[str, Any] | None
+    mpp_range: tuple[float, float] | None
+    selection: dict[str, Any]
+    seen: dict[str, list[str]]
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def slide_feed(self) -> SlideFeed:
+        return SlideFeed(self.feed["chunk_size"], self.feed["aggregation"])
+
+    def build(self) -> nn.Module:
+        """The trained model, in evaluation mode, on the CPU."""
+        model = build_mil(**self.model)
+        model.load_state_dict(self.state_dict)
+        return model.eval()
+
+
+def id_digests(kind: str, ids: Iterable[str]) -> list[str]:
+    """Sorted digests of `kind` ("case" or "slide") ids."""
+    return sorted({digest("litemil", kind, name) for name in ids})
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Equal checkpoints give equal bytes."""
+    content = {part.name: getattr(checkpoint, part.name) for part in fields(Checkpoint)}
+    save_tensors(path, {"format": FORMAT, "format_version": VERSION, **content})
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Raises CheckpointError, naming the file, when it is missing, damaged or no checkpoint of LiteMIL's."""
+    path = Path(path)
+    content = load_tensors(path, CheckpointError, "a checkpoint written by train.py")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a LiteMIL checkpoint; give a fold_<k>_best.pth or all_folds_best.pth")
+    if content["format_version"] != VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {content['format_version']}, this LiteMIL reads {VERSION}; update LiteMIL"
+        )
+    try:
+        checkpoint = Checkpoint(**{part.name: content[part.name] for part in fields(Checkpoint)})
+        checkpoint.build()
+    except (KeyError, ModelError, RuntimeError) as failure:
+        raise CheckpointError(f"{path}: its parts do not fit together ({str(failure).splitlines()[0]})") from failure
+    return checkpoint

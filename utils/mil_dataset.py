@@ -1,0 +1,215 @@
+"""MILDataset: a cohort's slides, labels and features, fed whole or in chunks.
+
+dataset = MILDataset("labels.csv", "features", class_names=["benign", "malignant"])
+features, label = dataset[0]
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from utils.bags import labels
+from utils.bags.collate import Batch, Chunk, collate, cut_chunks, num_chunks
+from utils.bags.store import FEATURE_EXTENSIONS, Bag, BagInfo, peek_bag, read_bag
+from utils.core.cohorts import KNOWN_COHORTS
+from utils.core.config import Cohort
+from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
+from utils.core.passport import ENCODING_FIELDS, recipe_differences
+from utils.core.runtime import available_memory, log, progress
+
+# Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
+# whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
+SHUFFLE_WINDOW = 2**18
+# Features are kept in memory when the whole cohort fits this part of what is free.
+_MEMORY_SHARE = 0.25
+
+
+class MILDataset(Dataset):
+    """The slides of a label table, in its order.
+
+    `csv_path` has the columns `case_id,wsi_id,label`; slide `wsi_id` has its features in
+    `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`) under the name `feat_type`. `mode` "chunked" trains on random chunks
+    of at most `chunk_size` patches, "full" on whole slides. `class_names` defaults to the labels that occur, sorted.
+    `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only leave a row
+    out (see `utils.bags.labels.account`).
+
+    Raises LabelsError for a table that does not account for every slide, FeatureFileError for a damaged file or files
+    of different widths, RecipeError for files made in different ways.
+    """
+
+    def __init__(
+        self,
+        csv_path: str | Path,
+        features_dir: str | Path,
+        class_names: Sequence[str] | None = None,
+        mode: str = "chunked",
+        chunk_size: int = 1000,
+        feat_type: str = "features",
+        *,
+        label_names: Mapping[str, str] | None = None,
+        left_out: Collection[str] = (),
+        allow: Collection[str] = (),
+    ) -> None:
+        if mode not in ("chunked", "full"):
+            raise ConfigError(f"MILDataset: mode {mode!r} is unknown; use 'chunked' or 'full'")
+        if chunk_size < 1:
+            raise ConfigError(f"MILDataset: chunk_size {chunk_size} is too small; give at least 1")
+        self.features_dir = Path(features_dir)
+        if not self.features_dir.is_dir():
+            raise FeatureFileError(f"{features_dir}: no such folder; give the folder of feature files (--features_dir)")
+        rows = labels.read_rows(Path(csv_path))
+        self.class_names = tuple(class_names or labels.classes_in(rows))
+        if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
+            raise LabelsError(
+                f"{csv_path}: classes {', '.join(self.class_names)}; a classifier needs two different ones"
+            )
+        self.mode, self.chunk_size, self.feat_type = mode, chunk_size, feat_type
+        self.rows = labels.account(
+            Path(csv_path), rows, self.class_names, self._find_file,
+            label_names=label_names, left_out=left_out, allow=allow,
+        )  # fmt: skip
+        bar = progress(self.rows, "Looking at feature files", unit="slide", leave=False)
+        self.info: list[BagInfo] = [peek_bag(row.path, feat_type) for row in bar]
+        self.labels = np.array([row.label for row in self.rows])
+        self.cases = np.array([row.case_id for row in self.rows])
+        self._check_widths()
+        self._check_recipes()
+        self._cache: dict[int, np.ndarray] = {}
+        self._keeps = self._fits_in_memory()
+
+    @classmethod
+    def of_cohort(cls, cohort: Cohort) -> "MILDataset":
+        """The dataset a command line describes; a known cohort brings its classes, any name its default folders."""
+        known = KNOWN_COHORTS.get(cohort.dataset)
+        home = Path("datasets") / cohort.dataset
+        return cls(
+            cohort.labels_csv or home / "labels.csv",
+            cohort.features_dir or home / "features",
+            cohort.class_names or (known.class_names if known else None),
+            cohort.mode,
+            cohort.chunk_size,
+            cohort.feat_type,
+            label_names=known.label_names if known else None,
+            left_out=known.left_out if known and not cohort.class_names else (),
+            allow=cohort.allow,
+        )
+
+    def __len__(self) -> int:
+        """How many slides there are."""
+        return len(self.rows)
+
+    def __getitem__(self, slide: int) -> tuple[torch.Tensor, int]:
+        """One slide: `features (N, D)` as stored, and its class."""
+        return torch.from_numpy(self.features(slide)), self.rows[slide].label
+
+    @property
+    def input_dim(self) -> int:
+        """The features' width."""
+        return self.info[0].dim
+
+    @property
+    def largest_chunk(self) -> int | None:
+        """The most patches in a chunk, or None where slides are fed whole."""
+        return self.chunk_size if self.mode == "chunked" else None
+
+    @cached_property
+    def recipe(self) -> dict | None:
+        """How the features were made, as the first file that records it says; None where none does."""
+        return next((info.passport.recipe for info in self.info if info.passport), None)
+
+    @cached_property
+    def mpp_range(self) -> tuple[float, float] | None:
+        """The least and greatest um/px the patches were read at; None where unknown."""
+        known = [info.passport.slide.get("mpp_delivered") for info in self.info if info.passport]
+        values = [value for value in known if value is not None]
+        return (min(values), max(values)) if values else None
+
+    def bag(self, slide: int) -> Bag:
+        """One slide with coordinates and passport, read from its file."""
+        return read_bag(self.rows[slide].path, self.feat_type)
+
+    def features(self, slide: int) -> np.ndarray:
+        """`(N, D)`, float16 or float32 as stored; kept in memory where the cohort fits."""
+        if slide in self._cache:
+            return self._cache[slide]
+        features = self.bag(slide).features
+        if self._keeps:
+            self._cache[slide] = features
+        return features
+
+    def batches(self, slides: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> Iterator[Batch]:
+        """One epoch over `slides`: every patch once, in chunks cut, shuffled and batched at random from `seed`.
+
+        Chunk weights average 1 and give each slide the same share of the epoch's loss.
+        """
+        rng = np.random.default_rng(seed)
+        per_slide = len(slides) / sum(
+            num_chunks(self.info[slide].num_instances, self.largest_chunk) for slide in slides
+        )
+        waiting: list[Chunk] = []
+        for window in self._windows(rng.permutation(slides)):
+            fresh = [chunk for slide in window for chunk in self._chunks(slide, rng, per_slide)]
+            waiting += [fresh[position] for position in rng.permutation(len(fresh))]
+            whole = len(waiting) // batch_size * batch_size
+            for start in range(0, whole, batch_size):
+                yield collate(waiting[start : start + batch_size])
+            waiting = waiting[whole:]
+        if waiting:
+            yield collate(waiting)
+
+    def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
+        features = self.features(slide)
+        cuts = cut_chunks(len(features), self.largest_chunk, rng)
+        weight = 1 / (len(cuts) * per_slide)
+        return [Chunk(features[cut], self.rows[slide].label, weight, slide) for cut in cuts]
+
+    def _windows(self, slides: np.ndarray) -> Iterator[list[int]]:
+        window: list[int] = []
+        held = 0
+        for slide in slides.tolist():
+            window.append(slide)
+            held += self.info[slide].num_instances
+            if held >= SHUFFLE_WINDOW:
+                yield window
+                window, held = [], 0
+        if window:
+            yield window
+
+    def _find_file(self, wsi_id: str) -> Path | None:
+        # The id may hold dots of its own, so the ending is appended, never replaced.
+        found = [path for ending in FEATURE_EXTENSIONS if (path := self.features_dir / f"{wsi_id}{ending}").is_file()]
+        if len(found) > 1:
+            names = " and ".join(path.name for path in found)
+            raise LabelsError(f"{self.features_dir}: slide {wsi_id} has {names}; keep one of them")
+        return found[0] if found else None
+
+    def _check_widths(self) -> None:
+        for row, info in zip(self.rows, self.info, strict=True):
+            if info.dim != self.input_dim:
+                raise FeatureFileError(
+                    f"{row.path}: features are {info.dim} wide, those of {self.rows[0].path} are {self.input_dim}; "
+                    "extract all slides with one backbone"
+                )
+
+    def _check_recipes(self) -> None:
+        known = [
+            (row.path, info.passport.recipe) for row, info in zip(self.rows, self.info, strict=True) if info.passport
+        ]
+        for path, recipe in known[1:]:
+            differences = recipe_differences(known[0][1], recipe, ENCODING_FIELDS)
+            if differences:
+                raise RecipeError(
+                    f"{path}: made in another way than {known[0][0]} ({'; '.join(differences)}); "
+                    "extract all slides with one recipe"
+                )
+
+    def _fits_in_memory(self) -> bool:
+        total, free = sum(info.nbytes for info in self.info), available_memory()
+        fits = free is None or total <= free * _MEMORY_SHARE
+        where = "kept in memory after the first read" if fits else "read from disk in every epoch"
+        log.info("%d slides, %.2f GB of features: %s", len(self.rows), total / 1e9, where)
+        return fits

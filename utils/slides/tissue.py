@@ -1,0 +1,213 @@
+"""Where the tissue is: a mask made from a thumbnail by fixed thresholds on stain colour and optical density.
+
+Stains absorb more light in one channel than in another; glass, dust, slide edges and unscanned borders absorb all
+alike. So tissue is where the optical densities of the channels differ (chroma), whatever the brightness.
+Nothing is fitted to the image: a picture full of tissue stays tissue, an empty slide stays empty.
+Inks are told from stains by hue and density, in the hue-saturation-density plane of van der Laak et al. (2000,
+Cytometry 39:275-284): `u` is how much more red light is absorbed than on average, `v` how much more green than blue.
+Made for H&E and for brown or blue immunohistochemistry; a green counterstain (trichrome) would be taken for ink.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from utils.core.errors import SlideError
+from utils.slides.wsi import Slide
+
+
+@dataclass(frozen=True)
+class TissueSettings:
+    """Every number the detector uses; part of the recipe of the features."""
+
+    mpp: float = 8.0  # um/px of the thumbnail that is judged
+    assumed_mpp: float = 0.5  # um/px of a slide that does not say: the usual 20x
+    max_pixels: int = 16_000_000  # of the thumbnail; a slide that would need more is judged more coarsely
+    min_side: int = 64  # px of the thumbnail's longer side; a small image is judged more finely
+    min_chroma: float = 0.03  # largest minus smallest channel density; glass, even tinted, stays below 0.02
+    min_saturation: float = 0.12  # chroma over mean density; grey and black lines stay below 0.1
+    black_density: float = 0.55  # every channel denser than this (below 72 of 255): black ink, an edge, a fold
+    ink_density: float = 0.12  # mean density from which a hue no stain has is ink
+    red_ink_density: float = 0.45  # higher: blood has nearly the hue of red ink, but is paler at this resolution
+    tint_density: float = 0.03  # mean density from which a pixel that touches ink and is tinted like it is its rim,
+    ink_reach_um: float = 200.0  # as far as this from the ink itself
+    halo_um: float = 24.0  # taken off around ink and its rim whatever the hue
+    closing_um: float = 24.0  # gaps up to twice this are bridged: fat cells' walls, pale mucin, loose stroma
+    max_hole_um2: float = 5_000.0  # smaller holes are filled; larger ones stay holes
+    min_ink_um2: float = 2_500.0  # smaller spots of an ink's hue are nuclei, blood or pigment
+    min_area_um2: float = 10_000.0  # smaller pieces are debris (a patch of 100 x 100 um)
+    max_area_share: float = 0.005  # in a small image no hole, ink or piece above this share of it counts as small,
+    max_radius_share: float = 0.05  # and no radius exceeds this share of its longer side
+
+    def as_dict(self) -> dict[str, float]:
+        """JSON-able."""
+        return asdict(self)
+
+
+TISSUE_SETTINGS = TissueSettings()
+
+_WHITE = 255.0
+# Of a slide that is darker than this almost everywhere, and not bright where it is not: fluorescence.
+_DARK, _BRIGHT = 40.0, 130.0  # mean of the three channels, of 255
+
+
+@dataclass(frozen=True, eq=False)
+class TissueMask:
+    """Tissue over a whole slide.
+
+    Attributes:
+        mask: (h, w) bool, True = tissue, spanning the whole slide.
+        mpp: um per mask px, or None where the slide's mpp is unknown.
+        settings: how it was made.
+    """
+
+    mask: NDArray[np.bool_]
+    mpp: float | None
+    settings: TissueSettings = field(default=TISSUE_SETTINGS)
+
+    @property
+    def fraction(self) -> float:
+        """The share of the slide that is tissue."""
+        return float(self.mask.mean())
+
+
+def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> TissueMask:
+    """Find the tissue of a brightfield slide on a thumbnail of about `settings.mpp` um/px.
+
+    Raises:
+        SlideError: the slide cannot be read, or is dark as fluorescence is.
+    """
+    mpp = slide.mpp or settings.assumed_mpp
+    thumbnail = slide.thumbnail(downsample=judging_downsample(slide.width, slide.height, mpp, settings))
+    if _is_fluorescence(thumbnail):
+        raise SlideError(
+            f"{slide.path}: mostly black (mean {thumbnail.mean():.0f} of 255), as fluorescence is; the tissue detector "
+            "needs a brightfield slide (H&E, IHC): leave it out, or keep every patch with tissue_threshold 0"
+        )
+    delivered = math.sqrt(slide.width * slide.height / (thumbnail.shape[0] * thumbnail.shape[1]))
+    mask = tissue_mask(thumbnail, mpp * delivered, settings)
+    return TissueMask(mask, slide.mpp * delivered if slide.mpp else None, settings)
+
+
+def judging_downsample(width: int, height: int, mpp: float, settings: TissueSettings = TISSUE_SETTINGS) -> float:
+    """Level-0 px per px of the thumbnail to judge; at least 1."""
+    affordable = math.sqrt(width * height / settings.max_pixels)
+    detailed = max(width, height) / settings.min_side
+    return max(1.0, affordable, min(settings.mpp / mpp, detailed))
+
+
+def tissue_mask(
+    rgb: NDArray[np.uint8], mpp: float | None = None, settings: TissueSettings = TISSUE_SETTINGS
+) -> NDArray[np.bool_]:
+    """Mark the tissue in an image.
+
+    Args:
+        rgb: (h, w, 3) uint8, best at about `settings.mpp`.
+        mpp: um per px of this image; None means `settings.mpp`.
+
+    Returns:
+        (h, w) bool.
+    """
+    mpp = mpp or settings.mpp
+    density = optical_density(rgb)
+    ink = _whole_ink(density, mpp, settings)
+
+    tissue = is_stained(density, settings) & ~ink
+    tissue = _close(tissue, _steps(settings.closing_um, mpp, tissue, settings))
+    tissue |= _small_pieces(~tissue, _pixels(settings.max_hole_um2, mpp, tissue, settings))
+    tissue &= ~ink
+    return tissue & ~_small_pieces(tissue, _pixels(settings.min_area_um2, mpp, tissue, settings))
+
+
+def optical_density(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(h, w, 3) optical density to base 10 against white: 0 is clear, 1 lets a tenth of the light through."""
+    table = -np.log10((np.arange(256) + 1) / (_WHITE + 1))
+    return table.astype(np.float32)[rgb]
+
+
+def is_stained(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SETTINGS) -> NDArray[np.bool_]:
+    """(h, w) bool: where the channels' densities differ as in stained tissue, or in ink."""
+    chroma = density.max(axis=-1) - density.min(axis=-1)
+    return (chroma > settings.min_chroma) & (chroma > settings.min_saturation * density.mean(axis=-1))
+
+
+def find_ink(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SETTINGS) -> NDArray[np.bool_]:
+    """(h, w) bool: what is surely red, green or blue ink, and whatever is black in all channels."""
+    u, v, mean = _hue(density)
+    # Stains measured: H&E u -0.8..0.1, v 0.1..1; haematoxylin with DAB u -0.5..0.25, v -0.35..0.3. Ink lies beside.
+    green = ((u > 0.2) & (v < 0.1)) | ((u > 0.0) & (v < -0.2))
+    blue = (u > 0.35) & (v >= 0.1)
+    red = (u < -0.6) & (v > -0.1) & (v < 0.3)
+    return (
+        ((green | blue) & (mean > settings.ink_density))
+        | (red & (mean > settings.red_ink_density))
+        | (density.min(axis=-1) > settings.black_density)
+    )
+
+
+def _whole_ink(density: NDArray[np.float32], mpp: float, settings: TissueSettings) -> NDArray[np.bool_]:
+    """Ink of some size, with the thin and blurred rim that looks like a stain when seen alone."""
+    ink = find_ink(density, settings)
+    ink &= ~_small_pieces(ink, _pixels(settings.min_ink_um2, mpp, ink, settings))
+    if not ink.any():
+        return ink
+    u, v, mean = _hue(density)
+    tinted = ((u < 0) & (v > -0.1) & (v < 0.2)) | ((u > 0.1) & (v < 0.15)) | (u > 0.35)
+    reach = max(1, round(settings.ink_reach_um / mpp))
+    rim = tinted & (mean > settings.tint_density)
+    ink = _dilate(ink, reach, within=ink | rim)
+    return _dilate(ink, _steps(settings.halo_um, mpp, ink, settings))
+
+
+def _hue(density: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """(u, v, mean density), each (h, w): hue and saturation independent of how much stain there is."""
+    mean = density.mean(axis=-1)
+    floor = np.maximum(mean, np.float32(1e-6))
+    u = density[..., 0] / floor - 1
+    v = (density[..., 1] - density[..., 2]) / (np.float32(math.sqrt(3)) * floor)
+    return u, v, mean
+
+
+def _is_fluorescence(rgb: NDArray[np.uint8]) -> bool:
+    """Mostly black, and what is not black is not bright: an unscanned border around H&E is no reason to refuse it."""
+    brightness = rgb.mean(axis=-1)
+    lit = brightness[brightness >= _DARK]
+    return lit.size < 0.5 * brightness.size and (lit.size == 0 or float((lit > _BRIGHT).mean()) < 0.5)
+
+
+def _steps(radius_um: float, mpp: float, mask: NDArray[np.bool_], settings: TissueSettings) -> int:
+    """A radius in whole px of the mask, bounded so that it stays small beside the image."""
+    return round(min(radius_um / mpp, settings.max_radius_share * max(mask.shape)))
+
+
+def _pixels(area_um2: float, mpp: float, mask: NDArray[np.bool_], settings: TissueSettings) -> float:
+    """An area in px of the mask, bounded so that it stays small beside the image."""
+    return min(area_um2 / mpp**2, settings.max_area_share * mask.size)
+
+
+def _dilate(mask: NDArray[np.bool_], steps: int, within: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+    if steps == 0:
+        return mask
+    return np.asarray(ndimage.binary_dilation(mask, iterations=steps, mask=within), dtype=bool)
+
+
+def _close(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
+    """Binary closing that leaves the image's border alone (outside is taken to go on as the border is)."""
+    if steps == 0:
+        return mask
+    padded = np.pad(mask, steps, mode="edge")
+    closed = np.asarray(ndimage.binary_closing(padded, iterations=steps), dtype=bool)
+    return closed[steps:-steps, steps:-steps]
+
+
+def _small_pieces(mask: NDArray[np.bool_], below_px: float) -> NDArray[np.bool_]:
+    """The 8-connected pieces of a mask with fewer pixels than `below_px`."""
+    labels = np.empty(mask.shape, dtype=np.int32)
+    ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
+    sizes = np.bincount(labels.ravel())
+    small = sizes < below_px
+    small[0] = False
+    return small[labels]

@@ -1,0 +1,435 @@
+"""Opening slides: OpenSlide for whole-slide formats, Pillow for plain images, one `Slide` for both.
+
+Positions are level-0 px of a top-left corner; sizes are px of the level read. Whatever goes wrong with a file, at
+opening or later, is a SlideError of one line.
+"""
+
+import hashlib
+import math
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from utils.core.errors import SlideError
+from utils.core.runtime import log
+
+SLIDE_EXTENSIONS = frozenset(
+    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
+)
+IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp"})
+
+PLAUSIBLE_MPP = (0.05, 40.0)  # um/px; the 72 and 96 dpi of screens are 353 and 265 um/px
+MPP_DISAGREEMENT = 0.05  # x and y further apart than this: one of them is wrong, and nobody knows which
+READ_BLOCK = 4096  # px of a level read at once for a thumbnail: 50 MB, whatever the slide's size
+
+_WHITE = (255, 255, 255)
+_HASHED_BYTES = 2**20
+# Pillow's other formats (EPS calls an interpreter) have no business here.
+_PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+_PILLOW_EXTENSIONS = IMAGE_EXTENSIONS | {".tif", ".tiff"}
+_PILLOW_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
+# Damaged files make Pillow's decoders raise all of these.
+_PILLOW_FAILURES = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError)
+
+
+def is_slide_file(path: Path | str) -> bool:
+    """Whether the name is that of a slide or an image we can read; the file itself is not looked at."""
+    return Path(path).suffix.lower() in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS
+
+
+def find_slides(folder: Path | str, extensions: Iterable[str] | None = None) -> list[Path]:
+    """All slide files under a folder, subfolders included, sorted by path; hidden files and folders are left out.
+
+    Extensions may be written in any case, with or without the dot; None means every known one. The `.jpg` tiles that
+    lie beside a Hamamatsu `.vms` or `.vmu` are parts of that slide and left out unless asked for.
+
+    Raises:
+        SlideError: the folder does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SlideError(f"{folder}: not a folder; give the folder that holds the slides")
+    wanted = (
+        SLIDE_EXTENSIONS | IMAGE_EXTENSIONS
+        if extensions is None
+        else {"." + extension.strip().lower().lstrip(".") for extension in extensions}
+    )
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in wanted
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if extensions is None:
+        tiled = {path.parent for path in found if path.suffix.lower() in {".vms", ".vmu"}}
+        found = [path for path in found if path.parent not in tiled or path.suffix.lower() not in IMAGE_EXTENSIONS]
+    return sorted(found)
+
+
+def open_slide(path: Path | str) -> "Slide":
+    """Open a slide or a plain image for reading; use it as a context manager, or close it.
+
+    OpenSlide is asked first. Plain images that it does not know (.png, .jpg, .bmp, untiled .tif) become slides of one
+    level, read through Pillow.
+
+    Raises:
+        SlideError: missing, empty, a folder, damaged, or of a format that neither reads.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        return _OpenSlideSlide(path, openslide.OpenSlide(path))
+    except openslide.OpenSlideUnsupportedFormatError:
+        return _open_image(path)
+    except openslide.OpenSlideError as error:
+        raise SlideError(_damaged(path, "cannot be opened", error)) from error
+
+
+class Slide:
+    """A slide open for reading; made by `open_slide`.
+
+    Attributes:
+        path, name: the file, and its name without the extension.
+        width, height: level-0 px.
+        level_dimensions: (width, height) of each level, in its own px.
+        level_downsamples: level-0 px per px of each level: one number, the one by which the reader places regions
+            (OpenSlide's mean over both axes; they differ only by the rounding of a level's last row or column).
+        mpp: um per level-0 px, or None where the file does not say, or not plausibly.
+        objective: nominal magnification of the objective, or None.
+        vendor: OpenSlide's name for the scanner's format; "image" for a plain image.
+        bounds: (x, y, width, height) of the scanned area in level-0 px, or None where the file does not say.
+    """
+
+    path: Path
+    name: str
+    width: int
+    height: int
+    level_dimensions: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    mpp: float | None = None
+    objective: float | None = None
+    vendor: str
+    bounds: tuple[int, int, int, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __reduce__(self):
+        # A worker process gets the path and opens its own handle.
+        return open_slide, (self.path,)
+
+    def close(self) -> None:
+        """Give the file handle back; reading afterwards is a SlideError."""
+        raise NotImplementedError
+
+    def read_region(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read (height, width, 3) uint8 RGB of a level.
+
+        Args:
+            x, y: top-left corner in level-0 px.
+            level: pyramid level, 0 the finest.
+            width, height: px of that level.
+
+        Unscanned and transparent pixels, and those beyond the edge, show the slide's background colour.
+
+        Raises:
+            SlideError: the level does not exist, or the file cannot be read there.
+        """
+        self.check_level(level)
+        if width < 1 or height < 1:
+            raise SlideError(f"{self.path}: a region of {width} x {height} px asked for; at least 1 x 1 is needed")
+        return self._read(int(x), int(y), level, int(width), int(height))
+
+    def check_level(self, level: int) -> None:
+        """Raise a SlideError that lists the levels unless `level` is one of them."""
+        if 0 <= level < len(self.level_dimensions):
+            return
+        levels = ", ".join(
+            f"{index} ({width} x {height}, downsample {downsample:.4g})"
+            for index, ((width, height), downsample) in enumerate(
+                zip(self.level_dimensions, self.level_downsamples, strict=True)
+            )
+        )
+        raise SlideError(f"{self.path}: there is no level {level}; choose one of {levels}")
+
+    def thumbnail(self, *, downsample: float | None = None, max_side: int | None = None) -> NDArray[np.uint8]:
+        """The whole slide, smaller: (h, w, 3) uint8 RGB.
+
+        Args: exactly one of
+            downsample: level-0 px per thumbnail px, at least 1.
+            max_side: px of the thumbnail's longer side; a smaller slide comes as it is.
+
+        It is averaged down (a box filter over every pixel) from the nearest finer level, block by block, so that memory
+        is bounded by the thumbnail and one block.
+        """
+        width, height = self._thumbnail_size(downsample, max_side)
+        wanted = min(self.width / width, self.height / height)
+        finer = [level for level, factor in enumerate(self.level_downsamples) if factor <= wanted * (1 + 1e-6)]
+        level = max(finer, key=lambda level: self.level_downsamples[level], default=0)
+
+        level_width, level_height = self.level_dimensions[level]
+        scale_x, scale_y = level_width / width, level_height / height
+        step_x, step_y = max(1, int(READ_BLOCK / scale_x)), max(1, int(READ_BLOCK / scale_y))
+        thumbnail = np.empty((height, width, 3), dtype=np.uint8)
+        for top in range(0, height, step_y):
+            bottom = min(top + step_y, height)
+            for left in range(0, width, step_x):
+                right = min(left + step_x, width)
+                box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+                thumbnail[top:bottom, left:right] = self._averaged(level, box, (right - left, bottom - top))
+        return thumbnail
+
+    def quick_hash(self) -> str:
+        """A cheap digest of the content: sha256 over the file's size and its first and last MiB, in hexadecimal.
+
+        Of a slide of several files (MIRAX, VMS, DICOM) only the one that was opened is looked at.
+        """
+        digest = hashlib.sha256()
+        try:
+            size = self.path.stat().st_size
+            digest.update(f"{size}\n".encode())
+            with self.path.open("rb") as file:
+                digest.update(file.read(_HASHED_BYTES))
+                file.seek(max(size - _HASHED_BYTES, 0))
+                digest.update(file.read(_HASHED_BYTES))
+        except OSError as error:
+            raise SlideError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return digest.hexdigest()
+
+    def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def _thumbnail_size(self, downsample: float | None, max_side: int | None) -> tuple[int, int]:
+        if downsample is None and max_side is not None:
+            downsample = max(self.width, self.height) / max_side
+        elif downsample is None or max_side is not None:
+            raise ValueError("thumbnail: give exactly one of downsample and max_side")
+        downsample = max(downsample, 1.0)
+        return max(1, round(self.width / downsample)), max(1, round(self.height / downsample))
+
+    def _averaged(self, level: int, box: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """A box of a level, in its (fractional) px, averaged down to `size` (width, height)."""
+        left, top = math.floor(box[0]), math.floor(box[1])
+        right = min(math.ceil(box[2] - 1e-9), self.level_dimensions[level][0])
+        bottom = min(math.ceil(box[3] - 1e-9), self.level_dimensions[level][1])
+        downsample = self.level_downsamples[level]
+        # Rounded down: half a level-0 px too far would blend the background into the level's last row.
+        pixels = self._read(int(left * downsample), int(top * downsample), level, right - left, bottom - top)
+        inside = (
+            box[0] - left,
+            box[1] - top,
+            min(box[2], right) - left,
+            min(box[3], bottom) - top,
+        )
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX, box=inside))
+
+
+class _OpenSlideSlide(Slide):
+    """A slide read through OpenSlide; its handle may be shared by threads."""
+
+    def __init__(self, path: Path, handle: openslide.OpenSlide) -> None:
+        self.path, self.name = path, path.stem
+        self._handle: openslide.OpenSlide | None = handle
+        properties = handle.properties
+        self.width, self.height = handle.dimensions
+        self.level_dimensions = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
+        self.level_downsamples = tuple(float(downsample) for downsample in handle.level_downsamples)
+        self.mpp = _plausible_mpp(
+            path,
+            _number(properties.get(openslide.PROPERTY_NAME_MPP_X)),
+            _number(properties.get(openslide.PROPERTY_NAME_MPP_Y)),
+        )
+        self.objective = _number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+        self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
+        self.bounds = _bounds(properties)
+        self._background = _background(properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR))
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+        self._handle = None
+
+    def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        if self._handle is None:
+            raise SlideError(_closed(self.path))
+        try:
+            region = self._handle.read_region((x, y), level, (width, height))
+        except openslide.OpenSlideError as error:
+            # OpenSlide refuses every later read of this handle too: the slide as a whole has failed.
+            raise SlideError(_damaged(self.path, f"level {level} cannot be read at ({x}, {y})", error)) from error
+        return _opaque(np.asarray(region), self._background)
+
+
+class _ImageSlide(Slide):
+    """A plain image as a slide of one level, decoded whole at the first read.
+
+    Its resolution tags say how to print it, so the mpp is unknown. EXIF orientation is not applied: coordinates are
+    those of the stored pixels, which is what other readers of the same file see.
+    """
+
+    def __init__(self, path: Path, image: Image.Image) -> None:
+        self.path, self.name = path, path.stem
+        self._image: Image.Image | None = image
+        self._pixels: NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()
+        self.width, self.height = image.size
+        self.level_dimensions = (image.size,)
+        self.level_downsamples = (1.0,)
+        self.vendor = "image"
+
+    def close(self) -> None:
+        if self._image is not None:
+            self._image.close()
+        self._image = self._pixels = None
+
+    def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        del level  # there is but one
+        pixels = self._decoded()
+        region = np.full((height, width, 3), _WHITE, dtype=np.uint8)
+        left, top = max(x, 0), max(y, 0)
+        right, bottom = min(x + width, self.width), min(y + height, self.height)
+        if left < right and top < bottom:
+            region[top - y : bottom - y, left - x : right - x] = pixels[top:bottom, left:right]
+        return region
+
+    def _decoded(self) -> NDArray[np.uint8]:
+        with self._lock:
+            if self._pixels is None:
+                if self._image is None:
+                    raise SlideError(_closed(self.path))
+                try:
+                    self._pixels = _rgb(self._image)
+                except _PILLOW_FAILURES as error:
+                    raise SlideError(_damaged(self.path, "cannot be read", error)) from error
+            return self._pixels
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise SlideError(f"{path}: a folder, where a slide file is expected; give the file itself")
+    if not path.exists():
+        raise SlideError(f"{path}: no such file; check the path")
+    if not os.access(path, os.R_OK):
+        raise SlideError(f"{path}: may not be read; check its permissions")
+    if path.stat().st_size == 0:
+        raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
+
+
+def _open_image(path: Path) -> Slide:
+    if path.suffix.lower() not in _PILLOW_EXTENSIONS:
+        known = " ".join(sorted(SLIDE_EXTENSIONS | IMAGE_EXTENSIONS))
+        raise SlideError(
+            f"{path}: not a slide that OpenSlide knows; the file is damaged or incomplete, or not one of {known}"
+        )
+    try:
+        with warnings.catch_warnings():
+            # Up to twice Pillow's limit (179 megapixels, 0.5 GB) an image is large, not hostile.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=_PILLOW_FORMATS)
+    except UnidentifiedImageError as error:
+        raise SlideError(
+            f"{path}: neither OpenSlide nor Pillow can read it; the file is damaged or no image"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise SlideError(
+            f"{path}: too large for an image without a pyramid ({error}); convert it to a tiled pyramidal TIFF"
+        ) from error
+    except _PILLOW_FAILURES as error:
+        raise SlideError(_damaged(path, "cannot be opened", error)) from error
+    if image.mode not in _PILLOW_MODES:
+        image.close()
+        raise SlideError(
+            f"{path}: pixels of Pillow's mode {image.mode!r}; 8 bits per channel are expected (RGB, grey, palette, "
+            "CMYK), convert it first"
+        )
+    return _ImageSlide(path, image)
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Decode to (H, W, 3) uint8, transparency composed on white."""
+    if image.mode in {"LA", "La", "PA", "RGBA", "RGBa"} or "transparency" in image.info:
+        return _opaque(np.asarray(image.convert("RGBA")), _WHITE)
+    return np.asarray(image.convert("RGB"))
+
+
+def _opaque(rgba: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Compose (H, W, 4) straight-alpha pixels on a colour: (H, W, 3) uint8."""
+    alpha = rgba[..., 3]
+    rgb = np.ascontiguousarray(rgba[..., :3])
+    unclear = alpha != 255
+    if unclear.any():
+        weight = alpha[unclear][:, None].astype(np.float32) / 255
+        mixed = rgb[unclear] * weight + np.asarray(background, dtype=np.float32) * (1 - weight)
+        rgb[unclear] = np.rint(mixed).astype(np.uint8)
+    return rgb
+
+
+def _plausible_mpp(path: Path, mpp_x: float | None, mpp_y: float | None) -> float | None:
+    """One um/px for both axes, or None with a warning where the file's values cannot be true."""
+    values = [value for value in (mpp_x, mpp_y) if value is not None]
+    if not values:
+        return None
+    low, high = PLAUSIBLE_MPP
+    if not all(low <= value <= high for value in values):
+        log.warning("%s: mpp %s is not plausible (%g to %g um/px); taken as unknown", path, _shown(values), low, high)
+        return None
+    if max(values) > min(values) * (1 + MPP_DISAGREEMENT):
+        log.warning("%s: mpp in x and y disagree (%s um/px); taken as unknown", path, _shown(values))
+        return None
+    return sum(values) / len(values)
+
+
+def _shown(values: list[float]) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text) if text is not None else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _bounds(properties) -> tuple[int, int, int, int] | None:
+    names = (
+        openslide.PROPERTY_NAME_BOUNDS_X,
+        openslide.PROPERTY_NAME_BOUNDS_Y,
+        openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+        openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+    )
+    try:
+        x, y, width, height = (int(properties[name]) for name in names)
+    except (KeyError, ValueError):
+        return None
+    return x, y, width, height
+
+
+def _background(text: str | None) -> tuple[int, int, int]:
+    """OpenSlide's background colour, six hexadecimal digits; white where there is none."""
+    try:
+        red, green, blue = bytes.fromhex(text or "ffffff")
+    except ValueError:
+        return _WHITE
+    return red, green, blue
+
+
+def _damaged(path: Path, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"{path}: {what} ({reason}); the file is damaged, incomplete or of an unsupported kind, get it again"
+
+
+def _closed(path: Path) -> str:
+    return f"{path}: cannot be read, it was closed; open it again"
