@@ -107,8 +107,7 @@ def load_tensors(path: Path, error: type[LiteMILError], expected: str) -> Any:
 
 def _load_failure(failure: Exception) -> str:
     """Why, in a few words: PyTorch's own message is long, and advises to load the file unsafely."""
-    text = str(failure)
-    forbidden = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", text) if "Unsupported" in text else None
+    forbidden = re.search(r"GLOBAL ([\w.]+)", str(failure))
     if forbidden:
         return f"it holds {forbidden[1]}, which is neither tensor, array nor plain value"
     return "damaged, or of another format"
