@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
@@ -175,7 +174,7 @@ def canonical_backbone(name: str) -> str:
         return aliases[_squeezed(asked)]
     near = difflib.get_close_matches(_squeezed(asked), aliases, n=1)
     hint = f"did you mean {aliases[near[0]]}? " if near else ""
-    if timm.is_model(asked):
+    if _timm().is_model(asked):
         hint = f"did you mean {_TIMM}{asked}? "
     raise BackboneError(f"backbone {name!r} is unknown; {hint}known are {', '.join(list_backbones())}, timm:<model>")
 
@@ -286,12 +285,21 @@ _DINOV2_NAMES = (
 )
 
 
+def _timm() -> Any:
+    """timm, imported when a network is built: it brings torchvision along and takes seconds, which predicting from a
+    feature file need not wait for.
+    """
+    import timm
+
+    return timm
+
+
 class _ResNetToLayer3(nn.Module):
     """A ResNet cut after its third stage, averaged over positions; its weights keep the ResNet's names."""
 
     def __init__(self) -> None:
         super().__init__()
-        resnet: Any = timm.create_model("resnet50.tv_in1k", pretrained=False, num_classes=0)
+        resnet: Any = _timm().create_model("resnet50.tv_in1k", pretrained=False, num_classes=0)
         self.conv1, self.bn1, self.act1, self.maxpool = resnet.conv1, resnet.bn1, resnet.act1, resnet.maxpool
         self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
 
@@ -302,7 +310,7 @@ class _ResNetToLayer3(nn.Module):
 
 def _vit_large() -> nn.Module:
     # Every weight is loaded afterwards; drawing 300 million random ones first would take ten seconds.
-    return timm.create_model(
+    return _timm().create_model(
         "vit_large_patch16_224",
         pretrained=False,
         num_classes=0,
@@ -357,14 +365,14 @@ _REGISTRY: dict[str, BackboneSpec] = {
 
 def _load_timm(name: str, path: Path | None) -> Backbone:
     model_name = name[len(_TIMM) :]
-    if not timm.is_model(model_name):
-        near = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+    if not _timm().is_model(model_name):
+        near = difflib.get_close_matches(model_name, _timm().list_models(), n=3)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise BackboneError(
-            f"backbone {name!r}: timm {timm.__version__} has no such model; {hint}see timm.list_models()"
+            f"backbone {name!r}: timm {_timm().__version__} has no such model; {hint}see timm.list_models()"
         )
     try:
-        module: Any = timm.create_model(model_name, pretrained=path is None, num_classes=0)
+        module: Any = _timm().create_model(model_name, pretrained=path is None, num_classes=0)
     except _HUB_FAILURES as error:
         raise BackboneError(_unavailable(name, f"timm's weights of {model_name}", error, None)) from error
     except RuntimeError as error:  # no such tag, or a model nobody published weights for
