@@ -7,52 +7,67 @@ uv run predict.py --checkpoint outputs/LiteMIL/mine/all_folds_best.pth --input s
 from pathlib import Path
 
 from utils.attention_visualizer import AttentionVisualizer, level0_footprint
-from utils.bags.store import is_feature_file, write_bag
+from utils.bags.store import is_feature_file
 from utils.core import cli
 from utils.core.config import Pictures, Prediction, PredictionRecipe
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.files import write_json
-from utils.inference import SlidePrediction, SlidePredictor, extractPredict
+from utils.feature_extractor import extract_one
+from utils.inference import SlidePrediction, SlidePredictor, check_input, extractPredict, recipe_asked
 
 
 def main() -> None:
     groups = {"prediction": Prediction, "raw slides": PredictionRecipe, "pictures": Pictures}
     asked, recipe, pictures = cli.parse(str(__doc__), groups)
+    check_input(asked.input)
     wsi = slide_to_draw_on(asked, pictures)
     visualizer = AttentionVisualizer(pictures.cmap, pictures.alpha)
     predictor = make_predictor(asked, recipe)
-    prediction = predictor.predict(asked.input, asked.mode, asked.chunk_size, asked.feat_type)
+    source = kept_features(predictor, asked) if recipe.save_features else asked.input
+    prediction = predictor.predict(source, asked.mode, asked.chunk_size, asked.feat_type)
 
     result = asked.output_dir / f"{prediction.slide}_prediction.json"
     write_json(result, prediction.as_dict() | predictor.provenance(prediction))
     print(f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})")
-    written = [result]
-    if recipe.save_features:
-        written.append(asked.output_dir / f"{prediction.slide}.h5")
-        write_bag(written[-1], prediction.bag)
+    written = [result, source] if recipe.save_features else [result]
     if wsi is not None:
         written += draw(visualizer, wsi, prediction, asked.output_dir, recipe, pictures)
     print("\n".join(f"  {path}" for path in written))
 
 
 def make_predictor(asked: Prediction, recipe: PredictionRecipe) -> SlidePredictor:
+    settings = (recipe.backbone, recipe.patch_size, recipe.stride, recipe.level, recipe.tissue_threshold)
     if is_feature_file(asked.input):
+        if recipe.save_features or recipe.weights:
+            raise ConfigError(
+                f"{asked.input}: holds features already; --save_features and --weights go with a raw slide"
+            )
         predictor = SlidePredictor(asked.checkpoint, device=asked.device, allow_mismatch=asked.allow_mismatch)
+        predictor.require(recipe=recipe_asked(*settings))
     else:
+        backbone, patch_size, stride, level, tissue_threshold = settings
         predictor = extractPredict(
             asked.checkpoint,
-            backbone=recipe.backbone,
-            patch_size=recipe.patch_size,
-            level=recipe.level,
+            backbone=backbone,
+            patch_size=patch_size,
+            level=level,
             device=asked.device,
             weights=recipe.weights,
-            stride=recipe.stride,
-            tissue_threshold=recipe.tissue_threshold,
+            stride=stride,
+            tissue_threshold=tissue_threshold,
             batch_size=recipe.batch_size,
             allow_mismatch=asked.allow_mismatch,
         )
     predictor.require(mil=asked.mil, dataset=asked.dataset, input_dim=asked.input_dim)
     return predictor
+
+
+def kept_features(predictor: SlidePredictor, asked: Prediction) -> Path:
+    """The raw slide's feature file in the output folder, made unless it is there."""
+    assert predictor.feature_extractor is not None  # noqa: S101 - for the type checker: make_predictor saw to it
+    target = asked.output_dir / f"{asked.input.stem}.h5"
+    extract_one(predictor.feature_extractor, asked.input, target)
+    return target
 
 
 def slide_to_draw_on(asked: Prediction, pictures: Pictures) -> Path | None:

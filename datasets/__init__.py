@@ -1,0 +1,1 @@
+"""The cohorts: one folder each (see README.md)."""

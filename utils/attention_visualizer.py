@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -17,7 +16,7 @@ from utils.core.config import Pictures
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.files import whole_file
 from utils.core.geometry import level0_size
-from utils.pictures.heatmap import Picture, checked_colormap, heatmap_figure, patch_grid_figure
+from utils.pictures.heatmap import Figure, Picture, checked_colormap, heatmap_figure, patch_grid_figure
 from utils.slides.wsi import Slide, open_slide
 
 # The longer side of the overview that is drawn on, in pixels.

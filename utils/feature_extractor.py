@@ -161,7 +161,7 @@ def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> li
     that would share an output file.
     """
     if files.input is not None:
-        return [_extract_one(extractor, files.input, _targets([files.input], files)[files.input], files.overwrite)]
+        return [extract_one(extractor, files.input, _targets([files.input], files)[files.input], files.overwrite)]
     assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
     targets = _targets(_slides_in(files), files)
     statuses = []
@@ -196,13 +196,17 @@ def _targets(slides: Sequence[Path], files: ExtractionFiles) -> dict[Path, Path]
 
 def _guarded(extractor: WSIFeatureExtractor, slide: Path, target: Path, overwrite: bool) -> SlideStatus:
     try:
-        return _extract_one(extractor, slide, target, overwrite)
+        return extract_one(extractor, slide, target, overwrite)
     except LiteMILError as error:
         log.error("%s", error)
         return SlideStatus(slide, "no tissue" if isinstance(error, NoTissueError) else "failed", str(error))
 
 
-def _extract_one(extractor: WSIFeatureExtractor, slide: Path, target: Path, overwrite: bool) -> SlideStatus:
+def extract_one(extractor: WSIFeatureExtractor, slide: Path, target: Path, overwrite: bool = False) -> SlideStatus:
+    """Make sure that `target` holds the features of `slide`: extract them unless they are there, by the same recipe.
+
+    Raises SlideError, NoTissueError, and RecipeError when `target` holds something else and `overwrite` is not given.
+    """
     if target.exists() and not overwrite and _is_current(extractor, slide, target):
         return SlideStatus(slide, "skipped", f"{target} is there, of the same recipe")
     started = time.perf_counter()

@@ -4,7 +4,7 @@ predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,8 @@ class SlidePredictor:
         SlideError.
         """
         path = Path(path)
-        if not path.exists():
-            raise FeatureFileError(f"{path}: no such file; give a feature file (.h5, .pt, .pth) or a slide")
-        if is_feature_file(path):
-            bag = read_bag(path, feat_type)
-        elif is_slide_file(path):
-            bag = self._extractor().extract(path)
-        else:
-            raise FeatureFileError(
-                f"{path}: neither a feature file (.h5, .pt, .pth) nor a slide, by its ending {path.suffix!r}"
-            )
+        check_input(path)
+        bag = read_bag(path, feat_type) if is_feature_file(path) else self._extractor().extract(path)
         return self.predict_bag(bag, path, mode, chunk_size)
 
     def predict_bag(
@@ -126,11 +118,27 @@ class SlidePredictor:
             path.stem, self.checkpoint.class_names, output.probabilities, output.attention, bag, feed, seen
         )
 
-    def require(self, *, mil: str | None, dataset: str | None, input_dim: int | None) -> None:
-        """Raise CheckpointError unless the checkpoint holds what is asked (None: nothing is asked)."""
+    def require(
+        self,
+        *,
+        mil: str | None = None,
+        dataset: str | None = None,
+        input_dim: int | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raise CheckpointError, or RecipeError for the recipe, unless the checkpoint holds what is asked (None: nothing).
+        A checkpoint that records no recipe contradicts none.
+        """
         self._check("mil", mil and _known_name(mil), self.checkpoint.model["name"])
         self._check("dataset", dataset, self.checkpoint.dataset)
         self._check("input_dim", input_dim, self.checkpoint.model["input_dim"])
+        asked = recipe or {}
+        differences = recipe_differences(self.checkpoint.recipe or {}, asked, asked)
+        if differences:
+            raise RecipeError(
+                f"{self.path}: was trained on features made in another way ({'; '.join(differences)}); "
+                "leave those settings out, the checkpoint knows the recipe"
+            )
 
     def provenance(self, prediction: SlidePrediction) -> dict[str, Any]:
         """Which model, and how the slide's features were made."""
@@ -198,6 +206,16 @@ class SlidePredictor:
             self._warned = True
 
 
+def check_input(path: Path) -> None:
+    """Raise FeatureFileError unless `path` is a file that, by its ending, can be predicted."""
+    if not path.is_file():
+        raise FeatureFileError(f"{path}: no such file; give a feature file (.h5, .pt, .pth) or a slide")
+    if not is_feature_file(path) and not is_slide_file(path):
+        raise FeatureFileError(
+            f"{path}: neither a feature file (.h5, .pt, .pth) nor a slide, by its ending {path.suffix!r}"
+        )
+
+
 def extractPredict(  # noqa: N802 - the first version's public name
     model_path: str | Path,
     model_class: Any = None,
@@ -220,28 +238,30 @@ def extractPredict(  # noqa: N802 - the first version's public name
     RecipeError, BackboneError, CheckpointError.
     """
     predictor = SlidePredictor(model_path, model_class, class_names, device, allow_mismatch=allow_mismatch)
-    given = {
+    given = recipe_asked(backbone, patch_size, stride, level, tissue_threshold)
+    predictor.require(recipe=given)
+    recorded = predictor.checkpoint.recipe
+    weights = Path(weights) if weights else None
+    if recorded is None:
+        extractor = WSIFeatureExtractor(**given, weights=weights, batch_size=batch_size, device=device)
+    else:
+        extractor = WSIFeatureExtractor.of_recipe(recorded, weights=weights, batch_size=batch_size, device=device)
+    predictor.feature_extractor = extractor
+    return predictor
+
+
+def recipe_asked(
+    backbone: str | None, patch_size: int | None, stride: int | None, level: int | None, tissue_threshold: float | None
+) -> dict[str, Any]:
+    """The settings that were given (are not None), as a recipe names them."""
+    settings = {
         "backbone": canonical_backbone(backbone) if backbone else None,
         "patch_size": patch_size,
         "stride": stride,
         "level": level,
         "tissue_threshold": tissue_threshold,
     }
-    recorded = predictor.checkpoint.recipe
-    weights = Path(weights) if weights else None
-    if recorded is None:
-        known = {name: value for name, value in given.items() if value is not None}
-        extractor = WSIFeatureExtractor(**known, weights=weights, batch_size=batch_size, device=device)
-    else:
-        differences = recipe_differences(recorded, given, given)
-        if differences:
-            raise RecipeError(
-                f"{model_path}: was trained on features made in another way ({'; '.join(differences)}); "
-                "leave those flags out, the checkpoint knows the recipe"
-            )
-        extractor = WSIFeatureExtractor.of_recipe(recorded, weights=weights, batch_size=batch_size, device=device)
-    predictor.feature_extractor = extractor
-    return predictor
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _known_name(mil: str) -> str:

@@ -1,0 +1,104 @@
+"""What tests all over the house share: a synthetic cohort of slides with its features, and scripts run in-process."""
+
+import csv
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import settings
+
+from tests.synthetic import stained_image, write_pyramid
+from utils.core import cli
+from utils.core.config import ExtractionFiles
+from utils.core.runtime import log
+from utils.feature_extractor import WSIFeatureExtractor, extract_slides
+
+# Shared and busy machines miss hypothesis' 200 ms now and then; the same examples every time make a failure repeatable.
+settings.register_profile("litemil", deadline=None, derandomize=True)
+settings.load_profile("litemil")
+
+BACKBONE = "timm:test_vit"  # timm's own model for tests: 0.4 M weights, 64 features
+PATCH = 64
+
+
+@dataclass(frozen=True)
+class SlideCohort:
+    """Synthetic slides `slides/<case>_<n>.tif` of two stains, their labels and features, the backbone's weights."""
+
+    slides: Path
+    features: Path
+    labels: Path
+    weights: Path
+
+
+@pytest.fixture(autouse=True)
+def _litemil_logger() -> Iterator[None]:
+    """Scripts turn the logger's propagation off; the next test's caplog needs it."""
+    state = log.propagate, log.level, list(log.handlers)
+    yield
+    log.propagate, log.handlers = state[0], state[2]
+    log.setLevel(state[1])
+
+
+@pytest.fixture(scope="session")
+def slide_cohort(tmp_path_factory) -> SlideCohort:
+    """Eight patients, ten slides: the first four patients' tissue is pink, the others' bluish; extracted at level 1."""
+    home = tmp_path_factory.mktemp("slide_cohort")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", pretrained=False, num_classes=0).state_dict(), home / "vit.pth")
+    (home / "slides" / "nested").mkdir(parents=True)
+    rows = []
+    for patient in range(8):
+        for number in range(2 if patient in (0, 7) else 1):
+            name, bluish = f"P{patient:02d}_{number}", patient >= 4
+            image = stained_image(512, 448, seed=10 * patient + number)
+            image = np.ascontiguousarray(image[..., ::-1]) if bluish else image
+            folder = home / "slides" / ("nested" if patient % 2 else "")
+            write_pyramid(folder / f"{name}.tif", image, mpp=0.5, downsamples=(1, 2), tile=128)
+            rows.append((f"P{patient:02d}", name, "blue" if bluish else "pink"))
+    with (home / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("case_id", "wsi_id", "label"), *rows])
+    extractor = WSIFeatureExtractor(
+        BACKBONE, PATCH, level=1, tissue_threshold=0.3, weights=home / "vit.pth", device="cpu"
+    )
+    files = ExtractionFiles(input_dir=home / "slides", output_dir=home / "features")
+    assert {status.status for status in extract_slides(extractor, files)} == {"done"}
+    return SlideCohort(home / "slides", home / "features", home / "labels.csv", home / "vit.pth")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The error lines among stderr's."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture
+def script(monkeypatch, capsys) -> Callable[..., Outcome]:
+    """Run a script as its `__main__` does, in this process: `script("train", "--mil", "LiteMIL", ...)`."""
+
+    def run(name: str, *arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
+        # Handlers write to the stderr of their time; this one must write to the captured one.
+        log.handlers = [handler for handler in log.handlers if isinstance(handler, logging.NullHandler)]
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.run(importlib.import_module(name).main)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

@@ -1,0 +1,83 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.synthetic import place_image, place_of, write_pyramid
+from utils.attention_visualizer import AttentionVisualizer, level0_footprint
+from utils.core.errors import ConfigError, FeatureFileError
+from utils.core.geometry import patch_grid
+
+SIZE = 500, 400
+COORDS = patch_grid(*SIZE, 50, 50)
+ATTENTION = np.linspace(1, 2, len(COORDS)) / np.linspace(1, 2, len(COORDS)).sum()
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    """A slide whose pixels know their place."""
+    return write_pyramid(tmp_path_factory.mktemp("slide") / "place.tiff", place_image(*SIZE), mpp=0.5, tile=128)
+
+
+def test_top_patches_are_the_most_attended_ones_pixels(slide, tmp_path):
+    attention = np.full(len(COORDS), 0.001)
+    attention[[17, 42, 3]] = 0.5, 0.3, 0.2
+    patches = AttentionVisualizer().extract_top_patches(slide, COORDS, attention, 50, save_dir=tmp_path, top_k=3)
+    for patch, index in zip(patches, (17, 42, 3), strict=True):
+        x, y = place_of(patch, *SIZE)
+        np.testing.assert_allclose([x.min(), y.min()], COORDS[index], atol=2.5)
+        np.testing.assert_allclose([x.max(), y.max()], COORDS[index] + 49, atol=2.5)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"top_{rank}_x{COORDS[i][0]}_y{COORDS[i][1]}.png" for rank, i in enumerate((17, 42, 3), 1)]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / names[0])), patches[0])
+
+
+def test_patches_of_an_earlier_call_do_not_stay_behind(slide, tmp_path):
+    visualizer = AttentionVisualizer()
+    visualizer.extract_top_patches(slide, COORDS, ATTENTION, 50, save_dir=tmp_path, top_k=5)
+    (tmp_path / "mine.png").write_bytes(b"the user's own")
+    visualizer.extract_top_patches(slide, COORDS, ATTENTION[::-1].copy(), 50, save_dir=tmp_path, top_k=2)
+    assert len(list(tmp_path.glob("top_*.png"))) == 2
+    assert (tmp_path / "mine.png").exists()
+
+
+def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
+    heads = np.stack([ATTENTION, ATTENTION[::-1]])
+    paths = AttentionVisualizer().save_set(
+        slide,
+        tmp_path,
+        COORDS,
+        heads,
+        50,
+        name="place",
+        title="synthetic",
+        top_k=200,
+        record={"class_names": ["a", "b"]},
+    )
+    assert all(path.exists() for path in paths)
+    assert len(list(paths[2].iterdir())) == len(COORDS)  # top_k larger than the slide shows what there is
+    data = np.load(paths[3])
+    assert set(data.files) == {"coords", "attention", "attention_heads", "patch_size_level0", "class_names"}
+    np.testing.assert_allclose(data["attention"], heads.mean(axis=0))
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(
+    ("coords", "attention", "size"),
+    [(COORDS, ATTENTION[:-1], 50), (COORDS + 100, ATTENTION, 50), (COORDS - 1, ATTENTION, 50), (COORDS, ATTENTION, 60)],
+)
+def test_patches_that_cannot_be_the_slides_are_refused(slide, coords, attention, size):
+    with pytest.raises(FeatureFileError, match=r"place\.tiff"):
+        AttentionVisualizer().visualize_full_attention(slide, coords, attention, size)
+
+
+def test_the_footprint_of_a_patch_read_at_a_level(slide):
+    assert level0_footprint(slide, 64, 1) == 128
+    assert level0_footprint(slide, 64, None) == 64
+    with pytest.raises(ConfigError, match="--patch_size"):
+        level0_footprint(slide, None, None)
+
+
+def test_alpha_and_colour_map_are_checked_early():
+    with pytest.raises(ConfigError, match="no such colour map"):
+        AttentionVisualizer(cmap="rainbows")

@@ -1,0 +1,299 @@
+"""The three commands, run as a user runs them on a small synthetic cohort."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from MILS import list_mils
+from tests.conftest import BACKBONE, PATCH
+from tests.synthetic import stained_image, write_pyramid
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = ("--epochs", 2, "--n_outer", 2, "--n_inner", 2, "--batch_size", 4, "--device", "cpu")
+
+
+def cohort_flags(cohort) -> tuple:
+    return "--dataset", "stains", "--features_dir", cohort.features, "--labels_csv", cohort.labels
+
+
+@pytest.fixture(scope="module")
+def trained(slide_cohort, tmp_path_factory) -> Path:
+    """A finished run, made by the real command in a process of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [
+        sys.executable, ROOT / "train.py", "--mil", "LiteMIL", *cohort_flags(slide_cohort), *TRAINING,
+        "--epochs", 30, "--lr", 3e-3, "--patience", 30, "--hidden_dim", 32, "--output_dir", folder / "run",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [str(part) for part in command], cwd=folder, capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pooled" in done.stdout
+    assert "Outer" in done.stderr  # the progress bar
+    return folder / "run"
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def recipe(cohort) -> tuple:
+    return (
+        "--backbone",
+        BACKBONE,
+        "--weights",
+        cohort.weights,
+        "--patch_size",
+        PATCH,
+        "--level",
+        1,
+        "--tissue_threshold",
+        0.3,
+    )
+
+
+def test_extraction_writes_one_whole_file_per_slide(slide_cohort):
+    report = pd.read_csv(slide_cohort.features / "extraction_report.csv")
+    assert list(report["status"]) == ["done"] * 10
+    labels = pd.read_csv(slide_cohort.labels)
+    for wsi_id in labels["wsi_id"]:
+        with h5py.File(slide_cohort.features / f"{wsi_id}.h5") as file:
+            passport = json.loads(file.attrs["litemil_passport"])
+            assert file["features"].shape == (len(file["coords"]), 64)
+        assert passport["recipe"]["patch_size"] == PATCH
+        assert passport["slide"]["patch_size_level0"] == 2 * PATCH
+        assert passport["slide"]["mpp_delivered"] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_second_extraction_skips_and_changes_nothing(slide_cohort, script):
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in slide_cohort.features.glob("*.h5")}
+    again = script(
+        "extractFeatures",
+        "--input_dir",
+        slide_cohort.slides,
+        "--output_dir",
+        slide_cohort.features,
+        *recipe(slide_cohort),
+    )
+    assert again.code == 0, again.err
+    assert "0 extracted" in again.out
+    assert "10 skipped" in again.out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in slide_cohort.features.glob("*.h5")}
+
+
+def test_another_recipe_is_an_error_and_overwrites_only_when_told(slide_cohort, script, tmp_path):
+    slide = slide_cohort.slides / "P00_0.tif"
+    target = tmp_path / "P00_0.h5"
+    flags = ("--input", slide, "--output", target, "--backbone", BACKBONE, "--weights", slide_cohort.weights)
+    assert script("extractFeatures", *flags, "--patch_size", 64).code == 0
+    first = target.read_bytes()
+    other = script("extractFeatures", *flags, "--patch_size", 48)
+    assert other.code == 1
+    assert len(other.errors) == 1
+    assert "patch_size: found 64, expected 48" in other.errors[0]
+    assert target.read_bytes() == first
+    assert script("extractFeatures", *flags, "--patch_size", 48, "--overwrite").code == 0
+    assert target.read_bytes() != first
+
+
+def test_extraction_is_reproducible_to_the_byte(slide_cohort, script, tmp_path):
+    slide = slide_cohort.slides / "P00_0.tif"
+    script("extractFeatures", "--input", slide, "--output", tmp_path / "again.h5", *recipe(slide_cohort))
+    assert (tmp_path / "again.h5").read_bytes() == (slide_cohort.features / "P00_0.h5").read_bytes()
+
+
+def test_a_bad_slide_does_not_stop_the_batch(slide_cohort, script, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    write_pyramid(slides / "good.tif", stained_image(256, 256), mpp=0.5, downsamples=(1,))
+    write_pyramid(slides / "glass.tif", np.full((256, 256, 3), 244, np.uint8), mpp=0.5, downsamples=(1,))
+    (slides / "bad.svs").write_text("this is no slide")
+    flags = ("--backbone", BACKBONE, "--weights", slide_cohort.weights, "--patch_size", 32)
+    outcome = script("extractFeatures", "--input_dir", slides, "--output_dir", tmp_path / "features", *flags)
+    assert outcome.code == 1
+    report = pd.read_csv(tmp_path / "features" / "extraction_report.csv", index_col="slide")
+    assert dict(zip((Path(slide).name for slide in report.index), report["status"], strict=True)) == {
+        "bad.svs": "failed", "glass.tif": "no tissue", "good.tif": "done",
+    }  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "features").glob("*")) == ["extraction_report.csv", "good.h5"]
+
+
+def test_slides_that_would_share_an_output_are_refused(slide_cohort, script, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_pyramid(tmp_path / folder / "same.tif", stained_image(64, 64), downsamples=(1,))
+    flags = ("--backbone", BACKBONE, "--weights", slide_cohort.weights)
+    outcome = script("extractFeatures", "--input_dir", tmp_path, "--output_dir", tmp_path / "features", *flags)
+    assert outcome.code == 1
+    assert "would both be written" in outcome.errors[0]
+
+
+def test_limit_extensions_and_format(slide_cohort, script, tmp_path):
+    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path, "--format", "pt", *recipe(slide_cohort))
+    assert script("extractFeatures", *flags, "--limit", 2, "--extensions", "TIF").code == 0
+    assert len(list(tmp_path.glob("*.pt"))) == 2
+    none = script("extractFeatures", *flags, "--extensions", ".svs")
+    assert none.code == 1
+    assert "no file with .svs" in none.errors[0]
+
+
+def test_training_writes_its_results(trained, slide_cohort):
+    labels = pd.read_csv(slide_cohort.labels)
+    predictions = pd.read_csv(trained / "predictions.csv")
+    assert list(predictions["wsi_id"]) == list(labels["wsi_id"])
+    assert (predictions.groupby("case_id")["fold"].nunique() == 1).all()
+    outputs = json.loads((trained / "outputs.json").read_text())
+    assert outputs["n_folds"] == 2
+    assert outputs["pooled"]["auc"] > 0.9  # the two stains differ in colour
+    for name in ("fold_1_best.pth", "fold_2_best.pth", "all_folds_best.pth", "roc.png", "history.csv", "run.json"):
+        assert (trained / name).stat().st_size > 0
+    assert not (trained / "resume").exists()
+
+
+@pytest.mark.parametrize("mil", [*list_mils(), "MADMIL"])
+def test_every_model_trains_from_the_command_line(mil, slide_cohort, script, tmp_path):
+    outcome = script(
+        "train", "--mil", mil, *cohort_flags(slide_cohort), *TRAINING, "--epochs", 1, "--output_dir", tmp_path / "run"
+    )
+    assert outcome.code == 0, outcome.err
+    assert len(pd.read_csv(tmp_path / "run" / "predictions.csv")) == 10
+
+
+def test_full_mode_and_predict_follow_each_other(slide_cohort, script, tmp_path):
+    run = tmp_path / "run"
+    script("train", "--mil", "ABMIL", *cohort_flags(slide_cohort), *TRAINING, "--mode", "full", "--output_dir", run)
+    predictions = pd.read_csv(run / "predictions.csv").set_index("wsi_id")
+    first = predictions[predictions["fold"] == 1].iloc[0]
+    flags = ("--checkpoint", run / "fold_1_best.pth", "--input", slide_cohort.features / f"{first.name}.h5")
+    assert script("predict", *flags, "--output_dir", tmp_path / "out", "--device", "cpu").code == 0
+    answer = json.loads((tmp_path / "out" / f"{first.name}_prediction.json").read_text())
+    assert answer["mode"] == "full"
+    assert answer["probabilities"]["pink"] == pytest.approx(first["prob_pink"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--mil", "LiteMil2"), "did you mean 'LiteMIL'"),
+        (("--mil", "meanPool", "--num_heads", 2), "meanPool has no hyperparameter num_heads"),
+        (("--mil", "LiteMIL", "--input_dim", 32), "the features are 64 wide"),
+        (("--mil", "LiteMIL", "--n_outer", 5), "at most --n_outer 4 would work"),
+        (("--mil", "LiteMIL", "--labels_csv", "nowhere.csv"), "nowhere.csv: no such file"),
+        (("--mil", "LiteMIL", "--features_dir", "nowhere"), "nowhere: no such folder"),
+        (("--mil", "LiteMIL", "--class_names", "pink", "green"), "label that is none of pink, green"),
+        (("--mil", "LiteMIL", "--hidden_dim", 30), "hidden_dim 30 is not divisible by num_heads 4"),
+        (("--mil", "LiteMIL", "--device", "cuda:99"), "PyTorch sees"),
+    ],
+)
+def test_bad_training_input_gets_one_line(flags, message, slide_cohort, script, tmp_path):
+    outcome = script("train", *cohort_flags(slide_cohort), *TRAINING, "--output_dir", tmp_path / "run", *flags)
+    assert outcome.code == 1
+    assert len(outcome.errors) == 1
+    assert message in outcome.errors[0]
+    assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+def test_a_raw_slide_is_predicted_by_the_training_recipe(trained, slide_cohort, script, tmp_path):
+    """The same slide, raw and as features, gives the same answer and pictures; nothing but the weights is said."""
+    slide = slide_cohort.slides / "P00_0.tif"
+    raw, cut = tmp_path / "raw", tmp_path / "cut"
+    base = ("--checkpoint", trained / "fold_1_best.pth", "--visualize", "--top_k", 3, "--device", "cpu")
+    outcome = script(
+        "predict", *base, "--input", slide, "--weights", slide_cohort.weights, "--output_dir", raw, "--save_features"
+    )
+    assert outcome.code == 0, outcome.err
+    features = slide_cohort.features / "P00_0.h5"
+    assert script("predict", *base, "--input", features, "--wsi", slide, "--output", cut).code == 0
+    assert (raw / "P00_0.h5").read_bytes() == features.read_bytes()
+    answers = [json.loads((folder / "P00_0_prediction.json").read_text()) for folder in (raw, cut)]
+    assert answers[0] == answers[1]
+    assert answers[0]["mode"] == "chunked"
+    for name in ("P00_0_heatmap.png", "P00_0_patch_grid.png", "P00_0_attention.npz"):
+        assert (raw / name).read_bytes() == (cut / name).read_bytes()
+    assert len(list((raw / "P00_0_top_patches").glob("top_*.png"))) == 3
+    data = np.load(raw / "P00_0_attention.npz")
+    assert data["attention"].sum() == pytest.approx(1, abs=1e-5)
+    assert data["attention_heads"].shape == (4, len(data["coords"]))
+    assert int(data["patch_size_level0"]) == 2 * PATCH
+
+
+def test_prediction_equals_the_out_of_fold_row(trained, slide_cohort, script, tmp_path):
+    for _, row in pd.read_csv(trained / "predictions.csv").iterrows():
+        flags = ("--checkpoint", trained / f"fold_{row['fold']}_best.pth", "--output_dir", tmp_path, "--device", "cpu")
+        script("predict", *flags, "--input", slide_cohort.features / f"{row['wsi_id']}.h5")
+        answer = json.loads((tmp_path / f"{row['wsi_id']}_prediction.json").read_text())
+        assert answer["probabilities"]["pink"] == pytest.approx(row["prob_pink"], abs=1e-6)
+        assert answer["seen_in_training"] is False
+
+
+def test_a_training_slide_is_said_to_be_seen(trained, slide_cohort, script, tmp_path):
+    predictions = pd.read_csv(trained / "predictions.csv")
+    seen = predictions[predictions["fold"] == 2].iloc[0]["wsi_id"]
+    flags = ("--checkpoint", trained / "fold_1_best.pth", "--output_dir", tmp_path, "--device", "cpu")
+    outcome = script("predict", *flags, "--input", slide_cohort.features / f"{seen}.h5")
+    assert "trained on this slide" in outcome.err
+    assert json.loads((tmp_path / f"{seen}_prediction.json").read_text())["seen_in_training"] is True
+
+
+def bad_inputs(trained, cohort, folder) -> list[tuple[tuple, str]]:
+    features, slide = cohort.features / "P00_0.h5", cohort.slides / "P00_0.tif"
+    (folder / "text.svs").write_text("this is no slide")
+    (folder / "notes.xyz").write_text("this is nothing")
+    with h5py.File(folder / "narrow.h5", "w") as file:
+        file["features"] = np.ones((5, 32), np.float32)
+        file["coords"] = np.zeros((5, 2), np.int64)
+    with h5py.File(folder / "bare.h5", "w") as file:
+        file["features"] = np.ones((5, 64), np.float32)
+    with h5py.File(features) as source, h5py.File(folder / "other.h5", "w") as file:
+        for name in ("features", "coords"):
+            source.copy(name, file)
+        file.attrs["litemil_passport"] = source.attrs["litemil_passport"].replace(
+            '"patch_size": 64', '"patch_size": 96'
+        )
+    write_pyramid(folder / "small.tif", stained_image(100, 100), downsamples=(1,))
+    weights = ("--weights", cohort.weights)
+    return [
+        (("--input", folder / "missing.h5"), "no such file"),
+        (("--input", folder / "text.svs", *weights), "text.svs"),
+        (("--input", folder / "notes.xyz", *weights), "neither a feature file"),
+        (("--input", folder / "narrow.h5"), "features are 32 wide"),
+        (("--input", folder / "other.h5"), "patch_size: found 96, expected 64"),
+        (("--input", features, "--backbone", "uni"), "backbone: found uni, expected timm:test_vit"),
+        (("--input", features, "--save_features"), "go with a raw slide"),
+        (("--input", features, "--mil", "ABMIL"), "was trained with mil 'LiteMIL', not 'ABMIL'"),
+        (("--input", features, "--dataset", "lung"), "was trained with dataset 'stains', not 'lung'"),
+        (("--input", features, "--input_dim", 1024), "was trained with input_dim 64, not 1024"),
+        (("--input", features, "--visualize"), "give it with --wsi"),
+        (("--input", features, "--visualize", "--wsi", features), "a feature file; give the slide"),
+        (("--input", features, "--visualize", "--wsi", folder / "small.tif"), "but the patches reach"),
+        (("--input", features, "--visualize", "--wsi", slide, "--cmap", "rainbows"), "no such colour map"),
+        (("--input", folder / "bare.h5", "--visualize", "--wsi", slide), "no coordinates"),
+        (("--input", slide, "--patch_size", 96, *weights), "patch_size: found 96, expected 64"),
+        (("--input", slide, "--weights", trained / "fold_1_best.pth"), "not the weights of this backbone"),
+        (("--input", features, "--mode", "full", "--chunk_size", 10), "--chunk_size has no meaning in full mode"),
+        (("--checkpoint", features, "--input", features), "not loadable as a checkpoint"),
+        (("--checkpoint", cohort.weights, "--input", features), "not a LiteMIL checkpoint"),
+    ]  # fmt: skip
+
+
+def test_bad_prediction_input_gets_one_line(trained, slide_cohort, script, tmp_path):
+    for flags, message in bad_inputs(trained, slide_cohort, tmp_path):
+        checkpoint = () if "--checkpoint" in flags else ("--checkpoint", trained / "fold_1_best.pth")
+        outcome = script("predict", *checkpoint, *flags, "--output_dir", tmp_path / "out", "--device", "cpu")
+        assert outcome.code == 1, flags
+        assert len(outcome.errors) == 1, outcome.err
+        assert message in outcome.errors[0]
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*_heatmap.png"))
+
+
+def test_wrong_usage_is_argparse_2(script):
+    assert script("train", "--mil", "LiteMIL").code == 2
+    assert script("predict", "--input", "x.h5").code == 2
+    assert script("predict", "--inpu", "x.h5").code == 2

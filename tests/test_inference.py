@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import torch
+
+from MILS import build_mil
+from MILS.LiteMIL import LiteMIL
+from utils.bags.store import Bag, write_bag
+from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
+from utils.core.passport import Passport
+from utils.inference import SlidePredictor, extractPredict
+from utils.learning.aggregation import SlideFeed
+from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
+
+RECIPE = {
+    "backbone": "uni", "weights_digest": "a" * 64, "transform": {"resize": 224}, "precision": "float32",
+    "dtype": "float16", "patch_size": 256, "stride": 256, "level": 0, "tissue_threshold": 0.5,
+}  # fmt: skip
+
+CHUNKS_OF_20 = SlideFeed(20, "mean")
+
+
+def make_checkpoint(path, mil="LiteMIL", feed=CHUNKS_OF_20, recipe=RECIPE, mpp_range=(0.25, 0.25)):
+    torch.manual_seed(0)
+    model = build_mil(mil, input_dim=16, num_classes=2)
+    seen = {"slide": id_digests("slide", ["trained"]), "case": id_digests("case", ["P1"])}
+    names = ("benign", "malignant")
+    save_checkpoint(
+        path, Checkpoint(model.spec, model.state_dict(), names, "demo", feed.as_dict(), recipe, mpp_range, {}, seen)
+    )
+    return model.eval()
+
+
+def make_bag(n=50, dim=16, mpp=0.25, **recipe):
+    rng = np.random.default_rng(n)
+    passport = Passport(RECIPE | recipe, {"mpp_delivered": mpp, "patch_size_level0": 256})
+    return Bag(rng.standard_normal((n, dim)).astype(np.float16), np.zeros((n, 2), np.int64), 256, passport)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    make_checkpoint(tmp_path / "model.pth")
+    return tmp_path / "model.pth"
+
+
+def bag_file(tmp_path, bag, name="slide.h5"):
+    write_bag(tmp_path / name, bag)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("mil", ["LiteMIL", "ABMIL", "ABMIL_Multihead", "meanPool", "maxPool", "TransMIL"])
+def test_full_mode_is_the_model_on_the_whole_slide(mil, tmp_path):
+    model = make_checkpoint(tmp_path / "model.pth", mil)
+    bag = make_bag(50)
+    answer = SlidePredictor(tmp_path / "model.pth", device="cpu").predict(bag_file(tmp_path, bag), mode="full")
+    with torch.inference_mode():
+        logits, aux = model(torch.from_numpy(bag.features).float()[None])
+    np.testing.assert_allclose(answer.probabilities, torch.softmax(logits[0], 0), atol=1e-6)
+    np.testing.assert_allclose(answer.attention, aux["attn"][0], atol=1e-6)
+
+
+def test_chunked_by_default_as_evaluated_and_attention_sums_to_one(checkpoint, tmp_path):
+    predictor = SlidePredictor(checkpoint, device="cpu")
+    path = bag_file(tmp_path, make_bag(50))
+    chunked = predictor.predict(path)
+    assert chunked.feed == SlideFeed(20, "mean")
+    np.testing.assert_allclose(chunked.attention.sum(axis=1), 1, atol=1e-5)
+    assert predictor.predict(path, chunk_size=10).feed == SlideFeed(10, "mean")
+    assert predictor.predict(path, mode="full").feed == SlideFeed(None, "merge")
+    with pytest.raises(ConfigError, match="no meaning in full mode"):
+        predictor.predict(path, mode="full", chunk_size=10)
+
+
+def test_the_answer_as_a_dict(checkpoint, tmp_path):
+    answer = SlidePredictor(checkpoint, device="cpu").predict(bag_file(tmp_path, make_bag(30))).as_dict()
+    assert answer["num_instances"] == 30
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    assert answer["predicted_class"] == max(answer["probabilities"], key=answer["probabilities"].get)
+    assert answer["confidence"] == max(answer["probabilities"].values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "phikon-v2"}, "backbone: found phikon-v2, expected uni"),
+        ({"weights_digest": "b" * 64}, "weights_digest: found bbbbbbbbbbbb, expected aaaaaaaaaaaa"),
+        ({"transform": {"resize": 256}}, "transform: found"),
+        ({"patch_size": 512}, "patch_size: found 512, expected 256"),
+        ({"mpp": 0.5}, "mpp: found 0.5 um/px, expected 0.25 to 0.25"),
+    ],
+)
+def test_features_made_in_another_way_are_refused(change, message, checkpoint, tmp_path, caplog):
+    path = bag_file(tmp_path, make_bag(**change))
+    with pytest.raises(RecipeError, match=message):
+        SlidePredictor(checkpoint, device="cpu").predict(path)
+    SlidePredictor(checkpoint, device="cpu", allow_mismatch=True).predict(path)
+    assert message in caplog.text
+
+
+def test_what_is_not_known_is_said_once(checkpoint, tmp_path, caplog):
+    predictor = SlidePredictor(checkpoint, device="cpu")
+    bare = Bag(make_bag().features)
+    for name in ("a.h5", "b.pt"):
+        predictor.predict(bag_file(tmp_path, bare, name))
+    assert caplog.text.count("not compared with the training") == 1
+
+
+def test_a_stride_or_threshold_of_its_own_is_no_mismatch(checkpoint, tmp_path):
+    SlidePredictor(checkpoint, device="cpu").predict(bag_file(tmp_path, make_bag(stride=128, tissue_threshold=0.1)))
+
+
+def test_seen_in_training(checkpoint, tmp_path):
+    predictor = SlidePredictor(checkpoint, device="cpu")
+    assert predictor.predict(bag_file(tmp_path, make_bag(), "trained.h5")).seen_in_training
+    assert not predictor.predict(bag_file(tmp_path, make_bag(), "other.h5")).seen_in_training
+
+
+def test_arguments_are_checked_against_the_checkpoint(checkpoint):
+    for right in ("LiteMIL", LiteMIL, lambda: build_mil("LiteMIL", input_dim=4, num_classes=2)):
+        SlidePredictor(checkpoint, right, ["benign", "malignant"], "cpu")
+    for wrong in ({"model_class": "ABMIL"}, {"class_names": ["malignant", "benign"]}):
+        with pytest.raises(CheckpointError, match="leave that setting out"):
+            SlidePredictor(checkpoint, device="cpu", **wrong)
+
+
+def test_input_that_cannot_be_predicted(checkpoint, tmp_path):
+    predictor = SlidePredictor(checkpoint, device="cpu")
+    with pytest.raises(FeatureFileError, match="features are 8 wide"):
+        predictor.predict(bag_file(tmp_path, make_bag(dim=8)))
+    with pytest.raises(FeatureFileError, match="no such file"):
+        predictor.predict(tmp_path / "missing.h5")
+    (tmp_path / "slide.svs").touch()
+    with pytest.raises(ConfigError, match="needs a feature extractor"):
+        predictor.predict(tmp_path / "slide.svs")
+
+
+def test_a_recipe_that_contradicts_the_recorded_one_is_refused_before_loading_a_backbone(checkpoint):
+    with pytest.raises(RecipeError, match="patch_size: found 512, expected 256"):
+        extractPredict(checkpoint, patch_size=512, device="cpu")
+    with pytest.raises(RecipeError, match="backbone: found resnet50, expected uni"):
+        extractPredict(checkpoint, backbone="resnet50", device="cpu")

@@ -1,0 +1,98 @@
+"""The house's layering, read off the imports: no circle, no arrow back up, each library in its room."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WINGS = ["slides", "bags", "learning", "pictures"]
+# What each wing may import of the project besides core and itself; the doors come after all of them.
+BEFORE = {"slides": set(), "bags": {"slides"}, "learning": {"slides", "bags", "MILS"}, "pictures": {"slides"}}
+DOORS = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
+OPENED_DOORS = {"inference": {"feature_extractor"}}
+LIBRARIES = {
+    "openslide": {"utils/slides/wsi.py"},
+    "tifffile": {"utils/slides/tiles.py"},
+    "h5py": {"utils/bags"},
+    "timm": {"utils/slides/backbones.py"},
+    "huggingface_hub": {"utils/slides/backbones.py"},
+    "sklearn": {"utils/learning"},
+    "matplotlib": {"utils/pictures", "utils/learning/figures.py", "utils/slides/preview.py"},
+    "argparse": {"utils/core/cli.py"},
+}  # fmt: skip
+FILES = sorted(path for part in ("MILS", "utils", "datasets") for path in (ROOT / part).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def rooms(path: Path) -> set[str]:
+    """The project's rooms a file imports: MILS, core, a wing, or a door as utils/<door>."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] in ("MILS", "datasets", "tests"):
+            found.add(parts[0])
+        elif parts[0] == "utils" and len(parts) > 1:
+            found.add(f"utils/{parts[1]}" if parts[1] in DOORS else parts[1])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_room_may(path):
+    place = path.relative_to(ROOT).parts
+    found = rooms(path)
+    if place[0] == "MILS":
+        allowed = {"MILS"}
+    elif place[0] == "datasets":
+        allowed = {"core", *WINGS, "MILS", "datasets", *(f"utils/{door}" for door in DOORS)}
+    elif len(place) == 2:
+        allowed = {
+            "core",
+            *WINGS,
+            "MILS",
+            "utils/mil_dataset",
+            *(f"utils/{d}" for d in OPENED_DOORS.get(path.stem, ())),
+        }
+    elif place[1] == "core":
+        allowed = {"core"}
+    else:
+        allowed = {"core", place[1], *BEFORE[place[1]]}
+    assert found <= allowed, f"{path} imports {found - allowed}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_library_is_imported_only_in_its_room(path):
+    place = path.relative_to(ROOT).as_posix()
+    for library in {name.split(".")[0] for name in imports(path)} & LIBRARIES.keys():
+        assert any(place == room or place.startswith(f"{room}/") for room in LIBRARIES[library]), f"{place}: {library}"
+
+
+def test_the_models_are_pure_torch():
+    for path in (ROOT / "MILS").glob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - {"MILS", "torch", "__future__"}
+        assert outside <= {"collections", "contextlib", "difflib", "inspect", "math", "typing"}, path
+
+
+def test_nothing_imports_the_scripts():
+    for path in FILES:
+        assert not imports(path) & {"train", "predict", "extractFeatures"}, path
+
+
+def test_the_wings_are_imported_from_their_files():
+    for wing in [*WINGS, "core"]:
+        assert (ROOT / "utils" / wing / "__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["extractFeatures.py", "train.py", "predict.py"])
+def test_a_script_stays_a_recipe(name):
+    assert len((ROOT / name).read_text().splitlines()) < 120
