@@ -25,6 +25,7 @@ settings.load_profile("litemil")
 
 BACKBONE = "timm:test_vit"  # timm's own model for tests: 0.4 M weights, 64 features
 PATCH = 64
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ def _litemil_logger() -> Iterator[None]:
     yield
     log.propagate, log.handlers = state[0], state[2]
     log.setLevel(state[1])
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, or a skip."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data not there: {SHARED}")
+    return SHARED
 
 
 @pytest.fixture(scope="session")

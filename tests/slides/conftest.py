@@ -1,4 +1,4 @@
-"""Where the real data lies, and slides every test of this wing may use."""
+"""Slides every test of this wing may use."""
 
 from pathlib import Path
 
@@ -6,16 +6,7 @@ import pytest
 
 from tests.synthetic import place_image, write_pyramid
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PLACE_SIZE = 510, 408  # two and 1.6 level-0 px per grey level
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data, or a skip."""
-    if not SHARED.is_dir():
-        pytest.skip(f"real data not there: {SHARED}")
-    return SHARED
 
 
 @pytest.fixture(scope="session")
