@@ -22,9 +22,10 @@ def run(*command: object) -> str:
 def features(shared_data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("features")
     weights = shared_data / "weights" / "tf_efficientnet_lite0.pth"
+    images = shared_data / "glas" / "images"
     run(
-        "extractFeatures.py", "--input_dir", shared_data / "glas" / "images", "--extensions", ".jpg", "--output_dir", folder,
-        "--backbone", "timm:tf_efficientnet_lite0", "--weights", weights, "--patch_size", 112,
+        "extractFeatures.py", "--input_dir", images, "--extensions", ".jpg", "--output_dir", folder, "--backbone",
+        "timm:tf_efficientnet_lite0", "--weights", weights, "--patch_size", 112,
     )  # fmt: skip
     return folder
 

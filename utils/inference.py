@@ -126,7 +126,7 @@ class SlidePredictor:
         input_dim: int | None = None,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raise CheckpointError, or RecipeError for the recipe, unless the checkpoint holds what is asked (None: nothing).
+        """Raise CheckpointError, or RecipeError for the recipe, unless the checkpoint holds what is asked, if anything.
         A checkpoint that records no recipe contradicts none.
         """
         self._check("mil", mil and _known_name(mil), self.checkpoint.model["name"])

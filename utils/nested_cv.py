@@ -52,8 +52,9 @@ class NestedCrossValidation:
     trained on the rest and stopped on that inner fold's slides; the one with the best inner validation is tested on
     the outer fold. What is reported is slide-level and out of fold.
 
-    Raises ConfigError for settings out of range, a factory that returns one shared model, class names that are not
-    the dataset's, or an output folder that holds something else; SplitError when there are too few patients.
+    Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
+    dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when
+    there are too few patients.
     """
 
     def __init__(
@@ -86,10 +87,13 @@ class NestedCrossValidation:
         self.training = Training(
             epochs=epochs, patience=patience, batch_size=batch_size, lr=lr, weight_decay=weight_decay, use_amp=use_amp
         )
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(output_dir).absolute()
         self.device = resolve_device(device)
         self.feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size)
         self.spec = _spec_of(model_factory)
+        for name, expected in (("input_dim", dataset.input_dim), ("num_classes", len(dataset.class_names))):
+            if self.spec.get(name, expected) != expected:
+                raise ConfigError(f"model_factory: its models' {name} is {self.spec[name]}, the dataset's {expected}")
 
     def run(self) -> dict[str, Any]:
         """Train what is not trained yet, write every result, return the content of `outputs.json`."""
@@ -103,19 +107,24 @@ class NestedCrossValidation:
         )
         if self._take_output_dir():
             log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
-            return read_json(self.output_dir / "outputs.json")
-        started = time.time()
-        write_json(self.output_dir / "splits.json", self._splits_content(folds))
-        results = self._run_folds(folds)
-        outputs = self._write_results(results)
-        seconds = time.time() - started
-        write_json(self.output_dir / "run.json", self._run_record() | {"finished": True, "seconds": round(seconds, 1)})
-        shutil.rmtree(self._resume_dir, ignore_errors=True)
-        return outputs
+        else:
+            started = time.time()
+            write_json(self.output_dir / "splits.json", self._splits_content(folds))
+            self._write_results(self._run_folds(folds))
+            ended = {"finished": True, "seconds": round(time.time() - started, 1)}
+            write_json(self.output_dir / "run.json", self._run_record() | ended)
+        self._clear_leftovers()
+        return read_json(self.output_dir / "outputs.json")
 
     @property
     def _resume_dir(self) -> Path:
         return self.output_dir / "resume"
+
+    def _clear_leftovers(self) -> None:
+        """Remove what only an unfinished run needs, and the half-written files of killed ones."""
+        shutil.rmtree(self._resume_dir, ignore_errors=True)
+        for part in self.output_dir.glob(".*.part"):
+            part.unlink(missing_ok=True)
 
     def _run_folds(self, folds: list[OuterFold]) -> list[_FoldResult]:
         total = len(folds) * self.protocol.n_inner * self.training.epochs
@@ -151,9 +160,8 @@ class NestedCrossValidation:
         """One unit of resume: trained once, then read back."""
         path = self._resume_dir / f"outer_{fold.number}_inner_{number}.pt"
         before = bar.n
-        if path.is_file():
-            fitted = Fitted(**load_tensors(path, TrainingError, "resume state"))
-        else:
+        fitted = _kept(path)
+        if fitted is None:
             name = f"Outer {fold.number}/{self.protocol.n_outer} inner {number}/{len(fold.inner)}"
             bar.set_description(name, refresh=False)
             inner = fold.inner[number - 1]
@@ -173,7 +181,7 @@ class NestedCrossValidation:
         bar.update(before + self.training.epochs - bar.n)
         return fitted
 
-    def _write_results(self, results: list[_FoldResult]) -> dict[str, Any]:
+    def _write_results(self, results: list[_FoldResult]) -> None:
         # One measure for all folds: where one fold could only use the loss, the loss compares them.
         monitor = "auc" if all(result.monitor == "auc" for result in results) else "loss"
         best = max(results, key=lambda result: rank(result.chosen.validation, monitor))
@@ -185,8 +193,7 @@ class NestedCrossValidation:
         write_text(self.output_dir / "history.csv", history.to_csv(index=False, lineterminator="\n"))
 
         probabilities = predictions[[f"prob_{name}" for name in self.dataset.class_names]].to_numpy()
-        outputs = self._outputs(results, probabilities)
-        write_json(self.output_dir / "outputs.json", outputs)
+        write_json(self.output_dir / "outputs.json", self._outputs(results, probabilities))
         names, labels = self.dataset.class_names, self.dataset.labels
         drawn = {
             "roc.png": figures.roc_figure(labels, probabilities, names, predictions["fold"].to_numpy()),
@@ -195,7 +202,6 @@ class NestedCrossValidation:
         }
         for name, figure in drawn.items():
             figures.save_figure(figure, self.output_dir / name)
-        return outputs
 
     def _predictions(self, results: list[_FoldResult]) -> pd.DataFrame:
         """One out-of-fold row per slide, in the label table's order."""
@@ -333,6 +339,17 @@ class NestedCrossValidation:
 
     def _run_record(self) -> dict[str, Any]:
         return {"identity": self._identity(), "dataset": self.dataset_name, **run_metadata(self.device)}
+
+
+def _kept(path: Path) -> Fitted | None:
+    """The inner training an earlier session ended; None where there is none, or none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        return Fitted(**load_tensors(path, TrainingError, "resume state"))
+    except (TrainingError, TypeError) as failure:
+        log.warning("%s; this inner training is done again", failure)
+        return None
 
 
 def results_table(results: dict[str, Any]) -> str:

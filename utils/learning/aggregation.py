@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from MILS.pooling import evaluating
 from utils.bags.collate import cut_chunks
 
 # Patches per block of a streamed slide: large enough for full-speed matrix products, small enough to stay in cache.
@@ -53,9 +54,7 @@ class SlideOutput:
 @torch.inference_mode()
 def predict_features(model: nn.Module, features: np.ndarray, feed: SlideFeed, attention: bool = False) -> SlideOutput:
     """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         cuts = cut_chunks(len(features), feed.chunk_size)
         chunks = [_predict_bag(model, features if len(cuts) == 1 else features[cut], attention) for cut in cuts]
         sizes = np.array([len(cut) for cut in cuts])
@@ -67,8 +66,6 @@ def predict_features(model: nn.Module, features: np.ndarray, feed: SlideFeed, at
             return SlideOutput(whole[0], each, sizes, whole[1])
         weights = _spread([weights for _, weights in chunks], cuts, len(features)) if attention else None
         return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
-    finally:
-        model.train(was_training)
 
 
 def _predict_bag(model: Any, features: np.ndarray, attention: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -79,7 +76,7 @@ def _predict_bag(model: Any, features: np.ndarray, attention: bool) -> tuple[np.
     else:
         logits, aux = model(torch.from_numpy(features).to(device)[None])
     weights = aux["attn"][0].float().cpu().numpy() if attention and aux["attn"] is not None else None
-    return torch.softmax(logits[0].double(), dim=0).cpu().numpy(), weights
+    return torch.softmax(logits[0].cpu().double(), dim=0).numpy(), weights
 
 
 def _blocks(features: np.ndarray, device: torch.device) -> Iterator[torch.Tensor]:

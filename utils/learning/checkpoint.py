@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from MILS import build_mil
+from MILS.pooling import BagModel
 from MILS.registry import ModelError
 from utils.core.errors import CheckpointError
 from utils.core.files import digest, load_tensors, save_tensors
@@ -41,7 +41,7 @@ class Checkpoint:
     def slide_feed(self) -> SlideFeed:
         return SlideFeed(self.feed["chunk_size"], self.feed["aggregation"])
 
-    def build(self) -> nn.Module:
+    def build(self) -> BagModel:
         """The trained model, in evaluation mode, on the CPU."""
         model = build_mil(**self.model)
         model.load_state_dict(self.state_dict)
@@ -65,13 +65,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = load_tensors(path, CheckpointError, "a checkpoint written by train.py")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a LiteMIL checkpoint; give a fold_<k>_best.pth or all_folds_best.pth")
-    if content["format_version"] != VERSION:
+    if content.get("format_version") != VERSION:
         raise CheckpointError(
-            f"{path}: checkpoint format {content['format_version']}, this LiteMIL reads {VERSION}; update LiteMIL"
+            f"{path}: checkpoint format {content.get('format_version')}, this LiteMIL reads {VERSION}; update LiteMIL"
         )
     try:
         checkpoint = Checkpoint(**{part.name: content[part.name] for part in fields(Checkpoint)})
-        checkpoint.build()
-    except (KeyError, ModelError, RuntimeError) as failure:
-        raise CheckpointError(f"{path}: its parts do not fit together ({str(failure).splitlines()[0]})") from failure
+        outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
+        if outputs != names:
+            raise ModelError(f"{names} class names for a model of {outputs} classes")
+    except (KeyError, TypeError, AttributeError, ModelError, RuntimeError) as failure:
+        reason = " ".join(str(failure).split())
+        raise CheckpointError(f"{path}: its parts do not fit together ({reason}); train the model again") from failure
     return checkpoint

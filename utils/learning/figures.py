@@ -1,6 +1,7 @@
 """Figures of a training run, drawn without pyplot so that nothing stays open."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def roc_figure(labels: np.ndarray, probabilities: np.ndarray, class_names: Seque
     """Pooled out-of-fold curve per class (the positive one alone when there are two), over each fold's own."""
     figure, axes = _axes("False positive rate", "True positive rate")
     positives = [1] if len(class_names) == 2 else range(len(class_names))
-    for colour, index in zip(COLOURS, positives, strict=False):
+    for colour, index in zip(cycle(COLOURS), positives, strict=False):
         is_class, score = labels == index, probabilities[:, index]
         for fold in np.unique(folds):
             if len(np.unique(is_class[folds == fold])) == 2:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from utils.core.errors import SplitError
 from utils.core.runtime import derive_seed
@@ -42,29 +41,50 @@ def nested_splits(
     `labels (n,)` int, `cases (n,)` patient of each slide. Raises SplitError, saying the most folds that would work,
     when a class has fewer patients than folds.
     """
-    everything = np.arange(len(labels))
-    _check_enough_patients(labels, cases, class_names, n_outer, "--n_outer", "the cohort")
+    tests = _grouped_folds(labels, cases, n_outer, derive_seed(seed, "outer"))
+    patients = _patients(labels, cases, len(class_names))
+    if patients.min() < n_outer or _most_inner(labels, cases, len(class_names), tests) < n_inner:
+        raise SplitError(_shortage(labels, cases, class_names, n_outer, n_inner, seed))
     folds = []
-    for number, test in enumerate(_grouped_folds(labels, cases, n_outer, derive_seed(seed, "outer")), start=1):
-        rest = np.setdiff1d(everything, test)
-        where = f"the training part of outer fold {number}"
-        _check_enough_patients(labels[rest], cases[rest], class_names, n_inner, "--n_inner", where)
-        vals = [
-            rest[val] for val in _grouped_folds(labels[rest], cases[rest], n_inner, derive_seed(seed, "inner", number))
-        ]
-        folds.append(OuterFold(number, test, tuple(InnerFold(np.setdiff1d(rest, val), val) for val in vals)))
+    for number, test in enumerate(tests, start=1):
+        rest = np.setdiff1d(np.arange(len(labels)), test)
+        vals = _grouped_folds(labels[rest], cases[rest], n_inner, derive_seed(seed, "inner", number))
+        folds.append(
+            OuterFold(number, test, tuple(InnerFold(np.setdiff1d(rest, rest[val]), rest[val]) for val in vals))
+        )
     return folds
 
 
-def _check_enough_patients(
-    labels: np.ndarray, cases: np.ndarray, class_names: Sequence[str], folds: int, flag: str, where: str
-) -> None:
-    patients = {name: len(set(cases[labels == index])) for index, name in enumerate(class_names)}
-    rarest = min(patients, key=lambda name: patients[name])
-    if patients[rarest] < folds:
-        most = patients[rarest]
-        remedy = f"at most {flag} {most} would work" if most >= 2 else "no split would work; add patients of that class"
-        raise SplitError(f"{flag} {folds}: {where} has only {most} patients with class {rarest!r}; {remedy}")
+def _patients(labels: np.ndarray, cases: np.ndarray, num_classes: int) -> np.ndarray:
+    """How many patients have a slide of each class."""
+    return np.array([len(set(cases[labels == index])) for index in range(num_classes)])
+
+
+def _most_inner(labels: np.ndarray, cases: np.ndarray, num_classes: int, tests: Sequence[np.ndarray]) -> int:
+    """The most inner folds that the training part of every outer fold has patients for."""
+    rests = [np.setdiff1d(np.arange(len(labels)), test) for test in tests]
+    return min(int(_patients(labels[rest], cases[rest], num_classes).min()) for rest in rests)
+
+
+def _shortage(
+    labels: np.ndarray, cases: np.ndarray, class_names: Sequence[str], n_outer: int, n_inner: int, seed: int
+) -> str:
+    """Why there are too few patients, and the folds nearest to those asked for, tried here, that work."""
+    patients = _patients(labels, cases, len(class_names))
+    rarest = int(patients.argmin())
+    found = (
+        f"--n_outer {n_outer} --n_inner {n_inner}: only {patients[rarest]} patients with class {class_names[rarest]!r}"
+    )
+    for outer in sorted(range(2, patients[rarest] + 1), key=lambda outer: abs(outer - n_outer)):
+        tests = _grouped_folds(labels, cases, outer, derive_seed(seed, "outer"))
+        inner = min(n_inner, _most_inner(labels, cases, len(class_names), tests))
+        if inner < 2:
+            continue
+        if outer == n_outer:
+            return f"{found}; at most --n_inner {inner} would work"
+        most = "at most " if outer < n_outer else ""
+        return f"{found}; {most}--n_outer {outer} would work" + (f", with --n_inner {inner}" if inner < n_inner else "")
+    return f"{found}; no split would work; add patients of that class"
 
 
 def _grouped_folds(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
@@ -73,13 +93,34 @@ def _grouped_folds(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int)
     What is stratified is how many patients hold each class, so that one patient with forty slides weighs like any
     other; of a few shuffles, the one taken leaves the fewest folds without a class, then balances the slides best.
     """
-    pairs = np.array(sorted(set(zip(cases.tolist(), labels.tolist(), strict=True))), dtype=object)
+    names, patient_of = np.unique(cases, return_inverse=True)
+    holds = np.zeros((len(names), labels.max() + 1), dtype=bool)
+    holds[patient_of, labels] = True
     shuffles = []
     for attempt in range(_SHUFFLES):
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=derive_seed(seed, attempt) % 2**32)
-        tests = splitter.split(pairs, pairs[:, 1].astype(int), pairs[:, 0])
-        shuffles.append([np.flatnonzero(np.isin(cases, list(pairs[test, 0]))) for _, test in tests])
+        fold_of = _deal(holds, folds, np.random.default_rng(derive_seed(seed, attempt)))
+        shuffles.append([np.flatnonzero(fold_of[patient_of] == fold) for fold in range(folds)])
     return min(shuffles, key=lambda tests: _imbalance(labels, tests))
+
+
+def _deal(holds: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+    """The fold of each patient, given the classes each one `holds (patients, C)`.
+
+    Iterative stratification (Sechidis et al. 2011, https://doi.org/10.1007/978-3-642-23808-6_10): the class with the
+    fewest patients left is dealt first, each patient to the fold that has the fewest patients of that class. Patients
+    of several classes, which other ways of stratifying pile up, are thus spread while there is still a choice.
+    """
+    fold_of = np.full(len(holds), -1)
+    counts = np.zeros((folds, holds.shape[1]), dtype=int)
+    while (left := holds & (fold_of < 0)[:, None]).any():
+        totals = left.sum(axis=0)
+        rarest = int(np.where(totals > 0, totals, len(holds) + 1).argmin())
+        # Patients of many classes go first: those of one class can mend what they unbalance.
+        for patient in sorted(rng.permutation(np.flatnonzero(left[:, rarest])), key=lambda one: -holds[one].sum()):
+            fold = min(rng.permutation(folds), key=lambda one: (counts[one, rarest], counts[one].sum()))
+            fold_of[patient] = fold
+            counts[fold] += holds[patient]
+    return fold_of
 
 
 def _imbalance(labels: np.ndarray, tests: list[np.ndarray]) -> tuple[int, float]:

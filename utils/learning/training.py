@@ -58,7 +58,7 @@ def fit(
 
     `monitor` "auc" takes the highest slide-level AUC (ties: the lowest loss), "loss" the lowest slide-level loss.
     Everything random derives from `seed`, each epoch on its own. `on_epoch` hears each epoch's validation figures.
-    Raises TrainingError at a loss that is not finite.
+    Raises TrainingError at a loss or an answer that is not finite.
     """
     seed_everything(seed)
     model = model_factory().to(device)
@@ -102,7 +102,7 @@ def learning_rate(epoch: int, settings: Training) -> float:
 def rank(validation: dict[str, float | None], monitor: str) -> tuple[float, ...]:
     """What epochs and inner models are compared by; greater is better."""
     loss = validation["val_loss"]
-    assert loss is not None  # noqa: S101 - for the type checker: `validate` refuses a loss that is not finite
+    assert loss is not None  # noqa: S101 - for the type checker: only the AUC can be undefined
     return (-loss,) if monitor == "loss" else (_known(validation["val_auc"]), -loss)
 
 
@@ -115,13 +115,15 @@ def validate(
     labels = dataset.labels[slides]
     figures = classification_metrics(labels, probabilities)
     loss = log_loss(labels, probabilities, class_weights)
-    if not math.isfinite(loss):
-        raise TrainingError("the validation loss is not finite; lower --lr, or give --no_amp")
     return {"val_loss": loss} | {f"val_{name}": value for name, value in figures.items()}
 
 
 def predict_slides(model: nn.Module, dataset: Bags, slides: np.ndarray, feed: SlideFeed) -> list[SlideOutput]:
-    return [predict_features(model, dataset.features(int(slide)), feed) for slide in slides]
+    """The model's answer for each slide. Raises TrainingError at one that is not finite."""
+    outputs = [predict_features(model, dataset.features(int(slide)), feed) for slide in slides]
+    if not all(np.isfinite(output.probabilities).all() for output in outputs):
+        raise TrainingError("the model's answer for a slide is not finite; lower --lr, or give --no_amp")
+    return outputs
 
 
 class _Stepper:
