@@ -72,11 +72,11 @@ def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], 
 
 
 def model_help() -> str:
-    """The models' own flags and defaults, for --help."""
+    """Which flags each model takes, and its own defaults, for --help."""
     lines = ["each model's hyperparameters and their defaults:"]
     for name in list_mils():
-        options = "  ".join(f"--{option} {default}" for option, default in mil_options(name).items())
-        lines.append(f"  {name:16} {options}")
+        flags = {option: default for option, default in mil_options(name).items() if option in vars(Model)}
+        lines.append(f"  {name:16} " + "  ".join(f"--{option} {default}" for option, default in flags.items()))
     return "\n".join(lines)
 
 

@@ -38,7 +38,8 @@ def roc_figure(labels: np.ndarray, probabilities: np.ndarray, class_names: Seque
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
     axes.set_title("Out-of-fold slides, pooled (thin: each fold)", fontsize=10)
     axes.set_aspect("equal")
-    axes.legend(loc="lower right", frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", frameon=False)
     return figure
 
 

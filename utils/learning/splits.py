@@ -71,11 +71,10 @@ def _shortage(
 ) -> str:
     """Why there are too few patients, and the folds nearest to those asked for, tried here, that work."""
     patients = _patients(labels, cases, len(class_names))
-    rarest = int(patients.argmin())
-    found = (
-        f"--n_outer {n_outer} --n_inner {n_inner}: only {patients[rarest]} patients with class {class_names[rarest]!r}"
-    )
-    for outer in sorted(range(2, patients[rarest] + 1), key=lambda outer: abs(outer - n_outer)):
+    fewest, rarest = int(patients.min()), class_names[int(patients.argmin())]
+    count = "1 patient" if fewest == 1 else f"{fewest} patients"
+    found = f"--n_outer {n_outer} --n_inner {n_inner}: only {count} with class {rarest!r}"
+    for outer in sorted(range(2, fewest + 1), key=lambda outer: abs(outer - n_outer)):
         tests = _grouped_folds(labels, cases, outer, derive_seed(seed, "outer"))
         inner = min(n_inner, _most_inner(labels, cases, len(class_names), tests))
         if inner < 2:
