@@ -347,8 +347,8 @@ def _kept(path: Path) -> Fitted | None:
         return None
     try:
         return Fitted(**load_tensors(path, TrainingError, "resume state"))
-    except (TrainingError, TypeError) as failure:
-        log.warning("%s; this inner training is done again", failure)
+    except (TrainingError, TypeError):
+        log.warning("%s: damaged resume state; this inner training is done again", path)
         return None
 
 

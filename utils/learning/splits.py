@@ -93,32 +93,37 @@ def _grouped_folds(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int)
     other; of a few shuffles, the one taken leaves the fewest folds without a class, then balances the slides best.
     """
     names, patient_of = np.unique(cases, return_inverse=True)
-    holds = np.zeros((len(names), labels.max() + 1), dtype=bool)
-    holds[patient_of, labels] = True
+    slides = np.zeros((len(names), labels.max() + 1), dtype=int)
+    np.add.at(slides, (patient_of, labels), 1)
     shuffles = []
     for attempt in range(_SHUFFLES):
-        fold_of = _deal(holds, folds, np.random.default_rng(derive_seed(seed, attempt)))
+        fold_of = _deal(slides, folds, np.random.default_rng(derive_seed(seed, attempt)))
         shuffles.append([np.flatnonzero(fold_of[patient_of] == fold) for fold in range(folds)])
     return min(shuffles, key=lambda tests: _imbalance(labels, tests))
 
 
-def _deal(holds: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """The fold of each patient, given the classes each one `holds (patients, C)`.
+def _deal(slides: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+    """The fold of each patient, given how many `slides (patients, C)` of each class each one has.
 
     Iterative stratification (Sechidis et al. 2011, https://doi.org/10.1007/978-3-642-23808-6_10): the class with the
-    fewest patients left is dealt first, each patient to the fold that has the fewest patients of that class. Patients
-    of several classes, which other ways of stratifying pile up, are thus spread while there is still a choice.
+    fewest patients left is dealt first, each patient to the fold that has the fewest patients of that class, then the
+    fewest slides. Patients of several classes, which other ways of stratifying pile up, are thus spread while there is
+    still a choice, and so are those with many slides.
     """
+    holds = slides > 0
     fold_of = np.full(len(holds), -1)
-    counts = np.zeros((folds, holds.shape[1]), dtype=int)
+    patients_in = np.zeros((folds, holds.shape[1]), dtype=int)
+    slides_in = np.zeros(folds, dtype=int)
     while (left := holds & (fold_of < 0)[:, None]).any():
         totals = left.sum(axis=0)
         rarest = int(np.where(totals > 0, totals, len(holds) + 1).argmin())
-        # Patients of many classes go first: those of one class can mend what they unbalance.
-        for patient in sorted(rng.permutation(np.flatnonzero(left[:, rarest])), key=lambda one: -holds[one].sum()):
-            fold = min(rng.permutation(folds), key=lambda one: (counts[one, rarest], counts[one].sum()))
+        waiting = rng.permutation(np.flatnonzero(left[:, rarest]))
+        # Patients of many classes and many slides go first: the others can mend what they unbalance.
+        for patient in sorted(waiting, key=lambda one: (-holds[one].sum(), -slides[one].sum())):
+            fold = min(rng.permutation(folds), key=lambda one: (patients_in[one, rarest], slides_in[one]))
             fold_of[patient] = fold
-            counts[fold] += holds[patient]
+            patients_in[fold] += holds[patient]
+            slides_in[fold] += slides[patient].sum()
     return fold_of
 
 

@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from MILS import list_mils
+from utils.bags.collate import cut_chunks
+from utils.learning.aggregation import SlideFeed, predict_features
+
+FULL = SlideFeed(None, "merge")
+MODELS = list_mils()
+MERGEABLE = [name for name in MODELS if name != "TransMIL"]
+
+
+def bag(count: int = 53, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32)
+
+
+def probabilities_of(model: nn.Module, features: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        logits, _ = model.eval()(torch.from_numpy(features)[None])
+    return torch.softmax(logits[0].double(), dim=0).numpy()
+
+
+@pytest.fixture
+def stirred(make_model):
+    """A model whose answers differ from slide to slide and whose attention is uneven."""
+
+    def make(name: str, **options) -> nn.Module:
+        torch.manual_seed(1)
+        model = make_model(name, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mean_is_the_instance_weighted_mean_of_the_chunks(name, stirred):
+    model, features = stirred(name), bag(53)
+    cuts = cut_chunks(53, 20)
+    each = np.stack([probabilities_of(model, features[cut]) for cut in cuts])
+    sizes = np.array([len(cut) for cut in cuts])
+    assert sorted(sizes.tolist()) == [17, 18, 18]
+    output = predict_features(model, features, SlideFeed(20, "mean"))
+    assert output.chunk_sizes.tolist() == sizes.tolist()
+    assert output.chunk_probabilities == pytest.approx(each, abs=1e-6)
+    assert output.probabilities == pytest.approx((each * sizes[:, None]).sum(axis=0) / 53, abs=1e-6)
+    assert output.probabilities.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_larger_chunks_weigh_more(stirred):
+    model, features = stirred("LiteMIL"), bag(3)
+    output = predict_features(model, features, SlideFeed(2, "mean"))
+    assert output.chunk_sizes.tolist() == [2, 1]
+    expected = (2 * output.chunk_probabilities[0] + output.chunk_probabilities[1]) / 3
+    assert output.probabilities == pytest.approx(expected)
+    assert output.probabilities != pytest.approx(output.chunk_probabilities.mean(axis=0), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", MERGEABLE)
+@pytest.mark.parametrize("feed", [FULL, SlideFeed(20, "merge")])
+def test_merge_is_one_pass_over_the_whole_slide(name, feed, stirred, monkeypatch):
+    monkeypatch.setattr("utils.learning.aggregation._BLOCK", 7)
+    model, features = stirred(name), bag(53)
+    output = predict_features(model, features, feed, attention=True)
+    assert output.probabilities == pytest.approx(probabilities_of(model, features), abs=1e-6)
+    assert len(output.chunk_sizes) == (1 if feed is FULL else 3)
+    with torch.inference_mode():
+        _, aux = model(torch.from_numpy(features)[None])
+    assert output.attention == pytest.approx(aux["attn"][0].numpy(), abs=1e-6)
+
+
+def test_merge_and_mean_differ(stirred):
+    model, features = stirred("LiteMIL"), bag()
+    merged = predict_features(model, features, SlideFeed(20, "merge")).probabilities
+    assert merged != pytest.approx(predict_features(model, features, SlideFeed(20, "mean")).probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_slide_of_one_chunk_is_the_whole_slide(name, stirred):
+    model, features = stirred(name), bag(20)
+    chunked = predict_features(model, features, SlideFeed(20, "mean"), attention=True)
+    full = predict_features(model, features, FULL, attention=True)
+    assert np.array_equal(chunked.probabilities, full.probabilities)
+    assert np.array_equal(chunked.chunk_probabilities, full.probabilities[None])
+    assert np.array_equal(chunked.attention, full.attention)
+    assert chunked.chunk_sizes.tolist() == full.chunk_sizes.tolist() == [20]
+
+
+def test_transmil_sees_a_full_slide_in_one_pass(stirred):
+    model, features = stirred("TransMIL"), bag(53)
+    assert predict_features(model, features, FULL).probabilities == pytest.approx(probabilities_of(model, features))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("feed", [FULL, SlideFeed(20, "mean"), SlideFeed(20, "merge")])
+def test_attention_is_a_distribution_over_the_slide(name, feed, stirred):
+    attention = predict_features(stirred(name), bag(53), feed, attention=True).attention
+    assert attention.shape[1] == 53
+    assert (attention >= 0).all()
+    assert attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_attention_of_chunks_lands_on_its_patches(stirred):
+    model, features = stirred("LiteMIL"), bag(53)
+    cuts = cut_chunks(53, 20)
+    attention = predict_features(model, features, SlideFeed(20, "mean"), attention=True).attention
+    for cut in cuts:
+        with torch.inference_mode():
+            _, aux = model(torch.from_numpy(features[cut])[None])
+        assert attention[:, cut] == pytest.approx(aux["attn"][0].numpy() * len(cut) / 53, abs=1e-6)
+
+
+def test_attention_is_made_only_when_asked_for(stirred):
+    assert predict_features(stirred("LiteMIL"), bag(), FULL).attention is None
+
+
+def test_a_model_without_attention_gives_none(make_model):
+    class Blind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.layer(x.mean(dim=1)), {"attn": None}
+
+    for feed in (FULL, SlideFeed(20, "mean")):
+        assert predict_features(Blind(), bag(), feed, attention=True).attention is None
+
+
+def test_each_module_is_left_in_its_mode(make_model):
+    model = make_model().train()
+    frozen = list(model.modules())[-1]
+    frozen.eval()
+    before = [module.training for module in model.modules()]
+    predict_features(model, bag(), SlideFeed(20, "mean"))
+    assert [module.training for module in model.modules()] == before
+    model.eval()
+    predict_features(model, bag(), FULL)
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mode_is_restored_after_an_error(name, make_model):
+    model = make_model(name).train()
+    with pytest.raises(ValueError, match=name):
+        predict_features(model, np.zeros((5, 3), dtype=np.float32), FULL)
+    assert model.training
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("feed", [FULL, SlideFeed(20, "mean")])
+def test_dropout_is_off(name, feed, make_model):
+    model = make_model(name, dropout=0.5).train()
+    first, second = (predict_features(model, bag(), feed).probabilities for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("feed", [FULL, SlideFeed(20, "mean")])
+def test_half_precision_features_are_cast_not_computed_with(name, feed, stirred):
+    model, features = stirred(name), bag().astype(np.float16)
+    half, single = (predict_features(model, part, feed) for part in (features, features.astype(np.float32)))
+    assert half.probabilities.dtype == np.float64
+    assert np.array_equal(half.probabilities, single.probabilities)
+
+
+def test_features_and_gradients_are_left_alone(stirred):
+    model, features = stirred("LiteMIL"), bag()
+    before = features.copy()
+    predict_features(model, features, SlideFeed(20, "mean"))
+    assert np.array_equal(features, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("chunked", {"mode": "chunked", "chunk_size": 20, "aggregation": "mean"}),
+        ("full", {"mode": "full", "chunk_size": None, "aggregation": "merge"}),
+    ],
+)
+def test_feed_of_a_mode(mode, expected):
+    assert SlideFeed.of_mode(mode, 20).as_dict() == expected

@@ -1,0 +1,341 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from MILS import list_mils
+from tests.cohort import write_cohort
+from utils.core.config import Training
+from utils.core.errors import TrainingError
+from utils.learning import training
+from utils.learning.aggregation import SlideFeed, predict_features
+from utils.learning.metrics import balanced_class_weights
+from utils.learning.training import Fitted, fit, learning_rate, predict_slides, rank, validate
+from utils.mil_dataset import MILDataset
+
+CPU = torch.device("cpu")
+CHUNKED = SlideFeed(20, "mean")
+TRAIN, VAL = np.arange(16), np.arange(16, 24)
+
+
+@pytest.fixture
+def train(dataset, make_model):
+    """A short training on the shared cohort; settings and arguments by name."""
+
+    def run(make=make_model, *, data=dataset, slides=TRAIN, val=VAL, monitor="auc", seed=7, on_epoch=None, **settings):
+        chosen = Training(**({"epochs": 3, "batch_size": 8, "lr": 1e-2} | settings))
+        hook = {} if on_epoch is None else {"on_epoch": on_epoch}
+        return fit(
+            make, data, slides, val, chosen, monitor=monitor, feed=CHUNKED, seed=seed, device=CPU, **hook
+        )  # fmt: skip
+
+    return run
+
+
+def equal_states(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TestLearningRate:
+    def test_warms_up_then_falls_to_the_final_rate(self):
+        settings = Training(epochs=100, lr=1e-3)
+        rates = [learning_rate(epoch, settings) for epoch in range(1, 101)]
+        assert rates[:6] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3])
+        assert max(rates) == pytest.approx(1e-3)
+        assert (np.diff(rates[5:]) < 0).all()
+        assert rates[-1] == pytest.approx(settings.final_lr)
+
+    def test_follows_a_cosine(self):
+        settings = Training(epochs=26, lr=1.0)  # epochs 6 to 26 fall: epoch 16 is half way
+        assert learning_rate(16, settings) == pytest.approx((1 + settings.final_lr) / 2)
+        assert learning_rate(11, settings) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4), abs=1e-5)
+
+    @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (3, 0), (4, 1), (8, 2), (12, 3), (20, 5), (200, 5)])
+    def test_a_short_training_warms_up_for_a_quarter(self, epochs, warmup):
+        settings = Training(epochs=epochs, lr=1e-3)
+        rates = [learning_rate(epoch, settings) for epoch in range(1, epochs + 1)]
+        assert rates[:warmup] == pytest.approx([1e-3 * i / warmup for i in range(1, warmup + 1)])
+        assert rates[warmup] == pytest.approx(1e-3)
+        assert all(0 < rate <= 1e-3 for rate in rates)
+
+    def test_one_epoch_trains_at_the_peak(self):
+        assert learning_rate(1, Training(epochs=1, lr=1e-3)) == 1e-3
+
+    @pytest.mark.parametrize("lr", [0.0, 1e-8])
+    def test_never_rises_above_the_rate_asked_for(self, lr):
+        settings = Training(epochs=10, lr=lr)
+        assert max(learning_rate(epoch, settings) for epoch in range(1, 11)) <= lr
+
+    def test_is_what_the_optimizer_uses(self, train, monkeypatch):
+        used = []
+        step = training._Stepper._step
+
+        def spying(self, loss):
+            used.append(self.optimizer.param_groups[0]["lr"])
+            step(self, loss)
+
+        monkeypatch.setattr(training._Stepper, "_step", spying)
+        fitted = train(epochs=4, batch_size=100)
+        assert used == [row["lr"] for row in fitted.history]
+        assert used == [learning_rate(epoch, Training(epochs=4, lr=1e-2)) for epoch in range(1, 5)]
+
+
+class Scripted:
+    """Stands for `validate`: gives the figures of a script, and keeps the weights it was asked about."""
+
+    def __init__(self, aucs, losses):
+        self.script = [{"val_loss": loss, "val_auc": auc} for auc, loss in zip(aucs, losses, strict=True)]
+        self.seen = []
+
+    def __call__(self, model, *_):
+        self.seen.append(copy.deepcopy(model.state_dict()))
+        return self.script[len(self.seen) - 1]
+
+
+class TestSelection:
+    def test_the_best_epoch_is_a_copy_that_later_epochs_leave_alone(self, train, monkeypatch):
+        script = Scripted([0.6, 0.9, 0.7, 0.8], [0.5] * 4)
+        monkeypatch.setattr(training, "validate", script)
+        fitted = train(epochs=4)
+        assert fitted.epoch == 2
+        assert equal_states(fitted.state_dict, script.seen[1])
+        assert not equal_states(fitted.state_dict, script.seen[3])
+        assert fitted.validation["val_auc"] == 0.9
+        assert [row["epoch"] for row in fitted.history] == [1, 2, 3, 4]
+
+    @pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 6), (3, 7), (10, 8)])
+    def test_stops_after_patience_epochs_without_a_better_one(self, patience, epochs, train, monkeypatch):
+        monkeypatch.setattr(training, "validate", Scripted([0.5, 0.6, 0.5, 0.7, 0.7, 0.6, 0.6, 0.6], [1.0] * 8))
+        assert len(train(epochs=8, patience=patience, batch_size=100).history) == epochs
+
+    def test_equal_aucs_are_decided_by_the_loss_then_by_the_earlier_epoch(self, train, monkeypatch):
+        monkeypatch.setattr(training, "validate", Scripted([0.9, 0.9, 0.9, 0.8], [0.5, 0.4, 0.4, 0.1]))
+        assert train(epochs=4).epoch == 2
+
+    def test_the_loss_chooses_where_it_is_monitored(self, train, monkeypatch):
+        monkeypatch.setattr(training, "validate", Scripted([0.9, None, 0.8], [0.5, 0.4, 0.6]))
+        assert train(epochs=3, monitor="loss").epoch == 2
+
+    def test_rank(self):
+        better = rank({"val_auc": 0.8, "val_loss": 9.0}, "auc")
+        assert better > rank({"val_auc": 0.7, "val_loss": 0.1}, "auc")
+        assert rank({"val_auc": 0.7, "val_loss": 0.1}, "loss") > rank({"val_auc": 0.8, "val_loss": 9.0}, "loss")
+
+    def test_an_auc_of_one_class_cannot_choose(self, train, dataset):
+        benign = VAL[dataset.labels[VAL] == 0]
+        with pytest.raises(TrainingError, match="one class only"):
+            train(val=benign)
+        assert train(val=benign, monitor="loss").validation["val_auc"] is None
+
+    def test_weights_are_on_the_cpu_and_share_no_memory_with_a_model(self, train, make_model):
+        models = []
+        fitted = train(lambda: models.append(make_model()) or models[-1], epochs=1)
+        theirs = {tensor.data_ptr() for tensor in models[0].state_dict().values()}
+        assert not theirs & {tensor.data_ptr() for tensor in fitted.state_dict.values()}
+        assert {str(tensor.device) for tensor in fitted.state_dict.values()} == {"cpu"}
+        assert not any(tensor.requires_grad for tensor in fitted.state_dict.values())
+
+
+class TestLoss:
+    @pytest.mark.parametrize("batch_size", [1, 5, 1000])
+    def test_an_epoch_counts_slides_and_classes_alike(self, train, dataset, make_model, batch_size):
+        """With a rate of 0 the training loss is the mean over slides of the mean over their chunks, class-balanced."""
+        slides = np.concatenate([np.flatnonzero(dataset.labels == 0), np.flatnonzero(dataset.labels == 1)[:4]])
+        counts = {math.ceil(dataset.info[slide].num_instances / 20) for slide in slides}
+        assert len(counts) == 3
+        batches, models = [], []
+        original = dataset.batches
+
+        class Spy:
+            labels, class_names, features = dataset.labels, dataset.class_names, staticmethod(dataset.features)
+
+            @staticmethod
+            def batches(*arguments):
+                for batch in original(*arguments):
+                    batches.append(batch)
+                    yield batch
+
+        fitted = train(
+            lambda: models.append(make_model()) or models[-1],
+            data=Spy, slides=slides, lr=0.0, epochs=1, batch_size=batch_size,
+        )  # fmt: skip
+        losses = {int(slide): [] for slide in slides}
+        for batch in batches:
+            for x, mask, slide in zip(
+                batch.x, batch.mask if batch.mask is not None else [None] * len(batch.x), batch.slides, strict=True
+            ):
+                real = x if mask is None else x[~mask]
+                with torch.no_grad():
+                    logits = models[0].eval()(real.float()[None])[0][0]
+                losses[int(slide)].append(-torch.log_softmax(logits, dim=0)[dataset.labels[int(slide)]].item())
+        weight = {0: len(slides) / (2 * 12), 1: len(slides) / (2 * 4)}
+        expected = np.mean([weight[dataset.labels[slide]] * np.mean(losses[slide]) for slide in losses])
+        assert {len(chunks) for chunks in losses.values()} == counts
+        assert fitted.history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_a_rate_of_zero_moves_nothing(self, train, make_model):
+        models = []
+
+        def make():
+            models.append(make_model())
+            return copy.deepcopy(models[-1])
+
+        assert equal_states(train(make, lr=0.0).state_dict, models[0].state_dict())
+
+    def test_validation_loss_counts_slides(self, dataset, make_model):
+        model, weights = make_model(), balanced_class_weights(dataset.labels[TRAIN], 2)
+        answers = [predict_features(model, dataset.features(slide), CHUNKED).probabilities for slide in VAL]
+        losses = [-math.log(answer[label]) for answer, label in zip(answers, dataset.labels[VAL], strict=True)]
+        expected = np.average(losses, weights=weights[dataset.labels[VAL]])
+        assert validate(model, dataset, VAL, weights, CHUNKED)["val_loss"] == pytest.approx(expected)
+
+
+class TestReproducibility:
+    @pytest.mark.parametrize("name", ["LiteMIL", "TransMIL"])
+    def test_the_seed_decides_every_bit(self, train, make_model, name):
+        first, again, other = (train(lambda: make_model(name, dropout=0.25), epochs=2, seed=seed) for seed in (1, 1, 2))
+        assert equal_states(first.state_dict, again.state_dict)
+        assert first.history == again.history
+        assert not equal_states(first.state_dict, other.state_dict)
+
+    def test_what_was_drawn_before_does_not_matter(self, train, make_model):
+        first = train(lambda: make_model(dropout=0.25))
+        torch.manual_seed(99)
+        torch.rand(17)
+        np.random.seed(5)  # noqa: NPY002 - the global generator is the point
+        assert equal_states(first.state_dict, train(lambda: make_model(dropout=0.25)).state_dict)
+
+    def test_an_epochs_randomness_is_its_own(self, train, make_model):
+        """What is drawn between two epochs, by a progress bar or a validation, changes no weight."""
+        quiet = train(lambda: make_model(dropout=0.25))
+        drawing = train(lambda: make_model(dropout=0.25), on_epoch=lambda _: torch.rand(3))
+        assert equal_states(quiet.state_dict, drawing.state_dict)
+
+    def test_epochs_differ_in_their_batches(self, dataset, train):
+        orders = []
+
+        class Spy:
+            labels, class_names, features = dataset.labels, dataset.class_names, staticmethod(dataset.features)
+
+            @staticmethod
+            def batches(*arguments):
+                for batch in dataset.batches(*arguments):
+                    orders.append(batch.slides.tolist())
+                    yield batch
+
+        train(data=Spy, batch_size=1000)
+        assert len({str(order) for order in orders}) == len(orders) == 3
+
+
+class TestModes:
+    def test_trains_in_training_mode_and_validates_in_evaluation_mode(self, train, dataset, monkeypatch):
+        calls = []
+
+        class Watched(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.dropout = nn.Linear(16, 2), nn.Dropout(0.5)
+
+            def forward(self, x, mask=None):
+                calls.append((self.training, self.dropout.training, torch.is_grad_enabled()))
+                return self.layer(self.dropout(x.float()).mean(dim=1)), {"attn": None}
+
+        train(Watched, epochs=2, batch_size=1000)
+        chunks = sum(math.ceil(dataset.info[slide].num_instances / 20) for slide in VAL)
+        epoch = [(True, True, True)] + [(False, False, False)] * chunks
+        assert calls == epoch * 2
+
+    def test_on_epoch_hears_each_validation(self, train):
+        heard = []
+        fitted = train(on_epoch=heard.append)
+        assert [{name: row[name] for name in heard[0]} for row in fitted.history] == heard
+        assert set(heard[0]) == {"val_loss", "val_accuracy", "val_balanced_accuracy", "val_f1_macro", "val_auc"}
+
+
+class TestTrouble:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_loss_that_is_not_finite_ends_the_training(self, train, make_model, value):
+        def broken():
+            model = make_model()
+            with torch.no_grad():
+                next(model.parameters()).fill_(value)
+            return model
+
+        with pytest.raises(TrainingError, match=r"the loss of epoch 1 is nan at learning rate 0.01; lower --lr"):
+            train(broken)
+
+    def test_nan_features_end_the_training(self, train, dataset):
+        class Spoilt:
+            labels, class_names, features = dataset.labels, dataset.class_names, staticmethod(dataset.features)
+
+            @staticmethod
+            def batches(*arguments):
+                for batch in dataset.batches(*arguments):
+                    batch.x[0, 0, 0] = float("nan")
+                    yield batch
+
+        with pytest.raises(TrainingError, match="the loss of epoch 1 is nan"):
+            train(data=Spoilt)
+
+    @pytest.mark.parametrize("monitor", ["auc", "loss"])
+    def test_weights_that_burst_in_the_last_step_end_the_training(self, train, monitor):
+        """The loss of one big batch is taken before the step that bursts: only the validation sees it."""
+
+        class Unnormalised(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2))
+
+            def forward(self, x, mask=None):
+                return self.layers(x.float().mean(dim=1)), {"attn": None}
+
+        with pytest.raises(TrainingError, match="answer for a slide is not finite; lower --lr"):
+            train(Unnormalised, lr=1e30, batch_size=1000, monitor=monitor)
+
+    def test_an_answer_that_is_not_finite_is_no_answer(self, dataset, make_model):
+        model = make_model()
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+        with pytest.raises(TrainingError, match="not finite"):
+            predict_slides(model, dataset, VAL, CHUNKED)
+
+    def test_gradients_are_clipped(self, train, monkeypatch):
+        norms = []
+        step = torch.optim.AdamW.step
+
+        def spying(self, *arguments, **named):
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(torch.norm(torch.stack([grad.norm() for grad in grads])).item())
+            return step(self, *arguments, **named)
+
+        class Steep(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(16, 2)
+
+            def forward(self, x, mask=None):
+                return 1e3 * self.layer(x.float().mean(dim=1)), {"attn": None}
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", spying)
+        train(Steep, epochs=1)
+        assert norms
+        assert max(norms) == pytest.approx(Training().clip_norm, rel=1e-3)
+
+
+class TestLearning:
+    @pytest.mark.parametrize("name", list_mils())
+    def test_learns_what_the_cohort_holds(self, name, tmp_path_factory, train, make_model):
+        csv, features = write_cohort(
+            tmp_path_factory.mktemp("learn"), patients_per_class=10, slides_per_patient=1, patches=(30, 40), signal=3
+        )
+        data = MILDataset(csv, features, chunk_size=20)
+        fitted = train(
+            lambda: make_model(name), data=data, slides=np.arange(14), val=np.arange(14, 20),
+            epochs=12, batch_size=7, lr=1e-2,
+        )  # fmt: skip
+        assert isinstance(fitted, Fitted)
+        assert fitted.validation["val_auc"] >= 0.9
+        assert fitted.history[-1]["train_loss"] < 0.7 * fitted.history[0]["train_loss"]

@@ -1,0 +1,797 @@
+import csv
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from MILS import build_mil, list_mils
+from tests.cohort import write_cohort
+from utils import nested_cv
+from utils.core.config import Training
+from utils.core.errors import ConfigError, SplitError
+from utils.core.files import read_json, write_text
+from utils.learning.aggregation import SlideFeed, predict_features
+from utils.learning.checkpoint import id_digests, load_checkpoint
+from utils.learning.metrics import METRICS, classification_metrics
+from utils.learning.splits import InnerFold, OuterFold
+from utils.learning.training import Fitted
+from utils.mil_dataset import MILDataset
+from utils.nested_cv import NestedCrossValidation, results_table
+
+N_OUTER, N_INNER, EPOCHS = 3, 2, 3
+TRAININGS = N_OUTER * N_INNER
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def aloud(caplog) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, "litemil"):
+        yield caplog
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> tuple[Path, Path]:
+    return write_cohort(tmp_path_factory.mktemp("cohort"), patches=(5, 50))
+
+
+@pytest.fixture(scope="module")
+def dataset(cohort) -> MILDataset:
+    return MILDataset(*cohort, chunk_size=20)
+
+
+def small(name: str = "LiteMIL", input_dim: int = 16, num_classes: int = 2, **options):
+    heads = {"num_heads": 2} if name in ("LiteMIL", "TransMIL") else {}
+    return build_mil(name, input_dim=input_dim, num_classes=num_classes, **({"hidden_dim": 16} | heads | options))
+
+
+def make_cv(dataset, output_dir, model_factory: Callable = small, **changes) -> NestedCrossValidation:
+    settings = {
+        "n_outer": N_OUTER, "n_inner": N_INNER, "batch_size": 8, "epochs": EPOCHS, "device": "cpu", "lr": 1e-2,
+        "seed": 5, "dataset_name": "demo",
+    }  # fmt: skip
+    return NestedCrossValidation(model_factory, dataset, dataset.class_names, output_dir, **(settings | changes))
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    for name in ("roc_figure", "confusion_figure", "learning_figure"):
+        monkeypatch.setattr(nested_cv.figures, name, lambda *_: None)
+    monkeypatch.setattr(nested_cv.figures, "save_figure", lambda figure, path: write_text(path, "a figure"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the record of the process, which holds its duration."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.json"
+    }
+
+
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@dataclass
+class Watch:
+    """What a run did, in its order: ("fit", train, val), ("batches", slides), ("features", slide), ("end",) of a fit,
+    ("test", slides).
+    """
+
+    events: list[tuple] = field(default_factory=list)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fit, predict_slides = nested_cv.fit, nested_cv.predict_slides
+        features, batches = MILDataset.features, MILDataset.batches
+
+        def watched_fit(factory, dataset, train, val, *rest, **named):
+            self.events.append(("fit", set(train.tolist()), set(val.tolist())))
+            fitted = fit(factory, dataset, train, val, *rest, **named)
+            self.events.append(("end",))
+            return fitted
+
+        def watched_test(model, dataset, slides, feed):
+            self.events.append(("test", set(slides.tolist())))
+            return predict_slides(model, dataset, slides, feed)
+
+        def watched_features(dataset, slide):
+            self.events.append(("features", slide))
+            return features(dataset, slide)
+
+        def watched_batches(dataset, slides, *rest):
+            self.events.append(("batches", set(slides.tolist())))
+            return batches(dataset, slides, *rest)
+
+        monkeypatch.setattr(nested_cv, "fit", watched_fit)
+        monkeypatch.setattr(nested_cv, "predict_slides", watched_test)
+        monkeypatch.setattr(MILDataset, "features", watched_features)
+        monkeypatch.setattr(MILDataset, "batches", watched_batches)
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+    cv: NestedCrossValidation
+    results: dict
+    events: list[tuple]
+
+    def table(self) -> list[dict[str, str]]:
+        with (self.folder / "predictions.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory) -> Finished:
+    """One uninterrupted run, watched."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        watch = Watch()
+        watch.install(monkeypatch)
+        cv = make_cv(dataset, tmp_path_factory.mktemp("runs") / "LiteMIL" / "demo")
+        results = cv.run()
+    torch.set_num_threads(threads)
+    return Finished(cv.output_dir, cv, results, watch.events)
+
+
+def strict_json(path: Path):
+    def refuse(constant):
+        raise AssertionError(f"{path}: {constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+class TestOutputs:
+    def test_the_files(self, finished):
+        assert {path.name for path in finished.folder.iterdir()} == {
+            *(f"fold_{k}_best.pth" for k in range(1, N_OUTER + 1)),
+            "all_folds_best.pth", "outputs.json", "splits.json", "predictions.csv", "history.csv", "run.json",
+            "roc.png", "confusion_matrix.png", "learning_curves.png",
+        }  # fmt: skip
+
+    def test_predictions_have_one_out_of_fold_row_per_slide_in_table_order(self, finished, dataset):
+        rows = finished.table()
+        assert list(rows[0]) == [
+            "wsi_id", "case_id", "label", "predicted", "prob_benign", "prob_malignant", "fold",
+        ]  # fmt: skip
+        expected = [(row.wsi_id, row.case_id, dataset.class_names[row.label]) for row in dataset.rows]
+        assert [(row["wsi_id"], row["case_id"], row["label"]) for row in rows] == expected
+        for row in rows:
+            benign, malignant = float(row["prob_benign"]), float(row["prob_malignant"])
+            assert benign + malignant == pytest.approx(1, abs=1e-12)
+            assert row["predicted"] == ("malignant" if malignant > benign else "benign")
+        tested = {fold["fold"]: set(fold["test"]) for fold in strict_json(finished.folder / "splits.json")["folds"]}
+        assert all(row["wsi_id"] in tested[int(row["fold"])] for row in rows)
+
+    def test_each_folds_model_gives_its_predictions_again(self, finished, dataset):
+        for fold in range(1, N_OUTER + 1):
+            checkpoint = load_checkpoint(finished.folder / f"fold_{fold}_best.pth")
+            model = checkpoint.build()
+            for slide, row in enumerate(finished.table()):
+                output = predict_features(model, dataset.features(slide), checkpoint.slide_feed)
+                said = [float(row["prob_benign"]), float(row["prob_malignant"])]
+                assert (output.probabilities.tolist() == said) is (int(row["fold"]) == fold)
+
+    def test_outputs_hold_what_they_promise(self, finished, dataset):
+        outputs = strict_json(finished.folder / "outputs.json")
+        assert outputs == finished.results
+        names = ("chunk_accuracy", "slide_accuracy", "slide_f1_macro", "slide_auc", "slide_balanced_accuracy")
+        assert {f"{name}_{part}" for name in names for part in ("mean", "std")} < outputs.keys()
+        assert outputs["n_folds"] == N_OUTER
+        assert outputs["class_names"] == ["benign", "malignant"]
+        assert (outputs["n_slides"], outputs["n_cases"], outputs["dataset"]) == (24, 12, "demo")
+        assert outputs["model"] == small().spec
+
+    def test_the_figures_follow_from_the_predictions(self, finished, dataset):
+        outputs, rows = finished.results, finished.table()
+        probabilities = np.array([[float(row["prob_benign"]), float(row["prob_malignant"])] for row in rows])
+        folds = np.array([int(row["fold"]) for row in rows])
+        for result in outputs["fold_results"]:
+            part = folds == result["fold"]
+            assert result["n_slides"] == part.sum()
+            assert result["slide"] == classification_metrics(dataset.labels[part], probabilities[part])
+        assert [result["fold"] for result in outputs["fold_results"]] == [1, 2, 3]
+        for name in METRICS:
+            values = [result["slide"][name] for result in outputs["fold_results"]]
+            assert outputs[f"slide_{name}_mean"] == pytest.approx(np.mean(values))
+            assert outputs[f"slide_{name}_std"] == pytest.approx(np.std(values, ddof=1))
+            low, high = outputs["intervals_95"][name]
+            assert low <= outputs["pooled"][name] <= high
+        assert outputs["pooled"] == classification_metrics(dataset.labels, probabilities)
+
+    def test_chunk_accuracy_counts_chunks(self, finished, dataset):
+        for result in finished.results["fold_results"]:
+            model = load_checkpoint(finished.folder / f"fold_{result['fold']}_best.pth").build()
+            right = []
+            for slide, row in enumerate(finished.table()):
+                if int(row["fold"]) == result["fold"]:
+                    output = predict_features(model, dataset.features(slide), SlideFeed(20, "mean"))
+                    assert len(output.chunk_sizes) == math.ceil(dataset.info[slide].num_instances / 20)
+                    right += (output.chunk_probabilities.argmax(axis=1) == dataset.labels[slide]).tolist()
+            assert len(right) > result["n_slides"]
+            assert result["chunk"]["accuracy"] == pytest.approx(np.mean(right))
+
+    def test_splits_are_the_ones_used(self, finished, dataset):
+        content = strict_json(finished.folder / "splits.json")
+        ids = [row.wsi_id for row in dataset.rows]
+        fits = [event for event in finished.events if event[0] == "fit"]
+        said = [inner for fold in content["folds"] for inner in fold["inner"]]
+        assert [({*inner["train"]}, {*inner["val"]}) for inner in said] == [
+            ({ids[slide] for slide in train}, {ids[slide] for slide in val}) for _, train, val in fits
+        ]
+        assert sorted(slide for fold in content["folds"] for slide in fold["test"]) == sorted(ids)
+        assert content["seed"] == 5
+
+    def test_history_has_every_epoch_of_every_training(self, finished):
+        history = pd.read_csv(finished.folder / "history.csv")
+        assert list(history)[:4] == ["fold", "inner", "epoch", "train_loss"]
+        assert {"val_loss", "val_auc", "val_accuracy", "val_balanced_accuracy", "val_f1_macro", "lr"} < set(history)
+        expected = [(k, i, e) for k in range(1, 4) for i in range(1, 3) for e in range(1, EPOCHS + 1)]
+        assert list(history[["fold", "inner", "epoch"]].itertuples(index=False, name=None)) == expected
+        assert np.isfinite(history.to_numpy()).all()
+
+    def test_the_chosen_epoch_is_the_best_of_its_folds_history(self, finished):
+        history = pd.read_csv(finished.folder / "history.csv")
+        for result in finished.results["fold_results"]:
+            chosen, rows = result["selection"], history[history["fold"] == result["fold"]]
+            order = rows.sort_values(["val_auc", "val_loss", "inner", "epoch"], ascending=[False, True, True, True])
+            best = order.iloc[0]
+            assert (chosen["inner_fold"], chosen["epoch"]) == (best["inner"], best["epoch"])
+            assert (chosen["val_auc"], chosen["val_loss"]) == (best["val_auc"], best["val_loss"])
+            assert (chosen["chosen_on"], chosen["monitor"]) == ("inner validation", "slide_auc")
+
+    def test_run_json_says_how_it_was_made(self, finished):
+        record = strict_json(finished.folder / "run.json")
+        assert record["finished"] is True
+        assert record["seconds"] > 0
+        assert {"argv", "versions", "git_commit", "device", "threads", "platform"} <= record.keys()
+        assert record["threads"] == 1
+        assert record["identity"]["seed"] == 5
+        assert record["identity"]["training"] == {
+            "epochs": EPOCHS, "patience": 10, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.01, "use_amp": True,
+            "warmup_epochs": 5, "final_lr": 1e-6, "clip_norm": 1.0,
+        }  # fmt: skip
+        assert record["identity"]["feed"] == {"mode": "chunked", "chunk_size": 20, "aggregation": "mean"}
+
+    def test_checkpoints_say_what_they_are(self, finished, dataset):
+        splits = strict_json(finished.folder / "splits.json")["folds"]
+        for fold, result in zip(splits, finished.results["fold_results"], strict=True):
+            checkpoint = load_checkpoint(finished.folder / f"fold_{fold['fold']}_best.pth")
+            used = {slide for part in fold["inner"][0].values() for slide in part}
+            cases = {row.case_id for row in dataset.rows if row.wsi_id in used}
+            assert checkpoint.seen == {"slide": id_digests("slide", used), "case": id_digests("case", cases)}
+            assert not set(checkpoint.seen["slide"]) & set(id_digests("slide", fold["test"]))
+            assert checkpoint.selection == result["selection"] | {"best_of_all_folds": False}
+            assert checkpoint.recipe == dataset.recipe
+            assert checkpoint.recipe["backbone"] == "synthetic"
+            assert checkpoint.mpp_range == (0.5, 0.5)
+            assert (checkpoint.dataset, checkpoint.class_names) == ("demo", ("benign", "malignant"))
+            content = (finished.folder / f"fold_{fold['fold']}_best.pth").read_bytes()
+            assert not [
+                row for row in dataset.rows if row.wsi_id.encode() in content or row.case_id.encode() in content
+            ]
+
+    def test_the_closing_table(self, finished):
+        lines = results_table(finished.results).splitlines()
+        assert len({len(line) for line in lines}) == 1
+        assert [line.split()[0] for line in lines if "---" not in line][1:] == [
+            "fold", "fold", "fold", "mean", "std", "pooled", "95%",
+        ]  # fmt: skip
+        assert f"{finished.results['slide_auc_mean']:.3f}" in results_table(finished.results)
+
+
+class TestSecrecyOfTheTestFold:
+    def test_test_slides_are_read_only_after_their_folds_trainings(self, finished, dataset):
+        everything, fold_fits, within, tested = set(range(len(dataset))), [], None, None
+        kinds = Counter(event[0] for event in finished.events)
+        assert (kinds["fit"], kinds["test"], kinds["batches"]) == (TRAININGS, N_OUTER, TRAININGS * EPOCHS)
+        for kind, *what in finished.events:
+            if kind == "fit":
+                within, tested = tuple(what), None
+                fold_fits.append(within)
+                assert not what[0] & what[1]
+            elif kind == "end":
+                within = None
+            elif kind == "batches":
+                assert what[0] == within[0]
+            elif kind == "test":
+                assert len(fold_fits) == N_INNER
+                for train, val in fold_fits:
+                    assert what[0] == everything - train - val
+                tested, fold_fits = what[0], []
+            else:
+                assert what[0] in (within[0] | within[1] if within else tested)
+
+    def test_spoiling_the_test_slides_changes_no_choice(self, finished, dataset, tmp_path, monkeypatch, no_figures):
+        """With each fold's test features replaced by noise, the models, the epochs and their scores stay the same."""
+        predict, tested = nested_cv.predict_slides, set()
+
+        def spoilt(model, data, slides, feed):
+            tested.update(slides.tolist())
+            original = type(data).features
+
+            def noise(data, slide):
+                real = original(data, slide)
+                return np.random.default_rng(slide).standard_normal(real.shape).astype(real.dtype)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(data), "features", noise)
+                return predict(model, data, slides, feed)
+
+        monkeypatch.setattr(nested_cv, "predict_slides", spoilt)
+        results = make_cv(dataset, tmp_path / "run").run()
+        assert len(tested) == len(dataset)
+        assert results["pooled"] != finished.results["pooled"]
+        expected, found = contents(finished.folder), contents(tmp_path / "run")
+        for name in ("history.csv", "splits.json", "all_folds_best.pth", *(f"fold_{k}_best.pth" for k in (1, 2, 3))):
+            assert found[name] == expected[name], name
+
+
+@dataclass
+class Unfitted:
+    """Stands for `fit`: untrained weights from the seed, the validation figures as scripted, call by call."""
+
+    script: list[dict] = field(default_factory=list)
+    states: list[dict] = field(default_factory=list)
+
+    def __call__(self, factory, dataset, train, val, settings: Training, *, seed, **_) -> Fitted:
+        torch.manual_seed(seed)
+        state = {name: 3 * part.clone() for name, part in factory().state_dict().items()}
+        validation = {"val_loss": 1.0, **dict.fromkeys([f"val_{name}" for name in METRICS], 0.5)}
+        if self.script:
+            validation |= self.script[len(self.states)]
+        self.states.append(state)
+        return Fitted(state, 1, validation, [{"epoch": 1, "train_loss": 1.0, **validation, "lr": settings.lr}])
+
+
+@pytest.fixture
+def unfitted(monkeypatch, no_figures) -> Unfitted:
+    """Runs in no time, where what is tested is not the training."""
+    stand_in = Unfitted()
+    monkeypatch.setattr(nested_cv, "fit", stand_in)
+    monkeypatch.setattr(nested_cv, "bootstrap_intervals", partial(nested_cv.bootstrap_intervals, resamples=10))
+    return stand_in
+
+
+def is_state(path: Path, state: dict) -> bool:
+    return all(torch.equal(part, state[name]) for name, part in load_checkpoint(path).state_dict.items())
+
+
+class TestSelection:
+    def test_inner_validation_chooses_whatever_the_test_says(self, dataset, tmp_path, unfitted):
+        """Each fold in turn validates best and is taken, though another one tests better."""
+        best_testers = []
+        for favourite in range(N_OUTER):
+            folder = tmp_path / f"run_{favourite}"
+            unfitted.states.clear()
+            unfitted.script = [{"val_auc": 0.6 + 0.01 * call} for call in range(TRAININGS)]
+            unfitted.script[2 * favourite] = {"val_auc": 0.9}
+            results = make_cv(dataset, folder).run()
+            tested = [fold["slide"]["auc"] for fold in results["fold_results"]]
+            best_testers.append(tested[favourite] == max(tested))
+            assert is_state(folder / "all_folds_best.pth", unfitted.states[2 * favourite])
+            for fold in range(N_OUTER):
+                chosen = 2 * fold + (fold != favourite)
+                assert is_state(folder / f"fold_{fold + 1}_best.pth", unfitted.states[chosen])
+                assert results["fold_results"][fold]["selection"]["inner_fold"] == chosen % 2 + 1
+            selection = load_checkpoint(folder / "all_folds_best.pth").selection
+            assert (selection["outer_fold"], selection["best_of_all_folds"]) == (favourite + 1, True)
+            assert selection["val_auc"] == 0.9
+        assert not all(best_testers)
+
+    def test_equal_aucs_are_decided_by_the_loss(self, dataset, tmp_path, unfitted):
+        unfitted.script = [{"val_auc": 0.9, "val_loss": loss} for loss in (0.5, 0.4, 0.6, 0.3, 0.35, 0.7)]
+        make_cv(dataset, tmp_path / "run").run()
+        assert is_state(tmp_path / "run" / "all_folds_best.pth", unfitted.states[3])
+
+    def test_accuracy_chooses_nothing(self, dataset, tmp_path, unfitted):
+        """A majority voter's accuracy must not win over a better ranking."""
+        unfitted.script = [{"val_auc": 0.6, "val_accuracy": 0.9}, {"val_auc": 0.7, "val_accuracy": 0.1}] * 3
+        make_cv(dataset, tmp_path / "run").run()
+        assert is_state(tmp_path / "run" / "fold_1_best.pth", unfitted.states[1])
+
+    def test_folds_of_one_class_use_the_loss_and_leave_no_nan(self, dataset, tmp_path, monkeypatch, aloud):
+        """Where an inner fold holds one class the loss chooses; a test fold of one class has no AUC."""
+        benign, malignant = (np.flatnonzero(dataset.labels == label) for label in (0, 1))
+
+        def one_class_folds(*_):
+            folds = []
+            for number, test in enumerate((benign[:6], np.setdiff1d(np.arange(24), benign[:6])), start=1):
+                rest = np.setdiff1d(np.arange(24), test) if number == 1 else np.concatenate([benign[:6], malignant])
+                vals = (rest[dataset.labels[rest] == 0][:4], rest[dataset.labels[rest] == 1][:4])
+                inner = tuple(InnerFold(np.setdiff1d(rest, val), val) for val in vals)
+                folds.append(OuterFold(number, test, inner))
+            return folds
+
+        monkeypatch.setattr(nested_cv, "nested_splits", one_class_folds)
+        results = make_cv(dataset, tmp_path / "run", n_outer=2).run()
+        assert results["fold_results"][0]["slide"]["auc"] is None
+        assert results["fold_results"][0]["selection"]["monitor"] == "slide_loss"
+        assert results["slide_auc_mean"] == results["fold_results"][1]["slide"]["auc"]
+        assert (results["slide_auc_std"], results["slide_auc_folds"]) == (None, 1)
+        assert strict_json(tmp_path / "run" / "outputs.json") == results
+        assert "the slide loss chooses" in aloud.text
+        assert [line.split()[-1] for line in results_table(results).splitlines() if line.endswith(" -")] == ["-", "-"]
+        assert pd.read_csv(tmp_path / "run" / "history.csv")["val_auc"].isna().all()
+
+
+class Interrupted(BaseException):
+    """As a Ctrl-C: no handler of ours may take it for an error."""
+
+
+def leave_unfinished(cv: NestedCrossValidation) -> None:
+    """Run until every training is done and nothing but the results is missing."""
+
+    def interrupted(*_):
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cv, "_write_results", interrupted)
+        with pytest.raises(Interrupted):
+            cv.run()
+
+
+class TestResume:
+    def test_the_same_command_again_trains_nothing(self, finished, dataset, monkeypatch, aloud):
+        before = contents(finished.folder), (finished.folder / "run.json").read_bytes()
+
+        def must_not_train(*_, **__):
+            raise AssertionError("trained again")
+
+        monkeypatch.setattr(nested_cv, "fit", must_not_train)
+        monkeypatch.setattr(nested_cv, "predict_slides", must_not_train)
+        assert make_cv(dataset, finished.folder).run() == finished.results
+        assert (contents(finished.folder), (finished.folder / "run.json").read_bytes()) == before
+        assert "this run is finished" in aloud.text
+
+    def test_two_runs_are_equal_byte_for_byte(self, finished, dataset, tmp_path):
+        make_cv(dataset, tmp_path / "elsewhere").run()
+        assert_same(contents(tmp_path / "elsewhere"), contents(finished.folder))
+
+    def test_a_relative_folder_stays_where_it_was_named(self, dataset, tmp_path, monkeypatch, unfitted):
+        monkeypatch.chdir(tmp_path)
+        cv = make_cv(dataset, "run")
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        cv.run()
+        assert (tmp_path / "run" / "outputs.json").is_file()
+        assert not any((tmp_path / "other").iterdir())
+
+    def test_interrupted_in_any_training_it_goes_on(self, finished, dataset, tmp_path, monkeypatch, aloud):
+        fit, started = nested_cv.fit, []
+        rng = random.Random(1)  # noqa: S311 - moments, not secrets
+        stops = [rng.randint(1, EPOCHS) for _ in range(TRAININGS)]
+
+        def interrupted(*arguments, on_epoch, **named):
+            started.append(named["seed"])
+            epochs = []
+
+            def hook(validation):
+                on_epoch(validation)
+                epochs.append(validation)
+                if len(epochs) == stops[0]:
+                    stops.pop(0)
+                    raise Interrupted
+
+            return fit(*arguments, on_epoch=hook if len(started) % 2 else on_epoch, **named)
+
+        monkeypatch.setattr(nested_cv, "fit", interrupted)
+        for attempt in range(TRAININGS):
+            with pytest.raises(Interrupted):
+                make_cv(dataset, tmp_path / "run").run()
+            assert len(list((tmp_path / "run" / "resume").glob("*.pt"))) == attempt
+            assert not read_json(tmp_path / "run" / "run.json")["finished"]
+            assert not (tmp_path / "run" / "outputs.json").exists()
+            if attempt < TRAININGS - 1:
+                # The next session finishes this training and is interrupted in the one after it.
+                assert len(started) == 2 * attempt + 1
+        monkeypatch.setattr(nested_cv, "fit", fit)
+        make_cv(dataset, tmp_path / "run").run()
+        assert_same(contents(tmp_path / "run"), contents(finished.folder))
+        assert f"resuming; {TRAININGS - 1} inner trainings are done" in aloud.text
+        assert Counter(started) == Counter(dict.fromkeys(started, 2) | {started[-1]: 1})
+
+    @pytest.mark.parametrize("moment", ["before", "after"])
+    def test_dying_at_every_write_in_turn_loses_nothing(
+        self, moment, finished, dataset, tmp_path, monkeypatch, no_figures
+    ):
+        """Session n dies at its n-th write, just before or just after the file gets its name."""
+        replace, budget = Path.replace, [0]
+
+        def dying(path, target):
+            budget[0] -= 1
+            if budget[0] > 0 or moment == "after":
+                replace(path, target)
+            if budget[0] == 0:
+                raise Interrupted
+
+        sessions = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", dying)
+            while True:
+                sessions += 1
+                budget[0] = sessions
+                try:
+                    make_cv(dataset, tmp_path / "run").run()
+                    break
+                except Interrupted:
+                    assert sessions < 100
+        assert sessions > 10
+        found, expected = contents(tmp_path / "run"), contents(finished.folder)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name] == (b"a figure" if name.endswith(".png") else expected[name]), name
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_killed_at_random_moments_it_ends_as_if_it_never_was(self, finished, dataset, tmp_path):
+        """A process that dies of SIGKILL runs no handler: what is on the disk is all there is."""
+        rng, folder = random.Random(os.getpid()), tmp_path / "run"  # noqa: S311 - moments, not secrets
+        kept = folder / "resume"
+
+        def session() -> multiprocessing.Process:
+            process = multiprocessing.get_context("fork").Process(target=make_cv(dataset, folder).run)
+            process.start()
+            return process
+
+        killed = 0
+        for reached in (
+            lambda: folder.is_dir(),
+            lambda: len(list(kept.glob("*.pt"))) >= 2,
+            lambda: len(list(kept.glob("*.pt"))) >= 4,
+            lambda: (folder / "all_folds_best.pth").is_file(),
+        ):
+            process, deadline = session(), time.monotonic() + 60
+            while not reached() and process.is_alive():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.1)
+            process.kill()
+            process.join(10)
+            assert process.exitcode in (0, -signal.SIGKILL)
+            killed += process.exitcode == -signal.SIGKILL
+        assert killed >= 3
+        process = session()
+        process.join(60)
+        assert process.exitcode == 0
+        assert_same(contents(folder), contents(finished.folder))
+
+    @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "tensor", "lacking"])
+    def test_a_damaged_resume_file_is_trained_again_aloud(
+        self, damage, dataset, tmp_path, monkeypatch, unfitted, aloud
+    ):
+        make_cv(dataset, tmp_path / "whole").run()
+        calls = len(unfitted.states)
+        leave_unfinished(make_cv(dataset, tmp_path / "run"))
+        path = tmp_path / "run" / "resume" / "outer_2_inner_1.pt"
+        content = path.read_bytes()
+        if damage == "tensor":
+            torch.save(torch.zeros(2), path)
+        elif damage == "lacking":
+            torch.save({"state_dict": {}}, path)
+        else:
+            path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
+        unfitted.states.clear()
+        make_cv(dataset, tmp_path / "run").run()
+        assert len(unfitted.states) == 1 < calls
+        assert_same(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+        warnings = [record.getMessage() for record in aloud.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 1
+        assert str(path) in warnings[0]
+        assert "is done again" in warnings[0]
+
+    def test_a_finished_run_killed_before_it_tidied_up_is_tidied_up(self, dataset, tmp_path, monkeypatch, unfitted):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(NestedCrossValidation, "_clear_leftovers", lambda _: None)
+            make_cv(dataset, tmp_path / "run").run()
+        (tmp_path / "run" / ".outputs.json.x.part").write_text("half")
+        assert (tmp_path / "run" / "resume").is_dir()
+        make_cv(dataset, tmp_path / "run").run()
+        assert not (tmp_path / "run" / "resume").exists()
+        assert not (tmp_path / "run" / ".outputs.json.x.part").exists()
+
+
+class TestFolder:
+    @pytest.mark.parametrize(
+        ("changes", "named"),
+        [
+            ({"seed": 6}, "seed"),
+            ({"n_inner": 3}, "n_inner"),
+            ({"n_outer": 2}, "n_outer"),
+            ({"epochs": 4}, "training"),
+            ({"lr": 1e-3}, "training"),
+            ({"model_factory": lambda: small(hidden_dim=8)}, "model"),
+            ({"model_factory": lambda: small("meanPool")}, "model"),
+        ],
+    )
+    def test_another_configuration_moves_the_old_run_aside(self, changes, named, dataset, tmp_path, unfitted, aloud):
+        make_cv(dataset, tmp_path / "run").run()
+        first = contents(tmp_path / "run")
+        trained = len(unfitted.states)
+        make_cv(dataset, tmp_path / "run", **changes).run()
+        assert_same(contents(tmp_path / "run.1"), first)
+        assert len(unfitted.states) > trained
+        assert read_json(tmp_path / "run" / "run.json")["finished"]
+        assert f"held another run ({named} differs); moved to {tmp_path / 'run.1'}" in aloud.text
+
+    @pytest.mark.parametrize("feed", [{"chunk_size": 10}, {"mode": "full"}])
+    def test_another_feed_is_another_run(self, feed, cohort, dataset, tmp_path, unfitted):
+        make_cv(dataset, tmp_path / "run").run()
+        make_cv(MILDataset(*cohort, **({"chunk_size": 20} | feed)), tmp_path / "run").run()
+        assert (tmp_path / "run.1" / "outputs.json").is_file()
+
+    def test_each_old_run_keeps_its_own_folder(self, dataset, tmp_path, unfitted):
+        kept = []
+        for seed in (1, 2, 3):
+            make_cv(dataset, tmp_path / "run", seed=seed).run()
+            kept.append(contents(tmp_path / "run"))
+        for folder, expected in zip(("run.1", "run.2", "run"), kept, strict=True):
+            assert_same(contents(tmp_path / folder), expected)
+
+    def test_an_unfinished_run_of_another_configuration_is_moved_whole(self, dataset, tmp_path, unfitted):
+        leave_unfinished(make_cv(dataset, tmp_path / "run", seed=1))
+        make_cv(dataset, tmp_path / "run", seed=2).run()
+        assert len(list((tmp_path / "run.1" / "resume").glob("*.pt"))) == TRAININGS
+
+    @pytest.mark.parametrize("what", ["features", "label", "patient"])
+    def test_changed_data_is_another_run(self, what, tmp_path, unfitted):
+        csv_path, features = write_cohort(tmp_path / "cohort", patches=(20, 20))
+        make_cv(MILDataset(csv_path, features, chunk_size=20), tmp_path / "run").run()
+        if what == "features":
+            path = sorted(features.iterdir())[3]
+            other = write_cohort(tmp_path / "other", patches=(20, 20), seed=1)[1] / path.name
+            before = path.stat()
+            path.write_bytes(other.read_bytes())
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+            assert path.stat().st_size == before.st_size
+        elif what == "label":
+            text = csv_path.read_text()
+            csv_path.write_text(text.replace("P000-S1,benign", "P000-S1,malignant"))
+        else:
+            csv_path.write_text(csv_path.read_text().replace("P000,P000-S2", "P002,P000-S2"))
+        make_cv(MILDataset(csv_path, features, chunk_size=20), tmp_path / "run").run()
+        assert (tmp_path / "run.1" / "outputs.json").is_file()
+
+    def test_a_folder_that_is_not_a_run_is_left_alone(self, dataset, tmp_path, unfitted):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.txt").write_text("years of work")
+        with pytest.raises(ConfigError, match="not empty and not a training run; give another --output_dir"):
+            make_cv(dataset, tmp_path / "run").run()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+        assert not unfitted.states
+
+    def test_an_empty_folder_will_do(self, dataset, tmp_path, unfitted):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".DS_Store").write_text("")
+        make_cv(dataset, tmp_path / "run").run()
+        assert (tmp_path / "run" / "outputs.json").is_file()
+
+
+class TestRefusals:
+    def test_a_factory_of_one_shared_model(self, dataset, tmp_path):
+        model = small()
+        with pytest.raises(ConfigError, match="returns one shared model; make a new one at every call"):
+            make_cv(dataset, tmp_path, lambda: model)
+
+    def test_a_factory_whose_models_share_a_layer(self, dataset, tmp_path):
+        layer = torch.nn.Linear(4, 4)
+
+        def factory():
+            model = small()
+            model.shared = layer
+            return model
+
+        with pytest.raises(ConfigError, match="shared model"):
+            make_cv(dataset, tmp_path, factory)
+
+    def test_models_that_cannot_be_rebuilt(self, dataset, tmp_path):
+        with pytest.raises(ConfigError, match="Linear has no spec to rebuild it by"):
+            make_cv(dataset, tmp_path, lambda: torch.nn.Linear(16, 2))
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"num_classes": 3}, "num_classes is 3, the dataset's 2"),
+            ({"input_dim": 8}, "input_dim is 8, the dataset's 16"),
+        ],
+    )
+    def test_models_that_do_not_fit_the_dataset(self, option, message, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=message):
+            make_cv(dataset, tmp_path, lambda: small(**option))
+
+    @pytest.mark.parametrize("names", [("malignant", "benign"), ("benign",), ("benign", "malignant", "other")])
+    def test_class_names_that_are_not_the_datasets(self, names, dataset, tmp_path):
+        with pytest.raises(ConfigError, match="the dataset's are benign, malignant"):
+            NestedCrossValidation(small, dataset, names, tmp_path)
+
+    @pytest.mark.parametrize(
+        "setting", [{"n_outer": 1}, {"epochs": 0}, {"lr": -1}, {"lr": math.nan}, {"batch_size": 0}]
+    )
+    def test_settings_out_of_range(self, setting, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=f"--{next(iter(setting))}"):
+            make_cv(dataset, tmp_path, **setting)
+
+    def test_too_few_patients_leave_no_folder(self, dataset, tmp_path):
+        with pytest.raises(SplitError, match="at most --n_outer 6 would work"):
+            make_cv(dataset, tmp_path / "run", n_outer=7).run()
+        assert not (tmp_path / "run").exists()
+
+
+class TestKinds:
+    @pytest.mark.parametrize("name", list_mils())
+    def test_every_model_trains(self, name, dataset, tmp_path, no_figures):
+        results = make_cv(dataset, tmp_path, lambda: small(name), n_outer=2, epochs=1).run()
+        assert results["model"]["name"] == name
+        assert load_checkpoint(tmp_path / "all_folds_best.pth").build().spec == small(name).spec
+        assert len(pd.read_csv(tmp_path / "predictions.csv")) == len(dataset)
+
+    def test_full_mode_feeds_whole_slides(self, cohort, tmp_path, no_figures):
+        data = MILDataset(*cohort, mode="full", chunk_size=20)
+        results = make_cv(data, tmp_path, n_outer=2, epochs=2).run()
+        checkpoint = load_checkpoint(tmp_path / "fold_1_best.pth")
+        assert checkpoint.feed == {"mode": "full", "chunk_size": None, "aggregation": "merge"}
+        for result in results["fold_results"]:
+            assert result["chunk"] == result["slide"]
+        rows = pd.read_csv(tmp_path / "predictions.csv")
+        slide = int(rows.index[rows["fold"] == 1][0])
+        with torch.inference_mode():
+            logits, _ = checkpoint.build()(data[slide][0].float()[None])
+        assert torch.softmax(logits[0], 0)[1].item() == pytest.approx(rows.loc[slide, "prob_malignant"], abs=1e-6)
+
+    def test_three_classes(self, tmp_path):
+        names = ("CCRCC", "CHRCC", "PRCC")
+        cohort = write_cohort(tmp_path / "cohort", classes=names, slides_per_patient=1, signal=4)
+        data = MILDataset(*cohort, class_names=("PRCC", "CCRCC", "CHRCC"), chunk_size=30)
+        results = make_cv(data, tmp_path / "run", lambda: small("ABMIL", num_classes=3), epochs=12).run()
+        assert strict_json(tmp_path / "run" / "outputs.json") == results
+        assert results["class_names"] == ["PRCC", "CCRCC", "CHRCC"]
+        rows = pd.read_csv(tmp_path / "run" / "predictions.csv")
+        probabilities = rows[["prob_PRCC", "prob_CCRCC", "prob_CHRCC"]].to_numpy()
+        assert probabilities.sum(axis=1) == pytest.approx(1)
+        assert [("PRCC", "CCRCC", "CHRCC")[k] for k in probabilities.argmax(axis=1)] == rows["predicted"].tolist()
+        assert results["pooled"]["auc"] > 0.8
+        assert results["pooled"]["accuracy"] == pytest.approx((rows["predicted"] == rows["label"]).mean())
+        assert (tmp_path / "run" / "roc.png").stat().st_size > 5000
+
+    def test_true_labels_are_learned_and_shuffled_ones_are_not(self, tmp_path, no_figures):
+        """If anything of a test slide leaked into training, labels without meaning would be predicted too."""
+        csv_path, features = write_cohort(
+            tmp_path / "cohort", patients_per_class=12, slides_per_patient=2, patches=(20, 30), signal=4
+        )
+        table = pd.read_csv(csv_path, dtype=str)
+        labels = table.groupby("case_id")["label"].first()
+
+        def pooled_auc(name: str, meaning: pd.Series) -> float:
+            path = tmp_path / f"{name}.csv"
+            table.assign(label=table["case_id"].map(meaning)).to_csv(path, index=False)
+            data = MILDataset(path, features, chunk_size=30)
+            return make_cv(data, tmp_path / name, lambda: small("meanPool"), epochs=8).run()["pooled"]["auc"]
+
+        shuffled = [
+            pooled_auc(f"shuffled_{seed}", pd.Series(np.random.default_rng(seed).permutation(labels), labels.index))
+            for seed in range(3)
+        ]
+        assert pooled_auc("true", labels) > 0.9
+        assert abs(np.mean(shuffled) - 0.5) < 0.15
+        assert max(shuffled) < 0.8
