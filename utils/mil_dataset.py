@@ -62,7 +62,8 @@ class MILDataset(Dataset):
         if not self.features_dir.is_dir():
             raise FeatureFileError(f"{features_dir}: no such folder; give the folder of feature files (--features_dir)")
         rows = labels.read_rows(Path(csv_path))
-        self.class_names = tuple(class_names or labels.classes_in(rows))
+        found = labels.classes_in(rows, label_names=label_names, left_out=left_out)
+        self.class_names = tuple(class_names or found)
         if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
             raise LabelsError(
                 f"{csv_path}: classes {', '.join(self.class_names)}; a classifier needs two different ones"

@@ -1,10 +1,9 @@
 """labels.csv: `case_id,wsi_id,label`, all text; every row is accounted for."""
 
+import csv
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from utils.core.errors import LabelsError
 from utils.core.runtime import log
@@ -27,31 +26,49 @@ class LabelRow:
 
 def read_rows(csv_path: Path) -> list[Row]:
     """The table's rows as text, each with a `case_id`: without such a column each slide is its own case, said aloud."""
-    try:
-        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise LabelsError(f"{csv_path}: no such file; expected a table with the columns case_id,wsi_id,label") from None
-    except (OSError, ValueError) as failure:
-        raise LabelsError(f"{csv_path}: not readable as a CSV table ({failure})") from failure
-    columns = [str(name).strip() for name in table.columns]
+    columns, *values = _read_lines(csv_path) or [[]]
     missing = [name for name in ("wsi_id", "label") if name not in columns]
     if missing:
+        found = ", ".join(columns) or "nothing"
         raise LabelsError(
-            f"{csv_path}: no column {' and '.join(missing)}; found {', '.join(columns)}, expected case_id,wsi_id,label"
+            f"{csv_path}: no column {' and '.join(missing)}; found {found}, expected case_id,wsi_id,label"
         )
-    if table.empty:
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    if twice:
+        raise LabelsError(f"{csv_path}: two columns are called {' and '.join(twice)}; keep one of each")
+    if not values:
         raise LabelsError(f"{csv_path}: no rows; expected one row per slide")
-    values = table.fillna("").to_numpy().tolist()
-    rows = [dict(zip(columns, (str(value).strip() for value in row), strict=True)) for row in values]
+    uneven = [repr(",".join(row)) for row in values if len(row) != len(columns)]
+    if uneven:
+        raise LabelsError(
+            f"{csv_path}: {_count(len(uneven))} with more or fewer fields than the {len(columns)} of the header: "
+            f"{_named(uneven)}; quote a field that holds a comma"
+        )
+    rows = [dict(zip(columns, row, strict=True)) for row in values]
     if "case_id" not in columns:
         log.info("%s: no case_id column; each slide is taken as its own case", csv_path)
         rows = [row | {"case_id": row["wsi_id"]} for row in rows]
     return rows
 
 
-def classes_in(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The labels that occur, sorted."""
-    return tuple(sorted({row["label"] for row in rows} - {""}))
+def _read_lines(csv_path: Path) -> list[list[str]]:
+    """The fields of each line that holds any, without the spaces around them."""
+    try:
+        with Path(csv_path).open(encoding="utf-8-sig", newline="") as file:
+            lines = [[field.strip() for field in line] for line in csv.reader(file, strict=True)]
+    except FileNotFoundError:
+        raise LabelsError(f"{csv_path}: no such file; expected a table with the columns case_id,wsi_id,label") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as failure:
+        raise LabelsError(f"{csv_path}: not readable as a CSV table ({failure}); save it as CSV, UTF-8") from failure
+    return [line for line in lines if any(line)]
+
+
+def classes_in(
+    rows: Sequence[Row], *, label_names: Mapping[str, str] | None = None, left_out: Collection[str] = ()
+) -> tuple[str, ...]:
+    """The labels that occur, renamed as `account` does, sorted; but for those left out."""
+    found = {row["label"] for row in _renamed(rows, label_names or {})}
+    return tuple(sorted(found - set(left_out) - {""}))
 
 
 def account(
@@ -68,10 +85,17 @@ def account(
 
     `find_file` gives the feature file of a wsi_id, or None. Of the problems, those in `allow` ("missing", "unknown",
     "duplicate") only leave the row out, said aloud; an id that leaves the features folder is always an error.
+    `label_names` renames labels that are no class as they stand; the labels in `left_out` belong to no class.
     """
-    renamed = label_names or {}
-    rows = [row | {"label": renamed.get(row["label"], row["label"])} for row in rows]
+    rows = _renamed(rows, {old: new for old, new in (label_names or {}).items() if old not in class_names})
     _check_ids(csv_path, rows)
+
+    # Looked for before any row is left out, so that a slide cannot have one label here and another, left out, there.
+    first: dict[str, Row] = {}
+    repeated = [row for row in rows if first.setdefault(row["wsi_id"], row) is not row]
+    again = [_contradiction(first[row["wsi_id"]], row) for row in repeated]
+    _report(csv_path, "duplicate", "wsi_id that stands in an earlier row", again, allow)
+    rows = list(first.values())
 
     rare = [row["wsi_id"] for row in rows if row["label"] in left_out]
     if rare:
@@ -82,27 +106,43 @@ def account(
     _report(csv_path, "unknown", f"label that is none of {', '.join(class_names)}", unknown, allow)
     rows = [row for row in rows if row["label"] in class_names]
 
-    first: dict[str, Row] = {}
-    repeated = [row["wsi_id"] for row in rows if first.setdefault(row["wsi_id"], row) is not row]
-    _report(csv_path, "duplicate", "wsi_id that stands in an earlier row", repeated, allow)
-
-    files = {wsi_id: find_file(wsi_id) for wsi_id in first}
+    files = {row["wsi_id"]: find_file(row["wsi_id"]) for row in rows}
     absent = [wsi_id for wsi_id, path in files.items() if path is None]
     _report(csv_path, "missing", "wsi_id without a feature file", absent, allow)
     usable = [
-        LabelRow(wsi_id, row["case_id"], class_names.index(row["label"]), path)
-        for wsi_id, row in first.items()
-        if (path := files[wsi_id]) is not None
+        LabelRow(row["wsi_id"], row["case_id"], class_names.index(row["label"]), path)
+        for row in rows
+        if (path := files[row["wsi_id"]]) is not None
     ]
     if not usable:
         raise LabelsError(f"{csv_path}: no usable row is left; check the labels, --class_names and --features_dir")
+    _tell_mixed_cases(csv_path, usable)
     return usable
 
 
+def _renamed(rows: Sequence[Row], label_names: Mapping[str, str]) -> list[Row]:
+    return [row | {"label": label_names.get(row["label"], row["label"])} for row in rows]
+
+
+def _contradiction(earlier: Row, row: Row) -> str:
+    """The id of a row that stands twice, and what the two rows disagree about."""
+    told = [f"{name} {earlier[name]}, then {row[name]}" for name in ("case_id", "label") if row[name] != earlier[name]]
+    return f"{row['wsi_id']} ({'; '.join(told)})" if told else row["wsi_id"]
+
+
+def _tell_mixed_cases(csv_path: Path, rows: Sequence[LabelRow]) -> None:
+    classes_of: dict[str, set[int]] = {}
+    for row in rows:
+        classes_of.setdefault(row.case_id, set()).add(row.label)
+    mixed = [case_id for case_id, found in classes_of.items() if len(found) > 1]
+    if mixed:
+        log.info("%s: cases with slides of several classes, which stay in one fold: %s", csv_path, _named(mixed))
+
+
 def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:
-    for line, row in enumerate(rows, start=2):
+    for number, row in enumerate(rows, start=1):
         if not row["case_id"] or not row["wsi_id"]:
-            raise LabelsError(f"{csv_path}: line {line} has an empty case_id or wsi_id; fill it in")
+            raise LabelsError(f"{csv_path}: row {number} after the header has an empty case_id or wsi_id; fill it in")
     outside = [row["wsi_id"] for row in rows if not _is_plain(row["wsi_id"])]
     if outside:
         raise LabelsError(

@@ -20,7 +20,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.default in (None, False, True, (), argparse.SUPPRESS) or "(default" in text:
+        is_said_by_name = action.default is None or isinstance(action.default, bool)
+        if is_said_by_name or action.default in ((), argparse.SUPPRESS) or "(default" in text:
             return text
         return text + " (default: %(default)s)"
 

@@ -45,7 +45,7 @@ class _Checked:
             if not field.metadata or isinstance(value, bool | str) or not isinstance(value, int | float):
                 continue
             least, most = field.metadata["least"], field.metadata["most"]
-            if not least <= value <= most:
+            if not (math.isfinite(value) and least <= value <= most):
                 limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
                 raise ConfigError(f"{flag_of(field)} {value}: out of range; give a number {limits}")
 

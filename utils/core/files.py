@@ -4,12 +4,14 @@ A file is written under a temporary name beside its place, flushed to disk and r
 leaves half a file under the final name. PyTorch files are read with `weights_only=True`.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
 import pickle
 import re
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -33,6 +35,20 @@ _NUMPY_GLOBALS: list[Any] = [
     *[(_RECONSTRUCT, f"numpy.{home}.multiarray._reconstruct") for home in ("core", "_core")],
     *[(_SCALAR, f"numpy.{home}.multiarray.scalar") for home in ("core", "_core")],
 ]
+# What PyTorch's readers stumble over in a damaged file, besides what they raise on purpose.
+_LOAD_FAILURES = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 @contextmanager
@@ -41,6 +57,8 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
     except OSError as failure:
         raise error(f"{path}: cannot be written ({failure.strerror}); choose another output folder") from failure
@@ -99,7 +117,7 @@ def load_tensors(path: Path, error: type[LiteMILError], expected: str) -> Any:
     try:
         with torch.serialization.safe_globals(_NUMPY_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as failure:
+    except _LOAD_FAILURES as failure:
         raise error(
             f"{path}: not loadable as {expected}: {_load_failure(failure)}; nothing in it was executed"
         ) from failure
@@ -107,6 +125,8 @@ def load_tensors(path: Path, error: type[LiteMILError], expected: str) -> Any:
 
 def _load_failure(failure: Exception) -> str:
     """Why, in a few words: PyTorch's own message is long, and advises to load the file unsafely."""
+    if isinstance(failure, OSError) and failure.strerror:
+        return failure.strerror
     forbidden = re.search(r"GLOBAL ([\w.]+)", str(failure))
     if forbidden:
         return f"it holds {forbidden[1]}, which is neither tensor, array nor plain value"

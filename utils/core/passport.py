@@ -33,8 +33,12 @@ class Passport:
 
     @classmethod
     def from_json(cls, text: str) -> "Passport":
+        """Raises ValueError, KeyError or TypeError for a text that is no passport."""
         content = json.loads(text)
-        return cls(content["recipe"], content["slide"], content["software"], content["schema"])
+        found = cls(content["recipe"], content["slide"], content["software"], content["schema"])
+        if not all(isinstance(part, dict) for part in (found.recipe, found.slide, found.software)):
+            raise ValueError("recipe, slide or software is not a set of fields")
+        return found
 
 
 def recipe_differences(expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str]) -> list[str]:

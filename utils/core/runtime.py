@@ -23,6 +23,11 @@ log = logging.getLogger("litemil")
 Item = TypeVar("Item")
 
 _RECORDED_PACKAGES = ("torch", "numpy", "timm", "h5py", "openslide-python", "openslide-bin", "scikit-learn")
+# Where cgroups, version 2 and version 1, tell a memory limit: the line of /proc/self/cgroup, the mount, limit and use.
+_MEMORY_LIMITS = (
+    (r"^0::(/.*)$", "sys/fs/cgroup", "memory.max", "memory.current"),
+    (r"^\d+:memory:(/.*)$", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 # Where output is not a terminal (a log, a batch system), a bar prints a line at this interval instead of redrawing.
 _SECONDS_BETWEEN_LOG_LINES = 30
 
@@ -33,7 +38,7 @@ def resolve_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d*))?", name):
         raise ConfigError(f"--device {name}: unknown; use auto, cpu, mps, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -93,7 +98,12 @@ def _git_commit() -> str | None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory free for use, or None where the system does not tell."""
+    """Bytes of memory free for use, within a batch job's or container's limits; None where the system does not tell."""
+    free = _system_memory()
+    return free if free is None else min([free, *_left_of_limits()])
+
+
+def _system_memory() -> int | None:
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         # What the kernel could hand out, caches included; the pages that sysconf counts leave them out.
@@ -104,6 +114,32 @@ def available_memory() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def _left_of_limits(root: Path = Path("/")) -> list[int]:
+    """The bytes left of each memory limit that a batch system or a container sets on this process."""
+    try:
+        membership = (root / "proc/self/cgroup").read_text()
+    except OSError:
+        return []
+    groups = [
+        (root / mount / level.relative_to("/"), limit, used)
+        for line, mount, limit, used in _MEMORY_LIMITS
+        for group in re.findall(line, membership, re.MULTILINE)
+        for level in (Path(group), *Path(group).parents)
+    ]
+    return [left for group in groups if (left := _left_of(*group)) is not None]
+
+
+def _left_of(group: Path, limit: str, used: str) -> int | None:
+    try:
+        bound, held = int((group / limit).read_text()), int((group / used).read_text())
+        statistics = (group / "memory.stat").read_text()
+    except (OSError, ValueError):  # a group without a limit says "max", or has no such file
+        return None
+    # Cached file contents count as held, though they are handed back on demand.
+    caches = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
+    return max(0, bound - held + max(map(int, caches), default=0))
 
 
 def progress(items: Iterable[Item], description: str, **bar: Any) -> "tqdm[Item]":

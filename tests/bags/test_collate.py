@@ -1,0 +1,100 @@
+"""Chunks hold every patch once; a batch is its chunks and a mask that tells where they end."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.bags.collate import Chunk, collate, cut_chunks, num_chunks
+
+SIZES = st.one_of(st.none(), st.integers(1, 400))
+
+
+@given(st.integers(1, 2000), SIZES, st.one_of(st.none(), st.integers(0, 5)))
+def test_chunks_hold_every_patch_exactly_once_and_are_balanced(num_instances, chunk_size, seed):
+    rng = None if seed is None else np.random.default_rng(seed)
+    cuts = cut_chunks(num_instances, chunk_size, rng)
+    lengths = [len(cut) for cut in cuts]
+    assert sorted(np.concatenate(cuts).tolist()) == list(range(num_instances))
+    assert max(lengths) <= (chunk_size or num_instances)
+    assert max(lengths) - min(lengths) <= 1
+    assert len(cuts) == num_chunks(num_instances, chunk_size)
+    # No more chunks than the size demands.
+    assert len(cuts) == 1 or (len(cuts) - 1) * (chunk_size or num_instances) < num_instances
+
+
+@pytest.mark.parametrize(
+    ("num_instances", "chunk_size", "lengths"),
+    [(10, 1000, [10]), (1000, 1000, [1000]), (1001, 1000, [501, 500]), (5, 2, [2, 2, 1]), (1, 1, [1]), (7, None, [7])],
+)
+def test_short_slides_and_tails_are_neither_dropped_nor_left_small(num_instances, chunk_size, lengths):
+    assert [len(cut) for cut in cut_chunks(num_instances, chunk_size)] == lengths
+
+
+def test_without_a_generator_chunks_are_the_same_each_time_and_spread_over_the_slide():
+    cuts = cut_chunks(1000, 300)
+    assert all(np.array_equal(one, other) for one, other in zip(cuts, cut_chunks(1000, 300), strict=True))
+    for cut in cuts:
+        assert cut.min() < 10
+        assert cut.max() > 990
+        assert np.diff(cut).max() < 10
+
+
+def test_with_a_generator_the_cut_is_random_and_its_seeds_own():
+    one, again, other = (cut_chunks(100, 30, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert all(np.array_equal(left, right) for left, right in zip(one, again, strict=True))
+    assert not np.array_equal(np.sort(one[0]), np.sort(other[0]))
+    assert not np.array_equal(np.sort(one[0]), cut_chunks(100, 30)[0])
+
+
+def chunk(length: int, slide: int = 0, dim: int = 3, dtype="f4") -> Chunk:
+    """Features that are nowhere zero, so that padding can be told from them."""
+    features = 1 + slide + np.arange(length * dim, dtype=dtype).reshape(length, dim) / (length * dim)
+    return Chunk(features.astype(dtype), slide % 2, 0.5 + slide, slide)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_a_batch_is_its_chunks_and_zeros_where_the_mask_says(lengths):
+    chunks = [chunk(length, slide) for slide, length in enumerate(lengths)]
+    batch = collate(chunks)
+    longest = max(lengths)
+    assert batch.x.shape == (len(chunks), longest, 3)
+    mask = torch.zeros(len(chunks), longest, dtype=torch.bool) if batch.mask is None else batch.mask
+    assert (batch.mask is None) == (len(set(lengths)) == 1)
+    assert mask.dtype == torch.bool
+    for row, one in enumerate(chunks):
+        length = len(one.features)
+        assert mask[row].tolist() == [False] * length + [True] * (longest - length)
+        assert torch.equal(batch.x[row, :length], torch.from_numpy(one.features))
+        assert (batch.x[row, length:] == 0).all()
+    assert batch.labels.tolist() == [one.label for one in chunks]
+    assert batch.weights.tolist() == [one.weight for one in chunks]
+    assert batch.slides.tolist() == [one.slide for one in chunks]
+    assert (batch.labels.dtype, batch.weights.dtype, batch.slides.dtype) == (torch.int64, torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [(["f2", "f2"], torch.float16), (["f4", "f4"], torch.float32), (["f2", "f4"], torch.float32)],
+)
+def test_a_batch_loses_no_precision(dtypes, expected):
+    chunks = [chunk(2 + k, k, dtype=dtype) for k, dtype in enumerate(dtypes)]
+    batch = collate(chunks)
+    assert batch.x.dtype == expected
+    for row, one in enumerate(chunks):
+        np.testing.assert_array_equal(batch.x[row, : len(one.features)].numpy(), one.features)
+
+
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 3)])
+def test_a_batch_moves_as_a_whole(lengths):
+    moved = collate([chunk(length) for length in lengths]).to(torch.device("meta"))
+    tensors = [moved.x, moved.labels, moved.weights, moved.slides] + ([] if moved.mask is None else [moved.mask])
+    assert len(tensors) == (4 if lengths == (3, 3) else 5)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_the_batch_is_a_copy():
+    one = chunk(3)
+    collate([one]).x.zero_()
+    assert (one.features != 0).all()

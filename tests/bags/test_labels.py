@@ -1,0 +1,334 @@
+"""Every row of a label table is used, or its absence is said; nothing is guessed."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from utils.bags.labels import LabelRow, account, classes_in, read_rows
+from utils.core.cohorts import KNOWN_COHORTS
+from utils.core.errors import LabelsError
+from utils.core.runtime import log
+
+CLASSES = ("benign", "malignant")
+REAL_TABLES = Path(__file__).resolve().parents[3] / "shared" / "data" / "labels"
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What is said from here on, as 'LEVEL message' lines."""
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", logger=log.name)
+    return lambda: "\n".join(f"{record.levelname} {record.getMessage()}" for record in caplog.records)
+
+
+class Table:
+    """A table on disk, and the accounting of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "labels.csv"
+
+    def write(self, *rows: str, header: str = "case_id,wsi_id,label") -> "Table":
+        return self.write_bytes("\n".join([header, *rows, ""]).encode())
+
+    def write_bytes(self, content: bytes) -> "Table":
+        self.path.write_bytes(content)
+        return self
+
+    def rows(self):
+        return read_rows(self.path)
+
+    def account(self, classes=CLASSES, absent=(), **settings) -> list[LabelRow]:
+        def find_file(wsi_id: str) -> Path | None:
+            return None if wsi_id in absent else Path(f"{wsi_id}.h5")
+
+        return account(self.path, self.rows(), classes, find_file, **settings)
+
+    def refusal(self, **settings) -> str:
+        with pytest.raises(LabelsError) as caught:
+            self.account(**settings)
+        message = str(caught.value)
+        assert message.startswith(f"{self.path}: ")
+        assert "\n" not in message
+        return message
+
+
+@pytest.fixture
+def table(tmp_path) -> Table:
+    return Table(tmp_path)
+
+
+def ids(rows: list[LabelRow]) -> list[str]:
+    return [row.wsi_id for row in rows]
+
+
+# Reading the table
+
+
+def test_rows_keep_their_order_and_name_their_file(table):
+    rows = table.write("P2,S3,malignant", "P1,S1,benign", "P1,S2,benign").account()
+    assert rows == [
+        LabelRow("S3", "P2", 1, Path("S3.h5")),
+        LabelRow("S1", "P1", 0, Path("S1.h5")),
+        LabelRow("S2", "P1", 0, Path("S2.h5")),
+    ]
+
+
+@pytest.mark.parametrize("text", ["007", "1e5", "NA", "null", "nan", "None", "1.0", "0x10", "TRUE", "-", "2024-01-02"])
+def test_ids_and_labels_are_text_as_it_stands(table, text):
+    rows = table.write(f"{text},{text},{text}", f"P,S,{text}").rows()
+    assert rows[0] == {"case_id": text, "wsi_id": text, "label": text}
+    assert classes_in(rows) == (text,)
+    assert ids(table.account(classes=(text, "other"))) == [text, "S"]
+
+
+def test_a_byte_order_mark_spaces_and_windows_line_ends(table):
+    content = b"\xef\xbb\xbfcase_id , wsi_id,label \r\n P1 , S1 ,benign\r\n\r\nP2,S2, malignant \r\n,,\r\n"
+    rows = table.write_bytes(content).rows()
+    assert rows == [
+        {"case_id": "P1", "wsi_id": "S1", "label": "benign"},
+        {"case_id": "P2", "wsi_id": "S2", "label": "malignant"},
+    ]
+
+
+def test_columns_stand_in_any_order_and_extra_ones_are_kept(table):
+    table.write("x,benign,S1,P1,", "y,malignant,S2,P2,", header="site,label,wsi_id,case_id,")
+    assert [row["site"] for row in table.rows()] == ["x", "y"]
+    assert ids(table.account()) == ["S1", "S2"]
+
+
+def test_quoted_fields_hold_commas_quotes_and_line_ends(table):
+    table.write('"P,1","S1",benign,"a ""note"",\nof two lines"', "P2,S2,malignant,", header="case_id,wsi_id,label,note")
+    rows = table.rows()
+    assert rows[0] == {"case_id": "P,1", "wsi_id": "S1", "label": "benign", "note": 'a "note",\nof two lines'}
+    assert ids(table.account()) == ["S1", "S2"]
+
+
+def test_without_a_case_id_column_each_slide_is_its_own_case_and_that_is_said(table, said):
+    rows = table.write("S1,benign", "S2,malignant", header="wsi_id,label").account()
+    assert [row.case_id for row in rows] == ["S1", "S2"]
+    assert "no case_id column; each slide is taken as its own case" in said()
+
+
+def test_with_a_case_id_column_nothing_is_said(table, said):
+    table.write("P1,S1,benign", "P2,S2,malignant").account()
+    assert said() == ""
+
+
+@pytest.mark.parametrize("header", ["case_id,slide,label", "case_id;wsi_id;label", "case_id,wsi_id", "Wsi_ID,LABEL"])
+def test_missing_columns_are_told_with_those_found(table, header):
+    message = table.write("a,b,c", header=header).refusal()
+    assert "no column " in message
+    assert "expected case_id,wsi_id,label" in message
+    assert f"found {', '.join(header.split(','))}" in message
+
+
+@pytest.mark.parametrize(
+    "header", ["case_id,wsi_id,label,label", "case_id,wsi_id,label, label ", "wsi_id,wsi_id,label,x"]
+)
+def test_two_columns_of_one_name_are_refused(table, header):
+    assert "two columns are called" in table.write("a,b,c,d", header=header).refusal()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["P1,S1,benign,", "P2,S2,malignant,"],
+        ["P1,S1,benign,note", "P2,S2,malignant,note"],
+        ["P1,S1,benign", "P2,S2,malignant,note"],
+        ["P1,S1,benign", "P2,S2"],
+        ["P1,S1,benign", "S2"],
+    ],
+    ids=["comma at the end of all", "a field too many in all", "in one", "a field too few", "one field"],
+)
+def test_rows_of_another_length_than_the_header_are_refused(table, rows):
+    """Columns must not shift: a reader of tables may take the first of too many fields for the rows' names."""
+    message = table.write(*rows).refusal()
+    assert "more or fewer fields than the 3 of the header" in message
+    assert repr(rows[-1]) in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_an_empty_file(table, content):
+    assert "no column wsi_id and label; found nothing" in table.write_bytes(content).refusal()
+
+
+def test_a_header_alone(table):
+    assert "no rows; expected one row per slide" in table.write().refusal()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+        "case_id,wsi_id,label\n".encode("utf-16"),
+        b'case_id,wsi_id,label\na,"b,c',
+    ],
+    ids=["picture", "utf-16", "quote never closed"],
+)
+def test_what_is_no_csv(table, content):
+    assert "not readable as a CSV table" in table.write_bytes(content).refusal()
+
+
+def test_no_such_file_and_a_folder(tmp_path):
+    with pytest.raises(LabelsError, match=r"nowhere\.csv: no such file; expected a table with the columns"):
+        read_rows(tmp_path / "nowhere.csv")
+    with pytest.raises(LabelsError, match="not readable as a CSV table"):
+        read_rows(tmp_path)
+
+
+# Accounting for every row
+
+
+def test_an_unknown_label_is_told_with_its_slide(table):
+    message = table.write("P1,S1,benign", "P2,S2,Malignant", "P3,S3,").refusal()
+    assert "2 rows with a label that is none of benign, malignant: S2 ('Malignant'), S3 ('')" in message
+    assert "--allow unknown" in message
+
+
+def test_a_missing_file_is_told(table):
+    message = table.write("P1,S1,benign", "P2,S2,malignant").refusal(absent={"S2"})
+    assert "1 row with a wsi_id without a feature file: S2" in message
+    assert "--allow missing" in message
+
+
+def test_a_repeated_id_is_told(table):
+    message = table.write("P1,S1,benign", "P2,S2,malignant", "P1,S1,benign").refusal()
+    assert "1 row with a wsi_id that stands in an earlier row: S1; " in message
+    assert "--allow duplicate" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ("P1,S1,malignant", "S1 (label benign, then malignant)"),
+        ("P9,S1,benign", "S1 (case_id P1, then P9)"),
+        ("P9,S1,other", "S1 (case_id P1, then P9; label benign, then other)"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"left_out": ["other"]}, {"allow": ["unknown", "missing"]}])
+def test_a_repeated_id_that_contradicts_itself_is_told_whatever_else_is_left_out(table, row, told, settings):
+    message = table.write("P1,S1,benign", "P2,S2,malignant", row).refusal(**settings)
+    assert f"that stands in an earlier row: {told}; " in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "absent", "left"),
+    [
+        ("unknown", ["P1,S1,benign", "P2,S2,odd", "P3,S3,malignant"], (), ["S1", "S3"]),
+        ("missing", ["P1,S1,benign", "P2,S2,benign", "P3,S3,malignant"], ("S2",), ["S1", "S3"]),
+        ("duplicate", ["P1,S1,benign", "P1,S1,malignant", "P3,S3,malignant"], (), ["S1", "S3"]),
+    ],
+)
+def test_what_is_allowed_is_left_out_aloud_and_nothing_else_is(table, said, kind, rows, absent, left):
+    table.write(*rows)
+    others = {"unknown", "missing", "duplicate"} - {kind}
+    table.refusal(absent=absent, allow=others)
+    assert said() == ""
+    usable = table.account(absent=absent, allow=[kind])
+    assert ids(usable) == left
+    assert usable[0].label == 0, "of rows that repeat an id the first one stands"
+    assert said().startswith(f"WARNING {table.path}: 1 row with a ")
+    assert ("S1" if kind == "duplicate" else "S2") in said()
+    assert said().endswith("left out")
+
+
+def test_many_offenders_are_counted_and_a_few_named(table):
+    message = table.write("P,S,benign", *[f"P{k},S{k},odd" for k in range(30)]).refusal()
+    assert "30 rows" in message
+    assert "S4 ('odd') and 25 more" in message
+    assert "S5" not in message
+
+
+def test_a_table_of_which_nothing_is_left(table):
+    assert "no usable row is left" in table.write("P1,S1,odd").refusal(allow=["unknown"])
+    assert "no usable row is left" in table.write("P1,S1,benign").refusal(absent={"S1"}, allow=["missing"])
+
+
+@pytest.mark.parametrize("wsi_id", ["../S1", "a/b", "/etc/passwd", "..", ".", "..\\S1", "C:\\x", "S\x001"])
+def test_an_id_that_leaves_the_features_folder_is_an_error_whatever_is_allowed(table, wsi_id):
+    table.write(f"P1,{wsi_id},benign", "P2,S2,malignant")
+    message = table.refusal(allow=["unknown", "missing", "duplicate"])
+    assert "would leave the features folder" in message
+    assert wsi_id in message
+    # Not even where its row would be left out anyway.
+    table.write(f"P1,{wsi_id},odd", "P2,S2,malignant")
+    assert "would leave the features folder" in table.refusal(allow=["unknown"], left_out=["odd"])
+
+
+def test_ids_with_dots_and_spaces_inside_are_plain(table):
+    names = ["TCGA-1.B34C", "S 1", "..S", "S..h5", "a:b", "Präparat", "~", "-x"]
+    assert ids(table.write(*[f"P{k},{name},benign" for k, name in enumerate(names)]).account()) == names
+
+
+@pytest.mark.parametrize(("row", "number"), [(",S2,benign", 2), ("P2,,benign", 2), (" , S2,benign", 2)])
+def test_an_empty_id_is_an_error_with_its_row(table, row, number):
+    message = table.write("P1,S1,benign", row).refusal(allow=["unknown", "missing", "duplicate"])
+    assert f"row {number} after the header has an empty case_id or wsi_id" in message
+
+
+def test_cases_with_slides_of_several_classes_are_told_and_kept(table, said):
+    rows = table.write("P1,S1,benign", "P1,S2,malignant", "P2,S3,benign", "P2,S4,benign").account()
+    assert len(rows) == 4
+    assert said().endswith("cases with slides of several classes, which stay in one fold: P1")
+
+
+# Names of labels
+
+
+def test_labels_are_renamed_to_the_classes(table):
+    known = KNOWN_COHORTS["tupac"]
+    table.write("P1,S1,0", "P2,S2,1", "P3,S3,High")
+    rows = table.account(classes=known.class_names, label_names=known.label_names)
+    assert [row.label for row in rows] == [0, 1, 1]
+    assert "none of Low, High: S1 ('0'), S2 ('1')" in table.refusal(classes=known.class_names)
+
+
+def test_a_label_that_is_a_class_as_it_stands_is_not_renamed(table):
+    rows = table.write("P1,S1,0", "P2,S2,1").account(classes=("1", "0"), label_names={"0": "Low", "1": "High"})
+    assert [row.label for row in rows] == [1, 0]
+
+
+def test_labels_that_are_no_class_are_left_out_aloud(table, said):
+    rows = table.write("P1,S1,benign", "P2,S2,rare", "P3,S3,malignant").account(left_out=["rare", "other"])
+    assert ids(rows) == ["S1", "S3"]
+    assert said() == f"INFO {table.path}: 1 row left out, of the labels other, rare"
+
+
+def test_a_label_is_renamed_before_it_is_left_out(table):
+    table.write("P1,S1,benign", "P2,S2,9")
+    assert ids(table.account(label_names={"9": "rare"}, left_out=["rare"])) == ["S1"]
+
+
+def test_classes_in_a_table_are_sorted_renamed_and_without_the_empty_one(table):
+    rows = table.write("P,S1,b", "P,S2,a", "P,S3,", "P,S4,10", "P,S5,9").rows()
+    assert classes_in(rows) == ("10", "9", "a", "b")
+    assert classes_in(rows, label_names={"10": "a", "9": "rare"}, left_out=["rare", "b"]) == ("a",)
+
+
+# The real tables
+
+
+@pytest.mark.parametrize(
+    ("name", "usable", "counts"),
+    [
+        ("breast", 875, {"IDC": 726, "ILC": 149}),
+        ("lung", 958, {"LUAD": 492, "LUSC": 466}),
+    ],
+)
+def test_the_real_tables_with_the_known_cohorts(name, usable, counts):
+    path = REAL_TABLES / f"{name}.csv"
+    if not path.is_file():
+        pytest.skip(f"real data not there: {path}")
+    known = KNOWN_COHORTS[name]
+    table = read_rows(path)
+    assert "subset" in table[0], "extra columns are kept"
+    rows = account(
+        path, table, known.class_names, lambda wsi_id: Path(f"{wsi_id}.pt"),
+        label_names=known.label_names, left_out=known.left_out,
+    )  # fmt: skip
+    assert len(rows) == usable
+    assert Counter(known.class_names[row.label] for row in rows) == counts
+    assert all(row.wsi_id.startswith(row.case_id) for row in rows)
+    assert len({row.wsi_id for row in rows}) == len(rows)
+    assert len(table) == len(rows) + sum(row["label"] in known.left_out for row in table)

@@ -1,0 +1,263 @@
+"""Parsers made from configs, and errors made into exit codes."""
+
+import logging
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from utils.core import cli, runtime
+from utils.core.config import (
+    REQUIRED,
+    Cohort,
+    Extraction,
+    ExtractionFiles,
+    Model,
+    Pictures,
+    Prediction,
+    PredictionRecipe,
+    Protocol,
+    Training,
+    option,
+)
+from utils.core.errors import ConfigError, LiteMILError, SlideError
+
+SCRIPTS = {
+    "extractFeatures": {"files": ExtractionFiles, "recipe": Extraction},
+    "train": {"cohort": Cohort, "model": Model, "training": Training, "protocol": Protocol},
+    "predict": {"prediction": Prediction, "recipe": PredictionRecipe, "pictures": Pictures},
+}
+NEEDED = {
+    "extractFeatures": ["--input", "a.svs"],
+    "train": ["--dataset", "mine", "--mil", "LiteMIL"],
+    "predict": ["--checkpoint", "a.pth", "--input", "a.h5"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One flag of each kind."""
+
+    name: str = option(REQUIRED, "what it is called")
+    folder: Path | None = option(None, "a folder")
+    count: int = option(0, "how many")
+    rate: float = option(0.0, "how fast: 100 %% is the most")
+    ends: tuple[str, ...] = option((), "endings", metavar="EXT")
+    marks: tuple[Literal["red", "blue"], ...] | None = option(None, "marks")
+    shape: Literal["round", "square"] = option("round", "shape")
+    maybe: Literal["yes", "no"] | None = option(None, "an answer")
+    loud: bool = option(False, "say more")
+    fast: bool = option(True, "be slow", flag="--no_fast", alias="-s")
+    internal: int = 7
+
+
+@pytest.fixture
+def kept_logging():
+    """The logger as it was, so that other tests still catch its records."""
+    before = runtime.log.handlers[:], runtime.log.level, runtime.log.propagate
+    yield
+    runtime.log.handlers[:], runtime.log.level, runtime.log.propagate = before
+
+
+def parse(*argv: str) -> Example:
+    return cli.parse("An example.", {"example": Example}, argv)[0]
+
+
+def parse_script(script: str, *argv: str) -> list:
+    return cli.parse(script, SCRIPTS[script], [*NEEDED[script], *argv])
+
+
+def refused(capsys, call, *argv) -> str:
+    with pytest.raises(SystemExit) as caught:
+        call(*argv)
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err
+
+
+def test_what_is_not_given_is_the_default():
+    assert parse("--name", "x") == Example(name="x")
+
+
+def test_every_kind_of_flag():
+    argv = "--name x --folder a/b --count -3 --rate 1e-4 --ends .svs .tif --marks red blue --shape square --maybe no"
+    assert parse(*argv.split(), "--loud", "--no_fast") == Example(
+        name="x", folder=Path("a/b"), count=-3, rate=1e-4, ends=(".svs", ".tif"), marks=("red", "blue"),
+        shape="square", maybe="no", loud=True, fast=False,
+    )  # fmt: skip
+    assert parse("--name", "x", "-s").fast is False
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--count", "1.5"],
+        ["--count", "many"],
+        ["--rate", "fast"],
+        ["--shape", "oval"],
+        ["--maybe", "perhaps"],
+        ["--marks", "red", "green"],
+        ["--marks"],
+        ["--loud", "yes"],
+        ["--no_such_flag"],
+        ["--internal", "8"],
+        ["--fast"],
+        ["--fold", "a"],
+        ["--no_fas"],
+        ["stray"],
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_argparses_code(capsys, argv):
+    message = refused(capsys, parse, "--name", "x", *argv)
+    assert "error: " in message
+
+
+def test_a_required_flag_is_required(capsys):
+    assert "--name" in refused(capsys, parse)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_defaults_are_the_configs(script):
+    given = {"dataset": "mine", "mil": "LiteMIL", "checkpoint": Path("a.pth")}
+    given["input"] = Path("a.svs") if script == "extractFeatures" else Path("a.h5")
+    for made, cls in zip(parse_script(script), SCRIPTS[script].values(), strict=True):
+        names = {name for name in ("dataset", "mil", "checkpoint", "input") if name in cls.__dataclass_fields__}
+        needed = names if cls is not Prediction else names - {"dataset", "mil"}
+        assert made == cls(**{name: given[name] for name in needed})
+
+
+def test_the_flags_that_are_spelled_in_their_own_way():
+    assert parse_script("train")[2].use_amp is True
+    assert parse_script("train", "--no_amp")[2].use_amp is False
+    assert parse_script("predict", "--output", "out")[0].output_dir == Path("out")
+    assert parse_script("predict", "--output_dir", "out")[0].output_dir == Path("out")
+    assert parse_script("train", "--class_names", "a", "b")[0].class_names == ("a", "b")
+    assert parse_script("train", "--allow", "missing", "duplicate")[0].allow == ("missing", "duplicate")
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("train", ["--use_amp"]),
+        ("train", ["--warmup_epochs", "3"]),
+        ("train", ["--allow", "everything"]),
+        ("train", ["--mode", "half"]),
+        ("train", ["--batch", "3"]),
+        ("predict", ["--visual"]),
+        ("extractFeatures", ["--dtype", "float64"]),
+        ("extractFeatures", ["--format", "csv"]),
+    ],
+)
+def test_the_scripts_refuse_what_they_do_not_know(capsys, script, argv):
+    refused(capsys, parse_script, script, *argv)
+
+
+def test_a_number_out_of_range_is_told_by_its_flag():
+    for argv in (["--chunk_size", "0"], ["--lr", "nan"], ["--lr", "inf"], ["--dropout", "1.01"], ["--n_outer", "1"]):
+        with pytest.raises(ConfigError, match=f"{argv[0]} {argv[1]}: out of range"):
+            parse_script("train", *argv)
+
+
+def help_of(capsys, script: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_script(script, "--help")
+    assert caught.value.code == 0
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag_and_every_default(capsys, script):
+    text = help_of(capsys, script)
+    for title, cls in SCRIPTS[script].items():
+        assert f"{title}:" in text
+        for field in cli._options(cls):
+            assert cli.flag_of(field) in text
+            is_plain = not isinstance(field.default, bool | tuple | type(None)) and field.default is not REQUIRED
+            if is_plain and "(default" not in field.metadata["help"]:
+                assert f"{field.metadata['help']} (default: {field.default})" in text
+    assert "default: None" not in text
+    assert "default: True" not in text
+    assert "default: ()" not in text
+
+
+def test_a_default_of_zero_is_told(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert "how many (default: 0)" in text
+    assert "100 % is the most (default: 0.0)" in text
+    assert "pyramid level read (0 is the finest) (default: 0)" in help_of(capsys, "extractFeatures")
+
+
+def test_help_keeps_the_descriptions_lines(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse("First line.\n\n  uv run x.py 100%\n", {"example": Example}, ["--help"], epilog="a  b\n  c 50%")
+    text = capsys.readouterr().out
+    assert "First line.\n\n  uv run x.py 100%\n" in text
+    assert "a  b\n  c 50%" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--version")
+    assert caught.value.code == 0
+    assert re.fullmatch(r"LiteMIL \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_two_configs_with_one_flag_are_a_bug_that_shows_at_once():
+    with pytest.raises(Exception, match="conflicting option"):
+        cli.parse("", {"one": Extraction, "other": PredictionRecipe}, [])
+
+
+def test_run_lets_a_script_end_well(kept_logging, capsys):
+    cli.run(lambda: runtime.log.info("fine"))
+    assert capsys.readouterr().err == "fine\n"
+
+
+@pytest.mark.parametrize("error", [LiteMILError, SlideError])
+def test_a_litemil_error_is_one_line_and_exit_code_1(kept_logging, capsys, error):
+    def main():
+        raise error("a.svs: cannot be\n   opened;\ntry 100% harder")
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    assert caught.value.code == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "error: a.svs: cannot be opened; try 100% harder\n"
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyError, RuntimeError, SystemExit])
+def test_any_other_exception_keeps_its_traceback(kept_logging, capsys, error):
+    def main():
+        raise error("a bug")
+
+    with pytest.raises(error):
+        cli.run(main)
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_is_130(kept_logging, capsys):
+    def main():
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.startswith("error: interrupted; ")
+
+
+def test_log_lines_go_to_stderr_with_their_level_and_once(kept_logging, capsys):
+    runtime.start_logging()
+    runtime.start_logging()
+    runtime.log.debug("hidden")
+    runtime.log.info("said")
+    runtime.log.warning("take care")
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "said\nwarning: take care\n"
+    assert runtime.log.level == logging.INFO

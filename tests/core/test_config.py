@@ -1,0 +1,132 @@
+"""Every default once, and numbers out of range refused by their flag's name."""
+
+import dataclasses
+import inspect
+import math
+from pathlib import Path
+
+import pytest
+
+from utils.core import config
+from utils.core.config import (
+    Cohort,
+    Extraction,
+    ExtractionFiles,
+    Model,
+    Pictures,
+    Prediction,
+    PredictionRecipe,
+    Protocol,
+    Training,
+    flag_of,
+)
+from utils.core.errors import ConfigError
+from utils.mil_dataset import MILDataset
+
+# What must be given, so that each class can be made.
+GIVEN = {
+    Extraction: {},
+    ExtractionFiles: {"input": Path("a.svs")},
+    Cohort: {"dataset": "mine"},
+    Model: {"mil": "LiteMIL"},
+    Training: {},
+    Protocol: {},
+    Prediction: {"checkpoint": Path("a.pth"), "input": Path("a.h5")},
+    PredictionRecipe: {},
+    Pictures: {},
+}
+FIELDS = [(cls, field) for cls in GIVEN for field in dataclasses.fields(cls) if field.metadata]
+LIMITED = [(cls, field) for cls, field in FIELDS if math.isfinite(field.metadata["least"])]
+
+
+def named(pairs):
+    return [f"{cls.__name__}.{field.name}" for cls, field in pairs]
+
+
+def test_every_config_class_is_looked_at_here():
+    found = {item for item in vars(config).values() if inspect.isclass(item) and dataclasses.is_dataclass(item)}
+    assert found == set(GIVEN)
+
+
+@pytest.mark.parametrize("cls", GIVEN)
+def test_the_defaults_are_in_range_and_the_configs_frozen(cls):
+    made = cls(**GIVEN[cls])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(made, dataclasses.fields(cls)[0].name, 1)
+    with pytest.raises(TypeError):
+        cls(**GIVEN[cls], no_such_setting=1)
+
+
+@pytest.mark.parametrize(("cls", "field"), FIELDS, ids=named(FIELDS))
+def test_every_number_has_a_limit_and_every_flag_a_help(cls, field):
+    assert field.metadata["help"]
+    if field.type in (int, float, int | None, float | None):
+        assert math.isfinite(field.metadata["least"]), "a number without limits lets any typing error through"
+
+
+@pytest.mark.parametrize(("cls", "field"), LIMITED, ids=named(LIMITED))
+def test_numbers_out_of_range_are_refused_by_the_flags_name(cls, field):
+    least, most = field.metadata["least"], field.metadata["most"]
+    outside = [least - 1, math.nan, math.inf, -math.inf]
+    outside += [most + 0.5] if math.isfinite(most) else []
+    for value in outside:
+        with pytest.raises(ConfigError) as caught:
+            cls(**GIVEN[cls], **{field.name: value})
+        assert str(caught.value).startswith(f"{flag_of(field)} {value}: out of range; give a number ")
+        assert f"{least}" in str(caught.value)
+    for value in (least, most):
+        if math.isfinite(value):
+            assert getattr(cls(**GIVEN[cls], **{field.name: value}), field.name) == value
+
+
+def test_the_flags_of_a_script_are_those_of_its_config():
+    assert flag_of(next(field for field in dataclasses.fields(Training) if field.name == "use_amp")) == "--no_amp"
+    assert flag_of(next(field for field in dataclasses.fields(Training) if field.name == "lr")) == "--lr"
+
+
+def test_a_default_that_stands_in_a_signature_too_is_the_same():
+    cohort = {field.name: field.default for field in dataclasses.fields(Cohort)}
+    parameters = inspect.signature(MILDataset).parameters
+    shared = [name for name in parameters if name in cohort and name != "class_names"]
+    assert {"mode", "chunk_size", "feat_type", "allow", "features_dir"} <= set(shared)
+    for name in ("mode", "chunk_size", "feat_type", "allow"):
+        assert parameters[name].default == cohort[name], name
+    assert PredictionRecipe.batch_size == Extraction.batch_size
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "exactly one of --input .* and --input_dir"),
+        ({"input": "a.svs", "input_dir": "slides"}, "exactly one of --input .* and --input_dir"),
+        ({"input_dir": "slides"}, "--input_dir needs --output_dir"),
+        ({"input_dir": "slides", "output_dir": "out", "output": "a.h5"}, "--output names one file"),
+        ({"input": "a.svs", "output": "a.h5", "output_dir": "out"}, "give one of --output"),
+        ({"input": "a.svs", "output": "a.hdf"}, r"--output a\.hdf: ends in '\.hdf'"),
+        ({"input": "a.svs", "output": "folder"}, "--output folder: ends in ''"),
+    ],
+)
+def test_inputs_and_outputs_that_exclude_each_other(given, message):
+    with pytest.raises(ConfigError, match=message):
+        ExtractionFiles(**{name: Path(value) for name, value in given.items()})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"input": "a.svs"},
+        {"input": "a.svs", "output": "a.pt"},
+        {"input": "a.svs", "output_dir": "out"},
+        {"input_dir": "slides", "output_dir": "out"},
+    ],
+)
+def test_inputs_and_outputs_that_go_together(given):
+    ExtractionFiles(**{name: Path(value) for name, value in given.items()})
+
+
+def test_only_hyperparameters_that_were_given_reach_the_model():
+    assert Model(mil="LiteMIL").hyperparameters() == {}
+    assert Model(mil="LiteMIL", dropout=0.0, num_heads=2, input_dim=7).hyperparameters() == {
+        "dropout": 0.0,
+        "num_heads": 2,
+    }

@@ -1,0 +1,185 @@
+"""Devices, seeds, versions, memory and progress bars."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.core import runtime
+from utils.core.errors import ConfigError
+from utils.core.runtime import (
+    available_memory,
+    derive_seed,
+    progress,
+    progress_bar,
+    resolve_device,
+    run_metadata,
+    seed_everything,
+    versions,
+)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "gpu", "CUDA", "cpu:0", "cuda:", "cuda:-1", "cuda:01", "cuda:0 ", "meta", "mps:0"]
+)
+def test_an_unknown_device_is_told(name, one_gpu):
+    with pytest.raises(ConfigError, match=f"^--device {name}: unknown; use auto"):
+        resolve_device(name)
+
+
+def test_a_device_that_is_not_there_is_told(no_gpu):
+    for name in ("cuda", "cuda:0", "cuda:3"):
+        with pytest.raises(ConfigError, match=f"--device {name}: PyTorch sees 0 CUDA devices"):
+            resolve_device(name)
+    with pytest.raises(ConfigError, match="--device mps: PyTorch sees no Apple GPU"):
+        resolve_device("mps")
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_a_second_gpu_that_is_not_there_is_told(one_gpu):
+    assert resolve_device("cuda") == torch.device("cuda")
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+    assert resolve_device("auto") == torch.device("cuda")
+    for name in ("cuda:1", "cuda:300"):
+        with pytest.raises(ConfigError, match=f"--device {name}: PyTorch sees 1 CUDA devices"):
+            resolve_device(name)
+
+
+def test_auto_prefers_cuda_then_mps(monkeypatch, no_gpu):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda")
+
+
+def test_derived_seeds_are_the_same_everywhere():
+    """Results of a year ago can be made again only while these values stand."""
+    assert derive_seed(42, "outer") == 49655537062187160
+    assert derive_seed(42, "inner", 1) == 5295651693525315
+
+
+def test_derived_seeds_differ_and_fit_every_generator():
+    parts = [(seed, fold, epoch) for seed in range(5) for fold in range(12) for epoch in range(12)]
+    parts += [(), (1,), (12,), (1, 23), (12, 3), (123,), ("a",), ("a", "b"), ("ab",), ("b", "a")]
+    seeds = {derive_seed(*part) for part in parts}
+    assert len(seeds) == len(parts)
+    for seed in (min(seeds), max(seeds)):
+        assert 0 <= seed < 2**63
+        seed_everything(seed)
+        np.random.default_rng(seed)
+        torch.Generator().manual_seed(seed)
+
+
+def test_seed_everything_seeds_the_three_generators():
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002, S311
+
+    seed_everything(7)
+    first = draw()
+    assert draw() != first
+    seed_everything(7)
+    assert draw() == first
+    seed_everything(8)
+    assert all(one != other for one, other in zip(draw(), first, strict=True))
+
+
+def test_versions_are_those_of_the_packages():
+    found = versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["numpy"] == np.__version__
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["litemil"] != "not installed"
+
+
+def test_a_package_that_is_absent_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(runtime, "_RECORDED_PACKAGES", ("no-such-package",))
+    assert versions()["no-such-package"] == "not installed"
+
+
+def test_run_metadata_says_what_ran_and_where():
+    found = run_metadata(torch.device("cpu"))
+    assert found["argv"] == sys.argv
+    assert found["device"] == "cpu"
+    assert found["gpu"] is None
+    assert found["threads"] == torch.get_num_threads()
+    root = Path(__file__).resolve().parents[2]
+    answer = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    assert found["git_commit"] == (answer.stdout.strip() or None)
+
+
+def test_available_memory_is_that_of_the_system():
+    free = available_memory()
+    assert free is not None
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        total = int(meminfo.read_text().split("MemTotal:")[1].split()[0]) * 1024
+        assert 0 <= free <= total
+
+
+def write_group(folder: Path, bound: str, held: int, cached: int, version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, value in zip(names, (bound, held), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\nactive_file 9\n")
+
+
+def test_the_limits_of_a_batch_job_are_found(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/slurm/job_7/step_0\n")
+    mount = tmp_path / "sys/fs/cgroup"
+    write_group(mount / "slurm/job_7/step_0", "max", 10, 0)
+    write_group(mount / "slurm/job_7", "1000", 700, 100)
+    write_group(mount / "slurm", "5000", 700, 100)
+    assert runtime._left_of_limits(tmp_path) == [400, 4400]
+
+
+def test_the_limits_of_a_container_are_found(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("5:cpu:/x\n4:memory:/docker/abc\n0::/\n")
+    write_group(tmp_path / "sys/fs/cgroup/memory/docker/abc", "1000", 1200, 0, version=1)
+    assert runtime._left_of_limits(tmp_path) == [0], "never less than nothing"
+
+
+def test_a_system_without_limits_has_none(tmp_path):
+    assert runtime._left_of_limits(tmp_path) == []
+
+
+def test_the_tightest_bound_counts(monkeypatch):
+    monkeypatch.setattr(runtime, "_system_memory", lambda: 1000)
+    monkeypatch.setattr(runtime, "_left_of_limits", lambda: [2000, 300])
+    assert available_memory() == 300
+    monkeypatch.setattr(runtime, "_left_of_limits", lambda: [2000])
+    assert available_memory() == 1000
+    monkeypatch.setattr(runtime, "_system_memory", lambda: None)
+    assert available_memory() is None
+
+
+def test_a_log_is_not_flooded_by_a_progress_bar(capsys):
+    assert list(progress(range(5000), "Reading", unit="slide")) == list(range(5000))
+    error = capsys.readouterr().err
+    assert "Reading" in error
+    assert "5000/5000" in error
+    assert error.count("\r") <= 3
+    with progress_bar("Reading", 5000) as bar:
+        for _ in range(5000):
+            bar.update()
+    assert capsys.readouterr().err.count("\r") <= 3
