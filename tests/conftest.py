@@ -19,6 +19,9 @@ from utils.core.config import ExtractionFiles
 from utils.core.runtime import log
 from utils.feature_extractor import WSIFeatureExtractor, extract_slides
 
+# Small models crawl when several threads wait for each other on a busy machine.
+torch.set_num_threads(1)
+
 # Shared and busy machines miss hypothesis' 200 ms now and then; the same examples every time make a failure repeatable.
 settings.register_profile("litemil", deadline=None, derandomize=True)
 settings.load_profile("litemil")

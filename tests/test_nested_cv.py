@@ -36,14 +36,6 @@ N_OUTER, N_INNER, EPOCHS = 3, 2, 3
 TRAININGS = N_OUTER * N_INNER
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def aloud(caplog) -> Iterator[pytest.LogCaptureFixture]:
     with caplog.at_level(logging.INFO, "litemil"):

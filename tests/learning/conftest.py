@@ -1,20 +1,11 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
 
 from MILS import build_mil
 from MILS.pooling import BagModel
 from tests.cohort import write_cohort
 from utils.mil_dataset import MILDataset
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
