@@ -169,7 +169,8 @@ def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> li
     for slide, target in bar:
         bar.set_postfix_str(slide.name, refresh=False)
         statuses.append(_guarded(extractor, slide, target, files.overwrite))
-    write_text(files.output_dir / REPORT, pd.DataFrame(statuses).to_csv(index=False, lineterminator="\n"))
+    report = pd.DataFrame(statuses).astype({"patches": "Int64"})
+    write_text(files.output_dir / REPORT, report.to_csv(index=False, lineterminator="\n"))
     return statuses
 
 
