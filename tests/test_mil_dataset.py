@@ -332,6 +332,14 @@ def test_a_small_window_reads_few_slides_at_a_time(numbered_cohort, monkeypatch)
     assert sorted(reads) == list(range(8)), "a slide is read once an epoch"
 
 
+def test_the_windows_hold_other_slides_in_each_epoch(numbered_cohort, monkeypatch):
+    monkeypatch.setattr(mil_dataset, "SHUFFLE_WINDOW", 1)
+    dataset = MILDataset(*numbered_cohort, mode="full")
+    orders = [torch.cat([batch.slides for batch in dataset.batches(range(8), 4, seed)]).tolist() for seed in range(4)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == list(range(8)) for order in orders)
+
+
 def test_mixed_precisions_make_one_batch(tmp_path):
     bags = numbered([4, 6])
     bags["S0"] = bags["S0"].astype("f2")

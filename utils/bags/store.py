@@ -232,8 +232,8 @@ def _info(path: Path, shape: tuple[int, ...], dtype: np.dtype, passport: Passpor
 
 
 def _check_finite(path: Path, features: np.ndarray) -> None:
-    # The sum of absolute values is finite exactly when all values are, but for overflow; only then look closer.
-    if np.isfinite(np.abs(features).sum(dtype=np.float64)):
+    # The sum is finite exactly when all values are, but for overflow; only then look closer.
+    if np.isfinite(features.sum(dtype=np.float64)):
         return
     bad = ~np.isfinite(features)
     if bad.any():
