@@ -122,9 +122,10 @@ def test_a_bad_slide_does_not_stop_the_batch(slide_cohort, script, tmp_path):
     assert dict(zip((Path(slide).name for slide in report.index), report["status"], strict=True)) == {
         "bad.svs": "failed", "glass.tif": "no tissue", "good.tif": "done",
     }  # fmt: skip
-    assert f",{len(h5py.File(tmp_path / 'features' / 'good.h5')['coords'])}," in (
-        tmp_path / "features" / "extraction_report.csv"
-    ).read_text()  # a whole number of patches
+    assert (
+        f",{len(h5py.File(tmp_path / 'features' / 'good.h5')['coords'])},"
+        in (tmp_path / "features" / "extraction_report.csv").read_text()
+    )  # a whole number of patches
     assert sorted(path.name for path in (tmp_path / "features").glob("*")) == ["extraction_report.csv", "good.h5"]
 
 
