@@ -4,6 +4,7 @@ import logging
 import re
 import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -241,7 +242,11 @@ def test_any_other_exception_keeps_its_traceback(kept_logging, capsys, error):
     assert capsys.readouterr().err == ""
 
 
-def test_ctrl_c_is_130(kept_logging, capsys):
+def test_ctrl_c_is_130(kept_logging, capsys, request):
+    # A shell's background job is started with SIGINT ignored, and so would the test be there.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def main():
         signal.raise_signal(signal.SIGINT)
 
