@@ -6,13 +6,14 @@ uv run predict.py --checkpoint outputs/LiteMIL/mine/all_folds_best.pth --input s
 
 from pathlib import Path
 
-from utils.attention_visualizer import AttentionVisualizer, level0_footprint
+import numpy as np
+
+from utils.attention_visualizer import AttentionVisualizer, check_drawable
 from utils.bags.store import is_feature_file
 from utils.core import cli
 from utils.core.config import Pictures, Prediction, PredictionRecipe
-from utils.core.errors import ConfigError, FeatureFileError
+from utils.core.errors import ConfigError
 from utils.core.files import write_json
-from utils.feature_extractor import extract_one
 from utils.inference import SlidePrediction, SlidePredictor, check_input, extractPredict, recipe_asked
 
 
@@ -23,15 +24,17 @@ def main() -> None:
     wsi = slide_to_draw_on(asked, pictures)
     visualizer = AttentionVisualizer(pictures.cmap, pictures.alpha)
     predictor = make_predictor(asked, recipe)
-    source = kept_features(predictor, asked) if recipe.save_features else asked.input
-    prediction = predictor.predict(source, asked.mode, asked.chunk_size, asked.feat_type)
+    source = predictor.keep_features(asked.input, asked.output_dir) if recipe.save_features else asked.input
+    bag = predictor.bag(source, asked.feat_type)
+    patch_size = check_drawable(wsi, source, bag, recipe.patch_size, recipe.level) if wsi else None
+    prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size)
 
-    result = asked.output_dir / f"{prediction.slide}_prediction.json"
-    write_json(result, prediction.as_dict() | predictor.provenance(prediction))
+    written = [source] if recipe.save_features else []
+    if wsi and patch_size:
+        written += draw(visualizer, wsi, prediction, asked.output_dir, patch_size, pictures.top_k)
+    written.append(asked.output_dir / f"{prediction.slide}_prediction.json")
+    write_json(written[-1], prediction.as_dict() | predictor.provenance(prediction))
     print(f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})")
-    written = [result, source] if recipe.save_features else [result]
-    if wsi is not None:
-        written += draw(visualizer, wsi, prediction, asked.output_dir, recipe, pictures)
     print("\n".join(f"  {path}" for path in written))
 
 
@@ -62,14 +65,6 @@ def make_predictor(asked: Prediction, recipe: PredictionRecipe) -> SlidePredicto
     return predictor
 
 
-def kept_features(predictor: SlidePredictor, asked: Prediction) -> Path:
-    """The raw slide's feature file in the output folder, made unless it is there."""
-    assert predictor.feature_extractor is not None  # noqa: S101 - for the type checker: make_predictor saw to it
-    target = asked.output_dir / f"{asked.input.stem}.h5"
-    extract_one(predictor.feature_extractor, asked.input, target)
-    return target
-
-
 def slide_to_draw_on(asked: Prediction, pictures: Pictures) -> Path | None:
     """The slide to draw on, None without --visualize; wrong combinations fail before any work."""
     raw = not is_feature_file(asked.input)
@@ -91,22 +86,26 @@ def draw(
     wsi: Path,
     prediction: SlidePrediction,
     output_dir: Path,
-    recipe: PredictionRecipe,
-    pictures: Pictures,
+    patch_size_level0: int,
+    top_k: int,
 ) -> list[Path]:
-    bag = prediction.bag
-    if bag.coords is None or prediction.attention is None:
-        raise FeatureFileError(f"{prediction.slide}: its features have no coordinates, so there is nothing to draw on")
+    bag, passport = prediction.bag, prediction.bag.passport
+    assert bag.coords is not None and prediction.attention is not None  # noqa: S101, PT018 - checked, all models attend
     return visualizer.save_set(
         wsi,
         output_dir,
         bag.coords,
         prediction.attention,
-        bag.patch_size_level0 or level0_footprint(wsi, recipe.patch_size, recipe.level),
+        patch_size_level0,
         name=prediction.slide,
         title=f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})",
-        top_k=pictures.top_k,
-        record={"class_names": prediction.class_names, "probabilities": prediction.probabilities},
+        top_k=top_k,
+        record={
+            "class_names": prediction.class_names,
+            "probabilities": prediction.probabilities,
+            "prediction": prediction.predicted_class,
+            "mpp": (passport.slide.get("mpp_delivered") if passport else None) or np.nan,
+        },
     )
 
 

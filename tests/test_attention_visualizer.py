@@ -4,9 +4,11 @@ import pytest
 from PIL import Image
 
 from tests.synthetic import place_image, place_of, write_pyramid
-from utils.attention_visualizer import AttentionVisualizer, level0_footprint
+from utils.attention_visualizer import AttentionVisualizer, check_drawable
+from utils.bags.store import Bag
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
+from utils.core.passport import Passport
 
 SIZE = 500, 400
 COORDS = patch_grid(*SIZE, 50, 50)
@@ -71,11 +73,25 @@ def test_patches_that_cannot_be_the_slides_are_refused(slide, coords, attention,
         AttentionVisualizer().visualize_full_attention(slide, coords, attention, size)
 
 
-def test_the_footprint_of_a_patch_read_at_a_level(slide):
-    assert level0_footprint(slide, 64, 1) == 128
-    assert level0_footprint(slide, 64, None) == 64
-    with pytest.raises(ConfigError, match="--patch_size"):
-        level0_footprint(slide, None, None)
+def test_drawing_is_checked_before_any_work(slide, tmp_path):
+    features = np.ones((len(COORDS), 4), np.float32)
+    source = tmp_path / "bag.h5"
+    assert check_drawable(slide, source, Bag(features, COORDS, 50)) == 50
+    assert check_drawable(slide, source, Bag(features, COORDS), patch_size=25, level=1) == 50
+    with pytest.raises(ConfigError, match=r"bag\.h5: does not record the patch size; give --patch_size"):
+        check_drawable(slide, source, Bag(features, COORDS))
+    with pytest.raises(FeatureFileError, match=r"bag\.h5: has no coordinates"):
+        check_drawable(slide, source, Bag(features))
+    with pytest.raises(FeatureFileError, match="but the patches reach"):
+        check_drawable(slide, source, Bag(features, COORDS + 100, 50))
+    other = Passport({}, {"name": "other", "width": SIZE[0], "height": SIZE[1], "quick_hash": "0" * 64})
+    with pytest.raises(FeatureFileError, match=r"that .*bag\.h5 was made from \(quick_hash.*give slide other"):
+        check_drawable(slide, source, Bag(features, COORDS, 50, other))
+
+
+def test_the_patch_grid_stays_a_figure(slide):
+    figure = AttentionVisualizer().create_patch_grid(slide, COORDS, ATTENTION, 50, top_k=80)
+    assert len([axes for axes in figure.axes if axes.images]) == 50
 
 
 def test_alpha_and_colour_map_are_checked_early():

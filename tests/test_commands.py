@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from MILS import list_mils
 from tests.conftest import BACKBONE, PATCH
@@ -127,6 +128,26 @@ def test_a_bad_slide_does_not_stop_the_batch(slide_cohort, script, tmp_path):
         in (tmp_path / "features" / "extraction_report.csv").read_text()
     )  # a whole number of patches
     assert sorted(path.name for path in (tmp_path / "features").glob("*")) == ["extraction_report.csv", "good.h5"]
+
+
+def test_what_is_not_ours_is_never_overwritten_unasked(slide_cohort, script, tmp_path):
+    torch.save({"weights": torch.ones(3)}, tmp_path / "theirs.pt")
+    with h5py.File(tmp_path / "theirs.h5", "w") as file:
+        file["feats"] = np.ones((4, 3), np.float16)
+    (tmp_path / "text.h5").write_text("their notes")
+    slide = slide_cohort.slides / "P00_0.tif"
+    for name in ("theirs.pt", "theirs.h5", "text.h5"):
+        before = (tmp_path / name).read_bytes()
+        outcome = script("extractFeatures", "--input", slide, "--output", tmp_path / name, *recipe(slide_cohort))
+        assert outcome.code == 1
+        assert "--overwrite" in outcome.errors[0]
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_missing_slide_is_told_before_a_backbone_is_loaded(script, tmp_path):
+    outcome = script("extractFeatures", "--input", tmp_path / "nowhere.svs", "--backbone", "uni")
+    assert outcome.code == 1
+    assert "no such file; give a slide" in outcome.errors[0]
 
 
 def test_slides_that_would_share_an_output_are_refused(slide_cohort, script, tmp_path):
@@ -276,9 +297,12 @@ def bad_inputs(trained, cohort, folder) -> list[tuple[tuple, str]]:
         (("--input", features, "--input_dim", 1024), "was trained with input_dim 64, not 1024"),
         (("--input", features, "--visualize"), "give it with --wsi"),
         (("--input", features, "--visualize", "--wsi", features), "a feature file; give the slide"),
-        (("--input", features, "--visualize", "--wsi", folder / "small.tif"), "but the patches reach"),
+        (("--input", features, "--visualize", "--wsi", folder / "small.tif"), "not the slide that"),
         (("--input", features, "--visualize", "--wsi", slide, "--cmap", "rainbows"), "no such colour map"),
         (("--input", folder / "bare.h5", "--visualize", "--wsi", slide), "no coordinates"),
+        (("--input", features, "--visualize", "--wsi", cohort.slides / "P02_0.tif"), "not the slide that"),
+        (("--input", features, "--visualize", "--wsi", folder / "nowhere.tif"), "no such file"),
+        (("--input", features, "--wsi", slide), "give --visualize with it"),
         (("--input", slide, "--patch_size", 96, *weights), "patch_size: found 96, expected 64"),
         (("--input", slide, "--weights", trained / "fold_1_best.pth"), "not the weights of this backbone"),
         (("--input", features, "--mode", "full", "--chunk_size", 10), "--chunk_size has no meaning in full mode"),
@@ -294,7 +318,7 @@ def test_bad_prediction_input_gets_one_line(trained, slide_cohort, script, tmp_p
         assert outcome.code == 1, flags
         assert len(outcome.errors) == 1, outcome.err
         assert message in outcome.errors[0]
-        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*_heatmap.png"))
+        assert not (tmp_path / "out").exists()  # nothing is half written
 
 
 def test_wrong_usage_is_argparse_2(script):

@@ -12,15 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from utils.bags.store import Bag
 from utils.core.config import Pictures
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.files import whole_file
 from utils.core.geometry import level0_size
+from utils.core.passport import recipe_differences
 from utils.pictures.heatmap import Figure, Picture, checked_colormap, heatmap_figure, patch_grid_figure
 from utils.slides.wsi import Slide, open_slide
 
 # The longer side of the overview that is drawn on, in pixels.
 _OVERVIEW = 2000
+# More than this is no figure any more; `extract_top_patches` has no limit.
+_GRID_PATCHES = 50
 
 
 class AttentionVisualizer:
@@ -91,7 +95,8 @@ class AttentionVisualizer:
         title: str = "",
         top_k: int = Pictures.top_k,
     ) -> Figure:
-        """The `top_k` most attended patches in one figure, with rank, attention and place."""
+        """The `top_k` most attended patches (at most 50) in one figure, with rank, attention and place."""
+        top_k = min(top_k, _GRID_PATCHES)
         patches = self.extract_top_patches(wsi_path, coords, attention, patch_size_level0, top_k=top_k)
         captions = [
             f"{rank}: {attention[index]:.3g} at ({coords[index][0]}, {coords[index][1]})"
@@ -136,19 +141,45 @@ class AttentionVisualizer:
         return [heatmap, grid, top, data]
 
 
-def level0_footprint(wsi_path: Path, patch_size: int | None, level: int | None) -> int:
-    """A patch's edge in level-0 pixels, for feature files that do not record it. Raises ConfigError without a size."""
-    if patch_size is None:
-        raise ConfigError("the feature file does not record the patch size; give --patch_size, and --level if not 0")
+def check_drawable(
+    wsi_path: Path, source: Path, bag: Bag, patch_size: int | None = None, level: int | None = None
+) -> int:
+    """The edge in level-0 pixels of the patches of `bag`, read from `source`, once they are known to be the slide's.
+
+    `patch_size` and `level` say it for a bag that does not. Raises FeatureFileError for a bag without coordinates, or
+    of another slide; ConfigError where the size is unknown; SlideError.
+    """
+    if bag.coords is None:
+        raise FeatureFileError(f"{source}: has no coordinates, so nothing can be drawn; extract the slide again")
     with open_slide(wsi_path) as slide:
-        slide.check_level(level or 0)
-        return level0_size(patch_size, slide.level_downsamples[level or 0])
+        made_from = bag.passport.slide if bag.passport else {}
+        found = {"width": slide.width, "height": slide.height, "quick_hash": slide.quick_hash()}
+        differences = recipe_differences(made_from, found, found)
+        if differences:
+            raise FeatureFileError(
+                f"{wsi_path}: not the slide that {source} was made from ({'; '.join(differences)}); "
+                f"give slide {made_from.get('name')} with --wsi"
+            )
+        size = bag.patch_size_level0 or _footprint(slide, source, patch_size, level or 0)
+        _check_reach(slide, bag.coords, size)
+    return size
+
+
+def _footprint(slide: Slide, source: Path, patch_size: int | None, level: int) -> int:
+    if patch_size is None:
+        raise ConfigError(f"{source}: does not record the patch size; give --patch_size, and --level if not 0")
+    slide.check_level(level)
+    return level0_size(patch_size, slide.level_downsamples[level])
 
 
 def check_patches_fit(slide: Slide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int) -> None:
-    """Raise FeatureFileError unless the patches can be this slide's."""
+    """Raise FeatureFileError unless the patches can be this slide's, each with its attention."""
     if attention.shape != (len(coords),):
         raise FeatureFileError(f"{slide.path}: {len(coords)} patches but attention of shape {attention.shape}")
+    _check_reach(slide, coords, patch_size_level0)
+
+
+def _check_reach(slide: Slide, coords: NDArray[np.int64], patch_size_level0: int) -> None:
     start, reach = coords.min(axis=0), coords.max(axis=0) + patch_size_level0
     # A patch size rounded to level-0 pixels may reach one beyond the edge.
     if start.min() < 0 or reach[0] > slide.width + 1 or reach[1] > slide.height + 1:

@@ -7,6 +7,7 @@ result = extractor.process("slide.svs", save_path="slide.h5")
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +16,19 @@ import pandas as pd
 
 from utils.bags.store import Bag, peek_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
-from utils.core.errors import BackboneError, ConfigError, FeatureFileError, LiteMILError, NoTissueError, RecipeError
+from utils.core.errors import (
+    BackboneError,
+    ConfigError,
+    FeatureFileError,
+    LiteMILError,
+    NoTissueError,
+    RecipeError,
+    SlideError,
+)
 from utils.core.files import write_text
 from utils.core.passport import Passport, recipe_differences
 from utils.core.runtime import log, progress, progress_bar, resolve_device, versions
-from utils.slides.backbones import load_backbone
+from utils.slides.backbones import Backbone, canonical_backbone, load_backbone
 from utils.slides.patching import PatchPlan, plan_patches, read_patches
 from utils.slides.tissue import TISSUE_SETTINGS
 from utils.slides.wsi import Slide, find_slides, open_slide
@@ -55,8 +64,16 @@ class WSIFeatureExtractor:
             batch_size=batch_size, device=device, weights=Path(weights) if weights else None, dtype=dtype,  # type: ignore[arg-type]
         )  # fmt: skip
         self.device = resolve_device(device)
-        self.backbone = load_backbone(backbone, self.config.weights).to(self.device)
-        log.info("Backbone %s (%d features) on %s", self.backbone.name, self.backbone.dim, self.device)
+        canonical_backbone(backbone)
+        if self.config.weights is not None and not self.config.weights.is_file():
+            raise BackboneError(f"{self.config.weights}: no such weights file; check the path")
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The network, loaded when it is first needed: what is wrong with the slides shows before."""
+        backbone = load_backbone(self.config.backbone, self.config.weights).to(self.device)
+        log.info("Backbone %s (%d features) on %s", backbone.name, backbone.dim, self.device)
+        return backbone
 
     @classmethod
     def of_config(cls, config: Extraction) -> Self:
@@ -66,8 +83,14 @@ class WSIFeatureExtractor:
     def of_recipe(cls, recipe: dict[str, Any], *, weights: Path | None, batch_size: int, device: str) -> Self:
         """The extractor that makes features the way `recipe` (a passport's) says.
 
-        Raises BackboneError when the weights at hand are not the recipe's.
+        Raises BackboneError when the weights at hand are not the recipe's, RecipeError for an incomplete recipe.
         """
+        needed = ("backbone", "patch_size", "stride", "level", "tissue_threshold", "dtype")
+        missing = [name for name in needed if recipe.get(name) is None]
+        if missing:
+            raise RecipeError(
+                f"the training features' recipe does not say {', '.join(missing)}; extract the slide yourself"
+            )
         extractor = cls(
             recipe["backbone"], recipe["patch_size"], recipe["stride"], recipe["level"], recipe["tissue_threshold"],
             batch_size, device, weights=weights, dtype=recipe["dtype"],
@@ -78,6 +101,9 @@ class WSIFeatureExtractor:
                 f"{weights or recipe['backbone']}: not the backbone of the training features "
                 f"({'; '.join(differences)}); give its weights with --weights"
             )
+        changed = recipe_differences(recipe, extractor.recipe, ("tissue", "precision"))
+        if changed:
+            log.warning("the training features were made by other settings of this tool: %s", "; ".join(changed))
         return extractor
 
     @property
@@ -161,9 +187,12 @@ def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> li
     that would share an output file.
     """
     if files.input is not None:
+        if not files.input.is_file():
+            raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
         return [extract_one(extractor, files.input, _targets([files.input], files)[files.input], files.overwrite)]
     assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
     targets = _targets(_slides_in(files), files)
+    _ = extractor.backbone  # a backbone that cannot be had is no slide's fault
     statuses = []
     bar = progress(targets.items(), "Slides", unit="slide")
     for slide, target in bar:
@@ -188,7 +217,7 @@ def _targets(slides: Sequence[Path], files: ExtractionFiles) -> dict[Path, Path]
     targets: dict[Path, Path] = {}
     owners: dict[Path, Path] = {}
     for slide in slides:
-        target = files.output or (files.output_dir or slide.parent) / f"{slide.stem}.{files.format}"
+        target = files.output or (files.output_dir or slide.parent) / f"{slide.stem}.{files.format or 'h5'}"
         if target in owners:
             raise ConfigError(f"{slide} and {owners[target]} would both be written to {target}; rename one of them")
         owners[target], targets[slide] = slide, target
@@ -218,24 +247,26 @@ def extract_one(extractor: WSIFeatureExtractor, slide: Path, target: Path, overw
 
 
 def _is_current(extractor: WSIFeatureExtractor, slide: Path, target: Path) -> bool:
-    """Whether `target` holds this slide's features by this recipe; False when it is damaged.
+    """True when `target` holds this slide's features by this recipe.
 
-    Raises RecipeError when it holds something else: that is not overwritten unasked.
+    Raises RecipeError when it holds anything else: since our own files are whole, that is somebody's, and not
+    overwritten unasked.
     """
     try:
         passport = peek_bag(target).passport
     except FeatureFileError as error:
-        log.warning("%s; extracted again", error)
-        return False
+        raise RecipeError(f"{error}; is in the way: move it, or extract with --overwrite") from error
     if passport is None:
-        raise RecipeError(f"{target}: was made by something else (it holds no recipe); move it, or give --overwrite")
+        raise RecipeError(
+            f"{target}: was made by something else (it holds no recipe); move it, or extract with --overwrite"
+        )
     with open_slide(slide) as opened:
         found = passport.recipe | {"slide": passport.slide.get("quick_hash")}
         wanted = extractor.recipe | {"slide": opened.quick_hash()}
-    differences = recipe_differences(wanted, found, wanted)
+    differences = recipe_differences(wanted, found, wanted, strict=True)
     if differences:
         raise RecipeError(
-            f"{target}: made with another recipe ({'; '.join(differences)}); move it, or give --overwrite"
+            f"{target}: made with another recipe ({'; '.join(differences)}); move it, or extract with --overwrite"
         )
     return True
 

@@ -19,7 +19,7 @@ from utils.core.config import Extraction
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
 from utils.core.runtime import log, resolve_device
-from utils.feature_extractor import WSIFeatureExtractor
+from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.checkpoint import id_digests, load_checkpoint
 from utils.slides.backbones import canonical_backbone
@@ -99,10 +99,18 @@ class SlidePredictor:
         otherwise. Raises RecipeError when the features were made in another way than the model's, FeatureFileError,
         SlideError.
         """
-        path = Path(path)
+        return self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
+
+    def bag(self, path: Path, feat_type: str = "features") -> Bag:
+        """The bag of a feature file, or of a raw slide through the feature extractor."""
         check_input(path)
-        bag = read_bag(path, feat_type) if is_feature_file(path) else self._extractor().extract(path)
-        return self.predict_bag(bag, path, mode, chunk_size)
+        return read_bag(path, feat_type) if is_feature_file(path) else self._extractor().extract(path)
+
+    def keep_features(self, slide: Path, folder: Path) -> Path:
+        """The raw slide's feature file in `folder`, made unless it is there, by the same recipe."""
+        target = folder / f"{slide.stem}.h5"
+        extract_one(self._extractor(), slide, target)
+        return target
 
     def predict_bag(
         self, bag: Bag, path: Path, mode: str | None = None, chunk_size: int | None = None

@@ -77,6 +77,7 @@ class MILDataset(Dataset):
         self.info: list[BagInfo] = [peek_bag(row.path, feat_type) for row in bar]
         self.labels = np.array([row.label for row in self.rows])
         self.cases = np.array([row.case_id for row in self.rows])
+        log.info("Classes: %s", "; ".join(self._counts(index) for index in range(len(self.class_names))))
         self._check_widths()
         self._check_recipes()
         self._cache: dict[int, np.ndarray] = {}
@@ -187,6 +188,10 @@ class MILDataset(Dataset):
             names = " and ".join(path.name for path in found)
             raise LabelsError(f"{self.features_dir}: slide {wsi_id} has {names}; keep one of them")
         return found[0] if found else None
+
+    def _counts(self, label: int) -> str:
+        mine = self.labels == label
+        return f"{self.class_names[label]} ({mine.sum()} slides of {len(set(self.cases[mine]))} cases)"
 
     def _check_widths(self) -> None:
         for row, info in zip(self.rows, self.info, strict=True):

@@ -303,6 +303,8 @@ class NestedCrossValidation:
         path = self.output_dir / "run.json"
         if path.is_file():
             record = read_json(path)
+            if not isinstance(record, dict) or "finished" not in record:
+                raise ConfigError(f"{path}: not the record of a training run; give another --output_dir")
             changed = sorted(
                 name for name, value in self._identity().items() if record.get("identity", {}).get(name) != value
             )

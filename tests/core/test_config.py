@@ -26,7 +26,7 @@ from utils.mil_dataset import MILDataset
 # What must be given, so that each class can be made.
 GIVEN = {
     Extraction: {},
-    ExtractionFiles: {"input": Path("a.svs")},
+    ExtractionFiles: {"input_dir": Path("slides"), "output_dir": Path("features")},
     Cohort: {"dataset": "mine"},
     Model: {"mil": "LiteMIL"},
     Training: {},

@@ -1,5 +1,6 @@
 """Files are whole or absent, and loading one executes nothing."""
 
+import errno
 import hashlib
 import json
 import os
@@ -296,3 +297,15 @@ def test_digest_is_of_the_parts_and_not_of_their_joint():
     assert digest() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     framed = b"\x01" + bytes(7) + b"a" + b"\x02" + bytes(7) + "ß".encode()
     assert digest("a", "ß") == hashlib.sha256(framed).hexdigest()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "old.json").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LiteMILError, match=r"old\.json: cannot be written \(No space left on device\)"):
+        write_text(tmp_path / "old.json", "new")
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]

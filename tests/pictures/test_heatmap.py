@@ -13,7 +13,7 @@ def painted_slowly(coords, values, size, extent, shape):
     total, count = np.zeros(shape), np.zeros(shape)
     scale = np.array([shape[1] / extent[0], shape[0] / extent[1]])
     for corner, value in zip(coords, values, strict=True):
-        x0, y0 = np.round(corner * scale).astype(int)
+        x0, y0 = np.minimum(np.round(corner * scale).astype(int), (shape[1] - 1, shape[0] - 1))
         x1, y1 = np.maximum(np.round((corner + size) * scale).astype(int), (x0 + 1, y0 + 1))
         total[y0:y1, x0:x1] += value
         count[y0:y1, x0:x1] += 1
@@ -48,6 +48,7 @@ def test_a_patch_smaller_than_a_pixel_still_shows():
     heat = rasterise(np.array([[5000, 5000]]), np.array([3.0]), 10, (10_000, 10_000), (50, 50))
     assert np.nansum(heat) == 3
     assert heat[25, 25] == 3
+    assert np.nansum(rasterise(np.array([[299, 299]]), np.array([3.0]), 1, (300, 300), (10, 10))) == 3
 
 
 def test_percentiles_rank_and_share_ties():

@@ -4,6 +4,7 @@ The HDF5 file uses TRIDENT's names, so that other toolkits' loaders read it; the
 CLAM and of LiteMIL's first version have the same names and are read too.
 """
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from utils.core.errors import FeatureFileError
-from utils.core.files import load_tensors, save_tensors, whole_file
+from utils.core.files import load_tensors, save_tensors, write_bytes
 from utils.core.passport import Passport
 
 _HDF5_EXTENSIONS, _TENSOR_EXTENSIONS = (".h5", ".hdf5"), (".pt", ".pth")
@@ -105,7 +106,9 @@ def write_bag(path: Path, bag: Bag) -> None:
     if path.suffix.lower() in _TENSOR_EXTENSIONS:
         save_tensors(path, _tensor_content(bag))
         return
-    with whole_file(path, FeatureFileError) as part, h5py.File(part, "w") as file:
+    # Through memory: HDF5 ends the process when a disk fills up under it.
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
         rows = max(1, min(len(bag.features), _CHUNK_BYTES // (bag.features.shape[1] * bag.features.itemsize)))
         features = file.create_dataset("features", data=bag.features, chunks=(rows, bag.features.shape[1]))
         features.attrs.update(_trident_feature_attributes(bag))
@@ -114,6 +117,7 @@ def write_bag(path: Path, bag: Bag) -> None:
             coords.attrs.update(_trident_coord_attributes(bag))
         if bag.passport is not None:
             file.attrs[_PASSPORT] = bag.passport.to_json()
+    write_bytes(path, buffer.getvalue())
 
 
 def _tensor_content(bag: Bag) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class ExtractionFiles(_Checked):
     input_dir: Path | None = option(None, "a folder of slides, searched with its subfolders")
     output: Path | None = option(None, "feature file for --input (default: beside the slide, <stem>.h5)")
     output_dir: Path | None = option(None, "folder for the feature files (required with --input_dir)")
-    format: Literal["h5", "pt"] = option("h5", "feature file format")
+    format: Literal["h5", "pt"] | None = option(None, "feature file format (default: h5, or as --output ends)")
     extensions: tuple[str, ...] | None = option(None, "only files with these endings, e.g. .svs .ndpi", metavar="EXT")
     limit: int | None = option(None, "only the first N slides, to try a recipe on a subset", least=1, metavar="N")
     overwrite: bool = option(False, "replace feature files that were made with another recipe")
@@ -90,6 +90,12 @@ class ExtractionFiles(_Checked):
             raise ConfigError("--output names one file and goes with --input; give --output_dir with --input_dir")
         if self.output is not None and self.output_dir is not None:
             raise ConfigError("give one of --output (a file) and --output_dir (a folder)")
+        if self.input is not None and (self.limit is not None or self.extensions is not None):
+            raise ConfigError(
+                "--limit and --extensions choose among the slides of --input_dir; leave them out with --input"
+            )
+        if self.output is not None and self.format not in (None, self.output.suffix[1:]):
+            raise ConfigError(f"--output {self.output}: does not end in --format {self.format}; leave --format out")
         if self.output is not None and self.output.suffix not in (".h5", ".pt"):
             raise ConfigError(f"--output {self.output}: ends in {self.output.suffix!r}; end it in .h5 or .pt")
 
@@ -203,3 +209,8 @@ class Pictures(_Checked):
     top_k: int = option(10, "how many of the most attended patches are shown", least=1)
     cmap: str = option("viridis", "Matplotlib colour map")
     alpha: float = option(0.5, "opacity of the heatmap over the slide", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wsi is not None and not self.visualize:
+            raise ConfigError(f"--wsi {self.wsi}: the slide to draw on; give --visualize with it")

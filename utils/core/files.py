@@ -73,6 +73,9 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
         with part.open("rb+") as written:
             os.fsync(written.fileno())
         part.replace(path)
+    except OSError as failure:
+        reason = failure.strerror or failure
+        raise error(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from failure
     finally:
         part.unlink(missing_ok=True)
 

@@ -41,12 +41,16 @@ class Passport:
         return found
 
 
-def recipe_differences(expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str]) -> list[str]:
-    """What differs, as 'field: found X, expected Y'; only fields known (not None) on both sides can differ."""
+def recipe_differences(
+    expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str], *, strict: bool = False
+) -> list[str]:
+    """What differs, as 'field: found X, expected Y'; only fields known (not None) on both sides can differ, unless
+    `strict`.
+    """
     differences = []
     for name in fields:
         left, right = expected.get(name), found.get(name)
-        if left is not None and right is not None and left != right:
+        if left != right and (strict or (left is not None and right is not None)):
             differences.append(f"{name}: found {_short(right)}, expected {_short(left)}")
     return differences
 

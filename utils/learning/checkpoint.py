@@ -72,6 +72,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         checkpoint = Checkpoint(**{part.name: content[part.name] for part in fields(Checkpoint)})
         outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
+        for part, kinds in (("recipe", dict | None), ("mpp_range", tuple | list | None)):
+            if not isinstance(getattr(checkpoint, part), kinds):
+                raise TypeError(f"{part} is no {kinds}")
+        if not checkpoint.seen.keys() >= {"slide", "case"}:
+            raise KeyError("seen")
         if outputs != names:
             raise ModelError(f"{names} class names for a model of {outputs} classes")
     except (KeyError, TypeError, AttributeError, ModelError, RuntimeError) as failure:

@@ -51,11 +51,10 @@ def rasterise(
     height, width = shape
     scale = torch.tensor([width / extent[0], height / extent[1]], dtype=torch.float64)
     corners = torch.from_numpy(coords).double()
-    low = (corners * scale).round().long()
-    # A patch smaller than a raster pixel still shows.
-    high = torch.maximum(((corners + size_level0) * scale).round().long(), low + 1)
     limit = torch.tensor([width, height])
-    low, high = torch.minimum(low, limit), torch.minimum(high, limit)
+    low = torch.minimum((corners * scale).round().long(), limit - 1)
+    # A patch smaller than a raster pixel still shows.
+    high = torch.minimum(torch.maximum(((corners + size_level0) * scale).round().long(), low + 1), limit)
     weights = torch.stack([torch.from_numpy(np.asarray(values, dtype=np.float64)), torch.ones(len(coords)).double()])
     total, count = _spread(weights, low, high, height, width)
     covered = count.round() > 0
@@ -103,7 +102,10 @@ def heatmap_figure(
         _scale_bar(axes, picture.mpp * picture.width / w, w, h)
     axes.set_axis_off()
     axes.set_title(title, fontsize=10)
-    figure.colorbar(scale, ax=axes, shrink=0.8, label="attention percentile within the slide")
+    peak = float(attention.max()) * len(attention)
+    figure.colorbar(
+        scale, ax=axes, shrink=0.8, label=f"attention percentile within the slide (highest: {peak:.2f} x uniform)"
+    )
     return figure
 
 
