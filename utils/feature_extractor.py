@@ -39,7 +39,7 @@ _BAR_DELAY_SECONDS = 3
 
 
 class WSIFeatureExtractor:
-    """One feature recipe with its backbone loaded.
+    """One feature recipe; its backbone is loaded when it is first needed.
 
     `backbone` is `resnet50`, `phikon-v2`, `uni` or `timm:<model>`, with local `weights` instead of a download where
     given; `patch_size` and `stride` are pixels at pyramid level `level`; a patch is kept when at least
@@ -237,7 +237,8 @@ def extract_one(extractor: WSIFeatureExtractor, slide: Path, target: Path, overw
 
     Raises SlideError, NoTissueError, and RecipeError when `target` holds something else and `overwrite` is not given.
     """
-    if target.exists() and not overwrite and _is_current(extractor, slide, target):
+    if target.exists() and not overwrite:
+        _check_current(extractor, slide, target)
         return SlideStatus(slide, "skipped", f"{target} is there, of the same recipe")
     started = time.perf_counter()
     bag = extractor.extract(slide)
@@ -246,11 +247,9 @@ def extract_one(extractor: WSIFeatureExtractor, slide: Path, target: Path, overw
     return SlideStatus(slide, "done", "", len(bag.features), mpp, round(time.perf_counter() - started, 2))
 
 
-def _is_current(extractor: WSIFeatureExtractor, slide: Path, target: Path) -> bool:
-    """True when `target` holds this slide's features by this recipe.
-
-    Raises RecipeError when it holds anything else: since our own files are whole, that is somebody's, and not
-    overwritten unasked.
+def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path) -> None:
+    """Raise RecipeError unless `target` holds this slide's features by this recipe: since our own files are whole,
+    anything else is somebody's, and not overwritten unasked.
     """
     try:
         passport = peek_bag(target).passport
@@ -268,7 +267,6 @@ def _is_current(extractor: WSIFeatureExtractor, slide: Path, target: Path) -> bo
         raise RecipeError(
             f"{target}: made with another recipe ({'; '.join(differences)}); move it, or extract with --overwrite"
         )
-    return True
 
 
 def _batches(slide: Slide, plan: PatchPlan, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
