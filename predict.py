@@ -14,7 +14,7 @@ from utils.core import cli
 from utils.core.config import Pictures, Prediction, PredictionRecipe
 from utils.core.errors import ConfigError
 from utils.core.files import write_json
-from utils.inference import SlidePrediction, SlidePredictor, check_input, extractPredict, recipe_asked
+from utils.inference import SlidePrediction, check_input, make_predictor
 
 
 def main() -> None:
@@ -36,33 +36,6 @@ def main() -> None:
     write_json(written[-1], prediction.as_dict() | predictor.provenance(prediction))
     print(f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})")
     print("\n".join(f"  {path}" for path in written))
-
-
-def make_predictor(asked: Prediction, recipe: PredictionRecipe) -> SlidePredictor:
-    settings = (recipe.backbone, recipe.patch_size, recipe.stride, recipe.level, recipe.tissue_threshold)
-    if is_feature_file(asked.input):
-        if recipe.save_features or recipe.weights:
-            raise ConfigError(
-                f"{asked.input}: holds features already; --save_features and --weights go with a raw slide"
-            )
-        predictor = SlidePredictor(asked.checkpoint, device=asked.device, allow_mismatch=asked.allow_mismatch)
-        predictor.require(recipe=recipe_asked(*settings))
-    else:
-        backbone, patch_size, stride, level, tissue_threshold = settings
-        predictor = extractPredict(
-            asked.checkpoint,
-            backbone=backbone,
-            patch_size=patch_size,
-            level=level,
-            device=asked.device,
-            weights=recipe.weights,
-            stride=stride,
-            tissue_threshold=tissue_threshold,
-            batch_size=recipe.batch_size,
-            allow_mismatch=asked.allow_mismatch,
-        )
-    predictor.require(mil=asked.mil, dataset=asked.dataset, input_dim=asked.input_dim)
-    return predictor
 
 
 def slide_to_draw_on(asked: Prediction, pictures: Pictures) -> Path | None:

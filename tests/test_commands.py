@@ -14,6 +14,7 @@ import torch
 
 from MILS import list_mils
 from tests.conftest import BACKBONE, PATCH
+from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from tests.synthetic import stained_image, write_pyramid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,6 +268,39 @@ def test_a_training_slide_is_said_to_be_seen(trained, slide_cohort, script, tmp_
     assert json.loads((tmp_path / f"{seen}_prediction.json").read_text())["seen_in_training"] is True
 
 
+def test_a_model_of_the_first_version_is_predicted(slide_cohort, script, tmp_path):
+    torch.manual_seed(0)
+    reference = ReferenceLiteMIL(64, 32, 3, 8, 4).eval()
+    features = slide_cohort.features / "P00_0.h5"
+    with h5py.File(features) as file, torch.inference_mode():
+        expected = torch.softmax(reference(torch.from_numpy(file["features"][:]).float())[0], dim=0).tolist()
+    base = ("--input", features, "--output_dir", tmp_path / "out", "--device", "cpu", "--num_heads", 8)
+    fold = ("--checkpoint", write_fold(tmp_path / "fold_1_best.pth", reference))
+    best = ("--checkpoint", write_all_folds(tmp_path / "all_folds_best.pth", reference, KIDNEY))
+    flags = ("--mil", "LiteMIL", "--dataset", "kidney", "--input_dim", 64)
+    for asked in (("predict", *base, *fold, *flags), ("predict", *base, *best)):
+        outcome = script(*asked)
+        assert outcome.code == 0, outcome.err
+        assert outcome.err.count("a checkpoint of the first version") == 1
+        answer = json.loads((tmp_path / "out" / "P00_0_prediction.json").read_text())
+        assert list(answer["probabilities"]) == list(KIDNEY)
+        assert list(answer["probabilities"].values()) == pytest.approx(expected, rel=1e-5)
+        assert answer["seen_in_training"] is None
+        assert answer["model"]["num_heads"] == 8
+        assert answer["selection"]["chosen_by"] == "the first version of LiteMIL"
+    for wrong, message in (
+        ((), "what its 3 classes are called; give --dataset kidney"),
+        (("--dataset", "lung"), "has 3 classes, --dataset lung names 2"),
+        (("--dataset", "kidney", "--num_heads", 5), "5 attention heads do not divide its width of 32"),
+        (("--dataset", "kidney", "--mil", "ABMIL"), "was trained with mil 'LiteMIL', not 'ABMIL'"),
+        (("--dataset", "kidney", "--input_dim", 1024), "was trained with input_dim 64, not 1024"),
+    ):
+        outcome = script("predict", *base, *fold, *wrong)
+        assert outcome.code == 1, wrong
+        assert len(outcome.errors) == 1
+        assert message in outcome.errors[0]
+
+
 def bad_inputs(trained, cohort, folder) -> list[tuple[tuple, str]]:
     features, slide = cohort.features / "P00_0.h5", cohort.slides / "P00_0.tif"
     (folder / "text.svs").write_text("this is no slide")
@@ -295,6 +329,7 @@ def bad_inputs(trained, cohort, folder) -> list[tuple[tuple, str]]:
         (("--input", features, "--mil", "ABMIL"), "was trained with mil 'LiteMIL', not 'ABMIL'"),
         (("--input", features, "--dataset", "lung"), "was trained with dataset 'stains', not 'lung'"),
         (("--input", features, "--input_dim", 1024), "was trained with input_dim 64, not 1024"),
+        (("--input", features, "--num_heads", 8), "was trained with num_heads 4, not 8"),
         (("--input", features, "--visualize"), "give it with --wsi"),
         (("--input", features, "--visualize", "--wsi", features), "a feature file; give the slide"),
         (("--input", features, "--visualize", "--wsi", folder / "small.tif"), "not the slide that"),

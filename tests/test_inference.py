@@ -4,6 +4,8 @@ import torch
 
 from MILS import build_mil
 from MILS.LiteMIL import LiteMIL
+from tests.conftest import BACKBONE, PATCH
+from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from utils.bags.store import Bag, write_bag
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import Passport
@@ -110,16 +112,25 @@ def test_a_stride_or_threshold_of_its_own_is_no_mismatch(checkpoint, tmp_path):
 
 def test_seen_in_training(checkpoint, tmp_path):
     predictor = SlidePredictor(checkpoint, device="cpu")
-    assert predictor.predict(bag_file(tmp_path, make_bag(), "trained.h5")).seen_in_training
-    assert not predictor.predict(bag_file(tmp_path, make_bag(), "other.h5")).seen_in_training
+    assert predictor.predict(bag_file(tmp_path, make_bag(), "trained.h5")).seen_in_training is True
+    assert predictor.predict(bag_file(tmp_path, make_bag(), "other.h5")).seen_in_training is False
 
 
 def test_arguments_are_checked_against_the_checkpoint(checkpoint):
     for right in ("LiteMIL", LiteMIL, lambda: build_mil("LiteMIL", input_dim=4, num_classes=2)):
         SlidePredictor(checkpoint, right, ["benign", "malignant"], "cpu")
-    for wrong in ({"model_class": "ABMIL"}, {"class_names": ["malignant", "benign"]}):
+    SlidePredictor(checkpoint, device="cpu", dataset="demo", num_heads=4)
+    for wrong in (
+        {"model_class": "ABMIL"}, {"class_names": ["malignant", "benign"]}, {"dataset": "lung"}, {"num_heads": 8},
+    ):  # fmt: skip
         with pytest.raises(CheckpointError, match="leave that setting out"):
             SlidePredictor(checkpoint, device="cpu", **wrong)
+
+
+def test_heads_asked_of_a_model_without_any(tmp_path):
+    make_checkpoint(tmp_path / "model.pth", "meanPool")
+    with pytest.raises(CheckpointError, match="records no num_heads, so not 4; leave that setting out"):
+        SlidePredictor(tmp_path / "model.pth", device="cpu", num_heads=4)
 
 
 def test_input_that_cannot_be_predicted(checkpoint, tmp_path):
@@ -138,3 +149,80 @@ def test_a_recipe_that_contradicts_the_recorded_one_is_refused_before_loading_a_
         extractPredict(checkpoint, patch_size=512, device="cpu")
     with pytest.raises(RecipeError, match="backbone: found resnet50, expected uni"):
         extractPredict(checkpoint, backbone="resnet50", device="cpu")
+
+
+@pytest.fixture
+def first_version(tmp_path):
+    """Write a random model of the first version, 16 features and 3 classes, and return it with its file."""
+
+    def make(num_heads=4, num_queries=1, write=write_fold):
+        torch.manual_seed(num_heads + num_queries)
+        reference = ReferenceLiteMIL(16, 32, 3, num_heads, num_queries).eval()
+        names = (KIDNEY,) if write is write_all_folds else ()
+        return reference, write(tmp_path / "first.pth", reference, *names)
+
+    return make
+
+
+def expected_of(reference, bag):
+    with torch.inference_mode():
+        logits, attention = reference(torch.from_numpy(bag.features).float())
+    return torch.softmax(logits, 0).numpy(), attention.numpy()
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize(("num_heads", "given"), [(4, None), (4, 4), (8, 8)])
+@pytest.mark.parametrize(("write", "said"), [(write_fold, {"dataset": "kidney"}), (write_all_folds, {})])
+def test_the_first_versions_models_predict_what_they_did(
+    write, said, num_heads, given, num_queries, first_version, tmp_path
+):
+    reference, path = first_version(num_heads, num_queries, write)
+    bag = make_bag(5000)  # more than one block
+    answer = SlidePredictor(path, device="cpu", num_heads=given, **said).predict(bag_file(tmp_path, bag))
+    probabilities, attention = expected_of(reference, bag)
+    assert answer.class_names == KIDNEY
+    np.testing.assert_allclose(answer.probabilities, probabilities, rtol=1e-5)
+    np.testing.assert_allclose(answer.patch_attention, attention, rtol=1e-4)
+    assert answer.feed == SlideFeed(None, "merge")
+    assert answer.as_dict()["seen_in_training"] is None
+
+
+@pytest.mark.parametrize(("num_heads", "given"), [(8, None), (4, 8)])
+def test_the_wrong_number_of_heads_gives_other_numbers(num_heads, given, first_version, tmp_path):
+    reference, path = first_version(num_heads)
+    bag = make_bag(50)
+    answer = SlidePredictor(path, device="cpu", dataset="kidney", num_heads=given).predict(bag_file(tmp_path, bag))
+    assert abs(answer.probabilities - expected_of(reference, bag)[0]).max() > 1e-3
+
+
+def test_arguments_as_the_first_version_took_them(first_version, tmp_path):
+    """A factory, which may tell the heads, and the classes' names, by position."""
+    reference, path = first_version(num_heads=8)
+    bag = make_bag(50)
+
+    def factory():
+        return LiteMIL(input_dim=16, hidden_dim=32, num_classes=3, dropout=0.25, num_heads=8, num_queries=1)
+
+    names = ["x", "y", "z"]
+    for predictor in (
+        SlidePredictor(path, factory, names, "cpu"),
+        SlidePredictor(path, LiteMIL, names, "cpu", num_heads=8),
+        SlidePredictor(path, lambda: LiteMIL(16, 3), names, "cpu", num_heads=8),
+    ):
+        answer = predictor.predict(bag_file(tmp_path, bag))
+        assert answer.class_names == ("x", "y", "z")
+        np.testing.assert_allclose(answer.probabilities, expected_of(reference, bag)[0], rtol=1e-5)
+    with pytest.raises(CheckpointError, match="was trained with model_class 'LiteMIL', not 'ABMIL'"):
+        SlidePredictor(path, "ABMIL", names, "cpu")
+    with pytest.raises(CheckpointError, match="what its 3 classes are called"):
+        SlidePredictor(path, factory, device="cpu")
+
+
+def test_a_raw_slides_predictor_for_a_model_of_the_first_version(first_version, slide_cohort):
+    _, path = first_version(num_heads=8)
+    recipe = {"backbone": BACKBONE, "weights": slide_cohort.weights, "patch_size": PATCH, "device": "cpu"}
+    predictor = extractPredict(path, dataset="kidney", num_heads=8, **recipe)
+    assert predictor.checkpoint.model["num_heads"] == 8
+    assert predictor.checkpoint.class_names == KIDNEY
+    assert predictor.feature_extractor is not None
+    assert extractPredict(path, "LiteMIL", list(KIDNEY), **recipe).checkpoint.class_names == KIDNEY

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from MILS import ModelError, mil_name
 from utils.bags.store import Bag, is_feature_file, read_bag
-from utils.core.config import Extraction
+from utils.core.config import Extraction, Prediction, PredictionRecipe
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
 from utils.core.runtime import log, resolve_device
@@ -28,7 +27,9 @@ from utils.slides.wsi import is_slide_file
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """`probabilities (C,)`; `attention (H, N)`, each head summing to 1 over the patches; `bag` with their places."""
+    """`probabilities (C,)`; `attention (H, N)`, each head summing to 1 over the patches; `bag` with their places;
+    `seen_in_training` None where the checkpoint does not record what it was trained on.
+    """
 
     slide: str
     class_names: tuple[str, ...]
@@ -36,7 +37,7 @@ class SlidePrediction:
     attention: NDArray[np.float32] | None
     bag: Bag
     feed: SlideFeed
-    seen_in_training: bool
+    seen_in_training: bool | None
 
     @property
     def predicted_class(self) -> str:
@@ -69,7 +70,9 @@ class SlidePredictor:
     """A trained model, ready to predict feature files and, with a feature extractor, raw slides.
 
     The checkpoint says which model and classes it holds and how slides are fed; `model_class` (a name, a class or a
-    factory) and `class_names` are only checked against it. Raises CheckpointError.
+    factory), `class_names`, `dataset` and `num_heads` are only checked against it. A checkpoint of the first version
+    may not name its classes, then `dataset` (a known cohort) or `class_names` does, and does not tell its heads: they
+    are `num_heads`, else those of the model that a factory makes, else 4. Raises CheckpointError.
     """
 
     def __init__(
@@ -80,14 +83,20 @@ class SlidePredictor:
         device: str = "auto",
         feature_extractor: WSIFeatureExtractor | None = None,
         *,
+        dataset: str | None = None,
+        num_heads: int | None = None,
         allow_mismatch: bool = False,
     ) -> None:
-        self.path, self.checkpoint = Path(model_path), load_checkpoint(Path(model_path))
+        self.path, claimed = Path(model_path), _claimed_spec(model_class)
+        names = None if class_names is None else tuple(class_names)
+        heads = claimed.get("num_heads") if num_heads is None else num_heads
+        self.checkpoint = load_checkpoint(self.path, class_names=names, dataset=dataset, num_heads=heads)
         self.device = resolve_device(device)
         self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
-        self._check("model_class", _model_name(model_class), self.checkpoint.model["name"])
-        self._check("class_names", None if class_names is None else tuple(class_names), self.checkpoint.class_names)
-        self.model: nn.Module = self.checkpoint.build().to(self.device)
+        self._check("model_class", claimed.get("name"), self.checkpoint.model["name"])
+        self._check("class_names", names, self.checkpoint.class_names)
+        self.require(dataset=dataset, num_heads=num_heads)
+        self.model = self.checkpoint.build().to(self.device)
         self._warned = False
 
     def predict(
@@ -119,7 +128,8 @@ class SlidePredictor:
         self._check_bag(bag, path)
         feed = self._feed(mode, chunk_size)
         output = predict_features(self.model, bag.features, feed, attention=True)
-        seen = id_digests("slide", [path.stem])[0] in self.checkpoint.seen["slide"]
+        known = self.checkpoint.seen["slide"]
+        seen = id_digests("slide", [path.stem])[0] in known if known else None
         if seen:
             log.warning("%s: this model was trained on this slide; its prediction proves nothing", path)
         return SlidePrediction(
@@ -132,6 +142,7 @@ class SlidePredictor:
         mil: str | None = None,
         dataset: str | None = None,
         input_dim: int | None = None,
+        num_heads: int | None = None,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
         """Raise CheckpointError, or RecipeError for the recipe, unless the checkpoint holds what is asked, if anything.
@@ -140,6 +151,7 @@ class SlidePredictor:
         self._check("mil", mil and _known_name(mil), self.checkpoint.model["name"])
         self._check("dataset", dataset, self.checkpoint.dataset)
         self._check("input_dim", input_dim, self.checkpoint.model["input_dim"])
+        self._check("num_heads", num_heads, self.checkpoint.model.get("num_heads"))
         asked = recipe or {}
         differences = recipe_differences(self.checkpoint.recipe or {}, asked, asked)
         if differences:
@@ -178,9 +190,8 @@ class SlidePredictor:
 
     def _check(self, what: str, asked: Any, held: Any) -> None:
         if asked is not None and asked != held:
-            raise CheckpointError(
-                f"{self.path}: was trained with {what} {held!r}, not {asked!r}; leave that setting out"
-            )
+            found = f"records no {what}, so not" if held is None else f"was trained with {what} {held!r}, not"
+            raise CheckpointError(f"{self.path}: {found} {asked!r}; leave that setting out")
 
     def _check_bag(self, bag: Bag, path: Path) -> None:
         width, expected = bag.features.shape[1], self.checkpoint.model["input_dim"]
@@ -230,13 +241,15 @@ def extractPredict(  # noqa: N802 - the first version's public name
     class_names: Sequence[str] | None = None,
     backbone: str | None = None,
     patch_size: int | None = None,
+    stride: int | None = None,
     level: int | None = None,
     device: str = "auto",
     *,
     weights: str | Path | None = None,
-    stride: int | None = None,
     tissue_threshold: float | None = None,
     batch_size: int = Extraction.batch_size,
+    dataset: str | None = None,
+    num_heads: int | None = None,
     allow_mismatch: bool = False,
 ) -> SlidePredictor:
     """A SlidePredictor for raw slides: patches are cut and encoded as the model's training features were.
@@ -245,7 +258,15 @@ def extractPredict(  # noqa: N802 - the first version's public name
     agree with it, else they make the recipe. `weights` is the backbone's local file instead of a download. Raises
     RecipeError, BackboneError, CheckpointError.
     """
-    predictor = SlidePredictor(model_path, model_class, class_names, device, allow_mismatch=allow_mismatch)
+    predictor = SlidePredictor(
+        model_path,
+        model_class,
+        class_names,
+        device,
+        dataset=dataset,
+        num_heads=num_heads,
+        allow_mismatch=allow_mismatch,
+    )
     given = recipe_asked(backbone, patch_size, stride, level, tissue_threshold)
     predictor.require(recipe=given)
     recorded = predictor.checkpoint.recipe
@@ -255,6 +276,30 @@ def extractPredict(  # noqa: N802 - the first version's public name
     else:
         extractor = WSIFeatureExtractor.of_recipe(recorded, weights=weights, batch_size=batch_size, device=device)
     predictor.feature_extractor = extractor
+    return predictor
+
+
+def make_predictor(asked: Prediction, recipe: PredictionRecipe) -> SlidePredictor:
+    """The predictor `predict.py` is asked for, with a feature extractor where the input is a raw slide.
+
+    Raises ConfigError for settings that go with raw slides only, and what SlidePredictor and extractPredict raise.
+    """
+    cutting: dict[str, Any] = {
+        name: getattr(recipe, name) for name in ("backbone", "patch_size", "stride", "level", "tissue_threshold")
+    }
+    said: dict[str, Any] = {name: getattr(asked, name) for name in ("device", "dataset", "num_heads", "allow_mismatch")}
+    if is_feature_file(asked.input):
+        if recipe.save_features or recipe.weights:
+            raise ConfigError(
+                f"{asked.input}: holds features already; --save_features and --weights go with a raw slide"
+            )
+        predictor = SlidePredictor(asked.checkpoint, **said)
+        predictor.require(recipe=recipe_asked(**cutting))
+    else:
+        predictor = extractPredict(
+            asked.checkpoint, **cutting, **said, weights=recipe.weights, batch_size=recipe.batch_size
+        )
+    predictor.require(mil=asked.mil, input_dim=asked.input_dim)
     return predictor
 
 
@@ -279,7 +324,11 @@ def _known_name(mil: str) -> str:
         raise ConfigError(f"--mil {mil}: {error}") from error
 
 
-def _model_name(model_class: Any) -> str | None:
-    if model_class is None or isinstance(model_class, str):
-        return model_class
-    return model_class.__name__ if isinstance(model_class, type) else type(model_class()).__name__
+def _claimed_spec(model_class: Any) -> dict[str, Any]:
+    """What a name, a class or a factory says of the model: its name, and a factory of ours the rest of its spec."""
+    if model_class is None:
+        return {}
+    if isinstance(model_class, str | type):
+        return {"name": model_class if isinstance(model_class, str) else model_class.__name__}
+    model = model_class()
+    return getattr(model, "spec", {"name": type(model).__name__})

@@ -1,10 +1,10 @@
 import pickle
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
+from tests.learning.checkpoint_helpers import check_damage, check_refused
 from utils.core.errors import CheckpointError
 from utils.core.files import digest, load_tensors, save_tensors
 from utils.learning.aggregation import SlideFeed
@@ -100,13 +100,6 @@ def test_digests_tell_what_was_seen():
     assert not set(id_digests("slide", ["a"])) & set(id_digests("case", ["a"]))
 
 
-def check_refused(path, message):
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_checkpoint(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_missing_file(tmp_path):
     check_refused(tmp_path / "none.pth", "no such file; expected a checkpoint written by train.py")
     check_refused(tmp_path, "no such file")
@@ -125,19 +118,8 @@ def test_a_truncated_file(keep, saved):
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch wonders about pickles it did not write
-def test_damage_is_a_clear_error_or_harmless(saved, tmp_path):
-    """Bytes turned over anywhere: the message, or a checkpoint; never another exception."""
-    rng, whole, refused = np.random.default_rng(0), saved.read_bytes(), 0
-    for _ in range(150):
-        content = bytearray(whole)
-        for place in rng.integers(len(whole), size=rng.choice([1, 8])):
-            content[place] = rng.integers(256)
-        (tmp_path / "damaged.pth").write_bytes(bytes(content))
-        try:
-            load_checkpoint(tmp_path / "damaged.pth")
-        except CheckpointError:
-            refused += 1
-    assert refused > 20
+def test_damage_is_a_clear_error_or_harmless(saved):
+    check_damage(saved)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -180,10 +180,17 @@ class Prediction(_Checked):
     feat_type: str = option("features", "name of the features inside the file")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     allow_mismatch: bool = option(False, "predict although the features were made in another way than the model's")
-    # What the checkpoint says already; a flag that contradicts it is an error.
+    # What the checkpoint says already, but for some of the first version's; a flag that contradicts it is an error.
     mil: str | None = option(None, "architecture the checkpoint must hold")
-    dataset: str | None = option(None, "cohort the checkpoint must have been trained on")
+    dataset: str | None = option(
+        None,
+        "cohort the checkpoint must have been trained on; names the classes where the checkpoint, one of the first "
+        "version, does not",
+    )
     input_dim: int | None = option(None, "feature width the checkpoint must take", least=1)
+    num_heads: int | None = option(
+        None, "attention heads, where the checkpoint does not say: those of the first version (default 4)", least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The checkpoint: everything `predict.py` needs, as plain tensors and JSON-able values."""
 
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from MILS.registry import ModelError
 from utils.core.errors import CheckpointError
 from utils.core.files import digest, load_tensors, save_tensors
 from utils.core.runtime import versions
+from utils.learning import first_version
 from utils.learning.aggregation import SlideFeed
 
 FORMAT = "litemil-checkpoint"
@@ -23,7 +25,8 @@ VERSION = 1
 class Checkpoint:
     """`model`: the spec that rebuilds it; `recipe` and `mpp_range`: how the training features were made, where known;
     `feed`: how a slide is fed (`SlideFeed.as_dict`); `selection`: which score on which split chose these weights;
-    `seen`: digests of the case and slide ids it was trained or selected on, never the ids (they may be patients').
+    `seen`: digests of the case and slide ids it was trained or selected on, never the ids (they may be patients');
+    empty where they are not known.
     """
 
     model: dict[str, Any]
@@ -59,17 +62,23 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     save_tensors(path, {"format": FORMAT, "format_version": VERSION, **content})
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointError, naming the file, when it is missing, damaged or no checkpoint of LiteMIL's."""
+def load_checkpoint(
+    path: Path, *, class_names: Sequence[str] | None = None, dataset: str | None = None, num_heads: int | None = None
+) -> Checkpoint:
+    """Read a checkpoint, today's or the first version's.
+
+    `class_names`, `dataset` and `num_heads` say of a file of the first version what it may not say itself (see
+    `first_version.checkpoint_parts`); a file of today says it all. Raises CheckpointError, naming the file, when it is
+    missing, damaged or no checkpoint of LiteMIL's.
+    """
     path = Path(path)
     content = load_tensors(path, CheckpointError, "a checkpoint written by train.py")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a LiteMIL checkpoint; give a fold_<k>_best.pth or all_folds_best.pth")
-    if content.get("format_version") != VERSION:
-        raise CheckpointError(
-            f"{path}: checkpoint format {content.get('format_version')}, this LiteMIL reads {VERSION}; update LiteMIL"
-        )
+    is_first_version = first_version.is_first_version(content)
+    if not is_first_version:
+        _check_format(path, content)
     try:
+        if is_first_version:
+            content = first_version.checkpoint_parts(path, content, class_names, dataset, num_heads)
         checkpoint = Checkpoint(**{part.name: content[part.name] for part in fields(Checkpoint)})
         outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
         for part, kinds in (("recipe", dict | None), ("mpp_range", tuple | list | None)):
@@ -80,6 +89,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if outputs != names:
             raise ModelError(f"{names} class names for a model of {outputs} classes")
     except (KeyError, TypeError, AttributeError, ModelError, RuntimeError) as failure:
-        reason = " ".join(str(failure).split())
+        reason = textwrap.shorten(str(failure), 400, placeholder=" ...")
         raise CheckpointError(f"{path}: its parts do not fit together ({reason}); train the model again") from failure
+    if is_first_version:
+        first_version.tell_of_it(path, content, heads_given=num_heads is not None)
     return checkpoint
+
+
+def _check_format(path: Path, content: Any) -> None:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = first_version.weights_in(content)
+        names = ", ".join(map(str, found)) or "nothing" if isinstance(found, dict) else f"a {type(found).__name__}"
+        raise CheckpointError(
+            f"{path}: not a LiteMIL checkpoint; give a fold_<k>_best.pth or all_folds_best.pth "
+            f"(it holds {textwrap.shorten(names, 100, placeholder=' ...')})"
+        )
+    if content.get("format_version") != VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {content.get('format_version')}, this LiteMIL reads {VERSION}; update LiteMIL"
+        )
