@@ -7,9 +7,8 @@ uv run train.py --mil TransMIL --dataset breast --mode full --batch_size 16
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
 from MILS import ModelError, build_mil, list_mils, mil_name, mil_options
+from MILS.pooling import BagModel
 from utils.core import cli
 from utils.core.config import Cohort, Model, Protocol, Training
 from utils.core.errors import ConfigError
@@ -52,14 +51,14 @@ def checked_name(model: Model) -> str:
         raise ConfigError(f"--mil {model.mil}: {error}") from error
 
 
-def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], nn.Module]:
+def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], BagModel]:
     """What makes a fresh model for each training; the settings are tried once here, so that they fail early."""
     if model.input_dim not in (None, dataset.input_dim):
         raise ConfigError(
             f"--input_dim {model.input_dim}: the features are {dataset.input_dim} wide; leave the flag out"
         )
 
-    def make() -> nn.Module:
+    def make() -> BagModel:
         return build_mil(
             name, input_dim=dataset.input_dim, num_classes=len(dataset.class_names), **model.hyperparameters()
         )

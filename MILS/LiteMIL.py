@@ -23,7 +23,8 @@ import math
 from torch import Tensor, empty, nn
 from torch.nn import functional
 
-from MILS.pooling import AttentionModel, AttentionSummary, attend, embedding, full_precision, mlp_head
+from MILS.layers import Dropout, embedding, full_precision, mlp_head
+from MILS.pooling import AttentionModel, AttentionSummary, attend
 from MILS.registry import register_mil
 
 
@@ -38,7 +39,7 @@ class QueryStream(nn.Module):
         self.project = embedding(input_dim, hidden_dim, dropout)
         self.query = nn.Parameter(nn.init.xavier_uniform_(empty(num_queries, hidden_dim)))
         self.attn = nn.MultiheadAttention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
-        self.attn_dropout = nn.Dropout(dropout)
+        self.attn_dropout = Dropout(dropout)
 
     def absorbed_query(self) -> Tensor:
         """The queries seen through the key projection, (H * Q, d), scaled: a score is their product with h."""
@@ -103,14 +104,13 @@ class LiteMIL(AttentionModel):
         self.stream = QueryStream(input_dim, hidden_dim, num_heads, num_queries, dropout)
         self.classifier = mlp_head(hidden_dim, num_classes, dropout)
 
-    def embed(self, x: Tensor) -> Tensor:
-        return self.stream.project(x)
+    def instance_layers(self) -> nn.Sequential:
+        return self.stream.project
 
     def score(self, h: Tensor) -> Tensor:
         return self.stream.score(h)
 
-    def summarise(self, x: Tensor, mask: Tensor | None) -> tuple[AttentionSummary, Tensor]:
-        h = self.embed(x)
+    def reduce(self, h: Tensor, mask: Tensor | None) -> tuple[AttentionSummary, Tensor]:
         return attend(self.score(h), h, mask, self.stream.attn_dropout)
 
     def classify(self, summary: AttentionSummary) -> Tensor:

@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from MILS.layers import Dropout
 from MILS.pooling import AttentionModel, AttentionSummary
 from MILS.registry import register_mil
 
@@ -42,7 +43,7 @@ class GatedAttention(nn.Module):
         ):
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         self.gated = gated
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, h: Tensor) -> Tensor:
         bags, instances, _ = h.shape
@@ -63,14 +64,12 @@ class SlicedAttentionModel(AttentionModel):
 
     def build(self, num_heads: int, width: int, attention_dim: int, *, gated: bool, dropout: float) -> None:
         self.num_heads = num_heads
-        self.instance_embed = nn.Sequential(
-            nn.Linear(self.input_dim, num_heads * width), nn.ReLU(), nn.Dropout(dropout)
-        )
+        self.instance_embed = nn.Sequential(nn.Linear(self.input_dim, num_heads * width), nn.ReLU(), Dropout(dropout))
         self.gate = GatedAttention(num_heads, width, attention_dim, gated=gated, dropout=dropout)
         self.classifier = nn.Linear(num_heads * width, self.num_classes)
 
-    def embed(self, x: Tensor) -> Tensor:
-        return self.instance_embed(x)
+    def instance_layers(self) -> nn.Sequential:
+        return self.instance_embed
 
     def score(self, h: Tensor) -> Tensor:
         return self.gate(h)

@@ -8,9 +8,10 @@ y   = Linear(Dropout(GELU(Linear(z))))                        (C)
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from MILS.pooling import AttentionModel, AttentionSummary, MaxSummary, MergeableModel, embedding, mlp_head
+from MILS.layers import embedding, mlp_head
+from MILS.pooling import AttentionModel, AttentionSummary, MaxSummary, MergeableModel
 from MILS.registry import register_mil
 
 
@@ -33,8 +34,8 @@ class meanPool(AttentionModel):
         self.instance_embed = embedding(input_dim, hidden_dim, dropout)
         self.classifier = mlp_head(hidden_dim, num_classes, dropout)
 
-    def embed(self, x: Tensor) -> Tensor:
-        return self.instance_embed(x)
+    def instance_layers(self) -> nn.Sequential:
+        return self.instance_embed
 
     def score(self, h: Tensor) -> Tensor:
         return h.new_zeros(h.shape[0], 1, h.shape[1])
@@ -58,21 +59,25 @@ class maxPool(MergeableModel[MaxSummary]):
     count; should all be, the weights are uniform.
     """
 
+    summary_type = MaxSummary
+
     def __init__(self, input_dim: int, num_classes: int, *, hidden_dim: int = 256, dropout: float = 0.25) -> None:
         super().__init__(input_dim, num_classes, hidden_dim=hidden_dim, dropout=dropout)
         self.require(hidden_dim >= 2, f"hidden_dim must be at least 2, got {hidden_dim}")
         self.instance_embed = embedding(input_dim, hidden_dim, dropout)
         self.classifier = mlp_head(hidden_dim, num_classes, dropout)
 
-    def summarise(self, x: Tensor, mask: Tensor | None) -> tuple[MaxSummary, Tensor]:
+    def instance_layers(self) -> nn.Sequential:
+        return self.instance_embed
+
+    def reduce(self, h: Tensor, mask: Tensor | None) -> tuple[MaxSummary, Tensor]:
         """The summary, and as trace (B, 1, n) which instances are real."""
-        h = self.instance_embed(x)
         real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
         if mask is not None:
             real = ~mask
             h = h.masked_fill(mask.unsqueeze(-1), -torch.inf)
         maximum, winner = h.max(dim=1)
-        return MaxSummary(maximum, winner, h.shape[1]), real.unsqueeze(1)
+        return MaxSummary(maximum, winner, torch.tensor(h.shape[1])), real.unsqueeze(1)
 
     def classify(self, summary: MaxSummary) -> Tensor:
         return self.classifier(summary.maximum)

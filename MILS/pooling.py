@@ -1,8 +1,8 @@
-"""What the models share: the contract of a bag model, the map and the merge, the layers before and after.
+"""What the models share: the contract of a bag model, the map and the merge.
 
 A bag model embeds each instance (the map), reduces the instances to a small summary (the merge) and classifies the
-summary. The summary of two blocks of instances is the merge of their summaries, so one implementation serves a padded
-batch, which is a single block, and a slide of any length that streams through in blocks.
+summary. The summary of two blocks of instances is the merge of their summaries, so one implementation serves a batch of
+small bags, which is a single block, and a slide of any length, which goes through block by block.
 
 Shapes: B bags, N instances, D input features, d embedding, C classes, H attention heads, R rows of attention weights
 (R = H, or heads x queries).
@@ -10,16 +10,27 @@ Shapes: B bags, N instances, D input features, d embedding, C classes, H attenti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from MILS.layers import at_least_single, full_precision
 from MILS.registry import ModelError, check_options, is_whole
+from MILS.streaming import STREAMED_DEVICES, blocks_of, stream
 
 Aux = dict[str, Tensor | None]
+
+# Instances in a block, by type of device: on a CPU a block's embeddings stay in its cache, an accelerator wants few and
+# large products. Small bags are padded to each other's length while they make no more than half a block: beyond that
+# the copy costs more than the calls.
+BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=2**11)
+# A bag of more instances keeps nothing of their embeddings for the way back.
+SAVED_ROWS = 2**18
 
 
 class BagModel(nn.Module):
@@ -84,6 +95,27 @@ class BagModel(nn.Module):
                 f"{type(self).__name__}: all {x.shape[1]} instances are padding in bag {bags} of the batch"
             )
 
+    def forward_bags(self, bags: Sequence[Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """A batch of bags of different lengths, each (n_i, D): costs what their instances cost.
+
+        Returns logits (B, C) and aux with the entries `forward` has, a list of one (H, n_i) per bag. Equals the bags
+        taken one by one. Raises ModelError for a bag without instances or of another shape.
+        """
+        self.require(len(bags) > 0, "no bag in the batch")
+        for bag in bags:
+            self.check_bags(bag.unsqueeze(0), None)
+        logits: dict[int, Tensor] = {}
+        aux: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        for group in groups_to_pad([len(bag) for bag in bags], BLOCK_ROWS[bags[0].device.type] // 2):
+            group_logits, group_aux = self(*padded([bags[i] for i in group]))
+            for row, i in enumerate(group):
+                logits[i] = group_logits[row]
+                for key, values in group_aux.items():
+                    if values is not None:
+                        aux[key][i] = values[row, :, : len(bags[i])]
+        order = range(len(bags))
+        return torch.stack([logits[i] for i in order]), {key: [found[i] for i in order] for key, found in aux.items()}
+
     def cast(self, x: Tensor) -> Tensor:
         """x in the type the first layer wants: the parameters' own, or left to autocast where that is on."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
@@ -101,12 +133,22 @@ S = TypeVar("S", bound=Summary)
 
 
 class MergeableModel(BagModel, Generic[S]):
-    """A bag model that is a map and a merge. A subclass writes `summarise`, `classify` and `attention`."""
+    """A bag model that is a map and a merge. A subclass writes `instance_layers`, `reduce`, `classify`, `attention`.
+
+    A bag longer than a block goes through block by block: what is computed stays in the processor's cache, and memory
+    small. Where gradients are wanted, such a bag keeps the product of the first layer and computes the rest again on
+    the way back; beyond `SAVED_ROWS` instances it computes all of it again.
+    """
 
     mergeable = True
+    summary_type: ClassVar[type]
 
-    def summarise(self, x: Tensor, mask: Tensor | None) -> tuple[S, Tensor]:
-        """Map and reduce one block x (B, n, D): its summary, and the trace (B, R, n) `attention` is made from."""
+    def instance_layers(self) -> nn.Sequential:
+        """The map, x (B, n, D) -> h (B, n, d); its first layer, an nn.Linear, is the one large product."""
+        raise NotImplementedError
+
+    def reduce(self, h: Tensor, mask: Tensor | None) -> tuple[S, Tensor]:
+        """Summary of one block of embeddings h (B, n, d), and the trace (B, R, n) `attention` is made from."""
         raise NotImplementedError
 
     def classify(self, summary: S) -> Tensor:
@@ -119,11 +161,11 @@ class MergeableModel(BagModel, Generic[S]):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:
         self.check_bags(x, mask)
-        if mask is not None:
-            # Weight 0 alone would not do: 0 x NaN is NaN, in the sum and in the gradients of the first layer.
-            x = x.masked_fill(mask.unsqueeze(-1), 0)
-        summary, trace = self.summarise(self.cast(x), mask)
-        return self.classify(summary), {"attn": self.attention(summary, trace)}
+        together = max(1, BLOCK_ROWS[x.device.type] // x.shape[1])
+        bags = x.split(together)
+        masks = [None] * len(bags) if mask is None else mask.split(together)
+        answers = [self._forward_blockwise(*pair) for pair in zip(bags, masks, strict=True)]
+        return torch.cat([logits for logits, _ in answers]), {"attn": torch.cat([attn for _, attn in answers])}
 
     @torch.no_grad()
     def forward_blocks(self, blocks: Iterable[Tensor], *, attention: bool = True) -> tuple[Tensor, Aux]:
@@ -138,22 +180,60 @@ class MergeableModel(BagModel, Generic[S]):
 
         Returns logits (1, C) and aux with "attn" (1, H, N). Raises ModelError for a bag without instances.
         """
-        summary: S | None = None
-        traces = []
         with evaluating(self):
-            for block in blocks:
-                if block.dim() == 2 and len(block) == 0:
-                    continue
-                x = block.unsqueeze(0)
-                self.check_bags(x, None)
-                part, trace = self.summarise(self.cast(x.to(next(self.parameters()).device)), None)
-                summary = part if summary is None else summary.merge(part)
-                if attention:
-                    traces.append(trace)
-            if summary is None:
-                raise ModelError(f"{type(self).__name__}: no instance in any of the blocks")
+            summary, traces = self._merged((self._summarise(block, None) for block in self._cut(blocks)), attention)
             attn = self.attention(summary, torch.cat(traces, dim=-1)) if attention else None
             return self.classify(summary), {"attn": attn}
+
+    def _cut(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The blocks, checked, in pieces (1, n, D) of the size that suits the model's device, on that device."""
+        device = next(self.parameters()).device
+        for block in blocks:
+            if block.dim() == 2 and len(block) == 0:
+                continue
+            self.check_bags(block.unsqueeze(0), None)
+            for piece in block.split(BLOCK_ROWS[device.type]):
+                yield piece.to(device).unsqueeze(0)
+
+    def _forward_blockwise(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits and attention of bags x (B, N, D) that make a block together, or of one bag of any length."""
+        rows = BLOCK_ROWS[x.device.type]
+        if x.shape[1] > rows and torch.is_grad_enabled() and not x.requires_grad and x.device.type in STREAMED_DEVICES:
+            summary, trace = stream(self, x, mask, rows, keep_products=x.shape[1] <= SAVED_ROWS)
+        else:
+            summary, traces = self._merged(self._summarise(*pair) for pair in blocks_of(x, mask, rows))
+            trace = torch.cat(traces, dim=-1)
+        return self.classify(summary), self.attention(summary, trace)
+
+    def _merged(self, parts: Iterable[tuple[S, Tensor]], keep_traces: bool = True) -> tuple[S, list[Tensor]]:
+        """The summary of a bag from the summaries of its blocks, and their traces."""
+        summary: S | None = None
+        traces = []
+        for part, trace in parts:
+            summary = part if summary is None else summary.merge(part)
+            if keep_traces:
+                traces.append(trace)
+        if summary is None:
+            raise ModelError(f"{type(self).__name__}: no instance in any of the blocks")
+        return summary, traces
+
+    def _summarise(self, x: Tensor, mask: Tensor | None) -> tuple[S, Tensor]:
+        return self.summarise_product(self.product(self.prepared(x, mask)), mask)
+
+    def prepared(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, n, D) as the first layer takes it."""
+        if mask is not None:
+            # Weight 0 alone would not do: 0 x NaN is NaN, in the sum and in the gradients of the first layer.
+            x = x.masked_fill(mask.unsqueeze(-1), 0)
+        return self.cast(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The first layer: y (B, n, d)."""
+        return self.instance_layers()[0](x)
+
+    def summarise_product(self, y: Tensor, mask: Tensor | None) -> tuple[S, Tensor]:
+        """All that follows on the first layer, for one block: its summary and trace."""
+        return self.reduce(self.instance_layers()[1:](y), mask)
 
 
 class AttentionSummary(NamedTuple):
@@ -215,18 +295,17 @@ def attend(
 
 
 class AttentionModel(MergeableModel[AttentionSummary]):
-    """A mergeable model whose summary is an attention-weighted sum. A subclass writes `embed`, `score`, `classify`."""
+    """A mergeable model whose summary is an attention-weighted sum. A subclass writes `instance_layers`, `score`,
+    `classify`.
+    """
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Embeddings (B, N, d) of instances x (B, N, D)."""
-        raise NotImplementedError
+    summary_type = AttentionSummary
 
     def score(self, h: Tensor) -> Tensor:
         """Scores (B, R, N) of embeddings h (B, N, d): the attention before its softmax."""
         raise NotImplementedError
 
-    def summarise(self, x: Tensor, mask: Tensor | None) -> tuple[AttentionSummary, Tensor]:
-        h = self.embed(x)
+    def reduce(self, h: Tensor, mask: Tensor | None) -> tuple[AttentionSummary, Tensor]:
         return attend(self.score(h), h, mask)
 
     def attention(self, summary: AttentionSummary, trace: Tensor) -> Tensor:
@@ -242,7 +321,7 @@ class MaxSummary(NamedTuple):
 
     maximum: Tensor
     winner: Tensor
-    length: int
+    length: Tensor
 
     def merge(self, other: MaxSummary) -> MaxSummary:
         later = other.maximum > self.maximum
@@ -251,27 +330,6 @@ class MaxSummary(NamedTuple):
             torch.where(later, other.winner + self.length, self.winner),
             self.length + other.length,
         )
-
-
-def embedding(input_dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
-    """Linear, LayerNorm, ReLU, Dropout: (B, N, D) -> (B, N, d)."""
-    return nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.ReLU(), nn.Dropout(dropout))
-
-
-def mlp_head(hidden_dim: int, num_classes: int, dropout: float) -> nn.Sequential:
-    """Linear to half the width, GELU, Dropout, Linear: (B, d) -> (B, C)."""
-    half = hidden_dim // 2
-    return nn.Sequential(nn.Linear(hidden_dim, half), nn.GELU(), nn.Dropout(dropout), nn.Linear(half, num_classes))
-
-
-def at_least_single(x: Tensor) -> Tensor:
-    """x, in single precision if it is in half."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """Context without autocast on the device of `like`."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 @contextmanager
@@ -284,3 +342,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def groups_to_pad(lengths: Sequence[int], most_rows: int) -> Iterator[list[int]]:
+    """Indices of bags to pad to one length, like with like: at most `most_rows` rows each, or a single bag."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if group and (len(group) + 1) * lengths[group[0]] > most_rows:
+            yield group
+            group = []
+        group.append(i)
+    yield group
+
+
+def padded(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Bags (n_i, D), the longest first, as x (B, n_0, D) and its mask, which is None where all are of one length."""
+    if len(bags) == 1:
+        return bags[0].unsqueeze(0), None
+    lengths = torch.tensor([len(bag) for bag in bags], device=bags[0].device)
+    dtype = functools.reduce(torch.promote_types, (bag.dtype for bag in bags))
+    x = nn.utils.rnn.pad_sequence([bag.to(dtype) for bag in bags], batch_first=True)
+    if len(bags[-1]) == len(bags[0]):
+        return x, None
+    return x, torch.arange(len(bags[0]), device=x.device) >= lengths.unsqueeze(1)

@@ -52,24 +52,25 @@ def numbered(lengths, dtype="f4") -> dict[str, np.ndarray]:
 
 
 def patches_in(batches) -> list[tuple[int, int]]:
-    """(slide, patch) of every row that is not padding."""
+    """(slide, patch) of every row."""
     found = []
     for batch in batches:
-        mask = torch.zeros(batch.x.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
-        assert (batch.x[mask] == 0).all()
-        rows = batch.x[~mask].long()
-        slides = batch.slides[:, None].expand(mask.shape)[~mask]
-        assert torch.equal(rows[:, 0] - 1, slides), "a chunk holds patches of another slide than it says"
-        found += [(slide - 1, patch - 1) for slide, patch in rows.tolist()]
+        for bag, slide in zip(batch.bags, batch.slides.tolist(), strict=True):
+            assert (bag[:, 0] == slide + 1).all(), "a chunk holds patches of another slide than it says"
+            found += [(slide, patch - 1) for patch in bag[:, 1].long().tolist()]
     return found
+
+
+def tensors_of(batch) -> list[torch.Tensor]:
+    return [torch.cat([bag.flatten() for bag in batch.bags]), batch.labels, batch.weights, batch.slides]
 
 
 def equal(one, other) -> bool:
     one, other = list(one), list(other)
     return len(one) == len(other) and all(
-        (left is right) if left is None or right is None else torch.equal(left, right)
+        torch.equal(left, right)
         for first, second in zip(one, other, strict=True)
-        for left, right in zip(vars(first).values(), vars(second).values(), strict=True)
+        for left, right in zip(tensors_of(first), tensors_of(second), strict=True)
     )
 
 
@@ -255,8 +256,8 @@ def test_an_epoch_holds_every_patch_of_every_slide_once(numbered_cohort, monkeyp
     assert sorted(patches_in(batches)) == [(slide, patch) for slide in slides for patch in range(LENGTHS[slide])]
     for batch in batches:
         assert torch.equal(batch.labels, torch.from_numpy(dataset.labels)[batch.slides])
-        assert batch.x.shape[1] <= (205 if settings.get("mode") == "full" else settings["chunk_size"])
-    sizes = [len(batch.x) for batch in batches]
+        assert max(map(len, batch.bags)) <= (205 if settings.get("mode") == "full" else settings["chunk_size"])
+    sizes = [len(batch.bags) for batch in batches]
     assert all(size == batch_size for size in sizes[:-1]), "only the last batch may be smaller"
     assert sizes[-1] <= batch_size
 
@@ -347,7 +348,7 @@ def test_mixed_precisions_make_one_batch(tmp_path):
     assert dataset[0][0].dtype == torch.float16
     assert dataset[1][0].dtype == torch.float32
     (batch,) = dataset.batches([0, 1], 2, seed=0)
-    assert batch.x.dtype == torch.float32
+    assert {bag.dtype for bag in batch.bags} == {torch.float16, torch.float32}
     assert sorted(patches_in([batch])) == [(0, k) for k in range(4)] + [(1, k) for k in range(6)]
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import nn
 from tqdm import tqdm
 
+from MILS.pooling import BagModel
 from utils.core.config import Protocol, Training
 from utils.core.errors import ConfigError, TrainingError
 from utils.core.files import digest, load_tensors, read_json, save_tensors, write_json, write_text
@@ -59,7 +59,7 @@ class NestedCrossValidation:
 
     def __init__(
         self,
-        model_factory: Callable[[], nn.Module],
+        model_factory: Callable[[], BagModel],
         dataset: MILDataset,
         class_names: Sequence[str],
         output_dir: str | Path,
@@ -379,7 +379,7 @@ def _interval(limits: Sequence[float] | None) -> str:
     return "-" if limits is None else f"{limits[0]:.3f}-{limits[1]:.3f}"
 
 
-def _spec_of(model_factory: Callable[[], nn.Module]) -> dict[str, Any]:
+def _spec_of(model_factory: Callable[[], BagModel]) -> dict[str, Any]:
     """The spec of the factory's models; refuses a factory whose models share weights (they would carry training from
     fold to fold, into test data) or cannot be rebuilt from a checkpoint.
     """

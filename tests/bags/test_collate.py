@@ -1,4 +1,4 @@
-"""Chunks hold every patch once; a batch is its chunks and a mask that tells where they end."""
+"""Chunks hold every patch once; a batch is its chunks."""
 
 import numpy as np
 import pytest
@@ -49,52 +49,25 @@ def test_with_a_generator_the_cut_is_random_and_its_seeds_own():
 
 
 def chunk(length: int, slide: int = 0, dim: int = 3, dtype="f4") -> Chunk:
-    """Features that are nowhere zero, so that padding can be told from them."""
     features = 1 + slide + np.arange(length * dim, dtype=dtype).reshape(length, dim) / (length * dim)
     return Chunk(features.astype(dtype), slide % 2, 0.5 + slide, slide)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_a_batch_is_its_chunks_and_zeros_where_the_mask_says(lengths):
-    chunks = [chunk(length, slide) for slide, length in enumerate(lengths)]
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from(["f2", "f4"])), min_size=1, max_size=6))
+def test_a_batch_is_its_chunks_as_they_are(kinds):
+    chunks = [chunk(length, slide, dtype=dtype) for slide, (length, dtype) in enumerate(kinds)]
     batch = collate(chunks)
-    longest = max(lengths)
-    assert batch.x.shape == (len(chunks), longest, 3)
-    mask = torch.zeros(len(chunks), longest, dtype=torch.bool) if batch.mask is None else batch.mask
-    assert (batch.mask is None) == (len(set(lengths)) == 1)
-    assert mask.dtype == torch.bool
-    for row, one in enumerate(chunks):
-        length = len(one.features)
-        assert mask[row].tolist() == [False] * length + [True] * (longest - length)
-        assert torch.equal(batch.x[row, :length], torch.from_numpy(one.features))
-        assert (batch.x[row, length:] == 0).all()
+    assert len(batch.bags) == len(chunks)
+    for bag, one in zip(batch.bags, chunks, strict=True):
+        assert bag.numpy().dtype == one.features.dtype
+        np.testing.assert_array_equal(bag.numpy(), one.features)
     assert batch.labels.tolist() == [one.label for one in chunks]
     assert batch.weights.tolist() == [one.weight for one in chunks]
     assert batch.slides.tolist() == [one.slide for one in chunks]
     assert (batch.labels.dtype, batch.weights.dtype, batch.slides.dtype) == (torch.int64, torch.float32, torch.int64)
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "expected"),
-    [(["f2", "f2"], torch.float16), (["f4", "f4"], torch.float32), (["f2", "f4"], torch.float32)],
-)
-def test_a_batch_loses_no_precision(dtypes, expected):
-    chunks = [chunk(2 + k, k, dtype=dtype) for k, dtype in enumerate(dtypes)]
-    batch = collate(chunks)
-    assert batch.x.dtype == expected
-    for row, one in enumerate(chunks):
-        np.testing.assert_array_equal(batch.x[row, : len(one.features)].numpy(), one.features)
-
-
-@pytest.mark.parametrize("lengths", [(2, 3), (3, 3)])
-def test_a_batch_moves_as_a_whole(lengths):
-    moved = collate([chunk(length) for length in lengths]).to(torch.device("meta"))
-    tensors = [moved.x, moved.labels, moved.weights, moved.slides] + ([] if moved.mask is None else [moved.mask])
-    assert len(tensors) == (4 if lengths == (3, 3) else 5)
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-
-
-def test_the_batch_is_a_copy():
-    one = chunk(3)
-    collate([one]).x.zero_()
-    assert (one.features != 0).all()
+def test_a_batch_moves_as_a_whole():
+    moved = collate([chunk(2), chunk(3)]).to(torch.device("meta"))
+    tensors = [*moved.bags, moved.labels, moved.weights, moved.slides]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 5

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from MILS import list_mils
+from MILS.pooling import BLOCK_ROWS, BagModel
 from utils.bags.collate import cut_chunks
 from utils.learning.aggregation import SlideFeed, predict_features
 
@@ -63,9 +64,10 @@ def test_larger_chunks_weigh_more(stirred):
 @pytest.mark.parametrize("name", MERGEABLE)
 @pytest.mark.parametrize("feed", [FULL, SlideFeed(20, "merge")])
 def test_merge_is_one_pass_over_the_whole_slide(name, feed, stirred, monkeypatch):
-    monkeypatch.setattr("utils.learning.aggregation._BLOCK", 7)
     model, features = stirred(name), bag(53)
-    output = predict_features(model, features, feed, attention=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(BLOCK_ROWS, "cpu", 7)
+        output = predict_features(model, features, feed, attention=True)
     assert output.probabilities == pytest.approx(probabilities_of(model, features), abs=1e-6)
     assert len(output.chunk_sizes) == (1 if feed is FULL else 3)
     with torch.inference_mode():
@@ -119,9 +121,9 @@ def test_attention_is_made_only_when_asked_for(stirred):
 
 
 def test_a_model_without_attention_gives_none(make_model):
-    class Blind(nn.Module):
+    class Blind(BagModel):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(16, 2)
             self.layer = nn.Linear(16, 2)
 
         def forward(self, x):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from MILS import list_mils
+from MILS.pooling import BagModel
 from tests.cohort import write_cohort
 from utils.core.config import Training
 from utils.core.errors import TrainingError
@@ -164,12 +165,9 @@ class TestLoss:
         )  # fmt: skip
         losses = {int(slide): [] for slide in slides}
         for batch in batches:
-            for x, mask, slide in zip(
-                batch.x, batch.mask if batch.mask is not None else [None] * len(batch.x), batch.slides, strict=True
-            ):
-                real = x if mask is None else x[~mask]
+            for bag, slide in zip(batch.bags, batch.slides, strict=True):
                 with torch.no_grad():
-                    logits = models[0].eval()(real.float()[None])[0][0]
+                    logits = models[0].eval()(bag[None])[0][0]
                 losses[int(slide)].append(-torch.log_softmax(logits, dim=0)[dataset.labels[int(slide)]].item())
         weight = {0: len(slides) / (2 * 12), 1: len(slides) / (2 * 4)}
         expected = np.mean([weight[dataset.labels[slide]] * np.mean(losses[slide]) for slide in losses])
@@ -234,9 +232,9 @@ class TestModes:
     def test_trains_in_training_mode_and_validates_in_evaluation_mode(self, train, dataset, monkeypatch):
         calls = []
 
-        class Watched(nn.Module):
+        class Watched(BagModel):
             def __init__(self) -> None:
-                super().__init__()
+                super().__init__(16, 2)
                 self.layer, self.dropout = nn.Linear(16, 2), nn.Dropout(0.5)
 
             def forward(self, x, mask=None):
@@ -274,7 +272,7 @@ class TestTrouble:
             @staticmethod
             def batches(*arguments):
                 for batch in dataset.batches(*arguments):
-                    batch.x[0, 0, 0] = float("nan")
+                    batch.bags[0][0, 0] = float("nan")
                     yield batch
 
         with pytest.raises(TrainingError, match="the loss of epoch 1 is nan"):
@@ -284,9 +282,9 @@ class TestTrouble:
     def test_weights_that_burst_in_the_last_step_end_the_training(self, train, monitor):
         """The loss of one big batch is taken before the step that bursts: only the validation sees it."""
 
-        class Unnormalised(nn.Module):
+        class Unnormalised(BagModel):
             def __init__(self) -> None:
-                super().__init__()
+                super().__init__(16, 2)
                 self.layers = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2))
 
             def forward(self, x, mask=None):
@@ -311,9 +309,9 @@ class TestTrouble:
             norms.append(torch.norm(torch.stack([grad.norm() for grad in grads])).item())
             return step(self, *arguments, **named)
 
-        class Steep(nn.Module):
+        class Steep(BagModel):
             def __init__(self) -> None:
-                super().__init__()
+                super().__init__(16, 2)
                 self.layer = nn.Linear(16, 2)
 
             def forward(self, x, mask=None):

@@ -20,7 +20,7 @@ def test_equals_plain_pooling(name):
 def identity_max_pool(embeddings):
     """A maxPool whose embedding is the identity, and what it says of embeddings (N, 12) >= 0."""
     model = small("maxPool", hidden_dim=D)
-    model.instance_embed = torch.nn.Identity()
+    model.instance_embed = torch.nn.Sequential(torch.nn.Identity())
     return model, torch.tensor(embeddings, dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""How a slide is cut into chunks, and how chunks of different lengths become one padded batch with a mask."""
+"""How a slide is cut into chunks, and how chunks of different lengths become one batch."""
 
 import math
 from collections.abc import Sequence
@@ -20,19 +20,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Batch:
-    """`x (B, N, D)` float16 or float32, zeros beyond each chunk's end; `mask (B, N)` True there, or None where all
-    chunks are of one length; `labels (B,)` int64; `weights (B,)` float32; `slides (B,)` int64.
+    """`bags`: B tensors (n_i, D), float16 or float32 as stored; `labels (B,)` int64; `weights (B,)` float32; `slides
+    (B,)` int64. Bags are not padded: a batch costs what its patches cost.
     """
 
-    x: torch.Tensor
-    mask: torch.Tensor | None
+    bags: tuple[torch.Tensor, ...]
     labels: torch.Tensor
     weights: torch.Tensor
     slides: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        mask = None if self.mask is None else self.mask.to(device)
-        return Batch(self.x.to(device), mask, self.labels.to(device), self.weights.to(device), self.slides.to(device))
+        bags = tuple(bag.to(device) for bag in self.bags)
+        return Batch(bags, self.labels.to(device), self.weights.to(device), self.slides.to(device))
 
 
 def num_chunks(num_instances: int, chunk_size: int | None) -> int:
@@ -51,17 +50,9 @@ def cut_chunks(num_instances: int, chunk_size: int | None, rng: np.random.Genera
 
 
 def collate(chunks: Sequence[Chunk]) -> Batch:
-    """Pad `chunks` to the longest of them."""
-    lengths = np.array([len(chunk.features) for chunk in chunks])
-    longest = int(lengths.max())
-    dtype = np.result_type(*(chunk.features.dtype for chunk in chunks))
-    x = np.zeros((len(chunks), longest, chunks[0].features.shape[1]), dtype=dtype)
-    for row, chunk in zip(x, chunks, strict=True):
-        row[: len(chunk.features)] = chunk.features
-    mask = None if (lengths == longest).all() else torch.from_numpy(np.arange(longest) >= lengths[:, None])
+    """Chunks as one batch, in their order; the features are not copied."""
     return Batch(
-        torch.from_numpy(x),
-        mask,
+        tuple(torch.from_numpy(chunk.features) for chunk in chunks),
         torch.tensor([chunk.label for chunk in chunks]),
         torch.tensor([chunk.weight for chunk in chunks], dtype=torch.float32),
         torch.tensor([chunk.slide for chunk in chunks]),

@@ -4,19 +4,14 @@
 streamed in blocks for every model that can.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from MILS.pooling import evaluating
+from MILS.pooling import BagModel, MergeableModel, evaluating
 from utils.bags.collate import cut_chunks
-
-# Patches per block of a streamed slide: large enough for full-speed matrix products, small enough to stay in cache.
-_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class SlideOutput:
 
 
 @torch.inference_mode()
-def predict_features(model: nn.Module, features: np.ndarray, feed: SlideFeed, attention: bool = False) -> SlideOutput:
+def predict_features(model: BagModel, features: np.ndarray, feed: SlideFeed, attention: bool = False) -> SlideOutput:
     """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too."""
     with evaluating(model):
         cuts = cut_chunks(len(features), feed.chunk_size)
@@ -68,20 +63,15 @@ def predict_features(model: nn.Module, features: np.ndarray, feed: SlideFeed, at
         return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
 
 
-def _predict_bag(model: Any, features: np.ndarray, attention: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _predict_bag(model: BagModel, features: np.ndarray, attention: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Probabilities `(C,)` in float64 and attention `(H, N)` of one bag."""
-    device = next(model.parameters()).device
-    if getattr(model, "mergeable", False):
-        logits, aux = model.forward_blocks(_blocks(features, device), attention=attention)
+    if isinstance(model, MergeableModel):
+        logits, aux = model.forward_blocks([torch.from_numpy(features)], attention=attention)
     else:
-        logits, aux = model(torch.from_numpy(features).to(device)[None])
-    weights = aux["attn"][0].float().cpu().numpy() if attention and aux["attn"] is not None else None
+        logits, aux = model(torch.from_numpy(features).to(next(model.parameters()).device)[None])
+    attn = aux["attn"] if attention else None
+    weights = None if attn is None else attn[0].float().cpu().numpy()
     return torch.softmax(logits[0].cpu().double(), dim=0).numpy(), weights
-
-
-def _blocks(features: np.ndarray, device: torch.device) -> Iterator[torch.Tensor]:
-    for start in range(0, len(features), _BLOCK):
-        yield torch.from_numpy(features[start : start + _BLOCK]).to(device)
 
 
 def _spread(weights: list[np.ndarray | None], cuts: list[np.ndarray], num_instances: int) -> np.ndarray | None:

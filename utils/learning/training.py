@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own abbreviation
 
+from MILS.pooling import BagModel
 from utils.bags.collate import Batch
 from utils.core.config import Training
 from utils.core.errors import TrainingError
@@ -42,7 +43,7 @@ class Fitted:
 
 
 def fit(
-    model_factory: Callable[[], nn.Module],
+    model_factory: Callable[[], BagModel],
     dataset: Bags,
     train: np.ndarray,
     val: np.ndarray,
@@ -107,7 +108,7 @@ def rank(validation: dict[str, float | None], monitor: str) -> tuple[float, ...]
 
 
 def validate(
-    model: nn.Module, dataset: Bags, slides: np.ndarray, class_weights: np.ndarray, feed: SlideFeed
+    model: BagModel, dataset: Bags, slides: np.ndarray, class_weights: np.ndarray, feed: SlideFeed
 ) -> dict[str, float | None]:
     """Slide-level figures `val_loss`, `val_auc`, ... of the slides."""
     outputs = predict_slides(model, dataset, slides, feed)
@@ -118,7 +119,7 @@ def validate(
     return {"val_loss": loss} | {f"val_{name}": value for name, value in figures.items()}
 
 
-def predict_slides(model: nn.Module, dataset: Bags, slides: np.ndarray, feed: SlideFeed) -> list[SlideOutput]:
+def predict_slides(model: BagModel, dataset: Bags, slides: np.ndarray, feed: SlideFeed) -> list[SlideOutput]:
     """The model's answer for each slide. Raises TrainingError at one that is not finite."""
     outputs = [predict_features(model, dataset.features(int(slide)), feed) for slide in slides]
     if not all(np.isfinite(output.probabilities).all() for output in outputs):
@@ -131,7 +132,7 @@ class _Stepper:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: BagModel,
         optimizer: torch.optim.Optimizer,
         class_weights: np.ndarray,
         settings: Training,
@@ -150,7 +151,7 @@ class _Stepper:
         for batch in batches:
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.use_amp):
-                logits, _ = self.model(batch.x, batch.mask)
+                logits, _ = self.model.forward_bags(batch.bags)
             losses = F.cross_entropy(logits.float(), batch.labels, weight=self.class_weights, reduction="none")
             loss = (losses * batch.weights).mean()
             self._step(loss)
@@ -173,5 +174,5 @@ def _known(value: float | None) -> float:
     return value
 
 
-def _copied_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def _copied_state(model: BagModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

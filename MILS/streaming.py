@@ -1,0 +1,147 @@
+"""Gradients of a bag that goes through its model block by block, in memory that hardly grows with the bag.
+
+The forward pass keeps, of each block, its summary, which is small, and at most the product of the first layer. The way
+back goes through the blocks once more: the merge of the summaries tells what each of them is worth; the block is
+computed again from its product, or from its input where that was not kept either, with the dropout it had.
+
+What lives on is written into one piece of memory per kind: pieces of it between the short-lived tensors of the blocks
+would leave the heap of a CPU full of holes, as large as what is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from MILS.pooling import MergeableModel
+
+STREAMED_DEVICES = ("cpu", "cuda")  # those whose random state is known to be replayed
+
+SummaryTuple = TypeVar("SummaryTuple", bound=Any)
+
+
+def stream(
+    model: MergeableModel, x: Tensor, mask: Tensor | None, rows: int, *, keep_products: bool
+) -> tuple[Any, Tensor]:
+    """Summary and trace of bags x (B, N, D), `rows` instances at a time, with gradients for the parameters.
+
+    `keep_products` spends memory, one (B, N, d) tensor, on not computing the first layer twice.
+    """
+    trace, *fields = _Stream.apply(model, x, mask, rows, keep_products, *model.parameters())
+    return model.summary_type(*fields), trace
+
+
+def blocks_of(x: Tensor, mask: Tensor | None, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """x (B, N, D) and its mask, cut along N."""
+    blocks = x.split(rows, dim=1)
+    return zip(blocks, [None] * len(blocks) if mask is None else mask.split(rows, dim=1), strict=True)
+
+
+def merged(parts: Sequence[SummaryTuple]) -> SummaryTuple:
+    """The merge of the summaries of a bag's blocks, in their order."""
+    return functools.reduce(lambda one, other: one.merge(other), parts)
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, model: Any, x: Tensor, mask: Tensor | None, rows: int, keep_products: bool, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mask, *parameters)
+        ctx.model, ctx.rows = model, rows
+        ctx.random_state, ctx.autocast = random_state(x.device), autocast_state(x.device)
+        products, trace, fields = None, x.new_empty(0), []
+        for i, (block, block_mask) in enumerate(blocks_of(x, mask, rows)):
+            place = slice(i * rows, i * rows + block.shape[1])
+            y = model.product(model.prepared(block, block_mask))
+            if i == 0 and keep_products:
+                products = y.new_empty(*x.shape[:2], y.shape[2])
+            if products is not None:
+                products[:, place] = y
+            part, part_trace = model.summarise_product(y, block_mask)
+            if i == 0:
+                trace = part_trace.new_empty(*part_trace.shape[:2], x.shape[1])
+                fields = [field.new_empty(-(-x.shape[1] // rows), *field.shape) for field in part]
+            trace[..., place] = part_trace
+            for field, value in zip(fields, part, strict=True):
+                field[i] = value
+        ctx.products, ctx.fields = products, fields
+        whole = merged([model.summary_type(*values) for values in zip(*fields, strict=True)])
+        ctx.mark_non_differentiable(*(field for field in whole if not field.is_floating_point()))
+        return trace, *whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the signature
+        ctx: Any, *output_grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, mask, *parameters = ctx.saved_tensors
+        trace_grad, *whole_grads = output_grads
+        model, layer = ctx.model, ctx.model.instance_layers()[0]
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        grads = {id(parameter): torch.zeros_like(parameter) for parameter in wanted}
+        field_grads = grads_of_fields(model.summary_type, ctx.fields, whole_grads)
+        with replaying(ctx.random_state, x.device), torch.autocast(x.device.type, **ctx.autocast):
+            for i, (block, block_mask) in enumerate(blocks_of(x, mask, ctx.rows)):
+                place = slice(i * ctx.rows, i * ctx.rows + block.shape[1])
+                prepared = model.prepared(block, block_mask)
+                y = model.product(prepared) if ctx.products is None else ctx.products[:, place]
+                y = y.detach().requires_grad_()
+                with torch.enable_grad():
+                    part, trace = model.summarise_product(y, block_mask)
+                block_grads = [None if grad is None else grad[i] for grad in field_grads]
+                block_grads.append(None if trace_grad is None else trace_grad[..., place])
+                y_grad, *found = gradients([*part, trace], block_grads, [y, *wanted])
+                for parameter, grad in zip(wanted, found, strict=True):
+                    if grad is not None:
+                        grads[id(parameter)] += grad
+                if y_grad is not None and layer.weight.requires_grad:
+                    grads[id(layer.weight)] += y_grad.flatten(0, 1).T @ prepared.flatten(0, 1).to(y_grad.dtype)
+                if y_grad is not None and layer.bias.requires_grad:
+                    grads[id(layer.bias)] += y_grad.sum(dim=(0, 1))
+        return None, None, None, None, None, *(grads.get(id(parameter)) for parameter in parameters)
+
+
+def grads_of_fields(
+    summary_type: type[Any], fields: Sequence[Tensor], whole_grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of the blocks' summaries, field by field (K, ...), from those of the fields of their merge."""
+    with torch.enable_grad():
+        leaves = [field.detach().requires_grad_(field.is_floating_point()) for field in fields]
+        whole = merged([summary_type(*values) for values in zip(*leaves, strict=True)])
+    found = iter(gradients(whole, whole_grads, [leaf for leaf in leaves if leaf.requires_grad]))
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def gradients(
+    outputs: Sequence[Tensor], output_grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """torch.autograd.grad of those outputs that depend on anything and that anything depends on."""
+    pairs = [(o, g) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad and g is not None]
+    return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def replaying(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Context in which what is drawn on the CPU and on `device` is what was drawn from `state` on."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield
+
+
+def autocast_state(device: torch.device) -> dict[str, Any]:
+    return {"dtype": torch.get_autocast_dtype(device.type), "enabled": torch.is_autocast_enabled(device.type)}
