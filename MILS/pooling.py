@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from MILS.layers import at_least_single, full_precision
 from MILS.registry import ModelError, check_options, is_whole
-from MILS.streaming import STREAMED_DEVICES, blocks_of, stream
+from MILS.streaming import STREAMED_DEVICES, Joined, blocks_of, stream
 
 Aux = dict[str, Tensor | None]
 
 # Instances in a block, by type of device: on a CPU a block's embeddings stay in its cache, an accelerator wants few and
-# large products. Small bags are padded to each other's length while they make no more than half a block: beyond that
-# the copy costs more than the calls.
-BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=2**11)
+# large products. Small bags are padded to each other's length while they make no more than a block together.
+BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=2**10)
 # A bag of more instances keeps nothing of their embeddings for the way back.
 SAVED_ROWS = 2**18
 
@@ -106,7 +105,7 @@ class BagModel(nn.Module):
             self.check_bags(bag.unsqueeze(0), None)
         logits: dict[int, Tensor] = {}
         aux: dict[str, dict[int, Tensor]] = defaultdict(dict)
-        for group in groups_to_pad([len(bag) for bag in bags], BLOCK_ROWS[bags[0].device.type] // 2):
+        for group in groups_to_pad([len(bag) for bag in bags], BLOCK_ROWS[bags[0].device.type]):
             group_logits, group_aux = self(*padded([bags[i] for i in group]))
             for row, i in enumerate(group):
                 logits[i] = group_logits[row]
@@ -181,9 +180,8 @@ class MergeableModel(BagModel, Generic[S]):
         Returns logits (1, C) and aux with "attn" (1, H, N). Raises ModelError for a bag without instances.
         """
         with evaluating(self):
-            summary, traces = self._merged((self._summarise(block, None) for block in self._cut(blocks)), attention)
-            attn = self.attention(summary, torch.cat(traces, dim=-1)) if attention else None
-            return self.classify(summary), {"attn": attn}
+            summary, trace = self._merged((self._summarise(block, None) for block in self._cut(blocks)), attention)
+            return self.classify(summary), {"attn": None if trace is None else self.attention(summary, trace)}
 
     def _cut(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The blocks, checked, in pieces (1, n, D) of the size that suits the model's device, on that device."""
@@ -198,24 +196,26 @@ class MergeableModel(BagModel, Generic[S]):
     def _forward_blockwise(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits and attention of bags x (B, N, D) that make a block together, or of one bag of any length."""
         rows = BLOCK_ROWS[x.device.type]
-        if x.shape[1] > rows and torch.is_grad_enabled() and not x.requires_grad and x.device.type in STREAMED_DEVICES:
-            summary, trace = stream(self, x, mask, rows, keep_products=x.shape[1] <= SAVED_ROWS)
-        else:
-            summary, traces = self._merged(self._summarise(*pair) for pair in blocks_of(x, mask, rows))
-            trace = torch.cat(traces, dim=-1)
+        if x.shape[1] > rows and torch.is_grad_enabled():
+            if x.device.type in STREAMED_DEVICES and not x.requires_grad:
+                summary, trace = stream(self, x, mask, rows, keep_products=x.shape[1] <= SAVED_ROWS)
+                return self.classify(summary), self.attention(summary, trace)
+            rows = x.shape[1]
+        summary, trace = self._merged(self._summarise(*pair) for pair in blocks_of(x, mask, rows))
+        assert trace is not None  # noqa: S101 - for the type checker: it was kept
         return self.classify(summary), self.attention(summary, trace)
 
-    def _merged(self, parts: Iterable[tuple[S, Tensor]], keep_traces: bool = True) -> tuple[S, list[Tensor]]:
-        """The summary of a bag from the summaries of its blocks, and their traces."""
+    def _merged(self, parts: Iterable[tuple[S, Tensor]], keep_traces: bool = True) -> tuple[S, Tensor | None]:
+        """The summary of a bag from the summaries of its blocks, and their traces joined, if they are kept."""
         summary: S | None = None
-        traces = []
+        traces = Joined()
         for part, trace in parts:
             summary = part if summary is None else summary.merge(part)
             if keep_traces:
                 traces.append(trace)
         if summary is None:
             raise ModelError(f"{type(self).__name__}: no instance in any of the blocks")
-        return summary, traces
+        return summary, traces.tensor
 
     def _summarise(self, x: Tensor, mask: Tensor | None) -> tuple[S, Tensor]:
         return self.summarise_product(self.product(self.prepared(x, mask)), mask)
@@ -268,7 +268,7 @@ class AttentionSummary(NamedTuple):
 
     def weights(self, scores: Tensor) -> Tensor:
         """The weights (B, R, N), before dropout, of instances with these scores."""
-        return torch.exp(scores - self.maximum.unsqueeze(-1)) / self.normaliser.unsqueeze(-1)
+        return (scores - (self.maximum + self.normaliser.log()).unsqueeze(-1)).exp_()
 
 
 def attend(

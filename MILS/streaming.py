@@ -44,6 +44,30 @@ def blocks_of(x: Tensor, mask: Tensor | None, rows: int) -> Iterator[tuple[Tenso
     return zip(blocks, [None] * len(blocks) if mask is None else mask.split(rows, dim=1), strict=True)
 
 
+class Joined:
+    """Tensors (..., n_i) joined along their last axis as they come; `tensor` is None before the first."""
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+        self.length = 0
+
+    def append(self, part: Tensor) -> None:
+        end = self.length + part.shape[-1]
+        if self.memory is None:
+            self.memory = part
+        else:
+            if end > self.memory.shape[-1]:
+                grown = part.new_empty(*part.shape[:-1], 2 * end)
+                grown[..., : self.length] = self.memory[..., : self.length]
+                self.memory = grown
+            self.memory[..., self.length : end] = part
+        self.length = end
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return None if self.memory is None else self.memory[..., : self.length]
+
+
 def merged(parts: Sequence[SummaryTuple]) -> SummaryTuple:
     """The merge of the summaries of a bag's blocks, in their order."""
     return functools.reduce(lambda one, other: one.merge(other), parts)

@@ -123,8 +123,8 @@ class Subject:
         return counter.get_total_flops()
 
 
-def measure_times(setting: Setting, group: Group, which: str, lengths: Sequence[int]) -> dict[str, float]:
-    """Median seconds of pass `which` of each contender, taking turns."""
+def measure_times(setting: Setting, group: Group, which: str, lengths: Sequence[int]) -> dict[str, tuple[float, float]]:
+    """Of each contender, taking turns, the median seconds of pass `which`, and the forward pass's operations."""
     bags = setting.bags(lengths)
     subjects = {name: Subject(contender, setting, bags) for name, contender in group.items()}
     for subject in subjects.values():
@@ -134,7 +134,7 @@ def measure_times(setting: Setting, group: Group, which: str, lengths: Sequence[
         for name, subject in subjects.items():
             if sum(times[name]) < TURN_SECONDS:
                 times[name].append(seconds(getattr(subject, which), setting.device))
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: (statistics.median(taken), subjects[name].flops()) for name, taken in times.items()}
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
@@ -150,13 +150,10 @@ def seconds(run: Callable[[], None], device: str) -> float:
     return time.perf_counter() - before
 
 
-def measure_memory(setting: Setting, contender: Contender, which: str, lengths: Sequence[int]) -> tuple[float, float]:
-    """Peak bytes of pass `which` beyond input and weights, NaN where the system does not tell; and the forward pass's
-    floating-point operations.
-    """
+def measure_memory(setting: Setting, contender: Contender, which: str, lengths: Sequence[int]) -> float:
+    """Peak bytes of pass `which` beyond input and weights, NaN where the system does not tell."""
     getattr(Subject(contender, setting, setting.bags([WARM_UP])), which)()
-    subject = Subject(contender, setting, setting.bags(lengths))
-    return peak_of(getattr(subject, which), setting.device), subject.flops()
+    return peak_of(getattr(Subject(contender, setting, setting.bags(lengths)), which), setting.device)
 
 
 def peak_of(run: Callable[[], None], device: str) -> float:
@@ -221,14 +218,15 @@ def measure(setting: Setting, group: Group, lengths: Sequence[int]) -> list[list
             found = in_own_process(
                 lambda which=which, contender=contender: measure_memory(setting, contender, which, lengths)
             )
-            cells[name] += ["", f"{found[0] / 1e6:,.0f}" if found else "out of memory"]
-            if found:
+            cells[name] += ["", "out of memory" if found is None else f"{found / 1e6:,.0f}"]
+            if found is not None:
                 able[name] = contender
-                cells[name][2] = f"{found[1] / 1e9:.2f}"
             progress(".")
         times = in_own_process(lambda which=which, able=able: measure_times(setting, able, which, lengths))
-        for name, taken in times.items():
-            ratio = f"{taken / times[next(iter(group))]:.2f}"
+        base, _ = times[next(iter(group))]
+        for name, (taken, flops) in times.items():
+            ratio = f"{taken / base:.2f}"
+            cells[name][2] = f"{flops / 1e9:.2f}"
             cells[name][-2] = f"{1e3 * taken:.2f} ms ({ratio})" if setting.device == "cuda" else ratio
     progress("\n")
     return list(cells.values())
