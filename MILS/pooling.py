@@ -26,8 +26,9 @@ from MILS.streaming import STREAMED_DEVICES, Joined, blocks_of, stream
 Aux = dict[str, Tensor | None]
 
 # Instances in a block, by type of device: on a CPU a block's embeddings stay in its cache, an accelerator wants few and
-# large products. Small bags are padded to each other's length while they make no more than a block together.
-BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=2**10)
+# large products. Small bags are padded to each other's length while they make no more than half a block together: beyond
+# that the copy costs more than the calls.
+BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=1536)
 # A bag of more instances keeps nothing of their embeddings for the way back.
 SAVED_ROWS = 2**18
 
@@ -105,7 +106,7 @@ class BagModel(nn.Module):
             self.check_bags(bag.unsqueeze(0), None)
         logits: dict[int, Tensor] = {}
         aux: dict[str, dict[int, Tensor]] = defaultdict(dict)
-        for group in groups_to_pad([len(bag) for bag in bags], BLOCK_ROWS[bags[0].device.type]):
+        for group in groups_to_pad([len(bag) for bag in bags], BLOCK_ROWS[bags[0].device.type] // 2):
             group_logits, group_aux = self(*padded([bags[i] for i in group]))
             for row, i in enumerate(group):
                 logits[i] = group_logits[row]

@@ -128,7 +128,8 @@ class _Stream(torch.autograd.Function):
                     if grad is not None:
                         grads[id(parameter)] += grad
                 if y_grad is not None and layer.weight.requires_grad:
-                    grads[id(layer.weight)] += y_grad.flatten(0, 1).T @ prepared.flatten(0, 1).to(y_grad.dtype)
+                    grad = grads[id(layer.weight)]
+                    grad.addmm_(y_grad.flatten(0, 1).T.to(grad.dtype), prepared.flatten(0, 1).to(grad.dtype))
                 if y_grad is not None and layer.bias.requires_grad:
                     grads[id(layer.bias)] += y_grad.sum(dim=(0, 1))
         return None, None, None, None, None, *(grads.get(id(parameter)) for parameter in parameters)

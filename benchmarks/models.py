@@ -10,6 +10,7 @@ of LiteMIL's: the ratio of two models carries over to another machine, a number 
 """
 
 import argparse
+import math
 import multiprocessing
 import platform
 import re
@@ -36,8 +37,9 @@ INPUT_DIM, NUM_CLASSES = 1024, 2
 SIZES = (1_000, 10_000, 50_000, 100_000)
 BASE = "LiteMIL"
 PASSES = ("forward", "step")
-WARM_UP = 5_000
-TURN_SECONDS = 60  # a contender that has run this long takes no further turn
+WARM_UP = 3_000  # instances: small, and long enough to be streamed
+TURN_SECONDS = 0.1  # a turn is as many runs as take this long, at least one
+LIMIT_SECONDS = 20  # a contender that has run this long takes no further turn
 
 Group = dict[str, "Contender"]
 
@@ -124,35 +126,43 @@ class Subject:
 
 
 def measure_times(setting: Setting, group: Group, which: str, lengths: Sequence[int]) -> dict[str, tuple[float, float]]:
-    """Of each contender, taking turns, the median seconds of pass `which`, and the forward pass's operations."""
+    """Of each contender, taking turns, the median seconds of pass `which`; with the forward pass its operations."""
     bags = setting.bags(lengths)
     subjects = {name: Subject(contender, setting, bags) for name, contender in group.items()}
-    for subject in subjects.values():
-        getattr(subject, which)()
+    runs = {}
+    for name, subject in subjects.items():
+        taken = seconds(getattr(subject, which), 1, setting.device)
+        if taken < TURN_SECONDS:  # the first run is the slowest
+            taken = seconds(getattr(subject, which), 1, setting.device)
+        runs[name] = math.ceil(TURN_SECONDS / taken)
     times: dict[str, list[float]] = {name: [] for name in group}
     for _ in range(setting.repeats):
         for name, subject in subjects.items():
-            if sum(times[name]) < TURN_SECONDS:
-                times[name].append(seconds(getattr(subject, which), setting.device))
-    return {name: (statistics.median(taken), subjects[name].flops()) for name, taken in times.items()}
+            if sum(times[name]) < LIMIT_SECONDS:
+                times[name].append(seconds(getattr(subject, which), runs[name], setting.device))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: (median, subjects[name].flops() if which == "forward" else 0.0) for name, median in medians.items()}
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
+def seconds(run: Callable[[], None], times: int, device: str) -> float:
+    """Seconds of one run, the mean of several."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        for _ in range(times):
+            run()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3 / times
     before = time.perf_counter()
-    run()
-    return time.perf_counter() - before
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - before) / times
 
 
 def measure_memory(setting: Setting, contender: Contender, which: str, lengths: Sequence[int]) -> float:
     """Peak bytes of pass `which` beyond input and weights, NaN where the system does not tell."""
-    getattr(Subject(contender, setting, setting.bags([WARM_UP])), which)()
+    getattr(Subject(contender, setting, setting.bags([min(WARM_UP, max(lengths) // 4)])), which)()
     return peak_of(getattr(Subject(contender, setting, setting.bags(lengths)), which), setting.device)
 
 
@@ -226,7 +236,7 @@ def measure(setting: Setting, group: Group, lengths: Sequence[int]) -> list[list
         base, _ = times[next(iter(group))]
         for name, (taken, flops) in times.items():
             ratio = f"{taken / base:.2f}"
-            cells[name][2] = f"{flops / 1e9:.2f}"
+            cells[name][2] = f"{flops / 1e9:.2f}" if which == "forward" else cells[name][2]
             cells[name][-2] = f"{1e3 * taken:.2f} ms ({ratio})" if setting.device == "cuda" else ratio
     progress("\n")
     return list(cells.values())

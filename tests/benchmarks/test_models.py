@@ -28,7 +28,7 @@ def references():
 
 
 def test_prints_one_row_per_model_and_batch():
-    code = "models.SCENES = {'three bags': [40, 20, 5]}; models.WARM_UP = 20; models.main()"
+    code = "models.SCENES = {'three bags': [40, 20, 5]}; models.TURN_SECONDS = 0.001; models.main()"
     out = run(code, "--sizes", "50", "--repeats", "1", "--threads", "1")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
     cells = {row[0]: row[1:] for row in rows}

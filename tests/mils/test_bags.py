@@ -12,7 +12,7 @@ from MILS import ModelError
 from MILS.pooling import BLOCK_ROWS, groups_to_pad, padded
 
 walk = pytest.mark.parametrize("name", MODELS)
-ROWS = BLOCK_ROWS["cpu"]
+ROWS = BLOCK_ROWS["cpu"] // 2
 
 
 def check_against_each(model, bags, tolerance=1e-12):
