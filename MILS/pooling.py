@@ -26,8 +26,8 @@ from MILS.streaming import STREAMED_DEVICES, Joined, blocks_of, stream
 Aux = dict[str, Tensor | None]
 
 # Instances in a block, by type of device: on a CPU a block's embeddings stay in its cache, an accelerator wants few and
-# large products. Small bags are padded to each other's length while they make no more than half a block together: beyond
-# that the copy costs more than the calls.
+# large products. Small bags are padded to each other's length while they make no more than half a block: beyond that
+# the copy costs more than the calls.
 BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=1536)
 # A bag of more instances keeps nothing of their embeddings for the way back.
 SAVED_ROWS = 2**18
