@@ -198,13 +198,18 @@ class MergeableModel(BagModel, Generic[S]):
         """Logits and attention of bags x (B, N, D) that make a block together, or of one bag of any length."""
         rows = BLOCK_ROWS[x.device.type]
         if x.shape[1] > rows and torch.is_grad_enabled():
-            if x.device.type in STREAMED_DEVICES and not x.requires_grad:
+            if x.device.type in STREAMED_DEVICES and not x.requires_grad and self._owns_first_layer():
                 summary, trace = stream(self, x, mask, rows, keep_products=x.shape[1] <= SAVED_ROWS)
                 return self.classify(summary), self.attention(summary, trace)
             rows = x.shape[1]
         summary, trace = self._merged(self._summarise(*pair) for pair in blocks_of(x, mask, rows))
         assert trace is not None  # noqa: S101 - for the type checker: it was kept
         return self.classify(summary), self.attention(summary, trace)
+
+    def _owns_first_layer(self) -> bool:
+        """Whether the first layer's weights are parameters themselves, and not computed from others."""
+        own = {id(parameter) for parameter in self.parameters()}
+        return {id(self.instance_layers()[0].weight), id(self.instance_layers()[0].bias)} <= own
 
     def _merged(self, parts: Iterable[tuple[S, Tensor]], keep_traces: bool = True) -> tuple[S, Tensor | None]:
         """The summary of a bag from the summaries of its blocks, and their traces joined, if they are kept."""
@@ -346,10 +351,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def groups_to_pad(lengths: Sequence[int], most_rows: int) -> Iterator[list[int]]:
-    """Indices of bags to pad to one length, like with like: at most `most_rows` rows each, or a single bag."""
+    """Indices of bags to pad to one length, like with like: at most `most_rows` rows each, or a single bag.
+
+    Beyond 64 rows no bag is padded to more than one and a half times its length.
+    """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if group and (len(group) + 1) * lengths[group[0]] > most_rows:
+        longest = lengths[group[0]] if group else 0
+        if group and ((len(group) + 1) * longest > most_rows or longest > max(64, 1.5 * lengths[i])):
             yield group
             group = []
         group.append(i)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
@@ -79,25 +79,27 @@ class _Stream(torch.autograd.Function):
         ctx: Any, model: Any, x: Tensor, mask: Tensor | None, rows: int, keep_products: bool, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, mask, *parameters)
-        ctx.model, ctx.rows = model, rows
+        ctx.model, ctx.rows, ctx.modes = model, rows, modes_of(model)
         ctx.random_state, ctx.autocast = random_state(x.device), autocast_state(x.device)
         products, trace, fields = None, x.new_empty(0), []
-        for i, (block, block_mask) in enumerate(blocks_of(x, mask, rows)):
-            place = slice(i * rows, i * rows + block.shape[1])
-            y = model.product(model.prepared(block, block_mask))
-            if i == 0 and keep_products:
-                products = y.new_empty(*x.shape[:2], y.shape[2])
-            if products is not None:
-                products[:, place] = y
-            part, part_trace = model.summarise_product(y, block_mask)
-            if i == 0:
-                trace = part_trace.new_empty(*part_trace.shape[:2], x.shape[1])
-                fields = [field.new_empty(-(-x.shape[1] // rows), *field.shape) for field in part]
-            trace[..., place] = part_trace
-            for field, value in zip(fields, part, strict=True):
-                field[i] = value
-        ctx.products, ctx.fields = products, fields
+        # Without autocast's cache: a copy of a weight made where gradients are off must not serve where they are on.
+        with torch.autocast(x.device.type, **ctx.autocast, cache_enabled=False):
+            for i, (block, block_mask) in enumerate(blocks_of(x, mask, rows)):
+                place = slice(i * rows, i * rows + block.shape[1])
+                y = model.product(model.prepared(block, block_mask))
+                if i == 0 and keep_products:
+                    products = y.new_empty(*x.shape[:2], y.shape[2])
+                if products is not None:
+                    products[:, place] = y
+                part, part_trace = model.summarise_product(y, block_mask)
+                if i == 0:
+                    trace = part_trace.new_empty(*part_trace.shape[:2], x.shape[1])
+                    fields = [field.new_empty(-(-x.shape[1] // rows), *field.shape) for field in part]
+                trace[..., place] = part_trace
+                for field, value in zip(fields, part, strict=True):
+                    field[i] = value
+        ctx.fields = fields
+        ctx.save_for_backward(x, mask, products, *parameters)
         whole = merged([model.summary_type(*values) for values in zip(*fields, strict=True)])
         ctx.mark_non_differentiable(*(field for field in whole if not field.is_floating_point()))
         return trace, *whole
@@ -107,17 +109,28 @@ class _Stream(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the signature
         ctx: Any, *output_grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, mask, *parameters = ctx.saved_tensors
+        x, mask, products, *parameters = ctx.saved_tensors
         trace_grad, *whole_grads = output_grads
         model, layer = ctx.model, ctx.model.instance_layers()[0]
+        if modes_of(model) != ctx.modes:
+            raise RuntimeError(
+                f"{type(model).__name__}: was switched between training and evaluation before the backward pass, which "
+                "computes a long bag again in the mode it was in; call backward first"
+            )
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        grads = {id(parameter): torch.zeros_like(parameter) for parameter in wanted}
+        grads: dict[int, Tensor] = {}
+
+        def grad_of(parameter: Tensor) -> Tensor:
+            if id(parameter) not in grads:
+                grads[id(parameter)] = torch.zeros_like(parameter)
+            return grads[id(parameter)]
+
         field_grads = grads_of_fields(model.summary_type, ctx.fields, whole_grads)
         with replaying(ctx.random_state, x.device), torch.autocast(x.device.type, **ctx.autocast):
             for i, (block, block_mask) in enumerate(blocks_of(x, mask, ctx.rows)):
                 place = slice(i * ctx.rows, i * ctx.rows + block.shape[1])
                 prepared = model.prepared(block, block_mask)
-                y = model.product(prepared) if ctx.products is None else ctx.products[:, place]
+                y = model.product(prepared) if products is None else products[:, place]
                 y = y.detach().requires_grad_()
                 with torch.enable_grad():
                     part, trace = model.summarise_product(y, block_mask)
@@ -126,12 +139,15 @@ class _Stream(torch.autograd.Function):
                 y_grad, *found = gradients([*part, trace], block_grads, [y, *wanted])
                 for parameter, grad in zip(wanted, found, strict=True):
                     if grad is not None:
-                        grads[id(parameter)] += grad
+                        grad_of(parameter).add_(grad)
                 if y_grad is not None and layer.weight.requires_grad:
-                    grad = grads[id(layer.weight)]
-                    grad.addmm_(y_grad.flatten(0, 1).T.to(grad.dtype), prepared.flatten(0, 1).to(grad.dtype))
+                    weight_grad, y_rows, x_rows = grad_of(layer.weight), y_grad.flatten(0, 1).T, prepared.flatten(0, 1)
+                    if y_grad.dtype == weight_grad.dtype:
+                        weight_grad.addmm_(y_rows, x_rows.to(y_grad.dtype))
+                    else:  # under autocast: the product in its precision
+                        weight_grad.add_(y_rows @ x_rows.to(y_grad.dtype))
                 if y_grad is not None and layer.bias.requires_grad:
-                    grads[id(layer.bias)] += y_grad.sum(dim=(0, 1))
+                    grad_of(layer.bias).add_(y_grad.sum(dim=(0, 1)))
         return None, None, None, None, None, *(grads.get(id(parameter)) for parameter in parameters)
 
 
@@ -152,6 +168,10 @@ def gradients(
     """torch.autograd.grad of those outputs that depend on anything and that anything depends on."""
     pairs = [(o, g) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad and g is not None]
     return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+
+
+def modes_of(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -27,9 +27,10 @@ def references():
     sys.path.remove(str(BENCHMARKS))
 
 
-def test_prints_one_row_per_model_and_batch():
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_prints_one_row_per_model_and_batch(dtype):
     code = "models.SCENES = {'three bags': [40, 20, 5]}; models.TURN_SECONDS = 0.001; models.main()"
-    out = run(code, "--sizes", "50", "--repeats", "1", "--threads", "1")
+    out = run(code, "--sizes", "50", "--repeats", "1", "--threads", "1", "--dtype", dtype)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
     cells = {row[0]: row[1:] for row in rows}
     assert "### One bag of 50 instances" in out

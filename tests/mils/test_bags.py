@@ -74,9 +74,11 @@ def test_groups_hold_each_bag_once_and_little_padding(lengths, most_rows):
         sizes = [lengths[i] for i in group]
         assert sizes == sorted(sizes, reverse=True)
         assert len(group) == 1 or len(group) * sizes[0] <= most_rows
+        assert sizes[0] <= max(64, 1.5 * sizes[-1])
     # Two neighbours that would fit together are together.
     for one, other in itertools.pairwise(groups):
-        assert (len(one) + 1) * lengths[one[0]] > most_rows, (one, other)
+        longest, follower = lengths[one[0]], lengths[other[0]]
+        assert (len(one) + 1) * longest > most_rows or longest > max(64, 1.5 * follower)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))

@@ -91,6 +91,6 @@ def test_mixed_precision_stays_near(name):
     with torch.autocast("cuda", dtype=torch.float16):
         logits, aux = model(x.half())
     logits.float().sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert relative_error(logits.float(), expected) < 0.05
     assert aux["attn"].float().sum(-1).cpu().numpy() == pytest.approx(1, abs=1e-3)

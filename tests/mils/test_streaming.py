@@ -208,6 +208,50 @@ def test_a_huge_bag_makes_nothing_that_grows_with_it_but_attention(name, in_bloc
     assert sizes[1] <= widest
 
 
+@KEPT_OR_NOT
+def test_a_switch_of_mode_before_the_way_back_is_refused(saved_rows, in_blocks):
+    """The dropout of the way there could not be had again."""
+    model, x = small("LiteMIL", train=True), bag(30)
+    loss = in_blocks(lambda: model(x)[0].sum(), saved_rows=saved_rows)
+    model.eval()
+    with pytest.raises(RuntimeError, match="LiteMIL: was switched between training and evaluation"):
+        loss.backward()
+
+
+def test_nothing_is_kept_after_the_way_back(in_blocks):
+    """A training loop holds the last loss while the next bag goes through."""
+    model, x = small("LiteMIL"), bag(30)
+    logits, _ = in_blocks(lambda: model(x))
+    logits.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        logits.sum().backward()
+
+
+def test_weights_computed_from_others_get_their_gradient(in_blocks):
+    """The first layer's weight is then no parameter: such a bag goes through in one piece."""
+    model, x = small("LiteMIL"), bag(30)
+    torch.nn.utils.parametrizations.weight_norm(model.instance_layers()[0])
+    check_equal(in_blocks(lambda: answer(model, x)), answer(model, x), 1e-12)
+
+
+def test_a_long_bag_takes_no_gradient_from_a_short_one(in_blocks):
+    """Under autocast: copies of weights in half precision are kept between calls."""
+    model = small("ABMIL", dtype=torch.float32)
+    bags = [bag(n, seed=n, dtype=torch.float32)[0] for n in (30, 5)]
+
+    def of_the_short():
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(bags[0].unsqueeze(0))
+            logits, _ = model(bags[1].unsqueeze(0))
+        logits.float().square().sum().backward()
+        return gradients(model)
+
+    expected = of_the_short()
+    for key, grad in in_blocks(of_the_short).items():
+        assert torch.equal(grad, expected[key]), key
+
+
 def test_a_second_derivative_is_refused(in_blocks):
     model, x = small("LiteMIL"), bag(30)
     loss = in_blocks(lambda: model(x)[0].square().sum())
