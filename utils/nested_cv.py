@@ -344,7 +344,7 @@ class NestedCrossValidation:
 
 
 def _kept(path: Path) -> Fitted | None:
-    """The inner training an earlier session ended; None where there is none, or none that can be read."""
+    """The inner training an earlier run ended; None where there is none, or none that can be read."""
     if not path.is_file():
         return None
     try:
