@@ -41,10 +41,8 @@ class BagModel(nn.Module):
     is and which bags share the batch change nothing.
 
     A subclass hands its hyperparameters to `super().__init__`, which checks and remembers them: `model.spec` rebuilds
-    the model with `build_mil(**model.spec)`. `mergeable` tells whether the model has `forward_blocks`.
+    the model with `build_mil(**model.spec)`.
     """
-
-    mergeable: ClassVar[bool] = False
 
     def __init__(self, input_dim: int, num_classes: int, **hyperparameters: Any) -> None:
         super().__init__()
@@ -137,10 +135,10 @@ class MergeableModel(BagModel, Generic[S]):
 
     A bag longer than a block goes through block by block: what is computed stays in the processor's cache, and memory
     small. Where gradients are wanted, such a bag keeps the product of the first layer and computes the rest again on
-    the way back; beyond `SAVED_ROWS` instances it computes all of it again.
+    the way back; beyond `SAVED_ROWS` instances it computes all of it again. Hooks on parameters then run once per
+    block. Where x itself wants a gradient, a bag goes through in one piece, whatever memory that takes.
     """
 
-    mergeable = True
     summary_type: ClassVar[type]
 
     def instance_layers(self) -> nn.Sequential:

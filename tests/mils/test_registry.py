@@ -5,6 +5,7 @@ import torch
 from mil_helpers import MERGEABLE, MODELS, small
 
 from MILS import ModelError, build_mil, list_mils, mil_name, mil_options
+from MILS.pooling import MergeableModel
 
 
 def test_names_in_order_of_registration():
@@ -54,9 +55,9 @@ def test_spec_and_state_make_the_model_again(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_mergeable_says_whether_there_is_forward_blocks(name):
+def test_all_but_transmil_take_a_slide_in_blocks(name):
     model = small(name)
-    assert model.mergeable == hasattr(model, "forward_blocks") == (name in MERGEABLE)
+    assert isinstance(model, MergeableModel) == hasattr(model, "forward_blocks") == (name in MERGEABLE)
 
 
 def test_unknown_name_lists_the_known_and_the_nearest():
