@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pandas as pd
 
 from utils.bags.store import Bag, peek_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
@@ -25,7 +24,7 @@ from utils.core.errors import (
     RecipeError,
     SlideError,
 )
-from utils.core.files import write_text
+from utils.core.files import check_distinct, write_records
 from utils.core.passport import Passport, recipe_differences
 from utils.core.runtime import log, progress, progress_bar, resolve_device, versions
 from utils.slides.backbones import Backbone, canonical_backbone, load_backbone
@@ -198,8 +197,7 @@ def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> li
     for slide, target in bar:
         bar.set_postfix_str(slide.name, refresh=False)
         statuses.append(_guarded(extractor, slide, target, files.overwrite))
-    report = pd.DataFrame(statuses).astype({"patches": "Int64"})
-    write_text(files.output_dir / REPORT, report.to_csv(index=False, lineterminator="\n"))
+    write_records(files.output_dir / REPORT, statuses)
     return statuses
 
 
@@ -214,13 +212,11 @@ def _slides_in(files: ExtractionFiles) -> list[Path]:
 
 def _targets(slides: Sequence[Path], files: ExtractionFiles) -> dict[Path, Path]:
     """Each slide's feature file; two slides of one name would overwrite each other."""
-    targets: dict[Path, Path] = {}
-    owners: dict[Path, Path] = {}
-    for slide in slides:
-        target = files.output or (files.output_dir or slide.parent) / f"{slide.stem}.{files.format or 'h5'}"
-        if target in owners:
-            raise ConfigError(f"{slide} and {owners[target]} would both be written to {target}; rename one of them")
-        owners[target], targets[slide] = slide, target
+    targets = {
+        slide: files.output or (files.output_dir or slide.parent) / f"{slide.stem}.{files.format or 'h5'}"
+        for slide in slides
+    }
+    check_distinct(targets)
     return targets
 
 

@@ -7,14 +7,16 @@ import os
 import pickle
 import random
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from utils.core.errors import CheckpointError, FeatureFileError, LiteMILError
+from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, LiteMILError
 from utils.core.files import (
+    check_distinct,
     digest,
     load_tensors,
     read_json,
@@ -22,6 +24,7 @@ from utils.core.files import (
     whole_file,
     write_bytes,
     write_json,
+    write_records,
     write_text,
 )
 
@@ -309,3 +312,23 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         write_text(tmp_path / "old.json", "new")
     assert (tmp_path / "old.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+
+
+@dataclass(frozen=True)
+class Record:
+    file: Path
+    reason: str = ""
+    patches: int | None = None
+    seconds: float | None = None
+
+
+def test_records_are_rows_of_a_table_with_nothing_for_none(tmp_path):
+    write_records(tmp_path / "new" / "table.csv", [Record(Path("a.h5"), 'no, "not" it'), Record(Path("b"), "", 7, 0.5)])
+    lines = b'file,reason,patches,seconds\na.h5,"no, ""not"" it",,\nb,,7,0.5\n'
+    assert (tmp_path / "new" / "table.csv").read_bytes() == lines
+
+
+def test_two_sources_of_one_target_are_told():
+    check_distinct({Path("a.h5"): Path("out/a.h5"), Path("b.h5"): Path("out/b.h5")})
+    with pytest.raises(ConfigError, match=r"^a\.h5 and a\.pt would both be written to out/a\.h5; rename one of them$"):
+        check_distinct({Path(name): Path("out/a.h5") for name in ("a.h5", "a.pt")})

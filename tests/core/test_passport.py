@@ -12,6 +12,7 @@ from utils.core.passport import (
     ENCODING_FIELDS,
     MPP_TOLERANCE,
     Passport,
+    backbone_name,
     mpp_difference,
     recipe_differences,
     unknown_fields,
@@ -110,3 +111,11 @@ def test_the_mpp_tolerance_is_a_factor_on_both_sides(least, spread, found):
     edge = 1 + MPP_TOLERANCE
     inside = least / edge <= found <= greatest * edge
     assert (mpp_difference((least, greatest), found) == []) == inside
+
+
+def test_a_backbone_has_one_name_whoever_wrote_it():
+    for alias in ("uni", "UNI_v1", " MahmoodLab/UNI", "mahmood-uni"):
+        assert backbone_name(alias) == "uni"
+    assert backbone_name("Phikon_V2") == backbone_name("phikonv2") == "phikon-v2"
+    assert backbone_name("H_optimus_0") == backbone_name("h-optimus-0") == "h-optimus-0"
+    assert backbone_name("TIMM:resnet18.a1_in1k") == "timm:resnet18.a1_in1k"

@@ -1,15 +1,14 @@
-"""A bag of patch features, in memory and in our files (`.h5`, `.pt`).
+"""A bag of patch features, in memory and in files (`.h5`, `.pt`): ours, written and read, and others', read.
 
-The HDF5 file uses TRIDENT's names, so that other toolkits' loaders read it; the passport stands on its root. Files of
-CLAM and of LiteMIL's first version have the same names and are read too.
+Our HDF5 file uses TRIDENT's names, so that other toolkits' loaders read it; the passport stands on its root. Where
+other toolkits keep what is in `foreign`; here it becomes a bag, or is refused.
 """
 
 import io
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import h5py
 import numpy as np
 import torch
 
+from utils.bags.foreign import TENSOR_FILE, Found, Places, as_array, find_h5, find_pt, length, open_h5
+from utils.bags.rows import RowMap, map_rows
 from utils.core.errors import FeatureFileError
 from utils.core.files import load_tensors, save_tensors, write_bytes
 from utils.core.passport import Passport
@@ -26,7 +27,6 @@ FEATURE_EXTENSIONS = _HDF5_EXTENSIONS + _TENSOR_EXTENSIONS
 _PASSPORT = "litemil_passport"
 # A chunk of rows is about this large: one read call each, and little more than what is asked for.
 _CHUNK_BYTES = 2**20
-_TENSOR_FILE = "a tensor (N, D) or a dict with 'features'"
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ class BagInfo:
 class Bag:
     """`features (N, D)` float16 or float32; `coords (N, 2)` int64, the level-0 pixel (x, y) of each patch's top-left
     corner, or None; `patch_size_level0`, the patch's edge in level-0 pixels, or None; how it was made, or None.
+    `coords_withheld` says why there are no coordinates although the file, or one beside it, holds some.
     """
 
     features: np.ndarray
     coords: np.ndarray | None = None
     patch_size_level0: int | None = None
     passport: Passport | None = None
+    coords_withheld: str | None = None
 
 
 def is_feature_file(path: Path) -> bool:
@@ -62,37 +64,42 @@ def is_feature_file(path: Path) -> bool:
 def peek_bag(path: Path, feat_type: str = "features") -> BagInfo:
     """The bag's size and passport. Raises FeatureFileError as `read_bag` does, but for what only the values show."""
     path = Path(path)
-    if path.suffix.lower() in _HDF5_EXTENSIONS:
-        with _open_h5(path) as file:
-            data = _feature_dataset(file, path, feat_type)
-            return _info(path, data.shape, data.dtype, _h5_passport(file, path))
-    features, content = _load_pt(path, feat_type)
-    return _info(path, features.shape, features.dtype, _pt_passport(content, path))
+    with _found(path, feat_type) as found:
+        return _info(path, found)
 
 
-def read_bag(path: Path, feat_type: str = "features") -> Bag:
-    """Read a whole bag.
+def peek_places(path: Path, feat_type: str = "features", mpp: float | None = None) -> Places:
+    """Where the bag's patches are, as `read_bag` finds them, without reading the features."""
+    path = Path(path)
+    with _found(path, feat_type) as found:
+        return _checked(path, found.places(mpp), _info(path, found).num_instances)
+
+
+def read_bag(path: Path, feat_type: str = "features", mpp: float | None = None) -> Bag:
+    """Read a whole bag, of ours or of any layout `foreign` knows, with what the files beside it tell.
+
+    `feat_type` "features" is the file's own features, whatever it calls them; another name is a dataset, an encoder or
+    a dict's key. `mpp` is the slide's level-0 um/px where it is known: coordinates stored in um need it.
 
     Raises FeatureFileError, naming the file and what is wrong, when it is missing or damaged, has no `feat_type`, is
     not of shape (N, D) or (1, N, D) with N > 0, holds NaN or infinity, or its coordinates do not match.
     """
     path = Path(path)
-    if path.suffix.lower() in _HDF5_EXTENSIONS:
-        with _open_h5(path) as file:
-            features = _feature_dataset(file, path, feat_type)[()]
-            passport = _h5_passport(file, path)
-            coords, size = _h5_coords(file)
-    else:
-        features, content = _load_pt(path, feat_type)
-        passport = _pt_passport(content, path)
-        coords, size = _pt_coords(content, path)
-    info = _info(path, features.shape, features.dtype, passport)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows or is no number is refused in our own words
-        features = features.reshape(info.num_instances, info.dim).astype(info.dtype, copy=False)
-        _check_finite(path, features)
-    if size is None and passport is not None:
-        size = _patch_edge(passport.slide.get("patch_size_level0"))
-    return Bag(features, _checked_coords(path, coords, info.num_instances), size, passport)
+    with _found(path, feat_type) as found:
+        info = _info(path, found)
+        features, _ = _read(path, found, info)
+        places = found.places(mpp)
+    places = _checked(path, places, info.num_instances)
+    size = places.patch_size_level0
+    if size is None and info.passport is not None:
+        size = length(info.passport.slide.get("patch_size_level0"))
+    return Bag(features, places.coords, size, info.passport, places.withheld)
+
+
+def read_features(path: Path, feat_type: str = "features") -> tuple[np.ndarray, RowMap | None]:
+    """The features of a bag alone, `(N, D)`, checked; and where their rows lie if they can be read again from there."""
+    with _found(path, feat_type) as found:
+        return _read(path, found, _info(path, found))
 
 
 def write_bag(path: Path, bag: Bag) -> None:
@@ -136,38 +143,19 @@ def _as_tensor(values: np.ndarray) -> torch.Tensor:
 
 
 @contextmanager
-def _open_h5(path: Path) -> Iterator[h5py.File]:
-    """The file, open; whatever HDF5 stumbles over before it is closed is a FeatureFileError."""
-    if not path.is_file():
-        raise FeatureFileError(f"{path}: no such file")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as failure:
-        raise FeatureFileError(
-            f"{path}: not a readable HDF5 file ({failure}); truncated, damaged or of another format: extract it again"
-        ) from failure
-
-
-def _feature_dataset(file: h5py.File, path: Path, feat_type: str) -> h5py.Dataset:
-    data = file.get(feat_type)
-    if isinstance(data, h5py.Dataset) and data.shape is not None:
-        return data
-    found = ", ".join(f"{name} {getattr(item, 'shape', '(a group)')}" for name, item in file.items()) or "nothing"
-    what = "is not in the file" if data is None else "is not an array"
-    raise FeatureFileError(f"{path}: {feat_type!r} {what}; found {found}; name the features with --feat_type")
-
-
-def _h5_passport(file: h5py.File, path: Path) -> Passport | None:
-    text = file.attrs.get(_PASSPORT)
-    return None if text is None else _parsed_passport(str(text), path)
-
-
-def _pt_passport(content: dict[str, Any], path: Path) -> Passport | None:
-    metadata = content.get("metadata")
+def _found(path: Path, feat_type: str) -> Iterator[Found]:
+    """Where the bag is in the file, which stays open meanwhile; our own passport before what other writers tell."""
+    if path.suffix.lower() in _HDF5_EXTENSIONS:
+        with open_h5(path) as file:
+            found, own = find_h5(file, path, feat_type), file.attrs.get(_PASSPORT)
+            yield found if own is None else replace(found, passport=_parsed_passport(str(own), path))
+        return
+    content = load_tensors(path, FeatureFileError, TENSOR_FILE)
+    found = find_pt(content, path, feat_type)
+    metadata = content.get("metadata") if isinstance(content, dict) else None
     if isinstance(metadata, dict) and {"schema", "recipe"} <= metadata.keys():
-        return _parsed_passport(metadata, path)
-    return None
+        found = replace(found, passport=_parsed_passport(metadata, path))
+    yield replace(found, features=as_array(found.features, path))
 
 
 def _parsed_passport(found: str | dict[str, Any], path: Path) -> Passport:
@@ -179,52 +167,20 @@ def _parsed_passport(found: str | dict[str, Any], path: Path) -> Passport:
         ) from failure
 
 
-def _h5_coords(file: h5py.File) -> tuple[np.ndarray | None, int | None]:
-    coords = file.get("coords")
-    if not isinstance(coords, h5py.Dataset) or coords.shape is None:
-        return None, None
-    return coords[()], _patch_edge(coords.attrs.get("patch_size_level0"))
+def _read(path: Path, found: Found, info: BagInfo) -> tuple[np.ndarray, RowMap | None]:
+    stored, rows = found.features, None
+    if isinstance(stored, h5py.Dataset):
+        rows = map_rows(stored, path)
+        stored = stored[()] if rows is None else rows.read()
+    with np.errstate(over="ignore"):  # what overflows is refused in our own words
+        features = stored.reshape(info.num_instances, info.dim).astype(info.dtype, copy=False)
+    _check_finite(path, features)
+    return features, rows if features.dtype == stored.dtype else None
 
 
-def _patch_edge(value: Any) -> int | None:
-    """A patch's edge as a file says it; None for what is no length (TRIDENT writes an unknown one as the word None)."""
-    try:
-        edge = float(np.asarray(value).item())
-    except (TypeError, ValueError):
-        return None
-    return round(edge) if math.isfinite(edge) and edge > 0 else None
-
-
-def _load_pt(path: Path, feat_type: str) -> tuple[np.ndarray, dict[str, Any]]:
-    content = load_tensors(path, FeatureFileError, _TENSOR_FILE)
-    if isinstance(content, torch.Tensor):
-        return _as_array(content, path), {}
-    features = content.get(feat_type) if isinstance(content, dict) else None
-    if not isinstance(features, torch.Tensor | np.ndarray):
-        found = (
-            f"a dict with {', '.join(map(repr, content)) or 'nothing'}" if isinstance(content, dict) else type(content)
-        )
-        raise FeatureFileError(f"{path}: no {feat_type!r} in it; found {found}, expected {_TENSOR_FILE}")
-    return _as_array(features, path), content
-
-
-def _as_array(values: Any, path: Path) -> np.ndarray:
-    """A tensor, an array or a list as an array; NumPy has no bfloat16, which becomes float32."""
-    try:
-        if isinstance(values, torch.Tensor):
-            return (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
-        return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as failure:
-        raise FeatureFileError(f"{path}: holds a tensor that is no plain array ({failure})") from failure
-
-
-def _pt_coords(content: dict[str, Any], path: Path) -> tuple[np.ndarray | None, int | None]:
-    found = content.get("coords")
-    coords = None if found is None else _as_array(found, path)
-    return (coords if coords is not None and coords.size else None), _patch_edge(content.get("patch_size_level0"))
-
-
-def _info(path: Path, shape: tuple[int, ...], dtype: np.dtype, passport: Passport | None) -> BagInfo:
+def _info(path: Path, found: Found) -> BagInfo:
+    shape: tuple[int, ...] = found.features.shape
+    dtype: np.dtype = found.features.dtype
     rows = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(rows) != 2 or 0 in rows:
         what = "one vector for the whole slide, not a bag of patches" if len(rows) == 1 and 0 not in rows else "no bag"
@@ -232,28 +188,35 @@ def _info(path: Path, shape: tuple[int, ...], dtype: np.dtype, passport: Passpor
     if not np.issubdtype(dtype, np.floating):
         raise FeatureFileError(f"{path}: features of type {dtype}; expected float16 or float32")
     kept = dtype if dtype in (np.float16, np.float32) else np.dtype(np.float32)
-    return BagInfo(rows[0], rows[1], kept, passport)
+    return BagInfo(rows[0], rows[1], kept, found.passport)
 
 
 def _check_finite(path: Path, features: np.ndarray) -> None:
-    # The sum is finite exactly when all values are, but for overflow; only then look closer.
-    if np.isfinite(features.sum(dtype=np.float64)):
+    # The extremes are found in one pass that allocates nothing, and a NaN or an infinity is always one of them.
+    if all(torch.isfinite(extreme) for extreme in torch.from_numpy(features).aminmax()):
         return
     bad = ~np.isfinite(features)
-    if bad.any():
-        row = int(np.argmax(bad.any(axis=1)))
-        raise FeatureFileError(
-            f"{path}: {int(bad.sum())} values are NaN or infinite, the first in row {row}; extract it again"
-        )
+    row = int(np.argmax(bad.any(axis=1)))
+    raise FeatureFileError(
+        f"{path}: {int(bad.sum())} values are NaN or infinite, the first in row {row}; extract it again"
+    )
 
 
-def _checked_coords(path: Path, coords: np.ndarray | None, num_instances: int) -> np.ndarray | None:
-    if coords is None:
-        return None
+def _checked(path: Path, places: Places, num_instances: int) -> Places:
+    """The places with int64 coordinates `(num_instances, 2)`, or without any and the reason."""
+    if places.coords is None:
+        return places
+    coords = places.coords
     placed = coords.reshape(coords.shape[1:]) if coords.ndim == 3 and coords.shape[0] == 1 else coords
-    if placed.shape != (num_instances, 2):
-        expected = (num_instances, 2)
+    expected = (num_instances, 2)
+    if placed.shape == expected:
+        return replace(places, coords=_whole_pixels(places.source or path, placed))
+    if places.source is None:
         raise FeatureFileError(f"{path}: coords of shape {placed.shape}; expected {expected} as the features have")
+    return Places(withheld=f"{places.source} is of other patches (coords of shape {placed.shape}, not {expected})")
+
+
+def _whole_pixels(path: Path, placed: np.ndarray) -> np.ndarray:
     if placed.dtype.kind not in "iuf":
         raise FeatureFileError(f"{path}: coords of type {placed.dtype}; expected whole level-0 pixels")
     with np.errstate(invalid="ignore"):  # a NaN differs from whatever number it becomes

@@ -4,6 +4,8 @@ A file is written under a temporary name beside its place, flushed to disk and r
 leaves half a file under the final name. PyTorch files are read with `weights_only=True`.
 """
 
+import csv
+import dataclasses
 import errno
 import hashlib
 import io
@@ -14,7 +16,7 @@ import re
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.core.errors import LiteMILError
+from utils.core.errors import ConfigError, LiteMILError
 
 # What a pickled NumPy array or scalar needs to come back. Both homes of NumPy's reconstructors are named: files written
 # by NumPy 1 say numpy.core, files written by NumPy 2 say numpy._core.
@@ -94,11 +96,30 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def write_records(path: Path, records: Sequence[Any]) -> None:
+    """Write dataclasses of one kind, at least one, as a CSV table: a column per field, empty where it is None."""
+    names = [field.name for field in dataclasses.fields(records[0])]
+    table = io.StringIO()
+    lines = csv.writer(table, lineterminator="\n")
+    lines.writerow(names)
+    lines.writerows([getattr(record, name) for name in names] for record in records)
+    write_text(path, table.getvalue())
+
+
+def check_distinct(targets: Mapping[Path, Path]) -> None:
+    """Raise ConfigError when two sources (the keys) would be written to one file (the values)."""
+    owners: dict[Path, Path] = {}
+    for source, target in targets.items():
+        other = owners.setdefault(target, source)
+        if other is not source:
+            raise ConfigError(f"{other} and {source} would both be written to {target}; rename one of them")
+
+
+def read_json(path: Path, error: type[LiteMILError] = LiteMILError) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
-        raise LiteMILError(f"{path}: not readable as JSON ({failure})") from failure
+        raise error(f"{path}: not readable as JSON ({failure})") from failure
 
 
 def save_tensors(path: Path, content: Any) -> None:

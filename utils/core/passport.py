@@ -14,6 +14,12 @@ SCHEMA = 1
 ENCODING_FIELDS = ("backbone", "weights_digest", "transform", "patch_size")
 # Scanners of one nominal magnification differ by about this much (0.22 to 0.25 um/px at "40x").
 MPP_TOLERANCE = 0.15
+# The backbones that go by several names, in hubs and other toolkits; case, "_" and "-" make no other name.
+BACKBONE_ALIASES = {
+    "resnet50": ("resnet50.tv_in1k", "timm/resnet50.tv_in1k", "resnet50_imagenet"),
+    "phikon-v2": ("owkin/phikon-v2", "phikonv2"),
+    "uni": ("uni_v1", "MahmoodLab/uni", "mahmood-uni"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,17 @@ class Passport:
         if not all(isinstance(part, dict) for part in (found.recipe, found.slide, found.software)):
             raise ValueError("recipe, slide or software is not a set of fields")
         return found
+
+
+def backbone_name(name: str) -> str:
+    """The one name of a backbone, whatever alias and case it is called by; an unknown one's own, in small letters.
+
+    `timm:<model>` stays as it is.
+    """
+    prefix, colon, model = name.strip().partition(":")
+    if colon and prefix.lower() == "timm":
+        return f"timm:{model}"
+    return _ONE_NAME.get(_squeezed(name), _squeezed(name))
 
 
 def recipe_differences(
@@ -74,3 +91,10 @@ def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     is_digest = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
     return text[:12] if is_digest else text
+
+
+def _squeezed(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+_ONE_NAME = {_squeezed(alias): name for name, aliases in BACKBONE_ALIASES.items() for alias in (name, *aliases)}

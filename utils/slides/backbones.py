@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from utils.core.errors import BackboneError
 from utils.core.files import load_tensors
+from utils.core.passport import BACKBONE_ALIASES, backbone_name
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -166,16 +167,14 @@ def canonical_backbone(name: str) -> str:
     Raises:
         BackboneError: unknown; the message lists the known ones and the nearest.
     """
-    asked = name.strip()
-    if asked.lower().startswith(_TIMM):
-        return _TIMM + asked[len(_TIMM) :]
-    aliases = {_squeezed(alias): spec.name for spec in _REGISTRY.values() for alias in (spec.name, *spec.aliases)}
-    if _squeezed(asked) in aliases:
-        return aliases[_squeezed(asked)]
-    near = difflib.get_close_matches(_squeezed(asked), aliases, n=1)
-    hint = f"did you mean {aliases[near[0]]}? " if near else ""
-    if _timm().is_model(asked):
-        hint = f"did you mean {_TIMM}{asked}? "
+    known = backbone_name(name)
+    if known in _REGISTRY or known.startswith(_TIMM):
+        return known
+    aliases = [alias for spec in _REGISTRY.values() for alias in (spec.name, *spec.aliases)]
+    near = difflib.get_close_matches(known, aliases, n=1)
+    hint = f"did you mean {backbone_name(near[0])}? " if near else ""
+    if _timm().is_model(name.strip()):
+        hint = f"did you mean {_TIMM}{name.strip()}? "
     raise BackboneError(f"backbone {name!r} is unknown; {hint}known are {', '.join(list_backbones())}, timm:<model>")
 
 
@@ -325,7 +324,7 @@ _REGISTRY: dict[str, BackboneSpec] = {
     for spec in (
         BackboneSpec(
             name="resnet50",
-            aliases=("resnet50.tv_in1k", "timm/resnet50.tv_in1k", "resnet50_imagenet"),
+            aliases=BACKBONE_ALIASES["resnet50"],
             repo="timm/resnet50.tv_in1k",
             filename="model.safetensors",
             dim=1024,
@@ -337,7 +336,7 @@ _REGISTRY: dict[str, BackboneSpec] = {
         ),
         BackboneSpec(
             name="phikon-v2",
-            aliases=("owkin/phikon-v2", "phikonv2"),
+            aliases=BACKBONE_ALIASES["phikon-v2"],
             repo="owkin/phikon-v2",
             filename="model.safetensors",
             dim=1024,
@@ -349,7 +348,7 @@ _REGISTRY: dict[str, BackboneSpec] = {
         ),
         BackboneSpec(
             name="uni",
-            aliases=("uni_v1", "MahmoodLab/uni"),
+            aliases=BACKBONE_ALIASES["uni"],
             repo="MahmoodLab/UNI",
             filename="pytorch_model.bin",
             dim=1024,
@@ -457,10 +456,6 @@ def _few(names: list[str]) -> str:
 
 def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
-
-
-def _squeezed(name: str) -> str:
-    return name.lower().replace("_", "-")
 
 
 def _download(spec: BackboneSpec) -> Path:

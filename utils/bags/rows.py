@@ -1,0 +1,128 @@
+"""The rows of an HDF5 dataset, read straight from the file.
+
+HDF5 takes a chunked dataset through its chunk cache, one chunk after the other, and other toolkits' chunks hold 1 or 32
+patches. Without filters a chunk is plain bytes at a known place, and most chunks follow one another: a few large reads
+fetch them all.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from utils.core.errors import FeatureFileError
+
+_PLAIN_TYPES = tuple(np.dtype(code) for code in ("float16", "float32", "float64"))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells that a file is still the one that was looked at."""
+
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Fingerprint":
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Where the rows of an array `(N, D)` lie in a file: run k has rows `starts[k]` to `starts[k + 1] - 1`, one after
+    the other from byte `offsets[k]` on.
+    """
+
+    path: Path
+    fingerprint: Fingerprint
+    shape: tuple[int, int]
+    dtype: np.dtype
+    starts: np.ndarray
+    offsets: np.ndarray
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop - 1`, `(n, D)`. Raises FeatureFileError when the file has changed since."""
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        rows = np.empty((max(0, stop - start), self.shape[1]), self.dtype)
+        self.read_into(rows, start)
+        return rows
+
+    def read_into(self, rows: np.ndarray, start: int = 0) -> None:
+        """Fill the C-contiguous `rows (n, D)` with rows `start` to `start + n - 1`."""
+        target = rows.reshape(-1).view(np.uint8).data
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if Fingerprint.of(os.fstat(file.fileno())) != self.fingerprint:
+                    raise FeatureFileError(f"{self.path}: was changed while it was in use; start again")
+                for offset, length in self._pieces(start, start + len(rows)):
+                    _read_exactly(file, offset, target[:length])
+                    target = target[length:]
+        except OSError as failure:
+            raise FeatureFileError(f"{self.path}: cannot be read ({failure.strerror or failure})") from failure
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(byte offset, bytes) of the rows, in their order."""
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        run = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            count = min(int(self.starts[run + 1]), stop) - start
+            yield int(self.offsets[run]) + (start - int(self.starts[run])) * row_bytes, count * row_bytes
+            start, run = start + count, run + 1
+
+
+def map_rows(dataset: h5py.Dataset, path: Path) -> RowMap | None:
+    """Where the rows of `dataset` lie in its file; None unless they are plain bytes there (not with a filter, in
+    another byte order, in chunks of another width or never written, in another file, or beyond the file's end).
+    """
+    if not _is_plain(dataset):
+        return None
+    places = _chunk_places(dataset) if dataset.chunks else np.array([[0, dataset.id.get_offset()]], dtype=np.uint64)
+    if places is None:
+        return None
+    fingerprint = Fingerprint.of(os.fstat(dataset.file.id.get_vfd_handle()))
+    starts, offsets = np.append(places[:, 0], np.uint64(dataset.shape[0])), places[:, 1]
+    sizes = np.diff(starts) * np.uint64(dataset.shape[1] * dataset.dtype.itemsize)
+    # In a damaged file they may be anywhere, even where adding to them overflows.
+    if offsets.max() > fingerprint.size or (offsets + sizes).max() > fingerprint.size:
+        return None
+    first = np.flatnonzero(np.append(True, offsets[1:] != offsets[:-1] + sizes[:-1]))
+    runs = starts[[*first, -1]].astype(np.int64), offsets[first].astype(np.int64)
+    return RowMap(path, fingerprint, dataset.shape, dataset.dtype, *runs)
+
+
+def _is_plain(dataset: Any) -> bool:
+    return (
+        dataset.ndim == 2
+        and 0 not in dataset.shape
+        and dataset.dtype in _PLAIN_TYPES
+        and dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype))
+        and dataset.file.driver == "sec2"
+        and dataset.file.userblock_size == 0
+        and dataset.id.get_create_plist().get_nfilters() == 0
+        and (dataset.chunks is not None or dataset.id.get_offset() is not None)
+    )
+
+
+def _chunk_places(dataset: Any) -> np.ndarray | None:
+    """`(K, 2)` uint64: each chunk's first row and its byte offset, in the rows' order; None unless all K are there."""
+    rows, dim = dataset.chunks
+    if dim != dataset.shape[1]:
+        return None
+    found: list[tuple[int, int]] = []
+    dataset.id.chunk_iter(lambda chunk: found.append((chunk.chunk_offset[0], chunk.byte_offset)))
+    places = np.array(sorted(found), dtype=np.uint64).reshape(-1, 2)
+    return places if np.array_equal(places[:, 0], np.arange(0, dataset.shape[0], rows)) else None
+
+
+def _read_exactly(file: RawIOBase, offset: int, target: memoryview) -> None:
+    file.seek(offset)
+    while target:
+        count = file.readinto(target)
+        if not count:
+            raise OSError("the file ends before its data")
+        target = target[count:]
