@@ -11,6 +11,7 @@ import torch
 
 import utils.mil_dataset as mil_dataset
 from tests.cohort import synthetic_bag, synthetic_passport, write_cohort
+from utils.bags.packed import FileFeatures
 from utils.bags.store import Bag, write_bag
 from utils.core.config import Cohort
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
@@ -215,7 +216,11 @@ def test_recipe_and_mpp_are_those_recorded_or_unknown(tmp_path, cohort):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"mode": "chunk"}, "mode 'chunk' is unknown"), ({"chunk_size": 0}, "chunk_size 0 is too small")],
+    [
+        ({"mode": "chunk"}, "mode 'chunk' is unknown"),
+        ({"chunk_size": 0}, "chunk_size 0 is too small"),
+        ({"mode": "full", "sequential": True}, "--sequential: whole slides are not cut"),
+    ],
 )
 def test_settings_that_cannot_be_used(cohort, settings, message):
     with pytest.raises(ConfigError, match=message):
@@ -320,12 +325,23 @@ def test_each_epoch_cuts_a_slide_in_another_way(numbered_cohort):
     assert len(cuts) == 4
 
 
-def test_a_small_window_reads_few_slides_at_a_time(numbered_cohort, monkeypatch):
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """The slides whose files are read, in that order."""
+    found = []
+
+    def noting(files, slide):
+        found.append(slide)
+        return read(files, slide)
+
+    read = FileFeatures.__call__
+    monkeypatch.setattr(FileFeatures, "__call__", noting)
+    return found
+
+
+def test_a_small_window_reads_few_slides_at_a_time(numbered_cohort, monkeypatch, reads):
     monkeypatch.setattr(mil_dataset, "SHUFFLE_WINDOW", 1)
-    monkeypatch.setattr(mil_dataset, "available_memory", lambda: 0)
-    dataset = MILDataset(*numbered_cohort, chunk_size=10)
-    reads = []
-    monkeypatch.setattr(dataset, "bag", lambda slide: reads.append(slide) or MILDataset.bag(dataset, slide))
+    dataset = MILDataset(*numbered_cohort, chunk_size=10, cache="off")
     epoch = dataset.batches(range(8), 1, seed=0)
     next(epoch)
     assert len(reads) == 1
@@ -352,34 +368,80 @@ def test_mixed_precisions_make_one_batch(tmp_path):
     assert sorted(patches_in([batch])) == [(0, k) for k in range(4)] + [(1, k) for k in range(6)]
 
 
-# Memory
+# Where the features are
 
 
-def test_the_memory_cache_changes_speed_and_nothing_else(cohort, monkeypatch, said):
+@pytest.mark.parametrize("settings", [{"chunk_size": 16}, {"chunk_size": 16, "sequential": True}, {"mode": "full"}])
+def test_the_cache_changes_speed_and_nothing_else(cohort, tmp_path, reads, settings):
     slides = list(range(8))
     epochs = {}
-    for name, free in {"kept": 10**12, "unknown": None, "read": 0}.items():
-        monkeypatch.setattr(mil_dataset, "available_memory", lambda free=free: free)
-        dataset = MILDataset(*cohort, chunk_size=16)
-        reads = []
-        monkeypatch.setattr(
-            dataset, "bag", lambda slide, d=dataset, r=reads: r.append(slide) or MILDataset.bag(d, slide)
-        )
-        epochs[name] = [batch for seed in (1, 2) for batch in dataset.batches(slides, 4, seed)]
-        assert len(reads) == (16 if name == "read" else 8)
-    assert equal(epochs["kept"], epochs["read"])
-    assert equal(epochs["kept"], epochs["unknown"])
-    assert "kept in memory after the first read" in said()
-    assert "read from disk in every epoch" in said()
+    for cache, count in {"off": 16, "ram": 8, tmp_path: 8}.items():
+        reads.clear()
+        dataset = MILDataset(*cohort, cache=cache, **settings)
+        epochs[cache] = [batch for seed in (1, 2) for batch in dataset.batches(slides, 4, seed)]
+        assert len(reads) == count
+    assert equal(epochs["ram"], epochs["off"])
+    assert equal(epochs[tmp_path], epochs["off"])
+    reads.clear()
+    again = MILDataset(*cohort, cache=tmp_path, **settings)
+    assert equal(epochs["off"], [batch for seed in (1, 2) for batch in again.batches(slides, 4, seed)])
+    assert reads == []
 
 
-def test_a_cohort_is_kept_in_memory_up_to_a_share_of_what_is_free(cohort, monkeypatch):
-    total = sum(info.nbytes for info in MILDataset(*cohort).info)
-    for free, kept in ((total * 4, 1), (total * 4 - 4, 0)):
+def test_an_item_may_be_changed_without_changing_the_cache(cohort, tmp_path):
+    for cache in ("off", "ram", tmp_path):
+        dataset = MILDataset(*cohort, cache=cache)
+        kept = dataset.features(2).clone()
+        dataset[2][0].zero_()
+        assert torch.equal(dataset.features(2), kept)
+        for batch in dataset.batches([2], 4, seed=0):
+            for bag in batch.bags:
+                bag.zero_()
+        assert torch.equal(dataset.features(2), kept)
+
+
+def test_a_cohort_is_kept_in_memory_up_to_a_share_of_what_is_free(cohort, monkeypatch, said, reads):
+    total = sum(info.nbytes for info in MILDataset(*cohort, cache="off").info)
+    for free, count, words in (
+        (total * 4, 1, "kept in memory after the first read"),
+        (None, 1, "kept in memory after the first read"),
+        (total * 4 - 4, 2, "read from their files in every epoch; --cache DIR packs them into one fast file"),
+    ):
         monkeypatch.setattr(mil_dataset, "available_memory", lambda free=free: free)
         dataset = MILDataset(*cohort)
-        dataset.features(3)
-        assert len(dataset._cache) == kept
+        reads.clear()
+        assert torch.equal(dataset.features(3), dataset.features(3))
+        assert len(reads) == count
+        assert said().endswith(f"{words}\n")
+
+
+def test_memory_that_is_asked_for_and_not_there_is_refused(cohort, monkeypatch):
+    total = sum(info.nbytes for info in MILDataset(*cohort, cache="off").info)
+    monkeypatch.setattr(mil_dataset, "available_memory", lambda: total)
+    MILDataset(*cohort, cache="ram")
+    monkeypatch.setattr(mil_dataset, "available_memory", lambda: total - 1)
+    with pytest.raises(ConfigError, match=r"--cache ram: 8 slides, .* GB of memory free; give off or a folder"):
+        MILDataset(*cohort, cache="ram")
+
+
+def test_lengths_and_labels_are_learned_without_the_features(cohort, tmp_path, reads):
+    for cache in ("off", "ram"):
+        dataset = MILDataset(*cohort, cache=cache)
+        assert len([(info.num_instances, label) for info, label in zip(dataset.info, dataset.labels, strict=True)]) == 8
+    assert reads == []
+
+
+# Groups
+
+
+def test_a_group_column_is_kept_beside_the_cases(tmp_path):
+    labels_csv, features_dir = make(tmp_path, numbered([2, 3, 4]))
+    labels_csv.write_text("case_id,wsi_id,label,site\nP0,S0,a,x\nP1,S1,b,y\nP2,S2,a,x\n")
+    dataset = MILDataset(labels_csv, features_dir, group_column="site")
+    assert dataset.groups.tolist() == ["x", "y", "x"]
+    assert dataset.cases.tolist() == MILDataset(labels_csv, features_dir).groups.tolist() == ["P0", "P1", "P2"]
+    with pytest.raises(LabelsError, match="no column scanner"):
+        MILDataset(labels_csv, features_dir, group_column="scanner")
 
 
 # The command line's cohort
@@ -409,7 +471,7 @@ def test_of_cohort_passes_every_setting_on(home, cohort):
     classes = ("malignant", "benign")
     given = Cohort(
         dataset="mine", labels_csv=table, features_dir=cohort[1], class_names=classes, allow=("missing",), mode="full",
-        chunk_size=7,
+        chunk_size=7, cache=str(home / "packed"), group_column="label",
     )  # fmt: skip
     dataset = MILDataset.of_cohort(given)
     assert len(dataset) == 8
@@ -485,7 +547,7 @@ def test_the_synthetic_cohort_is_the_same_each_time_and_can_be_learned(tmp_path)
     another = write_cohort(tmp_path / "another", **settings, seed=1)
     assert (another[1] / names[0]).read_bytes() != (one[1] / names[0]).read_bytes()
     dataset = MILDataset(*write_cohort(tmp_path / "large", patches=(80, 100), signal=6.0))
-    means = np.stack([dataset.features(slide)[:, :2].astype("f4").mean(axis=0) for slide in range(len(dataset))])
+    means = np.stack([dataset.features(slide)[:, :2].float().mean(dim=0) for slide in range(len(dataset))])
     assert (means.argmax(axis=1) == dataset.labels).all()
     assert all(len(set(dataset.labels[dataset.cases == case])) == 1 for case in dataset.cases)
     bag = synthetic_bag("x", np.ones((30, 2), "f2"), np.random.default_rng(0))

@@ -265,7 +265,7 @@ class TestOutputs:
             "epochs": EPOCHS, "patience": 10, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.01, "use_amp": True,
             "warmup_epochs": 5, "final_lr": 1e-6, "clip_norm": 1.0,
         }  # fmt: skip
-        assert record["identity"]["feed"] == {"mode": "chunked", "chunk_size": 20, "aggregation": "mean"}
+        assert record["identity"]["feed"] == SlideFeed(20, "mean").as_dict()
 
     def test_checkpoints_say_what_they_are(self, finished, dataset):
         splits = strict_json(finished.folder / "splits.json")["folds"]
@@ -326,7 +326,7 @@ class TestSecrecyOfTheTestFold:
 
             def noise(data, slide):
                 real = original(data, slide)
-                return np.random.default_rng(slide).standard_normal(real.shape).astype(real.dtype)
+                return torch.randn(real.shape, generator=torch.Generator().manual_seed(slide)).to(real.dtype)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(type(data), "features", noise)
@@ -742,7 +742,7 @@ class TestKinds:
         data = MILDataset(*cohort, mode="full", chunk_size=20)
         results = make_cv(data, tmp_path, n_outer=2, epochs=2).run()
         checkpoint = load_checkpoint(tmp_path / "fold_1_best.pth")
-        assert checkpoint.feed == {"mode": "full", "chunk_size": None, "aggregation": "merge"}
+        assert checkpoint.slide_feed == SlideFeed(None, "merge")
         for result in results["fold_results"]:
             assert result["chunk"] == result["slide"]
         rows = pd.read_csv(tmp_path / "predictions.csv")

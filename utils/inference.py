@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from MILS import ModelError, mil_name
@@ -127,7 +128,7 @@ class SlidePredictor:
         """Predict a bag in memory; `path` is where it came from."""
         self._check_bag(bag, path)
         feed = self._feed(mode, chunk_size)
-        output = predict_features(self.model, bag.features, feed, attention=True)
+        output = predict_features(self.model, torch.from_numpy(bag.features), feed, attention=True)
         known = self.checkpoint.seen["slide"]
         seen = id_digests("slide", [path.stem])[0] in known if known else None
         if seen:

@@ -5,16 +5,17 @@ features, label = dataset[0]
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.bags import labels
 from utils.bags.collate import Batch, Chunk, collate, cut_chunks, num_chunks
-from utils.bags.store import FEATURE_EXTENSIONS, Bag, BagInfo, peek_bag, read_bag
+from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
+from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.config import Cohort
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
@@ -24,7 +25,7 @@ from utils.core.runtime import available_memory, log, progress
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
 SHUFFLE_WINDOW = 2**18
-# Features are kept in memory when the whole cohort fits this part of what is free.
+# Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
 _MEMORY_SHARE = 0.25
 
 
@@ -33,9 +34,14 @@ class MILDataset(Dataset):
 
     `csv_path` has the columns `case_id,wsi_id,label`; slide `wsi_id` has its features in
     `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`) under the name `feat_type`. `mode` "chunked" trains on random chunks
-    of at most `chunk_size` patches, "full" on whole slides. `class_names` defaults to the labels that occur, sorted.
-    `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only leave a row
-    out (see `utils.bags.labels.account`).
+    of at most `chunk_size` patches (`sequential`: on runs of patches that are neighbours in the file), "full" on whole
+    slides. `class_names` defaults to the labels that occur, sorted. `label_names` renames labels, `left_out` names
+    labels that are no class, `allow` the problems that only leave a row out (see `utils.bags.labels.account`).
+    `group_column` names the column whose values splits keep together, instead of the case.
+
+    `cache` says where the features are in use: "off" reads them from their files whenever they are needed, "ram" keeps
+    them in memory, a folder holds them in one packed file that all processes share and later runs find again. By
+    default "ram" where the cohort fits a quarter of the free memory, else "off".
 
     Raises LabelsError for a table that does not account for every slide, FeatureFileError for a damaged file or files
     of different widths, RecipeError for files made in different ways.
@@ -50,14 +56,14 @@ class MILDataset(Dataset):
         chunk_size: int = 1000,
         feat_type: str = "features",
         *,
+        sequential: bool = False,
+        group_column: str | None = None,
+        cache: str | Path | None = None,
         label_names: Mapping[str, str] | None = None,
         left_out: Collection[str] = (),
         allow: Collection[str] = (),
     ) -> None:
-        if mode not in ("chunked", "full"):
-            raise ConfigError(f"MILDataset: mode {mode!r} is unknown; use 'chunked' or 'full'")
-        if chunk_size < 1:
-            raise ConfigError(f"MILDataset: chunk_size {chunk_size} is too small; give at least 1")
+        _check_settings(mode, chunk_size, sequential)
         self.features_dir = Path(features_dir)
         if not self.features_dir.is_dir():
             raise FeatureFileError(f"{features_dir}: no such folder; give the folder of feature files (--features_dir)")
@@ -68,20 +74,21 @@ class MILDataset(Dataset):
             raise LabelsError(
                 f"{csv_path}: classes {', '.join(self.class_names)}; a classifier needs two different ones"
             )
-        self.mode, self.chunk_size, self.feat_type = mode, chunk_size, feat_type
+        self.mode, self.chunk_size, self.sequential, self.feat_type = mode, chunk_size, sequential, feat_type
         self.rows = labels.account(
-            Path(csv_path), rows, self.class_names, self._find_file,
+            Path(csv_path), rows, self.class_names, partial(labels.find_features, self.features_dir),
             label_names=label_names, left_out=left_out, allow=allow,
         )  # fmt: skip
-        bar = progress(self.rows, "Looking at feature files", unit="slide", leave=False)
-        self.info: list[BagInfo] = [peek_bag(row.path, feat_type) for row in bar]
         self.labels = np.array([row.label for row in self.rows])
         self.cases = np.array([row.case_id for row in self.rows])
+        self.groups = np.array(labels.group_cases(Path(csv_path), self.rows, group_column))
+        self.group_column = group_column
         log.info("Classes: %s", "; ".join(self._counts(index) for index in range(len(self.class_names))))
+        packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
+        self.info = self._look(packed)
         self._check_widths()
         self._check_recipes()
-        self._cache: dict[int, np.ndarray] = {}
-        self._keeps = self._fits_in_memory()
+        self._features = self._open_features(cache, packed)
 
     @classmethod
     def of_cohort(cls, cohort: Cohort) -> "MILDataset":
@@ -95,6 +102,9 @@ class MILDataset(Dataset):
             cohort.mode,
             cohort.chunk_size,
             cohort.feat_type,
+            sequential=cohort.sequential,
+            group_column=cohort.group_column,
+            cache=cohort.cache,
             label_names=known.label_names if known else None,
             left_out=known.left_out if known and not cohort.class_names else (),
             allow=cohort.allow,
@@ -104,9 +114,9 @@ class MILDataset(Dataset):
         """How many slides there are."""
         return len(self.rows)
 
-    def __getitem__(self, slide: int) -> tuple[torch.Tensor, int]:
-        """One slide: `features (N, D)` as stored, and its class."""
-        return torch.from_numpy(self.features(slide)), self.rows[slide].label
+    def __getitem__(self, slide: int) -> tuple[Tensor, int]:
+        """One slide: a copy of its `features (N, D)`, as stored, and its class."""
+        return self.features(slide).clone(), self.rows[slide].label
 
     @property
     def input_dim(self) -> int:
@@ -134,19 +144,17 @@ class MILDataset(Dataset):
         """One slide with coordinates and passport, read from its file."""
         return read_bag(self.rows[slide].path, self.feat_type)
 
-    def features(self, slide: int) -> np.ndarray:
-        """`(N, D)`, float16 or float32 as stored; kept in memory where the cohort fits."""
-        if slide in self._cache:
-            return self._cache[slide]
-        features = self.bag(slide).features
-        if self._keeps:
-            self._cache[slide] = features
-        return features
+    def features(self, slide: int) -> Tensor:
+        """`(N, D)`, float16 or float32 as stored; it may be the cache itself, so copy it before you change it."""
+        return self._features(slide)
 
-    def batches(self, slides: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> Iterator[Batch]:
+    def batches(
+        self, slides: Sequence[int] | np.ndarray, batch_size: int, seed: int, pin_memory: bool = False
+    ) -> Iterator[Batch]:
         """One epoch over `slides`: every patch once, in chunks cut, shuffled and batched at random from `seed`.
 
-        Chunk weights average 1 and give each slide the same share of the epoch's loss.
+        Chunk weights average 1 and give each slide the same share of the epoch's loss. `pin_memory` is for a CUDA
+        device.
         """
         rng = np.random.default_rng(seed)
         per_slide = len(slides) / sum(
@@ -158,16 +166,16 @@ class MILDataset(Dataset):
             waiting += [fresh[position] for position in rng.permutation(len(fresh))]
             whole = len(waiting) // batch_size * batch_size
             for start in range(0, whole, batch_size):
-                yield collate(waiting[start : start + batch_size])
+                yield collate(waiting[start : start + batch_size], pin_memory)
             waiting = waiting[whole:]
         if waiting:
-            yield collate(waiting)
+            yield collate(waiting, pin_memory)
 
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
         features = self.features(slide)
-        cuts = cut_chunks(len(features), self.largest_chunk, rng)
+        cuts = cut_chunks(len(features), self.largest_chunk, sequential=self.sequential, rng=rng)
         weight = 1 / (len(cuts) * per_slide)
-        return [Chunk(features[cut], self.rows[slide].label, weight, slide) for cut in cuts]
+        return [Chunk(features, cut, self.rows[slide].label, weight, slide) for cut in cuts]
 
     def _windows(self, slides: np.ndarray) -> Iterator[list[int]]:
         window: list[int] = []
@@ -180,14 +188,6 @@ class MILDataset(Dataset):
                 window, held = [], 0
         if window:
             yield window
-
-    def _find_file(self, wsi_id: str) -> Path | None:
-        # The id may hold dots of its own, so the ending is appended, never replaced.
-        found = [path for ending in FEATURE_EXTENSIONS if (path := self.features_dir / f"{wsi_id}{ending}").is_file()]
-        if len(found) > 1:
-            names = " and ".join(path.name for path in found)
-            raise LabelsError(f"{self.features_dir}: slide {wsi_id} has {names}; keep one of them")
-        return found[0] if found else None
 
     def _counts(self, label: int) -> str:
         mine = self.labels == label
@@ -213,9 +213,40 @@ class MILDataset(Dataset):
                     "extract all slides with one recipe"
                 )
 
-    def _fits_in_memory(self) -> bool:
-        total, free = sum(info.nbytes for info in self.info), available_memory()
-        fits = free is None or total <= free * _MEMORY_SHARE
-        where = "kept in memory after the first read" if fits else "read from disk in every epoch"
-        log.info("%d slides, %.2f GB of features: %s", len(self.rows), total / 1e9, where)
-        return fits
+    def _look(self, packed: Path | None) -> list[BagInfo]:
+        """What each feature file holds, without its features; from the packed file where it is there."""
+        paths = [row.path for row in self.rows]
+        opened = None if packed is None else open_packed(packed, paths)
+        bar = progress(paths, "Looking at feature files", unit="slide", leave=False)
+        return [(opened.info(path) if opened else None) or peek_bag(path, self.feat_type) for path in bar]
+
+    def _open_features(
+        self, cache: str | Path | None, packed: Path | None
+    ) -> FileFeatures | MemoryFeatures | PackedFeatures:
+        files = FileFeatures([row.path for row in self.rows], self.info, self.feat_type)
+        size = f"{len(self)} slides, {sum(info.nbytes for info in self.info) / 1e9:.2f} GB of features"
+        if packed is not None:
+            features = pack(packed, files)
+            log.info("%s: packed in %s", size, packed)
+            return features
+        free = available_memory()
+        if cache == "off" or (cache is None and not self._fits(free, _MEMORY_SHARE)):
+            advice = "" if cache else "; --cache DIR packs them into one fast file"
+            log.info("%s: read from their files in every epoch%s", size, advice)
+            return files
+        if not self._fits(free, 1):
+            raise ConfigError(f"--cache ram: {size}, {(free or 0) / 1e9:.2f} GB of memory free; give off or a folder")
+        log.info("%s: kept in memory after the first read", size)
+        return MemoryFeatures(files)
+
+    def _fits(self, free: int | None, share: float) -> bool:
+        return free is None or sum(info.nbytes for info in self.info) <= free * share
+
+
+def _check_settings(mode: str, chunk_size: int, sequential: bool) -> None:
+    if mode not in ("chunked", "full"):
+        raise ConfigError(f"MILDataset: mode {mode!r} is unknown; use 'chunked' or 'full'")
+    if chunk_size < 1:
+        raise ConfigError(f"MILDataset: chunk_size {chunk_size} is too small; give at least 1")
+    if sequential and mode == "full":
+        raise ConfigError("--sequential: whole slides are not cut; leave it out, or give --mode chunked")

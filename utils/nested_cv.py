@@ -89,7 +89,7 @@ class NestedCrossValidation:
         )
         self.output_dir = Path(output_dir).absolute()
         self.device = resolve_device(device)
-        self.feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size)
+        self.feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size, dataset.sequential)
         self.spec = _spec_of(model_factory)
         for name, expected in (("input_dim", dataset.input_dim), ("num_classes", len(dataset.class_names))):
             if self.spec.get(name, expected) != expected:
@@ -99,7 +99,7 @@ class NestedCrossValidation:
         """Train what is not trained yet, write every result, return the content of `outputs.json`."""
         folds = nested_splits(
             self.dataset.labels,
-            self.dataset.cases,
+            self.dataset.groups,
             self.dataset.class_names,
             self.protocol.n_outer,
             self.protocol.n_inner,
@@ -337,6 +337,7 @@ class NestedCrossValidation:
             "feat_type": self.dataset.feat_type,
             "class_names": list(self.dataset.class_names),
             "slides": digest(slides),
+            "groups": digest(*self.dataset.groups),
         }
 
     def _run_record(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.bags.labels import LabelRow, account, classes_in, read_rows
+from utils.bags.labels import LabelRow, account, classes_in, find_features, group_cases, read_rows
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
 from utils.core.runtime import log
@@ -66,12 +66,14 @@ def ids(rows: list[LabelRow]) -> list[str]:
 
 
 def test_rows_keep_their_order_and_name_their_file(table):
-    rows = table.write("P2,S3,malignant", "P1,S1,benign", "P1,S2,benign").account()
-    assert rows == [
-        LabelRow("S3", "P2", 1, Path("S3.h5")),
-        LabelRow("S1", "P1", 0, Path("S1.h5")),
-        LabelRow("S2", "P1", 0, Path("S2.h5")),
+    header = "case_id,wsi_id,label,age"
+    rows = table.write("P2,S3,malignant,61", "P1,S1,benign,", "P1,S2,benign,07", header=header).account()
+    assert [(row.wsi_id, row.case_id, row.label, row.path) for row in rows] == [
+        ("S3", "P2", 1, Path("S3.h5")),
+        ("S1", "P1", 0, Path("S1.h5")),
+        ("S2", "P1", 0, Path("S2.h5")),
     ]
+    assert [row.columns["age"] for row in rows] == ["61", "", "07"]
 
 
 @pytest.mark.parametrize("text", ["007", "1e5", "NA", "null", "nan", "None", "1.0", "0x10", "TRUE", "-", "2024-01-02"])
@@ -332,3 +334,57 @@ def test_the_real_tables_with_the_known_cohorts(name, usable, counts):
     assert all(row.wsi_id.startswith(row.case_id) for row in rows)
     assert len({row.wsi_id for row in rows}) == len(rows)
     assert len(table) == len(rows) + sum(row["label"] in known.left_out for row in table)
+
+
+# What splits keep together
+
+
+def grouped(table: Table, column: str | None) -> list[str]:
+    return group_cases(table.path, table.account(), column)
+
+
+def test_without_a_column_cases_stay_together(table):
+    assert grouped(table.write("P2,S3,malignant", "P1,S1,benign", "P1,S2,benign"), None) == ["P2", "P1", "P1"]
+
+
+def test_a_column_groups_its_cases(table):
+    table.write("P1,S1,benign,Oslo", "P2,S2,malignant,Oslo", "P3,S3,benign,007", header="case_id,wsi_id,label,center")
+    assert grouped(table, "center") == ["Oslo", "Oslo", "007"]
+
+
+def test_the_site_is_read_off_tcga_barcodes_unless_there_is_a_column(table):
+    slides = ("TCGA-05-4250,TCGA-05-4250-01Z-00-DX1.90f6", "C2,TCGA-4B-A93V-01Z-00-DX1.C263")
+    table.write(*(f"{slide},{label}" for slide, label in zip(slides, CLASSES, strict=True)))
+    assert grouped(table, "site") == ["05", "4B"]
+    header = "case_id,wsi_id,label,site"
+    table.write(*(f"{slide},{label},x" for slide, label in zip(slides, CLASSES, strict=True)), header=header)
+    assert grouped(table, "site") == ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "column", "reason"),
+    [
+        (("P1,S1,benign,x",), "scanner", "no column scanner to group by; found case_id, wsi_id, label, center"),
+        (("P1,S1,benign,x", "P2,S2,benign,"), "center", "1 row without a center: S2; fill it in"),
+        (("P1,S1,benign,x",), "site", "1 row without a site: S1; fill it in"),
+        (("P1,S1,benign,x", "P1,S2,benign,y"), "center", "case P1 has slides of center x and y; a case must stay"),
+    ],
+)
+def test_groups_that_cannot_be_kept_together(table, rows, column, reason):
+    table.write(*rows, header="case_id,wsi_id,label,center")
+    with pytest.raises(LabelsError, match=reason):
+        grouped(table, column)
+
+
+# The file of a slide
+
+
+def test_the_feature_file_of_a_slide_is_found_by_any_of_our_endings(tmp_path):
+    for name in ("a.h5", "b.hdf5", "c.pt", "d.pth", "e.npy", "f.x.h5"):
+        (tmp_path / name).touch()
+    found = {slide: find_features(tmp_path, slide) for slide in ("a", "b", "c", "d", "e", "f", "f.x")}
+    names = {slide: path and path.name for slide, path in found.items()}
+    assert names == {"a": "a.h5", "b": "b.hdf5", "c": "c.pt", "d": "d.pth", "e": None, "f": None, "f.x": "f.x.h5"}
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(LabelsError, match=r"slide a has a\.h5 and a\.pt; keep one of them"):
+        find_features(tmp_path, "a")

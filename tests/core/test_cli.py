@@ -13,7 +13,9 @@ import pytest
 from utils.core import cli, runtime
 from utils.core.config import (
     REQUIRED,
+    Audit,
     Cohort,
+    Conversion,
     Extraction,
     ExtractionFiles,
     Model,
@@ -22,6 +24,7 @@ from utils.core.config import (
     PredictionRecipe,
     Protocol,
     Training,
+    flag_of,
     option,
 )
 from utils.core.errors import ConfigError, LiteMILError, SlideError
@@ -30,11 +33,15 @@ SCRIPTS = {
     "extractFeatures": {"files": ExtractionFiles, "recipe": Extraction},
     "train": {"cohort": Cohort, "model": Model, "training": Training, "protocol": Protocol},
     "predict": {"prediction": Prediction, "recipe": PredictionRecipe, "pictures": Pictures},
+    "convert": {"conversion": Conversion},
+    "audit": {"cohort": Audit},
 }
 NEEDED = {
     "extractFeatures": ["--input", "a.svs"],
     "train": ["--dataset", "mine", "--mil", "LiteMIL"],
     "predict": ["--checkpoint", "a.pth", "--input", "a.h5"],
+    "convert": ["a.h5", "b.h5"],
+    "audit": ["--dataset", "mine"],
 }
 
 
@@ -53,6 +60,15 @@ class Example:
     loud: bool = option(False, "say more")
     fast: bool = option(True, "be slow", flag="--no_fast", alias="-s")
     internal: int = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Two values given by their place, and a flag."""
+
+    source: Path = option(REQUIRED, "where from", metavar="IN", positional=True)
+    times: int = option(REQUIRED, "how often", positional=True)
+    folder: Path | None = option(None, "a folder")
 
 
 @pytest.fixture
@@ -121,12 +137,23 @@ def test_a_required_flag_is_required(capsys):
     assert "--name" in refused(capsys, parse)
 
 
+def test_what_is_given_by_its_place(capsys):
+    wanted = Placed(source=Path("a"), times=3, folder=Path("f"))
+    for argv in (["a", "3", "--folder", "f"], ["--folder", "f", "a", "3"], ["a", "--folder", "f", "3"]):
+        assert cli.parse("", {"placed": Placed}, argv) == [wanted]
+    for argv in (["a"], [], ["a", "often"], ["a", "3", "4"], ["--source", "a", "3"]):
+        refused(capsys, cli.parse, "", {"placed": Placed}, argv)
+    assert "IN" in refused(capsys, cli.parse, "", {"placed": Placed}, [])
+    assert [flag_of(field) for field in cli._options(Placed)] == ["IN", "times", "--folder"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_defaults_are_the_configs(script):
     given = {"dataset": "mine", "mil": "LiteMIL", "checkpoint": Path("a.pth")}
     given["input"] = Path("a.svs") if script == "extractFeatures" else Path("a.h5")
+    given |= {"output": Path("b.h5")} if script == "convert" else {}
     for made, cls in zip(parse_script(script), SCRIPTS[script].values(), strict=True):
-        names = {name for name in ("dataset", "mil", "checkpoint", "input") if name in cls.__dataclass_fields__}
+        names = given.keys() & cls.__dataclass_fields__.keys()
         needed = names if cls is not Prediction else names - {"dataset", "mil"}
         assert made == cls(**{name: given[name] for name in needed})
 

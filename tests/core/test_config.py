@@ -9,7 +9,10 @@ import pytest
 
 from utils.core import config
 from utils.core.config import (
+    Audit,
     Cohort,
+    CohortFiles,
+    Conversion,
     Extraction,
     ExtractionFiles,
     Model,
@@ -27,6 +30,7 @@ from utils.mil_dataset import MILDataset
 GIVEN = {
     Extraction: {},
     ExtractionFiles: {"input_dir": Path("slides"), "output_dir": Path("features")},
+    CohortFiles: {},
     Cohort: {"dataset": "mine"},
     Model: {"mil": "LiteMIL"},
     Training: {},
@@ -34,6 +38,8 @@ GIVEN = {
     Prediction: {"checkpoint": Path("a.pth"), "input": Path("a.h5")},
     PredictionRecipe: {},
     Pictures: {},
+    Conversion: {"input": Path("in"), "output": Path("out")},
+    Audit: {"dataset": "mine"},
 }
 FIELDS = [(cls, field) for cls in GIVEN for field in dataclasses.fields(cls) if field.metadata]
 LIMITED = [(cls, field) for cls, field in FIELDS if math.isfinite(field.metadata["least"])]

@@ -13,13 +13,13 @@ MODELS = list_mils()
 MERGEABLE = [name for name in MODELS if name != "TransMIL"]
 
 
-def bag(count: int = 53, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32)
+def bag(count: int = 53, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32))
 
 
-def probabilities_of(model: nn.Module, features: np.ndarray) -> np.ndarray:
+def probabilities_of(model: nn.Module, features: torch.Tensor) -> np.ndarray:
     with torch.inference_mode():
-        logits, _ = model.eval()(torch.from_numpy(features)[None])
+        logits, _ = model.eval()(features[None])
     return torch.softmax(logits[0].double(), dim=0).numpy()
 
 
@@ -42,7 +42,7 @@ def stirred(make_model):
 def test_mean_is_the_instance_weighted_mean_of_the_chunks(name, stirred):
     model, features = stirred(name), bag(53)
     cuts = cut_chunks(53, 20)
-    each = np.stack([probabilities_of(model, features[cut]) for cut in cuts])
+    each = np.stack([probabilities_of(model, features[torch.tensor(cut)]) for cut in cuts])
     sizes = np.array([len(cut) for cut in cuts])
     assert sorted(sizes.tolist()) == [17, 18, 18]
     output = predict_features(model, features, SlideFeed(20, "mean"))
@@ -71,7 +71,7 @@ def test_merge_is_one_pass_over_the_whole_slide(name, feed, stirred, monkeypatch
     assert output.probabilities == pytest.approx(probabilities_of(model, features), abs=1e-6)
     assert len(output.chunk_sizes) == (1 if feed is FULL else 3)
     with torch.inference_mode():
-        _, aux = model(torch.from_numpy(features)[None])
+        _, aux = model(features[None])
     assert output.attention == pytest.approx(aux["attn"][0].numpy(), abs=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_attention_of_chunks_lands_on_its_patches(stirred):
     attention = predict_features(model, features, SlideFeed(20, "mean"), attention=True).attention
     for cut in cuts:
         with torch.inference_mode():
-            _, aux = model(torch.from_numpy(features[cut])[None])
+            _, aux = model(features[torch.tensor(cut)][None])
         assert attention[:, cut] == pytest.approx(aux["attn"][0].numpy() * len(cut) / 53, abs=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_each_module_is_left_in_its_mode(make_model):
 def test_mode_is_restored_after_an_error(name, make_model):
     model = make_model(name).train()
     with pytest.raises(ValueError, match=name):
-        predict_features(model, np.zeros((5, 3), dtype=np.float32), FULL)
+        predict_features(model, torch.zeros(5, 3), FULL)
     assert model.training
 
 
@@ -164,17 +164,17 @@ def test_dropout_is_off(name, feed, make_model):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("feed", [FULL, SlideFeed(20, "mean")])
 def test_half_precision_features_are_cast_not_computed_with(name, feed, stirred):
-    model, features = stirred(name), bag().astype(np.float16)
-    half, single = (predict_features(model, part, feed) for part in (features, features.astype(np.float32)))
+    model, features = stirred(name), bag().half()
+    half, single = (predict_features(model, part, feed) for part in (features, features.float()))
     assert half.probabilities.dtype == np.float64
     assert np.array_equal(half.probabilities, single.probabilities)
 
 
 def test_features_and_gradients_are_left_alone(stirred):
     model, features = stirred("LiteMIL"), bag()
-    before = features.copy()
+    before = features.clone()
     predict_features(model, features, SlideFeed(20, "mean"))
-    assert np.array_equal(features, before)
+    assert torch.equal(features, before)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -186,4 +186,13 @@ def test_features_and_gradients_are_left_alone(stirred):
     ],
 )
 def test_feed_of_a_mode(mode, expected):
-    assert SlideFeed.of_mode(mode, 20).as_dict() == expected
+    assert SlideFeed.of_mode(mode, 20).as_dict() == expected | {"sequential": False}
+    assert SlideFeed.of_mode("chunked", 20, sequential=True).as_dict()["sequential"]
+
+
+def test_a_slide_is_cut_as_the_feed_says(stirred):
+    model, features = stirred("LiteMIL"), bag(53)
+    each = [probabilities_of(model, features[start:stop]) for start, stop in ((0, 17), (17, 35), (35, 53))]
+    output = predict_features(model, features, SlideFeed(20, "mean", sequential=True), attention=True)
+    assert output.chunk_probabilities == pytest.approx(np.stack(each), abs=1e-6)
+    assert output.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)

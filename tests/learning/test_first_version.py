@@ -6,6 +6,7 @@ import torch
 
 from tests.learning.checkpoint_helpers import check_damage, check_refused
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
+from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -40,7 +41,7 @@ def test_the_sizes_are_read_off_the_tensors(fold, all_folds, caplog):
             "name": "LiteMIL", "input_dim": 24, "num_classes": 3, "hidden_dim": 16, "num_queries": 3, "num_heads": 4,
         }  # fmt: skip
         assert loaded.class_names == KIDNEY
-        assert loaded.feed == {"mode": "full", "chunk_size": None, "aggregation": "merge"}
+        assert loaded.slide_feed == SlideFeed(None, "merge")
         assert (loaded.recipe, loaded.mpp_range, loaded.versions) == (None, None, {})
         assert loaded.seen == {"case": [], "slide": []}
     assert load_checkpoint(fold, dataset="kidney").dataset == "kidney"

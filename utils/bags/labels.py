@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.bags.store import FEATURE_EXTENSIONS
+from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError
 from utils.core.runtime import log
 
@@ -16,12 +18,15 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One slide: its patient (the case), its class as an index into the class names, its feature file."""
+    """One slide: its patient (the case), its class as an index into the class names, its feature file, and all columns
+    of its row in the table.
+    """
 
     wsi_id: str
     case_id: str
     label: int
     path: Path
+    columns: Row
 
 
 def read_rows(csv_path: Path) -> list[Row]:
@@ -110,7 +115,7 @@ def account(
     absent = [wsi_id for wsi_id, path in files.items() if path is None]
     _report(csv_path, "missing", "wsi_id without a feature file", absent, allow)
     usable = [
-        LabelRow(row["wsi_id"], row["case_id"], class_names.index(row["label"]), path)
+        LabelRow(row["wsi_id"], row["case_id"], class_names.index(row["label"]), path, row)
         for row in rows
         if (path := files[row["wsi_id"]]) is not None
     ]
@@ -118,6 +123,46 @@ def account(
         raise LabelsError(f"{csv_path}: no usable row is left; check the labels, --class_names and --features_dir")
     _tell_mixed_cases(csv_path, usable)
     return usable
+
+
+def group_cases(csv_path: Path, rows: Sequence[LabelRow], column: str | None) -> list[str]:
+    """What splits keep together, for each row: its case, or the value of a column.
+
+    A table without a column "site" has the tissue source site in its TCGA barcodes. Raises LabelsError for a column
+    that is not there or empty in a row, and for a case that stands in two groups.
+    """
+    if column is None:
+        return [row.case_id for row in rows]
+    if column != "site" and column not in rows[0].columns:
+        raise LabelsError(f"{csv_path}: no column {column} to group by; found {', '.join(rows[0].columns)}")
+    groups = [_group(row, column) for row in rows]
+    unknown = [row.wsi_id for row, group in zip(rows, groups, strict=True) if not group]
+    if unknown:
+        raise LabelsError(f"{csv_path}: {_count(len(unknown))} without a {column}: {_named(unknown)}; fill it in")
+    first: dict[str, str] = {}
+    for row, group in zip(rows, groups, strict=True):
+        if first.setdefault(row.case_id, group) != group:
+            raise LabelsError(
+                f"{csv_path}: case {row.case_id} has slides of {column} {first[row.case_id]} and {group}; "
+                "a case must stay together, so give it one"
+            )
+    return groups
+
+
+def _group(row: LabelRow, column: str) -> str:
+    if column in row.columns:
+        return row.columns[column]
+    return tcga_site(row.case_id) or tcga_site(row.wsi_id) or ""
+
+
+def find_features(features_dir: Path, wsi_id: str) -> Path | None:
+    """The slide's feature file, `<wsi_id>.h5`, `.hdf5`, `.pt` or `.pth`; LabelsError when there are two."""
+    # The id may hold dots of its own, so the ending is appended, never replaced.
+    found = [path for ending in FEATURE_EXTENSIONS if (path := features_dir / f"{wsi_id}{ending}").is_file()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise LabelsError(f"{features_dir}: slide {wsi_id} has {names}; keep one of them")
+    return found[0] if found else None
 
 
 def _renamed(rows: Sequence[Row], label_names: Mapping[str, str]) -> list[Row]:

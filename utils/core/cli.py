@@ -64,14 +64,18 @@ def _options(config: type) -> list[dataclasses.Field]:
 
 
 def _spellings(field: dataclasses.Field) -> list[str]:
+    if field.metadata["positional"]:
+        return [field.name]
     alias = field.metadata["alias"]
     return [flag_of(field)] + ([alias] if alias else [])
 
 
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """The keyword arguments of `add_argument` for a field of this type."""
-    settings: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"]}
-    settings |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
+    settings: dict[str, Any] = {"help": field.metadata["help"]}
+    if not field.metadata["positional"]:
+        settings["dest"] = field.name
+        settings |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
     if hint is bool:
         return settings | {"action": "store_false" if field.default else "store_true"}
     inner = _without_none(hint)

@@ -1,5 +1,6 @@
 """What is known of the public cohorts whose features can be downloaded; any other name is the user's own cohort."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,3 +22,9 @@ KNOWN_COHORTS: Mapping[str, KnownCohort] = {
     "kidney": KnownCohort(("PRCC", "CCRCC", "CHRCC")),
     "tupac": KnownCohort(("Low", "High"), label_names={"0": "Low", "1": "High"}),
 }
+
+
+def tcga_site(case_or_slide_id: str) -> str | None:
+    """The tissue source site in a TCGA barcode (TCGA-05-4250-01Z... -> "05"); None for an id that is none."""
+    barcode = re.match(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", case_or_slide_id, re.IGNORECASE)
+    return barcode[1].upper() if barcode else None

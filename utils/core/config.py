@@ -24,15 +24,24 @@ def option(
     flag: str | None = None,
     alias: str | None = None,
     metavar: str | None = None,
+    positional: bool = False,
 ) -> Any:
-    """A dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory."""
-    metadata = {"help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar}
+    """A dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory; a `positional` one is given
+    by its place, not by a name.
+    """
+    metadata = {
+        "help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar,
+        "positional": positional,
+    }  # fmt: skip
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_of(field: dataclasses.Field) -> str:
+    """The name a person knows the field by."""
+    if field.metadata.get("positional"):
+        return field.metadata["metavar"] or field.name
     return field.metadata.get("flag") or f"--{field.name}"
 
 
@@ -101,12 +110,9 @@ class ExtractionFiles(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cohort(_Checked):
-    """The slides, their labels, and how a slide is fed to a model."""
+class CohortFiles(_Checked):
+    """Where a cohort's slides and labels are."""
 
-    dataset: str = option(
-        REQUIRED, "name of the cohort; names the default folders datasets/<name> and outputs/<mil>/<name>"
-    )
     features_dir: Path | None = option(None, "folder of feature files (default: datasets/<dataset>/features)")
     labels_csv: Path | None = option(None, "table case_id,wsi_id,label (default: datasets/<dataset>/labels.csv)")
     class_names: tuple[str, ...] | None = option(
@@ -114,12 +120,31 @@ class Cohort(_Checked):
         "classes in order, the positive one last (default: the known cohort's, else the labels sorted)",
         metavar="NAME",
     )
+    feat_type: str = option("features", "name of the features inside each file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort(CohortFiles):
+    """The slides, their labels, and how a slide is fed to a model."""
+
+    dataset: str = option(
+        REQUIRED, "name of the cohort; names the default folders datasets/<name> and outputs/<mil>/<name>"
+    )
     allow: tuple[Literal["missing", "unknown", "duplicate"], ...] = option(
         (), "leave out rows without a feature file, with a label that is no class, or that repeat a wsi_id"
     )
     mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
     chunk_size: int = option(1000, "most patches in a chunk", least=1)
-    feat_type: str = option("features", "name of the features inside each file")
+    sequential: bool = option(False, "cut slides into runs of patches that are neighbours in the file, not at random")
+    group_column: str | None = option(
+        None, "column whose values no split divides, such as site (default: case_id; site is read off TCGA barcodes)"
+    )
+    cache: str | None = option(
+        None,
+        "off, ram, or a folder for one packed file that all runs share "
+        "(default: ram where the cohort fits a quarter of the free memory, else off)",
+        metavar="off|ram|DIR",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,3 +246,40 @@ class Pictures(_Checked):
         super().__post_init__()
         if self.wsi is not None and not self.visualize:
             raise ConfigError(f"--wsi {self.wsi}: the slide to draw on; give --visualize with it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion(_Checked):
+    """Which feature files `utils.convert` rewrites as ours, and how."""
+
+    input: Path = option(REQUIRED, "a feature file, or a folder of them", metavar="IN", positional=True)
+    output: Path = option(REQUIRED, "where it goes: a file for a file, or a folder", metavar="OUT", positional=True)
+    format: Literal["h5", "pt"] | None = option(None, "feature file format (default: h5, or as OUT ends)")
+    dtype: Literal["float16", "float32"] | None = option(None, "precision of the features (default: as stored)")
+    feat_type: str = option("features", "name of the features inside each file")
+    mpp: float | None = option(
+        None, "um per level-0 pixel of all the slides; some layouts' patches are placed by it", least=0.05, most=40
+    )
+    slides_dir: Path | None = option(None, "folder of the slides, found by the files' names, to read their mpp from")
+    overwrite: bool = option(False, "replace files of OUT that hold something else")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mpp is not None and self.slides_dir is not None:
+            raise ConfigError("give one of --mpp (the same for all slides) and --slides_dir (read off each slide)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(CohortFiles):
+    """What `python -m utils.audit` looks at."""
+
+    dataset: str | None = option(None, "name of the cohort, as for train.py (not needed with --labels_csv)")
+    splits: Path | None = option(
+        None, "splits to check: our splits.json, a splits_<k>.csv of CLAM or MAD-MIL, or a folder of those"
+    )
+    json: bool = option(False, "print one JSON object instead of text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset is None and self.labels_csv is None:
+            raise ConfigError("give --dataset (a cohort's name) or --labels_csv (its table)")

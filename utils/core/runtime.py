@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import platform
@@ -9,7 +10,8 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,6 +142,20 @@ def _left_of(group: Path, limit: str, used: str) -> int | None:
     # Cached file contents count as held, though they are handed back on demand.
     caches = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
     return max(0, bound - held + max(map(int, caches), default=0))
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each made in a thread while the one before it is in use."""
+    waiting = iter(items)
+
+    def following() -> list[Item]:
+        return list(itertools.islice(waiting, 1))
+
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        upcoming = maker.submit(following)
+        while made := upcoming.result():
+            upcoming = maker.submit(following)
+            yield from made
 
 
 def progress(items: Iterable[Item], description: str, **bar: Any) -> "tqdm[Item]":

@@ -11,27 +11,35 @@ import numpy as np
 import torch
 
 from MILS.pooling import BagModel, MergeableModel, evaluating
-from utils.bags.collate import cut_chunks
+from utils.bags.collate import Cut, cut_chunks, take
 
 
 @dataclass(frozen=True)
 class SlideFeed:
-    """How a slide is fed: `chunk_size` None is the whole slide; `aggregation` "mean" or "merge"."""
+    """How a slide is fed: `chunk_size` None is the whole slide; `aggregation` "mean" or "merge"; chunks are runs of
+    neighbours (`sequential`), or each spread over the slide.
+    """
 
     chunk_size: int | None
     aggregation: str
+    sequential: bool = False
 
     @classmethod
-    def of_mode(cls, mode: str, chunk_size: int) -> "SlideFeed":
+    def of_mode(cls, mode: str, chunk_size: int, sequential: bool = False) -> "SlideFeed":
         """Chunked slides are averaged, full ones merged."""
-        return cls(chunk_size, "mean") if mode == "chunked" else cls(None, "merge")
+        return cls(chunk_size, "mean", sequential) if mode == "chunked" else cls(None, "merge")
 
     @property
     def mode(self) -> str:
         return "full" if self.chunk_size is None else "chunked"
 
     def as_dict(self) -> dict[str, Any]:
-        return {"mode": self.mode, "chunk_size": self.chunk_size, "aggregation": self.aggregation}
+        return {
+            "mode": self.mode,
+            "chunk_size": self.chunk_size,
+            "aggregation": self.aggregation,
+            "sequential": self.sequential,
+        }
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,11 @@ class SlideOutput:
 
 
 @torch.inference_mode()
-def predict_features(model: BagModel, features: np.ndarray, feed: SlideFeed, attention: bool = False) -> SlideOutput:
+def predict_features(model: BagModel, features: torch.Tensor, feed: SlideFeed, attention: bool = False) -> SlideOutput:
     """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too."""
     with evaluating(model):
-        cuts = cut_chunks(len(features), feed.chunk_size)
-        chunks = [_predict_bag(model, features if len(cuts) == 1 else features[cut], attention) for cut in cuts]
+        cuts = cut_chunks(len(features), feed.chunk_size, sequential=feed.sequential)
+        chunks = [_predict_bag(model, take(features, cut), attention) for cut in cuts]
         sizes = np.array([len(cut) for cut in cuts])
         each = np.stack([probabilities for probabilities, _ in chunks])
         whole = chunks[0] if len(cuts) == 1 else None
@@ -63,18 +71,18 @@ def predict_features(model: BagModel, features: np.ndarray, feed: SlideFeed, att
         return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
 
 
-def _predict_bag(model: BagModel, features: np.ndarray, attention: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _predict_bag(model: BagModel, features: torch.Tensor, attention: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Probabilities `(C,)` in float64 and attention `(H, N)` of one bag."""
     if isinstance(model, MergeableModel):
-        logits, aux = model.forward_blocks([torch.from_numpy(features)], attention=attention)
+        logits, aux = model.forward_blocks([features], attention=attention)
     else:
-        logits, aux = model(torch.from_numpy(features).to(next(model.parameters()).device)[None])
+        logits, aux = model(features.to(next(model.parameters()).device)[None])
     attn = aux["attn"] if attention else None
     weights = None if attn is None else attn[0].float().cpu().numpy()
     return torch.softmax(logits[0].cpu().double(), dim=0).numpy(), weights
 
 
-def _spread(weights: list[np.ndarray | None], cuts: list[np.ndarray], num_instances: int) -> np.ndarray | None:
+def _spread(weights: list[np.ndarray | None], cuts: list[Cut], num_instances: int) -> np.ndarray | None:
     """The chunks' attention as one distribution over the slide, each chunk in proportion to its size."""
     known = [part for part in weights if part is not None]
     if len(known) < len(cuts):

@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def slide_feed(self) -> SlideFeed:
-        return SlideFeed(self.feed["chunk_size"], self.feed["aggregation"])
+        return SlideFeed(self.feed["chunk_size"], self.feed["aggregation"], self.feed.get("sequential", False))
 
     def build(self) -> BagModel:
         """The trained model, in evaluation mode, on the CPU."""

@@ -14,7 +14,7 @@ from MILS.pooling import BagModel
 from utils.bags.collate import Batch
 from utils.core.config import Training
 from utils.core.errors import TrainingError
-from utils.core.runtime import derive_seed, seed_everything
+from utils.core.runtime import ahead, derive_seed, seed_everything
 from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features
 from utils.learning.metrics import balanced_class_weights, classification_metrics, log_loss
 
@@ -25,9 +25,9 @@ class Bags(Protocol):
     labels: np.ndarray
     class_names: tuple[str, ...]
 
-    def features(self, slide: int) -> np.ndarray: ...
+    def features(self, slide: int) -> torch.Tensor: ...
 
-    def batches(self, slides: np.ndarray, batch_size: int, seed: int) -> Iterator[Batch]: ...
+    def batches(self, slides: np.ndarray, batch_size: int, seed: int, pin_memory: bool = False) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def fit(
             group["lr"] = learning_rate(epoch, settings)
         epoch_seed = derive_seed(seed, "epoch", epoch)
         seed_everything(epoch_seed)
-        train_loss = stepper.epoch(dataset.batches(train, settings.batch_size, epoch_seed))
+        train_loss = stepper.epoch(_fed(dataset, train, settings.batch_size, epoch_seed, device))
         if not math.isfinite(train_loss):
             raise TrainingError(
                 f"the loss of epoch {epoch} is {train_loss} at learning rate {learning_rate(epoch, settings):.3g}; "
@@ -88,6 +88,13 @@ def fit(
             break
     assert best is not None  # noqa: S101 - for the type checker: there is at least one epoch
     return best
+
+
+def _fed(dataset: Bags, train: np.ndarray, batch_size: int, seed: int, device: torch.device) -> Iterable[Batch]:
+    """An epoch's batches; for a GPU in page-locked memory, each made while the GPU works on the one before."""
+    if device.type != "cuda":
+        return dataset.batches(train, batch_size, seed)
+    return ahead(dataset.batches(train, batch_size, seed, pin_memory=True))
 
 
 def learning_rate(epoch: int, settings: Training) -> float:
