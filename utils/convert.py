@@ -1,0 +1,274 @@
+"""Feature files of any layout rewritten as ours; the same command again goes on where it was killed.
+
+uv run python -m utils.convert pt_files/ converted/
+uv run python -m utils.convert slide.pt slide.h5 --dtype float16
+uv run python -m utils.convert stamp/ converted/ --slides_dir slides/
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.bags.store import (
+    FEATURE_EXTENSIONS,
+    Bag,
+    BagInfo,
+    is_feature_file,
+    peek_bag,
+    peek_places,
+    read_bag,
+    write_bag,
+)
+from utils.core import cli
+from utils.core.config import Conversion
+from utils.core.errors import ConfigError, FeatureFileError, LiteMILError
+from utils.core.files import check_distinct, write_records
+from utils.core.passport import Passport, recipe_differences
+from utils.core.runtime import log, progress
+from utils.slides.wsi import find_slides, open_slide
+
+REPORT = "conversion_report.csv"
+# How many reasons the summary tells, and how many files it names for each.
+_TOLD, _NAMED = 10, 3
+
+
+@dataclass(frozen=True)
+class FileStatus:
+    """What became of one file: "done", "there already" or "failed". `coordinates` are "yes", "none" or "withheld";
+    `reason` says why it failed, or why they are withheld.
+    """
+
+    file: Path
+    status: str
+    reason: str = ""
+    patches: int | None = None
+    dim: int | None = None
+    dtype: str | None = None
+    coordinates: str | None = None
+
+
+def convert(conversion: Conversion) -> list[FileStatus]:
+    """Convert a feature file or a folder of them, skip what is there, go on past a bad file.
+
+    For a folder, also writes `conversion_report.csv`. Raises for a single file that fails, and ConfigError for an input
+    and an output that do not go together.
+    """
+    targets = _targets(conversion)
+    slides = _slides_of(targets, conversion.slides_dir) if conversion.slides_dir else {}
+    if not conversion.input.is_dir():
+        return [convert_one(source, target, conversion, slides.get(source)) for source, target in targets.items()]
+    statuses = [
+        _guarded(source, target, conversion, slides.get(source))
+        for source, target in progress(targets.items(), "Files", unit="file")
+    ]
+    write_records(conversion.output / REPORT, statuses)
+    return statuses
+
+
+def _guarded(source: Path, target: Path, conversion: Conversion, slide: Path | None) -> FileStatus:
+    try:
+        return convert_one(source, target, conversion, slide)
+    except LiteMILError as error:
+        return FileStatus(source, "failed", str(error))
+
+
+def convert_one(source: Path, target: Path, conversion: Conversion, slide: Path | None = None) -> FileStatus:
+    """Make sure that `target` holds the bag of `source`: write it unless it is there.
+
+    The mpp is the slide's where one is given, else `conversion.mpp`. Raises FeatureFileError for a bad source, for
+    values that `conversion.dtype` cannot hold, and for a target that holds something else unless
+    `conversion.overwrite`; SlideError for a bad slide.
+    """
+    mpp = _mpp(slide) if slide else conversion.mpp
+    if target.exists() and not conversion.overwrite:
+        return _there_already(source, target, conversion, mpp)
+    bag = _cast(read_bag(source, conversion.feat_type, mpp), conversion.dtype, source)
+    write_bag(target, bag)
+    count, dim = bag.features.shape
+    info = BagInfo(count, dim, bag.features.dtype, bag.passport)
+    return _status(source, "done", info, bag.coords, bag.coords_withheld)
+
+
+def _there_already(source: Path, target: Path, conversion: Conversion, mpp: float | None) -> FileStatus:
+    """Raises FeatureFileError unless `target` is what converting `source` would give, as far as can be told without
+    reading the features, and not older.
+    """
+    wanted, places = peek_bag(source, conversion.feat_type), peek_places(source, conversion.feat_type, mpp)
+    dtype = np.dtype(conversion.dtype or wanted.dtype)
+    wanted = replace(wanted, dtype=dtype, passport=_noted(wanted.passport, wanted.dtype, dtype))
+    remedy = "move it, or convert with --overwrite"
+    try:
+        held, held_coords = peek_bag(target), peek_places(target).coords
+    except FeatureFileError as error:
+        raise FeatureFileError(f"{error}; is in the way: {remedy}") from error
+    expected, found = _told(wanted), _told(held)
+    differences = recipe_differences(expected, found, expected | found, strict=True)
+    if not np.array_equal(held_coords, places.coords):
+        differences.append("other coordinates")
+    if target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        differences.append("older than its source")
+    if differences:
+        raise FeatureFileError(f"{target}: is there, from another conversion ({'; '.join(differences)}); {remedy}")
+    return _status(source, "there already", wanted, places.coords, places.withheld)
+
+
+def _told(info: BagInfo) -> dict[str, Any]:
+    recipe = info.passport.recipe if info.passport else {}
+    return {"features": f"({info.num_instances}, {info.dim}) {info.dtype}"} | recipe
+
+
+def _status(source: Path, status: str, info: BagInfo, coords: np.ndarray | None, withheld: str | None) -> FileStatus:
+    coordinates = "yes" if coords is not None else "withheld" if withheld else "none"
+    return FileStatus(source, status, withheld or "", info.num_instances, info.dim, str(info.dtype), coordinates)
+
+
+def _cast(bag: Bag, dtype: str | None, path: Path) -> Bag:
+    stored, kept = bag.features.dtype, np.dtype(dtype or bag.features.dtype)
+    with np.errstate(over="ignore"):  # what overflows is refused in our own words
+        features = bag.features.astype(kept, copy=False)
+    if not np.isfinite(features).all():
+        largest = np.abs(bag.features).max()
+        raise FeatureFileError(
+            f"{path}: features of up to {largest:.4g}, and {kept} ends at {np.finfo(kept).max:.4g}; "
+            "convert with --dtype float32"
+        )
+    return replace(bag, features=features, passport=_noted(bag.passport, stored, kept))
+
+
+def _noted(passport: Passport | None, stored: np.dtype, kept: np.dtype) -> Passport | None:
+    """The passport of features that are rounded to `kept`: its `dtype` is the coarsest they have been through."""
+    if passport is None or kept.itemsize >= stored.itemsize:
+        return passport
+    return replace(passport, recipe=passport.recipe | {"dtype": str(kept)})
+
+
+def _targets(conversion: Conversion) -> dict[Path, Path]:
+    """Each feature file of the input and where it goes; no source would be overwritten."""
+    source, output = conversion.input, conversion.output
+    if not source.exists():
+        raise FeatureFileError(f"{source}: no such file or folder; give a feature file, or a folder of them")
+    if not source.is_dir():
+        targets = {source: _target_file(conversion)}
+    elif is_feature_file(output) and not output.is_dir():
+        raise ConfigError(f"{output}: the name of a file, where {source} is a folder; give a folder")
+    elif output.resolve() == source.resolve():
+        raise ConfigError(f"{output}: the folder of the files to convert; give another one")
+    else:
+        ending = conversion.format or "h5"
+        targets = {file: output / f"{file.stem}.{ending}" for file in _feature_files(source)}
+    check_distinct(targets)
+    for file, target in targets.items():
+        if target.exists() and target.samefile(file):
+            raise ConfigError(f"{target}: the file to convert; give another output")
+    return targets
+
+
+def _target_file(conversion: Conversion) -> Path:
+    source, output, ending = conversion.input, conversion.output, conversion.format
+    if not is_feature_file(source):
+        known = " ".join(FEATURE_EXTENSIONS)
+        raise FeatureFileError(f"{source}: ends in {source.suffix!r}; expected a feature file ({known})")
+    if output.is_dir() or not output.suffix:
+        return output / f"{source.stem}.{ending or 'h5'}"
+    if output.suffix not in (".h5", ".pt"):
+        raise ConfigError(f"{output}: ends in {output.suffix!r}; end it in .h5 or .pt, or give a folder that is there")
+    if ending not in (None, output.suffix[1:]):
+        raise ConfigError(f"{output}: does not end in --format {ending}; leave --format out")
+    return output
+
+
+def _feature_files(folder: Path) -> list[Path]:
+    found = [file for file in folder.glob("[!.]*") if is_feature_file(file) and file.is_file()]
+    if found:
+        return sorted(found)
+    inner = sorted({file.parent.name for file in folder.glob("[!.]*/[!.]*") if is_feature_file(file)})
+    remedy = f"give one of its folders: {', '.join(inner)}" if inner else "give the folder that holds them"
+    raise FeatureFileError(f"{folder}: no feature file ({' '.join(FEATURE_EXTENSIONS)}) in it; {remedy}")
+
+
+def _slides_of(sources: Iterable[Path], slides_dir: Path) -> dict[Path, Path]:
+    """The slide of each feature file that has one, by its name."""
+    named: dict[str, list[Path]] = {}
+    for slide in find_slides(slides_dir):
+        named.setdefault(slide.stem, []).append(slide)
+    slides, without = {}, []
+    for source in sources:
+        first, *others = named.get(source.stem, [None])
+        if others:
+            raise ConfigError(f"{source}: {first} and {others[0]} both bear its name; keep one of them in --slides_dir")
+        if first is None:
+            without.append(source.name)
+        else:
+            slides[source] = first
+    if not slides:
+        raise ConfigError(f"{slides_dir}: no slide bears a feature file's name, such as {without[0]}; check the folder")
+    if without:
+        log.warning("%s: no slide for %s; their um per pixel is not known", slides_dir, _listed(without))
+    return slides
+
+
+def _mpp(slide: Path) -> float | None:
+    with open_slide(slide) as opened:
+        return opened.mpp
+
+
+def summary(statuses: Sequence[FileStatus]) -> str:
+    """The closing table: files and patches by what became of them, and the reasons."""
+    kinds: dict[tuple[str, str, str], list[FileStatus]] = {}
+    for status in statuses:
+        features = f"{status.dim} {status.dtype}" if status.dim else "-"
+        kinds.setdefault((status.status, features, status.coordinates or "-"), []).append(status)
+    rows = [("status", "features", "coordinates", "files", "patches")]
+    rows += [
+        (*kind, f"{len(files):,}", f"{sum(file.patches or 0 for file in files):,}")
+        for kind, files in sorted(kinds.items())
+    ]
+    columns = [
+        [f"{cell:{side}{max(map(len, column))}}" for cell in column]
+        for side, column in zip("<<<>>", zip(*rows, strict=True), strict=True)
+    ]
+    lines = ["  ".join(row) for row in zip(*columns, strict=True)]
+    withheld = [status for status in statuses if status.coordinates == "withheld"]
+    lines += _reasons("Coordinates withheld (--mpp or --slides_dir tell the um per pixel):", withheld)
+    lines += _reasons("Failed:", [status for status in statuses if status.status == "failed"])
+    return "\n".join(lines)
+
+
+def _reasons(title: str, statuses: Sequence[FileStatus]) -> list[str]:
+    """A line for each reason, the most frequent first, and the files it holds for."""
+    files: dict[str, list[str]] = {}
+    for status in statuses:
+        files.setdefault(_reason(status), []).append(status.file.name)
+    by_count = sorted(files.items(), key=lambda item: -len(item[1]))
+    lines = [f"  {_listed(names)}: {reason}" for reason, names in by_count[:_TOLD]]
+    if len(by_count) > _TOLD:
+        lines.append(f"  and {len(by_count) - _TOLD} more reasons: see {REPORT}")
+    return [title, *lines] if lines else []
+
+
+def _reason(status: FileStatus) -> str:
+    """The reason without the file it begins with: many files may share it."""
+    subject, separator, reason = status.reason.partition(": ")
+    return reason if separator and Path(subject).stem == status.file.stem else status.reason
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def main() -> None:
+    (conversion,) = cli.parse(str(__doc__), {"conversion": Conversion})
+    statuses = convert(conversion)
+    print(summary(statuses))
+    failed = sum(status.status == "failed" for status in statuses)
+    if failed:
+        report = conversion.output / REPORT
+        raise LiteMILError(f"{conversion.input}: {failed} of {len(statuses)} files not converted; {report} says why")
+
+
+if __name__ == "__main__":
+    cli.run(main)
