@@ -1,5 +1,7 @@
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from utils.core.errors import SplitError
-from utils.learning.splits import OuterFold, nested_splits
+from utils.core.files import write_json
+from utils.learning.splits import OuterFold, nested_splits, read_splits, shared_cases
+from utils.nested_cv import NestedCrossValidation
 
 GLAS = Path(__file__).parents[2].parent / "shared" / "data" / "glas" / "labels.csv"
 
@@ -185,3 +189,103 @@ def test_glas_at_the_default_folds(seed):
     folds = nested_splits(labels, cases, ("benign", "malignant"), 5, 4, seed)
     assert (len(folds), {len(fold.inner) for fold in folds}) == (5, {4})
     check_folds(folds, labels, cases)
+
+
+def write_parts(path: Path, train: list[str], val: list[str], test: list[str]) -> Path:
+    """As pandas writes columns of different lengths beside their index."""
+    pd.DataFrame({"train": pd.Series(train), "val": pd.Series(val), "test": pd.Series(test)}).to_csv(path)
+    return path
+
+
+def test_our_own_split_file_reads_back(tmp_path):
+    labels, cases = one_class_patients(4, 4)
+    folds = split(labels, cases)
+    ids = [f"S{slide}" for slide in range(len(labels))]
+    run = SimpleNamespace(
+        dataset=SimpleNamespace(rows=[SimpleNamespace(wsi_id=wsi_id) for wsi_id in ids]),
+        protocol=SimpleNamespace(seed=0),
+    )
+    write_json(tmp_path / "splits.json", NestedCrossValidation._splits_content(run, folds))  # type: ignore[arg-type]
+    found = read_splits(tmp_path / "splits.json")
+    expected = [(fold.number, inner.train, inner.val, fold.test) for fold in folds for inner in fold.inner]
+    assert len(found) == 6
+    for got, (number, *parts) in zip(found, expected, strict=True):
+        assert got.fold == number
+        assert got.parts == {
+            name: [ids[slide] for slide in part] for name, part in zip(("train", "val", "test"), parts, strict=True)
+        }
+        assert not shared_cases(got.parts, dict(zip(ids, cases.tolist(), strict=True)))
+    assert found[3].name == "fold 2, inner 2 of splits.json"
+
+
+def test_a_table_of_parts_is_read_as_text(tmp_path):
+    path = write_parts(tmp_path / "splits_3.csv", ["007", "a.b", "c"], ["d.svs"], ["e.h5", "f.PT"])
+    (found,) = read_splits(path)
+    assert (found.name, found.fold) == ("splits_3.csv", 3)
+    assert found.parts == {"train": ["007", "a.b", "c"], "val": ["d"], "test": ["e", "f"]}
+    assert read_splits(path, {"d.svs"})[0].parts["val"] == ["d.svs"]
+
+
+def test_whole_numbers_that_pandas_made_floats_are_ids_again(tmp_path):
+    path = tmp_path / "splits_0.csv"
+    pd.DataFrame({"train": pd.Series([1, 2, 3]), "val": pd.Series([4]), "test": pd.Series([5, 6])}).to_csv(path)
+    assert "4.0" in path.read_text()
+    assert read_splits(path)[0].parts == {"train": ["1", "2", "3"], "val": ["4"], "test": ["5", "6"]}
+
+
+def test_a_folder_of_tables_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 2, 0):
+        write_parts(tmp_path / f"splits_{number}.csv", [f"train{number}"], ["v"], ["t"])
+        pd.DataFrame({"train": [True], "val": [False], "test": [False]}).to_csv(tmp_path / f"splits_{number}_bool.csv")
+        (tmp_path / f"splits_{number}_descriptor.csv").write_text(",train,val,test\nbenign,1,1,1\n")
+    assert [(found.fold, found.parts["train"]) for found in read_splits(tmp_path)] == [
+        (0, ["train0"]),
+        (2, ["train2"]),
+        (10, ["train10"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("splits_0.csv", "train,test\na,b\n", "no single column val; found train, test, expected .*train,val,test"),
+        ("splits_0.csv", "", "no single column train and val and test; found nothing"),
+        ("splits_0.csv", ",train,train,val,test\n0,a,b,c,d\n", "no single column train;"),
+        ("splits_0_bool.csv", ",train,val,test\nS1,True,False,False\n", "holds True and False instead of slide ids"),
+        ("splits_0.csv", b"\xff\xfe\x00", "not readable as a CSV table"),
+        ("splits.json", "{", "not readable as JSON"),
+        ("splits.json", "[]", "no folds as train.py writes them"),
+        ("splits.json", json.dumps({"folds": []}), "no folds in it"),
+        ("splits.json", json.dumps({"folds": [{"fold": 1, "test": ["a"]}]}), "no folds as .*'inner'"),
+        (
+            "splits.json",
+            json.dumps({"folds": [{"fold": 1, "test": "ab", "inner": [{"train": [], "val": []}]}]}),
+            "a part that is no list of slide ids: ab;",
+        ),
+    ],
+)
+def test_what_holds_no_splits_is_refused_by_name(tmp_path, name, content, reason):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SplitError, match=f"{re.escape(str(path))}: {reason}"):
+        read_splits(path)
+
+
+def test_missing_splits_are_refused_by_name(tmp_path):
+    with pytest.raises(SplitError, match="nowhere: no such file; expected"):
+        read_splits(tmp_path / "nowhere")
+    (tmp_path / "splits_0_bool.csv").write_text("a\n")
+    with pytest.raises(SplitError, match=r"no splits_<k>.csv in this folder"):
+        read_splits(tmp_path)
+
+
+def test_patients_in_two_parts_are_named():
+    parts = {"train": ["a1", "b1", "x"], "val": ["b2", "c1"], "test": ["a2", "b3", "c2", "x", "d1"]}
+    case_of = {wsi_id: wsi_id[0].upper() for ids in parts.values() for wsi_id in ids if wsi_id != "x"}
+    assert shared_cases(parts, case_of) == {
+        "A": ["train", "test"],
+        "B": ["train", "val", "test"],
+        "C": ["val", "test"],
+        "x": ["train", "test"],
+    }
+    assert shared_cases({"train": ["a1", "a2"], "test": ["b1"]}, case_of) == {}

@@ -1,17 +1,26 @@
-"""Nested folds that keep each patient whole and each class present.
+"""Nested folds that keep each patient whole and each class present, and the split files of ours and of others.
 
-Slides are indices; a fold's test, train and validation parts are sorted index arrays.
+Slides are indices; a fold's test, train and validation parts are sorted index arrays. In files slides are ids.
 """
 
-from collections.abc import Sequence
+import csv
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from utils.bags.store import is_feature_file
 from utils.core.errors import SplitError
+from utils.core.files import read_json
 from utils.core.runtime import derive_seed
+from utils.slides.wsi import is_slide_file
 
+PARTS = ("train", "val", "test")
 _SHUFFLES = 10
+_SPLIT_FILE = "a splits.json of ours, a splits_<k>.csv with the columns train,val,test, or a folder of those"
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,49 @@ class OuterFold:
     @property
     def train(self) -> np.ndarray:
         return np.sort(np.concatenate([self.inner[0].train, self.inner[0].val]))
+
+
+@dataclass(frozen=True)
+class NamedSplit:
+    """One training's slides as a file gives them: `parts` maps train, val and test to wsi_ids. `name` says where it
+    stands; splits with the same `fold` of one file share their test part.
+    """
+
+    name: str
+    fold: int
+    parts: dict[str, list[str]]
+
+
+def read_splits(path: Path, known: Collection[str] = ()) -> list[NamedSplit]:
+    """The splits in `path`: our splits.json (one for each inner fold), a CSV table with the columns train,val,test as
+    CLAM and MAD-MIL write it, or a folder of such tables, `splits_<k>.csv`, in the order of k.
+
+    An id that is not among `known` ones loses the ending of a slide or feature file. Raises SplitError for anything
+    else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        numbered = {int(found[1]): file for file in path.iterdir() if (found := _split_number(file))}
+        if not numbered:
+            raise SplitError(f"{path}: no splits_<k>.csv in this folder; expected {_SPLIT_FILE}")
+        return [_read_table(file, number, known) for number, file in sorted(numbered.items())]
+    if not path.is_file():
+        raise SplitError(f"{path}: no such file; expected {_SPLIT_FILE}")
+    if path.suffix.lower() == ".json":
+        return _read_ours(path, known)
+    number = _split_number(path)
+    return [_read_table(path, int(number[1]) if number else 0, known)]
+
+
+def shared_cases(parts: Mapping[str, Collection[str]], case_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """The patients with slides in more than one of `parts` (name to wsi_ids), with the names of those parts; an id
+    that `case_of` does not know is its own patient.
+    """
+    found: dict[str, list[str]] = {}
+    for name, wsi_ids in parts.items():
+        for case in sorted({case_of.get(wsi_id, wsi_id) for wsi_id in wsi_ids}):
+            found.setdefault(case, []).append(name)
+    return {case: names for case, names in found.items() if len(names) > 1}
 
 
 def nested_splits(
@@ -132,3 +184,62 @@ def _imbalance(labels: np.ndarray, tests: list[np.ndarray]) -> tuple[int, float]
     counts = np.array([np.bincount(labels[test], minlength=labels.max() + 1) for test in tests])
     counts = counts[:, counts.sum(axis=0) > 0]
     return int((counts == 0).sum()), float((counts / counts.mean(axis=0)).var(axis=0).sum())
+
+
+def _split_number(path: Path) -> re.Match[str] | None:
+    # CLAM writes splits_<k>_bool.csv and splits_<k>_descriptor.csv beside each.
+    return re.fullmatch(r"splits_(\d+)\.csv", path.name)
+
+
+def _read_ours(path: Path, known: Collection[str]) -> list[NamedSplit]:
+    content = read_json(path, SplitError)
+    try:
+        splits = [
+            NamedSplit(
+                f"fold {fold['fold']}, inner {number} of {path.name}",
+                int(fold["fold"]),
+                {name: _plain_ids(path, part[name], known) for name in PARTS},
+            )
+            for fold in content["folds"]
+            for number, inner in enumerate(fold["inner"], start=1)
+            for part in [inner | {"test": fold["test"]}]
+        ]
+    except (KeyError, TypeError, ValueError) as failure:
+        raise SplitError(f"{path}: no folds as train.py writes them ({failure}); expected {_SPLIT_FILE}") from failure
+    if not splits:
+        raise SplitError(f"{path}: no folds in it; expected {_SPLIT_FILE}")
+    return splits
+
+
+def _read_table(path: Path, number: int, known: Collection[str]) -> NamedSplit:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            columns, *lines = list(csv.reader(file, strict=True)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as failure:
+        raise SplitError(f"{path}: not readable as a CSV table ({failure}); expected {_SPLIT_FILE}") from failure
+    missing = [name for name in PARTS if columns.count(name) != 1]
+    if missing:
+        found = ", ".join(name or "(unnamed)" for name in columns) or "nothing"
+        raise SplitError(f"{path}: no single column {' and '.join(missing)}; found {found}, expected {_SPLIT_FILE}")
+    parts = {}
+    for name in PARTS:
+        place = columns.index(name)
+        cells = [line[place].strip() for line in lines if place < len(line)]
+        parts[name] = _plain_ids(path, [cell for cell in cells if cell], known)
+    return NamedSplit(path.name, number, parts)
+
+
+def _plain_ids(path: Path, ids: Any, known: Collection[str]) -> list[str]:
+    if not isinstance(ids, list) or not all(isinstance(wsi_id, str) for wsi_id in ids):
+        raise SplitError(f"{path}: a part that is no list of slide ids: {str(ids)[:60]}; expected {_SPLIT_FILE}")
+    if ids and {wsi_id.lower() for wsi_id in ids} <= {"true", "false"}:
+        raise SplitError(f"{path}: holds True and False instead of slide ids; give the splits_<k>.csv beside it")
+    return [wsi_id if wsi_id in known else _without_ending(wsi_id) for wsi_id in ids]
+
+
+def _without_ending(wsi_id: str) -> str:
+    name = Path(wsi_id)
+    if is_feature_file(name) or is_slide_file(name):
+        return wsi_id[: -len(name.suffix)]
+    # pandas writes a column of whole numbers with gaps as floats.
+    return wsi_id[:-2] if re.fullmatch(r"\d+\.0", wsi_id) else wsi_id

@@ -1,0 +1,389 @@
+"""The audit sees each fault that was put into a cohort, names it, and finds nothing in a clean one."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.cohort import write_cohort
+from utils.audit import Finding, as_json, as_text, audit
+from utils.bags.store import Bag, read_bag, write_bag
+from utils.core.errors import FeatureFileError, LabelsError, SplitError
+
+
+class Cohort:
+    """A cohort on disk that faults can be put into: patients P000 to P013, benign and malignant in turn."""
+
+    def __init__(self, folder: Path) -> None:
+        self.labels_csv, self.features_dir = write_cohort(folder, patients_per_class=7, patches=(20, 40))
+
+    def file(self, wsi_id: str) -> Path:
+        return self.features_dir / f"{wsi_id}.h5"
+
+    def change(self, wsi_id: str, **fields: object) -> None:
+        write_bag(self.file(wsi_id), replace(read_bag(self.file(wsi_id)), **fields))
+
+    def change_passport(self, wsi_id: str, part: str, **fields: object) -> None:
+        passport = read_bag(self.file(wsi_id)).passport
+        assert passport is not None
+        self.change(wsi_id, passport=replace(passport, **{part: getattr(passport, part) | fields}))
+
+    def add_rows(self, *rows: str) -> None:
+        self.labels_csv.write_text(self.labels_csv.read_text() + "\n".join([*rows, ""]))
+
+    def audit(self, **settings) -> list[Finding]:
+        return audit(self.labels_csv, self.features_dir, **settings)
+
+    def found(self, level: str, topic: str, **settings) -> str:
+        """The one finding of this level and topic."""
+        messages = [f.message for f in self.audit(**settings) if (f.level, f.topic) == (level, topic)]
+        assert len(messages) == 1, messages
+        return messages[0]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Cohort:
+    """Not to be changed."""
+    return Cohort(tmp_path_factory.mktemp("clean"))
+
+
+@pytest.fixture
+def cohort(clean, tmp_path) -> Cohort:
+    copy = object.__new__(Cohort)
+    copy.labels_csv, copy.features_dir = tmp_path / "labels.csv", tmp_path / "features"
+    shutil.copy(clean.labels_csv, copy.labels_csv)
+    shutil.copytree(clean.features_dir, copy.features_dir)
+    return copy
+
+
+def lines(findings: list[Finding]) -> list[str]:
+    return [f"{finding.level} {finding.topic}: {finding.message}" for finding in findings]
+
+
+def write_split(path: Path, train: list[str], val: list[str], test: list[str]) -> Path:
+    pd.DataFrame({"train": pd.Series(train), "val": pd.Series(val), "test": pd.Series(test)}).to_csv(path)
+    return path
+
+
+def test_a_clean_cohort(clean):
+    findings = clean.audit()
+    assert {finding.level for finding in findings} == {"info", "ok"}
+    told = lines(findings)
+    assert told[0] == "info table: benign 14 slides of 7 patients; malignant 14 slides of 7 patients"
+    assert told[1] == "info table: slides per patient: 2 to 2, median 2"
+    assert "ok files: 28 slides, each with a feature file that opens" in told
+    assert "ok content: no two slides have the same features" in told
+    assert "ok recipe: 28 slides recorded as made in one way" in told
+    assert any(line.startswith("ok confounding: bag size (patches per slide) alone does not") for line in told)
+    assert as_text(findings).endswith("\n\n0 errors, 0 warnings")
+
+
+def test_bag_sizes_are_told_per_class(clean):
+    (told,) = [finding for finding in clean.audit() if finding.details.get("class") == "malignant"]
+    sizes = [len(read_bag(clean.file(f"P{k:03d}-S{s}")).features) for k in range(1, 14, 2) for s in (1, 2)]
+    quartiles = np.percentile(sizes, [0, 25, 50, 75, 100]).tolist()
+    assert [value for name, value in told.details.items() if name != "class"] == quartiles
+    assert f"malignant: {min(sizes)} to {max(sizes)} patches a slide, median {np.median(sizes):.0f}" in told.message
+
+
+def test_repeated_rows(cohort):
+    cohort.add_rows("P000,P000-S1,benign", "P001,P001-S1,benign", "P009,P002-S1,benign")
+    assert "P000-S1; keep one" in cohort.found("warning", "table")
+    message = cohort.found("error", "table")
+    assert "P001-S1 (label malignant and benign), P002-S1 (case_id P002 and P009)" in message
+
+
+def test_ids_that_cannot_be_used(cohort):
+    cohort.add_rows("P000,../P000-S1,benign", ",P1,benign", "P3,,benign")
+    told = lines(cohort.audit())
+    assert any("error table: empty case_id or wsi_id in row 30, 31 after the header" in line for line in told)
+    assert any("error table: wsi_id that would leave the features folder: ../P000-S1;" in line for line in told)
+    assert not any("without a feature file" in line for line in told)
+
+
+def test_labels_that_are_no_class(cohort):
+    cohort.add_rows("P020,P020-S1,odd", "P021,P021-S1,rare")
+    told = lines(cohort.audit(class_names=("benign", "malignant"), left_out=("rare",)))
+    assert any(
+        "error table: 1 slide with a label that is none of benign, malignant: P020-S1 ('odd')" in t for t in told
+    )
+    assert "info table: 1 slide left out, of the labels rare" in told
+    assert not any("P021" in line for line in told)
+
+
+def test_labels_are_renamed_as_in_training(cohort):
+    names = {"benign": "Low", "malignant": "High"}
+    message = cohort.audit(class_names=("Low", "High"), label_names=names)[0].message
+    assert message == "Low 14 slides of 7 patients; High 14 slides of 7 patients"
+    own = cohort.audit(class_names=("benign", "malignant"), label_names=names)[0].message
+    assert own.startswith("benign 14 slides"), "a label that is a class as it stands keeps its name"
+
+
+@pytest.mark.parametrize(
+    ("classes", "reason"), [(("benign",), "needs two different"), (("x", "y"), "no slide belongs")]
+)
+def test_classes_that_cannot_be_learned(clean, classes, reason):
+    assert any(reason in line for line in lines(clean.audit(class_names=classes)) if line.startswith("error table"))
+
+
+def test_patients(cohort):
+    cohort.add_rows("P000,P000-S3,malignant", "P001,P001-S3,rare")
+    told = [finding.message for finding in cohort.audit() if finding.level == "warning"]
+    assert "2 patients with slides of several classes: P000, P001; check the labels" in told
+    assert "rare has 1 patient, fewer than the 5 outer folds; add patients, or lower --n_outer" in told
+
+
+def test_a_table_without_patients(cohort):
+    table = pd.read_csv(cohort.labels_csv, dtype=str)
+    table.drop(columns="case_id").to_csv(cohort.labels_csv, index=False)
+    assert "each slide is its own patient" in cohort.found("warning", "table")
+
+
+def test_files_and_rows_that_miss_each_other(cohort):
+    cohort.file("P001-S1").unlink()
+    shutil.copy(cohort.file("P002-S1"), cohort.file("A.1"))
+    assert "1 slide without a feature file in" in cohort.found("error", "files")
+    assert "P001-S1" in cohort.found("error", "files")
+    assert cohort.found("info", "files") == "1 feature file without a row in the table: A.1.h5"
+
+
+def test_every_damaged_file_is_named_with_its_reason(cohort):
+    cohort.file("P000-S1").write_bytes(cohort.file("P000-S1").read_bytes()[:500])
+    cohort.file("P001-S1").write_bytes(b"nothing")
+    write_bag(cohort.features_dir / "P002-S1.pt", read_bag(cohort.file("P002-S1")))
+    told = [finding for finding in cohort.audit() if (finding.level, finding.topic) == ("error", "files")]
+    assert [finding.details["slide"] for finding in told] == ["P000-S1", "P001-S1", "P002-S1"]
+    assert "P000-S1.h5: not a readable HDF5 file" in told[0].message
+    assert "P002-S1.h5 and P002-S1.pt; keep one of them" in told[2].message
+
+
+def test_the_same_fault_everywhere_is_not_told_a_thousand_times(clean):
+    told = [finding for finding in clean.audit(feat_type="uni") if (finding.level, finding.topic) == ("error", "files")]
+    assert len(told) == 21
+    assert told[-1].message.startswith("8 more files")
+    assert len(told[-1].details["slides"]) == 28
+
+
+def test_copies_of_content(cohort):
+    shutil.copy(cohort.file("P000-S1"), cohort.file("P000-S2"))
+    assert "more than once: P000-S1 (P000, benign), P000-S2 (P000, benign)" in cohort.found("warning", "content")
+    copied = read_bag(cohort.file("P001-S1"))
+    write_bag(cohort.file("P003-S1"), replace(copied, features=copied.features.astype(np.float32)))
+    message = cohort.found("error", "content")
+    assert "under several patients or labels: P001-S1 (P001, malignant), P003-S1 (P003, malignant)" in message
+
+
+def test_one_patients_copy_under_two_labels(cohort):
+    cohort.add_rows("P000,P000-S3,malignant")
+    shutil.copy(cohort.file("P000-S1"), cohort.file("P000-S3"))
+    assert "P000-S3 (P000, malignant)" in cohort.found("error", "content")
+
+
+def test_what_shows_only_when_a_file_is_read(cohort):
+    """Files are read where another has the same size; a NaN in such a one is seen."""
+    bag = read_bag(cohort.file("P000-S1"))
+    broken = bag.features.copy()
+    broken[3, 0] = np.nan
+    cohort.change("P001-S1", features=broken, coords=bag.coords)
+    assert "P001-S1.h5: 1 values are NaN or infinite, the first in row 3" in cohort.found("error", "files")
+
+
+def test_small_bags(cohort):
+    bag = read_bag(cohort.file("P000-S1"))
+    assert bag.coords is not None
+    cohort.change("P000-S1", features=bag.features[:9], coords=bag.coords[:9])
+    cohort.change("P000-S2", features=bag.features[:10], coords=bag.coords[:10])
+    assert "1 slide of fewer than 10 patches: P000-S1 (9)" in cohort.found("warning", "bags")
+
+
+def test_features_made_in_different_ways(cohort):
+    cohort.change("P000-S1", features=read_bag(cohort.file("P000-S1")).features[:, :8])
+    cohort.change_passport("P001-S1", "recipe", backbone="uni")
+    cohort.change_passport("P002-S1", "recipe", stride=128)
+    cohort.change_passport("P003-S1", "slide", mpp_delivered=0.6)
+    cohort.change("P004-S1", passport=None)
+    told = lines([finding for finding in cohort.audit() if finding.topic == "recipe"])
+    assert told == [
+        "error recipe: features of different widths: 16 in 27 slides, 8 in 1 slide (P000-S1); "
+        "extract all slides with one backbone",
+        "error recipe: backbone differs: synthetic in 26 slides, uni in 1 slide (P001-S1); "
+        "extract all slides with one recipe",
+        "warning recipe: stride differs: 256 in 26 slides, 128 in 1 slide (P002-S1); make sure that this is meant",
+        "warning recipe: patches were read at 0.5 to 0.6 um/px, more than 15% apart; "
+        "extract all slides at one resolution",
+        "info recipe: 1 of 28 slides without a record of how they were made",
+    ]
+
+
+def test_a_small_spread_of_mpp_is_no_fault(cohort):
+    cohort.change_passport("P003-S1", "slide", mpp_delivered=0.56)
+    assert "recorded as made in one way" in cohort.found("ok", "recipe")
+
+
+def test_a_scanner_that_goes_with_the_class(cohort):
+    """Two scanners: no folds can have each class on both sides and a scanner on one."""
+    for patient in range(14):
+        for slide in ("S1", "S2"):
+            cohort.change_passport(f"P{patient:03d}-{slide}", "slide", vendor=("aperio", "hamamatsu")[patient % 2])
+    (told,) = [f for f in cohort.audit() if f.details.get("field") == "the slide's vendor"]
+    assert told.level == "warning"
+    assert told.message.startswith("the slide's vendor alone gives the label away (AUC 1.00 by patient-grouped")
+    assert "benign comes with 1 value of it for 5 outer folds, so that no split can separate the two" in told.message
+
+
+@pytest.mark.parametrize(
+    ("column", "name", "sites", "remedy"),
+    [
+        (None, "the TCGA site code", 5, "train with --group_column site"),
+        ("Site", "the column Site", 5, "train with --group_column Site"),
+        (
+            "scanner",
+            "the column scanner",
+            4,
+            "benign comes with 4 values of it for 5 outer folds, so that no split can",
+        ),
+    ],
+)
+def test_folds_by_site_are_offered_where_they_can_be_made(tmp_path, column, name, sites, remedy):
+    """Every site has patients of one class only: grouped folds need as many sites of each class as folds."""
+    lines = [f"case_id,wsi_id,label{',' + column if column else ''}"]
+    for patient in range(60):
+        label = patient % 2
+        site = f"{'BM'[label]}{patient // 2 % (sites + label)}"
+        case = f"TCGA-{site if column is None else 'XX'}-{patient:04d}"
+        lines.append(f"{case},{case}-01,{('benign', 'malignant')[label]}{',' + site if column else ''}")
+    (tmp_path / "labels.csv").write_text("\n".join([*lines, ""]))
+    (told,) = [finding for finding in audit(tmp_path / "labels.csv") if finding.details.get("field") == name]
+    assert (told.level, told.details["values_per_class"]) == ("warning", {"benign": sites, "malignant": sites + 1})
+    assert told.message.startswith(f"{name} alone gives the label away")
+    assert f"; {remedy}" in told.message
+
+
+def test_the_remedy_says_what_stands_in_its_way(tmp_path):
+    """Training by a column refuses a patient of two values, and a slide without one."""
+
+    def remedy(first: str) -> str:
+        rows = [f"P{n // 2},S{n},{'ab'[n // 2 % 2]},{'ab'[n // 2 % 2]}{n // 4 % 5}" for n in range(2, 80)]
+        (tmp_path / "labels.csv").write_text("\n".join(["case_id,wsi_id,label,batch", first, *rows, ""]))
+        (told,) = [finding for finding in audit(tmp_path / "labels.csv") if finding.level == "warning"]
+        return told.message.split("; ")[-1]
+
+    assert remedy("P0,S0,a,a0") == "train with --group_column batch"
+    assert remedy("P0,S0,a,") == "train with --group_column batch, after filling it in for 1 slide"
+    assert remedy("P1,S0,b,b3").endswith("patients and its values whole: several values in P1")
+
+
+def test_a_column_of_one_value_is_nothing_to_test(tmp_path):
+    (tmp_path / "labels.csv").write_text("case_id,wsi_id,label,batch\nP0,S0,a,1\nP1,S1,b,1\nP2,S2,b,\n")
+    told = lines(audit(tmp_path / "labels.csv"))
+    assert "info confounding: the column batch: one value or one class only, nothing to test" in told
+
+
+def test_bag_size_has_no_grouping(cohort):
+    rng = np.random.default_rng(0)
+    for patient in range(1, 14, 2):
+        for slide in ("S1", "S2"):
+            features = rng.standard_normal((int(rng.integers(50, 70)), 16)).astype(np.float16)
+            write_bag(cohort.file(f"P{patient:03d}-{slide}"), Bag(features))
+    (told,) = [f for f in cohort.audit() if f.details.get("field", "").startswith("bag size")]
+    assert told.level == "warning"
+    assert told.message.endswith("a model that does not clearly beat this AUC may have learned no more")
+
+
+def test_a_split_that_shares_a_patient(clean, tmp_path):
+    ids = pd.read_csv(clean.labels_csv)["wsi_id"].tolist()
+    write_split(tmp_path / "splits_0.csv", ids[:13], ids[14:20], [*ids[20:27], "stranger.svs"])
+    write_split(tmp_path / "splits_1.csv", ids[:12], ids[13:20], [*ids[12:13], *ids[20:]])
+    told = lines([finding for finding in clean.audit(splits=tmp_path) if finding.topic == "splits"])
+    assert told == [
+        "error splits: 1 patient on both sides of a split: P006 (val and test of splits_1.csv); split by patient",
+        "warning splits: 1 slide of the splits not in the table: stranger",
+        "warning splits: 2 slides in no part of one or more splits: P006-S2, P013-S2",
+    ]
+
+
+def test_a_split_by_patient(clean, tmp_path):
+    ids = pd.read_csv(clean.labels_csv)["wsi_id"].tolist()
+    path = write_split(tmp_path / "mine.csv", ids[:12], ids[12:20], ids[20:])
+    assert clean.found("ok", "splits", splits=path) == "no patient is on both sides of any of 1 split"
+
+
+def test_what_cannot_be_read_at_all_is_an_error(clean, tmp_path):
+    with pytest.raises(LabelsError, match=r"nowhere.csv: no such file"):
+        audit(tmp_path / "nowhere.csv")
+    with pytest.raises(FeatureFileError, match=r"nowhere: no such folder"):
+        audit(clean.labels_csv, tmp_path / "nowhere")
+    with pytest.raises(SplitError, match=r"nowhere: no such file"):
+        clean.audit(splits=tmp_path / "nowhere")
+
+
+def test_the_same_audit_twice_gives_the_same_bytes(clean):
+    assert as_json(clean.audit()) == as_json(clean.audit())
+
+
+def test_the_command(clean, cohort, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--labels_csv", clean.labels_csv, "--features_dir", clean.features_dir
+    good = script("utils.audit", *flags)
+    assert (good.code, good.errors) == (0, [])
+    assert good.out.startswith("table\n  info     benign 14 slides")
+    as_object = json.loads(script("utils.audit", *flags, "--json").out)
+    assert (as_object["errors"], as_object["warnings"]) == (0, 0)
+    assert {finding["topic"] for finding in as_object["findings"]} >= {"table", "files", "bags", "confounding"}
+
+    cohort.file("P000-S1").unlink()
+    flags = "--labels_csv", cohort.labels_csv, "--features_dir", cohort.features_dir
+    bad = script("utils.audit", *flags)
+    assert (bad.code, bad.errors) == (1, [])
+    assert "\n1 error, 0 warnings\n" in bad.out
+    assert script("utils.audit", *flags, "--json").code == 1
+
+
+def test_the_command_finds_a_cohort_by_name(clean, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(clean.labels_csv.parent, tmp_path / "datasets" / "mine")
+    outcome = script("utils.audit", "--dataset", "mine")
+    assert outcome.code == 0
+    assert "28 slides, each with a feature file that opens" in outcome.out
+    shutil.rmtree(tmp_path / "datasets" / "mine" / "features")
+    outcome = script("utils.audit", "--dataset", "mine")
+    assert outcome.code == 0
+    assert "no features folder: what needs files is skipped" in outcome.out
+    assert script("utils.audit", "--dataset", "mine", "--features_dir", "nowhere").code == 1
+
+
+def test_the_command_needs_a_cohort(script):
+    outcome = script("utils.audit")
+    assert outcome.code == 1
+    assert outcome.errors == ["error: give --dataset (a cohort's name) or --labels_csv (its table)"]
+
+
+def test_the_site_of_tcga_lung_gives_the_label_away(shared_data):
+    findings = audit(shared_data / "labels" / "lung.csv", class_names=("LUAD", "LUSC"))
+    (told,) = [finding for finding in findings if finding.level == "warning"]
+    assert told.message.startswith("the TCGA site code alone gives the label away (AUC 1.00 by patient-grouped")
+    assert told.message.endswith("p 0.001); train with --group_column site")
+
+
+def test_a_patient_shared_by_a_lung_split_is_named(shared_data, tmp_path):
+    table = pd.read_csv(shared_data / "labels" / "lung.csv", dtype=str)
+    case = table["case_id"].value_counts().index[0]
+    mine, others = table[table.case_id == case].wsi_id.tolist(), table[table.case_id != case].wsi_id.tolist()
+    path = write_split(tmp_path / "splits_0.csv", mine[:1], [], mine[1:])
+    findings = audit(shared_data / "labels" / "lung.csv", class_names=("LUAD", "LUSC"), splits=path)
+    messages = [finding.message for finding in findings if finding.topic == "splits"]
+    assert (
+        messages[0] == f"1 patient on both sides of a split: {case} (train and test of splits_0.csv); split by patient"
+    )
+    assert messages[1].startswith(f"{len(others)} slides in no part")
+
+
+def test_the_rare_labels_of_tcga_breast_are_counted(shared_data, script):
+    outcome = script("utils.audit", "--dataset", "breast", "--labels_csv", shared_data / "labels" / "breast.csv")
+    assert outcome.code == 0
+    assert "IDC 726 slides of 694 patients; ILC 149 slides of 143 patients" in outcome.out
+    assert "62 slides left out, of the labels ACBC, BRCA, BRCNOS, IMMC, MBC, MDLC, MPT, PD, SPC" in outcome.out
