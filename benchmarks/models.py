@@ -13,19 +13,18 @@ machine, a number of milliseconds does not.
 import argparse
 import math
 import multiprocessing
-import platform
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from references import PlainLiteMIL, PublishedTransMIL
+from report import processor, table, versions
 from scipy.special import ndtri
 from torch import Tensor, nn
 from torch.nn import functional
@@ -249,19 +248,11 @@ def progress(sign: str) -> None:
     print(sign, end="", file=sys.stderr, flush=True)
 
 
-def table(heading: str, rows: list[list[str]]) -> str:
-    lines = [heading.split(" | "), ["---"] + ["---:"] * heading.count(" | "), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def machine(setting: Setting) -> str:
     """What ran it: processor or GPU, threads, versions."""
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    name = cpu[1] if cpu else platform.processor() or platform.machine()
-    if setting.device == "cuda":
-        name = in_own_process(torch.cuda.get_device_name)
-    parts = [name, f"{setting.threads} threads", str(setting.dtype).removeprefix("torch."), f"{setting.repeats} turns"]
-    return ", ".join([*parts, f"Python {platform.python_version()}", f"PyTorch {version('torch')}"])
+    name = in_own_process(torch.cuda.get_device_name) if setting.device == "cuda" else processor()
+    dtype = str(setting.dtype).removeprefix("torch.")
+    return ", ".join([name, f"{setting.threads} threads", dtype, f"{setting.repeats} turns", *versions()])
 
 
 def main() -> None:
