@@ -25,7 +25,7 @@ def main() -> None:
     visualizer = AttentionVisualizer(pictures.cmap, pictures.alpha)
     predictor = make_predictor(asked, recipe)
     source = predictor.keep_features(asked.input, asked.output_dir) if recipe.save_features else asked.input
-    bag = predictor.bag(source, asked.feat_type)
+    bag = predictor.bag(source, asked.feat_type, wsi if is_feature_file(asked.input) else None)
     patch_size = check_drawable(wsi, source, bag, recipe.patch_size, recipe.level) if wsi else None
     prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size)
 

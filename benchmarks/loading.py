@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from report import processor, table, versions
 
-from utils.bags.collate import Chunk, collate, cut_chunks
-from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, pack
+from utils.bags.packed import FileFeatures
 from utils.bags.store import Bag, peek_bag, write_bag
 from utils.mil_dataset import MILDataset
 
@@ -81,31 +80,38 @@ def whole_slides(features: FileFeatures) -> Iterator[torch.Tensor]:
         yield features(slide)
 
 
-def chunks_of(features: MemoryFeatures | PackedFeatures, slides: int, sequential: bool) -> Iterator[torch.Tensor]:
-    """Chunks as training gets them: copies of patches that are neighbours, or are drawn from the whole slide."""
-    rng = np.random.default_rng(0)
-    for slide in range(slides):
-        bag = features(slide)
-        for cut in cut_chunks(len(bag), CHUNK, sequential=sequential, rng=rng):
-            yield collate([Chunk(bag, cut, 0, 1.0, slide)]).bags[0]
+def chunks(dataset: MILDataset) -> Iterator[torch.Tensor]:
+    """Chunks as training gets them, one at a time: copies of neighbouring patches, or of some of the whole slide's."""
+    for batch in dataset.batches(range(len(dataset)), 1, seed=0):
+        yield batch.bags[0]
 
 
 def contenders(paths: list[Path], folder: Path) -> dict[str, Callable[[], Iterable[torch.Tensor]]]:
     info = [peek_bag(path) for path in paths]
+    csv = write_labels(folder, paths)
 
     def files() -> FileFeatures:
         return FileFeatures(paths, info, "features")
 
-    known, memory, packed = files(), MemoryFeatures(files()), pack(folder / "features.packed", files())
-    count = len(paths)
+    def dataset(cache: str, sequential: bool = False) -> MILDataset:
+        return MILDataset(csv, paths[0].parent, chunk_size=CHUNK, sequential=sequential, cache=cache)
+
+    known, packed = files(), str(folder)
+    in_order, at_random, in_memory = dataset(packed, sequential=True), dataset(packed), dataset("ram")
     return {
         FIRST: lambda: first_version(paths),
         "files, first touch": lambda: whole_slides(files()),
         "files, known already": lambda: whole_slides(known),
-        "packed file, chunks in order": lambda: chunks_of(packed, count, sequential=True),
-        "packed file, chunks at random": lambda: chunks_of(packed, count, sequential=False),
-        "memory, chunks at random": lambda: chunks_of(memory, count, sequential=False),
+        "packed file, chunks in order": lambda: chunks(in_order),
+        "packed file, chunks at random": lambda: chunks(at_random),
+        "memory, chunks at random": lambda: chunks(in_memory),
     }
+
+
+def write_labels(folder: Path, paths: list[Path]) -> Path:
+    lines = [f"P{number},{path.stem},{'ab'[number % 2]}" for number, path in enumerate(paths)]
+    (folder / "labels.csv").write_text("\n".join(["case_id,wsi_id,label", *lines]) + "\n")
+    return folder / "labels.csv"
 
 
 def seconds(run: Callable[[], Iterable[torch.Tensor]]) -> float:
@@ -133,9 +139,7 @@ def label_pass(folder: Path, slides: int) -> list[list[str]]:
     paths = [folder / "features" / f"S{number}.h5" for number in range(slides)]
     for path in paths:
         write_bag(path, Bag(np.zeros((10, 64), np.float32), np.zeros((10, 2), np.int64)))
-    lines = [f"P{number},{path.stem},{'ab'[number % 2]}" for number, path in enumerate(paths)]
-    csv = folder / "labels.csv"
-    csv.write_text("\n".join(["case_id,wsi_id,label", *lines]) + "\n")
+    csv = write_labels(folder, paths)
 
     def dataset(cache: str) -> MILDataset:
         return MILDataset(csv, paths[0].parent, cache=cache)

@@ -80,8 +80,10 @@ def test_drawing_is_checked_before_any_work(slide, tmp_path):
     assert check_drawable(slide, source, Bag(features, COORDS), patch_size=25, level=1) == 50
     with pytest.raises(ConfigError, match=r"bag\.h5: does not record the patch size; give --patch_size"):
         check_drawable(slide, source, Bag(features, COORDS))
-    with pytest.raises(FeatureFileError, match=r"bag\.h5: has no coordinates"):
+    with pytest.raises(FeatureFileError, match=r"bag\.h5: has no coordinates, so nothing can be drawn; extract"):
         check_drawable(slide, source, Bag(features))
+    with pytest.raises(FeatureFileError, match=r"so nothing can be drawn \(its coords are in um\); extract"):
+        check_drawable(slide, source, Bag(features, coords_withheld="its coords are in um"))
     with pytest.raises(FeatureFileError, match="but the patches reach"):
         check_drawable(slide, source, Bag(features, COORDS + 100, 50))
     other = Passport({}, {"name": "other", "width": SIZE[0], "height": SIZE[1], "quick_hash": "0" * 64})

@@ -204,9 +204,25 @@ def test_full_mode_and_predict_follow_each_other(slide_cohort, script, tmp_path)
     assert answer["probabilities"]["pink"] == pytest.approx(first["prob_pink"], abs=1e-12)
 
 
+def test_where_features_are_changes_no_number(slide_cohort, script, tmp_path):
+    written = {}
+    for cache in ("off", "ram", tmp_path / "packed"):
+        run = tmp_path / "run" / str(cache).rpartition("/")[2]
+        flags = ("--mil", "LiteMIL", *cohort_flags(slide_cohort), *TRAINING, "--epochs", 2, "--sequential")
+        outcome = script("train", *flags, "--cache", cache, "--chunk_size", 5, "--output_dir", run)
+        assert outcome.code == 0, outcome.err
+        written[cache] = [
+            (run / name).read_bytes() for name in ("predictions.csv", "history.csv", "all_folds_best.pth")
+        ]
+    assert written["off"] == written["ram"] == written[tmp_path / "packed"]
+    assert [path.suffix for path in sorted((tmp_path / "packed").iterdir())] == [".packed", ".lock"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--mil", "LiteMIL", "--group_column", "site"), "10 rows without a site"),
+        (("--mil", "LiteMIL", "--sequential", "--mode", "full"), "--sequential: whole slides are not cut"),
         (("--mil", "LiteMil2"), "did you mean 'LiteMIL'"),
         (("--mil", "meanPool", "--num_heads", 2), "meanPool has no hyperparameter num_heads"),
         (("--mil", "LiteMIL", "--input_dim", 32), "the features are 64 wide"),

@@ -4,6 +4,7 @@ import torch
 
 from MILS import build_mil
 from MILS.LiteMIL import LiteMIL
+from tests.bags import writers
 from tests.conftest import BACKBONE, PATCH
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from utils.bags.store import Bag, write_bag
@@ -226,3 +227,29 @@ def test_a_raw_slides_predictor_for_a_model_of_the_first_version(first_version, 
     assert predictor.checkpoint.class_names == KIDNEY
     assert predictor.feature_extractor is not None
     assert extractPredict(path, "LiteMIL", list(KIDNEY), **recipe).checkpoint.class_names == KIDNEY
+
+
+PARTIAL = {"backbone": BACKBONE, "patch_size": PATCH}
+
+
+def test_a_recipe_that_other_toolkits_recorded_in_part_is_completed_by_flags(slide_cohort, tmp_path):
+    make_checkpoint(tmp_path / "model.pth", recipe=PARTIAL, mpp_range=None)
+    predictor = extractPredict(tmp_path / "model.pth", level=1, weights=slide_cohort.weights, device="cpu")
+    assert predictor.feature_extractor is not None
+    made = predictor.feature_extractor.recipe
+    assert {name: made[name] for name in ("backbone", "patch_size", "stride", "level")} == PARTIAL | {
+        "stride": PATCH, "level": 1,
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"does not say level; give it \(--level\)"):
+        extractPredict(tmp_path / "model.pth", weights=slide_cohort.weights, device="cpu")
+    with pytest.raises(RecipeError, match="patch_size: found 32, expected 64"):
+        extractPredict(tmp_path / "model.pth", patch_size=32, level=1, weights=slide_cohort.weights, device="cpu")
+
+
+def test_the_slide_places_patches_that_are_stored_in_micrometers(checkpoint, slide_cohort, tmp_path):
+    features, coords = writers.arrays(dim=16)
+    path = writers.stamp(tmp_path, features, coords)
+    slide = next((slide_cohort.slides).glob("*.tif"))  # 0.5 um/px, the file's slide had 0.25
+    predictor = SlidePredictor(checkpoint, device="cpu")
+    assert predictor.bag(path).coords is None
+    np.testing.assert_array_equal(predictor.bag(path, slide=slide).coords, coords // 2)

@@ -751,6 +751,38 @@ class TestKinds:
             logits, _ = checkpoint.build()(data[slide][0].float()[None])
         assert torch.softmax(logits[0], 0)[1].item() == pytest.approx(rows.loc[slide, "prob_malignant"], abs=1e-6)
 
+    def test_sequential_chunks_are_evaluated_as_they_are_trained_on(self, cohort, tmp_path, no_figures):
+        data = MILDataset(*cohort, chunk_size=20, sequential=True)
+        make_cv(data, tmp_path, n_outer=2, epochs=1).run()
+        checkpoint = load_checkpoint(tmp_path / "fold_1_best.pth")
+        assert checkpoint.slide_feed == SlideFeed(20, "mean", sequential=True)
+        rows = pd.read_csv(tmp_path / "predictions.csv")
+        slide = int(rows.index[rows["fold"] == 1][0])
+        output = predict_features(checkpoint.build(), data.features(slide), checkpoint.slide_feed)
+        assert output.probabilities[1] == pytest.approx(rows.loc[slide, "prob_malignant"], abs=1e-6)
+
+    def test_groups_stay_together_in_every_part(self, cohort, tmp_path, no_figures):
+        table = pd.read_csv(cohort[0], dtype=str)
+        numbers = table["case_id"].str[1:].astype(int)
+        table.assign(site=(numbers % 6).map("site {}".format)).to_csv(tmp_path / "labels.csv", index=False)
+        data = MILDataset(tmp_path / "labels.csv", cohort[1], chunk_size=20, group_column="site")
+        make_cv(data, tmp_path / "run", n_outer=3, n_inner=2, epochs=1).run()
+        site_of = {row.wsi_id: group for row, group in zip(data.rows, data.groups, strict=True)}
+        for fold in strict_json(tmp_path / "run" / "splits.json")["folds"]:
+            for inner in fold["inner"]:
+                sites = [{site_of[wsi_id] for wsi_id in part} for part in (fold["test"], *inner.values())]
+                assert sum(map(len, sites)) == len(set().union(*sites)) == 6
+
+    def test_other_groups_are_another_run(self, cohort, tmp_path, unfitted):
+        table = pd.read_csv(cohort[0], dtype=str)
+        table.assign(site=table["case_id"]).to_csv(tmp_path / "same.csv", index=False)
+        table.assign(site=table["case_id"].str[1:].astype(int) // 2).to_csv(tmp_path / "other.csv", index=False)
+        identities = [
+            make_cv(MILDataset(tmp_path / f"{name}.csv", cohort[1], group_column="site"), tmp_path / "run")._identity()
+            for name in ("same", "other")
+        ]
+        assert [key for key in identities[0] if identities[0][key] != identities[1][key]] == ["groups"]
+
     def test_three_classes(self, tmp_path):
         names = ("CCRCC", "CHRCC", "PRCC")
         cohort = write_cohort(tmp_path / "cohort", classes=names, slides_per_patient=1, signal=4)

@@ -150,7 +150,10 @@ def check_drawable(
     of another slide; ConfigError where the size is unknown; SlideError.
     """
     if bag.coords is None:
-        raise FeatureFileError(f"{source}: has no coordinates, so nothing can be drawn; extract the slide again")
+        reason = f" ({bag.coords_withheld})" if bag.coords_withheld else ""
+        raise FeatureFileError(
+            f"{source}: has no coordinates, so nothing can be drawn{reason}; extract the slide again"
+        )
     with open_slide(wsi_path) as slide:
         made_from = bag.passport.slide if bag.passport else {}
         found = {"width": slide.width, "height": slide.height, "quick_hash": slide.quick_hash()}

@@ -14,12 +14,12 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from utils.bags.labels import Row, _is_plain, _named, classes_in, find_features, read_rows
+from utils.bags.labels import Row, classes_in, find_features, is_plain, read_rows
 from utils.bags.store import BagInfo, is_feature_file, peek_bag, read_bag
 from utils.core import cli
-from utils.core.cohorts import KNOWN_COHORTS, tcga_site
+from utils.core.cohorts import cohort_classes, tcga_site
 from utils.core.config import Audit, Protocol
-from utils.core.errors import FeatureFileError, LabelsError
+from utils.core.errors import FeatureFileError, LabelsError, counted, named
 from utils.core.files import digest
 from utils.core.passport import ENCODING_FIELDS, MPP_TOLERANCE
 from utils.core.runtime import progress
@@ -97,16 +97,16 @@ def main() -> None:
 
 def audit_cohort(settings: Audit) -> list[Finding]:
     """`audit` for a command line; a known cohort brings its classes, any name its default folders."""
-    known = KNOWN_COHORTS.get(settings.dataset or "")
+    classes = cohort_classes(settings.dataset, settings.class_names)
     home = Path("datasets") / (settings.dataset or "")
     has_default = settings.dataset is not None and (home / "features").is_dir()
     return audit(
         settings.labels_csv or home / "labels.csv",
         settings.features_dir or (home / "features" if has_default else None),
-        settings.class_names or (known.class_names if known else None),
+        classes.class_names,
         settings.feat_type,
-        label_names=known.label_names if known else None,
-        left_out=known.left_out if known and not settings.class_names else (),
+        label_names=classes.label_names,
+        left_out=classes.left_out,
         splits=settings.splits,
     )
 
@@ -156,7 +156,7 @@ def as_text(findings: Sequence[Finding]) -> str:
         mine = [f"  {finding.level:8} {finding.message}" for finding in findings if finding.topic == topic]
         lines += [topic, *mine, ""]
     counts = Counter(finding.level for finding in findings)
-    return "\n".join([*lines, f"{_count(counts['error'], 'error')}, {_count(counts['warning'], 'warning')}"])
+    return "\n".join([*lines, f"{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}"])
 
 
 def as_json(findings: Sequence[Finding]) -> str:
@@ -174,27 +174,27 @@ def _check_ids(rows: list[Row]) -> tuple[list[Finding], list[Row]]:
     findings = []
     empty = [str(number) for number, row in enumerate(rows, start=1) if not row["wsi_id"] or not row["case_id"]]
     if empty:
-        message = f"empty case_id or wsi_id in row {_named(empty)} after the header; fill it in"
+        message = f"empty case_id or wsi_id in row {named(empty)} after the header; fill it in"
         findings.append(Finding("error", "table", message, {"rows": empty}))
-    outside = [row["wsi_id"] for row in rows if not _is_plain(row["wsi_id"])]
+    outside = [row["wsi_id"] for row in rows if not is_plain(row["wsi_id"])]
     if outside:
-        message = f"wsi_id that would leave the features folder: {_named(outside)}; give plain file stems"
+        message = f"wsi_id that would leave the features folder: {named(outside)}; give plain file stems"
         findings.append(Finding("error", "table", message, {"slides": outside}))
 
     rows_of: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["wsi_id"] and row["case_id"] and _is_plain(row["wsi_id"]):
+        if row["wsi_id"] and row["case_id"] and is_plain(row["wsi_id"]):
             rows_of[row["wsi_id"]].append(row)
     repeated = {wsi_id: same for wsi_id, same in rows_of.items() if len(same) > 1}
-    told = {wsi_id: _disagreement(same) for wsi_id, same in repeated.items()}
-    against = {wsi_id: what for wsi_id, what in told.items() if what}
+    disagreements = {wsi_id: _disagreement(same) for wsi_id, same in repeated.items()}
+    against = {wsi_id: what for wsi_id, what in disagreements.items() if what}
     if against:
-        named = _named([f"{wsi_id} ({what})" for wsi_id, what in against.items()])
-        message = f"rows of one wsi_id that contradict each other: {named}; keep the right one"
+        told = named([f"{wsi_id} ({what})" for wsi_id, what in against.items()])
+        message = f"rows of one wsi_id that contradict each other: {told}; keep the right one"
         findings.append(Finding("error", "table", message, {"slides": against}))
-    agreeing = [wsi_id for wsi_id, what in told.items() if not what]
+    agreeing = [wsi_id for wsi_id, what in disagreements.items() if not what]
     if agreeing:
-        message = f"wsi_id in several rows that agree: {_named(agreeing)}; keep one, or train with --allow duplicate"
+        message = f"wsi_id in several rows that agree: {named(agreeing)}; keep one, or train with --allow duplicate"
         findings.append(Finding("warning", "table", message, {"slides": agreeing}))
     return findings, [same[0] for same in rows_of.values()]
 
@@ -217,12 +217,12 @@ def _check_labels(
         message = f"classes {', '.join(classes) or 'none'}; a classifier needs two different ones (--class_names)"
         findings.append(Finding("error", "table", message))
     if unknown:
-        named = _named([f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()])
-        message = f"{_count(len(unknown), 'slide')} with a label that is none of {', '.join(classes)}: {named}"
+        told = named([f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()])
+        message = f"{counted(len(unknown), 'slide')} with a label that is none of {', '.join(classes)}: {told}"
         message += "; mend the table, give --class_names, or train with --allow unknown"
         findings.append(Finding("error", "table", message, {"slides": unknown}))
     if rare:
-        message = f"{_count(rare.total(), 'slide')} left out, of the labels {', '.join(sorted(rare))}"
+        message = f"{counted(rare.total(), 'slide')} left out, of the labels {', '.join(sorted(rare))}"
         findings.append(Finding("info", "table", message, {"slides": dict(sorted(rare.items()))}))
     if not slides:
         return [*findings, Finding("error", "table", "no slide belongs to a class; check labels and classes")], slides
@@ -235,7 +235,7 @@ def _class_counts(slides: Sequence[_Slide], classes: Sequence[str]) -> Finding:
         for name, mine in _by_class(slides, classes).items()
     }
     told = [
-        f"{name} {_count(n['slides'], 'slide')} of {_count(n['patients'], 'patient')}" for name, n in counts.items()
+        f"{name} {counted(n['slides'], 'slide')} of {counted(n['patients'], 'patient')}" for name, n in counts.items()
     ]
     return Finding("info", "table", "; ".join(told), counts)
 
@@ -253,12 +253,12 @@ def _check_patients(slides: Sequence[_Slide], classes: Sequence[str]) -> list[Fi
         classes_of[slide.case_id].add(classes[slide.label])
     mixed = sorted(case_id for case_id, found in classes_of.items() if len(found) > 1)
     if mixed:
-        message = f"{_count(len(mixed), 'patient')} with slides of several classes: {_named(mixed)}; check the labels"
+        message = f"{counted(len(mixed), 'patient')} with slides of several classes: {named(mixed)}; check the labels"
         findings.append(Finding("warning", "table", message, {"patients": mixed}))
     for name, mine in _by_class(slides, classes).items():
         patients = len({slide.case_id for slide in mine})
         if patients < Protocol.n_outer:
-            message = f"{name} has {_count(patients, 'patient')}, fewer than the {Protocol.n_outer} outer folds"
+            message = f"{name} has {counted(patients, 'patient')}, fewer than the {Protocol.n_outer} outer folds"
             findings.append(Finding("warning", "table", f"{message}; add patients, or lower --n_outer"))
     return findings
 
@@ -284,15 +284,15 @@ def _check_files(
         message = f"{len(damaged) - _MOST_LINES} more files with such faults (--json names them)"
         findings.append(Finding("error", "files", message, {"slides": damaged}))
     if missing:
-        message = f"{_count(len(missing), 'slide')} without a feature file in {features_dir}: {_named(missing)}"
+        message = f"{counted(len(missing), 'slide')} without a feature file in {features_dir}: {named(missing)}"
         message += "; extract them, or train with --allow missing"
         findings.append(Finding("error", "files", message, {"slides": missing}))
     if slides and not findings:
-        findings = [Finding("ok", "files", f"{_count(len(slides), 'slide')}, each with a feature file that opens")]
+        findings = [Finding("ok", "files", f"{counted(len(slides), 'slide')}, each with a feature file that opens")]
     names = sorted(path.name for path in features_dir.iterdir() if is_feature_file(path))
     rowless = [name for name in names if name[: -len(Path(name).suffix)] not in wsi_ids]
     if rowless:
-        message = f"{_count(len(rowless), 'feature file')} without a row in the table: {_named(rowless)}"
+        message = f"{counted(len(rowless), 'feature file')} without a row in the table: {named(rowless)}"
         findings.append(Finding("info", "files", message, {"files": rowless}))
     return findings, bags
 
@@ -312,9 +312,9 @@ def _check_content(bags: Sequence[_Bag], feat_type: str, classes: Sequence[str])
     for group in copies:
         across = len({bag.case_id for bag in group}) > 1 or len({bag.label for bag in group}) > 1
         what = "the same features under several patients or labels" if across else "the same features more than once"
-        named = _named([f"{bag.wsi_id} ({bag.case_id}, {classes[bag.label]})" for bag in group])
+        told = named([f"{bag.wsi_id} ({bag.case_id}, {classes[bag.label]})" for bag in group])
         details = {"slides": [bag.wsi_id for bag in group]}
-        findings.append(Finding("error" if across else "warning", "content", f"{what}: {named}; keep one", details))
+        findings.append(Finding("error" if across else "warning", "content", f"{what}: {told}; keep one", details))
     if bags and not copies:
         findings.append(Finding("ok", "content", "no two slides have the same features", {"read": len(suspects)}))
     return findings
@@ -336,9 +336,9 @@ def _check_bags(bags: Sequence[_Bag], classes: Sequence[str]) -> list[Finding]:
             findings.append(Finding("info", "bags", f"{name}: {told}, {middle}", {"class": name} | spread))
     small = {bag.wsi_id: bag.info.num_instances for bag in bags if bag.info.num_instances < SMALL_BAG}
     if small:
-        named = _named([f"{wsi_id} ({size})" for wsi_id, size in small.items()])
+        told = named([f"{wsi_id} ({size})" for wsi_id, size in small.items()])
         message = (
-            f"{_count(len(small), 'slide')} of fewer than {SMALL_BAG} patches: {named}; look at their tissue masks"
+            f"{counted(len(small), 'slide')} of fewer than {SMALL_BAG} patches: {told}; look at their tissue masks"
         )
         findings.append(Finding("warning", "bags", message, {"slides": small}))
     return findings
@@ -364,9 +364,9 @@ def _check_recipes(bags: Sequence[_Bag]) -> list[Finding]:
         message = f"patches were read at {min(mpps):.4g} to {max(mpps):.4g} um/px, more than {MPP_TOLERANCE:.0%} apart"
         findings.append(Finding("warning", "recipe", f"{message}; extract all slides at one resolution"))
     if recorded and not findings:
-        findings.append(Finding("ok", "recipe", f"{_count(len(recorded), 'slide')} recorded as made in one way"))
+        findings.append(Finding("ok", "recipe", f"{counted(len(recorded), 'slide')} recorded as made in one way"))
     if len(recorded) < len(bags):
-        message = f"{len(bags) - len(recorded)} of {_count(len(bags), 'slide')} without a record of how they were made"
+        message = f"{len(bags) - len(recorded)} of {counted(len(bags), 'slide')} without a record of how they were made"
         findings.append(Finding("info", "recipe", message))
     return findings
 
@@ -387,17 +387,17 @@ def _check_splits(splits: Sequence[NamedSplit], case_of: Mapping[str, str], wsi_
     if crossing:
         more = {case: f" and {len(places) - 1} more" if len(places) > 1 else "" for case, places in crossing.items()}
         told = [f"{case} ({places[0]}{more[case]})" for case, places in crossing.items()]
-        message = f"{_count(len(crossing), 'patient')} on both sides of a split: {_named(told)}; split by patient"
+        message = f"{counted(len(crossing), 'patient')} on both sides of a split: {named(told)}; split by patient"
         findings.append(Finding("error", "splits", message, {"patients": crossing}))
     else:
         findings.append(
-            Finding("ok", "splits", f"no patient is on both sides of any of {_count(len(splits), 'split')}")
+            Finding("ok", "splits", f"no patient is on both sides of any of {counted(len(splits), 'split')}")
         )
     if strangers:
-        message = f"{_count(len(strangers), 'slide')} of the splits not in the table: {_named(list(strangers))}"
+        message = f"{counted(len(strangers), 'slide')} of the splits not in the table: {named(list(strangers))}"
         findings.append(Finding("warning", "splits", message, {"slides": list(strangers)}))
     if absent:
-        message = f"{_count(len(absent), 'slide')} in no part of one or more splits: {_named(list(absent))}"
+        message = f"{counted(len(absent), 'slide')} in no part of one or more splits: {named(list(absent))}"
         findings.append(Finding("warning", "splits", message, {"slides": absent}))
     return findings
 
@@ -443,19 +443,19 @@ def _remedy(nuisance: _Field, counts: Mapping[str, int], slides: Sequence[_Slide
         return "a model that does not clearly beat this AUC may have learned no more"
     fewest = min(counts, key=lambda name: counts[name])
     if counts[fewest] < Protocol.n_outer:
-        have = f"{fewest} comes with {_count(counts[fewest], 'value')} of it for {Protocol.n_outer} outer folds"
+        have = f"{fewest} comes with {counted(counts[fewest], 'value')} of it for {Protocol.n_outer} outer folds"
         return f"{have}, so that no split can separate the two: add slides of that class from elsewhere"
     values_of: dict[str, set[Value]] = defaultdict(set)
     for slide, value in zip(slides, nuisance.values, strict=True):
         values_of[slide.case_id].add(value)
     several = sorted(case_id for case_id, values in values_of.items() if len(values - {None}) > 1)
     if several:
-        return f"folds cannot keep patients and its values whole: several values in {_named(several)}"
+        return f"folds cannot keep patients and its values whole: several values in {named(several)}"
     train = f"train with --group_column {nuisance.column}"
     if not nuisance.in_table:
         return f"add it to the table as a column {nuisance.column} and {train}"
     unknown = nuisance.values.count(None)
-    return f"{train}, after filling it in for {_count(unknown, 'slide')}" if unknown else train
+    return f"{train}, after filling it in for {counted(unknown, 'slide')}" if unknown else train
 
 
 def _nuisances(slides: Sequence[_Slide], bags: Sequence[_Bag]) -> list[_Field]:
@@ -505,8 +505,8 @@ def _differing(value_of: Mapping[str, Any]) -> dict[str, list[str]]:
 def _told(slides_of: Mapping[str, list[str]]) -> str:
     """Each value with its slides; those of the commonest one are only counted."""
     first, *others = slides_of.items()
-    told = [f"{_short(value)} in {_count(len(slides), 'slide')} ({_named(slides)})" for value, slides in others]
-    return f"{_short(first[0])} in {_count(len(first[1]), 'slide')}, {', '.join(told)}"
+    told = [f"{_short(value)} in {counted(len(slides), 'slide')} ({named(slides)})" for value, slides in others]
+    return f"{_short(first[0])} in {counted(len(first[1]), 'slide')}, {', '.join(told)}"
 
 
 def _short(value: str) -> str:
@@ -516,10 +516,6 @@ def _short(value: str) -> str:
 def _quartiles(values: Iterable[int]) -> dict[str, float]:
     names = ("least", "lower_quartile", "median", "upper_quartile", "greatest")
     return dict(zip(names, np.percentile(list(values), [0, 25, 50, 75, 100]).tolist(), strict=True))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from utils.bags.store import (
 )
 from utils.core import cli
 from utils.core.config import Conversion
-from utils.core.errors import ConfigError, FeatureFileError, LiteMILError
+from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, named
 from utils.core.files import check_distinct, write_records
 from utils.core.passport import Passport, recipe_differences
 from utils.core.runtime import log, progress
-from utils.slides.wsi import find_slides, open_slide
+from utils.slides.wsi import find_slides, slide_mpp
 
 REPORT = "conversion_report.csv"
 # How many reasons the summary tells, and how many files it names for each.
@@ -82,7 +82,7 @@ def convert_one(source: Path, target: Path, conversion: Conversion, slide: Path 
     values that `conversion.dtype` cannot hold, and for a target that holds something else unless
     `conversion.overwrite`; SlideError for a bad slide.
     """
-    mpp = _mpp(slide) if slide else conversion.mpp
+    mpp = slide_mpp(slide) if slide else conversion.mpp
     if target.exists() and not conversion.overwrite:
         return _there_already(source, target, conversion, mpp)
     bag = _cast(read_bag(source, conversion.feat_type, mpp), conversion.dtype, source)
@@ -191,12 +191,12 @@ def _feature_files(folder: Path) -> list[Path]:
 
 def _slides_of(sources: Iterable[Path], slides_dir: Path) -> dict[Path, Path]:
     """The slide of each feature file that has one, by its name."""
-    named: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
     for slide in find_slides(slides_dir):
-        named.setdefault(slide.stem, []).append(slide)
+        by_name.setdefault(slide.stem, []).append(slide)
     slides, without = {}, []
     for source in sources:
-        first, *others = named.get(source.stem, [None])
+        first, *others = by_name.get(source.stem, [None])
         if others:
             raise ConfigError(f"{source}: {first} and {others[0]} both bear its name; keep one of them in --slides_dir")
         if first is None:
@@ -206,13 +206,8 @@ def _slides_of(sources: Iterable[Path], slides_dir: Path) -> dict[Path, Path]:
     if not slides:
         raise ConfigError(f"{slides_dir}: no slide bears a feature file's name, such as {without[0]}; check the folder")
     if without:
-        log.warning("%s: no slide for %s; their um per pixel is not known", slides_dir, _listed(without))
+        log.warning("%s: no slide for %s; their um per pixel is not known", slides_dir, named(without, _NAMED))
     return slides
-
-
-def _mpp(slide: Path) -> float | None:
-    with open_slide(slide) as opened:
-        return opened.mpp
 
 
 def summary(statuses: Sequence[FileStatus]) -> str:
@@ -243,7 +238,7 @@ def _reasons(title: str, statuses: Sequence[FileStatus]) -> list[str]:
     for status in statuses:
         files.setdefault(_reason(status), []).append(status.file.name)
     by_count = sorted(files.items(), key=lambda item: -len(item[1]))
-    lines = [f"  {_listed(names)}: {reason}" for reason, names in by_count[:_TOLD]]
+    lines = [f"  {named(names, _NAMED)}: {reason}" for reason, names in by_count[:_TOLD]]
     if len(by_count) > _TOLD:
         lines.append(f"  and {len(by_count) - _TOLD} more reasons: see {REPORT}")
     return [title, *lines] if lines else []
@@ -253,11 +248,6 @@ def _reason(status: FileStatus) -> str:
     """The reason without the file it begins with: many files may share it."""
     subject, separator, reason = status.reason.partition(": ")
     return reason if separator and Path(subject).stem == status.file.stem else status.reason
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def main() -> None:

@@ -88,7 +88,8 @@ class WSIFeatureExtractor:
         missing = [name for name in needed if recipe.get(name) is None]
         if missing:
             raise RecipeError(
-                f"the training features' recipe does not say {', '.join(missing)}; extract the slide yourself"
+                f"the training features' recipe does not say {', '.join(missing)}; give it "
+                f"({', '.join('--' + name for name in missing)}), or extract the slide yourself"
             )
         extractor = cls(
             recipe["backbone"], recipe["patch_size"], recipe["stride"], recipe["level"], recipe["tissue_threshold"],

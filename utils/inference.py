@@ -23,7 +23,7 @@ from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.checkpoint import id_digests, load_checkpoint
 from utils.slides.backbones import canonical_backbone
-from utils.slides.wsi import is_slide_file
+from utils.slides.wsi import is_slide_file, slide_mpp
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,15 @@ class SlidePredictor:
         """
         return self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
 
-    def bag(self, path: Path, feat_type: str = "features") -> Bag:
-        """The bag of a feature file, or of a raw slide through the feature extractor."""
+    def bag(self, path: Path, feat_type: str = "features", slide: Path | None = None) -> Bag:
+        """The bag of a feature file, or of a raw slide through the feature extractor.
+
+        `slide`, which the feature file was made from, gives the um/px that some files' coordinates need.
+        """
         check_input(path)
-        return read_bag(path, feat_type) if is_feature_file(path) else self._extractor().extract(path)
+        if not is_feature_file(path):
+            return self._extractor().extract(path)
+        return read_bag(path, feat_type, None if slide is None else slide_mpp(slide))
 
     def keep_features(self, slide: Path, folder: Path) -> Path:
         """The raw slide's feature file in `folder`, made unless it is there, by the same recipe."""
@@ -256,8 +261,8 @@ def extractPredict(  # noqa: N802 - the first version's public name
     """A SlidePredictor for raw slides: patches are cut and encoded as the model's training features were.
 
     Where the checkpoint records the recipe, `backbone`, `patch_size`, `stride`, `level` and `tissue_threshold` must
-    agree with it, else they make the recipe. `weights` is the backbone's local file instead of a download. Raises
-    RecipeError, BackboneError, CheckpointError.
+    agree with it, or tell what it leaves open; else they make the recipe. `weights` is the backbone's local file
+    instead of a download. Raises RecipeError, BackboneError, CheckpointError.
     """
     predictor = SlidePredictor(
         model_path,
@@ -275,7 +280,9 @@ def extractPredict(  # noqa: N802 - the first version's public name
     if recorded is None:
         extractor = WSIFeatureExtractor(**given, weights=weights, batch_size=batch_size, device=device)
     else:
-        extractor = WSIFeatureExtractor.of_recipe(recorded, weights=weights, batch_size=batch_size, device=device)
+        extractor = WSIFeatureExtractor.of_recipe(
+            _completed(recorded, given), weights=weights, batch_size=batch_size, device=device
+        )
     predictor.feature_extractor = extractor
     return predictor
 
@@ -316,6 +323,14 @@ def recipe_asked(
         "tissue_threshold": tissue_threshold,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _completed(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of training features, completed: other toolkits' files record only a part of it."""
+    known = {name: value for name, value in recorded.items() if value is not None}
+    open_to_choice = {"tissue_threshold": Extraction.tissue_threshold, "dtype": Extraction.dtype}
+    completed = open_to_choice | dict(given) | known
+    return {"stride": completed.get("patch_size")} | completed
 
 
 def _known_name(mil: str) -> str:

@@ -16,7 +16,7 @@ from utils.bags import labels
 from utils.bags.collate import Batch, Chunk, collate, cut_chunks, num_chunks
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
 from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
-from utils.core.cohorts import KNOWN_COHORTS
+from utils.core.cohorts import cohort_classes
 from utils.core.config import Cohort
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
 from utils.core.passport import ENCODING_FIELDS, recipe_differences
@@ -93,20 +93,20 @@ class MILDataset(Dataset):
     @classmethod
     def of_cohort(cls, cohort: Cohort) -> "MILDataset":
         """The dataset a command line describes; a known cohort brings its classes, any name its default folders."""
-        known = KNOWN_COHORTS.get(cohort.dataset)
+        classes = cohort_classes(cohort.dataset, cohort.class_names)
         home = Path("datasets") / cohort.dataset
         return cls(
             cohort.labels_csv or home / "labels.csv",
             cohort.features_dir or home / "features",
-            cohort.class_names or (known.class_names if known else None),
+            classes.class_names,
             cohort.mode,
             cohort.chunk_size,
             cohort.feat_type,
             sequential=cohort.sequential,
             group_column=cohort.group_column,
             cache=cohort.cache,
-            label_names=known.label_names if known else None,
-            left_out=known.left_out if known and not cohort.class_names else (),
+            label_names=classes.label_names,
+            left_out=classes.left_out,
             allow=cohort.allow,
         )
 

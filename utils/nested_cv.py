@@ -104,6 +104,7 @@ class NestedCrossValidation:
             self.protocol.n_outer,
             self.protocol.n_inner,
             self.protocol.seed,
+            self.dataset.group_column or "patient",
         )
         if self._take_output_dir():
             log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)

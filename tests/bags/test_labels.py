@@ -146,7 +146,7 @@ def test_two_columns_of_one_name_are_refused(table, header):
 def test_rows_of_another_length_than_the_header_are_refused(table, rows):
     """Columns must not shift: a reader of tables may take the first of too many fields for the rows' names."""
     message = table.write(*rows).refusal()
-    assert "more or fewer fields than the 3 of the header" in message
+    assert "more or fewer fields than the header's 3" in message
     assert repr(rows[-1]) in message
 
 

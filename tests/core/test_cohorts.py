@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.core.cohorts import tcga_site
+from utils.core.cohorts import KNOWN_COHORTS, KnownCohort, cohort_classes, tcga_site
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,12 @@ from utils.core.cohorts import tcga_site
 )
 def test_the_site_of_a_barcode(name, site):
     assert tcga_site(name) == site
+
+
+def test_classes_that_are_given_go_before_the_known_ones_and_leave_out_none():
+    assert cohort_classes("breast") == KNOWN_COHORTS["breast"]
+    assert cohort_classes("breast", ["IDC", "MDLC"]) == KnownCohort(("IDC", "MDLC"))
+    assert cohort_classes("tupac", ["High", "Low"]) == KnownCohort(("High", "Low"), {"0": "Low", "1": "High"})
+    for name in ("mine", None):
+        assert cohort_classes(name) == KnownCohort(())
+        assert cohort_classes(name, ["a", "b"]) == KnownCohort(("a", "b"))

@@ -126,6 +126,12 @@ def test_a_shortage_is_of_patients_not_of_slides():
         split(labels, cases)
 
 
+def test_a_shortage_of_groups_is_called_by_their_name():
+    labels, cases = one_class_patients(12, 3)
+    with pytest.raises(SplitError, match="only 3 sites with class 'malignant'"):
+        nested_splits(labels, cases, ("benign", "malignant"), 5, 4, 0, unit="site")
+
+
 def test_the_seed_alone_decides():
     labels, cases = one_class_patients(10, 10)
     assert as_lists(split(labels, cases, seed=3)) == as_lists(split(labels, cases, seed=3))

@@ -7,13 +7,10 @@ from pathlib import Path
 
 from utils.bags.store import FEATURE_EXTENSIONS
 from utils.core.cohorts import tcga_site
-from utils.core.errors import LabelsError
+from utils.core.errors import LabelsError, counted, named
 from utils.core.runtime import log
 
 Row = dict[str, str]
-
-# How many offending rows a message names.
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,8 @@ def read_rows(csv_path: Path) -> list[Row]:
     uneven = [repr(",".join(row)) for row in values if len(row) != len(columns)]
     if uneven:
         raise LabelsError(
-            f"{csv_path}: {_count(len(uneven))} with more or fewer fields than the {len(columns)} of the header: "
-            f"{_named(uneven)}; quote a field that holds a comma"
+            f"{csv_path}: {counted(len(uneven), 'row')} with more or fewer fields than the header's {len(columns)}: "
+            f"{named(uneven)}; quote a field that holds a comma"
         )
     rows = [dict(zip(columns, row, strict=True)) for row in values]
     if "case_id" not in columns:
@@ -104,7 +101,7 @@ def account(
 
     rare = [row["wsi_id"] for row in rows if row["label"] in left_out]
     if rare:
-        log.info("%s: %s left out, of the labels %s", csv_path, _count(len(rare)), ", ".join(sorted(left_out)))
+        log.info("%s: %s left out, of the labels %s", csv_path, counted(len(rare), "row"), ", ".join(sorted(left_out)))
     rows = [row for row in rows if row["label"] not in left_out]
 
     unknown = [f"{row['wsi_id']} ({row['label']!r})" for row in rows if row["label"] not in class_names]
@@ -138,7 +135,9 @@ def group_cases(csv_path: Path, rows: Sequence[LabelRow], column: str | None) ->
     groups = [_group(row, column) for row in rows]
     unknown = [row.wsi_id for row, group in zip(rows, groups, strict=True) if not group]
     if unknown:
-        raise LabelsError(f"{csv_path}: {_count(len(unknown))} without a {column}: {_named(unknown)}; fill it in")
+        raise LabelsError(
+            f"{csv_path}: {counted(len(unknown), 'row')} without a {column}: {named(unknown)}; fill it in"
+        )
     first: dict[str, str] = {}
     for row, group in zip(rows, groups, strict=True):
         if first.setdefault(row.case_id, group) != group:
@@ -181,37 +180,26 @@ def _tell_mixed_cases(csv_path: Path, rows: Sequence[LabelRow]) -> None:
         classes_of.setdefault(row.case_id, set()).add(row.label)
     mixed = [case_id for case_id, found in classes_of.items() if len(found) > 1]
     if mixed:
-        log.info("%s: cases with slides of several classes, which stay in one fold: %s", csv_path, _named(mixed))
+        log.info("%s: cases with slides of several classes, which stay in one fold: %s", csv_path, named(mixed))
 
 
 def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows, start=1):
         if not row["case_id"] or not row["wsi_id"]:
             raise LabelsError(f"{csv_path}: row {number} after the header has an empty case_id or wsi_id; fill it in")
-    outside = [row["wsi_id"] for row in rows if not _is_plain(row["wsi_id"])]
+    outside = [row["wsi_id"] for row in rows if not is_plain(row["wsi_id"])]
     if outside:
-        raise LabelsError(
-            f"{csv_path}: wsi_id {_named(outside)} would leave the features folder; give plain file stems"
-        )
+        raise LabelsError(f"{csv_path}: wsi_id {named(outside)} would leave the features folder; give plain file stems")
 
 
 def _report(csv_path: Path, kind: str, what: str, names: list[str], allow: Collection[str]) -> None:
     if not names:
         return
-    message = f"{csv_path}: {_count(len(names))} with a {what}: {_named(names)}"
+    message = f"{csv_path}: {counted(len(names), 'row')} with a {what}: {named(names)}"
     if kind not in allow:
         raise LabelsError(f"{message}; mend the table, or leave them out with --allow {kind}")
     log.warning("%s; left out", message)
 
 
-def _is_plain(wsi_id: str) -> bool:
+def is_plain(wsi_id: str) -> bool:
     return wsi_id not in (".", "..") and not any(separator in wsi_id for separator in "/\\\0")
-
-
-def _count(rows: int) -> str:
-    return f"{rows} row" if rows == 1 else f"{rows} rows"
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

@@ -1,7 +1,7 @@
 """What is known of the public cohorts whose features can be downloaded; any other name is the user's own cohort."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -22,6 +22,14 @@ KNOWN_COHORTS: Mapping[str, KnownCohort] = {
     "kidney": KnownCohort(("PRCC", "CCRCC", "CHRCC")),
     "tupac": KnownCohort(("Low", "High"), label_names={"0": "Low", "1": "High"}),
 }
+
+
+def cohort_classes(dataset: str | None, class_names: Sequence[str] | None = None) -> KnownCohort:
+    """The classes of a cohort: those given, which leave out no label, else the known ones; empty where it is not known
+    either.
+    """
+    known = KNOWN_COHORTS.get(dataset or "", KnownCohort(()))
+    return KnownCohort(tuple(class_names), known.label_names) if class_names else known
 
 
 def tcga_site(case_or_slide_id: str) -> str | None:

@@ -4,6 +4,8 @@ The scripts catch LiteMILError only, print that line to stderr and exit with 1; 
 traceback.
 """
 
+from collections.abc import Sequence
+
 
 class LiteMILError(Exception):
     """Something the user can mend; the message says how."""
@@ -47,3 +49,14 @@ class TrainingError(LiteMILError):
 
 class CheckpointError(LiteMILError):
     """A checkpoint that cannot be read, or that contradicts what is asked of it."""
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 row", "2 rows": for messages."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """The first of the names, and how many more there are: for messages."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from utils.bags.store import is_feature_file
-from utils.core.errors import SplitError
+from utils.core.errors import SplitError, counted
 from utils.core.files import read_json
 from utils.core.runtime import derive_seed
 from utils.slides.wsi import is_slide_file
@@ -86,17 +86,23 @@ def shared_cases(parts: Mapping[str, Collection[str]], case_of: Mapping[str, str
 
 
 def nested_splits(
-    labels: np.ndarray, cases: np.ndarray, class_names: Sequence[str], n_outer: int, n_inner: int, seed: int
+    labels: np.ndarray,
+    cases: np.ndarray,
+    class_names: Sequence[str],
+    n_outer: int,
+    n_inner: int,
+    seed: int,
+    unit: str = "patient",
 ) -> list[OuterFold]:
     """Outer and inner folds, stratified by class and grouped by case at both levels, numbered from 1.
 
-    `labels (n,)` int, `cases (n,)` patient of each slide. Raises SplitError, saying the most folds that would work,
-    when a class has fewer patients than folds.
+    `labels (n,)` int, `cases (n,)` what no split divides, a slide's patient if `unit` says nothing else. Raises
+    SplitError, saying the most folds that would work, when a class has fewer patients than folds.
     """
     tests = _grouped_folds(labels, cases, n_outer, derive_seed(seed, "outer"))
     patients = _patients(labels, cases, len(class_names))
     if patients.min() < n_outer or _most_inner(labels, cases, len(class_names), tests) < n_inner:
-        raise SplitError(_shortage(labels, cases, class_names, n_outer, n_inner, seed))
+        raise SplitError(_shortage(labels, cases, class_names, n_outer, n_inner, seed, unit))
     folds = []
     for number, test in enumerate(tests, start=1):
         rest = np.setdiff1d(np.arange(len(labels)), test)
@@ -119,13 +125,18 @@ def _most_inner(labels: np.ndarray, cases: np.ndarray, num_classes: int, tests: 
 
 
 def _shortage(
-    labels: np.ndarray, cases: np.ndarray, class_names: Sequence[str], n_outer: int, n_inner: int, seed: int
+    labels: np.ndarray,
+    cases: np.ndarray,
+    class_names: Sequence[str],
+    n_outer: int,
+    n_inner: int,
+    seed: int,
+    unit: str,
 ) -> str:
     """Why there are too few patients, and the folds nearest to those asked for, tried here, that work."""
     patients = _patients(labels, cases, len(class_names))
     fewest, rarest = int(patients.min()), class_names[int(patients.argmin())]
-    count = "1 patient" if fewest == 1 else f"{fewest} patients"
-    found = f"--n_outer {n_outer} --n_inner {n_inner}: only {count} with class {rarest!r}"
+    found = f"--n_outer {n_outer} --n_inner {n_inner}: only {counted(fewest, unit)} with class {rarest!r}"
     for outer in sorted(range(2, fewest + 1), key=lambda outer: abs(outer - n_outer)):
         tests = _grouped_folds(labels, cases, outer, derive_seed(seed, "outer"))
         inner = min(n_inner, _most_inner(labels, cases, len(class_names), tests))
@@ -135,7 +146,7 @@ def _shortage(
             return f"{found}; at most --n_inner {inner} would work"
         most = "at most " if outer < n_outer else ""
         return f"{found}; {most}--n_outer {outer} would work" + (f", with --n_inner {inner}" if inner < n_inner else "")
-    return f"{found}; no split would work; add patients of that class"
+    return f"{found}; no split would work; add slides of that class from more {unit}s"
 
 
 def _grouped_folds(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:

@@ -94,6 +94,12 @@ def open_slide(path: Path | str) -> "Slide":
         raise SlideError(_damaged(path, "cannot be opened", error)) from error
 
 
+def slide_mpp(path: Path | str) -> float | None:
+    """A slide's level-0 um/px; None where it does not say. Raises SlideError."""
+    with open_slide(path) as slide:
+        return slide.mpp
+
+
 class Slide:
     """A slide open for reading; made by `open_slide`.
 
