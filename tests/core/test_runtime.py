@@ -3,6 +3,8 @@
 import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from utils.core import runtime
 from utils.core.errors import ConfigError
 from utils.core.runtime import (
+    ahead,
     available_memory,
     derive_seed,
     progress,
@@ -183,3 +186,40 @@ def test_a_log_is_not_flooded_by_a_progress_bar(capsys):
         for _ in range(5000):
             bar.update()
     assert capsys.readouterr().err.count("\r") <= 3
+
+
+def test_items_are_made_one_ahead_and_in_their_order():
+    made, main = [], threading.get_ident()
+
+    def items():
+        for number in range(5):
+            made.append((number, threading.get_ident()))
+            yield number
+
+    started = ahead(items())
+    assert next(started) == 0
+    for _ in range(1000):  # the next one is made meanwhile
+        if len(made) == 2:
+            break
+        time.sleep(0.01)
+    assert [number for number, _ in made] == [0, 1]
+    assert list(started) == [1, 2, 3, 4]
+    assert main not in {thread for _, thread in made}
+    assert list(ahead([])) == []
+
+
+def test_what_fails_while_it_is_made_ahead_fails_where_it_is_asked_for():
+    def items():
+        yield 1
+        raise ConfigError("no second one")
+
+    started = ahead(items())
+    assert next(started) == 1
+    with pytest.raises(ConfigError, match="no second one"):
+        next(started)
+
+
+def test_what_is_made_ahead_may_be_left_alone():
+    started = ahead(iter(range(10**9)))
+    next(started)
+    started.close()
