@@ -306,6 +306,26 @@ def test_a_split_that_shares_a_patient(clean, tmp_path):
     ]
 
 
+def test_a_split_that_cannot_be_checked_is_not_ok(clean, tmp_path):
+    write_split(splits := tmp_path / "splits_0.csv", ["a", "b"], [], ["c", "d"])
+    found = {f.level: f.message for f in clean.audit(splits=splits) if f.topic == "splits"}
+    assert "ok" not in found
+    assert "4 slides of the splits not in the table" in found["error"]
+    assert "nothing was checked: write the ids as the table does" in found["error"]
+
+
+def test_a_barcode_tells_the_patient_of_a_slide_that_is_not_in_the_table(clean, tmp_path):
+    train, test = (["P000-S1", "TCGA-99-9999-01Z-00-DX1"], ["P001-S1", "TCGA-99-9999-01Z-00-DX2"])
+    write_split(splits := tmp_path / "splits_0.csv", train, [], test)
+    found = clean.found("error", "splits", splits=splits)
+    assert "1 patient on both sides of a split: TCGA-99-9999 (train and test of splits_0.csv)" in found
+
+
+def test_nothing_to_test_is_said(clean):
+    (finding,) = [f for f in audit(clean.labels_csv) if f.topic == "confounding"]
+    assert (finding.level, finding.message[:41]) == ("info", "no site, scanner or other origin is known")
+
+
 def test_a_split_by_patient(clean, tmp_path):
     ids = pd.read_csv(clean.labels_csv)["wsi_id"].tolist()
     path = write_split(tmp_path / "mine.csv", ids[:12], ids[12:20], ids[20:])

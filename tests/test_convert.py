@@ -313,7 +313,7 @@ def test_the_report_and_the_table_account_for_every_file(tmp_path, script):
         "done    4 float16  withheld         2       14\n"
         "done    4 float16  yes              1        7\n"
         "done    8 float16  none             1    1,200\n"
-        "Coordinates withheld (--mpp or --slides_dir tell the um per pixel):\n"
+        "Coordinates withheld (where um per pixel is what lacks, give --mpp or --slides_dir):\n"
         f"  {NAME}.h5, second.h5: its coords are in um, and the slide's um per pixel is not known\n"
     )
     rows = report(tmp_path / "out")
@@ -440,3 +440,12 @@ def test_a_real_bag_without_a_unit_keeps_its_features_and_tells_why_not_its_coor
     assert "no known unit" in status.reason
     with h5py.File(source) as file:
         assert np.array_equal(read_bag(tmp_path / "out.h5").features, file["feats"][()])
+
+
+def test_a_link_that_leads_nowhere_is_a_failed_file(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_bag(tmp_path / "in" / "a.h5", Bag(np.ones((2, 3), "f4")))
+    (tmp_path / "in" / "b.h5").symlink_to(tmp_path / "nowhere.h5")
+    statuses = convert(Conversion(input=tmp_path / "in", output=tmp_path / "out"))
+    assert [(status.file.name, status.status) for status in statuses] == [("a.h5", "done"), ("b.h5", "failed")]
+    assert "no such file" in statuses[1].reason

@@ -15,6 +15,7 @@ from utils.bags.packed import FileFeatures
 from utils.bags.store import Bag, write_bag
 from utils.core.config import Cohort
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
+from utils.core.passport import Passport
 from utils.core.runtime import log
 from utils.mil_dataset import MILDataset
 
@@ -190,6 +191,17 @@ def test_differing_recipes_are_named(tmp_path, change):
     name = next(iter(change))
     with pytest.raises(RecipeError, match=rf"S2\.h5: made in another way than .*S1\.h5 \({name}: found .*, expected"):
         MILDataset(*paths)
+
+
+def test_a_recipe_recorded_in_part_hides_no_difference(tmp_path):
+    def partial(**recipe) -> Bag:
+        return Bag(np.ones((3, 2), "f4"), passport=Passport(recipe))
+
+    bags = {"S0": partial(backbone="uni"), "S1": partial(backbone="uni", magnification=20.0)}
+    assert len(MILDataset(*make(tmp_path / "one", bags))) == 2
+    bags |= {"S2": partial(magnification=10.0)}
+    with pytest.raises(RecipeError, match=r"S2\.h5: made in another way than .*S1\.h5 \(magnification: found 10"):
+        MILDataset(*make(tmp_path / "other", bags))
 
 
 def test_recipes_that_differ_where_features_stay_comparable_are_one_cohort(tmp_path):

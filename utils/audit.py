@@ -17,11 +17,11 @@ import numpy as np
 from utils.bags.labels import Row, classes_in, find_features, is_plain, read_rows
 from utils.bags.store import BagInfo, is_feature_file, peek_bag, read_bag
 from utils.core import cli
-from utils.core.cohorts import cohort_classes, tcga_site
+from utils.core.cohorts import cohort_classes, tcga_case, tcga_site
 from utils.core.config import Audit, Protocol
 from utils.core.errors import FeatureFileError, LabelsError, counted, named
 from utils.core.files import digest
-from utils.core.passport import ENCODING_FIELDS, MPP_TOLERANCE
+from utils.core.passport import COMPARED_FIELDS, MPP_TOLERANCE
 from utils.core.runtime import progress
 from utils.learning.confounding import Confounding, Value, confounding, values_per_class
 from utils.learning.splits import NamedSplit, read_splits, shared_cases
@@ -323,7 +323,9 @@ def _check_content(bags: Sequence[_Bag], feat_type: str, classes: Sequence[str])
 def _content_digest(path: Path, feat_type: str) -> str:
     features = read_bag(path, feat_type).features
     with np.errstate(over="ignore"):  # one precision for all, so that a copy stored in another is found
-        return digest(str(features.shape), features.astype(np.float16).tobytes())
+        half = features.astype(np.float16)
+    told = half if np.isfinite(half).all() else features
+    return digest(str(features.shape), told.tobytes())
 
 
 def _check_bags(bags: Sequence[_Bag], classes: Sequence[str]) -> list[Finding]:
@@ -354,7 +356,7 @@ def _check_recipes(bags: Sequence[_Bag]) -> list[Finding]:
     for name in _fields(passport.recipe for passport in recorded.values()):
         values = _differing({wsi_id: passport.recipe.get(name) for wsi_id, passport in recorded.items()})
         if values:
-            encodes = name in ENCODING_FIELDS
+            encodes = name in COMPARED_FIELDS
             remedy = "extract all slides with one recipe" if encodes else "make sure that this is meant"
             message = f"{name} differs: {_told(values)}; {remedy}"
             findings.append(Finding("error" if encodes else "warning", "recipe", message, {"slides": values}))
@@ -372,14 +374,16 @@ def _check_recipes(bags: Sequence[_Bag]) -> list[Finding]:
 
 
 def _check_splits(splits: Sequence[NamedSplit], case_of: Mapping[str, str], wsi_ids: Sequence[str]) -> list[Finding]:
+    ids = {wsi_id for split in splits for part in split.parts.values() for wsi_id in part}
+    strangers = sorted(ids - case_of.keys())
+    # A slide that the table does not know may be a known patient's, and a barcode tells whose.
+    case_of = dict(case_of) | {wsi_id: tcga_case(wsi_id) or wsi_id for wsi_id in strangers}
     crossing: dict[str, list[str]] = defaultdict(list)
     absent: dict[str, list[str]] = defaultdict(list)
-    strangers: dict[str, None] = {}
     for split in splits:
         for case, names in shared_cases(split.parts, case_of).items():
             crossing[case].append(f"{' and '.join(names)} of {split.name}")
         held = {wsi_id for ids in split.parts.values() for wsi_id in ids}
-        strangers |= dict.fromkeys(sorted(held - case_of.keys()))
         for wsi_id in wsi_ids:
             if wsi_id not in held:
                 absent[wsi_id].append(split.name)
@@ -389,13 +393,15 @@ def _check_splits(splits: Sequence[NamedSplit], case_of: Mapping[str, str], wsi_
         told = [f"{case} ({places[0]}{more[case]})" for case, places in crossing.items()]
         message = f"{counted(len(crossing), 'patient')} on both sides of a split: {named(told)}; split by patient"
         findings.append(Finding("error", "splits", message, {"patients": crossing}))
-    else:
+    elif not strangers:
         findings.append(
             Finding("ok", "splits", f"no patient is on both sides of any of {counted(len(splits), 'split')}")
         )
     if strangers:
-        message = f"{counted(len(strangers), 'slide')} of the splits not in the table: {named(list(strangers))}"
-        findings.append(Finding("warning", "splits", message, {"slides": list(strangers)}))
+        none_known = len(strangers) == len(ids)
+        message = f"{counted(len(strangers), 'slide')} of the splits not in the table: {named(strangers)}"
+        message += "; none is, so that nothing was checked: write the ids as the table does" if none_known else ""
+        findings.append(Finding("error" if none_known else "warning", "splits", message, {"slides": strangers}))
     if absent:
         message = f"{counted(len(absent), 'slide')} in no part of one or more splits: {named(list(absent))}"
         findings.append(Finding("warning", "splits", message, {"slides": absent}))
@@ -415,6 +421,9 @@ def _check_confounding(slides: Sequence[_Slide], bags: Sequence[_Bag], classes: 
             findings.append(Finding("info", "confounding", message))
         else:
             findings.append(_judged(nuisance, result, slides, classes))
+    if not findings:
+        message = "no site, scanner or other origin is known, nor a bag's size: nothing to test"
+        findings.append(Finding("info", "confounding", message))
     return findings
 
 

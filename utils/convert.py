@@ -181,7 +181,7 @@ def _target_file(conversion: Conversion) -> Path:
 
 
 def _feature_files(folder: Path) -> list[Path]:
-    found = [file for file in folder.glob("[!.]*") if is_feature_file(file) and file.is_file()]
+    found = [file for file in folder.glob("[!.]*") if is_feature_file(file) and not file.is_dir()]
     if found:
         return sorted(found)
     inner = sorted({file.parent.name for file in folder.glob("[!.]*/[!.]*") if is_feature_file(file)})
@@ -227,7 +227,7 @@ def summary(statuses: Sequence[FileStatus]) -> str:
     ]
     lines = ["  ".join(row) for row in zip(*columns, strict=True)]
     withheld = [status for status in statuses if status.coordinates == "withheld"]
-    lines += _reasons("Coordinates withheld (--mpp or --slides_dir tell the um per pixel):", withheld)
+    lines += _reasons("Coordinates withheld (where um per pixel is what lacks, give --mpp or --slides_dir):", withheld)
     lines += _reasons("Failed:", [status for status in statuses if status.status == "failed"])
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from MILS import ModelError, mil_name
 from utils.bags.store import Bag, is_feature_file, read_bag
 from utils.core.config import Extraction, Prediction, PredictionRecipe
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
-from utils.core.passport import ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
+from utils.core.passport import COMPARED_FIELDS, ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
 from utils.core.runtime import log, resolve_device
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, predict_features
@@ -209,7 +209,7 @@ class SlidePredictor:
         trained, passport = self.checkpoint.recipe, bag.passport
         found = passport.recipe if passport else {}
         mpp = passport.slide.get("mpp_delivered") if passport else None
-        differences = recipe_differences(trained or {}, found, ENCODING_FIELDS)
+        differences = recipe_differences(trained or {}, found, COMPARED_FIELDS)
         differences += mpp_difference(self.checkpoint.mpp_range, mpp)
         if differences and not self.allow_mismatch:
             raise RecipeError(

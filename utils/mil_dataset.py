@@ -7,6 +7,7 @@ features, label = dataset[0]
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +20,7 @@ from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
 from utils.core.cohorts import cohort_classes
 from utils.core.config import Cohort
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
-from utils.core.passport import ENCODING_FIELDS, recipe_differences
+from utils.core.passport import COMPARED_FIELDS, recipe_differences
 from utils.core.runtime import available_memory, log, progress
 
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
@@ -202,16 +203,17 @@ class MILDataset(Dataset):
                 )
 
     def _check_recipes(self) -> None:
-        known = [
-            (row.path, info.passport.recipe) for row, info in zip(self.rows, self.info, strict=True) if info.passport
-        ]
-        for path, recipe in known[1:]:
-            differences = recipe_differences(known[0][1], recipe, ENCODING_FIELDS)
-            if differences:
-                raise RecipeError(
-                    f"{path}: made in another way than {known[0][0]} ({'; '.join(differences)}); "
-                    "extract all slides with one recipe"
-                )
+        said: dict[str, tuple[Path, Any]] = {}  # by the first file that records the field: some record only a part
+        for row, info in zip(self.rows, self.info, strict=True):
+            recipe = info.passport.recipe if info.passport else {}
+            for name in COMPARED_FIELDS:
+                first, value = said.setdefault(name, (row.path, recipe[name])) if recipe.get(name) else (row.path, None)
+                differences = recipe_differences({name: value}, recipe, [name])
+                if differences:
+                    raise RecipeError(
+                        f"{row.path}: made in another way than {first} ({'; '.join(differences)}); "
+                        "extract all slides with one recipe"
+                    )
 
     def _look(self, packed: Path | None) -> list[BagInfo]:
         """What each feature file holds, without its features; from the packed file where it is there."""

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -18,13 +19,14 @@ from utils.core.passport import Passport
 
 FEATURES, COORDS = writers.arrays()
 OTHER_FEATURES, OTHER_COORDS = writers.arrays(6)
-SLIDE = {"name": NAME, "width": 9000, "height": 8000}
-TRIDENT = Passport({"backbone": "uni", "patch_size": PATCH_SIZE, "stride": PATCH_SIZE - 64}, SLIDE)
+SLIDE = {"name": NAME, "width": 9000, "height": 8000, "objective": 40}
+TRIDENT = Passport({"backbone": "uni", "patch_size": PATCH_SIZE, "stride": PATCH_SIZE - 64, "magnification": 20}, SLIDE)
 STAMP = Passport({"backbone": "uni", "patch_size": 224}, {"mpp_delivered": 128 / 224})
 SLIDEFLOW = Passport({"backbone": "retccl", "patch_size": 299}, {"mpp_delivered": 128 / 299})
 SLIDE2VEC = Passport({"backbone": "phikon-v2", "patch_size": PATCH_SIZE}, {"mpp_delivered": 0.5})
 ATLASPATCH = Passport(
-    {"backbone": "uni", "patch_size": PATCH_SIZE, "stride": PATCH_SIZE}, {"width": 9000, "height": 8000}
+    {"backbone": "uni", "patch_size": PATCH_SIZE, "stride": PATCH_SIZE, "magnification": 20},
+    {"width": 9000, "height": 8000, "objective": 40},
 )
 LITEMIL = Passport({"backbone": "phikon-v2", "patch_size": PATCH_SIZE_LEVEL0})
 
@@ -160,7 +162,8 @@ def test_coordinates_of_other_patches_are_withheld(tmp_path):
 
 def test_tridents_word_none_is_not_known(tmp_path):
     path = writers.trident(tmp_path, FEATURES, COORDS)
-    names = ("patch_size", "patch_size_level0", "overlap", "level0_width", "level0_height", "name")
+    with h5py.File(path) as file:
+        names = list(file["coords"].attrs)
     writers.attributes(path, "coords", **dict.fromkeys(names, "None"))
     check(read_bag(path), COORDS, None, Passport({"backbone": "uni"}))
     writers.attributes(path, "features", encoder="None")
@@ -237,6 +240,17 @@ def test_slideflow_rounds_a_tiles_size_down(tmp_path):
     """128 um at 0.2527 um per pixel are 506.5 pixels; the center of a tile of 506 is its corner and 253."""
     path = writers.slideflow(tmp_path, FEATURES, COORDS)
     check(read_bag(path, mpp=0.2527), COORDS + 256 - 253, 506, SLIDEFLOW)
+
+
+def test_slideflow_takes_the_smaller_half_of_an_odd_tile(tmp_path):
+    path = writers.slideflow(tmp_path, FEATURES, COORDS, tile_um=101)
+    check(read_bag(path, mpp=1), COORDS + 256 - 50, 101, replace(SLIDEFLOW, slide={"mpp_delivered": 101 / 299}))
+
+
+@pytest.mark.parametrize("tile_um", [0.3, 1e9])
+def test_slideflows_tiles_have_a_size(tmp_path, tile_um):
+    path = writers.slideflow(tmp_path, FEATURES, COORDS, tile_um=tile_um)
+    assert "at 0.5 um per pixel no tile's size" in withheld(path, 0.5)
 
 
 def test_a_magnification_is_no_size(tmp_path):
@@ -327,6 +341,48 @@ def test_coordinates_of_another_level_are_withheld(tmp_path):
     check(read_bag(path), None, None, LITEMIL)
 
 
+@pytest.mark.parametrize("level", ["level 1", [1, 1], float("nan")])
+def test_a_level_that_cannot_be_read_is_not_level_0(tmp_path, level):
+    path = writers.litemil_pt(tmp_path, FEATURES, COORDS, level=level)
+    assert withheld(path, MPP) == f"its coords are pixels of level {level!r}, not of level 0"
+
+
+@pytest.mark.parametrize("names", [("features",), ("features", "feats")])
+def test_a_unit_holds_whatever_the_features_are_called(tmp_path, names):
+    path = writers.h5(tmp_path / "a.h5", dict.fromkeys(names, FEATURES) | {"coords": COORDS * MPP}, unit="um")
+    assert withheld(path) == "its coords are in um, and the slide's um per pixel is not known"
+    np.testing.assert_array_equal(read_bag(path, mpp=MPP).coords, COORDS)
+
+
+def test_clams_downsample_of_x_and_y_is_one(tmp_path):
+    path = writers.clam_h5(tmp_path, FEATURES, COORDS)
+    patches = writers.clam_patches(tmp_path, COORDS)
+    assert read_bag(path).patch_size_level0 == PATCH_SIZE_LEVEL0
+    writers.attributes(patches, "coords", downsample=(4.0, 8.0))
+    assert read_bag(path).patch_size_level0 is None
+
+
+# What claims to be enormous
+
+
+@pytest.mark.parametrize("name", ["features", "coords"])
+def test_a_shape_that_fits_no_memory_is_refused(tmp_path, name):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["features"] = FEATURES
+        file.pop(name, None)
+        file.create_dataset(name, (10**13, 4 if name == "features" else 2), "f4", chunks=(10**6, 2), compression="gzip")
+    message = refusal(path)
+    assert "holds more than fits in memory" in message or "0 of" in message
+
+
+def test_nested_json_is_refused(tmp_path):
+    path = writers.slideflow(tmp_path, FEATURES, COORDS)
+    (tmp_path / "bags_config.json").write_text("[" * 100_000)
+    with pytest.raises(FeatureFileError, match=r"bags_config\.json: not readable as JSON"):
+        read_bag(path)
+
+
 # Damage
 
 
@@ -339,9 +395,9 @@ def faults(folder: Path) -> dict[str, tuple[Path, str]]:
         "slide-level .pt": (writers.clam_pt(folder / "b", FEATURES[0]), "one vector for the whole slide"),
         "rank": (writers.clam_pt(folder / "c", np.stack([FEATURES, FEATURES])), "features of shape (2, 7, 4): no bag"),
         "rank .h5": (writers.litemil_h5(folder / "d", FEATURES[None, None], COORDS), "features of shape (1, 1, 7, 4)"),
-        "no patches": (writers.litemil_h5(folder / "e", FEATURES[:0], COORDS[:0]), "features of shape (0, 4): no bag"),
+        "no patches": (writers.litemil_h5(folder / "e", FEATURES[:0], COORDS[:0]), "shape (0, 4): no patches"),
         "no patches, no width": (writers.litemil_h5(folder / "f", np.zeros(0), COORDS[:0]), "features of shape (0,)"),
-        "no patches .pt": (writers.clam_pt(folder / "g", FEATURES[:0]), "features of shape (0, 4): no bag"),
+        "no patches .pt": (writers.clam_pt(folder / "g", FEATURES[:0]), "features of shape (0, 4): no patches"),
         "NaN": (writers.trident(folder / "h", nan, COORDS), "2 values are NaN or infinite, the first in row 3"),
         "infinite": (writers.stamp(folder / "i", infinite, COORDS), "1 values are NaN or infinite, the first in row 6"),
         "encoders": (

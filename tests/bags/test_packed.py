@@ -108,8 +108,8 @@ def test_hdf5_is_asked_only_once_for_a_file(files, monkeypatch):
 
 
 def test_a_file_that_is_rewritten_in_use_is_refused(files, paths):
-    write_bag(paths[1], Bag(np.ones((2, 5), "f4")))
-    with pytest.raises(FeatureFileError, match=r"S1\.h5: was changed while it was in use \(features \(2, 5\)"):
+    write_bag(paths[1], Bag(np.ones((700, 5), "f4")))
+    with pytest.raises(FeatureFileError, match=r"S1\.h5: was changed while it was in use; start again"):
         files(1)
     files(0)
     write_bag(paths[0], Bag(np.ones((3, 5), "f4")))
@@ -293,6 +293,16 @@ def test_a_feature_file_that_changes_while_it_is_packed_is_named(files, paths, s
     assert not store.exists()
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+def test_a_feature_file_that_changes_before_it_is_packed_is_named(files, paths, store, dtype):
+    """Of the same shape, and of either type: what was looked at is not what would be packed."""
+    for path, info in zip(paths[:2], files.info, strict=False):
+        write_bag(path, Bag(np.ones((info.num_instances, 5), dtype)))
+    with pytest.raises(FeatureFileError, match=r"S0\.h5: was changed while it was in use; start again"):
+        pack(store, files)
+    assert not store.exists()
+
+
 def test_a_full_disk_is_told_before_anything_is_written(files, store, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2**26))
     with pytest.raises(FeatureFileError, match=r"0\.1 GB free, the packed features take 0\.0 GB; give --cache another"):
@@ -376,11 +386,15 @@ def test_a_killed_packing_leaves_nothing_half(files, paths, store):
 
 
 def test_of_two_packings_at_once_one_waits(files, paths, store):
-    both = [start(paths, store, 0.2) for _ in range(2)]
+    both = [start(paths, store, 4)]
+    assert both[0].stdout is not None
+    while "read" not in (line := both[0].stdout.readline()):
+        assert line, both[0].communicate()
+    both.append(start(paths, store, 0))
     told = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sorted(out.count("read") for out, _ in told) == [0, 4]
-    assert sum("another process is packing these features; waiting" in err for _, err in told) == 1
+    assert [out.count("read") for out, _ in told] == [3, 0]
+    assert "another process is packing these features; waiting" in told[1][1]
     assert same(pack(store, files), files)
 
 

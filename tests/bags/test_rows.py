@@ -175,6 +175,22 @@ def test_rows_beyond_the_files_end_are_left_to_hdf5(tmp_path, offset):
     assert mapped(path) is None
 
 
+def test_a_chunk_that_crosses_the_files_end_is_left_to_hdf5(tmp_path):
+    path = write(tmp_path / "a.h5", chunks=(50, 6))
+    rows = mapped(path)
+    assert rows is not None
+    content, place = path.read_bytes(), int(rows.offsets[0]).to_bytes(8, "little")
+    path.write_bytes(content.replace(place, (len(content) - 100).to_bytes(8, "little")))
+    assert mapped(path) is None
+
+
+def test_rows_behind_an_external_link_are_left_to_hdf5(tmp_path):
+    write(tmp_path / "a.h5", chunks=(50, 6))
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["features"] = h5py.ExternalLink("a.h5", "features")
+    assert mapped(tmp_path / "b.h5") is None
+
+
 def test_random_layouts_agree_with_hdf5(tmp_path):
     rng = random.Random(0)  # noqa: S311
     for number in range(30):

@@ -205,6 +205,36 @@ def test_row_chunks_are_made_for_slicing(tmp_path, rows, dim, dtype):
 # What others have written is read
 
 
+@pytest.mark.parametrize("settings", [{"chunks": (3, 4)}, {"chunks": (3, 2), "compression": "gzip"}, {}])
+def test_what_was_never_written_is_not_read_as_zeros(tmp_path, settings):
+    path = tmp_path / "slide.h5"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("features", (7, 4), "f4", **settings)
+        if settings:
+            data[:4] = features_of(4, dtype="f4")
+    assert "parts were written; extract it again" in refusal(path)
+
+
+def test_features_in_other_files_are_read(tmp_path):
+    write_h5(tmp_path / "a.h5", features=features_of())
+    layout = h5py.VirtualLayout((7, 4), "f2")
+    layout[:] = h5py.VirtualSource(tmp_path / "a.h5", "features", (7, 4))
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file.create_virtual_dataset("features", layout)
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["features"] = h5py.ExternalLink("a.h5", "features")
+    for name in ("b.h5", "c.h5"):
+        np.testing.assert_array_equal(read_bag(tmp_path / name).features, features_of())
+
+
+def test_tridents_magnification_is_kept_when_its_file_is_rewritten(tmp_path):
+    recipe = {"backbone": "uni", "magnification": 20.0}
+    write_bag(tmp_path / "slide.h5", Bag(features_of(), coords_of(), 512, Passport(recipe, {"objective": 40.0})))
+    with h5py.File(tmp_path / "slide.h5") as file:
+        attributes = dict(file["coords"].attrs)
+    assert (attributes["level0_magnification"], attributes["target_magnification"]) == (40.0, 20.0)
+
+
 def test_clams_h5(tmp_path):
     path = tmp_path / "slide.h5"
     with h5py.File(path, "w") as file:
@@ -345,9 +375,9 @@ def test_features_under_another_name(tmp_path, ending):
         ((1, 512), None),
         ((1, 1, 512), None),
         ((), "no bag"),
-        ((0,), "no bag"),
-        ((0, 512), "no bag"),
-        ((1, 0, 512), "no bag"),
+        ((0,), "no patches"),
+        ((0, 512), "no patches"),
+        ((1, 0, 512), "no patches"),
         ((7, 0), "no bag"),
         ((2, 7, 4), "no bag"),
         ((1, 1, 7, 4), "no bag"),
@@ -557,7 +587,16 @@ def test_a_link_that_leads_nowhere(tmp_path):
 # Passports
 
 
-@pytest.mark.parametrize("text", ["", "nonsense", "[]", '{"schema": 1, "recipe": [], "slide": {}, "software": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nonsense",
+        "[]",
+        '{"schema": 1, "recipe": {"x": NaN}, "slide": {}, "software": {}}',
+        '{"schema": 1, "recipe": [], "slide": {}, "software": {}}',
+    ],
+)
 def test_a_passport_that_is_not_readable_is_told(tmp_path, text):
     path = write_h5(tmp_path / "slide.h5", features=features_of())
     with h5py.File(path, "a") as file:

@@ -60,7 +60,7 @@ def litemil_h5(folder: Path, features: np.ndarray, coords: np.ndarray) -> Path:
     return h5(folder / f"{NAME}.h5", {"features": features, "coords": coords})
 
 
-def litemil_pt(folder: Path, features: np.ndarray, coords: np.ndarray, level: int = 0) -> Path:
+def litemil_pt(folder: Path, features: np.ndarray, coords: np.ndarray, level: Any = 0) -> Path:
     metadata = {
         "wsi_path": f"/slides/{NAME}.svs",
         "num_patches": len(features),
@@ -121,7 +121,7 @@ def stamp(folder: Path, features: np.ndarray, coords: np.ndarray, **changed: Any
     return h5(folder / "mahmood-uni-0a1b2c3d" / f"{NAME}.h5", datasets, **said)
 
 
-def slideflow(folder: Path, features: np.ndarray, coords: np.ndarray, tile_um: int | str = 128) -> Path:
+def slideflow(folder: Path, features: np.ndarray, coords: np.ndarray, tile_um: float | str = 128) -> Path:
     npz(folder / f"{NAME}.index.npz", coords + PATCH_SIZE_LEVEL0 // 2)
     extractor = {"class": "slideflow.model.extractors.retccl.RetCCLFeatures", "kwargs": {"center_crop": True}}
     config = {"extractor": extractor, "normalizer": None, "num_features": 4, "tile_px": 299, "tile_um": tile_um}

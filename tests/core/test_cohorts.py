@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.core.cohorts import KNOWN_COHORTS, KnownCohort, cohort_classes, tcga_site
+from utils.core.cohorts import KNOWN_COHORTS, KnownCohort, cohort_classes, tcga_case, tcga_site
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ from utils.core.cohorts import KNOWN_COHORTS, KnownCohort, cohort_classes, tcga_
 )
 def test_the_site_of_a_barcode(name, site):
     assert tcga_site(name) == site
+    assert tcga_case(name) == (None if site is None else name[:12].upper())
 
 
 def test_classes_that_are_given_go_before_the_known_ones_and_leave_out_none():

@@ -23,6 +23,8 @@ from utils.core.errors import FeatureFileError
 from utils.core.files import read_json
 from utils.core.passport import Passport, backbone_name
 
+# No slide has so many pixels a side.
+_LONGEST = 10**8
 TENSOR_FILE = "a tensor (N, D) or a dict with 'features'"
 
 
@@ -72,7 +74,7 @@ def find_h5(file: h5py.File, path: Path, feat_type: str) -> Found:
     features = _feature_dataset(file, path, feat_type)
     if isinstance(file.get("features"), h5py.Group):
         return _atlaspatch(file, features)
-    if "feats" in file and "features" not in file:
+    if "unit" in file.attrs or ("feats" in file and "features" not in file):
         return _stamp(file, path, features)
     if isinstance(file.get("coords"), h5py.Dataset):
         return _trident_or_clam(file, path, features)
@@ -104,7 +106,8 @@ def as_array(values: Any, path: Path) -> np.ndarray:
 
 def length(value: Any) -> int | None:
     """A length in pixels as a file says it; None for what is none (TRIDENT writes an unknown one as the word None)."""
-    return round(_positive(value) or 0) or None
+    edge = round(_positive(value) or 0)
+    return edge if 0 < edge < _LONGEST else None
 
 
 def _feature_dataset(file: h5py.File, path: Path, feat_type: str) -> h5py.Dataset:
@@ -197,15 +200,17 @@ def _litemil(path: Path, content: Mapping[str, Any], features: Any) -> Found:
     """Our dict and the first version's, whose coordinates at a level above 0 are that level's pixels."""
     metadata = content.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    level = _number(metadata.get("level"))
+    said = metadata.get("level")
+    level = _number(said)
 
     def places(_: float | None) -> Places:
         found = content.get("coords")
         coords = None if found is None else as_array(found, path)
         if coords is None or not coords.size:
             return Places(patch_size_level0=length(content.get("patch_size_level0")))
-        if level:
-            return Places(withheld=f"its coords are pixels of level {level:g}, not of level 0")
+        if level or (level is None and said is not None):
+            shown = f"{level:g}" if level else repr(said)
+            return Places(withheld=f"its coords are pixels of level {shown}, not of level 0")
         footprint = content.get("patch_size_level0", metadata.get("patch_size") if level == 0 else None)
         return Places(coords, length(footprint))
 
@@ -271,6 +276,8 @@ def _slideflow(path: Path, features: torch.Tensor) -> Found | None:
         if mpp is None:
             return Places(withheld=f"{index.name} holds tile centers, and the slide's um per pixel is not known")
         size = int(tile_um / mpp)  # slideflow rounds down, both here and in half a tile
+        if not 0 < size < _LONGEST:
+            return Places(withheld=f"{config.name} says tile_um {tile_um:g}, at {mpp:g} um per pixel no tile's size")
         (centers,) = _npz_arrays(index, "arr_0")
         return Places(centers - size // 2, size, source=index)
 
@@ -347,20 +354,29 @@ def _h5_coords(file: h5py.File) -> np.ndarray | None:
 def _footprint(attributes: Mapping[str, Any]) -> int | None:
     """A patch's edge in level-0 pixels: as it stands there, or by CLAM's downsample (of x and y, which are equal)."""
     patch_size, downsample = _positive(attributes.get("patch_size")), attributes.get("downsample")
-    across = _positive(np.ravel(downsample)[:1]) if downsample is not None else None
-    in_clams_way = length(patch_size * across) if patch_size and across else None
+    across = {_positive(factor) for factor in np.ravel(downsample)} if downsample is not None else set()
+    factor = across.pop() if len(across) == 1 else None
+    in_clams_way = length(patch_size * factor) if patch_size and factor else None
     return length(attributes.get("patch_size_level0")) or in_clams_way
 
 
-def _grid(attributes: Mapping[str, Any]) -> dict[str, int | None]:
-    """The recipe's patch size and stride, in pixels at the resolution read."""
+def _grid(attributes: Mapping[str, Any]) -> dict[str, float | None]:
+    """The recipe's patch size and stride, in pixels at the resolution read, and the magnification that was."""
     patch_size, overlap = length(attributes.get("patch_size")), _number(attributes.get("overlap"))
     stride = None if patch_size is None or overlap is None else length(patch_size - overlap)
-    return {"patch_size": patch_size, "stride": stride}
+    return {
+        "patch_size": patch_size,
+        "stride": stride,
+        "magnification": _positive(attributes.get("target_magnification")),
+    }
 
 
 def _canvas(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"width": length(attributes.get("level0_width")), "height": length(attributes.get("level0_height"))}
+    return {
+        "width": length(attributes.get("level0_width")),
+        "height": length(attributes.get("level0_height")),
+        "objective": _positive(attributes.get("level0_magnification")),
+    }
 
 
 def _resolution(tile_um: float | None, tile_px: int | None) -> dict[str, Any]:

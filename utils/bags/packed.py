@@ -52,12 +52,8 @@ class FileFeatures:
         if slide in self._maps:
             return torch.from_numpy(self._maps[slide].read())
         features, rows = read_features(self.paths[slide], self.feat_type)
-        expected = (self.info[slide].num_instances, self.info[slide].dim)
-        if features.shape != expected:
-            raise FeatureFileError(
-                f"{self.paths[slide]}: was changed while it was in use (features {features.shape}, before {expected}); "
-                "start again"
-            )
+        if Fingerprint.at(self.paths[slide]) != self.info[slide].fingerprint:
+            raise FeatureFileError(f"{self.paths[slide]}: was changed while it was in use; start again")
         if rows is not None:
             self._maps[slide] = rows
         return torch.from_numpy(features)
@@ -113,11 +109,12 @@ class _Entry:
 
     def is_of(self, path: Path) -> bool:
         """Whether the feature file is there, unchanged."""
-        return path.is_file() and Fingerprint.of(path.stat()) == Fingerprint(self.size, self.mtime_ns)
+        return Fingerprint.at(path) == Fingerprint(self.size, self.mtime_ns)
 
     def info(self) -> BagInfo:
         passport = None if self.passport is None else Passport.from_json(self.passport)
-        return BagInfo(self.num_instances, self.dim, np.dtype(self.dtype), passport)
+        source = Fingerprint(self.size, self.mtime_ns)
+        return BagInfo(self.num_instances, self.dim, np.dtype(self.dtype), passport, source)
 
 
 class PackedFeatures:
@@ -213,11 +210,10 @@ def _write(packed: Path, files: FileFeatures) -> None:
         for number, (name, entry) in enumerate(progress(index.items(), "Packing features", unit="slide")):
             if done[number]:
                 continue
-            features = features_of(name)
+            file.seek(offsets[entry.dtype] + entry.start * entry.itemsize)
+            file.write(features_of(name).numpy().reshape(-1).view(np.uint8).data)
             if not entry.is_of(home / name):
                 raise FeatureFileError(f"{home / name}: was changed while it was packed; start again")
-            file.seek(offsets[entry.dtype] + entry.start * entry.itemsize)
-            file.write(features.numpy().reshape(-1).view(np.uint8).data)
             waiting.append(number)
             held += entry.count * entry.itemsize
             if held >= _FLUSH_BYTES:
@@ -229,14 +225,14 @@ def _write(packed: Path, files: FileFeatures) -> None:
 
 def _index(files: FileFeatures, kept: dict[str, _Entry]) -> dict[str, _Entry]:
     """What the packed file is to hold: what is kept of the old one, and these files."""
-    known = {name: (entry.info(), Fingerprint(entry.size, entry.mtime_ns)) for name, entry in kept.items()}
-    for path, info in zip(files.paths, files.info, strict=True):
-        known.setdefault(path.name, (info, Fingerprint.of(path.stat())))
+    known = {path.name: info for path, info in zip(files.paths, files.info, strict=True)}
+    known = {name: entry.info() for name, entry in kept.items()} | known
     ends = dict.fromkeys(_TORCH, 0)
     index = {}
-    for name, (info, source) in known.items():
+    for name, info in known.items():
+        source, kind = info.fingerprint, info.dtype.name
+        assert source is not None  # noqa: S101 - for the type checker: whoever looked at a file knows it
         passport = None if info.passport is None else info.passport.to_json()
-        kind = info.dtype.name
         index[name] = _Entry(source.size, source.mtime_ns, kind, ends[kind], info.num_instances, info.dim, passport)
         ends[kind] += info.num_instances * info.dim
     return index

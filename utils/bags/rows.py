@@ -31,6 +31,11 @@ class Fingerprint:
     def of(cls, status: os.stat_result) -> "Fingerprint":
         return cls(status.st_size, status.st_mtime_ns)
 
+    @classmethod
+    def at(cls, path: Path) -> "Fingerprint | None":
+        """None where there is no file."""
+        return cls.of(path.stat()) if path.is_file() else None
+
 
 @dataclass(frozen=True)
 class RowMap:
@@ -84,7 +89,10 @@ def map_rows(dataset: h5py.Dataset, path: Path) -> RowMap | None:
     places = _chunk_places(dataset) if dataset.chunks else np.array([[0, dataset.id.get_offset()]], dtype=np.uint64)
     if places is None:
         return None
-    fingerprint = Fingerprint.of(os.fstat(dataset.file.id.get_vfd_handle()))
+    status = os.fstat(dataset.file.id.get_vfd_handle())
+    if not os.path.samestat(status, path.stat()):
+        return None
+    fingerprint = Fingerprint.of(status)
     starts, offsets = np.append(places[:, 0], np.uint64(dataset.shape[0])), places[:, 1]
     sizes = np.diff(starts) * np.uint64(dataset.shape[1] * dataset.dtype.itemsize)
     # In a damaged file they may be anywhere, even where adding to them overflows.
@@ -115,6 +123,8 @@ def _chunk_places(dataset: Any) -> np.ndarray | None:
         return None
     found: list[tuple[int, int]] = []
     dataset.id.chunk_iter(lambda chunk: found.append((chunk.chunk_offset[0], chunk.byte_offset)))
+    if len(found) != -(-dataset.shape[0] // rows):  # in a damaged file the shape may be anything
+        return None
     places = np.array(sorted(found), dtype=np.uint64).reshape(-1, 2)
     return places if np.array_equal(places[:, 0], np.arange(0, dataset.shape[0], rows)) else None
 

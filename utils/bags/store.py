@@ -6,9 +6,10 @@ other toolkits keep what is in `foreign`; here it becomes a bag, or is refused.
 
 import io
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from utils.bags.foreign import TENSOR_FILE, Found, Places, as_array, find_h5, find_pt, length, open_h5
-from utils.bags.rows import RowMap, map_rows
+from utils.bags.rows import Fingerprint, RowMap, map_rows
 from utils.core.errors import FeatureFileError
 from utils.core.files import load_tensors, save_tensors, write_bytes
 from utils.core.passport import Passport
@@ -31,12 +32,15 @@ _CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class BagInfo:
-    """What a feature file holds, learned without reading the features; `dtype` is the one they are read as."""
+    """What a feature file holds, learned without reading the features; `dtype` is the one they are read as.
+    `fingerprint` tells whether the file is still the one that was looked at.
+    """
 
     num_instances: int
     dim: int
     dtype: np.dtype
     passport: Passport | None
+    fingerprint: Fingerprint | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +68,9 @@ def is_feature_file(path: Path) -> bool:
 def peek_bag(path: Path, feat_type: str = "features") -> BagInfo:
     """The bag's size and passport. Raises FeatureFileError as `read_bag` does, but for what only the values show."""
     path = Path(path)
+    fingerprint = Fingerprint.at(path)  # before the look: what changes after it is noticed
     with _found(path, feat_type) as found:
-        return _info(path, found)
+        return replace(_info(path, found), fingerprint=fingerprint)
 
 
 def peek_places(path: Path, feat_type: str = "features", mpp: float | None = None) -> Places:
@@ -145,6 +150,17 @@ def _as_tensor(values: np.ndarray) -> torch.Tensor:
 @contextmanager
 def _found(path: Path, feat_type: str) -> Iterator[Found]:
     """Where the bag is in the file, which stays open meanwhile; our own passport before what other writers tell."""
+    try:
+        with _found_in(path, feat_type) as found:
+            yield found
+    except MemoryError as failure:
+        raise FeatureFileError(
+            f"{path}: holds more than fits in memory ({failure}); damaged, or extract it with fewer patches"
+        ) from failure
+
+
+@contextmanager
+def _found_in(path: Path, feat_type: str) -> Iterator[Found]:
     if path.suffix.lower() in _HDF5_EXTENSIONS:
         with open_h5(path) as file:
             found, own = find_h5(file, path, feat_type), file.attrs.get(_PASSPORT)
@@ -171,6 +187,8 @@ def _read(path: Path, found: Found, info: BagInfo) -> tuple[np.ndarray, RowMap |
     stored, rows = found.features, None
     if isinstance(stored, h5py.Dataset):
         rows = map_rows(stored, path)
+        if rows is None:
+            _check_written(path, stored)
         stored = stored[()] if rows is None else rows.read()
     with np.errstate(over="ignore"):  # what overflows is refused in our own words
         features = stored.reshape(info.num_instances, info.dim).astype(info.dtype, copy=False)
@@ -183,12 +201,30 @@ def _info(path: Path, found: Found) -> BagInfo:
     dtype: np.dtype = found.features.dtype
     rows = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(rows) != 2 or 0 in rows:
-        what = "one vector for the whole slide, not a bag of patches" if len(rows) == 1 and 0 not in rows else "no bag"
+        what = "no patches" if rows[:1] == (0,) else "no bag"
+        if len(rows) == 1 and 0 not in rows:
+            what = "one vector for the whole slide, not a bag of patches"
         raise FeatureFileError(f"{path}: features of shape {tuple(shape)}: {what}; expected (N, D) with N > 0")
     if not np.issubdtype(dtype, np.floating):
         raise FeatureFileError(f"{path}: features of type {dtype}; expected float16 or float32")
     kept = dtype if dtype in (np.float16, np.float32) else np.dtype(np.float32)
     return BagInfo(rows[0], rows[1], kept, found.passport)
+
+
+def _check_written(path: Path, dataset: Any) -> None:
+    """HDF5 gives zeros for what a killed writer never wrote."""
+    if dataset.is_virtual:
+        return
+    if dataset.chunks:
+        written = dataset.id.get_num_chunks()
+        expected = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+    else:
+        written, expected = int(dataset.id.get_storage_size() > 0), 1
+    if written < expected:
+        raise FeatureFileError(
+            f"{path}: features of shape {dataset.shape}, of which {written} of {expected} parts were written; "
+            "extract it again"
+        )
 
 
 def _check_finite(path: Path, features: np.ndarray) -> None:
@@ -231,6 +267,10 @@ def _trident_feature_attributes(bag: Bag) -> dict[str, str]:
     return {"name": str(slide.get("name")), "encoder": str(recipe.get("backbone")), "savetodir": "."}
 
 
+def _magnification(mpp: float | None) -> float | None:
+    return None if mpp is None else round(10 / mpp, 2)
+
+
 def _trident_coord_attributes(bag: Bag) -> dict[str, Any]:
     slide, recipe = (bag.passport.slide, bag.passport.recipe) if bag.passport else ({}, {})
     patch_size, stride = recipe.get("patch_size"), recipe.get("stride")
@@ -238,7 +278,7 @@ def _trident_coord_attributes(bag: Bag) -> dict[str, Any]:
         "patch_size": patch_size,
         "patch_size_level0": bag.patch_size_level0,
         "level0_magnification": slide.get("objective"),
-        "target_magnification": None if slide.get("mpp_delivered") is None else round(10 / slide["mpp_delivered"], 2),
+        "target_magnification": recipe.get("magnification") or _magnification(slide.get("mpp_delivered")),
         "overlap": None if patch_size is None or stride is None else patch_size - stride,
         "level0_width": slide.get("width"),
         "level0_height": slide.get("height"),

@@ -32,7 +32,13 @@ def cohort_classes(dataset: str | None, class_names: Sequence[str] | None = None
     return KnownCohort(tuple(class_names), known.label_names) if class_names else known
 
 
+def tcga_case(slide_id: str) -> str | None:
+    """The patient in a TCGA barcode (TCGA-05-4250-01Z... -> "TCGA-05-4250"); None for an id that is none."""
+    barcode = re.match(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", slide_id, re.IGNORECASE)
+    return barcode[0].upper() if barcode else None
+
+
 def tcga_site(case_or_slide_id: str) -> str | None:
     """The tissue source site in a TCGA barcode (TCGA-05-4250-01Z... -> "05"); None for an id that is none."""
-    barcode = re.match(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", case_or_slide_id, re.IGNORECASE)
-    return barcode[1].upper() if barcode else None
+    case = tcga_case(case_or_slide_id)
+    return case.split("-")[1] if case else None

@@ -118,7 +118,7 @@ def check_distinct(targets: Mapping[Path, Path]) -> None:
 def read_json(path: Path, error: type[LiteMILError] = LiteMILError) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
+    except (OSError, ValueError, RecursionError) as failure:
         raise error(f"{path}: not readable as JSON ({failure})") from failure
 
 

@@ -12,6 +12,8 @@ from typing import Any
 SCHEMA = 1
 # What makes features incomparable when it differs; stride, tissue threshold and level do not (mpp is compared apart).
 ENCODING_FIELDS = ("backbone", "weights_digest", "transform", "patch_size")
+# Where mpp is not known, other toolkits tell the magnification the patches were read at; ours do not.
+COMPARED_FIELDS = (*ENCODING_FIELDS, "magnification")
 # Scanners of one nominal magnification differ by about this much (0.22 to 0.25 um/px at "40x").
 MPP_TOLERANCE = 0.15
 # The backbones that go by several names, in hubs and other toolkits; case, "_" and "-" make no other name.
@@ -40,7 +42,7 @@ class Passport:
     @classmethod
     def from_json(cls, text: str) -> "Passport":
         """Raises ValueError, KeyError or TypeError for a text that is no passport."""
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_no_number)
         found = cls(content["recipe"], content["slide"], content["software"], content["schema"])
         if not all(isinstance(part, dict) for part in (found.recipe, found.slide, found.software)):
             raise ValueError("recipe, slide or software is not a set of fields")
@@ -91,6 +93,10 @@ def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     is_digest = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
     return text[:12] if is_digest else text
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def _squeezed(name: str) -> str:

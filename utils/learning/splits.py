@@ -54,13 +54,15 @@ class NamedSplit:
 
 
 def read_splits(path: Path, known: Collection[str] = ()) -> list[NamedSplit]:
-    """The splits in `path`: our splits.json (one for each inner fold), a CSV table with the columns train,val,test as
-    CLAM and MAD-MIL write it, or a folder of such tables, `splits_<k>.csv`, in the order of k.
+    """The splits in `path`: our splits.json, or a folder with it (one split for each inner fold); a CSV table with the
+    columns train,val,test as CLAM and MAD-MIL write it, or a folder of such tables, `splits_<k>.csv`, by their k.
 
     An id that is not among `known` ones loses the ending of a slide or feature file. Raises SplitError for anything
     else.
     """
     path = Path(path)
+    if (path / "splits.json").is_file():
+        path = path / "splits.json"
     if path.is_dir():
         numbered = {int(found[1]): file for file in path.iterdir() if (found := _split_number(file))}
         if not numbered:
@@ -215,7 +217,7 @@ def _read_ours(path: Path, known: Collection[str]) -> list[NamedSplit]:
             for number, inner in enumerate(fold["inner"], start=1)
             for part in [inner | {"test": fold["test"]}]
         ]
-    except (KeyError, TypeError, ValueError) as failure:
+    except (KeyError, TypeError, ValueError, OverflowError) as failure:
         raise SplitError(f"{path}: no folds as train.py writes them ({failure}); expected {_SPLIT_FILE}") from failure
     if not splits:
         raise SplitError(f"{path}: no folds in it; expected {_SPLIT_FILE}")
