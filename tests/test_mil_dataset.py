@@ -328,6 +328,13 @@ def test_chunks_of_different_slides_are_shuffled_together(numbered_cohort):
     assert len(orders) == 5
 
 
+def test_sequential_chunks_are_runs_of_neighbours(numbered_cohort):
+    for seed in range(2):
+        batches = MILDataset(*numbered_cohort, chunk_size=100, sequential=True).batches([7], 1, seed)
+        runs = sorted([patch for _, patch in patches_in([batch])] for batch in batches)
+        assert runs == [list(range(68)), list(range(68, 136)), list(range(136, 205))]
+
+
 def test_each_epoch_cuts_a_slide_in_another_way(numbered_cohort):
     dataset = MILDataset(*numbered_cohort, chunk_size=100)
     cuts = set()

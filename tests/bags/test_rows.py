@@ -117,6 +117,7 @@ def test_floats_of_another_make_are_left_to_hdf5(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         h5py.h5d.create(file.id, b"features", kind, h5py.h5s.create_simple((4, 6)))
         file["features"][:] = features_of(4)
+        file["later"] = np.zeros(1000)  # so that rows of another size would not reach beyond the file
     assert mapped(tmp_path / "a.h5") is None
 
 
