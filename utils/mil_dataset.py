@@ -207,7 +207,9 @@ class MILDataset(Dataset):
         for row, info in zip(self.rows, self.info, strict=True):
             recipe = info.passport.recipe if info.passport else {}
             for name in COMPARED_FIELDS:
-                first, value = said.setdefault(name, (row.path, recipe[name])) if recipe.get(name) else (row.path, None)
+                first, value = said.get(name, (row.path, None))
+                if value is None:
+                    said[name] = row.path, recipe.get(name)
                 differences = recipe_differences({name: value}, recipe, [name])
                 if differences:
                     raise RecipeError(

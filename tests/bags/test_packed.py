@@ -395,6 +395,7 @@ def test_of_two_packings_at_once_one_waits(files, paths, store):
     assert [process.returncode for process in both] == [0, 0]
     assert [out.count("read") for out, _ in told] == [3, 0]
     assert "another process is packing these features; waiting" in told[1][1]
+    assert ["packing the features of" in err for _, err in told] == [True, False], "it is written twice"
     assert same(pack(store, files), files)
 
 

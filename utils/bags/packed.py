@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import filelock
 import h5py
@@ -180,12 +180,15 @@ def pack(packed: Path, files: FileFeatures) -> PackedFeatures:
     where the packed file cannot be written.
     """
     opened = open_packed(packed, files.paths)
-    if opened is not None and all(opened.info(path) for path in files.paths):
+    if _holds(opened, files):
         return opened
     try:
         packed.parent.mkdir(parents=True, exist_ok=True)
         with _alone(packed):
-            _write(packed, files)
+            opened = open_packed(packed, files.paths)  # another process may have just written it
+            if _holds(opened, files):
+                return opened
+            _write(packed, files, opened)
     except OSError as failure:
         raise FeatureFileError(
             f"{packed}: cannot be written ({failure.strerror or failure}); give --cache another folder, or off"
@@ -193,8 +196,16 @@ def pack(packed: Path, files: FileFeatures) -> PackedFeatures:
     return PackedFeatures(packed, files.paths)
 
 
-def _write(packed: Path, files: FileFeatures) -> None:
-    old = open_packed(packed, files.paths)  # again: another process may have just written it
+def _holds(opened: PackedFeatures | None, files: FileFeatures) -> TypeGuard[PackedFeatures]:
+    """Whether the packed file has all of these features, as they were looked at."""
+    if opened is None:
+        return False
+    found = [opened.info(path) for path in files.paths]
+    return all(one and one.fingerprint == info.fingerprint for one, info in zip(found, files.info, strict=True))
+
+
+def _write(packed: Path, files: FileFeatures, old: PackedFeatures | None) -> None:
+    """What `old` holds of files that are unchanged is copied, the rest read."""
     home, slides = files.paths[0].parent, {path.name: slide for slide, path in enumerate(files.paths)}
     kept = {name: entry for name, entry in old.index.items() if entry.is_of(home / name)} if old else {}
     index = _index(files, kept)
