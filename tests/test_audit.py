@@ -304,6 +304,11 @@ def test_a_split_that_shares_a_patient(clean, tmp_path):
         "warning splits: 1 slide of the splits not in the table: stranger",
         "warning splits: 2 slides in no part of one or more splits: P006-S2, P013-S2",
     ]
+    content = json.loads(as_json(clean.audit(splits=tmp_path)))
+    details = {finding["level"]: finding["details"] for finding in content["findings"] if finding["topic"] == "splits"}
+    assert content["errors"] == 1
+    assert details["error"] == {"patients": {"P006": ["val and test of splits_1.csv"]}}
+    assert details["warning"]["slides"].keys() == {"P006-S2", "P013-S2"}
 
 
 def test_a_split_that_cannot_be_checked_is_not_ok(clean, tmp_path):

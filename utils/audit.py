@@ -164,7 +164,7 @@ def as_json(findings: Sequence[Finding]) -> str:
     content = {
         "errors": counts["error"],
         "warnings": counts["warning"],
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [vars(finding) for finding in findings],
     }
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
 
