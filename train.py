@@ -5,43 +5,53 @@ uv run train.py --mil TransMIL --dataset breast --mode full --batch_size 16
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 from MILS import ModelError, build_mil, list_mils, mil_name, mil_options
 from MILS.pooling import BagModel
+from utils.audit import as_text, audit_cohort
 from utils.core import cli
-from utils.core.config import Cohort, Model, Protocol, Training
+from utils.core.config import Audit, Cohort, CohortFiles, Model, Protocol, Rehearsal, Running, Training
 from utils.core.errors import ConfigError
+from utils.learning.results import closing_words
 from utils.mil_dataset import MILDataset
-from utils.nested_cv import NestedCrossValidation, results_table
+from utils.nested_cv import NestedCrossValidation
 
 
 def main() -> None:
-    groups = {"cohort": Cohort, "model": Model, "training": Training, "cross-validation": Protocol}
-    cohort, model, training, protocol = cli.parse(str(__doc__), groups, epilog=model_help())
+    groups = {
+        "cohort": Cohort,
+        "model": Model,
+        "training": Training,
+        "cross-validation": Protocol,
+        "running": Running,
+        "before a long run": Rehearsal,
+    }
+    cohort, model, training, protocol, running, rehearsal = cli.parse(str(__doc__), groups, epilog=model_help())
     name = checked_name(model)
+    if rehearsal.dry_run:
+        print(audited(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
-    output_dir = protocol.output_dir or Path("outputs") / name / cohort.dataset
+    output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
+    settings = asdict(training) | asdict(protocol) | {"device": running.device, "jobs": running.jobs}
+    factory = model_factory(name, model, dataset)
     cv = NestedCrossValidation(
-        model_factory(name, model, dataset),
-        dataset,
-        dataset.class_names,
-        output_dir,
-        protocol.n_outer,
-        protocol.n_inner,
-        training.batch_size,
-        training.epochs,
-        training.patience,
-        protocol.device,
-        training.use_amp,
-        lr=training.lr,
-        weight_decay=training.weight_decay,
-        seed=protocol.seed,
-        dataset_name=cohort.dataset,
+        factory, dataset, dataset.class_names, output_dir, dataset_name=cohort.dataset, **settings
     )
+    if rehearsal.dry_run:
+        print(f"\n{cv.dry_run()}\n\nNothing was trained: a dry run.")
+        return
     results = cv.run()
-    print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{results_table(results)}\n")
+    print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{closing_words(results)}\n")
     print(f"Results are in {output_dir}; the model chosen on inner validation is {output_dir / 'all_folds_best.pth'}")
+
+
+def audited(cohort: Cohort, protocol: Protocol) -> str:
+    """What an audit finds about the cohort."""
+    shared = {field.name: getattr(cohort, field.name) for field in fields(CohortFiles)}
+    return as_text(audit_cohort(Audit(**shared, dataset=cohort.dataset, splits=protocol.splits)))
 
 
 def checked_name(model: Model) -> str:
@@ -58,11 +68,9 @@ def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], 
             f"--input_dim {model.input_dim}: the features are {dataset.input_dim} wide; leave the flag out"
         )
 
-    def make() -> BagModel:
-        return build_mil(
-            name, input_dim=dataset.input_dim, num_classes=len(dataset.class_names), **model.hyperparameters()
-        )
-
+    make = partial(
+        build_mil, name, input_dim=dataset.input_dim, num_classes=len(dataset.class_names), **model.hyperparameters()
+    )
     try:
         make()
     except ModelError as error:

@@ -340,7 +340,8 @@ class MaxSummary(NamedTuple):
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Context with `model` in evaluation mode; afterwards each module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

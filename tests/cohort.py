@@ -90,20 +90,3 @@ def synthetic_passport(name: str, edge: int = 10_240, dtype: str | np.dtype = "f
         "patch_size_level0": PATCH_SIZE_LEVEL0,
     }
     return Passport(recipe, slide, {"litemil": "synthetic"})
-
-
-def write_benchmark_cohort(folder: Path, benchmark: Path) -> tuple[Path, Path]:
-    """A classic MIL benchmark (`.npz` with X, bag_index, bag_label, bag_name) as a cohort: a bag is a slide and a
-    patient of its own, the classes are negative and positive. Returns `labels.csv` and the features folder.
-    """
-    with np.load(benchmark, allow_pickle=False) as file:
-        instances, index, labels, names = (file[name] for name in ("X", "bag_index", "bag_label", "bag_name"))
-    features_dir = Path(folder) / "features"
-    wsi_ids = [f"{benchmark.stem}-{number:03d}-{name}" for number, name in enumerate(names)]
-    for number, wsi_id in enumerate(wsi_ids):
-        write_bag(features_dir / f"{wsi_id}.h5", Bag(instances[index == number]))
-    rows = [
-        f"{wsi_id},{'positive' if label > 0 else 'negative'}" for wsi_id, label in zip(wsi_ids, labels, strict=True)
-    ]
-    write_text(Path(folder) / "labels.csv", "\n".join(["wsi_id,label", *rows]) + "\n")
-    return Path(folder) / "labels.csv", features_dir

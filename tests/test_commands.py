@@ -38,7 +38,7 @@ def trained(slide_cohort, tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert "pooled" in done.stdout
-    assert "Outer" in done.stderr  # the progress bar
+    assert "trainings=4/4" in done.stderr  # the progress bar
     return folder / "run"
 
 
@@ -218,6 +218,39 @@ def test_where_features_are_changes_no_number(slide_cohort, script, tmp_path):
     assert [path.suffix for path in sorted((tmp_path / "packed").iterdir())] == [".packed", ".lock"]
 
 
+def test_the_whole_protocol_in_one_command(slide_cohort, script, tmp_path):
+    """Grid, ensemble, repeats and another monitor; then given splits; then its ensemble predicts a raw slide."""
+    run, flags = tmp_path / "run", ("--mil", "LiteMIL", *cohort_flags(slide_cohort), *TRAINING, "--epochs", 2)
+    outcome = script(
+        "train", *flags, "--grid", "lr=1e-3,1e-2 num_queries=1,2", "--final", "ensemble", "--repeats", 2,
+        "--monitor", "slide_balanced_accuracy", "--output_dir", run,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "tested once in each of 2 repeats" in outcome.out
+    assert "Chosen in the inner loop: lr=" in outcome.out
+    outputs = json.loads((run / "outputs.json").read_text())
+    assert (outputs["n_folds"], outputs["n_repeats"]) == (4, 2)
+    given = script("train", *flags, "--n_outer", 4, "--splits", run / "splits.json", "--output_dir", tmp_path / "given")
+    assert given.code == 0, given.err
+    assert (tmp_path / "given" / "splits.json").read_bytes() == (run / "splits.json").read_bytes()
+    slide = next(slide_cohort.slides.rglob("*.tif"))
+    predicted = script(
+        "predict", "--checkpoint", run / "all_folds_best.pth", "--input", slide, "--weights", slide_cohort.weights,
+        "--visualize", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert predicted.code == 0, predicted.err
+    assert (tmp_path / "out" / f"{slide.stem}_heatmap.png").stat().st_size > 5000
+
+
+def test_a_dry_run_audits_estimates_and_trains_nothing(slide_cohort, script, tmp_path):
+    flags = (*cohort_flags(slide_cohort), *TRAINING, "--output_dir", tmp_path / "run")
+    outcome = script("train", "--mil", "LiteMIL", *flags, "--dry_run")
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "run").exists()
+    for said in ("each with a feature file that opens", "fold 2: test", "time: at most about", "Nothing was trained"):
+        assert said in outcome.out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -232,6 +265,10 @@ def test_where_features_are_changes_no_number(slide_cohort, script, tmp_path):
         (("--mil", "LiteMIL", "--class_names", "pink", "green"), "label that is none of pink, green"),
         (("--mil", "LiteMIL", "--hidden_dim", 30), "hidden_dim 30 is not divisible by num_heads 4"),
         (("--mil", "LiteMIL", "--device", "cuda:99"), "PyTorch sees"),
+        (("--mil", "LiteMIL", "--device", "cpu", "--precision", "bf16"), "--precision bf16: needs a CUDA device"),
+        (("--mil", "LiteMIL", "--grid", "lr=fast"), "--grid lr=fast: not a number"),
+        (("--mil", "LiteMIL", "--grid", "gated=true"), "--grid gated: no hyperparameter of training or LiteMIL"),
+        (("--mil", "LiteMIL", "--splits", "nowhere.csv"), "nowhere.csv: no such file"),
     ],
 )
 def test_bad_training_input_gets_one_line(flags, message, slide_cohort, script, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import utils.mil_dataset as mil_dataset
-from tests.cohort import synthetic_bag, synthetic_passport, write_benchmark_cohort, write_cohort
+from tests.cohort import synthetic_bag, synthetic_passport, write_cohort
 from utils.bags.packed import FileFeatures
 from utils.bags.store import Bag, write_bag
 from utils.core.config import Cohort
@@ -575,24 +575,6 @@ def test_the_synthetic_cohort_is_the_same_each_time_and_can_be_learned(tmp_path)
 
 
 # Real bags
-
-
-@pytest.mark.parametrize(
-    ("name", "bags", "positive", "instances", "dim"),
-    [("musk1", 92, 47, 476, 166), ("tiger", 200, 100, 1220, 230), ("elephant", 200, 100, 1391, 230)],
-)
-def test_the_classic_benchmarks_are_cohorts(shared_data, tmp_path, name, bags, positive, instances, dim):
-    benchmark = shared_data / "bags" / f"{name}.npz"
-    labels_csv, features_dir = write_benchmark_cohort(tmp_path, benchmark)
-    dataset = MILDataset(labels_csv, features_dir, cache=tmp_path / "packed")
-    assert dataset.class_names == ("negative", "positive")
-    assert (len(dataset), int(dataset.labels.sum()), dataset.input_dim) == (bags, positive, dim)
-    with np.load(benchmark) as file:
-        stored, index = file["X"], file["bag_index"]
-    for slide, info in enumerate(dataset.info):
-        np.testing.assert_array_equal(dataset.features(slide).numpy(), stored[index == slide])
-        assert info.num_instances == (index == slide).sum()
-    assert sum(len(bag) for batch in dataset.batches(range(bags), 32, seed=0) for bag in batch.bags) == instances
 
 
 def test_a_stamp_like_bag_is_a_slide(shared_data, tmp_path):

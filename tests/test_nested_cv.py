@@ -21,16 +21,20 @@ import torch
 from MILS import build_mil, list_mils
 from tests.cohort import write_cohort
 from utils import nested_cv
-from utils.core.config import Training
+from utils.core.config import Protocol, Training
 from utils.core.errors import ConfigError, SplitError
 from utils.core.files import read_json, write_text
+from utils.learning import results as results_module
+from utils.learning import units
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.checkpoint import id_digests, load_checkpoint
-from utils.learning.metrics import METRICS, classification_metrics
+from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, fitted_threshold
+from utils.learning.results import closing_words, results_table
+from utils.learning.run_folder import RunFolder
 from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Fitted
 from utils.mil_dataset import MILDataset
-from utils.nested_cv import NestedCrossValidation, results_table
+from utils.nested_cv import NestedCrossValidation
 
 N_OUTER, N_INNER, EPOCHS = 3, 2, 3
 TRAININGS = N_OUTER * N_INNER
@@ -67,9 +71,9 @@ def make_cv(dataset, output_dir, model_factory: Callable = small, **changes) -> 
 
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
-    for name in ("roc_figure", "confusion_figure", "learning_figure"):
-        monkeypatch.setattr(nested_cv.figures, name, lambda *_: None)
-    monkeypatch.setattr(nested_cv.figures, "save_figure", lambda figure, path: write_text(path, "a figure"))
+    for name in ("roc_figure", "confusion_figure", "calibration_figure", "learning_figure"):
+        monkeypatch.setattr(results_module.figures, name, lambda *_: None)
+    monkeypatch.setattr(results_module.figures, "save_figure", lambda figure, path: write_text(path, "a figure"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -95,7 +99,7 @@ class Watch:
     events: list[tuple] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fit, predict_slides = nested_cv.fit, nested_cv.predict_slides
+        fit, predict_slides = units.fit, nested_cv.predict_slides
         features, batches = MILDataset.features, MILDataset.batches
 
         def watched_fit(factory, dataset, train, val, *rest, **named):
@@ -116,7 +120,7 @@ class Watch:
             self.events.append(("batches", set(slides.tolist())))
             return batches(dataset, slides, *rest)
 
-        monkeypatch.setattr(nested_cv, "fit", watched_fit)
+        monkeypatch.setattr(units, "fit", watched_fit)
         monkeypatch.setattr(nested_cv, "predict_slides", watched_test)
         monkeypatch.setattr(MILDataset, "features", watched_features)
         monkeypatch.setattr(MILDataset, "batches", watched_batches)
@@ -160,13 +164,13 @@ class TestOutputs:
         assert {path.name for path in finished.folder.iterdir()} == {
             *(f"fold_{k}_best.pth" for k in range(1, N_OUTER + 1)),
             "all_folds_best.pth", "outputs.json", "splits.json", "predictions.csv", "history.csv", "run.json",
-            "roc.png", "confusion_matrix.png", "learning_curves.png",
+            "gallery.csv", "roc.png", "confusion_matrix.png", "calibration.png", "learning_curves.png",
         }  # fmt: skip
 
     def test_predictions_have_one_out_of_fold_row_per_slide_in_table_order(self, finished, dataset):
         rows = finished.table()
         assert list(rows[0]) == [
-            "wsi_id", "case_id", "label", "predicted", "prob_benign", "prob_malignant", "fold",
+            "wsi_id", "case_id", "label", "predicted", "prob_benign", "prob_malignant", "fold", "repeat",
         ]  # fmt: skip
         expected = [(row.wsi_id, row.case_id, dataset.class_names[row.label]) for row in dataset.rows]
         assert [(row["wsi_id"], row["case_id"], row["label"]) for row in rows] == expected
@@ -203,7 +207,9 @@ class TestOutputs:
         for result in outputs["fold_results"]:
             part = folds == result["fold"]
             assert result["n_slides"] == part.sum()
-            assert result["slide"] == classification_metrics(dataset.labels[part], probabilities[part])
+            assert result["slide"] == classification_metrics(
+                dataset.labels[part], probabilities[part], dataset.class_names
+            )
         assert [result["fold"] for result in outputs["fold_results"]] == [1, 2, 3]
         for name in METRICS:
             values = [result["slide"][name] for result in outputs["fold_results"]]
@@ -211,7 +217,9 @@ class TestOutputs:
             assert outputs[f"slide_{name}_std"] == pytest.approx(np.std(values, ddof=1))
             low, high = outputs["intervals_95"][name]
             assert low <= outputs["pooled"][name] <= high
-        assert outputs["pooled"] == classification_metrics(dataset.labels, probabilities)
+        expected = classification_metrics(dataset.labels, probabilities, dataset.class_names)
+        assert outputs["pooled"] == pytest.approx(expected, abs=1e-12)
+        assert set(expected) == set(outputs["intervals_95"]) > {"sensitivity_benign", "specificity_malignant"}
 
     def test_chunk_accuracy_counts_chunks(self, finished, dataset):
         for result in finished.results["fold_results"]:
@@ -238,11 +246,12 @@ class TestOutputs:
 
     def test_history_has_every_epoch_of_every_training(self, finished):
         history = pd.read_csv(finished.folder / "history.csv")
-        assert list(history)[:4] == ["fold", "inner", "epoch", "train_loss"]
+        assert list(history)[:5] == ["fold", "setting", "inner", "epoch", "train_loss"]
         assert {"val_loss", "val_auc", "val_accuracy", "val_balanced_accuracy", "val_f1_macro", "lr"} < set(history)
         expected = [(k, i, e) for k in range(1, 4) for i in range(1, 3) for e in range(1, EPOCHS + 1)]
         assert list(history[["fold", "inner", "epoch"]].itertuples(index=False, name=None)) == expected
-        assert np.isfinite(history.to_numpy()).all()
+        assert history["setting"].isna().all()
+        assert np.isfinite(history.drop(columns="setting").to_numpy()).all()
 
     def test_the_chosen_epoch_is_the_best_of_its_folds_history(self, finished):
         history = pd.read_csv(finished.folder / "history.csv")
@@ -259,11 +268,12 @@ class TestOutputs:
         assert record["finished"] is True
         assert record["seconds"] > 0
         assert {"argv", "versions", "git_commit", "device", "threads", "platform"} <= record.keys()
-        assert record["threads"] == 1
+        assert (record["threads"], record["jobs"]) == (1, 1)
+        assert 10**8 < record["peak_memory"]["process"] < 10**11
         assert record["identity"]["seed"] == 5
         assert record["identity"]["training"] == {
-            "epochs": EPOCHS, "patience": 10, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.01, "use_amp": True,
-            "warmup_epochs": 5, "final_lr": 1e-6, "clip_norm": 1.0,
+            "epochs": EPOCHS, "patience": 10, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.01, "precision": "auto",
+            "use_amp": True, "warmup_epochs": 5, "final_lr": 1e-6, "clip_norm": 1.0,
         }  # fmt: skip
         assert record["identity"]["feed"] == SlideFeed(20, "mean").as_dict()
 
@@ -296,25 +306,27 @@ class TestOutputs:
 
 class TestSecrecyOfTheTestFold:
     def test_test_slides_are_read_only_after_their_folds_trainings(self, finished, dataset):
-        everything, fold_fits, within, tested = set(range(len(dataset))), [], None, None
+        everything, fits, within, tested = set(range(len(dataset))), [], None, None
         kinds = Counter(event[0] for event in finished.events)
         assert (kinds["fit"], kinds["test"], kinds["batches"]) == (TRAININGS, N_OUTER, TRAININGS * EPOCHS)
         for kind, *what in finished.events:
             if kind == "fit":
-                within, tested = tuple(what), None
-                fold_fits.append(within)
+                assert tested is None  # all trainings come before the first test
+                within = tuple(what)
+                fits.append(within)
                 assert not what[0] & what[1]
             elif kind == "end":
                 within = None
             elif kind == "batches":
                 assert what[0] == within[0]
             elif kind == "test":
-                assert len(fold_fits) == N_INNER
-                for train, val in fold_fits:
+                assert len(fits) % N_INNER == 0
+                for train, val in fits[:N_INNER]:
                     assert what[0] == everything - train - val
-                tested, fold_fits = what[0], []
+                tested, fits = what[0], fits[N_INNER:]
             else:
                 assert what[0] in (within[0] | within[1] if within else tested)
+        assert not fits
 
     def test_spoiling_the_test_slides_changes_no_choice(self, finished, dataset, tmp_path, monkeypatch, no_figures):
         """With each fold's test features replaced by noise, the models, the epochs and their scores stay the same."""
@@ -355,15 +367,18 @@ class Unfitted:
         if self.script:
             validation |= self.script[len(self.states)]
         self.states.append(state)
-        return Fitted(state, 1, validation, [{"epoch": 1, "train_loss": 1.0, **validation, "lr": settings.lr}])
+        answers = torch.full((len(val), 2), 0.5, dtype=torch.float64)
+        row = {"epoch": 1, "train_loss": 1.0, "lr": settings.lr, **validation}
+        return Fitted(state, 1, validation, answers, [row])
 
 
 @pytest.fixture
 def unfitted(monkeypatch, no_figures) -> Unfitted:
     """Runs in no time, where what is tested is not the training."""
     stand_in = Unfitted()
-    monkeypatch.setattr(nested_cv, "fit", stand_in)
-    monkeypatch.setattr(nested_cv, "bootstrap_intervals", partial(nested_cv.bootstrap_intervals, resamples=10))
+    monkeypatch.setattr(units, "fit", stand_in)
+    quick = partial(results_module.bootstrap_intervals, resamples=10)
+    monkeypatch.setattr(results_module, "bootstrap_intervals", quick)
     return stand_in
 
 
@@ -417,7 +432,7 @@ class TestSelection:
                 folds.append(OuterFold(number, test, inner))
             return folds
 
-        monkeypatch.setattr(nested_cv, "nested_splits", one_class_folds)
+        monkeypatch.setattr(nested_cv, "repeated_splits", one_class_folds)
         results = make_cv(dataset, tmp_path / "run", n_outer=2).run()
         assert results["fold_results"][0]["slide"]["auc"] is None
         assert results["fold_results"][0]["selection"]["monitor"] == "slide_loss"
@@ -425,7 +440,8 @@ class TestSelection:
         assert (results["slide_auc_std"], results["slide_auc_folds"]) == (None, 1)
         assert strict_json(tmp_path / "run" / "outputs.json") == results
         assert "the slide loss chooses" in aloud.text
-        assert [line.split()[-1] for line in results_table(results).splitlines() if line.endswith(" -")] == ["-", "-"]
+        lacking = [line.split()[0] for line in results_table(results).splitlines() if "-" in line.split()]
+        assert lacking == ["fold", "std"]
         assert pd.read_csv(tmp_path / "run" / "history.csv")["val_auc"].isna().all()
 
 
@@ -452,7 +468,7 @@ class TestResume:
         def must_not_train(*_, **__):
             raise AssertionError("trained again")
 
-        monkeypatch.setattr(nested_cv, "fit", must_not_train)
+        monkeypatch.setattr(units, "fit", must_not_train)
         monkeypatch.setattr(nested_cv, "predict_slides", must_not_train)
         assert make_cv(dataset, finished.folder).run() == finished.results
         assert (contents(finished.folder), (finished.folder / "run.json").read_bytes()) == before
@@ -472,7 +488,7 @@ class TestResume:
         assert not any((tmp_path / "other").iterdir())
 
     def test_interrupted_in_any_training_it_goes_on(self, finished, dataset, tmp_path, monkeypatch, aloud):
-        fit, started = nested_cv.fit, []
+        fit, started = units.fit, []
         rng = random.Random(1)  # noqa: S311 - moments, not secrets
         stops = [rng.randint(1, EPOCHS) for _ in range(TRAININGS)]
 
@@ -489,7 +505,7 @@ class TestResume:
 
             return fit(*arguments, on_epoch=hook if len(started) % 2 else on_epoch, **named)
 
-        monkeypatch.setattr(nested_cv, "fit", interrupted)
+        monkeypatch.setattr(units, "fit", interrupted)
         for attempt in range(TRAININGS):
             with pytest.raises(Interrupted):
                 make_cv(dataset, tmp_path / "run").run()
@@ -499,10 +515,10 @@ class TestResume:
             if attempt < TRAININGS - 1:
                 # The next session finishes this training and is interrupted in the one after it.
                 assert len(started) == 2 * attempt + 1
-        monkeypatch.setattr(nested_cv, "fit", fit)
+        monkeypatch.setattr(units, "fit", fit)
         make_cv(dataset, tmp_path / "run").run()
         assert_same(contents(tmp_path / "run"), contents(finished.folder))
-        assert f"resuming; {TRAININGS - 1} inner trainings are done" in aloud.text
+        assert f"resuming; {TRAININGS - 1} trainings are done" in aloud.text
         assert Counter(started) == Counter(dict.fromkeys(started, 2) | {started[-1]: 1})
 
     @pytest.mark.parametrize("moment", ["before", "after"])
@@ -576,7 +592,7 @@ class TestResume:
         make_cv(dataset, tmp_path / "whole").run()
         calls = len(unfitted.states)
         leave_unfinished(make_cv(dataset, tmp_path / "run"))
-        path = tmp_path / "run" / "resume" / "outer_2_inner_1.pt"
+        path = tmp_path / "run" / "resume" / "fold_2_setting_1_inner_1.pt"
         content = path.read_bytes()
         if damage == "tensor":
             torch.save(torch.zeros(2), path)
@@ -595,7 +611,7 @@ class TestResume:
 
     def test_a_finished_run_killed_before_it_tidied_up_is_tidied_up(self, dataset, tmp_path, monkeypatch, unfitted):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(NestedCrossValidation, "_clear_leftovers", lambda _: None)
+            patch.setattr(RunFolder, "clear_leftovers", lambda _: None)
             make_cv(dataset, tmp_path / "run").run()
         (tmp_path / "run" / ".outputs.json.x.part").write_text("half")
         assert (tmp_path / "run" / "resume").is_dir()
@@ -730,6 +746,363 @@ class TestRefusals:
         assert not (tmp_path / "run").exists()
 
 
+class TestGrid:
+    def test_the_setting_with_the_best_mean_inner_validation_wins(self, dataset, tmp_path, unfitted):
+        """Fold 1: the first setting has the single best model, the second the best mean; fold 2 the other way round."""
+        aucs = [0.99, 0.5, 0.8, 0.8, 0.9, 0.9, 0.95, 0.6, 0.7, 0.7, 0.7, 0.7]
+        losses = [1.0] * 8 + [1.0, 1.0, 0.9, 0.8]
+        unfitted.script = [{"val_auc": auc, "val_loss": loss} for auc, loss in zip(aucs, losses, strict=True)]
+        results = make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2").run()
+        chosen = [fold["selection"] for fold in results["fold_results"]]
+        assert [(one["setting"]["lr"], one["inner_fold"]) for one in chosen] == [(1e-2, 1), (1e-3, 1), (1e-2, 2)]
+        for fold, call in enumerate((2, 4, 11), start=1):
+            assert is_state(tmp_path / "run" / f"fold_{fold}_best.pth", unfitted.states[call])
+        assert [score["setting"] for score in chosen[0]["settings"]] == [{"lr": 1e-3}, {"lr": 1e-2}]
+        assert [score["val_auc"] for score in chosen[0]["settings"]] == pytest.approx([0.745, 0.8])
+        assert "lr=0.01 in 2 of 3 folds; lr=0.001 in 1 of 3 folds" in closing_words(results)
+
+    def test_settings_of_training_and_model_reach_both(self, dataset, tmp_path, monkeypatch, no_figures):
+        fit, seen = units.fit, []
+
+        def spying(factory, data, train, val, settings, **named):
+            seen.append((settings.lr, settings.batch_size, factory().spec["hidden_dim"], named["seed"]))
+            return fit(factory, data, train, val, settings, **named)
+
+        monkeypatch.setattr(units, "fit", spying)
+        cv = make_cv(dataset, tmp_path, n_outer=2, epochs=1, grid={"hidden_dim": (8, 16), "lr": (1e-3, 1e-2)})
+        results = cv.run()
+        expected = [(lr, 8, dim) for dim in (8, 16) for lr in (1e-3, 1e-2) for _ in range(2)] * 2
+        assert [call[:3] for call in seen] == expected
+        assert len({call[3] for call in seen}) == len(seen)
+        for fold in results["fold_results"]:
+            checkpoint = load_checkpoint(tmp_path / f"fold_{fold['fold']}_best.pth")
+            assert checkpoint.model["hidden_dim"] == fold["selection"]["setting"]["hidden_dim"]
+        history = pd.read_csv(tmp_path / "history.csv")
+        assert history.groupby(["fold", "setting", "inner"]).ngroups == len(history) == 16
+        assert set(history["setting"]) == {f"lr={lr} hidden_dim={dim}" for lr in (0.001, 0.01) for dim in (8, 16)}
+
+    @pytest.mark.parametrize(
+        ("grid", "message"),
+        [
+            ("lr=-1", "--lr -1"),
+            ("num_heads=3", "--grid num_heads=3: LiteMIL"),
+            ("temperature=1", "--grid temperature: no hyperparameter"),
+        ],
+    )
+    def test_a_setting_that_cannot_be_is_refused_before_anything_begins(self, grid, message, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=message):
+            make_cv(dataset, tmp_path / "run", grid=grid)
+        assert not (tmp_path / "run").exists()
+
+    def test_another_grid_is_another_run(self, dataset, tmp_path, unfitted, aloud):
+        make_cv(dataset, tmp_path / "run").run()
+        make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2").run()
+        assert "held another run (grid differs)" in aloud.text
+
+
+class TestMonitor:
+    @pytest.mark.parametrize("monitor", ["slide_auc", "slide_loss", "slide_balanced_accuracy", "slide_f1_macro"])
+    def test_decides_between_the_inner_models(self, monitor, dataset, tmp_path, unfitted):
+        name = monitor.replace("slide_", "val_")
+        better = 0.1 if monitor == "slide_loss" else 0.9
+        unfitted.script = [{"val_loss": 0.5}, {"val_loss": 0.5, name: better}] * 3
+        results = make_cv(dataset, tmp_path / "run", monitor=monitor).run()
+        assert [fold["selection"]["inner_fold"] for fold in results["fold_results"]] == [2, 2, 2]
+        assert {fold["selection"]["monitor"] for fold in results["fold_results"]} == {monitor}
+
+
+class TestFinal:
+    def test_an_ensemble_answers_with_its_members_mean(self, dataset, tmp_path, monkeypatch, no_figures):
+        fit, states = units.fit, []
+
+        def keeping(*arguments, **named):
+            states.append(fit(*arguments, **named))
+            return states[-1]
+
+        monkeypatch.setattr(units, "fit", keeping)
+        results = make_cv(dataset, tmp_path, final="ensemble").run()
+        rows = pd.read_csv(tmp_path / "predictions.csv")
+        for fold in range(N_OUTER):
+            members = []
+            for fitted in states[2 * fold : 2 * fold + 2]:
+                members.append(small())
+                members[-1].load_state_dict(fitted.state_dict)
+            checkpoint = load_checkpoint(tmp_path / f"fold_{fold + 1}_best.pth")
+            assert checkpoint.model == small().spec
+            for slide in rows.index[rows["fold"] == fold + 1]:
+                each = [predict_features(one, dataset.features(slide), SlideFeed(20, "mean")) for one in members]
+                mean = np.mean([one.probabilities for one in each], axis=0)
+                assert rows.loc[slide, "prob_malignant"] == pytest.approx(mean[1], abs=1e-12)
+                again = predict_features(checkpoint.build(), dataset.features(slide), checkpoint.slide_feed, True)
+                assert again.probabilities[1] == rows.loc[slide, "prob_malignant"]
+                assert again.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
+            selection = results["fold_results"][fold]["selection"]
+            assert selection["epochs"] == [fitted.epoch for fitted in states[2 * fold : 2 * fold + 2]]
+            assert (selection["final"], selection["inner_fold"], selection["epoch"]) == ("ensemble", None, None)
+
+    def test_an_ensembles_checkpoint_predicts_by_command(self, dataset, cohort, tmp_path, no_figures, script):
+        make_cv(dataset, tmp_path / "run", final="ensemble", epochs=1).run()
+        rows = pd.read_csv(tmp_path / "run" / "predictions.csv").set_index("wsi_id")
+        name = rows.index[rows["fold"] == 2][0]
+        outcome = script(
+            "predict", "--checkpoint", tmp_path / "run" / "fold_2_best.pth", "--input", cohort[1] / f"{name}.h5",
+            "--output_dir", tmp_path / "predict", "--device", "cpu",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        said = read_json(tmp_path / "predict" / f"{name}_prediction.json")["probabilities"]["malignant"]
+        assert said == pytest.approx(rows.loc[name, "prob_malignant"], abs=1e-6)
+
+    def test_a_refit_trains_on_all_but_the_test_slides(self, dataset, tmp_path, monkeypatch, no_figures):
+        refit, fit, calls, epochs = units.refit, units.fit, [], []
+
+        def watched(factory, data, train, settings, **named):
+            calls.append((set(train.tolist()), named["epochs"]))
+            return refit(factory, data, train, settings, **named)
+
+        def counted(*arguments, **named):
+            fitted = fit(*arguments, **named)
+            epochs.append(fitted.epoch)
+            return fitted
+
+        monkeypatch.setattr(units, "refit", watched)
+        monkeypatch.setattr(units, "fit", counted)
+        results = make_cv(dataset, tmp_path / "run", final="refit").run()
+        rows = pd.read_csv(tmp_path / "run" / "predictions.csv")
+        for fold in range(N_OUTER):
+            assert calls[fold][0] == set(rows.index[rows["fold"] != fold + 1])
+            assert calls[fold][1] == math.ceil(np.median(epochs[2 * fold : 2 * fold + 2]))
+            assert results["fold_results"][fold]["selection"]["epoch"] == calls[fold][1]
+        history = pd.read_csv(tmp_path / "run" / "history.csv")
+        refits = history[history["inner"] == 0]
+        assert refits.groupby("fold")["epoch"].max().tolist() == [epochs for _, epochs in calls]
+        assert refits["val_loss"].isna().all()
+        assert np.isfinite(refits["train_loss"]).all()
+
+    @pytest.mark.parametrize("final", ["ensemble", "refit"])
+    def test_resumes_where_it_was_to_the_same_bytes(self, final, dataset, tmp_path, no_figures):
+        make_cv(dataset, tmp_path / "whole", final=final, epochs=2).run()
+        cv = make_cv(dataset, tmp_path / "run", final=final, epochs=2)
+        leave_unfinished(cv)
+        kept = sorted((tmp_path / "run" / "resume").glob("*.pt"))
+        assert len(kept) == TRAININGS + (N_OUTER if final == "refit" else 0)
+        for path in kept[::2]:
+            path.unlink()
+        make_cv(dataset, tmp_path / "run", final=final, epochs=2).run()
+        assert_same(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+
+
+class TestThreshold:
+    def test_is_fitted_on_inner_validation_and_applied_to_the_test(self, dataset, tmp_path, monkeypatch, no_figures):
+        fit, fits = units.fit, []
+
+        def keeping(factory, data, train, val, *rest, **named):
+            fitted = fit(factory, data, train, val, *rest, **named)
+            fits.append((data.labels[val], fitted.val_probabilities[:, 1].numpy()))
+            return fitted
+
+        monkeypatch.setattr(units, "fit", keeping)
+        results = make_cv(dataset, tmp_path).run()
+        rows = pd.read_csv(tmp_path / "predictions.csv")
+        at_threshold = np.empty(len(rows), dtype=int)
+        for number, fold in enumerate(results["fold_results"]):
+            labels, scores = (np.concatenate(part) for part in zip(*fits[2 * number : 2 * number + 2], strict=True))
+            assert fold["threshold"] == fold["selection"]["threshold"] == fitted_threshold(labels, scores)
+            mine = rows["fold"] == fold["fold"]
+            at_threshold[mine] = rows.loc[mine, "prob_malignant"] >= fold["threshold"]
+            expected = decision_metrics(dataset.labels[mine], at_threshold[mine], dataset.class_names)
+            assert fold["thresholded"] == expected
+        expected = decision_metrics(dataset.labels, at_threshold, dataset.class_names)
+        assert results["pooled_thresholded"] == expected
+        assert f"balanced accuracy {expected['balanced_accuracy']:.3f} (" in closing_words(results)
+
+
+class TestRepeats:
+    def test_each_repeat_tests_each_slide_once_on_other_folds(self, dataset, tmp_path, unfitted):
+        results = make_cv(dataset, tmp_path, repeats=3).run()
+        rows = pd.read_csv(tmp_path / "predictions.csv")
+        ids = [row.wsi_id for row in dataset.rows]
+        assert rows["wsi_id"].tolist() == ids * 3
+        assert rows["repeat"].tolist() == [number for number in (1, 2, 3) for _ in ids]
+        assert (rows.groupby("repeat")["fold"].unique().map(sorted).tolist()) == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+        partitions = {
+            frozenset(frozenset(part) for _, part in repeat.groupby("fold")["wsi_id"])
+            for _, repeat in rows.groupby("repeat")
+        }
+        assert len(partitions) == 3
+        assert (results["n_folds"], results["n_repeats"], results["n_slides"]) == (9, 3, 24)
+        assert len(list(tmp_path.glob("fold_*_best.pth"))) == 9
+        assert "tested once in each of 3 repeats" in closing_words(results)
+
+    def test_the_first_repeat_is_the_run_without_repeats(self, finished, dataset, tmp_path, no_figures):
+        make_cv(dataset, tmp_path / "run", repeats=2).run()
+        for name in (f"fold_{k}_best.pth" for k in range(1, N_OUTER + 1)):
+            assert (tmp_path / "run" / name).read_bytes() == (finished.folder / name).read_bytes()
+        rows = pd.read_csv(tmp_path / "run" / "predictions.csv")
+        first = pd.read_csv(finished.folder / "predictions.csv")
+        pd.testing.assert_frame_equal(rows[rows["repeat"] == 1], first)
+        gallery = pd.read_csv(tmp_path / "run" / "gallery.csv").set_index("wsi_id")
+        for wsi_id, probability in gallery["prob_malignant"].items():
+            assert probability == pytest.approx(rows.loc[rows["wsi_id"] == wsi_id, "prob_malignant"].mean())
+
+
+def write_clam_split(path: Path, train: list[str], val: list[str], test: list[str]) -> None:
+    """As CLAM writes it: a first column without a name, columns as long as the longest."""
+    pd.DataFrame({name: pd.Series(ids) for name, ids in {"train": train, "val": val, "test": test}.items()}).to_csv(
+        path
+    )
+
+
+# The counts of a command line that does not say any: a file of splits says them.
+UNSAID = {"n_outer": Protocol.n_outer, "n_inner": Protocol.n_inner}
+
+
+class TestSplitsFile:
+    def test_our_own_file_gives_the_run_again(self, finished, dataset, tmp_path, no_figures):
+        cv = make_cv(dataset, tmp_path / "run", splits=finished.folder / "splits.json")
+        results = cv.run()
+        for name in ("predictions.csv", "history.csv", "splits.json", "fold_2_best.pth"):
+            assert (tmp_path / "run" / name).read_bytes() == (finished.folder / name).read_bytes(), name
+        assert results["pooled"] == finished.results["pooled"]
+
+    def test_repeats_are_read_back(self, dataset, tmp_path, unfitted):
+        first = make_cv(dataset, tmp_path / "a", repeats=2).run()
+        again = make_cv(dataset, tmp_path / "b", splits=tmp_path / "a", **UNSAID).run()
+        assert (tmp_path / "b" / "splits.json").read_bytes() == (tmp_path / "a" / "splits.json").read_bytes()
+        assert (again["n_repeats"], again["n_folds"]) == (first["n_repeats"], first["n_folds"]) == (2, 6)
+
+    def clam(self, folder: Path, dataset: MILDataset, tests: list[range]) -> Path:
+        """Splits of patients P000-P011, each tested range its own file."""
+        folder.mkdir()
+        slides_of = {case: [row.wsi_id for row in dataset.rows if row.case_id == case] for case in set(dataset.cases)}
+        for number, tested in enumerate(tests):
+            left = [patient for patient in range(12) if patient not in tested]
+            parts = [
+                [wsi_id for patient in part for wsi_id in slides_of[f"P{patient:03d}"]]
+                for part in (left[:-4], left[-4:], tested)
+            ]
+            write_clam_split(folder / f"splits_{number}.csv", *parts)
+        return folder
+
+    def test_clams_disjoint_tests_are_one_repeat(self, dataset, tmp_path, unfitted):
+        splits = self.clam(tmp_path / "splits", dataset, [range(4), range(4, 8), range(8, 12)])
+        results = make_cv(dataset, tmp_path / "run", splits=splits, **UNSAID).run()
+        assert (results["n_repeats"], results["n_folds"], len(unfitted.states)) == (1, 3, 3)
+        rows = pd.read_csv(tmp_path / "run" / "predictions.csv")
+        assert rows["fold"].tolist() == [1 + patient // 4 for patient in range(12) for _ in range(2)]
+
+    def test_clams_overlapping_tests_are_repeats(self, dataset, tmp_path, unfitted, aloud):
+        splits = self.clam(tmp_path / "splits", dataset, [range(4), range(2, 6)])
+        results = make_cv(dataset, tmp_path / "run", splits=splits, **UNSAID).run()
+        assert (results["n_repeats"], results["n_folds"], results["n_slides"], results["n_cases"]) == (2, 2, 12, 6)
+        assert "12 of 24 slides are tested by no fold" in aloud.text
+        assert "the tests overlap; each of the 2 splits is a repeat of its own" in aloud.text
+        assert len(pd.read_csv(tmp_path / "run" / "predictions.csv")) == 16
+
+    def test_a_shared_patient_is_refused(self, dataset, tmp_path):
+        ids = [row.wsi_id for row in dataset.rows]
+        write_clam_split(tmp_path / "splits_0.csv", ids[:11], ids[12:18], [ids[11], *ids[18:]])
+        cv = make_cv(dataset, tmp_path / "run", splits=tmp_path / "splits_0.csv", **UNSAID)
+        with pytest.raises(SplitError, match=r"1 patient on both sides of splits_0.csv: P005 \(train and test\)"):
+            cv.run()
+        assert not (tmp_path / "run").exists()
+
+    def test_a_shared_group_is_refused(self, cohort, tmp_path):
+        table = pd.read_csv(cohort[0], dtype=str)
+        table.assign(site=table["case_id"].str[1:].astype(int) // 4).to_csv(tmp_path / "labels.csv", index=False)
+        data = MILDataset(tmp_path / "labels.csv", cohort[1], group_column="site")
+        ids = [row.wsi_id for row in data.rows]
+        write_clam_split(tmp_path / "splits_0.csv", ids[:12], ids[12:16], ids[16:])
+        with pytest.raises(
+            SplitError, match=r"1 site on both sides of splits_0.csv: 1 \(train and val\).*split by site"
+        ):
+            make_cv(data, tmp_path / "run", splits=tmp_path / "splits_0.csv", **UNSAID).run()
+
+    @pytest.mark.parametrize(
+        ("train", "val", "test", "message"),
+        [
+            (range(12), range(12, 24), range(0), "splits_0.csv has no slide in test"),
+            ([0, 1, 4, 5], range(12, 16), range(16, 24), "has no slide of class malignant"),
+        ],
+    )
+    def test_parts_that_cannot_serve(self, train, val, test, message, dataset, tmp_path):
+        ids = [row.wsi_id for row in dataset.rows]
+        write_clam_split(tmp_path / "splits_0.csv", *[[ids[slide] for slide in part] for part in (train, val, test)])
+        with pytest.raises(SplitError, match=message):
+            make_cv(dataset, tmp_path / "run", splits=tmp_path / "splits_0.csv", **UNSAID).run()
+
+    def test_slides_that_the_cohort_lacks(self, cohort, dataset, tmp_path, unfitted):
+        ids = [row.wsi_id for row in dataset.rows]
+        write_clam_split(tmp_path / "splits_0.csv", [*ids[:8], "P099-S1"], ids[8:16], ids[16:])
+        with pytest.raises(SplitError, match=r"1 slide of the splits not in the cohort: P099-S1; .*--allow missing"):
+            make_cv(dataset, tmp_path / "run", splits=tmp_path / "splits_0.csv", **UNSAID).run()
+        lenient = MILDataset(*cohort, chunk_size=20, allow=["missing"])
+        assert make_cv(lenient, tmp_path / "run", splits=tmp_path / "splits_0.csv", **UNSAID).run()["n_folds"] == 1
+
+    def test_counts_that_contradict_the_file(self, finished, dataset, tmp_path):
+        cv = make_cv(dataset, tmp_path / "run", splits=finished.folder, n_outer=4)
+        with pytest.raises(ConfigError, match=r"--n_outer 4: .* holds 3; leave it out"):
+            cv.run()
+        with pytest.raises(ConfigError, match=r"--repeats 2: --splits .* says which folds"):
+            make_cv(dataset, tmp_path / "run", splits=finished.folder, repeats=2)
+
+    def test_a_slide_tested_twice_in_a_repeat(self, finished, dataset, tmp_path):
+        content = read_json(finished.folder / "splits.json")
+        content["folds"][1] = content["folds"][0] | {"fold": 2}
+        write_text(tmp_path / "splits.json", json.dumps(content))
+        with pytest.raises(SplitError, match="a slide is tested by two folds of repeat 1"):
+            make_cv(dataset, tmp_path / "run", splits=tmp_path / "splits.json", **UNSAID).run()
+
+
+class TestJobs:
+    def test_two_processes_write_the_bytes_of_one(self, finished, cohort, dataset, tmp_path, monkeypatch):
+        monkeypatch.setattr(nested_cv, "threads_each", lambda jobs: 1)
+        factory = partial(build_mil, "LiteMIL", input_dim=16, num_classes=2, hidden_dim=16, num_heads=2)
+        make_cv(dataset, tmp_path / "run", factory, jobs=2).run()
+        assert_same(contents(tmp_path / "run"), contents(finished.folder))
+        record = read_json(tmp_path / "run" / "run.json")
+        assert (record["jobs"], record["threads"]) == (2, 1)
+
+    def test_the_number_of_jobs_is_no_other_run(self, finished, dataset, monkeypatch):
+        factory = partial(build_mil, "LiteMIL", input_dim=16, num_classes=2, hidden_dim=16, num_heads=2)
+        assert make_cv(dataset, finished.folder, factory, jobs=3).run() == finished.results
+
+    def test_a_lambda_cannot_be_sent(self, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=r"model_factory cannot be sent.*functools.partial\(build_mil"):
+            make_cv(dataset, tmp_path / "run", lambda: small(), jobs=2)
+
+    @pytest.mark.parametrize("cache", ["ram", "off", "folder"])
+    def test_processes_share_one_packed_file(self, cache, cohort, tmp_path, aloud):
+        data = MILDataset(*cohort, cache=str(tmp_path / "cache") if cache == "folder" else cache)
+        data.features(0)
+        shared = data.shared(tmp_path / "resume")
+        packed = list((tmp_path / "resume").glob("*.packed"))
+        assert len(packed) == (cache == "ram")
+        assert (shared is data) is (cache != "ram")
+        assert ("--cache DIR packs them for all" in aloud.text) is (cache == "off")
+        assert all(torch.equal(shared.features(slide), data.features(slide)) for slide in range(len(data)))
+        assert not shared.is_in_memory
+
+
+class TestDryRun:
+    def test_says_what_a_run_would_do_and_does_nothing(self, dataset, tmp_path):
+        cv = make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2", epochs=7)
+        said = cv.dry_run()
+        assert not (tmp_path / "run").exists()
+        tests = [line.split() for line in said.splitlines() if "test" in line]
+        assert [line[:2] for line in tests] == [["fold", "1:"], ["fold", "2:"], ["fold", "3:"]]
+        assert sum(int(line[3]) for line in tests) == sum(int(line[5]) for line in tests) == 12
+        assert "12 inner trainings of at most 7 epochs" in said
+        assert "time: at most about" in said
+        assert "GB free" in said
+        assert "memory: about" in said
+
+
+class TestKeywords:
+    def test_an_unknown_setting_is_a_type_error(self, dataset, tmp_path):
+        with pytest.raises(TypeError, match="no setting learning_rate"):
+            make_cv(dataset, tmp_path, learning_rate=1e-3)
+
+
 class TestKinds:
     @pytest.mark.parametrize("name", list_mils())
     def test_every_model_trains(self, name, dataset, tmp_path, no_figures):
@@ -778,7 +1151,9 @@ class TestKinds:
         table.assign(site=table["case_id"]).to_csv(tmp_path / "same.csv", index=False)
         table.assign(site=table["case_id"].str[1:].astype(int) // 2).to_csv(tmp_path / "other.csv", index=False)
         identities = [
-            make_cv(MILDataset(tmp_path / f"{name}.csv", cohort[1], group_column="site"), tmp_path / "run")._identity()
+            make_cv(MILDataset(tmp_path / f"{name}.csv", cohort[1], group_column="site"), tmp_path / "run")._identity(
+                []
+            )
             for name in ("same", "other")
         ]
         assert [key for key in identities[0] if identities[0][key] != identities[1][key]] == ["groups"]

@@ -4,6 +4,7 @@ dataset = MILDataset("labels.csv", "features", class_names=["benign", "malignant
 features, label = dataset[0]
 """
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -83,7 +84,7 @@ class MILDataset(Dataset):
         self.labels = np.array([row.label for row in self.rows])
         self.cases = np.array([row.case_id for row in self.rows])
         self.groups = np.array(labels.group_cases(Path(csv_path), self.rows, group_column))
-        self.group_column = group_column
+        self.group_column, self.allow = group_column, tuple(allow)
         log.info("Classes: %s", "; ".join(self._counts(index) for index in range(len(self.class_names))))
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
         self.info = self._look(packed)
@@ -171,6 +172,22 @@ class MILDataset(Dataset):
             waiting = waiting[whole:]
         if waiting:
             yield collate(waiting, pin_memory)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether this process's memory holds the features once they are read."""
+        return isinstance(self._features, MemoryFeatures)
+
+    def shared(self, folder: Path) -> "MILDataset":
+        """The dataset for several processes: what this one's memory would hold is packed into a file in `folder`."""
+        if isinstance(self._features, PackedFeatures):
+            return self
+        if isinstance(self._features, FileFeatures):
+            log.info("each process reads the feature files in every epoch; --cache DIR packs them for all")
+            return self
+        other = copy.copy(self)
+        other._features = pack(packed_path(folder, self.features_dir, self.feat_type), self._features.files)
+        return other
 
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
         features = self.features(slide)

@@ -1,56 +1,69 @@
 """NestedCrossValidation: inner folds choose the model, outer folds test it once, and a killed run goes on.
 
-cv = NestedCrossValidation(lambda: build_mil("LiteMIL", input_dim=1024, num_classes=2),
+cv = NestedCrossValidation(functools.partial(build_mil, "LiteMIL", input_dim=1024, num_classes=2),
                            dataset, dataset.class_names, "outputs/LiteMIL/mine")
 results = cv.run()
 """
 
-import shutil
+import json
+import pickle
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
+import torch
 
+from MILS import ModelError
+from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
-from utils.core.config import Protocol, Training
+from utils.core.config import Protocol, Running, Training
+from utils.core.engine import run_tasks, threads, threads_each
 from utils.core.errors import ConfigError, TrainingError
-from utils.core.files import digest, load_tensors, read_json, save_tensors, write_json, write_text
-from utils.core.runtime import derive_seed, log, progress_bar, resolve_device, run_metadata
-from utils.learning import figures
-from utils.learning.aggregation import SlideFeed, SlideOutput
-from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
-from utils.learning.metrics import METRICS, auc_is_defined, classification_metrics, mean_and_std
-from utils.learning.splits import OuterFold, nested_splits
-from utils.learning.statistics import bootstrap_intervals
-from utils.learning.training import Fitted, fit, predict_slides, rank
+from utils.core.files import digest, read_json, write_json
+from utils.core.runtime import log, peak_memory, progress, progress_bar, resolve_device, run_metadata
+from utils.learning import plan, results
+from utils.learning.aggregation import SlideFeed
+from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
+from utils.learning.metrics import auc_is_defined, fitted_threshold
+from utils.learning.results import FoldResult, Pooled
+from utils.learning.run_folder import RunFolder
+from utils.learning.selection import best_of, grid_settings, mean_rank, rank, read_grid, refit_epochs
+from utils.learning.splits import OuterFold, given_splits, repeated_splits
+from utils.learning.training import Fitted, amp_dtype, predict_slides
+from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
 
 
 @dataclass(frozen=True)
-class _FoldResult:
-    """An outer fold: the chosen inner model (its number from 1), how it was chosen, what it says of the test slides,
-    and the epochs of all inner trainings.
-    """
+class _Choice:
+    """What inner validation chose for an outer fold: the setting (from 1), its inner models, the best of them."""
 
     fold: OuterFold
-    inner: int
     monitor: str
-    chosen: Fitted
-    outputs: list[SlideOutput]
+    setting: int
+    fitted: list[Fitted]
+    best: int
+    threshold: float | None
+    scores: list[dict[str, Any]]
     history: list[dict[str, Any]]
 
 
 class NestedCrossValidation:
     """Nested, patient-level, stratified cross-validation of one model on one dataset.
 
-    `model_factory` makes a fresh, untrained model at every call. For each outer fold, one model per inner fold is
-    trained on the rest and stopped on that inner fold's slides; the one with the best inner validation is tested on
-    the outer fold. What is reported is slide-level and out of fold.
+    `model_factory` makes a fresh, untrained model at every call. For each outer fold, one model per inner fold (and
+    setting of the `grid`) is trained on the rest and stopped on that inner fold's slides; the setting with the best
+    mean inner validation gives the model that is tested on the outer fold, as `final` says. What is reported is
+    slide-level and out of fold.
+
+    Beyond those named, every other field of `Training`, `Protocol` and `Running` (`utils.core.config`) is a keyword
+    argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`,
+    `jobs` and so on. With several `jobs` the factory must be what pickle takes: `functools.partial(build_mil, ...)`,
+    not a lambda.
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
     dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when
@@ -59,7 +72,7 @@ class NestedCrossValidation:
 
     def __init__(
         self,
-        model_factory: Callable[[], BagModel],
+        model_factory: ModelFactory,
         dataset: MILDataset,
         class_names: Sequence[str],
         output_dir: str | Path,
@@ -68,220 +81,277 @@ class NestedCrossValidation:
         batch_size: int = Training.batch_size,
         epochs: int = Training.epochs,
         patience: int = Training.patience,
-        device: str = Protocol.device,
+        device: str = Running.device,
         use_amp: bool = Training.use_amp,
         *,
-        lr: float = Training.lr,
-        weight_decay: float = Training.weight_decay,
-        seed: int = Protocol.seed,
+        grid: str | Mapping[str, Sequence[Any]] | None = None,
         dataset_name: str | None = None,
+        **settings: Any,
     ) -> None:
         if tuple(class_names) != dataset.class_names:
             raise ConfigError(
                 f"class_names {', '.join(class_names)}: the dataset's are {', '.join(dataset.class_names)}; pass those"
             )
-        self.model_factory, self.dataset, self.dataset_name = model_factory, dataset, dataset_name
-        self.protocol = Protocol(
-            n_outer=n_outer, n_inner=n_inner, seed=seed, output_dir=Path(output_dir), device=device
-        )
-        self.training = Training(
-            epochs=epochs, patience=patience, batch_size=batch_size, lr=lr, weight_decay=weight_decay, use_amp=use_amp
-        )
+        settings |= {"n_outer": n_outer, "n_inner": n_inner, "batch_size": batch_size, "epochs": epochs}
+        settings |= {"patience": patience, "use_amp": use_amp, "device": device, "output_dir": Path(output_dir)}
+        self.training, self.protocol, self.running = _configs(settings, Training, Protocol, Running)
+        self.dataset, self.dataset_name = dataset, dataset_name
         self.output_dir = Path(output_dir).absolute()
         self.device = resolve_device(device)
-        self.feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size, dataset.sequential)
+        amp_dtype(self.training, self.device)
         self.spec = _spec_of(model_factory)
         for name, expected in (("input_dim", dataset.input_dim), ("num_classes", len(dataset.class_names))):
             if self.spec.get(name, expected) != expected:
                 raise ConfigError(f"model_factory: its models' {name} is {self.spec[name]}, the dataset's {expected}")
+        grid = read_grid(grid, self.spec["name"]) if isinstance(grid, str) else dict(grid or {})
+        self.settings = grid_settings(grid, self.spec["name"])
+        self.trainer = Trainer(
+            model_factory,
+            self.spec,
+            tuple(self.settings),
+            self.training,
+            dataset,
+            SlideFeed.of_mode(dataset.mode, dataset.chunk_size, dataset.sequential),
+            self.device,
+            self.protocol.seed,
+            self.output_dir / "resume",
+        )
+        self._check_settings()
 
     def run(self) -> dict[str, Any]:
         """Train what is not trained yet, write every result, return the content of `outputs.json`."""
-        folds = nested_splits(
-            self.dataset.labels,
-            self.dataset.groups,
-            self.dataset.class_names,
-            self.protocol.n_outer,
-            self.protocol.n_inner,
-            self.protocol.seed,
-            self.dataset.group_column or "patient",
-        )
-        if self._take_output_dir():
-            log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
-        else:
-            started = time.time()
-            write_json(self.output_dir / "splits.json", self._splits_content(folds))
-            self._write_results(self._run_folds(folds))
-            ended = {"finished": True, "seconds": round(time.time() - started, 1)}
-            write_json(self.output_dir / "run.json", self._run_record() | ended)
-        self._clear_leftovers()
+        folds = self.folds()
+        folder = RunFolder(self.output_dir, self._identity(folds))
+        with folder.held():
+            if folder.take(self._record()):
+                log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
+            else:
+                started = time.time()
+                write_json(self.output_dir / "splits.json", self._splits_content(folds))
+                with threads(threads_each(self.running.jobs)):
+                    self._write_results(self._run_folds(folds))
+                    ended = {"seconds": round(time.time() - started, 1), "peak_memory": peak_memory(self.device)}
+                    folder.finish(self._record() | ended)
+            folder.clear_leftovers()
         return read_json(self.output_dir / "outputs.json")
 
-    @property
-    def _resume_dir(self) -> Path:
-        return self.output_dir / "resume"
+    def dry_run(self) -> str:
+        """What a run would do and take: the folds, and an estimate from a short trial of every setting."""
+        folds = self.folds()
+        units, jobs, data = self.units(folds), self.running.jobs, self.dataset
+        sizes = np.array([info.num_instances for info in data.info])
+        with threads(threads_each(jobs)):
+            first = {unit.setting: unit for unit in reversed(units)}
+            bar = progress(sorted(first), "Trying each setting", unit="setting", leave=False)
+            trials = [plan.trial(self.trainer, first[setting], sizes) for setting in bar]
+        members = len(folds[0].inner) if self.protocol.final == "ensemble" else 1
+        in_memory = sum(info.nbytes for info in data.info) if data.is_in_memory else 0
+        found = plan.estimate(
+            units, trials, sizes, checkpoints=(len(folds) + 1) * members, jobs=jobs, device=self.device,
+            packed=in_memory if jobs > 1 else 0, in_memory=in_memory,
+        )  # fmt: skip
+        head = f"{len(units)} inner trainings of at most {max(unit.epochs for unit in units)} epochs"
+        table = plan.splits_table(folds, data, data.cases)
+        return f"{table}\n\n{head}\n{found.text(jobs, self.output_dir)}"
 
-    def _clear_leftovers(self) -> None:
-        """Remove what only an unfinished run needs, and the half-written files of killed ones."""
-        shutil.rmtree(self._resume_dir, ignore_errors=True)
-        for part in self.output_dir.glob(".*.part"):
-            part.unlink(missing_ok=True)
+    def folds(self) -> list[OuterFold]:
+        """The outer folds of all repeats, dealt from the seed or read from the `splits` file."""
+        data, protocol, unit = self.dataset, self.protocol, self.dataset.group_column or "patient"
+        if protocol.splits is None:
+            return repeated_splits(
+                data.labels, data.groups, data.class_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
+                protocol.seed, unit,
+            )  # fmt: skip
+        wsi_ids = [row.wsi_id for row in data.rows]
+        folds = given_splits(
+            protocol.splits, wsi_ids, data.labels, data.groups, data.class_names, unit=unit,
+            allow_missing="missing" in data.allow,
+        )  # fmt: skip
+        for name, found in (("n_outer", len(folds)), ("n_inner", len(folds[0].inner))):
+            asked = getattr(protocol, name)
+            if asked not in (found, getattr(Protocol, name)):
+                raise ConfigError(f"--{name} {asked}: {protocol.splits} holds {found}; leave it out")
+        unused = len(data) - len(np.unique(np.concatenate([fold.test for fold in folds])))
+        if unused:
+            log.warning("%s: %d of %d slides are tested by no fold", protocol.splits, unused, len(data))
+        return folds
 
-    def _run_folds(self, folds: list[OuterFold]) -> list[_FoldResult]:
-        total = len(folds) * self.protocol.n_inner * self.training.epochs
-        with progress_bar("Training", total, unit="epoch") as bar:
-            return [self._run_fold(fold, bar) for fold in folds]
-
-    def _run_fold(self, fold: OuterFold, bar: tqdm) -> _FoldResult:
-        monitor = self._monitor(fold)
-        fitted = [self._inner_training(fold, number, monitor, bar) for number in range(1, len(fold.inner) + 1)]
-        best = max(range(len(fitted)), key=lambda index: rank(fitted[index].validation, monitor))
-        model = self.model_factory()
-        model.load_state_dict(fitted[best].state_dict)
-        outputs = predict_slides(model.to(self.device), self.dataset, fold.test, self.feed)
-        history = [
-            {"fold": fold.number, "inner": inner, **epoch}
-            for inner, training in enumerate(fitted, start=1)
-            for epoch in training.history
+    def units(self, folds: Sequence[OuterFold]) -> list[Unit]:
+        """The inner trainings, in their order."""
+        return [
+            Unit(fold, setting, inner, self._training_of(setting).epochs, monitor)
+            for fold in folds
+            for monitor in [self._monitor(fold)]
+            for setting in range(1, len(self.settings) + 1)
+            for inner in range(1, len(fold.inner) + 1)
         ]
-        result = _FoldResult(fold, best + 1, monitor, fitted[best], outputs, history)
-        save_checkpoint(self.output_dir / f"fold_{fold.number}_best.pth", self._checkpoint(result))
-        return result
+
+    def _training_of(self, setting: int) -> Training:
+        return replace(self.training, **self.settings[setting - 1].training)
+
+    def _run_folds(self, folds: list[OuterFold]) -> list[FoldResult]:
+        trainer = self.trainer
+        if self.running.jobs > 1:
+            trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
+            log.info("%d processes of %d threads each", self.running.jobs, torch.get_num_threads())
+        units = self.units(folds)
+        self._train(trainer, units)
+        choices = [self._choice(fold, [unit for unit in units if unit.fold is fold]) for fold in folds]
+        if self.protocol.final == "refit":
+            self._train(trainer, [self._refit_unit(choice) for choice in choices])
+        return [self._tested(choice) for choice in choices]
+
+    def _train(self, trainer: Trainer, units: Sequence[Unit]) -> None:
+        """Train those units that are not kept yet, and show it."""
+        missing = [unit for unit in units if trainer.kept(unit) is None]
+        done = {unit.name: 0 for unit in missing}
+        ended = len(units) - len(missing)
+        kept = sum(unit.epochs for unit in units if unit.name not in done)
+        name = "Refitting" if units and units[0].inner == 0 else "Training"
+        with progress_bar(name, sum(unit.epochs for unit in units), unit="epoch", initial=kept) as bar:
+
+            def show(unit: Unit, row: dict[str, Any] | None) -> None:
+                nonlocal ended
+                if row is None:  # it has ended, perhaps before its last epoch
+                    ended += 1
+                    steps, told = unit.epochs - done[unit.name], {}
+                else:
+                    done[unit.name] += 1
+                    score = row.get(unit.monitor.replace("slide_", "val_"))
+                    steps, told = 1, {unit.monitor: "-" if score is None else f"{score:.3f}"}
+                bar.set_postfix({"trainings": f"{ended}/{len(units)}"} | told, refresh=False)
+                bar.update(steps)
+
+            run_tasks(trainer, missing, self.running.jobs, show)
 
     def _monitor(self, fold: OuterFold) -> str:
-        num_classes = len(self.dataset.class_names)
+        num_classes, monitor = len(self.dataset.class_names), self.protocol.monitor
+        if monitor != "slide_auc":
+            return monitor
         if all(auc_is_defined(self.dataset.labels[inner.val], num_classes) for inner in fold.inner):
-            return "auc"
+            return monitor
         log.info(
             "outer fold %d: an inner fold lacks a class, so the slide loss chooses instead of the AUC", fold.number
         )
-        return "loss"
+        return "slide_loss"
 
-    def _inner_training(self, fold: OuterFold, number: int, monitor: str, bar: tqdm) -> Fitted:
-        """One unit of resume: trained once, then read back."""
-        path = self._resume_dir / f"outer_{fold.number}_inner_{number}.pt"
-        before = bar.n
-        fitted = _kept(path)
+    def _choice(self, fold: OuterFold, units: Sequence[Unit]) -> _Choice:
+        trained: list[list[Fitted]] = [[] for _ in self.settings]
+        history = []
+        for unit in units:
+            fitted = self._fitted(unit)
+            trained[unit.setting - 1].append(fitted)
+            history += self._history(unit, fitted)
+        monitor = units[0].monitor
+        setting = best_of([mean_rank([one.validation for one in inner], monitor) for inner in trained])
+        chosen = trained[setting]
+        scores = [
+            {"setting": self.settings[index].values, **_mean_validation(inner)} for index, inner in enumerate(trained)
+        ]
+        best = best_of([rank(one.validation, monitor) for one in chosen])
+        return _Choice(fold, monitor, setting + 1, chosen, best, self._threshold(fold, chosen), scores, history)
+
+    def _threshold(self, fold: OuterFold, fitted: Sequence[Fitted]) -> float | None:
+        """The decision threshold by all inner validation slides, each as the model that left it out saw it."""
+        if len(self.dataset.class_names) != 2:
+            return None
+        labels = self.dataset.labels[np.concatenate([inner.val for inner in fold.inner])]
+        return fitted_threshold(labels, np.concatenate([one.val_probabilities[:, 1].numpy() for one in fitted]))
+
+    def _refit_unit(self, choice: _Choice) -> Unit:
+        epochs = refit_epochs([fitted.epoch for fitted in choice.fitted])
+        return Unit(choice.fold, choice.setting, 0, epochs, choice.monitor)
+
+    def _fitted(self, unit: Unit) -> Fitted:
+        fitted = self.trainer.kept(unit)
         if fitted is None:
-            name = f"Outer {fold.number}/{self.protocol.n_outer} inner {number}/{len(fold.inner)}"
-            bar.set_description(name, refresh=False)
-            inner = fold.inner[number - 1]
-
-            def show(validation: dict[str, float | None]) -> None:
-                auc = validation["val_auc"]
-                bar.set_postfix(val_auc="-" if auc is None else f"{auc:.3f}", refresh=False)
-                bar.update()
-
-            fitted = fit(
-                self.model_factory, self.dataset, inner.train, inner.val, self.training,
-                monitor=monitor, feed=self.feed, device=self.device, on_epoch=show,
-                seed=derive_seed(self.protocol.seed, "outer", fold.number, "inner", number),
-            )  # fmt: skip
-            save_tensors(path, {"state_dict": fitted.state_dict, "epoch": fitted.epoch,
-                                "validation": fitted.validation, "history": fitted.history})  # fmt: skip
-        bar.update(before + self.training.epochs - bar.n)
+            raise TrainingError(f"{self.trainer.path(unit)}: was removed or damaged meanwhile; give the command again")
         return fitted
 
-    def _write_results(self, results: list[_FoldResult]) -> None:
-        # One measure for all folds: where one fold could only use the loss, the loss compares them.
-        monitor = "auc" if all(result.monitor == "auc" for result in results) else "loss"
-        best = max(results, key=lambda result: rank(result.chosen.validation, monitor))
-        save_checkpoint(self.output_dir / "all_folds_best.pth", self._checkpoint(best, all_folds=True))
+    def _history(self, unit: Unit, fitted: Fitted) -> list[dict[str, Any]]:
+        head = {"fold": unit.fold.number, "setting": str(self.settings[unit.setting - 1]), "inner": unit.inner}
+        return [head | row for row in fitted.history]
 
-        predictions = self._predictions(results)
-        write_text(self.output_dir / "predictions.csv", predictions.to_csv(index=False, lineterminator="\n"))
-        history = pd.DataFrame([epoch for result in results for epoch in result.history])
-        write_text(self.output_dir / "history.csv", history.to_csv(index=False, lineterminator="\n"))
-
-        probabilities = predictions[[f"prob_{name}" for name in self.dataset.class_names]].to_numpy()
-        write_json(self.output_dir / "outputs.json", self._outputs(results, probabilities))
-        names, labels = self.dataset.class_names, self.dataset.labels
-        drawn = {
-            "roc.png": figures.roc_figure(labels, probabilities, names, predictions["fold"].to_numpy()),
-            "confusion_matrix.png": figures.confusion_figure(labels, probabilities, names),
-            "learning_curves.png": figures.learning_figure(history),
-        }
-        for name, figure in drawn.items():
-            figures.save_figure(figure, self.output_dir / name)
-
-    def _predictions(self, results: list[_FoldResult]) -> pd.DataFrame:
-        """One out-of-fold row per slide, in the label table's order."""
-        rows = {}
-        names = self.dataset.class_names
-        for result in results:
-            for slide, output in zip(result.fold.test.tolist(), result.outputs, strict=True):
-                row = self.dataset.rows[slide]
-                rows[slide] = {
-                    "wsi_id": row.wsi_id,
-                    "case_id": row.case_id,
-                    "label": names[row.label],
-                    "predicted": names[int(output.probabilities.argmax())],
-                    **{f"prob_{name}": value for name, value in zip(names, output.probabilities.tolist(), strict=True)},
-                    "fold": result.fold.number,
-                }
-        return pd.DataFrame([rows[slide] for slide in range(len(self.dataset))])
-
-    def _outputs(self, results: list[_FoldResult], probabilities: np.ndarray) -> dict[str, Any]:
-        fold_results = [self._fold_figures(result) for result in results]
-        summary: dict[str, Any] = {
-            "model": self.spec,
-            "dataset": self.dataset_name,
-            "class_names": list(self.dataset.class_names),
-            "n_slides": len(self.dataset),
-            "n_cases": len(set(self.dataset.cases)),
-            "n_folds": len(results),
-        }
-        for level, names in (("chunk", ("accuracy",)), ("slide", METRICS)):
-            for name in names:
-                values = [fold[level][name] for fold in fold_results]
-                mean, std = mean_and_std(values)
-                summary |= {f"{level}_{name}_mean": mean, f"{level}_{name}_std": std}
-                summary[f"{level}_{name}_folds"] = sum(value is not None for value in values)
-        seed = derive_seed(self.protocol.seed, "bootstrap")
-        summary["pooled"] = classification_metrics(self.dataset.labels, probabilities)
-        summary["intervals_95"] = bootstrap_intervals(self.dataset.labels, probabilities, self.dataset.cases, seed)
-        summary["fold_results"] = fold_results
-        return summary
-
-    def _fold_figures(self, result: _FoldResult) -> dict[str, Any]:
-        labels = self.dataset.labels[result.fold.test]
-        chunk_labels = np.repeat(labels, [len(output.chunk_sizes) for output in result.outputs])
-        chunks = np.concatenate([output.chunk_probabilities for output in result.outputs])
-        slides = np.stack([output.probabilities for output in result.outputs])
-        return {
-            "fold": result.fold.number,
-            "n_slides": len(labels),
-            "chunk": classification_metrics(chunk_labels, chunks),
-            "slide": classification_metrics(labels, slides),
-            "selection": self._selection(result),
-        }
-
-    def _selection(self, result: _FoldResult) -> dict[str, Any]:
-        return {
+    def _tested(self, choice: _Choice) -> FoldResult:
+        """Test the fold's model, as `final` makes it, on its test slides, and keep it."""
+        final, history = self.protocol.final, choice.history
+        best = choice.fitted[choice.best]
+        record = {
             "chosen_on": "inner validation",
-            "monitor": f"slide_{result.monitor}",
-            "outer_fold": result.fold.number,
-            "inner_fold": result.inner,
-            "epoch": result.chosen.epoch,
-            **result.chosen.validation,
+            "monitor": choice.monitor,
+            "final": final,
+            "outer_fold": choice.fold.number,
+            "setting": self.settings[choice.setting - 1].values,
+            "inner_fold": choice.best + 1 if final == "best" else None,
+            "epoch": best.epoch,
+            **best.validation,
         }
+        states = [best.state_dict]
+        if final == "ensemble":
+            states = [fitted.state_dict for fitted in choice.fitted]
+            record |= {"epoch": None, "epochs": [fitted.epoch for fitted in choice.fitted]}
+        if final == "refit":
+            unit = self._refit_unit(choice)
+            refitted = self._fitted(unit)
+            states, history = [refitted.state_dict], history + self._history(unit, refitted)
+            record |= {"epoch": refitted.epoch}
+        if final != "best":
+            record |= _mean_validation(choice.fitted)
+        model = self._model(choice.setting, states)
+        outputs = predict_slides(model.to(self.device), self.dataset, choice.fold.test, self.trainer.feed)
+        record |= {"threshold": choice.threshold, "settings": choice.scores}
+        result = FoldResult(choice.fold, outputs, choice.threshold, record, history)
+        self._save(model.cpu(), result, self.output_dir / f"fold_{choice.fold.number}_best.pth")
+        return result
 
-    def _checkpoint(self, result: _FoldResult, all_folds: bool = False) -> Checkpoint:
-        used = result.fold.train
-        return Checkpoint(
-            model=self.spec,
-            state_dict=result.chosen.state_dict,
-            class_names=self.dataset.class_names,
-            dataset=self.dataset_name,
-            feed=self.feed.as_dict(),
-            recipe=self.dataset.recipe,
-            mpp_range=self.dataset.mpp_range,
-            selection=self._selection(result) | {"best_of_all_folds": all_folds},
-            seen={
-                "slide": id_digests("slide", (self.dataset.rows[slide].wsi_id for slide in used.tolist())),
-                "case": id_digests("case", self.dataset.cases[used].tolist()),
-            },
+    def _model(self, setting: int, states: Sequence[Mapping[str, torch.Tensor]]) -> BagModel:
+        models = [self.trainer.factory(self.settings[setting - 1])() for _ in states]
+        for model, state in zip(models, states, strict=True):
+            model.load_state_dict(state)
+        return models[0] if len(models) == 1 else Ensemble(models)
+
+    def _save(self, model: BagModel, result: FoldResult, path: Path) -> None:
+        data, used = self.dataset, result.fold.train
+        one = model.models[0] if isinstance(model, Ensemble) else model
+        save_checkpoint(
+            path,
+            Checkpoint(
+                model=one.spec,
+                state_dict=model.state_dict(),
+                class_names=data.class_names,
+                dataset=self.dataset_name,
+                feed=self.trainer.feed.as_dict(),
+                recipe=data.recipe,
+                mpp_range=data.mpp_range,
+                selection=result.selection | {"best_of_all_folds": False},
+                seen={
+                    "slide": id_digests("slide", (data.rows[slide].wsi_id for slide in used.tolist())),
+                    "case": id_digests("case", data.cases[used].tolist()),
+                },
+            ),
         )
+
+    def _write_results(self, folds: list[FoldResult]) -> None:
+        data, seed = self.dataset, self.protocol.seed
+        self._save_best(folds)
+        pooled = Pooled.of(folds, data)
+        results.write_table(self.output_dir / "predictions.csv", results.predictions_table(pooled, data))
+        results.write_table(self.output_dir / "gallery.csv", results.gallery_table(pooled, data))
+        history = pd.DataFrame([row for fold in folds for row in fold.history])
+        results.write_table(self.output_dir / "history.csv", history)
+        results.draw_figures(self.output_dir, pooled, history, data.class_names, seed)
+        head = {"model": self.spec, "dataset": self.dataset_name}
+        write_json(self.output_dir / "outputs.json", head | results.outputs_content(folds, pooled, data, seed))
+
+    def _save_best(self, folds: list[FoldResult]) -> None:
+        """The model of the fold that did best on inner validation; the tests take no part."""
+        # One measure for all folds: where one fold could only use the loss, the loss compares them.
+        monitors = {fold.selection["monitor"] for fold in folds}
+        monitor = monitors.pop() if len(monitors) == 1 else "slide_loss"
+        best = folds[best_of([rank(fold.selection, monitor) for fold in folds])]
+        checkpoint = load_checkpoint(self.output_dir / f"fold_{best.fold.number}_best.pth")
+        selection = checkpoint.selection | {"best_of_all_folds": True}
+        save_checkpoint(self.output_dir / "all_folds_best.pth", replace(checkpoint, selection=selection))
 
     def _splits_content(self, folds: list[OuterFold]) -> dict[str, Any]:
         def ids(slides: np.ndarray) -> list[str]:
@@ -292,6 +362,7 @@ class NestedCrossValidation:
             "folds": [
                 {
                     "fold": fold.number,
+                    "repeat": fold.repeat,
                     "test": ids(fold.test),
                     "inner": [{"train": ids(inner.train), "val": ids(inner.val)} for inner in fold.inner],
                 }
@@ -299,89 +370,70 @@ class NestedCrossValidation:
             ],
         }
 
-    def _take_output_dir(self) -> bool:
-        """Make the output folder this run's: True when it is finished already. Another run's is moved aside."""
-        path = self.output_dir / "run.json"
-        if path.is_file():
-            record = read_json(path)
-            if not isinstance(record, dict) or "finished" not in record:
-                raise ConfigError(f"{path}: not the record of a training run; give another --output_dir")
-            changed = sorted(
-                name for name, value in self._identity().items() if record.get("identity", {}).get(name) != value
-            )
-            if not changed:
-                if not record["finished"]:
-                    done = len(list(self._resume_dir.glob("*.pt")))
-                    log.info("%s: resuming; %d inner trainings are done", self.output_dir, done)
-                return record["finished"]
-            aside = _next_free(self.output_dir)
-            self.output_dir.rename(aside)
-            log.warning("%s held another run (%s differs); moved to %s", self.output_dir, ", ".join(changed), aside)
-        elif self.output_dir.is_dir() and any(not item.name.startswith(".") for item in self.output_dir.iterdir()):
-            raise ConfigError(f"{self.output_dir}: not empty and not a training run; give another --output_dir")
-        write_json(path, self._run_record() | {"finished": False})
-        return False
-
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, folds: list[OuterFold]) -> dict[str, Any]:
         """What makes two runs the same: with it unchanged, finished parts are kept."""
         files = [(row.wsi_id, row.case_id, row.label, row.path.stat()) for row in self.dataset.rows]
         slides = "\n".join(
             f"{wsi}\t{case}\t{label}\t{stat.st_size}\t{stat.st_mtime_ns}" for wsi, case, label, stat in files
         )
+        protocol = {name: value for name, value in asdict(self.protocol).items() if name != "grid"}
+        given = json.dumps(self._splits_content(folds)) if self.protocol.splits else None
         return {
             "model": self.spec,
             "training": asdict(self.training),
-            "n_outer": self.protocol.n_outer,
-            "n_inner": self.protocol.n_inner,
-            "seed": self.protocol.seed,
-            "feed": self.feed.as_dict(),
+            **protocol,
+            "splits": given and digest(given),
+            "grid": [str(setting) for setting in self.settings],
+            "feed": self.trainer.feed.as_dict(),
             "feat_type": self.dataset.feat_type,
             "class_names": list(self.dataset.class_names),
             "slides": digest(slides),
             "groups": digest(*self.dataset.groups),
         }
 
-    def _run_record(self) -> dict[str, Any]:
-        return {"identity": self._identity(), "dataset": self.dataset_name, **run_metadata(self.device)}
+    def _record(self) -> dict[str, Any]:
+        return {"dataset": self.dataset_name, "jobs": self.running.jobs, **run_metadata(self.device)}
+
+    def _check_settings(self) -> None:
+        """Try every setting, and whether the work can be sent to other processes, before anything is begun."""
+        for number, setting in enumerate(self.settings, start=1):
+            self._training_of(number)
+            try:
+                self.trainer.factory(setting)()
+            except ModelError as error:
+                raise ConfigError(f"--grid {setting}: {error}") from error
+        if self.running.jobs > 1:
+            try:
+                pickle.dumps(self.trainer.model_factory)
+            except (pickle.PicklingError, AttributeError, TypeError) as failure:
+                raise ConfigError(
+                    f"model_factory cannot be sent to other processes ({failure}); for several jobs make it with "
+                    "functools.partial(build_mil, ...)"
+                ) from failure
 
 
-def _kept(path: Path) -> Fitted | None:
-    """The inner training an earlier run ended; None where there is none, or none that can be read."""
-    if not path.is_file():
-        return None
-    try:
-        return Fitted(**load_tensors(path, TrainingError, "resume state"))
-    except (TrainingError, TypeError):
-        log.warning("%s: damaged resume state; this inner training is done again", path)
-        return None
-
-
-def results_table(results: dict[str, Any]) -> str:
-    """The closing table: per fold, their mean and standard deviation, and the pooled figures with their intervals."""
-    header = ["", *[name.replace("_", " ") for name in METRICS]]
-    rows = [
-        [f"fold {fold['fold']}", *[_figure(fold["slide"][name]) for name in METRICS]]
-        for fold in results["fold_results"]
+def _configs(settings: Mapping[str, Any], *kinds: type) -> list[Any]:
+    """The settings as config classes, each with the fields that are its own."""
+    names = [{part.name for part in fields(kind)} for kind in kinds]
+    unknown = settings.keys() - set().union(*names)
+    if unknown:
+        raise TypeError(f"NestedCrossValidation has no setting {', '.join(sorted(unknown))}")
+    return [
+        kind(**{name: value for name, value in settings.items() if name in known})
+        for kind, known in zip(kinds, names, strict=True)
     ]
-    rows.append(["mean", *[_figure(results[f"slide_{name}_mean"]) for name in METRICS]])
-    rows.append(["std", *[_figure(results[f"slide_{name}_std"]) for name in METRICS]])
-    rows.append(["pooled", *[_figure(results["pooled"][name]) for name in METRICS]])
-    rows.append(["95% CI", *[_interval(results["intervals_95"][name]) for name in METRICS]])
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-4], rule, *lines[-4:]])
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _mean_validation(fitted: Sequence[Fitted]) -> dict[str, float | None]:
+    """The inner models' mean validation figures; None where one of them is undefined."""
+    means: dict[str, float | None] = {}
+    for name in fitted[0].validation:
+        values = [value for one in fitted if (value := one.validation[name]) is not None]
+        means[name] = float(np.mean(values)) if len(values) == len(fitted) else None
+    return means
 
 
-def _interval(limits: Sequence[float] | None) -> str:
-    return "-" if limits is None else f"{limits[0]:.3f}-{limits[1]:.3f}"
-
-
-def _spec_of(model_factory: Callable[[], BagModel]) -> dict[str, Any]:
+def _spec_of(model_factory: ModelFactory) -> dict[str, Any]:
     """The spec of the factory's models; refuses a factory whose models share weights (they would carry training from
     fold to fold, into test data) or cannot be rebuilt from a checkpoint.
     """
@@ -395,10 +447,3 @@ def _spec_of(model_factory: Callable[[], BagModel]) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise ConfigError(f"{type(first).__name__} has no spec to rebuild it by; make it with MILS.register_mil")
     return spec
-
-
-def _next_free(folder: Path) -> Path:
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return aside

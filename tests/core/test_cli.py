@@ -15,6 +15,7 @@ from utils.core.config import (
     REQUIRED,
     Audit,
     Cohort,
+    Comparison,
     Conversion,
     Extraction,
     ExtractionFiles,
@@ -23,6 +24,8 @@ from utils.core.config import (
     Prediction,
     PredictionRecipe,
     Protocol,
+    Rehearsal,
+    Running,
     Training,
     flag_of,
     option,
@@ -31,10 +34,18 @@ from utils.core.errors import ConfigError, LiteMILError, SlideError
 
 SCRIPTS = {
     "extractFeatures": {"files": ExtractionFiles, "recipe": Extraction},
-    "train": {"cohort": Cohort, "model": Model, "training": Training, "protocol": Protocol},
+    "train": {
+        "cohort": Cohort,
+        "model": Model,
+        "training": Training,
+        "protocol": Protocol,
+        "running": Running,
+        "rehearsal": Rehearsal,
+    },
     "predict": {"prediction": Prediction, "recipe": PredictionRecipe, "pictures": Pictures},
     "convert": {"conversion": Conversion},
     "audit": {"cohort": Audit},
+    "compare": {"comparison": Comparison},
 }
 NEEDED = {
     "extractFeatures": ["--input", "a.svs"],
@@ -42,6 +53,7 @@ NEEDED = {
     "predict": ["--checkpoint", "a.pth", "--input", "a.h5"],
     "convert": ["a.h5", "b.h5"],
     "audit": ["--dataset", "mine"],
+    "compare": ["a", "b"],
 }
 
 
@@ -147,11 +159,23 @@ def test_what_is_given_by_its_place(capsys):
     assert [flag_of(field) for field in cli._options(Placed)] == ["IN", "times", "--folder"]
 
 
+def test_several_values_are_given_by_their_place(capsys):
+    def runs(*argv: str) -> tuple[Path, ...]:
+        return cli.parse("", {"comparison": Comparison}, argv)[0].runs
+
+    assert runs("a", "b") == runs("a", "b", "--metrics", "auc") == (Path("a"), Path("b"))
+    assert runs("--output_dir", "f", "a", "b", "c") == (Path("a"), Path("b"), Path("c"))
+    assert "RUN" in refused(capsys, runs)
+    with pytest.raises(ConfigError, match="RUN: 1 given; give the folders of two"):
+        runs("a")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_defaults_are_the_configs(script):
     given = {"dataset": "mine", "mil": "LiteMIL", "checkpoint": Path("a.pth")}
     given["input"] = Path("a.svs") if script == "extractFeatures" else Path("a.h5")
     given |= {"output": Path("b.h5")} if script == "convert" else {}
+    given |= {"runs": (Path("a"), Path("b"))} if script == "compare" else {}
     for made, cls in zip(parse_script(script), SCRIPTS[script].values(), strict=True):
         names = given.keys() & cls.__dataclass_fields__.keys()
         needed = names if cls is not Prediction else names - {"dataset", "mil"}
@@ -171,7 +195,7 @@ def test_the_flags_that_are_spelled_in_their_own_way():
     ("script", "argv"),
     [
         ("train", ["--use_amp"]),
-        ("train", ["--warmup_epochs", "3"]),
+        ("train", ["--warmup", "3"]),
         ("train", ["--allow", "everything"]),
         ("train", ["--mode", "half"]),
         ("train", ["--batch", "3"]),

@@ -12,6 +12,7 @@ from utils.core.config import (
     Audit,
     Cohort,
     CohortFiles,
+    Comparison,
     Conversion,
     Extraction,
     ExtractionFiles,
@@ -20,11 +21,14 @@ from utils.core.config import (
     Prediction,
     PredictionRecipe,
     Protocol,
+    Rehearsal,
+    Running,
     Training,
     flag_of,
 )
 from utils.core.errors import ConfigError
 from utils.mil_dataset import MILDataset
+from utils.nested_cv import NestedCrossValidation
 
 # What must be given, so that each class can be made.
 GIVEN = {
@@ -35,6 +39,9 @@ GIVEN = {
     Model: {"mil": "LiteMIL"},
     Training: {},
     Protocol: {},
+    Running: {},
+    Rehearsal: {},
+    Comparison: {"runs": (Path("a"), Path("b"))},
     Prediction: {"checkpoint": Path("a.pth"), "input": Path("a.h5")},
     PredictionRecipe: {},
     Pictures: {},
@@ -97,6 +104,11 @@ def test_a_default_that_stands_in_a_signature_too_is_the_same():
     assert {"mode", "chunk_size", "feat_type", "allow", "features_dir"} <= set(shared)
     for name in ("mode", "chunk_size", "feat_type", "allow"):
         assert parameters[name].default == cohort[name], name
+    parameters = inspect.signature(NestedCrossValidation).parameters
+    settings = {field.name: field.default for cls in (Training, Protocol, Running) for field in dataclasses.fields(cls)}
+    shared = set(parameters) & set(settings) - {"output_dir"}
+    assert {"n_outer", "n_inner", "batch_size", "epochs", "patience", "device", "use_amp"} <= shared
+    assert {name: parameters[name].default for name in shared} == {name: settings[name] for name in shared}
     assert PredictionRecipe.batch_size == Extraction.batch_size
 
 

@@ -7,17 +7,30 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
 from utils.learning.metrics import (
+    METRICS,
     auc_is_defined,
     balanced_class_weights,
     classification_metrics,
+    decision_metrics,
+    fitted_threshold,
     log_loss,
     mean_and_std,
+    metric_names,
+    weighted_metrics,
 )
 
 
 def answers(predicted: list[int], num_classes: int) -> np.ndarray:
     """Probabilities whose largest is `predicted`."""
     return np.eye(num_classes)[predicted] * 0.6 + 0.4 / num_classes
+
+
+def drawn_answers(num_classes: int, count: int, seed: int, digits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels in which each class occurs, and probabilities; of one digit many tie."""
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(num_classes), rng.integers(num_classes, size=count)])
+    probabilities = rng.dirichlet(np.ones(num_classes), size=len(labels)).round(digits) + 0.01
+    return labels, probabilities / probabilities.sum(axis=1, keepdims=True)
 
 
 def test_two_classes_by_hand():
@@ -43,10 +56,7 @@ def test_three_classes_by_hand():
 
 @given(st.integers(2, 4), st.integers(4, 30), st.integers(0, 10_000))
 def test_agrees_with_scikit_learn(num_classes, count, seed):
-    rng = np.random.default_rng(seed)
-    labels = np.concatenate([np.arange(num_classes), rng.integers(num_classes, size=count)])
-    probabilities = rng.dirichlet(np.ones(num_classes), size=len(labels)).round(1) + 0.01  # ties
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    labels, probabilities = drawn_answers(num_classes, count, seed, digits=1)
     figures, predicted = classification_metrics(labels, probabilities), probabilities.argmax(axis=1)
     assert figures["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, predicted))
     assert figures["balanced_accuracy"] == pytest.approx(sklearn.balanced_accuracy_score(labels, predicted))
@@ -59,13 +69,105 @@ def test_agrees_with_scikit_learn(num_classes, count, seed):
     assert figures["auc"] == pytest.approx(expected)
 
 
+@given(st.integers(2, 4), st.integers(0, 30), st.integers(0, 10_000), st.sampled_from([1, 8]))
+def test_scores_and_rates_agree_with_scikit_learn(num_classes, count, seed, digits):
+    labels, probabilities = drawn_answers(num_classes, count, seed, digits)
+    names = [f"class {index}" for index in range(num_classes)]
+    figures, predicted = classification_metrics(labels, probabilities, names), probabilities.argmax(axis=1)
+    truth = np.eye(num_classes)[labels]
+    precision = sklearn.average_precision_score(truth, probabilities, average=None)
+    assert figures["average_precision"] == pytest.approx(precision[1] if num_classes == 2 else np.mean(precision))
+    brier = ((probabilities - truth) ** 2).sum(axis=1).mean()
+    if num_classes == 2:
+        assert sklearn.brier_score_loss(labels, probabilities[:, 1]) == pytest.approx(brier / 2)
+    assert figures["brier"] == pytest.approx(brier / 2 if num_classes == 2 else brier)
+    for index, name in enumerate(names):
+        for kind, positive in (("sensitivity", 1), ("specificity", 0)):
+            expected = sklearn.recall_score(labels == index, predicted == index, pos_label=positive)
+            assert figures[f"{kind}_{name}"] == pytest.approx(expected)
+
+
+@given(st.integers(2, 4), st.integers(0, 20), st.integers(0, 10_000))
+def test_a_weight_is_so_many_copies(num_classes, count, seed):
+    labels, probabilities = drawn_answers(num_classes, count, seed, digits=1)
+    weights = np.random.default_rng(seed).integers(3, size=(4, len(labels)))
+    weights[:, 0] += 1
+    found = weighted_metrics(labels, probabilities, weights.astype(float), "abcd"[:num_classes])
+    for row, weight in enumerate(weights):
+        rows = np.repeat(np.arange(len(labels)), weight)
+        expected = classification_metrics(labels[rows], probabilities[rows], "abcd"[:num_classes])
+        for name, value in expected.items():
+            assert found[name][row] == pytest.approx(np.nan if value is None else value, nan_ok=True), name
+
+
+def test_expected_calibration_error_by_hand():
+    """0.9 belongs to the bin below the edge, with 0.85; 0.95 and 1 lie above it."""
+    confidence, right = np.array([0.85, 0.9, 0.95, 1.0, 0.6]), np.array([1, 0, 1, 1, 1])
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    expected = (abs(0.85 + 0.9 - 1) + abs(0.95 + 1.0 - 2) + abs(0.6 - 1)) / 5
+    assert classification_metrics(1 - right, probabilities)["ece"] == pytest.approx(expected)
+
+
+def test_names_are_in_order():
+    assert metric_names() == METRICS
+    names = (*METRICS, "sensitivity_no", "specificity_no", "sensitivity_yes", "specificity_yes")
+    assert metric_names(("no", "yes")) == names
+    labels, probabilities = drawn_answers(2, 5, 0, digits=8)
+    assert tuple(classification_metrics(labels, probabilities)) == METRICS
+    assert tuple(classification_metrics(labels, probabilities, ("no", "yes"))) == names
+
+
+def test_decisions_need_no_probabilities():
+    labels, probabilities = drawn_answers(3, 30, 0, digits=8)
+    expected = classification_metrics(labels, probabilities, "abc")
+    figures = decision_metrics(labels, probabilities.argmax(axis=1), "abc")
+    assert figures == {name: expected[name] for name in figures}
+    assert [*figures] == ["accuracy", "balanced_accuracy", "f1_macro", *metric_names("abc")[len(METRICS) :]]
+
+
+def test_rates_of_a_class_that_is_missing_or_alone():
+    figures = decision_metrics(np.array([1, 1, 1]), np.array([1, 1, 0]), ("no", "yes"))
+    assert figures["sensitivity_no"] is figures["specificity_yes"] is None
+    assert figures["specificity_no"] == figures["sensitivity_yes"] == pytest.approx(2 / 3)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 20)), min_size=1, max_size=25))
+def test_no_threshold_beats_the_fitted_one(slides):
+    labels, scores = np.array([int(label) for label, _ in slides]), np.array([score / 20 for _, score in slides])
+    fitted = fitted_threshold(labels, scores)
+    if len(set(labels)) < 2:
+        assert fitted is None
+        return
+
+    def balanced(threshold: float) -> float:
+        return sklearn.balanced_accuracy_score(labels, scores >= threshold)
+
+    # Every way to cut scores of 0, 1/20, ... but calling none positive where a score is 1.
+    best = max(balanced(cut) for cut in [0.0, *(np.arange(20) + 0.5) / 20])
+    assert balanced(fitted) == pytest.approx(best)
+    assert fitted not in scores
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "expected"),
+    [
+        ([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9], 0.4),
+        ([0, 1, 0, 1], [0.1, 0.2, 0.6, 0.9], 0.75),  # as good as 0.15, and nearer to 0.5
+        ([0, 1], [0.7, 0.7], 0.35),  # nothing to tell them apart: 0.35 and 0.85 are as good, equally far
+        ([1, 0], [0.2, 0.6], 0.8),  # the wrong way round: best to call all alike
+    ],
+)
+def test_threshold_by_hand(labels, scores, expected):
+    assert fitted_threshold(np.array(labels), np.array(scores)) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_one_class_has_no_auc_and_raises_no_warning(label):
     labels = np.full(4, label)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figures = classification_metrics(labels, answers([label, label, label, 1 - label], 2))
-    assert figures["auc"] is None
+    assert figures["auc"] is figures["average_precision"] is None
     assert figures["accuracy"] == figures["balanced_accuracy"] == pytest.approx(3 / 4)
     assert figures["f1_macro"] == pytest.approx(6 / 7)
 

@@ -1,8 +1,15 @@
 import numpy as np
 import pytest
+from sklearn.metrics import roc_curve
 
 from utils.learning.metrics import METRICS, classification_metrics
-from utils.learning.statistics import bootstrap_intervals
+from utils.learning.statistics import (
+    bootstrap_draws,
+    bootstrap_intervals,
+    mean_roc,
+    pooled_metrics,
+    roc_band,
+)
 
 
 def noisy_answers(rng: np.random.Generator, labels: np.ndarray, right: float = 0.8) -> np.ndarray:
@@ -95,3 +102,130 @@ def test_an_auc_that_is_mostly_undefined_has_no_interval(patients, defined):
     labels = np.arange(patients) % 2
     intervals = bootstrap_intervals(labels, np.eye(2)[labels], np.arange(patients).astype(str), 2, 101)
     assert (intervals["auc"] is not None) is defined
+
+
+def repeated(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, probabilities, patients and repeats of 12 slides, tested thrice; patients of one to three slides."""
+    rng = np.random.default_rng(seed)
+    labels, cases = np.tile(np.arange(12) % 2, 3), np.tile(np.array(list("aabccdeefghh")), 3)
+    return labels, noisy_answers(rng, labels), cases, np.repeat([1, 2, 3], 12)
+
+
+def brute_force(labels, probabilities, cases, repeats, seed, resamples):
+    """Rows of each resample, copied out."""
+    rng, patients = np.random.default_rng(seed), np.unique(cases)
+    for _ in range(resamples):
+        chosen = rng.integers(len(patients), size=len(patients))
+        rows = np.concatenate([np.flatnonzero(cases == patients[index]) for index in chosen])
+        yield labels[rows], probabilities[rows], repeats[rows]
+
+
+def test_pooled_metrics_average_over_the_repeats():
+    labels, probabilities, _, repeats = repeated()
+    found = pooled_metrics(labels, probabilities, repeats, ("no", "yes"))
+    each = [classification_metrics(*(part[repeats == r] for part in (labels, probabilities)), "ny") for r in (1, 2, 3)]
+    for value, name in zip(found.values(), each[0], strict=True):
+        assert value == pytest.approx(np.mean([figures[name] for figures in each]))
+    assert found["auc"] != pytest.approx(classification_metrics(labels, probabilities)["auc"])
+
+
+def test_pooled_metrics_leave_out_the_repeats_where_a_figure_is_undefined():
+    labels, positive = np.array([0, 1, 1, 1]), np.array([0.2, 0.9, 0.8, 0.3])
+    probabilities, repeats = np.stack([1 - positive, positive], axis=1), np.array([1, 1, 2, 2])
+    found = pooled_metrics(labels, probabilities, repeats, ("no", "yes"))
+    assert found["auc"] == 1
+    assert found["accuracy"] == pytest.approx((1 + 1 / 2) / 2)
+    only = pooled_metrics(labels[2:], probabilities[2:], repeats[2:], ("no", "yes"))
+    assert only["auc"] is only["sensitivity_no"] is None
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_intervals_agree_with_a_brute_force(several):
+    labels, probabilities, cases, repeats = repeated()
+    if not several:
+        labels, probabilities, cases, repeats = labels[:12], probabilities[:12], cases[:12], repeats[:12]
+    names = ("no", "yes")
+    found = bootstrap_intervals(
+        labels, probabilities, cases, 5, 60, repeats=repeats if several else None, class_names=names
+    )
+    drawn = [pooled_metrics(*part, names) for part in brute_force(labels, probabilities, cases, repeats, 5, 60)]
+    assert found.keys() == drawn[0].keys()
+    for name, interval in found.items():
+        values = [figures[name] for figures in drawn if figures[name] is not None]
+        assert interval == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
+
+
+def test_many_slides_are_drawn_like_few(monkeypatch):
+    """The resamples are computed in blocks; the block's size changes nothing."""
+    labels, probabilities, cases, repeats = repeated()
+    whole = bootstrap_intervals(labels, probabilities, cases, 5, 60, repeats=repeats)
+    monkeypatch.setattr("utils.learning.statistics._BLOCK_VALUES", 7 * len(labels))
+    assert bootstrap_intervals(labels, probabilities, cases, 5, 60, repeats=repeats) == whole
+
+
+def test_draws_of_two_models_are_pairs():
+    """Whatever the order of the rows, the same patients are drawn."""
+    labels, probabilities, cases, repeats = repeated()
+    order = np.random.default_rng(1).permutation(len(labels))
+    first = bootstrap_draws(labels, probabilities, cases, 3, 40, repeats=repeats)
+    shuffled = (part[order] for part in (labels, probabilities, cases))
+    second = bootstrap_draws(*shuffled, 3, 40, repeats=repeats[order])
+    for name in METRICS:
+        assert first[name].shape == (40,)
+        assert first[name] == pytest.approx(second[name], nan_ok=True)
+
+
+def test_the_roc_band_holds_the_curve_and_its_corners():
+    labels = np.arange(80) % 2
+    scores = noisy_answers(np.random.default_rng(0), labels, 0.7)[:, 1]
+    rate, mean, low, high = roc_band(labels == 1, scores, np.arange(80).astype(str), 0)
+    for curve in (mean, low, high):
+        assert curve.shape == rate.shape
+        assert (curve[0], curve[-1]) == (0, 1)
+        assert (np.diff(curve) >= 0).all()
+    assert (rate[0], rate[-1]) == (0, 1)
+    assert (low <= mean).all()
+    assert (mean <= high).all()
+    assert (high - low).max() > 0.1
+
+
+def test_the_roc_curve_is_scikit_learns_between_its_points():
+    labels = np.arange(40) % 2
+    scores = noisy_answers(np.random.default_rng(0), labels)[:, 1].round(1)
+    rate, curve = mean_roc(labels == 1, scores)
+    false, true, _ = roc_curve(labels, scores)
+    assert curve[1:] == pytest.approx(np.interp(rate[1:], false, true))
+
+
+def test_a_curve_rises_from_the_corner_before_its_first_false_positive():
+    rate, curve = mean_roc(np.array([False, False, True]), np.array([0.1, 0.4, 0.8]))
+    assert list(rate[:2]) == [0, 0]
+    assert list(curve[:2]) == [0, 1]
+
+
+def test_the_roc_band_agrees_with_a_brute_force():
+    labels, probabilities, cases, repeats = repeated(2)
+    rate, mean, low, high = roc_band(labels == 1, probabilities[:, 1], cases, 4, repeats=repeats, resamples=50)
+
+    def curve(labels, probabilities, repeats):
+        curves = []
+        for repeat in np.unique(repeats):
+            rows = repeats == repeat
+            if len(set(labels[rows])) == 2:
+                false, true, _ = roc_curve(labels[rows], probabilities[rows, 1])
+                curves.append(np.interp(rate[1:], false, true))
+        return np.mean(curves, axis=0) if curves else None
+
+    drawn = [curve(*part) for part in brute_force(labels, probabilities, cases, repeats, 4, 50)]
+    expected = np.percentile([one for one in drawn if one is not None], [2.5, 97.5], axis=0)
+    assert mean[1:] == pytest.approx(curve(labels, probabilities, repeats))
+    assert np.stack([low, high])[:, 1:] == pytest.approx(expected)
+
+
+def test_an_undefined_roc_band():
+    scores, cases = np.array([0.1, 0.9]), np.array(["a", "b"])
+    assert mean_roc(np.array([True, True]), scores) is None
+    assert roc_band(np.array([True, True]), scores, cases, 0) is None
+    # Of two patients, half the resamples hold one class; by seed 2 more than half do.
+    assert roc_band(np.array([False, True]), scores, cases, 2, resamples=101) is None
+    assert mean_roc(np.array([False, True]), scores) is not None

@@ -10,11 +10,11 @@ from MILS import list_mils
 from MILS.pooling import BagModel
 from tests.cohort import write_cohort
 from utils.core.config import Training
-from utils.core.errors import TrainingError
+from utils.core.errors import ConfigError, TrainingError
 from utils.learning import training
 from utils.learning.aggregation import SlideFeed, predict_features
-from utils.learning.metrics import balanced_class_weights
-from utils.learning.training import Fitted, fit, learning_rate, predict_slides, rank, validate
+from utils.learning.metrics import METRICS, balanced_class_weights
+from utils.learning.training import Fitted, amp_dtype, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
 
 CPU = torch.device("cpu")
@@ -26,7 +26,9 @@ TRAIN, VAL = np.arange(16), np.arange(16, 24)
 def train(dataset, make_model):
     """A short training on the shared cohort; settings and arguments by name."""
 
-    def run(make=make_model, *, data=dataset, slides=TRAIN, val=VAL, monitor="auc", seed=7, on_epoch=None, **settings):
+    def run(
+        make=make_model, *, data=dataset, slides=TRAIN, val=VAL, monitor="slide_auc", seed=7, on_epoch=None, **settings
+    ):
         chosen = Training(**({"epochs": 3, "batch_size": 8, "lr": 1e-2} | settings))
         hook = {} if on_epoch is None else {"on_epoch": on_epoch}
         return fit(
@@ -72,13 +74,13 @@ class TestLearningRate:
 
     def test_is_what_the_optimizer_uses(self, train, monkeypatch):
         used = []
-        step = training._Stepper._step
+        step = training.ModelTraining._step
 
         def spying(self, loss):
             used.append(self.optimizer.param_groups[0]["lr"])
             step(self, loss)
 
-        monkeypatch.setattr(training._Stepper, "_step", spying)
+        monkeypatch.setattr(training.ModelTraining, "_step", spying)
         fitted = train(epochs=4, batch_size=100)
         assert used == [row["lr"] for row in fitted.history]
         assert used == [learning_rate(epoch, Training(epochs=4, lr=1e-2)) for epoch in range(1, 5)]
@@ -93,7 +95,7 @@ class Scripted:
 
     def __call__(self, model, *_):
         self.seen.append(copy.deepcopy(model.state_dict()))
-        return self.script[len(self.seen) - 1]
+        return self.script[len(self.seen) - 1], np.full((4, 2), len(self.seen) / 10)
 
 
 class TestSelection:
@@ -105,6 +107,7 @@ class TestSelection:
         assert equal_states(fitted.state_dict, script.seen[1])
         assert not equal_states(fitted.state_dict, script.seen[3])
         assert fitted.validation["val_auc"] == 0.9
+        assert (fitted.val_probabilities == 0.2).all()
         assert [row["epoch"] for row in fitted.history] == [1, 2, 3, 4]
 
     @pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 6), (3, 7), (10, 8)])
@@ -118,18 +121,13 @@ class TestSelection:
 
     def test_the_loss_chooses_where_it_is_monitored(self, train, monkeypatch):
         monkeypatch.setattr(training, "validate", Scripted([0.9, None, 0.8], [0.5, 0.4, 0.6]))
-        assert train(epochs=3, monitor="loss").epoch == 2
-
-    def test_rank(self):
-        better = rank({"val_auc": 0.8, "val_loss": 9.0}, "auc")
-        assert better > rank({"val_auc": 0.7, "val_loss": 0.1}, "auc")
-        assert rank({"val_auc": 0.7, "val_loss": 0.1}, "loss") > rank({"val_auc": 0.8, "val_loss": 9.0}, "loss")
+        assert train(epochs=3, monitor="slide_loss").epoch == 2
 
     def test_an_auc_of_one_class_cannot_choose(self, train, dataset):
         benign = VAL[dataset.labels[VAL] == 0]
-        with pytest.raises(TrainingError, match="one class only"):
+        with pytest.raises(TrainingError, match="slide_auc is undefined"):
             train(val=benign)
-        assert train(val=benign, monitor="loss").validation["val_auc"] is None
+        assert train(val=benign, monitor="slide_loss").validation["val_auc"] is None
 
     def test_weights_are_on_the_cpu_and_share_no_memory_with_a_model(self, train, make_model):
         models = []
@@ -188,7 +186,7 @@ class TestLoss:
         answers = [predict_features(model, dataset.features(slide), CHUNKED).probabilities for slide in VAL]
         losses = [-math.log(answer[label]) for answer, label in zip(answers, dataset.labels[VAL], strict=True)]
         expected = np.average(losses, weights=weights[dataset.labels[VAL]])
-        assert validate(model, dataset, VAL, weights, CHUNKED)["val_loss"] == pytest.approx(expected)
+        assert validate(model, dataset, VAL, weights, CHUNKED)[0]["val_loss"] == pytest.approx(expected)
 
 
 class TestReproducibility:
@@ -246,11 +244,78 @@ class TestModes:
         epoch = [(True, True, True)] + [(False, False, False)] * chunks
         assert calls == epoch * 2
 
-    def test_on_epoch_hears_each_validation(self, train):
+    def test_on_epoch_hears_each_row_of_history(self, train):
         heard = []
         fitted = train(on_epoch=heard.append)
-        assert [{name: row[name] for name in heard[0]} for row in fitted.history] == heard
-        assert set(heard[0]) == {"val_loss", "val_accuracy", "val_balanced_accuracy", "val_f1_macro", "val_auc"}
+        assert fitted.history == heard
+        figures = {f"val_{name}" for name in ("loss", *METRICS)}
+        assert set(heard[0]) == {"epoch", "train_loss", "lr", *figures}
+
+
+class TestRefit:
+    def test_goes_the_way_of_a_fit_to_the_epoch_asked_for(self, dataset, make_model, train):
+        """The same seed and slides: a fit whose third epoch is its best has the weights of a refit of three epochs."""
+        settings = Training(epochs=8, batch_size=8, lr=1e-2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "validate", Scripted([0.6, 0.7, 0.9, *[0.5] * 5], [0.5] * 8))
+            fitted = train(epochs=8)
+        heard = []
+        refitted = refit(
+            make_model, dataset, TRAIN, settings, epochs=3, seed=7, device=CPU, on_epoch=heard.append
+        )  # fmt: skip
+        assert fitted.epoch == refitted.epoch == 3
+        assert equal_states(fitted.state_dict, refitted.state_dict)
+        assert refitted.history == heard
+        assert [row["train_loss"] for row in heard] == [row["train_loss"] for row in fitted.history[:3]]
+        assert refitted.validation == {}
+        assert refitted.val_probabilities.shape == (0, 2)
+
+    def test_looks_at_no_other_slide(self, dataset, make_model):
+        asked = []
+
+        class Spy:
+            labels, class_names = dataset.labels, dataset.class_names
+
+            @staticmethod
+            def features(slide):
+                raise AssertionError("validated")
+
+            @staticmethod
+            def batches(slides, *rest):
+                asked.append(set(slides.tolist()))
+                return dataset.batches(slides, *rest)
+
+        refit(make_model, Spy, TRAIN, Training(epochs=5), epochs=2, seed=7, device=CPU)
+        assert asked == [set(TRAIN.tolist())] * 2
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({}, torch.bfloat16), ({"precision": "bf16"}, torch.bfloat16), ({"precision": "fp16"}, torch.float16),
+            ({"precision": "fp32"}, None), ({"use_amp": False}, None),
+        ],
+    )  # fmt: skip
+    def test_on_cuda(self, settings, expected, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        assert amp_dtype(Training(**settings), torch.device("cuda")) is expected
+
+    def test_a_cuda_device_without_bf16(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+        assert amp_dtype(Training(), torch.device("cuda")) is torch.float16
+        with pytest.raises(ConfigError, match="this CUDA device has none; give fp16"):
+            amp_dtype(Training(precision="bf16"), torch.device("cuda"))
+
+    def test_elsewhere_it_is_off_and_cannot_be_asked_for(self):
+        assert amp_dtype(Training(), CPU) is None
+        assert amp_dtype(Training(precision="fp32"), CPU) is None
+        with pytest.raises(ConfigError, match="--precision fp16: needs a CUDA device, not cpu"):
+            amp_dtype(Training(precision="fp16"), CPU)
+
+    def test_both_flags_must_agree(self):
+        with pytest.raises(ConfigError, match="--precision bf16: contradicts --no_amp"):
+            Training(precision="bf16", use_amp=False)
 
 
 class TestTrouble:
@@ -278,7 +343,7 @@ class TestTrouble:
         with pytest.raises(TrainingError, match="the loss of epoch 1 is nan"):
             train(data=Spoilt)
 
-    @pytest.mark.parametrize("monitor", ["auc", "loss"])
+    @pytest.mark.parametrize("monitor", ["slide_auc", "slide_loss"])
     def test_weights_that_burst_in_the_last_step_end_the_training(self, train, monitor):
         """The loss of one big batch is taken before the step that bursts: only the validation sees it."""
 

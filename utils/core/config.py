@@ -173,11 +173,24 @@ class Training(_Checked):
     batch_size: int = option(128, "chunks (or whole slides) per step", least=1)
     lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", least=0)
-    use_amp: bool = option(True, "do not use mixed precision (it is used on CUDA only)", flag="--no_amp")
-    # Not flags: the paper's schedule.
-    warmup_epochs: int = 5
-    final_lr: float = 1e-6
-    clip_norm: float = 1.0
+    warmup_epochs: int = option(
+        5, "epochs in which the learning rate rises, a quarter of --epochs at the most; then a cosine", least=0
+    )
+    final_lr: float = option(1e-6, "learning rate at the cosine's end", least=0)
+    clip_norm: float = option(1.0, "greatest norm of a step's gradient", least=1e-12)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "of training: auto is bf16 on a CUDA device that has it, else fp16 there; fp32 elsewhere"
+    )
+    use_amp: bool = option(True, "the same as --precision fp32", flag="--no_amp")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_amp and self.precision not in ("auto", "fp32"):
+            raise ConfigError(f"--precision {self.precision}: contradicts --no_amp; leave one of them out")
+
+
+Monitor = Literal["slide_auc", "slide_loss", "slide_balanced_accuracy", "slide_f1_macro"]
+Final = Literal["best", "ensemble", "refit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +198,46 @@ class Protocol(_Checked):
     """Nested cross-validation."""
 
     n_outer: int = option(5, "outer folds: each slide is tested once", least=2)
-    n_inner: int = option(4, "inner folds: they choose the model", least=2)
+    n_inner: int = option(4, "inner folds: they choose epoch, setting and model", least=2)
+    repeats: int = option(1, "how often the whole is repeated, on other folds", least=1)
+    splits: Path | None = option(
+        None, "take the folds from a file: our splits.json, or a splits_<k>.csv of CLAM, or a folder of those"
+    )
+    grid: str | None = option(
+        None,
+        'settings to choose from in the inner loop, such as "lr=1e-4,3e-4 hidden_dim=128,256": any hyperparameter of '
+        "training or model; they take the place of the flags",
+    )
+    monitor: Monitor = option("slide_auc", "what inner validation compares epochs, settings and models by")
+    final: Final = option(
+        "best",
+        "the model that is tested: the best inner one of the chosen setting, the mean of its inner models (ensemble), "
+        "or one trained anew on the whole outer training set for the median best epoch (refit)",
+    )
     seed: int = option(42, "seed of splits, weights and batches", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.splits is not None and self.repeats > 1:
+            raise ConfigError(f"--repeats {self.repeats}: --splits {self.splits} says which folds there are; drop one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(_Checked):
+    """Where and how a run is done; no number depends on it but by rounding."""
+
     output_dir: Path | None = option(None, "results (default: outputs/<mil>/<dataset>)")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    jobs: int = option(1, "trainings side by side, each in a process of its own with its share of the threads", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal(_Checked):
+    """What `train.py` does instead of training."""
+
+    dry_run: bool = option(
+        False, "audit the cohort, show the folds, estimate disk, memory and time from a short trial, then stop"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,3 +332,21 @@ class Audit(CohortFiles):
         super().__post_init__()
         if self.dataset is None and self.labels_csv is None:
             raise ConfigError("give --dataset (a cohort's name) or --labels_csv (its table)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(_Checked):
+    """Which training runs `python -m utils.compare` compares, and in what."""
+
+    runs: tuple[Path, ...] = option(REQUIRED, "folders of finished training runs", metavar="RUN", positional=True)
+    metrics: tuple[str, ...] = option(
+        ("auc", "balanced_accuracy", "f1_macro"),
+        "figures to compare, the primary one first (default: auc balanced_accuracy f1_macro)",
+        metavar="NAME",
+    )
+    output_dir: Path = option(Path("outputs/comparison"), "where the tables and the figure go")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.runs) < 2:
+            raise ConfigError(f"RUN: {len(self.runs)} given; give the folders of two finished runs or more")

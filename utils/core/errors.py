@@ -47,6 +47,10 @@ class TrainingError(LiteMILError):
     """A training that cannot go on, such as a loss that is not finite."""
 
 
+class EngineError(LiteMILError):
+    """Work sent to other processes that did not come back."""
+
+
 class CheckpointError(LiteMILError):
     """A checkpoint that cannot be read, or that contradicts what is asked of it."""
 

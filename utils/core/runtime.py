@@ -90,6 +90,23 @@ def run_metadata(device: torch.device) -> dict[str, Any]:
     }
 
 
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """The most bytes taken by this process, by any one process it started and ended, and by this one's tensors on a
+    CUDA device; None where the system does not tell.
+    """
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"process": _peak("RUSAGE_SELF"), "worker": _peak("RUSAGE_CHILDREN"), "device": on_device}
+
+
+def _peak(whose: str) -> int | None:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(getattr(resource, whose)).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def _git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:

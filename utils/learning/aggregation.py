@@ -4,12 +4,14 @@
 streamed in blocks for every model that can.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel, MergeableModel, evaluating
 from utils.bags.collate import Cut, cut_chunks, take
 
@@ -57,6 +59,8 @@ class SlideOutput:
 @torch.inference_mode()
 def predict_features(model: BagModel, features: torch.Tensor, feed: SlideFeed, attention: bool = False) -> SlideOutput:
     """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too."""
+    if isinstance(model, Ensemble):
+        return _mean([predict_features(member, features, feed, attention) for member in model.models])
     with evaluating(model):
         cuts = cut_chunks(len(features), feed.chunk_size, sequential=feed.sequential)
         chunks = [_predict_bag(model, take(features, cut), attention) for cut in cuts]
@@ -69,6 +73,17 @@ def predict_features(model: BagModel, features: torch.Tensor, feed: SlideFeed, a
             return SlideOutput(whole[0], each, sizes, whole[1])
         weights = _spread([weights for _, weights in chunks], cuts, len(features)) if attention else None
         return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
+
+
+def _mean(outputs: Sequence[SlideOutput]) -> SlideOutput:
+    """The mean of several models' answers for one slide, which they were fed in the same chunks."""
+    known = [output.attention for output in outputs if output.attention is not None]
+    return SlideOutput(
+        np.mean([output.probabilities for output in outputs], axis=0),
+        np.mean([output.chunk_probabilities for output in outputs], axis=0),
+        outputs[0].chunk_sizes,
+        np.mean(known, axis=0) if len(known) == len(outputs) else None,
+    )
 
 
 def _predict_bag(model: BagModel, features: torch.Tensor, attention: bool) -> tuple[np.ndarray, np.ndarray | None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from MILS import build_mil
+from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
 from MILS.registry import ModelError
 from utils.core.errors import CheckpointError
@@ -23,10 +24,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`model`: the spec that rebuilds it; `recipe` and `mpp_range`: how the training features were made, where known;
-    `feed`: how a slide is fed (`SlideFeed.as_dict`); `selection`: which score on which split chose these weights;
-    `seen`: digests of the case and slide ids it was trained or selected on, never the ids (they may be patients');
-    empty where they are not known.
+    """`model`: the spec that rebuilds it, or each member of an ensemble; `recipe` and `mpp_range`: how the training
+    features were made, where known; `feed`: how a slide is fed (`SlideFeed.as_dict`); `selection`: which score on which
+    split chose these weights; `seen`: digests of the case and slide ids it was trained or selected on, never the ids
+    (they may be patients'); empty where they are not known.
     """
 
     model: dict[str, Any]
@@ -46,7 +47,8 @@ class Checkpoint:
 
     def build(self) -> BagModel:
         """The trained model, in evaluation mode, on the CPU."""
-        model = build_mil(**self.model)
+        members = {name.split(".")[1] for name in self.state_dict if name.startswith("members.")}
+        model = Ensemble([build_mil(**self.model) for _ in members]) if members else build_mil(**self.model)
         model.load_state_dict(self.state_dict)
         return model.eval()
 
@@ -80,15 +82,15 @@ def load_checkpoint(
         if is_first_version:
             content = first_version.checkpoint_parts(path, content, class_names, dataset, num_heads)
         checkpoint = Checkpoint(**{part.name: content[part.name] for part in fields(Checkpoint)})
-        outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
-        for part, kinds in (("recipe", dict | None), ("mpp_range", tuple | list | None)):
+        for part, kinds in (("state_dict", dict), ("recipe", dict | None), ("mpp_range", tuple | list | None)):
             if not isinstance(getattr(checkpoint, part), kinds):
                 raise TypeError(f"{part} is no {kinds}")
+        outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
         if not checkpoint.seen.keys() >= {"slide", "case"}:
             raise KeyError("seen")
         if outputs != names:
             raise ModelError(f"{names} class names for a model of {outputs} classes")
-    except (KeyError, TypeError, AttributeError, ModelError, RuntimeError) as failure:
+    except (KeyError, TypeError, AttributeError, IndexError, ModelError, RuntimeError) as failure:
         reason = textwrap.shorten(str(failure), 400, placeholder=" ...")
         raise CheckpointError(f"{path}: its parts do not fit together ({reason}); train the model again") from failure
     if is_first_version:

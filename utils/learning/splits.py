@@ -6,16 +6,16 @@ Slides are indices; a fold's test, train and validation parts are sorted index a
 import csv
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.bags.store import is_feature_file
-from utils.core.errors import SplitError, counted
+from utils.core.errors import SplitError, counted, named
 from utils.core.files import read_json
-from utils.core.runtime import derive_seed
+from utils.core.runtime import derive_seed, log
 from utils.slides.wsi import is_slide_file
 
 PARTS = ("train", "val", "test")
@@ -31,26 +31,31 @@ class InnerFold:
 
 @dataclass(frozen=True)
 class OuterFold:
-    """`test` takes no part in any choice; `inner` are the ways to cut the rest into training and validation."""
+    """`test` takes no part in any choice; `inner` are the ways to cut the rest into training and validation. Numbers go
+    on over the repeats; the tests of one repeat do not overlap.
+    """
 
     number: int
     test: np.ndarray
     inner: tuple[InnerFold, ...]
+    repeat: int = 1
 
     @property
     def train(self) -> np.ndarray:
-        return np.sort(np.concatenate([self.inner[0].train, self.inner[0].val]))
+        """All slides that any inner fold trains or validates on."""
+        return np.unique(np.concatenate([part for inner in self.inner for part in (inner.train, inner.val)]))
 
 
 @dataclass(frozen=True)
 class NamedSplit:
     """One training's slides as a file gives them: `parts` maps train, val and test to wsi_ids. `name` says where it
-    stands; splits with the same `fold` of one file share their test part.
+    stands; splits with the same `fold` of one file share their test part. `repeat` None where the file tells none.
     """
 
     name: str
     fold: int
     parts: dict[str, list[str]]
+    repeat: int | None = None
 
 
 def read_splits(path: Path, known: Collection[str] = ()) -> list[NamedSplit]:
@@ -112,6 +117,93 @@ def nested_splits(
         folds.append(
             OuterFold(number, test, tuple(InnerFold(np.setdiff1d(rest, rest[val]), rest[val]) for val in vals))
         )
+    return folds
+
+
+def repeated_splits(
+    labels: np.ndarray,
+    cases: np.ndarray,
+    class_names: Sequence[str],
+    n_outer: int,
+    n_inner: int,
+    repeats: int,
+    seed: int,
+    unit: str = "patient",
+) -> list[OuterFold]:
+    """`nested_splits` as often as `repeats` says, each time dealt anew; the folds of the first are those of `seed`."""
+    folds = []
+    for repeat in range(1, repeats + 1):
+        dealt = seed if repeat == 1 else derive_seed(seed, "repeat", repeat)
+        for fold in nested_splits(labels, cases, class_names, n_outer, n_inner, dealt, unit):
+            folds.append(replace(fold, number=len(folds) + 1, repeat=repeat))
+    return folds
+
+
+def given_splits(
+    path: Path,
+    wsi_ids: Sequence[str],
+    labels: np.ndarray,
+    cases: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    unit: str = "patient",
+    allow_missing: bool = False,
+) -> list[OuterFold]:
+    """The folds that a file (see `read_splits`) deals to the slides `wsi_ids`, of `labels (n,)` and `cases (n,)`.
+
+    Splits whose tests overlap (random ones drawn again and again) are each a repeat of their own. `allow_missing`
+    leaves out slides of the file that are none of `wsi_ids`. Raises SplitError for such slides, for a patient on both
+    sides of a split, for an empty part, and for a training part without one of the classes.
+    """
+    splits = read_splits(path, wsi_ids)
+    index_of = {wsi_id: index for index, wsi_id in enumerate(wsi_ids)}
+    strangers = sorted({one for split in splits for part in split.parts.values() for one in part} - index_of.keys())
+    if strangers and not allow_missing:
+        raise SplitError(
+            f"{path}: {counted(len(strangers), 'slide')} of the splits not in the cohort: {named(strangers)}; add them "
+            "to the table, or leave them out with --allow missing"
+        )
+    case_of = dict(zip(wsi_ids, cases.tolist(), strict=True))
+    folds: dict[int, OuterFold] = {}
+    for split in splits:
+        parts = {name: [one for one in ids if one in index_of] for name, ids in split.parts.items()}
+        _check_given(path, split.name, parts, case_of, unit)
+        found = {name: np.array(sorted({index_of[one] for one in ids}), dtype=int) for name, ids in parts.items()}
+        lacking = [name for label, name in enumerate(class_names) if label not in labels[found["train"]]]
+        if lacking:
+            raise SplitError(f"{path}: the train part of {split.name} has no slide of class {named(lacking)}; mend it")
+        inner = InnerFold(found["train"], found["val"])
+        known = folds.setdefault(split.fold, OuterFold(split.fold, found["test"], (), split.repeat or 1))
+        folds[split.fold] = replace(known, inner=(*known.inner, inner))
+    return _with_repeats(path, list(folds.values()), all(split.repeat is not None for split in splits))
+
+
+def _check_given(path: Path, name: str, parts: dict[str, list[str]], case_of: Mapping[str, str], unit: str) -> None:
+    empty = [part for part, ids in parts.items() if not ids]
+    if empty:
+        raise SplitError(
+            f"{path}: {name} has no slide in {' and '.join(empty)}; each of train, val and test needs some"
+        )
+    # A slide that stands in two parts is found here too: its patient does.
+    shared = [f"{case} ({' and '.join(places)})" for case, places in shared_cases(parts, case_of).items()]
+    if shared:
+        raise SplitError(
+            f"{path}: {counted(len(shared), unit)} on both sides of {name}: {named(shared)}; such splits overestimate "
+            f"every figure, so split by {unit}"
+        )
+
+
+def _with_repeats(path: Path, folds: list[OuterFold], are_told: bool) -> list[OuterFold]:
+    """The folds numbered from 1, with the repeats that the file tells or that follow from the tests."""
+    folds = [replace(fold, number=number) for number, fold in enumerate(folds, start=1)]
+    for repeat in sorted({fold.repeat for fold in folds}):
+        tested = np.concatenate([fold.test for fold in folds if fold.repeat == repeat])
+        if len(np.unique(tested)) == len(tested):
+            continue
+        if are_told:
+            raise SplitError(f"{path}: a slide is tested by two folds of repeat {repeat}; test each once in a repeat")
+        log.info("%s: the tests overlap; each of the %d splits is a repeat of its own", path, len(folds))
+        return [replace(fold, repeat=fold.number) for fold in folds]
     return folds
 
 
@@ -212,12 +304,13 @@ def _read_ours(path: Path, known: Collection[str]) -> list[NamedSplit]:
                 f"fold {fold['fold']}, inner {number} of {path.name}",
                 int(fold["fold"]),
                 {name: _plain_ids(path, part[name], known) for name in PARTS},
+                int(fold.get("repeat", 1)),
             )
             for fold in content["folds"]
             for number, inner in enumerate(fold["inner"], start=1)
             for part in [inner | {"test": fold["test"]}]
         ]
-    except (KeyError, TypeError, ValueError, OverflowError) as failure:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as failure:
         raise SplitError(f"{path}: no folds as train.py writes them ({failure}); expected {_SPLIT_FILE}") from failure
     if not splits:
         raise SplitError(f"{path}: no folds in it; expected {_SPLIT_FILE}")

@@ -1,0 +1,71 @@
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from utils.core.errors import ConfigError
+from utils.core.files import read_json
+from utils.learning.run_folder import RunFolder
+
+
+def hold(path: Path, ready, go) -> None:
+    with RunFolder(path, {}).held():
+        ready.set()
+        go.wait(30)
+        os._exit(1)  # without letting go of anything
+
+
+def test_another_process_is_kept_out_until_it_ends(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, go = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "a" / "run", ready, go))
+    process.start()
+    assert ready.wait(30)
+    with (
+        pytest.raises(ConfigError, match="another process is training into this folder"),
+        RunFolder(tmp_path / "a" / "run", {}).held(),
+    ):
+        pytest.fail("was let in")
+    with RunFolder(tmp_path / "a" / "other", {}).held():
+        pass
+    go.set()
+    process.join(30)
+    with RunFolder(tmp_path / "a" / "run", {}).held():
+        pass
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with RunFolder(tmp_path / "run", {}).held():
+        pass
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=r"cannot be written .*give another --output_dir"),
+        RunFolder(tmp_path / "file" / "run", {}).held(),
+    ):
+        pytest.fail("was let in")
+
+
+def test_a_record_that_is_none(tmp_path):
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="not the record of a training run"):
+        RunFolder(tmp_path, {}).take({})
+
+
+def test_finished_says_so_to_the_next(tmp_path):
+    folder = RunFolder(tmp_path / "run", {"seed": 1})
+    assert not folder.take({"argv": ["train.py"]})
+    assert not RunFolder(tmp_path / "run", {"seed": 1}).take({})
+    folder.finish({"argv": ["train.py"]})
+    assert RunFolder(tmp_path / "run", {"seed": 1}).take({})
+    assert read_json(tmp_path / "run" / "run.json") == {"identity": {"seed": 1}, "argv": ["train.py"], "finished": True}
+    assert not RunFolder(tmp_path / "run", {"seed": 2}).take({})
+    assert read_json(tmp_path / "run.1" / "run.json")["identity"] == {"seed": 1}

@@ -1,0 +1,85 @@
+import pytest
+
+from utils.core.errors import ConfigError, TrainingError
+from utils.learning.selection import Setting, best_of, grid_settings, mean_rank, rank, read_grid, refit_epochs
+
+
+def validation(**figures: float | None) -> dict[str, float | None]:
+    return {f"val_{name}": value for name, value in ({"loss": 1.0, "auc": 0.5} | figures).items()}
+
+
+class TestGrid:
+    def test_names_and_values_in_the_types_they_need(self):
+        grid = read_grid("lr=1e-4,3e-4 hidden_dim=128,256 dropout=0", "LiteMIL")
+        assert grid == {"lr": (1e-4, 3e-4), "hidden_dim": (128, 256), "dropout": (0.0,)}
+        assert [type(values[0]) for values in grid.values()] == [float, int, float]
+        assert read_grid("gated=true,False", "ABMIL") == {"gated": (True, False)}
+
+    def test_settings_are_all_combinations_told_apart(self):
+        settings = grid_settings({"lr": (1e-4, 3e-4), "hidden_dim": (128, 256)}, "LiteMIL")
+        assert [str(setting) for setting in settings] == [
+            "lr=0.0001 hidden_dim=128", "lr=0.0001 hidden_dim=256", "lr=0.0003 hidden_dim=128",
+            "lr=0.0003 hidden_dim=256",
+        ]  # fmt: skip
+        assert settings[1] == Setting({"lr": 1e-4}, {"hidden_dim": 256})
+        assert settings[1].values == {"lr": 1e-4, "hidden_dim": 256}
+
+    def test_no_grid_is_one_setting_that_changes_nothing(self):
+        assert grid_settings({}, "LiteMIL") == [Setting({}, {})]
+        assert str(Setting()) == ""
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "empty"),
+            ("lr", "--grid lr: not understood"),
+            ("lr=1e-4 lr=1e-3", "--grid lr=1e-3: not understood; write each name once"),
+            ("lr=abc", "--grid lr=abc: not a number"),
+            ("lr=", "--grid lr=: not a number"),
+            ("hidden_dim=1.5", "--grid hidden_dim=1.5: not a whole number"),
+            ("gated=maybe", "--grid gated=maybe: not true or false"),
+            (
+                "num_queries=1,4",
+                "--grid num_queries: no hyperparameter of training or ABMIL; these are: epochs, .*gated",
+            ),
+            ("precision=fp16", "--grid precision: no hyperparameter"),
+            ("seed=1,2", "--grid seed: no hyperparameter"),
+        ],
+    )
+    def test_what_is_no_grid(self, text, message):
+        with pytest.raises(ConfigError, match=message):
+            read_grid(text, "ABMIL")
+
+    @pytest.mark.parametrize("values", [(), (1e-4, 1e-4)])
+    def test_a_name_without_values_or_with_one_twice(self, values):
+        with pytest.raises(ConfigError, match="--grid lr: give each value once, and at least one"):
+            grid_settings({"lr": values}, "LiteMIL")
+
+
+class TestRank:
+    def test_greater_is_better_for_scores_and_losses(self):
+        assert rank(validation(auc=0.9), "slide_auc") > rank(validation(auc=0.8, loss=0.1), "slide_auc")
+        assert rank(validation(loss=0.4), "slide_loss") > rank(validation(loss=0.5, auc=1.0), "slide_loss")
+        assert rank(validation(f1_macro=0.7), "slide_f1_macro") > rank(validation(f1_macro=0.6), "slide_f1_macro")
+
+    def test_ties_are_decided_by_the_loss(self):
+        assert rank(validation(loss=0.4), "slide_auc") > rank(validation(loss=0.5), "slide_auc")
+
+    def test_an_undefined_score_chooses_nothing(self):
+        with pytest.raises(TrainingError, match=r"slide_auc is undefined.*--monitor slide_loss"):
+            rank(validation(auc=None), "slide_auc")
+
+    def test_settings_are_compared_by_their_inner_folds_mean(self):
+        steady = [validation(auc=0.8), validation(auc=0.8)]
+        lucky = [validation(auc=0.99), validation(auc=0.5)]
+        ranks = [mean_rank(one, "slide_auc") for one in (lucky, steady)]
+        assert ranks[0] == pytest.approx((0.745, -1))
+        assert best_of(ranks) == 1
+
+    def test_the_first_of_equals_is_taken(self):
+        assert best_of([(0.5, -1.0), (0.7, -1.0), (0.7, -1.0)]) == 1
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [([3], 3), ([1, 9, 4], 4), ([3, 4], 4), ([2, 4, 6, 20], 5)])
+def test_refit_takes_the_median_epoch(epochs, expected):
+    assert refit_epochs(epochs) == expected

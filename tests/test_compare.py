@@ -1,0 +1,450 @@
+"""Finished runs are compared only where they can be, and each figure of the comparison is what it says."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests.cohort import write_cohort
+from utils.compare import Difference, check_metrics, compare, read_runs, report
+from utils.core.errors import LiteMILError
+from utils.core.files import write_json
+from utils.learning.comparison import holm, nadeau_bengio
+from utils.learning.figures import comparison_figure, save_figure
+from utils.learning.metrics import classification_metrics
+from utils.learning.statistics import bootstrap_intervals, pooled_metrics
+
+CLASSES = ["benign", "malignant"]
+METRICS = ("auc", "balanced_accuracy", "brier")
+FOLDS, PATIENTS = 4, 24
+SPEC = {"name": "meanPool", "input_dim": 16, "num_classes": 2}
+
+
+def write_run(
+    folder: Path, signal: float, seed: int = 0, repeats: int = 2, spec: dict = SPEC, shuffle: int = 0
+) -> Path:
+    """A finished run on 24 patients of two slides, whose answers are right by `signal`; `shuffle` orders its files."""
+    rng, order = np.random.default_rng(seed), np.random.default_rng(shuffle)
+    slides = pd.DataFrame(
+        [
+            (f"P{patient:02d}-{slide}", f"P{patient:02d}", patient % 2)
+            for patient in range(PATIENTS)
+            for slide in (1, 2)
+        ],
+        columns=["wsi_id", "case_id", "class"],
+    )
+    parts, folds = [], []
+    for repeat in range(1, repeats + 1):
+        dealt = np.random.default_rng(repeat).permutation(PATIENTS // 2) % FOLDS
+        fold_of = np.repeat(dealt, 4)  # neighbouring patients, one of each class, stay together
+        positive = 1 / (1 + np.exp(-(signal * (2 * slides["class"] - 1) + rng.standard_normal(len(slides)))))
+        first = (repeat - 1) * FOLDS + 1
+        parts.append(
+            pd.DataFrame(
+                {
+                    "wsi_id": slides["wsi_id"], "case_id": slides["case_id"],
+                    "label": np.array(CLASSES)[slides["class"]],
+                    "predicted": np.array(CLASSES)[(positive > 0.5).astype(int)],
+                    "prob_benign": 1 - positive, "prob_malignant": positive,
+                    "fold": fold_of + first, "repeat": repeat,
+                }
+            )
+        )  # fmt: skip
+        for fold in range(FOLDS):
+            rest = [other for other in range(FOLDS) if other != fold]
+            ids = [order.permutation(slides["wsi_id"][fold_of == one]).tolist() for one in range(FOLDS)]
+            inner = [
+                {"train": [one for other in rest if other != val for one in ids[other]], "val": ids[val]}
+                for val in rest
+            ]
+            folds.append({"fold": fold + first, "repeat": repeat, "test": ids[fold], "inner": inner})
+    table = pd.concat(parts).sample(frac=1, random_state=shuffle) if shuffle else pd.concat(parts)
+    folder.mkdir(parents=True)
+    table.to_csv(folder / "predictions.csv", index=False)
+    write_json(folder / "splits.json", {"seed": 0, "folds": folds})
+    write_json(folder / "run.json", {"finished": True})
+    labels = (table["label"] == CLASSES[1]).astype(int).to_numpy()
+    answers = labels, table[["prob_benign", "prob_malignant"]].to_numpy()
+    outputs = {
+        "model": spec,
+        "class_names": CLASSES,
+        "pooled": pooled_metrics(*answers, table["repeat"].to_numpy(), CLASSES),
+        "intervals_95": bootstrap_intervals(
+            *answers, table["case_id"].to_numpy(), 0, 100, repeats=table["repeat"].to_numpy(), class_names=CLASSES
+        ),
+        "fold_results": [{"fold": fold["fold"], "selection": {"setting": {}}} for fold in folds],
+    }
+    write_json(folder / "outputs.json", outputs)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """A good, a fair and a useless run."""
+    models = (("LiteMIL", 1.5), ("ABMIL", 0.7), ("meanPool", 0.0))
+    return [write_run(tmp_path / "outputs" / name / "mine", signal, seed) for seed, (name, signal) in enumerate(models)]
+
+
+def change_json(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    write_json(path, content)
+
+
+def change_table(path: Path, change: Callable[[pd.DataFrame], object]) -> None:
+    table = pd.read_csv(path)
+    changed = change(table)
+    (table if changed is None else changed).to_csv(path, index=False)
+
+
+def refusal(*paths: Path, metrics: tuple[str, ...] = METRICS) -> str:
+    with pytest.raises(LiteMILError) as caught:
+        check_metrics(read_runs(paths), metrics)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def by_metric(differences: list[Difference], metric: str) -> list[Difference]:
+    return [one for one in differences if one.metric == metric]
+
+
+def test_every_pair_in_every_metric(runs):
+    differences = compare(read_runs(runs), METRICS, 300)
+    names = ("LiteMIL/mine", "ABMIL/mine", "meanPool/mine")
+    pairs = [(names[0], names[1]), (names[0], names[2]), (names[1], names[2])]
+    assert [(one.first, one.second) for one in differences] == pairs * 3
+    assert [one.metric for one in differences] == [name for name in METRICS for _ in range(3)]
+    for one in differences:
+        assert one.low < one.difference < one.high
+        assert one.folds == 2 * FOLDS
+    good_bad = by_metric(differences, "auc")[1]
+    assert good_bad.low > 0
+    assert good_bad.p_bootstrap == 2 / 301
+    assert good_bad.p_corrected_t < 0.05
+    assert by_metric(differences, "brier")[1].high < 0
+
+
+def test_the_differences_are_those_of_the_runs_own_figures(runs):
+    """By another way: from the files, the folds' figures and the sizes of the folds."""
+    (difference,) = compare(read_runs(runs[:2]), ["auc"], 50)
+    pooled = [json.loads((run / "outputs.json").read_text())["pooled"]["auc"] for run in runs[:2]]
+    assert difference.difference == pytest.approx(pooled[0] - pooled[1])
+    tables = [pd.read_csv(run / "predictions.csv") for run in runs[:2]]
+    folds = []
+    for fold in range(1, 2 * FOLDS + 1):
+        rows = [table[table["fold"] == fold] for table in tables]
+        aucs = [
+            classification_metrics(
+                (one["label"] == "malignant").astype(int).to_numpy(), one[["prob_benign", "prob_malignant"]].to_numpy()
+            )["auc"]
+            for one in rows
+        ]
+        folds.append((aucs[0] - aucs[1], 2 * PATIENTS - len(rows[0]), len(rows[0])))
+    values, n_train, n_test = zip(*folds, strict=True)
+    assert difference.fold_mean == pytest.approx(np.mean(values))
+    assert difference.p_corrected_t == pytest.approx(nadeau_bengio(values, n_train, n_test)[1])
+
+
+def test_a_pair_is_the_same_in_any_company_and_order(runs, tmp_path):
+    among = by_metric(compare(read_runs(runs), METRICS, 100), "brier")
+    (alone,) = compare(read_runs(runs[:2]), ["brier"], 100)
+    shuffled = write_run(tmp_path / "shuffled" / "ABMIL" / "mine", 0.7, 1, shuffle=5)
+    assert (shuffled / "splits.json").read_bytes() != (runs[1] / "splits.json").read_bytes()
+    (reordered,) = compare(read_runs([runs[0], shuffled]), ["brier"], 100)
+    (backward,) = compare(read_runs([runs[1], runs[0]]), ["brier"], 100)
+    for field in ("difference", "low", "high", "p_bootstrap", "fold_mean", "folds", "p_corrected_t"):
+        assert getattr(alone, field) == getattr(among[0], field) == pytest.approx(getattr(reordered, field))
+    assert backward.p_bootstrap == alone.p_bootstrap
+    assert (backward.low, backward.high) == pytest.approx((-alone.high, -alone.low))
+
+
+def test_holm_is_over_the_pairs_of_a_metric(runs):
+    differences = compare(read_runs(runs), METRICS, 100)
+    for metric in METRICS:
+        pairs = by_metric(differences, metric)
+        assert [one.p_bootstrap_holm for one in pairs] == holm([one.p_bootstrap for one in pairs])
+        assert [one.p_corrected_t_holm for one in pairs] == holm([one.p_corrected_t for one in pairs])
+        assert any(one.p_corrected_t_holm > one.p_corrected_t for one in pairs)
+
+
+def test_runs_that_answer_alike_are_not_told_apart(runs, tmp_path):
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    (difference,) = compare(read_runs([runs[0], copy]), ["auc"], 50)
+    assert (difference.difference, difference.low, difference.high, difference.p_bootstrap) == (0, 0, 0, 1)
+    assert difference.p_corrected_t is None
+    assert difference.folds == 2 * FOLDS
+
+
+def test_slides_are_ranked_within_a_repeat(runs, tmp_path):
+    """A second repeat with all its answers squeezed into a tenth of the range ranks its slides as before."""
+    squeezed = shutil.copytree(runs[0], tmp_path / "squeezed")
+    table = pd.read_csv(squeezed / "predictions.csv")
+    table["prob_malignant"] *= np.where(table["repeat"] == 2, 0.1, 1)
+    table.to_csv(squeezed / "predictions.csv", index=False)
+    auc, brier = compare(read_runs([runs[0], squeezed]), ["auc", "brier"], 50)
+    assert (auc.difference, auc.low, auc.high, auc.p_bootstrap, auc.fold_mean) == (0, 0, 0, 1, 0)
+    assert brier.high < 0
+
+
+def test_folds_where_a_figure_is_undefined_do_not_count(tmp_path):
+    """Each fold tests one class only: no fold has an AUC, the pooled slides have."""
+    runs = [write_run(tmp_path / name, signal, repeats=1) for name, signal in (("a", 1.0), ("b", 0.5))]
+    for run in runs:
+        table = pd.read_csv(run / "predictions.csv")
+        table["fold"] = (table["label"] == "malignant") * 2 + table["case_id"].str[1:].astype(int) // 2 % 2 + 1
+        table.to_csv(run / "predictions.csv", index=False)
+        tests = [table["wsi_id"][table["fold"] == fold].tolist() for fold in range(1, 5)]
+        folds = [
+            {
+                "fold": number,
+                "repeat": 1,
+                "test": test,
+                "inner": [{"train": tests[number % 4], "val": tests[number - 2]}],
+            }
+            for number, test in enumerate(tests, start=1)
+        ]
+        write_json(run / "splits.json", {"folds": folds})
+    auc, accuracy = compare(read_runs(runs), ["auc", "accuracy"], 50)
+    assert (auc.fold_mean, auc.folds, auc.p_corrected_t) == (None, 0, None)
+    assert auc.difference is not None
+    assert accuracy.folds == 4
+    row = next(line for line in report(read_runs(runs), [auc]).splitlines() if line.startswith("| a - b"))
+    assert [cell.strip() for cell in row.split("|")][-3:-1] == ["-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["o/A/x", "o/B/x"], ["A/x", "B/x"]),
+        (["o/A/x", "o/A/y"], ["x", "y"]),
+        (["1/A/x", "2/A/x", "2/B/x"], ["1/A/x", "2/A/x", "2/B/x"]),
+    ],
+)
+def test_runs_are_named_by_what_tells_them_apart(tmp_path, paths, names):
+    folders = [write_run(tmp_path / path, 1.0, repeats=1) for path in paths]
+    assert [run.name for run in read_runs(folders)] == names
+
+
+def test_what_is_no_finished_run(runs, tmp_path):
+    good, other, _ = runs
+    assert "nowhere: no finished training run (run.json is missing)" in refusal(good, tmp_path / "nowhere")
+    (other / "splits.json").rename(tmp_path / "splits.json")
+    assert "splits.json is missing" in refusal(good, other)
+    (tmp_path / "splits.json").rename(other / "splits.json")
+    change_json(other / "run.json", lambda content: content.update(finished=False))
+    assert "is not finished; give its train.py command again" in refusal(good, other)
+    (other / "run.json").write_text("{")
+    assert "run.json: not readable as JSON" in refusal(good, other)
+
+
+def test_the_same_run_twice(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs[0].parent)
+    (tmp_path / "link").symlink_to(runs[0])
+    for again in (runs[0], Path("mine"), tmp_path / "link"):
+        assert "given twice" in refusal(runs[0], runs[1], again)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda table: table.drop(columns="repeat"), "'repeat'"),
+        (lambda table: table.iloc[:0], "no slide in it"),
+        (lambda table: table.replace({"label": {"benign": "normal"}}), "a label that is no class"),
+        (lambda table: table.assign(prob_benign=np.nan), "could not convert"),
+        (lambda table: table.assign(prob_benign=1.5), "a probability that is no number from 0 to 1"),
+        (lambda table: table.assign(fold="first"), "first"),
+        (lambda table: pd.concat([table, table[:1]]), "a slide twice in one repeat"),
+        (
+            lambda table: table.assign(case_id=table["case_id"].where(table.index > 0, "other")),
+            "two labels or patients",
+        ),
+        (lambda table: table[1:], "not of one run (P00-1 of fold"),
+        (lambda table: table.assign(prob_malignant=table["prob_malignant"][::-1].to_numpy()), "in outputs.json and"),
+    ],
+)
+def test_damaged_predictions(runs, change, told):
+    change_table(runs[1] / "predictions.csv", change)
+    message = refusal(runs[0], runs[1])
+    assert told in message
+    assert str(runs[1]) in message
+
+
+def test_other_classes(runs):
+    change_json(runs[1] / "outputs.json", lambda content: content.update(class_names=CLASSES[::-1]))
+    message = refusal(runs[0], runs[1])
+    assert "classes malignant, benign, those of" in message
+    assert "--class_names" in message
+    change_json(runs[1] / "outputs.json", lambda content: content.update(class_names=None))
+    assert "no class_names" in refusal(runs[0], runs[1])
+
+
+def test_other_labels_and_patients(runs):
+    good, relabeled, moved = runs
+    slides = ["P03-1", "P05-1"]
+    change_table(
+        relabeled / "predictions.csv",
+        lambda table: table.assign(label=table["label"].where(~table["wsi_id"].isin(slides), "benign")),
+    )
+    assert "2 slides with another label: P03-1 (malignant, benign), P05-1" in refusal(good, relabeled)
+    change_table(
+        moved / "predictions.csv",
+        lambda table: table.assign(case_id=table["case_id"].where(table["wsi_id"] != "P03-1", "P99")),
+    )
+    assert "1 slide with another patient: P03-1 (P03, P99)" in refusal(good, moved)
+
+
+def test_other_slides(runs):
+    names = {f"P{patient:02d}-1": f"new-{patient:02d}" for patient in range(7)}
+    change_table(runs[1] / "predictions.csv", lambda table: table.replace({"wsi_id": names}))
+    text = (runs[1] / "splits.json").read_text()
+    (runs[1] / "splits.json").write_text(re.sub(r"P0[0-6]-1", lambda found: names[found[0]], text))
+    message = refusal(runs[0], runs[1])
+    assert "7 slides in " in message
+    assert f"{runs[0]} alone: P00-1, P01-1, P02-1, P03-1, P04-1 and 2 more" in message
+    assert f"{runs[1]} alone: new-00" in refusal(runs[1], runs[0])
+
+
+def test_a_slide_too_many(runs):
+    change_table(runs[1] / "predictions.csv", lambda table: table[table["wsi_id"] != "P00-1"])
+    text = (runs[1] / "splits.json").read_text()
+    content = re.sub(r",(?=\s*\])", "", re.sub(r'"P00-1",?', "", text))
+    (runs[1] / "splits.json").write_text(content)
+    for pair in (runs[:2], runs[1::-1]):
+        assert f"1 slide in {runs[0]} alone: P00-1; train both" in refusal(*pair)
+
+
+def test_other_tests(runs):
+    """Two patients of one class change folds, in predictions and splits."""
+    swapped = {
+        f"P{one}-{slide}": f"P{other}-{slide}" for one, other in (("00", "02"), ("02", "00")) for slide in (1, 2)
+    }
+    table, content = pd.read_csv(runs[1] / "predictions.csv"), json.loads((runs[1] / "splits.json").read_text())
+    fold_of = {(row.wsi_id, row.repeat): row.fold for row in table.itertuples()}
+    table["fold"] = [fold_of[swapped.get(row.wsi_id, row.wsi_id), row.repeat] for row in table.itertuples()]
+    for fold in content["folds"]:
+        fold["test"] = table["wsi_id"][table["fold"] == fold["fold"]].tolist()
+    table.to_csv(runs[1] / "predictions.csv", index=False)
+    write_json(runs[1] / "splits.json", content)
+    first = min(fold_of["P00-1", 1], fold_of["P02-1", 1])
+    message = refusal(runs[0], runs[1])
+    assert f"the test part of fold {first}, inner 1 of splits.json differs in 4 slides: P00-1, P00-2, P02-1" in message
+    assert f"train it with --splits {runs[0] / 'splits.json'}" in message
+
+
+def test_other_inner_folds(runs):
+    def swap(content: dict) -> None:
+        inner = content["folds"][2]["inner"][1]
+        inner["train"][0], inner["val"][0] = inner["val"][0], inner["train"][0]
+
+    change_json(runs[1] / "splits.json", swap)
+    assert "the train part of fold 3, inner 2 of splits.json differs in 2 slides" in refusal(runs[0], runs[1])
+    change_json(runs[2] / "splits.json", lambda content: content["folds"][-1]["inner"].pop())
+    assert "23 inner folds in all, there 24" in refusal(runs[0], runs[2])
+
+
+def test_other_repeats(runs):
+    change_json(runs[1] / "splits.json", lambda content: content["folds"][0].update(repeat=2))
+    assert "fold 1, inner 1 of splits.json is of repeat 2, where" in refusal(runs[0], runs[1])
+
+
+def test_metrics_that_cannot_be_compared(runs):
+    message = refusal(*runs, metrics=("auc", "mcc"))
+    assert message.startswith("--metrics mcc: unknown; these are: accuracy, ")
+    assert "sensitivity_malignant" in message
+    assert "--metrics auc: given twice" in refusal(*runs, metrics=("auc", "auc"))
+    change_json(runs[2] / "outputs.json", lambda content: content["intervals_95"].pop("auc"))
+    message = refusal(*runs, metrics=("auc",))
+    assert str(runs[2]) in message
+    assert "no pooled auc with its interval" in message
+
+
+def test_the_report_and_its_files(runs, tmp_path, script):
+    folder = tmp_path / "comparison"
+    outcome = script("utils.compare", *runs, "--output_dir", folder)
+    assert outcome.code == 0
+    assert f"{folder}: comparison.md, comparison.csv and comparison.png written" in outcome.err
+    text = (folder / "comparison.md").read_text()
+    assert outcome.out == text + "\n"
+    assert len(re.findall(r"^\| \w+/mine - \w+/mine ", text, re.MULTILINE)) == 9
+    for words in ("48 slides of 24 patients", "8 folds", "conditional on the trained models", "With so few patients",
+                  "corrected for the 3 pairs", "auc is the primary metric"):  # fmt: skip
+        assert words in text
+    outputs = json.loads((runs[0] / "outputs.json").read_text())
+    low, high = outputs["intervals_95"]["auc"]
+    assert f"{outputs['pooled']['auc']:.3f} ({low:.3f} to {high:.3f})" in text
+    assert re.search(r"\| LiteMIL/mine +\| meanPool \| +38,018 \|", text)
+    table = pd.read_csv(folder / "comparison.csv")
+    assert table.groupby("metric").size().to_dict() == {"auc": 3, "balanced_accuracy": 3, "f1_macro": 3}
+    with Image.open(folder / "comparison.png") as picture:
+        assert min(picture.size) > 600
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.csv", "comparison.md", "comparison.png"]
+
+
+def test_two_runs_need_no_holm_and_a_refusal_writes_nothing(runs, tmp_path, script):
+    folder = tmp_path / "comparison"
+    outcome = script("utils.compare", *runs[:2], "--metrics", "brier", "--output_dir", folder)
+    assert "Holm" not in outcome.out
+    assert "brier (lower is better)" in outcome.out
+    assert "primary" not in outcome.out
+    before = (folder / "comparison.md").read_bytes()
+    outcome = script("utils.compare", runs[0], tmp_path, "--output_dir", folder)
+    assert outcome.code == 1
+    assert len(outcome.errors) == 1
+    assert outcome.out == ""
+    assert (folder / "comparison.md").read_bytes() == before
+
+
+def test_parameters_of_a_model(runs, tmp_path):
+    def parameters(run: Path) -> str:
+        pair = read_runs([run, next(other for other in runs if other != run)])
+        return report(pair, compare(pair, ["auc"], 20)).splitlines()[4].split("|")[3].strip()
+
+    def choose(content: dict) -> None:
+        for fold, width in zip(content["fold_results"], [64, 256] * FOLDS, strict=True):
+            fold["selection"]["setting"] = {"lr": 0.1, "hidden_dim": width}
+
+    change_json(runs[0] / "outputs.json", lambda content: content.update(model=SPEC | {"hidden_dim": 128}))
+    single = parameters(runs[0])
+    change_json(runs[0] / "outputs.json", choose)
+    several = parameters(runs[0])
+    assert re.fullmatch(r"[\d,]+ to 38,018", several)
+    least, single_count, most = (
+        int(text.replace(",", "")) for text in (several.split()[0], single, several.split()[2])
+    )
+    assert least < single_count < most
+    for model in (SPEC | {"name": "mine"}, SPEC | {"gone": 1}, None):
+        change_json(runs[0] / "outputs.json", lambda content, model=model: content.update(model=model))
+        assert parameters(runs[0]) == "-"
+
+
+def test_the_figure_draws_each_difference(tmp_path):
+    pairs = {("a", "b"): (0.1, -0.2, 0.3), ("a", "$c$"): (-0.05, -0.1, -0.01)}
+    axes = comparison_figure({"auc": pairs, "brier": pairs}).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()][:3] == ["auc", "a\n- b", "a\n- \\$c\\$"]
+    spans = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
+    assert spans == [(-0.2, 0.3), (-0.1, -0.01)] * 2 + [(0, 0)]
+    assert [text.get_text() for text in axes.texts][:2] == ["+0.100 (-0.200 to +0.300)", "-0.050 (-0.100 to -0.010)"]
+    top, bottom = axes.get_ylim()[::-1]
+    assert all(top < line.get_ydata()[0] < bottom for line in axes.lines[:-1])
+    for content in ({"auc": {("a", "b"): (0.1, -0.2, 0.3)}}, {}):
+        save_figure(comparison_figure(content), tmp_path / "figure.png")
+
+
+def test_runs_of_train_py(tmp_path, script):
+    labels, features = write_cohort(tmp_path / "cohort", patients_per_class=6, slides_per_patient=1, patches=(5, 8))
+    given = ["--dataset", "toy", "--labels_csv", labels, "--features_dir", features, "--device", "cpu"]
+    protocol = ["--n_outer", "2", "--n_inner", "2", "--epochs", "2", "--repeats", "2"]
+    folders = [tmp_path / name for name in ("meanPool", "maxPool")]
+    for folder in folders:
+        assert script("train", "--mil", folder.name, *given, *protocol, "--output_dir", folder).code == 0
+    outcome = script(
+        "utils.compare", *folders, "--metrics", "auc", "ece", "specificity_benign", "--output_dir", tmp_path
+    )
+    assert outcome.code == 0, outcome.err
+    assert "12 slides of 12 patients, tested in 4 folds" in outcome.out

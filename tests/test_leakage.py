@@ -1,0 +1,139 @@
+"""Nothing of a test fold reaches a training or a choice, and what would leak through a naive split does not here."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from MILS import build_mil
+from tests.cohort import synthetic_bag, write_cohort
+from utils.bags.store import write_bag
+from utils.core.files import read_json, write_text
+from utils.learning import results as results_module
+from utils.learning import units
+from utils.learning.metrics import classification_metrics
+from utils.mil_dataset import MILDataset
+from utils.nested_cv import NestedCrossValidation
+
+SHUFFLES = 24
+
+
+@pytest.fixture(autouse=True)
+def _quick_results(monkeypatch):
+    monkeypatch.setattr(results_module, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(results_module, "bootstrap_intervals", partial(results_module.bootstrap_intervals, resamples=2))
+
+
+def run(dataset: MILDataset, folder: Path, mil: str = "meanPool", hidden_dim: int = 8, **changes) -> dict:
+    factory = partial(build_mil, mil, input_dim=dataset.input_dim, num_classes=2, hidden_dim=hidden_dim)
+    settings = {"n_outer": 3, "n_inner": 2, "batch_size": 8, "epochs": 4, "lr": 1e-2, "device": "cpu", "seed": 5}
+    return NestedCrossValidation(factory, dataset, dataset.class_names, folder, **(settings | changes)).run()
+
+
+def relabelled(csv: Path, target: Path, label_of: pd.Series) -> Path:
+    table = pd.read_csv(csv, dtype=str)
+    table.assign(label=table["case_id"].map(label_of)).to_csv(target, index=False)
+    return target
+
+
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    figure = classification_metrics(labels, np.stack([1 - scores, scores], axis=1))["auc"]
+    assert figure is not None
+    return figure
+
+
+class TestShuffledLabels:
+    def test_labels_without_meaning_are_predicted_as_by_chance(self, tmp_path):
+        """Over many shuffles by patient, the mean pooled AUC lies among the means that permuting the labels of the same
+        out-of-fold predictions gives: two-sided, so that a leak shows, and so does the bias of a broken split.
+        """
+        csv, features = write_cohort(
+            tmp_path / "cohort", patients_per_class=15, slides_per_patient=2, patches=(4, 8), dim=8, signal=0
+        )
+        labels = pd.read_csv(csv, dtype=str).groupby("case_id")["label"].first()
+        rng = np.random.default_rng(0)
+        found, permuted = [], []
+        for shuffle in range(SHUFFLES):
+            meaning = pd.Series(rng.permutation(labels), labels.index)
+            data = MILDataset(relabelled(csv, tmp_path / f"{shuffle}.csv", meaning), features)
+            found.append(run(data, tmp_path / f"run_{shuffle}")["pooled"]["auc"])
+            rows = pd.read_csv(tmp_path / f"run_{shuffle}" / "predictions.csv")
+            _, patient = np.unique(rows["case_id"], return_inverse=True)
+            of_patient = (rows.groupby("case_id")["label"].first() == data.class_names[1]).to_numpy().astype(int)
+            draws = [rng.permutation(of_patient)[patient] for _ in range(400)]
+            permuted.append([auc(draw, rows["prob_malignant"].to_numpy()) for draw in draws])
+        means = np.mean(permuted, axis=0)
+        assert abs(np.mean(means) - 0.5) < 0.01
+        low, high = np.percentile(means, [0.5, 99.5])
+        assert low < np.mean(found) < high
+
+
+@pytest.fixture(scope="module")
+def signed_cohort(tmp_path_factory) -> tuple[Path, Path]:
+    """Slides whose features say whose they are, and nothing else of their class."""
+    folder = tmp_path_factory.mktemp("signature")
+    rng = np.random.default_rng(1)
+    lines = ["case_id,wsi_id,label"]
+    for patient in range(24):
+        signature = rng.standard_normal(32)
+        for slide in range(4):
+            name = f"P{patient:02d}-S{slide}"
+            features = (signature + 0.3 * rng.standard_normal((6, 32))).astype("float16")
+            write_bag(folder / "features" / f"{name}.h5", synthetic_bag(name, features, rng))
+            lines.append(f"P{patient:02d},{name},{'malignant' if patient % 2 else 'benign'}")
+    write_text(folder / "labels.csv", "\n".join(lines) + "\n")
+    return folder / "labels.csv", folder / "features"
+
+
+class TestPatientSignature:
+    def test_folds_by_patient_are_at_chance_where_folds_by_slide_soar(self, signed_cohort, tmp_path):
+        csv, features = signed_cohort
+        table = pd.read_csv(csv, dtype=str)
+        table.assign(case_id=table["wsi_id"]).to_csv(tmp_path / "naive.csv", index=False)
+        settings = {"epochs": 20, "hidden_dim": 64, "lr": 3e-2, "final": "ensemble"}
+        naive = run(MILDataset(tmp_path / "naive.csv", features), tmp_path / "naive", **settings)
+        by_patient = [
+            run(MILDataset(csv, features), tmp_path / f"{seed}", **(settings | {"seed": seed})) for seed in range(5)
+        ]
+        assert naive["pooled"]["auc"] > 0.95
+        aucs = [results["pooled"]["auc"] for results in by_patient]
+        # 24 patients: the permutation distribution of one AUC has a standard deviation of 0.12.
+        assert abs(np.mean(aucs) - 0.5) < 0.15
+        assert max(aucs) < 0.85
+
+
+class TestInstrumented:
+    @pytest.mark.parametrize("final", ["best", "ensemble", "refit"])
+    def test_no_call_that_trains_or_chooses_ever_sees_a_test_slide(self, final, tmp_path, monkeypatch):
+        """Every slide that is read while a fold trains, searches its grid, fits its threshold or refits is one of its
+        own training slides; its test slides are read when all of that is over.
+        """
+        csv, features = write_cohort(tmp_path / "cohort", patches=(3, 9))
+        dataset = MILDataset(csv, features)
+        trainer, read, done = units.Trainer.__call__, MILDataset.features, []
+        training_of: list[set[int]] = [set()]
+
+        def watched_trainer(self, unit, tell):
+            training_of[0] = set(unit.fold.train.tolist())
+            assert not training_of[0] & set(unit.fold.test.tolist())
+            trainer(self, unit, tell)
+            training_of[0] = set()
+            done.append(unit.name)
+
+        def watched_read(self, slide):
+            if training_of[0]:
+                assert slide in training_of[0]
+            else:
+                tested.append(slide)
+            return read(self, slide)
+
+        tested: list[int] = []
+        monkeypatch.setattr(units.Trainer, "__call__", watched_trainer)
+        monkeypatch.setattr(MILDataset, "features", watched_read)
+        run(dataset, tmp_path / "run", "LiteMIL", grid="lr=1e-3,1e-2 num_heads=2,4", epochs=2, final=final)
+        assert len(done) == 3 * 2 * 4 + (3 if final == "refit" else 0)
+        assert sorted(tested) == list(range(len(dataset)))
+        splits = read_json(tmp_path / "run" / "splits.json")["folds"]
+        assert [dataset.rows[slide].wsi_id for slide in tested] == [one for fold in splits for one in fold["test"]]

@@ -1,0 +1,263 @@
+"""What a nested cross-validation comes to: tables, figures and the closing words, from the folds' answers."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from utils.bags.labels import LabelRow
+from utils.core.files import write_text
+from utils.core.runtime import derive_seed
+from utils.learning import figures
+from utils.learning.aggregation import SlideOutput
+from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, mean_and_std
+from utils.learning.splits import OuterFold
+from utils.learning.statistics import bootstrap_intervals, pooled_metrics
+
+GALLERY_SIZE = 10
+# Beyond so many folds the closing table leaves them to outputs.json.
+_MOST_FOLDS_SHOWN = 20
+_SHOWN = METRICS
+
+
+class Slides(Protocol):
+    """What the results need of a dataset; `utils.mil_dataset.MILDataset` is one."""
+
+    rows: list[LabelRow]
+    labels: np.ndarray
+    cases: np.ndarray
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """An outer fold: what the tested model says of its test slides, the decision `threshold` that inner validation
+    gave (two classes only), the record of the selection, and the epochs of all trainings.
+    """
+
+    fold: OuterFold
+    outputs: list[SlideOutput]
+    threshold: float | None
+    selection: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """`(n, C)` of the test slides."""
+        return np.stack([output.probabilities for output in self.outputs])
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The out-of-fold answers of all folds, one row per tested slide and repeat: the repeats' one after the other, each
+    in the label table's order.
+    """
+
+    slides: np.ndarray
+    labels: np.ndarray
+    cases: np.ndarray
+    probabilities: np.ndarray
+    predicted_at_threshold: np.ndarray
+    folds: np.ndarray
+    repeats: np.ndarray
+
+    @classmethod
+    def of(cls, results: Sequence[FoldResult], data: Slides) -> "Pooled":
+        slides = np.concatenate([result.fold.test for result in results])
+        repeats = np.repeat([result.fold.repeat for result in results], [len(result.fold.test) for result in results])
+        order = np.lexsort((slides, repeats))
+        slides = slides[order]
+        return cls(
+            slides,
+            data.labels[slides],
+            data.cases[slides],
+            np.concatenate([result.probabilities for result in results])[order],
+            np.concatenate([_at_threshold(result) for result in results])[order],
+            np.repeat([result.fold.number for result in results], [len(result.fold.test) for result in results])[order],
+            repeats[order],
+        )
+
+
+def predictions_table(pooled: Pooled, data: Slides) -> pd.DataFrame:
+    names, rows = np.array(data.class_names), [data.rows[slide] for slide in pooled.slides]
+    columns: dict[str, Any] = {
+        "wsi_id": [row.wsi_id for row in rows],
+        "case_id": [row.case_id for row in rows],
+        "label": names[pooled.labels],
+        "predicted": names[pooled.probabilities.argmax(axis=1)],
+    }
+    columns |= {f"prob_{name}": pooled.probabilities[:, index] for index, name in enumerate(names)}
+    return pd.DataFrame(columns | {"fold": pooled.folds, "repeat": pooled.repeats})
+
+
+def gallery_table(pooled: Pooled, data: Slides) -> pd.DataFrame:
+    """The slides most worth a look: surest correct, surest wrong, most uncertain; by the mean answer of the repeats."""
+    slides, row_of = np.unique(pooled.slides, return_inverse=True)
+    probabilities = np.zeros((len(slides), len(data.class_names)))
+    np.add.at(probabilities, row_of, pooled.probabilities)
+    probabilities /= np.bincount(row_of)[:, None]
+    labels, predicted = data.labels[slides], probabilities.argmax(axis=1)
+    ordered = np.sort(probabilities, axis=1)
+    confidence, margin = ordered[:, -1], ordered[:, -1] - ordered[:, -2]
+    right, sure, unsure = predicted == labels, np.argsort(-confidence, kind="stable"), np.argsort(margin, kind="stable")
+    kinds = {"surest correct": sure[right[sure]], "surest wrong": sure[~right[sure]], "most uncertain": unsure}
+    names = data.class_names
+    return pd.DataFrame(
+        [
+            {
+                "kind": kind,
+                "wsi_id": data.rows[slides[row]].wsi_id,
+                "case_id": data.rows[slides[row]].case_id,
+                "label": names[labels[row]],
+                "predicted": names[predicted[row]],
+                **{f"prob_{name}": probabilities[row, index] for index, name in enumerate(names)},
+            }
+            for kind, rows in kinds.items()
+            for row in rows[:GALLERY_SIZE]
+        ]
+    )
+
+
+def outputs_content(results: Sequence[FoldResult], pooled: Pooled, data: Slides, seed: int) -> dict[str, Any]:
+    """The figures of `outputs.json`."""
+    names = data.class_names
+    fold_results = [_fold_figures(result, data) for result in results]
+    summary: dict[str, Any] = {
+        "class_names": list(names),
+        "n_slides": len(np.unique(pooled.slides)),
+        "n_cases": len(np.unique(pooled.cases)),
+        "n_folds": len(results),
+        "n_repeats": len(np.unique(pooled.repeats)),
+    }
+    for level in ("chunk", "slide", "thresholded"):
+        summary |= _over_folds(level, [fold[level] or {} for fold in fold_results])
+    summary["pooled"] = pooled_metrics(pooled.labels, pooled.probabilities, pooled.repeats, names)
+    summary["intervals_95"] = bootstrap_intervals(
+        pooled.labels,
+        pooled.probabilities,
+        pooled.cases,
+        derive_seed(seed, "bootstrap"),
+        repeats=pooled.repeats,
+        class_names=names,
+    )
+    has_thresholds = all(result.threshold is not None for result in results)
+    at_threshold = _pooled_at_threshold(pooled, names) if has_thresholds else None
+    return summary | {"pooled_thresholded": at_threshold, "fold_results": fold_results}
+
+
+def draw_figures(folder: Path, pooled: Pooled, history: pd.DataFrame, names: Sequence[str], seed: int) -> None:
+    answers, draws = (pooled.labels, pooled.probabilities, names), derive_seed(seed, "bootstrap")
+    drawn = {
+        "roc.png": figures.roc_figure(*answers, pooled.folds, pooled.cases, pooled.repeats, draws),
+        "confusion_matrix.png": figures.confusion_figure(*answers, pooled.repeats),
+        "calibration.png": figures.calibration_figure(*answers, pooled.repeats),
+        "learning_curves.png": figures.learning_figure(history),
+    }
+    for name, figure in drawn.items():
+        figures.save_figure(figure, folder / name)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """The closing table: per fold, their mean and standard deviation, and the pooled figures with their intervals."""
+    header = ["", *[name.replace("_", " ") for name in _SHOWN]]
+    folds = results["fold_results"] if len(results["fold_results"]) <= _MOST_FOLDS_SHOWN else []
+    fold_rows = [[f"fold {fold['fold']}", *[_figure(fold["slide"][name]) for name in _SHOWN]] for fold in folds]
+    counts = [results[f"slide_{name}_folds"] for name in _SHOWN]
+    summary = [
+        ["mean", *[_figure(results[f"slide_{name}_mean"]) for name in _SHOWN]],
+        ["std", *[_figure(results[f"slide_{name}_std"]) for name in _SHOWN]],
+        ["pooled", *[_figure(results["pooled"][name]) for name in _SHOWN]],
+        ["95% CI", *[_interval(results["intervals_95"][name]) for name in _SHOWN]],
+    ]
+    if min(counts) < results["n_folds"]:
+        summary.insert(2, ["folds", *map(str, counts)])
+    rows = [header, *fold_rows, *summary]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rule = "-" * len(lines[0])
+    blocks = [lines[:1], lines[1 : -len(summary)], lines[-len(summary) :]]
+    return f"\n{rule}\n".join("\n".join(block) for block in blocks if block)
+
+
+def closing_words(results: dict[str, Any]) -> str:
+    """The closing table, and what it does not say."""
+    about = f"{results['n_slides']} slides of {results['n_cases']} patients, tested once"
+    if results["n_repeats"] > 1:
+        about += f" in each of {results['n_repeats']} repeats (pooled: the repeats' mean)"
+    words = [f"{about}. The 95% intervals come from resampling patients and are conditional on the trained models."]
+    at_threshold = results["pooled_thresholded"]
+    if at_threshold is not None:
+        told = [
+            f"{name.replace('_', ' ')} {_figure(at_threshold[name])} ({_figure(results['pooled'][name])} at 0.5)"
+            for name in ("accuracy", "balanced_accuracy", "f1_macro")
+        ]
+        words.append(f"At the threshold fitted on inner validation, pooled: {', '.join(told)}.")
+    chosen = Counter(_told(fold["selection"]["setting"]) for fold in results["fold_results"])
+    if len(results["fold_results"][0]["selection"]["settings"]) > 1:
+        told = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in chosen.most_common()]
+        words.append(f"Chosen in the inner loop: {'; '.join(told)}.")
+    return "\n".join([results_table(results), "", *words])
+
+
+def _told(setting: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in setting.items())
+
+
+def _at_threshold(result: FoldResult) -> np.ndarray:
+    """The predicted classes, at the fold's threshold where it has one."""
+    if result.threshold is None:
+        return result.probabilities.argmax(axis=1)
+    return (result.probabilities[:, 1] >= result.threshold).astype(int)
+
+
+def _pooled_at_threshold(pooled: Pooled, names: Sequence[str]) -> dict[str, float | None]:
+    """The mean over the repeats."""
+    parts = [pooled.repeats == repeat for repeat in np.unique(pooled.repeats)]
+    each = [decision_metrics(pooled.labels[part], pooled.predicted_at_threshold[part], names) for part in parts]
+    return {name: mean_and_std([one[name] for one in each])[0] for name in each[0]}
+
+
+def _fold_figures(result: FoldResult, data: Slides) -> dict[str, Any]:
+    labels, names = data.labels[result.fold.test], data.class_names
+    chunk_labels = np.repeat(labels, [len(output.chunk_sizes) for output in result.outputs])
+    chunks = np.concatenate([output.chunk_probabilities for output in result.outputs])
+    at_threshold = None if result.threshold is None else decision_metrics(labels, _at_threshold(result), names)
+    return {
+        "fold": result.fold.number,
+        "repeat": result.fold.repeat,
+        "n_slides": len(labels),
+        "n_cases": len(set(data.cases[result.fold.test])),
+        "n_train": len(result.fold.train),
+        "chunk": classification_metrics(chunk_labels, chunks, names),
+        "slide": classification_metrics(labels, result.probabilities, names),
+        "threshold": result.threshold,
+        "thresholded": at_threshold,
+        "selection": result.selection,
+    }
+
+
+def _over_folds(level: str, folds: Sequence[dict[str, float | None]]) -> dict[str, Any]:
+    """Mean and standard deviation of each figure, and over how many folds: those where it is defined."""
+    summary: dict[str, Any] = {}
+    for name in max(folds, key=len):  # a fold without a threshold has nothing at it
+        values = [fold.get(name) for fold in folds]
+        mean, std = mean_and_std(values)
+        known = sum(value is not None for value in values)
+        summary |= {f"{level}_{name}_mean": mean, f"{level}_{name}_std": std, f"{level}_{name}_folds": known}
+    return summary
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(limits: Sequence[float] | None) -> str:
+    return "-" if limits is None else f"{limits[0]:.3f}-{limits[1]:.3f}"

@@ -1,0 +1,93 @@
+"""The folder of a training run: whose it is, what of it is finished, and what another run left there."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from utils.core.errors import ConfigError
+from utils.core.files import read_json, write_json
+from utils.core.runtime import log
+
+
+class RunFolder:
+    """`identity` is what makes two runs the same: with it unchanged, finished parts are kept.
+
+    `run.json` holds it, and whether the run is finished; `resume/` what an unfinished run needs to go on.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path, self.identity = path, identity
+        self.resume = path / "resume"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out meanwhile. Raises ConfigError when one is in already."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Beside the folder, which may have to move aside.
+            lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(
+                f"{self.path}: another process is training into this folder; wait for it, or give another --output_dir"
+            ) from None
+        except NotImplementedError:  # some network file systems
+            log.info("%s: files cannot be locked here; let no other process train into this folder", self.path)
+            yield
+            return
+        except OSError as failure:
+            raise ConfigError(
+                f"{self.path}: cannot be written ({failure.strerror}); give another --output_dir"
+            ) from failure
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def take(self, record: Mapping[str, Any]) -> bool:
+        """Make the folder this run's, with `record` in its run.json: True when the run is finished already. Another
+        run's folder is moved aside; ConfigError for one that holds something else.
+        """
+        path = self.path / "run.json"
+        if path.is_file():
+            found = read_json(path)
+            if not isinstance(found, dict) or "finished" not in found:
+                raise ConfigError(f"{path}: not the record of a training run; give another --output_dir")
+            known = found.get("identity", {})
+            changed = sorted(name for name, value in self.identity.items() if known.get(name) != value)
+            if not changed:
+                if not found["finished"]:
+                    done = len(list(self.resume.glob("*.pt")))
+                    log.info("%s: resuming; %d trainings are done", self.path, done)
+                return found["finished"]
+            aside = _next_free(self.path)
+            self.path.rename(aside)
+            log.warning("%s held another run (%s differs); moved to %s", self.path, ", ".join(changed), aside)
+        elif self.path.is_dir() and any(not item.name.startswith(".") for item in self.path.iterdir()):
+            raise ConfigError(f"{self.path}: not empty and not a training run; give another --output_dir")
+        self._write(record, finished=False)
+        return False
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        self._write(record, finished=True)
+
+    def clear_leftovers(self) -> None:
+        """Remove what only an unfinished run needs, and the half-written files of killed ones."""
+        shutil.rmtree(self.resume, ignore_errors=True)
+        for part in self.path.glob(".*.part"):
+            part.unlink(missing_ok=True)
+
+    def _write(self, record: Mapping[str, Any], *, finished: bool) -> None:
+        write_json(self.path / "run.json", {"identity": self.identity, **record, "finished": finished})
+
+
+def _next_free(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return aside

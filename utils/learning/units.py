@@ -1,0 +1,92 @@
+"""Units of training: each one is trained once, in this process or another, and then read back."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from MILS import build_mil
+from MILS.pooling import BagModel
+from utils.core.config import Training
+from utils.core.engine import Tell
+from utils.core.errors import TrainingError
+from utils.core.files import load_tensors, save_tensors
+from utils.core.runtime import derive_seed, log
+from utils.learning.aggregation import SlideFeed
+from utils.learning.selection import Setting
+from utils.learning.splits import OuterFold
+from utils.learning.training import Bags, Fitted, fit, refit
+
+ModelFactory = Callable[[], BagModel]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training, the unit of resume: with which setting (from 1), on which inner fold (from 1; 0 is the refit on the
+    whole outer training set), for at most how many epochs, compared by what.
+    """
+
+    fold: OuterFold
+    setting: int
+    inner: int
+    epochs: int
+    monitor: str
+
+    @property
+    def name(self) -> str:
+        return f"fold_{self.fold.number}_setting_{self.setting}_inner_{self.inner}"
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains units and keeps each in a file of `folder`; can be sent to other processes."""
+
+    model_factory: ModelFactory
+    spec: dict[str, Any]
+    settings: tuple[Setting, ...]
+    training: Training
+    dataset: Bags
+    feed: SlideFeed
+    device: torch.device
+    seed: int
+    folder: Path
+
+    def __call__(self, unit: Unit, tell: Tell) -> None:
+        setting = self.settings[unit.setting - 1]
+        common: dict[str, Any] = {
+            "seed": derive_seed(self.seed, "outer", unit.fold.number, "inner", unit.inner, str(setting)),
+            "device": self.device,
+            "on_epoch": tell,
+        }
+        factory, training = self.factory(setting), replace(self.training, **setting.training)
+        if unit.inner:
+            inner = unit.fold.inner[unit.inner - 1]
+            fitted = fit(
+                factory, self.dataset, inner.train, inner.val, training, monitor=unit.monitor, feed=self.feed, **common
+            )
+        else:
+            fitted = refit(factory, self.dataset, unit.fold.train, training, epochs=unit.epochs, **common)
+        save_tensors(self.path(unit), {part.name: getattr(fitted, part.name) for part in fields(Fitted)})
+        tell(None)
+
+    def factory(self, setting: Setting) -> ModelFactory:
+        """What makes the setting's models: the given factory, or its models with other hyperparameters."""
+        return functools.partial(build_mil, **(self.spec | setting.model)) if setting.model else self.model_factory
+
+    def path(self, unit: Unit) -> Path:
+        return self.folder / f"{unit.name}.pt"
+
+    def kept(self, unit: Unit) -> Fitted | None:
+        """The unit as an earlier run, or another process, ended it; None where there is none that can be read."""
+        path = self.path(unit)
+        if not path.is_file():
+            return None
+        try:
+            return Fitted(**load_tensors(path, TrainingError, "resume state"))
+        except (TrainingError, TypeError):
+            log.warning("%s: damaged resume state; this training is done again", path)
+            path.unlink()
+            return None
