@@ -22,7 +22,7 @@ from MILS import build_mil, list_mils
 from tests.cohort import write_cohort
 from utils import nested_cv
 from utils.core.config import Protocol, Training
-from utils.core.errors import ConfigError, SplitError
+from utils.core.errors import ConfigError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
 from utils.learning import results as results_module
 from utils.learning import units
@@ -798,6 +798,11 @@ class TestGrid:
         make_cv(dataset, tmp_path / "run").run()
         make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2").run()
         assert "held another run (grid differs)" in aloud.text
+
+    def test_a_setting_that_diverges_is_named(self, dataset, tmp_path, no_figures):
+        with pytest.raises(TrainingError, match=r"outer fold 1, inner fold 1 with lr=1e\+30: .* lower --lr"):
+            make_cv(dataset, tmp_path / "run", grid="lr=1e-2,1e30").run()
+        assert len(list((tmp_path / "run" / "resume").glob("*.pt"))) == 2
 
 
 class TestMonitor:

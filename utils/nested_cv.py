@@ -22,7 +22,7 @@ from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
 from utils.core.config import Protocol, Running, Training
 from utils.core.engine import run_tasks, threads, threads_each
-from utils.core.errors import ConfigError, TrainingError
+from utils.core.errors import ConfigError, TrainingError, counted
 from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import log, peak_memory, progress, progress_bar, resolve_device, run_metadata
 from utils.learning import plan, results
@@ -193,13 +193,13 @@ class NestedCrossValidation:
         trainer = self.trainer
         if self.running.jobs > 1:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
-            log.info("%d processes of %d threads each", self.running.jobs, torch.get_num_threads())
+            log.info("%d processes of %s each", self.running.jobs, counted(torch.get_num_threads(), "thread"))
         units = self.units(folds)
         self._train(trainer, units)
         choices = [self._choice(fold, [unit for unit in units if unit.fold is fold]) for fold in folds]
         if self.protocol.final == "refit":
             self._train(trainer, [self._refit_unit(choice) for choice in choices])
-        return [self._tested(choice) for choice in choices]
+        return [self._tested(choice, trainer.dataset) for choice in choices]
 
     def _train(self, trainer: Trainer, units: Sequence[Unit]) -> None:
         """Train those units that are not kept yet, and show it."""
@@ -272,7 +272,7 @@ class NestedCrossValidation:
         head = {"fold": unit.fold.number, "setting": str(self.settings[unit.setting - 1]), "inner": unit.inner}
         return [head | row for row in fitted.history]
 
-    def _tested(self, choice: _Choice) -> FoldResult:
+    def _tested(self, choice: _Choice, dataset: MILDataset) -> FoldResult:
         """Test the fold's model, as `final` makes it, on its test slides, and keep it."""
         final, history = self.protocol.final, choice.history
         best = choice.fitted[choice.best]
@@ -298,7 +298,7 @@ class NestedCrossValidation:
         if final != "best":
             record |= _mean_validation(choice.fitted)
         model = self._model(choice.setting, states)
-        outputs = predict_slides(model.to(self.device), self.dataset, choice.fold.test, self.trainer.feed)
+        outputs = predict_slides(model.to(self.device), dataset, choice.fold.test, self.trainer.feed)
         record |= {"threshold": choice.threshold, "settings": choice.scores}
         result = FoldResult(choice.fold, outputs, choice.threshold, record, history)
         self._save(model.cpu(), result, self.output_dir / f"fold_{choice.fold.number}_best.pth")

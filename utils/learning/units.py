@@ -55,6 +55,17 @@ class Trainer:
     folder: Path
 
     def __call__(self, unit: Unit, tell: Tell) -> None:
+        try:
+            fitted = self._train(unit, tell)
+        except TrainingError as error:
+            part = f"inner fold {unit.inner}" if unit.inner else "refit"
+            setting = str(self.settings[unit.setting - 1])
+            at_setting = f" with {setting}" if setting else ""
+            raise TrainingError(f"outer fold {unit.fold.number}, {part}{at_setting}: {error}") from error
+        save_tensors(self.path(unit), {part.name: getattr(fitted, part.name) for part in fields(Fitted)})
+        tell(None)
+
+    def _train(self, unit: Unit, tell: Tell) -> Fitted:
         setting = self.settings[unit.setting - 1]
         common: dict[str, Any] = {
             "seed": derive_seed(self.seed, "outer", unit.fold.number, "inner", unit.inner, str(setting)),
@@ -62,15 +73,12 @@ class Trainer:
             "on_epoch": tell,
         }
         factory, training = self.factory(setting), replace(self.training, **setting.training)
-        if unit.inner:
-            inner = unit.fold.inner[unit.inner - 1]
-            fitted = fit(
-                factory, self.dataset, inner.train, inner.val, training, monitor=unit.monitor, feed=self.feed, **common
-            )
-        else:
-            fitted = refit(factory, self.dataset, unit.fold.train, training, epochs=unit.epochs, **common)
-        save_tensors(self.path(unit), {part.name: getattr(fitted, part.name) for part in fields(Fitted)})
-        tell(None)
+        if not unit.inner:
+            return refit(factory, self.dataset, unit.fold.train, training, epochs=unit.epochs, **common)
+        inner = unit.fold.inner[unit.inner - 1]
+        return fit(
+            factory, self.dataset, inner.train, inner.val, training, monitor=unit.monitor, feed=self.feed, **common
+        )
 
     def factory(self, setting: Setting) -> ModelFactory:
         """What makes the setting's models: the given factory, or its models with other hyperparameters."""
