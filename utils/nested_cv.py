@@ -33,7 +33,7 @@ from utils.learning.results import FoldResult, Pooled
 from utils.learning.run_folder import RunFolder
 from utils.learning.selection import best_of, grid_settings, mean_rank, rank, read_grid, refit_epochs
 from utils.learning.splits import OuterFold, given_splits, repeated_splits
-from utils.learning.training import Fitted, amp_dtype, predict_slides
+from utils.learning.training import Bags, Fitted, amp_dtype, predict_slides
 from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
 
@@ -272,7 +272,7 @@ class NestedCrossValidation:
         head = {"fold": unit.fold.number, "setting": str(self.settings[unit.setting - 1]), "inner": unit.inner}
         return [head | row for row in fitted.history]
 
-    def _tested(self, choice: _Choice, dataset: MILDataset) -> FoldResult:
+    def _tested(self, choice: _Choice, dataset: Bags) -> FoldResult:
         """Test the fold's model, as `final` makes it, on its test slides, and keep it."""
         final, history = self.protocol.final, choice.history
         best = choice.fitted[choice.best]
