@@ -1,5 +1,6 @@
 """Nothing of a test fold reaches a training or a choice, and what would leak through a naive split does not here."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import pytest
 
 from MILS import build_mil
 from tests.cohort import synthetic_bag, write_cohort
+from utils import nested_cv
 from utils.bags.store import write_bag
 from utils.core.files import read_json, write_text
 from utils.learning import results as results_module
 from utils.learning import units
 from utils.learning.metrics import classification_metrics
+from utils.learning.splits import repeated_splits
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 
-SHUFFLES = 24
+SHUFFLES = 10
 
 
 @pytest.fixture(autouse=True)
@@ -44,30 +47,50 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return figure
 
 
+def shuffled_runs(folder: Path, shuffles: int) -> tuple[list[float], np.ndarray]:
+    """Pooled AUCs of whole cross-validations, grid and early stopping included, of labels shuffled by patient; and the
+    `(permutations,)` means of as many AUCs that permuting the labels of the same out-of-fold predictions gives.
+    """
+    csv, features = write_cohort(
+        folder / "cohort", patients_per_class=15, slides_per_patient=2, patches=(4, 8), dim=8, signal=0
+    )
+    labels = pd.read_csv(csv, dtype=str).groupby("case_id")["label"].first()
+    rng = np.random.default_rng(0)
+    found, permuted = [], []
+    for shuffle in range(shuffles):
+        meaning = pd.Series(rng.permutation(labels), labels.index)
+        data = MILDataset(relabelled(csv, folder / f"{shuffle}.csv", meaning), features)
+        results = run(data, folder / f"run_{shuffle}", epochs=10, grid="lr=1e-2,3e-2 dropout=0,0.25")
+        found.append(results["pooled"]["auc"])
+        rows = pd.read_csv(folder / f"run_{shuffle}" / "predictions.csv")
+        _, patient = np.unique(rows["case_id"], return_inverse=True)
+        of_patient = (rows.groupby("case_id")["label"].first() == data.class_names[1]).to_numpy().astype(int)
+        draws = [rng.permutation(of_patient)[patient] for _ in range(400)]
+        permuted.append([auc(draw, rows["prob_malignant"].to_numpy()) for draw in draws])
+    return found, np.mean(permuted, axis=0)
+
+
 class TestShuffledLabels:
+    """Two-sided, so that a leak shows, and so does the bias of a broken split."""
+
     def test_labels_without_meaning_are_predicted_as_by_chance(self, tmp_path):
-        """Over many shuffles by patient, the mean pooled AUC lies among the means that permuting the labels of the same
-        out-of-fold predictions gives: two-sided, so that a leak shows, and so does the bias of a broken split.
-        """
-        csv, features = write_cohort(
-            tmp_path / "cohort", patients_per_class=15, slides_per_patient=2, patches=(4, 8), dim=8, signal=0
-        )
-        labels = pd.read_csv(csv, dtype=str).groupby("case_id")["label"].first()
-        rng = np.random.default_rng(0)
-        found, permuted = [], []
-        for shuffle in range(SHUFFLES):
-            meaning = pd.Series(rng.permutation(labels), labels.index)
-            data = MILDataset(relabelled(csv, tmp_path / f"{shuffle}.csv", meaning), features)
-            found.append(run(data, tmp_path / f"run_{shuffle}")["pooled"]["auc"])
-            rows = pd.read_csv(tmp_path / f"run_{shuffle}" / "predictions.csv")
-            _, patient = np.unique(rows["case_id"], return_inverse=True)
-            of_patient = (rows.groupby("case_id")["label"].first() == data.class_names[1]).to_numpy().astype(int)
-            draws = [rng.permutation(of_patient)[patient] for _ in range(400)]
-            permuted.append([auc(draw, rows["prob_malignant"].to_numpy()) for draw in draws])
-        means = np.mean(permuted, axis=0)
-        assert abs(np.mean(means) - 0.5) < 0.01
-        low, high = np.percentile(means, [0.5, 99.5])
+        found, chance = shuffled_runs(tmp_path, SHUFFLES)
+        assert abs(np.mean(chance) - 0.5) < 0.01
+        low, high = np.percentile(chance, [0.5, 99.5])
         assert low < np.mean(found) < high
+
+    def test_a_choice_by_the_test_slides_would_show(self, tmp_path, monkeypatch):
+        """The same with inner validation on the outer test slides: what the test above is there to find."""
+
+        def leaking(*arguments):
+            return [
+                replace(fold, inner=tuple(replace(inner, val=fold.test) for inner in fold.inner))
+                for fold in repeated_splits(*arguments)
+            ]
+
+        monkeypatch.setattr(nested_cv, "repeated_splits", leaking)
+        found, chance = shuffled_runs(tmp_path, SHUFFLES)
+        assert np.mean(found) > np.percentile(chance, 99.5)
 
 
 @pytest.fixture(scope="module")

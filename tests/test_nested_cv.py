@@ -22,6 +22,7 @@ from MILS import build_mil, list_mils
 from tests.cohort import write_cohort
 from utils import nested_cv
 from utils.core.config import Protocol, Training
+from utils.core.engine import threads
 from utils.core.errors import ConfigError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
 from utils.learning import results as results_module
@@ -585,6 +586,18 @@ class TestResume:
         assert process.exitcode == 0
         assert_same(contents(folder), contents(finished.folder))
 
+    def test_resumed_with_other_threads_it_keeps_those_it_began_with(self, finished, dataset, tmp_path, aloud):
+        """`finished` was trained on one thread; so is this run, though its second session may use three."""
+        leave_unfinished(make_cv(dataset, tmp_path / "run"))
+        for path in sorted((tmp_path / "run" / "resume").glob("*.pt"))[1:]:
+            path.unlink()
+        with threads(3):
+            make_cv(dataset, tmp_path / "run").run()
+            assert torch.get_num_threads() == 3
+        assert_same(contents(tmp_path / "run"), contents(finished.folder))
+        assert read_json(tmp_path / "run" / "run.json")["threads"] == 1
+        assert "each training goes on with 1 thread, as the run began" in aloud.text
+
     @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "tensor", "lacking"])
     def test_a_damaged_resume_file_is_trained_again_aloud(
         self, damage, dataset, tmp_path, monkeypatch, unfitted, aloud
@@ -1050,6 +1063,27 @@ class TestSplitsFile:
         with pytest.raises(ConfigError, match=r"--repeats 2: --splits .* says which folds"):
             make_cv(dataset, tmp_path / "run", splits=finished.folder, repeats=2)
 
+    def test_repeats_may_number_their_folds_alike(self, dataset, tmp_path, unfitted):
+        """Two repeats with folds 1 to 3 each: none is taken for a part of the other."""
+        make_cv(dataset, tmp_path / "a", repeats=2).run()
+        content = read_json(tmp_path / "a" / "splits.json")
+        for fold in content["folds"]:
+            fold["fold"] = (fold["fold"] - 1) % 3 + 1
+        write_text(tmp_path / "splits.json", json.dumps(content))
+        make_cv(dataset, tmp_path / "b", splits=tmp_path / "splits.json", **UNSAID).run()
+        assert (tmp_path / "b" / "splits.json").read_bytes() == (tmp_path / "a" / "splits.json").read_bytes()
+        for fold in read_json(tmp_path / "b" / "splits.json")["folds"]:
+            used = {one for inner in fold["inner"] for part in inner.values() for one in part}
+            assert not used & set(fold["test"])
+            assert len(used) + len(fold["test"]) == len(dataset)
+
+    def test_a_fold_that_stands_twice(self, finished, dataset, tmp_path):
+        content = read_json(finished.folder / "splits.json")
+        content["folds"][1]["fold"] = 1
+        write_text(tmp_path / "splits.json", json.dumps(content))
+        with pytest.raises(SplitError, match="fold 1 more than once; give each fold a number of its own"):
+            make_cv(dataset, tmp_path / "run", splits=tmp_path / "splits.json", **UNSAID).run()
+
     def test_a_slide_tested_twice_in_a_repeat(self, finished, dataset, tmp_path):
         content = read_json(finished.folder / "splits.json")
         content["folds"][1] = content["folds"][0] | {"fold": 2}
@@ -1100,6 +1134,8 @@ class TestDryRun:
         assert "time: at most about" in said
         assert "GB free" in said
         assert "memory: about" in said
+        refit = make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2", epochs=7, final="refit").dry_run()
+        assert "12 inner trainings of at most 7 epochs, 3 refits" in refit
 
 
 class TestKeywords:

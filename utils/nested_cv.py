@@ -24,7 +24,7 @@ from utils.core.config import Protocol, Running, Training
 from utils.core.engine import run_tasks, threads, threads_each
 from utils.core.errors import ConfigError, TrainingError, counted
 from utils.core.files import digest, read_json, write_json
-from utils.core.runtime import log, peak_memory, progress, progress_bar, resolve_device, run_metadata
+from utils.core.runtime import log, peak_memory, progress, progress_bar, resolve_device, run_metadata, versions
 from utils.learning import plan, results
 from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
@@ -123,22 +123,38 @@ class NestedCrossValidation:
         folds = self.folds()
         folder = RunFolder(self.output_dir, self._identity(folds))
         with folder.held():
-            if folder.take(self._record()):
+            with threads(threads_each(self.running.jobs)):
+                begun = folder.take(self._record())
+            if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
             else:
                 started = time.time()
                 write_json(self.output_dir / "splits.json", self._splits_content(folds))
-                with threads(threads_each(self.running.jobs)):
+                with threads(self._threads_of(begun)):
                     self._write_results(self._run_folds(folds))
                     ended = {"seconds": round(time.time() - started, 1), "peak_memory": peak_memory(self.device)}
                     folder.finish(self._record() | ended)
             folder.clear_leftovers()
         return read_json(self.output_dir / "outputs.json")
 
+    def _threads_of(self, begun: Mapping[str, Any]) -> int:
+        """The threads that the run was begun with: what is trained now must fit what is kept."""
+        now = threads_each(self.running.jobs)
+        if begun["threads"] != now:
+            log.info("each training goes on with %s, as the run began", counted(begun["threads"], "thread"))
+        torch_then = begun["versions"]["torch"]
+        if torch_then != versions()["torch"]:
+            log.warning("the run was begun with PyTorch %s; its last digits may differ", torch_then)
+        return begun["threads"]
+
     def dry_run(self) -> str:
         """What a run would do and take: the folds, and an estimate from a short trial of every setting."""
         folds = self.folds()
         units, jobs, data = self.units(folds), self.running.jobs, self.dataset
+        head = f"{len(units)} inner trainings of at most {max(unit.epochs for unit in units)} epochs"
+        if self.protocol.final == "refit":
+            units += [self._longest_refit(units, fold) for fold in folds]
+            head += f", {len(folds)} refits"
         sizes = np.array([info.num_instances for info in data.info])
         with threads(threads_each(jobs)):
             first = {unit.setting: unit for unit in reversed(units)}
@@ -150,7 +166,6 @@ class NestedCrossValidation:
             units, trials, sizes, checkpoints=(len(folds) + 1) * members, jobs=jobs, device=self.device,
             packed=in_memory if jobs > 1 else 0, in_memory=in_memory,
         )  # fmt: skip
-        head = f"{len(units)} inner trainings of at most {max(unit.epochs for unit in units)} epochs"
         table = plan.splits_table(folds, data, data.cases)
         return f"{table}\n\n{head}\n{found.text(jobs, self.output_dir)}"
 
@@ -261,6 +276,11 @@ class NestedCrossValidation:
     def _refit_unit(self, choice: _Choice) -> Unit:
         epochs = refit_epochs([fitted.epoch for fitted in choice.fitted])
         return Unit(choice.fold, choice.setting, 0, epochs, choice.monitor)
+
+    def _longest_refit(self, units: Sequence[Unit], fold: OuterFold) -> Unit:
+        """The refit of the setting with the most epochs."""
+        longest = max(units, key=lambda unit: unit.epochs)
+        return replace(longest, fold=fold, inner=0)
 
     def _fitted(self, unit: Unit) -> Fitted:
         fitted = self.trainer.kept(unit)
@@ -385,6 +405,7 @@ class NestedCrossValidation:
             "splits": given and digest(given),
             "grid": [str(setting) for setting in self.settings],
             "feed": self.trainer.feed.as_dict(),
+            "device": self.device.type,
             "feat_type": self.dataset.feat_type,
             "class_names": list(self.dataset.class_names),
             "slides": digest(slides),

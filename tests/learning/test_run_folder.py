@@ -62,10 +62,11 @@ def test_a_record_that_is_none(tmp_path):
 
 def test_finished_says_so_to_the_next(tmp_path):
     folder = RunFolder(tmp_path / "run", {"seed": 1})
-    assert not folder.take({"argv": ["train.py"]})
-    assert not RunFolder(tmp_path / "run", {"seed": 1}).take({})
+    fresh = {"identity": {"seed": 1}, "argv": ["train.py"], "finished": False}
+    assert folder.take({"argv": ["train.py"]}) == fresh
+    assert RunFolder(tmp_path / "run", {"seed": 1}).take({"argv": ["again.py"]}) == fresh
     folder.finish({"argv": ["train.py"]})
-    assert RunFolder(tmp_path / "run", {"seed": 1}).take({})
+    assert RunFolder(tmp_path / "run", {"seed": 1}).take({})["finished"]
     assert read_json(tmp_path / "run" / "run.json") == {"identity": {"seed": 1}, "argv": ["train.py"], "finished": True}
-    assert not RunFolder(tmp_path / "run", {"seed": 2}).take({})
+    assert not RunFolder(tmp_path / "run", {"seed": 2}).take({})["finished"]
     assert read_json(tmp_path / "run.1" / "run.json")["identity"] == {"seed": 1}

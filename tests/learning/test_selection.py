@@ -50,10 +50,23 @@ class TestGrid:
         with pytest.raises(ConfigError, match=message):
             read_grid(text, "ABMIL")
 
-    @pytest.mark.parametrize("values", [(), (1e-4, 1e-4)])
-    def test_a_name_without_values_or_with_one_twice(self, values):
-        with pytest.raises(ConfigError, match="--grid lr: give each value once, and at least one"):
-            grid_settings({"lr": values}, "LiteMIL")
+    @pytest.mark.parametrize(
+        ("grid", "message"),
+        [
+            ({"lr": ()}, "--grid lr: give a list of values, at least one"),
+            ({"lr": 1e-3}, "--grid lr: give a list of values, at least one; found 0.001"),
+            ({"lr": "1e-3"}, "--grid lr: give a list of values"),
+            ({"lr": (1e-4, 1e-4)}, "--grid lr: give each value once"),
+            ({"lr": ["1e-3"]}, "--grid lr='1e-3': not a number"),
+            ({"lr": [None]}, "--grid lr=None: not a number"),
+            ({"lr": [[1]]}, r"--grid lr=\[1\]: not a number"),
+            ({"epochs": [2.5]}, "--grid epochs=2.5: not a whole number"),
+            ({"epochs": [True]}, "--grid epochs=True: not a whole number"),
+        ],
+    )
+    def test_values_from_python_that_cannot_be(self, grid, message):
+        with pytest.raises(ConfigError, match=message):
+            grid_settings(grid, "LiteMIL")
 
 
 class TestRank:

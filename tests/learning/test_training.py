@@ -298,11 +298,11 @@ class TestPrecision:
         ],
     )  # fmt: skip
     def test_on_cuda(self, settings, expected, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
         assert amp_dtype(Training(**settings), torch.device("cuda")) is expected
 
     def test_a_cuda_device_without_bf16(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
         assert amp_dtype(Training(), torch.device("cuda")) is torch.float16
         with pytest.raises(ConfigError, match="this CUDA device has none; give fp16"):
             amp_dtype(Training(precision="bf16"), torch.device("cuda"))

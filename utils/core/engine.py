@@ -100,6 +100,7 @@ _messages: Any = None
 
 def _begin(work: Work, lifeline: Any, messages: Any, count: int) -> None:
     global _work, _messages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a mask is not inherited
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(count)
     _work, _messages = work, messages

@@ -1,5 +1,6 @@
 """The checkpoint: everything `predict.py` needs, as plain tensors and JSON-able values."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,8 @@ from utils.learning.aggregation import SlideFeed
 
 FORMAT = "litemil-checkpoint"
 VERSION = 1
+# What every weight of an ensemble is called by.
+_MEMBER = re.compile(r"members\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class Checkpoint:
 
     def build(self) -> BagModel:
         """The trained model, in evaluation mode, on the CPU."""
-        members = {name.split(".")[1] for name in self.state_dict if name.startswith("members.")}
-        model = Ensemble([build_mil(**self.model) for _ in members]) if members else build_mil(**self.model)
+        members = {_MEMBER.match(name) and name.split(".")[1] for name in self.state_dict}
+        is_ensemble = bool(members) and None not in members
+        model = Ensemble([build_mil(**self.model) for _ in members]) if is_ensemble else build_mil(**self.model)
         model.load_state_dict(self.state_dict)
         return model.eval()
 

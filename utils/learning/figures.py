@@ -148,7 +148,9 @@ def calibration_figure(
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     below.locator_params(axis="y", nbins=4, integer=True)
     figures = pooled_metrics(labels, probabilities, repeats)
-    figures_text = f"Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}; lines: 95% intervals"
+    figures_text = (
+        f"Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}; lines: 95% intervals, slides taken as independent"
+    )
     axes.set_title(f"{_pooled_title(repeats)}\n({figures_text})", fontsize=10)
     return figure
 

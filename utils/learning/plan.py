@@ -30,6 +30,8 @@ class Trial:
 
     def seconds(self, unit: Unit, sizes: np.ndarray) -> float:
         """What a unit takes if no epoch is spared; `sizes (slides,)` are the slides' patches."""
+        if not unit.inner:
+            return unit.epochs * self.training * sizes[unit.fold.train].sum()
         inner = unit.fold.inner[unit.inner - 1]
         return unit.epochs * (self.training * sizes[inner.train].sum() + self.validation * sizes[inner.val].sum())
 
@@ -83,14 +85,15 @@ def _counts(slides: np.ndarray, data: Bags, cases: np.ndarray) -> list[str]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Most seconds; bytes on disk that stay and that are needed meanwhile; bytes of memory of each process (None where
-    the system does not tell) and of the features they share.
+    """Most seconds; bytes on disk that stay and that are needed meanwhile; bytes of memory of each process and of a
+    CUDA device (None where the system does not tell), and of the features that the processes share.
     """
 
     seconds: float
     kept: int
     meanwhile: int
     process: int | None
+    device: int | None
     features: int
 
     def text(self, jobs: int, folder: Path) -> str:
@@ -103,6 +106,8 @@ class Estimate:
         if self.process is not None:
             processes = "" if jobs == 1 else f" for each of {jobs} processes"
             lines.append(f"memory: about {_size(self.process)}{processes}, and {_size(self.features)} of features")
+        if self.device is not None:
+            lines.append(f"GPU memory: about {_size(self.device * jobs)}")
         if self.kept + self.meanwhile > free:
             lines.append(f"warning: {folder} has too little disk for this run; give another --output_dir")
         return "\n".join(lines)
@@ -126,8 +131,9 @@ def estimate(
     # Several jobs share the time out, but none is shorter than its longest training.
     most = max(sum(seconds) / jobs, *seconds)
     model = max(one.model_bytes for one in trials)
-    process = peak_memory(device)["process"]
-    return Estimate(most, checkpoints * model, len(units) * model + packed, process, in_memory)
+    peak = peak_memory(device)
+    meanwhile = len(units) * model + packed
+    return Estimate(most, checkpoints * model, meanwhile, peak["process"], peak["device"], in_memory)
 
 
 def _existing(folder: Path) -> Path:

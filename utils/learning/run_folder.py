@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class RunFolder:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Beside the folder, which may have to move aside.
-            lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
+            place = self.path.resolve()
+            lock = filelock.FileLock(place.with_name(f".{place.name}.lock"))
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ConfigError(
@@ -46,12 +47,13 @@ class RunFolder:
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes it when it is let go
+                Path(lock.lock_file).unlink()
             lock.release()
 
-    def take(self, record: Mapping[str, Any]) -> bool:
-        """Make the folder this run's, with `record` in its run.json: True when the run is finished already. Another
-        run's folder is moved aside; ConfigError for one that holds something else.
+    def take(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the folder this run's, and return its run.json: that of an earlier session, finished or not, or else a
+        new one with `record`. Another run's folder is moved aside; ConfigError for one that holds something else.
         """
         path = self.path / "run.json"
         if path.is_file():
@@ -64,14 +66,13 @@ class RunFolder:
                 if not found["finished"]:
                     done = len(list(self.resume.glob("*.pt")))
                     log.info("%s: resuming; %d trainings are done", self.path, done)
-                return found["finished"]
+                return found
             aside = _next_free(self.path)
             self.path.rename(aside)
             log.warning("%s held another run (%s differs); moved to %s", self.path, ", ".join(changed), aside)
         elif self.path.is_dir() and any(not item.name.startswith(".") for item in self.path.iterdir()):
             raise ConfigError(f"{self.path}: not empty and not a training run; give another --output_dir")
-        self._write(record, finished=False)
-        return False
+        return self._write(record, finished=False)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         self._write(record, finished=True)
@@ -82,8 +83,10 @@ class RunFolder:
         for part in self.path.glob(".*.part"):
             part.unlink(missing_ok=True)
 
-    def _write(self, record: Mapping[str, Any], *, finished: bool) -> None:
-        write_json(self.path / "run.json", {"identity": self.identity, **record, "finished": finished})
+    def _write(self, record: Mapping[str, Any], *, finished: bool) -> dict[str, Any]:
+        content = {"identity": self.identity, **record, "finished": finished}
+        write_json(self.path / "run.json", content)
+        return content
 
 
 def _next_free(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from MILS import mil_options
 from utils.core.config import Training
 from utils.core.errors import ConfigError, TrainingError
 
+_EXPECTED = {int: "a whole number", bool: "true or false"}
 Validation = Mapping[str, float | None]
 Grid = Mapping[str, Sequence[Any]]
 
@@ -60,8 +61,12 @@ def grid_settings(grid: Grid, model: str) -> list[Setting]:
     kinds = _kinds(model)
     for name, values in grid.items():
         _check_name(name, kinds, model)
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"--grid {name}: give each value once, and at least one; found {list(values)}")
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise ConfigError(f"--grid {name}: give a list of values, at least one; found {values!r}")
+        for value in values:
+            _check_kind(name, value, kinds[name])
+        if len(set(values)) < len(values):
+            raise ConfigError(f"--grid {name}: give each value once; found {list(values)}")
     of_training = _training_names()
     settings = []
     for combination in itertools.product(*grid.values()):
@@ -116,10 +121,15 @@ def _check_name(name: str, kinds: Mapping[str, type], model: str) -> None:
         raise ConfigError(f"--grid {name}: no hyperparameter of training or {model}; these are: {', '.join(kinds)}")
 
 
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    fits = (int, float) if kind is float else kind
+    if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"--grid {name}={value!r}: not {_EXPECTED.get(kind, 'a number')}")
+
+
 def _value(name: str, text: str, kind: type) -> Any:
     truths = {"true": True, "false": False}
     try:
         return truths[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError) as failure:
-        expected = {int: "a whole number", bool: "true or false"}.get(kind, "a number")
-        raise ConfigError(f"--grid {name}={text}: not {expected}") from failure
+        raise ConfigError(f"--grid {name}={text}: not {_EXPECTED.get(kind, 'a number')}") from failure

@@ -49,7 +49,7 @@ class OuterFold:
 @dataclass(frozen=True)
 class NamedSplit:
     """One training's slides as a file gives them: `parts` maps train, val and test to wsi_ids. `name` says where it
-    stands; splits with the same `fold` of one file share their test part. `repeat` None where the file tells none.
+    stands; splits with the same `repeat` and `fold` share their test part. `repeat` None where the file tells none.
     """
 
     name: str
@@ -72,6 +72,8 @@ def read_splits(path: Path, known: Collection[str] = ()) -> list[NamedSplit]:
         numbered = {int(found[1]): file for file in path.iterdir() if (found := _split_number(file))}
         if not numbered:
             raise SplitError(f"{path}: no splits_<k>.csv in this folder; expected {_SPLIT_FILE}")
+        if len(numbered) < sum(_split_number(file) is not None for file in path.iterdir()):
+            raise SplitError(f"{path}: two splits_<k>.csv of one number; give each a number of its own")
         return [_read_table(file, number, known) for number, file in sorted(numbered.items())]
     if not path.is_file():
         raise SplitError(f"{path}: no such file; expected {_SPLIT_FILE}")
@@ -164,7 +166,7 @@ def given_splits(
             "to the table, or leave them out with --allow missing"
         )
     case_of = dict(zip(wsi_ids, cases.tolist(), strict=True))
-    folds: dict[int, OuterFold] = {}
+    folds: dict[tuple[int, int], OuterFold] = {}
     for split in splits:
         parts = {name: [one for one in ids if one in index_of] for name, ids in split.parts.items()}
         _check_given(path, split.name, parts, case_of, unit)
@@ -173,8 +175,9 @@ def given_splits(
         if lacking:
             raise SplitError(f"{path}: the train part of {split.name} has no slide of class {named(lacking)}; mend it")
         inner = InnerFold(found["train"], found["val"])
-        known = folds.setdefault(split.fold, OuterFold(split.fold, found["test"], (), split.repeat or 1))
-        folds[split.fold] = replace(known, inner=(*known.inner, inner))
+        place = (split.repeat or 1, split.fold)
+        known = folds.setdefault(place, OuterFold(split.fold, found["test"], (), place[0]))
+        folds[place] = replace(known, inner=(*known.inner, inner))
     return _with_repeats(path, list(folds.values()), all(split.repeat is not None for split in splits))
 
 
@@ -301,7 +304,7 @@ def _read_ours(path: Path, known: Collection[str]) -> list[NamedSplit]:
     try:
         splits = [
             NamedSplit(
-                f"fold {fold['fold']}, inner {number} of {path.name}",
+                f"{_place(fold)}, inner {number} of {path.name}",
                 int(fold["fold"]),
                 {name: _plain_ids(path, part[name], known) for name in PARTS},
                 int(fold.get("repeat", 1)),
@@ -314,7 +317,16 @@ def _read_ours(path: Path, known: Collection[str]) -> list[NamedSplit]:
         raise SplitError(f"{path}: no folds as train.py writes them ({failure}); expected {_SPLIT_FILE}") from failure
     if not splits:
         raise SplitError(f"{path}: no folds in it; expected {_SPLIT_FILE}")
+    places = [_place(fold) for fold in content["folds"]]
+    twice = sorted({place for place in places if places.count(place) > 1})
+    if twice:
+        raise SplitError(f"{path}: {named(twice)} more than once; give each fold a number of its own")
     return splits
+
+
+def _place(fold: Mapping[str, Any]) -> str:
+    repeat = f"repeat {fold['repeat']}, " if fold.get("repeat", 1) != 1 else ""
+    return f"{repeat}fold {fold['fold']}"
 
 
 def _read_table(path: Path, number: int, known: Collection[str]) -> NamedSplit:

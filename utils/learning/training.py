@@ -193,10 +193,10 @@ def amp_dtype(settings: Training, device: torch.device) -> torch.dtype | None:
         if settings.precision != "auto":
             raise ConfigError(f"--precision {settings.precision}: needs a CUDA device, not {device}; give auto or fp32")
         return None
-    if settings.precision == "bf16" and not torch.cuda.is_bf16_supported():
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slow
+    if settings.precision == "bf16" and not has_bf16:
         raise ConfigError("--precision bf16: this CUDA device has none; give fp16, auto or fp32")
-    is_bf16 = settings.precision != "fp16" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if is_bf16 else torch.float16
+    return torch.bfloat16 if has_bf16 and settings.precision != "fp16" else torch.float16
 
 
 def learning_rate(epoch: int, settings: Training) -> float:

@@ -61,7 +61,8 @@ class Trainer:
             part = f"inner fold {unit.inner}" if unit.inner else "refit"
             setting = str(self.settings[unit.setting - 1])
             at_setting = f" with {setting}" if setting else ""
-            raise TrainingError(f"outer fold {unit.fold.number}, {part}{at_setting}: {error}") from error
+            remedy = "; or leave this setting out of --grid" if setting else ""
+            raise TrainingError(f"outer fold {unit.fold.number}, {part}{at_setting}: {error}{remedy}") from error
         save_tensors(self.path(unit), {part.name: getattr(fitted, part.name) for part in fields(Fitted)})
         tell(None)
 
