@@ -14,7 +14,7 @@ from utils.core.config import Training
 from utils.core.engine import Tell
 from utils.core.errors import TrainingError
 from utils.core.files import load_tensors, save_tensors
-from utils.core.runtime import derive_seed, log
+from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.learning.aggregation import SlideFeed
 from utils.learning.selection import Setting
 from utils.learning.splits import OuterFold
@@ -55,6 +55,7 @@ class Trainer:
     folder: Path
 
     def __call__(self, unit: Unit, tell: Tell) -> None:
+        keep_freed_memory()
         try:
             fitted = self._train(unit, tell)
         except TrainingError as error:
