@@ -26,11 +26,13 @@ class RunFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes out meanwhile. Raises ConfigError when one is in already."""
+        place = self.path.resolve()
+        # Beside the folder, which may have to move aside.
+        lock_file = place.with_name(f".{place.name}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Beside the folder, which may have to move aside.
-            place = self.path.resolve()
-            lock = filelock.FileLock(place.with_name(f".{place.name}.lock"))
+            lock_file.touch()  # says what is wrong where it cannot be; taking the lock would not
+            lock = filelock.FileLock(lock_file)
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ConfigError(
@@ -48,7 +50,7 @@ class RunFolder:
             yield
         finally:
             with suppress(OSError):  # Windows removes it when it is let go
-                Path(lock.lock_file).unlink()
+                lock_file.unlink()
             lock.release()
 
     def take(self, record: Mapping[str, Any]) -> dict[str, Any]:
