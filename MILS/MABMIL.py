@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from MILS.layers import Dropout
+from MILS.layers import Dropout, Linear, linear_by_head
 from MILS.pooling import AttentionModel, AttentionSummary
 from MILS.registry import register_mil
 
@@ -49,7 +49,7 @@ class GatedAttention(nn.Module):
         bags, instances, _ = h.shape
         heads, width, _ = self.weight.shape
         slices = h.reshape(bags * instances, heads, width).transpose(0, 1)  # (H, B * N, w)
-        hidden = torch.baddbmm(self.bias, slices, self.weight)
+        hidden = linear_by_head(slices, self.weight, self.bias)
         if self.gated:
             content, gate = hidden.chunk(2, dim=-1)
             hidden = self.dropout(torch.tanh(content)) * self.dropout(torch.sigmoid(gate))
@@ -64,7 +64,7 @@ class SlicedAttentionModel(AttentionModel):
 
     def build(self, num_heads: int, width: int, attention_dim: int, *, gated: bool, dropout: float) -> None:
         self.num_heads = num_heads
-        self.instance_embed = nn.Sequential(nn.Linear(self.input_dim, num_heads * width), nn.ReLU(), Dropout(dropout))
+        self.instance_embed = nn.Sequential(Linear(self.input_dim, num_heads * width), nn.ReLU(), Dropout(dropout))
         self.gate = GatedAttention(num_heads, width, attention_dim, gated=gated, dropout=dropout)
         self.classifier = nn.Linear(num_heads * width, self.num_classes)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from MILS.layers import Dropout, at_least_single, full_precision
+from MILS.layers import Dropout, Linear, at_least_single, full_precision, linear
 from MILS.pooling import Aux, BagModel
 from MILS.registry import register_mil
 
@@ -75,7 +75,7 @@ class NystromAttention(nn.Module):
         self.num_heads = num_heads
         self.num_landmarks = num_landmarks
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim), Dropout(dropout))
+        self.to_out = nn.Sequential(Linear(dim, dim), Dropout(dropout))
         self.res_conv = nn.Conv2d(
             num_heads, num_heads, (RESIDUAL_TAPS, 1), padding=(RESIDUAL_TAPS // 2, 0), groups=num_heads, bias=False
         )
@@ -99,7 +99,7 @@ class NystromAttention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2)), landmarks
 
     def _heads(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.linear(x, weight).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, n, e)
+        return linear(x, weight).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, n, e)
 
 
 class PyramidEncoding(nn.Module):
@@ -154,7 +154,7 @@ class TransMIL(BagModel):
         super().__init__(input_dim, num_classes, hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout)
         self.require(hidden_dim >= 2, f"hidden_dim must be at least 2, got {hidden_dim}")
         self.require(hidden_dim % num_heads == 0, f"hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")
-        self.instance_embed = nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.ReLU(inplace=True))
+        self.instance_embed = nn.Sequential(Linear(input_dim, hidden_dim), nn.ReLU(inplace=True))
         self.class_token = nn.Parameter(torch.randn(1, 1, hidden_dim))
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.attention1 = NystromAttention(hidden_dim, num_heads, hidden_dim // 2, dropout)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from MILS.layers import weight_gradient
+
 if TYPE_CHECKING:
     from MILS.pooling import MergeableModel
 
@@ -141,11 +143,8 @@ class _Stream(torch.autograd.Function):
                     if grad is not None:
                         grad_of(parameter).add_(grad)
                 if y_grad is not None and layer.weight.requires_grad:
-                    weight_grad, y_rows, x_rows = grad_of(layer.weight), y_grad.flatten(0, 1).T, prepared.flatten(0, 1)
-                    if y_grad.dtype == weight_grad.dtype:
-                        weight_grad.addmm_(y_rows, x_rows.to(y_grad.dtype))
-                    else:  # under autocast: the product in its precision
-                        weight_grad.add_(y_rows @ x_rows.to(y_grad.dtype))
+                    instances = prepared.flatten(0, 1).to(y_grad.dtype)  # that of autocast, where it is on
+                    grad_of(layer.weight).add_(weight_gradient(y_grad.flatten(0, 1), instances))
                 if y_grad is not None and layer.bias.requires_grad:
                     grad_of(layer.bias).add_(y_grad.sum(dim=(0, 1)))
         return None, None, None, None, None, *(grads.get(id(parameter)) for parameter in parameters)
