@@ -12,8 +12,8 @@ from torch.nn import functional
 
 # oneDNN's product x w^T + b. PyTorch gives single precision to MKL, which leaves the AVX-512 of a processor that is not
 # Intel's unused: there this is twice as fast. Not every build of PyTorch has it.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_ONEDNN_PAYS = _ONEDNN is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN_PAYS = ONEDNN_LINEAR is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Linear(nn.Linear):
@@ -55,8 +55,8 @@ def _by_onednn(*tensors: Tensor) -> bool:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Both contiguous, or the transpose of what is: with steps between rows oneDNN can be a hundred times slower."""
-    assert _ONEDNN is not None  # noqa: S101 - for the type checker: it was looked for
-    return _ONEDNN(x, weight, bias, "none", [], "")
+    assert ONEDNN_LINEAR is not None  # noqa: S101 - for the type checker: it was looked for
+    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
 
 class _OneDNNLinear(torch.autograd.Function):

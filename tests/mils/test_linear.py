@@ -9,12 +9,12 @@ from torch.nn import functional
 
 from MILS import build_mil, layers
 
-with_onednn = pytest.mark.skipif(layers._ONEDNN is None, reason="this build of PyTorch has no product by oneDNN")
+with_onednn = pytest.mark.skipif(layers.ONEDNN_LINEAR is None, reason="this build of PyTorch has no product by oneDNN")
 
 
 @pytest.fixture(params=[False, True], ids=["pytorch", "oneDNN"])
 def by_onednn(request, monkeypatch):
-    if request.param and layers._ONEDNN is None:
+    if request.param and layers.ONEDNN_LINEAR is None:
         pytest.skip("this build of PyTorch has no product by oneDNN")
     monkeypatch.setattr(layers, "_ONEDNN_PAYS", request.param)
     return request.param
@@ -65,7 +65,7 @@ def test_weight_gradient_of_strided_rows(by_onednn):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_takes_single_precision_only(monkeypatch, dtype):
     monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
-    monkeypatch.setattr(layers, "_ONEDNN", None)  # what would take another type fails
+    monkeypatch.setattr(layers, "ONEDNN_LINEAR", None)  # what would take another type fails
     x, weight = torch.ones(5, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype)
     assert torch.equal(layers.linear(x, weight), functional.linear(x, weight))
 
@@ -73,7 +73,7 @@ def test_takes_single_precision_only(monkeypatch, dtype):
 @with_onednn
 def test_autocast_and_pytorch_s_own_switch_are_heeded(monkeypatch):
     monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
-    monkeypatch.setattr(layers, "_ONEDNN", None)
+    monkeypatch.setattr(layers, "ONEDNN_LINEAR", None)
     x, weight = torch.ones(5, 8), torch.ones(4, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layers.linear(x, weight).dtype is torch.bfloat16
