@@ -24,7 +24,16 @@ from utils.core.config import Protocol, Running, Training
 from utils.core.engine import run_tasks, threads, threads_each
 from utils.core.errors import ConfigError, TrainingError, counted
 from utils.core.files import digest, read_json, write_json
-from utils.core.runtime import log, peak_memory, progress, progress_bar, resolve_device, run_metadata, versions
+from utils.core.runtime import (
+    amp_dtype,
+    log,
+    peak_memory,
+    progress,
+    progress_bar,
+    resolve_device,
+    run_metadata,
+    versions,
+)
 from utils.learning import plan, results
 from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
@@ -33,7 +42,7 @@ from utils.learning.results import FoldResult, Pooled
 from utils.learning.run_folder import RunFolder
 from utils.learning.selection import best_of, grid_settings, mean_rank, rank, read_grid, refit_epochs
 from utils.learning.splits import OuterFold, given_splits, repeated_splits
-from utils.learning.training import Bags, Fitted, amp_dtype, predict_slides
+from utils.learning.training import Bags, Fitted, predict_slides
 from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
 
@@ -98,7 +107,7 @@ class NestedCrossValidation:
         self.dataset, self.dataset_name = dataset, dataset_name
         self.output_dir = Path(output_dir).absolute()
         self.device = resolve_device(device)
-        amp_dtype(self.training, self.device)
+        amp_dtype(self.training.amp_precision, self.device)
         self.spec = _spec_of(model_factory)
         for name, expected in (("input_dim", dataset.input_dim), ("num_classes", len(dataset.class_names))):
             if self.spec.get(name, expected) != expected:

@@ -11,10 +11,11 @@ from MILS.pooling import BagModel
 from tests.cohort import write_cohort
 from utils.core.config import Training
 from utils.core.errors import ConfigError, TrainingError
+from utils.core.runtime import amp_dtype
 from utils.learning import training
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.metrics import METRICS, balanced_class_weights
-from utils.learning.training import Fitted, amp_dtype, fit, learning_rate, predict_slides, refit, validate
+from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
 
 CPU = torch.device("cpu")
@@ -299,19 +300,19 @@ class TestPrecision:
     )  # fmt: skip
     def test_on_cuda(self, settings, expected, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-        assert amp_dtype(Training(**settings), torch.device("cuda")) is expected
+        assert amp_dtype(Training(**settings).amp_precision, torch.device("cuda")) is expected
 
     def test_a_cuda_device_without_bf16(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-        assert amp_dtype(Training(), torch.device("cuda")) is torch.float16
+        assert amp_dtype(Training().amp_precision, torch.device("cuda")) is torch.float16
         with pytest.raises(ConfigError, match="this CUDA device has none; give fp16"):
-            amp_dtype(Training(precision="bf16"), torch.device("cuda"))
+            amp_dtype(Training(precision="bf16").amp_precision, torch.device("cuda"))
 
     def test_elsewhere_it_is_off_and_cannot_be_asked_for(self):
-        assert amp_dtype(Training(), CPU) is None
-        assert amp_dtype(Training(precision="fp32"), CPU) is None
+        assert amp_dtype(Training().amp_precision, CPU) is None
+        assert amp_dtype(Training(precision="fp32").amp_precision, CPU) is None
         with pytest.raises(ConfigError, match="--precision fp16: needs a CUDA device, not cpu"):
-            amp_dtype(Training(precision="fp16"), CPU)
+            amp_dtype(Training(precision="fp16").amp_precision, CPU)
 
     def test_both_flags_must_agree(self):
         with pytest.raises(ConfigError, match="--precision bf16: contradicts --no_amp"):

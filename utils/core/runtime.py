@@ -54,6 +54,28 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def amp_dtype(precision: str, device: torch.device, auto: str | None = None) -> torch.dtype | None:
+    """What autocast computes in on this device for a `--precision`; None where it is off.
+
+    `auto`, where not said, is bf16 on a CUDA device that has it, else fp16 there, and off elsewhere. Raises ConfigError
+    for a precision the device lacks.
+    """
+    if precision == "fp32":
+        return None
+    if device.type != "cuda":
+        if precision != "auto":
+            raise ConfigError(f"--precision {precision}: needs a CUDA device, not {device}; give auto or fp32")
+        return None
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slow
+    if precision == "bf16" and not has_bf16:
+        raise ConfigError("--precision bf16: this CUDA device has none; give fp16, auto or fp32")
+    if precision == "auto" and auto is not None:
+        precision = "fp16" if auto == "bf16" and not has_bf16 else auto
+    return {"auto": torch.bfloat16 if has_bf16 else torch.float16, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        precision
+    )
+
+
 def derive_seed(*parts: int | str) -> int:
     """A seed for one piece of work from everything that identifies it; the same parts give the same seed everywhere."""
     name = "/".join(str(part) for part in parts)
@@ -172,6 +194,19 @@ def _left_of(group: Path, limit: str, used: str) -> int | None:
     # Cached file contents count as held, though they are handed back on demand.
     caches = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
     return max(0, bound - held + max(map(int, caches), default=0))
+
+
+def duration(seconds: float) -> str:
+    """In words, as precise as an estimate is."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def file_size(count: float) -> str:
+    """Bytes, in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:

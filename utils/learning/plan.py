@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.core.runtime import peak_memory
+from utils.core.runtime import duration, file_size, peak_memory
 from utils.learning.splits import OuterFold
 from utils.learning.training import Bags, ModelTraining, validate
 from utils.learning.units import Trainer, Unit
@@ -99,15 +99,17 @@ class Estimate:
     def text(self, jobs: int, folder: Path) -> str:
         free = shutil.disk_usage(_existing(folder)).free
         lines = [
-            f"time: at most about {_duration(self.seconds)}, less where early stopping ends a training",
-            f"disk: {_size(self.kept)} of checkpoints, {_size(self.meanwhile)} more until the run ends; "
-            f"{_size(free)} free",
+            f"time: at most about {duration(self.seconds)}, less where early stopping ends a training",
+            f"disk: {file_size(self.kept)} of checkpoints, {file_size(self.meanwhile)} more until the run ends; "
+            f"{file_size(free)} free",
         ]
         if self.process is not None:
             processes = "" if jobs == 1 else f" for each of {jobs} processes"
-            lines.append(f"memory: about {_size(self.process)}{processes}, and {_size(self.features)} of features")
+            lines.append(
+                f"memory: about {file_size(self.process)}{processes}, and {file_size(self.features)} of features"
+            )
         if self.device is not None:
-            lines.append(f"GPU memory: about {_size(self.device * jobs)}")
+            lines.append(f"GPU memory: about {file_size(self.device * jobs)}")
         if self.kept + self.meanwhile > free:
             lines.append(f"warning: {folder} has too little disk for this run; give another --output_dir")
         return "\n".join(lines)
@@ -138,14 +140,3 @@ def estimate(
 
 def _existing(folder: Path) -> Path:
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.1f} MB"

@@ -13,8 +13,8 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own abbreviation
 from MILS.pooling import BagModel, evaluating
 from utils.bags.collate import Batch
 from utils.core.config import Training
-from utils.core.errors import ConfigError, TrainingError
-from utils.core.runtime import ahead, derive_seed, seed_everything
+from utils.core.errors import TrainingError
+from utils.core.runtime import ahead, amp_dtype, derive_seed, seed_everything
 from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features
 from utils.learning.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.selection import rank
@@ -69,7 +69,7 @@ class ModelTraining:
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),  # the same step in one piece: several times faster
         )
-        self.amp_dtype = amp_dtype(settings, device)
+        self.amp_dtype = amp_dtype(settings.amp_precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
 
     def epoch(self, number: int) -> dict[str, Any]:
@@ -181,22 +181,6 @@ def refit(
         history.append(training.epoch(epoch))
         on_epoch(history[-1])
     return Fitted(training.kept_state(), epochs, {}, torch.empty(0, len(dataset.class_names)), history)
-
-
-def amp_dtype(settings: Training, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on this device; None where it is off. Raises ConfigError for a precision the device
-    lacks.
-    """
-    if not settings.use_amp or settings.precision == "fp32":
-        return None
-    if device.type != "cuda":
-        if settings.precision != "auto":
-            raise ConfigError(f"--precision {settings.precision}: needs a CUDA device, not {device}; give auto or fp32")
-        return None
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slow
-    if settings.precision == "bf16" and not has_bf16:
-        raise ConfigError("--precision bf16: this CUDA device has none; give fp16, auto or fp32")
-    return torch.bfloat16 if has_bf16 and settings.precision != "fp16" else torch.float16
 
 
 def learning_rate(epoch: int, settings: Training) -> float:
