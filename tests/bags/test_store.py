@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from tests.cohort import PATCH_SIZE_LEVEL0, synthetic_bag, synthetic_passport
-from utils.bags.store import Bag, BagInfo, is_feature_file, peek_bag, read_bag, write_bag
-from utils.core.errors import FeatureFileError
+from utils.bags.store import Bag, BagInfo, bag_writer, is_feature_file, peek_bag, read_bag, write_bag
+from utils.core.errors import FeatureFileError, LiteMILError
 from utils.core.passport import Passport
 
 FORMATS = ("h5", "pt")
@@ -189,17 +190,60 @@ def test_what_is_not_known_is_tridents_word_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "dim", "dtype"), [(2, 4, "f2"), (600, 1024, "f2"), (5000, 2048, "f4"), (3, 9000, "f4")]
+    ("rows", "dim", "dtype"), [(1, 1, "f2"), (2, 4, "f2"), (600, 1024, "f2"), (5000, 2048, "f4"), (3, 9000, "f4")]
 )
-def test_row_chunks_are_made_for_slicing(tmp_path, rows, dim, dtype):
-    write_bag(tmp_path / "slide.h5", Bag(np.zeros((rows, dim), dtype)))
+def test_features_lie_in_one_piece(tmp_path, rows, dim, dtype):
+    features = features_of(rows, dim, dtype)
+    write_bag(tmp_path / "slide.h5", Bag(features, coords_of(rows), 256))
     with h5py.File(tmp_path / "slide.h5") as file:
-        chunk_rows, chunk_dim = file["features"].chunks
-    assert chunk_dim == dim
-    assert 1 < chunk_rows <= rows
-    row_bytes = dim * np.dtype(dtype).itemsize
-    assert chunk_rows * row_bytes <= 2**20
-    assert chunk_rows == rows or (chunk_rows + 1) * row_bytes > 2**20, "a chunk is far smaller than it may be"
+        data = file["features"]
+        assert data.chunks is None
+        place = data.id.get_offset()
+        np.testing.assert_array_equal(data, features)
+    with (tmp_path / "slide.h5").open("rb") as file:
+        file.seek(place)
+        assert file.read(features.nbytes) == features.tobytes()
+
+
+@pytest.mark.parametrize("ending", ["h5", "pt"])
+@pytest.mark.parametrize("cuts", [[], [1], [3, 4, 90]])
+def test_written_in_pieces_the_bytes_are_the_same(tmp_path, ending, cuts):
+    features, coords = features_of(100, 8, "f2"), coords_of(100)
+    whole, pieces = tmp_path / f"whole.{ending}", tmp_path / f"pieces.{ending}"
+    passport = synthetic_passport("slide")
+    write_bag(whole, Bag(features, coords, 256, passport))
+    with bag_writer(pieces, 8, "float16") as writer:
+        for part in np.split(features, cuts):
+            writer.append(part)
+        writer.finish(coords, 256, passport)
+    assert pieces.read_bytes() == whole.read_bytes()
+    np.testing.assert_array_equal(read_bag(pieces).features, features)
+
+
+@pytest.mark.parametrize("ending", ["h5", "pt"])
+def test_what_ends_amid_the_pieces_leaves_no_file(tmp_path, ending):
+    def interrupted():
+        with bag_writer(tmp_path / f"a.{ending}", 8, "float16") as writer:
+            writer.append(np.zeros((5, 8), "f2"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of file size there")
+def test_a_full_disk_is_one_line_and_no_file(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(LiteMILError, match=r"slide.h5: cannot be written \(File too large\); free some space"):
+            write_bag(tmp_path / "slide.h5", Bag(features_of(1000, 64)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 # What others have written is read

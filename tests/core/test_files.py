@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import stat
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, LiteMILError
 from utils.core.files import (
     check_distinct,
+    clear_parts,
     digest,
     load_tensors,
     read_json,
@@ -29,6 +32,7 @@ from utils.core.files import (
 )
 
 EXPECTED = "a test file"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class TouchesAFile:
@@ -43,6 +47,25 @@ class TouchesAFile:
 
 def load(path: Path):
     return load_tensors(path, FeatureFileError, EXPECTED)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="whether a process runs cannot be asked there")
+def test_what_a_killed_process_left_is_cleared_and_no_other(tmp_path):
+    def begin(name: str) -> None:
+        script = "import os, sys; from utils.core.files import whole_file\nwith whole_file(sys.argv[1]): os._exit(9)"
+        subprocess.run([sys.executable, "-c", script, tmp_path / name], check=False, cwd=ROOT)
+
+    begin("killed.h5")
+    (tmp_path / ".theirs.h5.other_machine-1.abc.part").touch()
+    (tmp_path / ".notes.part").touch()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 3
+    with whole_file(tmp_path / "mine.h5") as part:
+        clear_parts(tmp_path)
+        assert part.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mine.h5", ".notes.part", ".theirs.h5.other_machine-1.abc.part",
+    }  # fmt: skip
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

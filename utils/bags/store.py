@@ -7,11 +7,12 @@ other toolkits keep what is in `foreign`; here it becomes a bag, or is refused.
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -20,14 +21,14 @@ import torch
 from utils.bags.foreign import TENSOR_FILE, Found, Places, as_array, find_h5, find_pt, length, open_h5
 from utils.bags.rows import Fingerprint, RowMap, map_rows
 from utils.core.errors import FeatureFileError
-from utils.core.files import load_tensors, save_tensors, write_bytes
+from utils.core.files import load_tensors, tensor_bytes, whole_file
 from utils.core.passport import Passport
 
 _HDF5_EXTENSIONS, _TENSOR_EXTENSIONS = (".h5", ".hdf5"), (".pt", ".pth")
 FEATURE_EXTENSIONS = _HDF5_EXTENSIONS + _TENSOR_EXTENSIONS
 _PASSPORT = "litemil_passport"
-# A chunk of rows is about this large: one read call each, and little more than what is asked for.
-_CHUNK_BYTES = 2**20
+# Everything in our files begins at a multiple of this, so that the features begin at the same place in all of them.
+_ALIGNMENT = 512
 
 
 @dataclass(frozen=True)
@@ -112,34 +113,127 @@ def write_bag(path: Path, bag: Bag) -> None:
 
     Equal bags give equal bytes: no timestamps, no paths. Raises FeatureFileError for an ending that is none of ours.
     """
+    with bag_writer(path, bag.features.shape[1], bag.features.dtype) as writer:
+        writer.append(bag.features)
+        writer.finish(bag.coords, bag.patch_size_level0, bag.passport)
+
+
+@contextmanager
+def bag_writer(path: Path, dim: int, dtype: np.dtype | str) -> Iterator["BagWriter"]:
+    """Write a bag piece by piece: `append` features `(n, D)`, then `finish` with the rest.
+
+    The bytes are those of `write_bag`. HDF5 takes no more memory for more patches; PyTorch's format is written from
+    memory. The file appears when the block ends well after `finish`. Raises as `write_bag` does.
+    """
     path = Path(path)
     if not is_feature_file(path):
         raise FeatureFileError(f"{path}: ends in {path.suffix!r}; end it in .h5 or .pt")
-    if path.suffix.lower() in _TENSOR_EXTENSIONS:
-        save_tensors(path, _tensor_content(bag))
-        return
-    # Through memory: HDF5 ends the process when a disk fills up under it.
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
-        rows = max(1, min(len(bag.features), _CHUNK_BYTES // (bag.features.shape[1] * bag.features.itemsize)))
-        features = file.create_dataset("features", data=bag.features, chunks=(rows, bag.features.shape[1]))
-        features.attrs.update(_trident_feature_attributes(bag))
-        if bag.coords is not None:
-            coords = file.create_dataset("coords", data=bag.coords.astype(np.int64))
-            coords.attrs.update(_trident_coord_attributes(bag))
-        if bag.passport is not None:
-            file.attrs[_PASSPORT] = bag.passport.to_json()
-    write_bytes(path, buffer.getvalue())
+    kind = _TensorWriter if path.suffix.lower() in _TENSOR_EXTENSIONS else _HDF5Writer
+    with whole_file(path) as part, part.open("wb") as file:
+        yield kind(file, dim, np.dtype(dtype))
 
 
-def _tensor_content(bag: Bag) -> dict[str, Any]:
-    coords = np.empty((0, 2), np.int64) if bag.coords is None else bag.coords.astype(np.int64)
-    content = {
-        "features": _as_tensor(bag.features),
-        "coords": _as_tensor(coords),
-        "metadata": json.loads(bag.passport.to_json()) if bag.passport else {},
-    }
-    return content if bag.patch_size_level0 is None else content | {"patch_size_level0": bag.patch_size_level0}
+class BagWriter:
+    """Features first, then all else; made by `bag_writer`."""
+
+    def __init__(self, file: IO[bytes], dim: int, dtype: np.dtype) -> None:
+        self.file, self.dim, self.dtype, self.num_instances = file, dim, dtype, 0
+
+    def append(self, features: np.ndarray) -> None:
+        self.num_instances += len(features)
+        self._append(np.ascontiguousarray(features, self.dtype))
+
+    def finish(self, coords: np.ndarray | None, patch_size_level0: int | None, passport: Passport | None) -> None:
+        raise NotImplementedError
+
+    def _append(self, features: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class _HDF5Writer(BagWriter):
+    """HDF5's own part of the file is made in memory at the end, and put around the features: HDF5 ends the process when
+    a disk fills up under it, and needs their number beforehand.
+    """
+
+    def __init__(self, file: IO[bytes], dim: int, dtype: np.dtype) -> None:
+        super().__init__(file, dim, dtype)
+        self.start = self._frame(1, None, None, None)[1]
+        file.seek(self.start)
+
+    def _append(self, features: np.ndarray) -> None:
+        self.file.write(features.data)
+
+    def finish(self, coords: np.ndarray | None, patch_size_level0: int | None, passport: Passport | None) -> None:
+        frame, start = self._frame(self.num_instances, coords, patch_size_level0, passport)
+        assert start == self.start  # noqa: S101 - what precedes the features does not depend on what follows
+        for place, content in frame.written.items():
+            self.file.seek(place)
+            self.file.write(content)
+        self.file.truncate(frame.length)
+
+    def _frame(
+        self, rows: int, coords: np.ndarray | None, patch_size_level0: int | None, passport: Passport | None
+    ) -> tuple["_Frame", int]:
+        """The file but for its features, and where these begin."""
+        frame = _Frame()
+        unwritten = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        unwritten.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        unwritten.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        with h5py.File(frame, "w", alignment_threshold=1, alignment_interval=_ALIGNMENT) as file:
+            features = file.create_dataset("features", (rows, self.dim), self.dtype, dcpl=unwritten)
+            start = features.id.get_offset()
+            features.attrs.update(_trident_feature_attributes(passport))
+            if coords is not None:
+                placed = file.create_dataset("coords", data=coords.astype(np.int64))
+                placed.attrs.update(_trident_coord_attributes(passport, patch_size_level0))
+            if passport is not None:
+                file.attrs[_PASSPORT] = passport.to_json()
+        return frame, start
+
+
+class _Frame(io.RawIOBase):
+    """Remembers what is written where."""
+
+    def __init__(self) -> None:
+        self.written: dict[int, bytes] = {}
+        self.length = self.place = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.length}[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def truncate(self, size: int | None = None) -> int:
+        self.length = self.place if size is None else size
+        return self.length
+
+    def write(self, content: Any) -> int:
+        self.written[self.place] = bytes(content)
+        self.place += len(content)
+        self.length = max(self.length, self.place)
+        return len(content)
+
+
+class _TensorWriter(BagWriter):
+    def __init__(self, file: IO[bytes], dim: int, dtype: np.dtype) -> None:
+        super().__init__(file, dim, dtype)
+        self.parts = [np.empty((0, dim), dtype)]
+
+    def _append(self, features: np.ndarray) -> None:
+        self.parts.append(features)
+
+    def finish(self, coords: np.ndarray | None, patch_size_level0: int | None, passport: Passport | None) -> None:
+        coords = np.empty((0, 2), np.int64) if coords is None else coords.astype(np.int64)
+        content = {
+            "features": _as_tensor(np.concatenate(self.parts)),
+            "coords": _as_tensor(coords),
+            "metadata": json.loads(passport.to_json()) if passport else {},
+        }
+        if patch_size_level0 is not None:
+            content["patch_size_level0"] = patch_size_level0
+        self.file.write(tensor_bytes(content))
 
 
 def _as_tensor(values: np.ndarray) -> torch.Tensor:
@@ -262,8 +356,8 @@ def _whole_pixels(path: Path, placed: np.ndarray) -> np.ndarray:
     return whole
 
 
-def _trident_feature_attributes(bag: Bag) -> dict[str, str]:
-    slide, recipe = (bag.passport.slide, bag.passport.recipe) if bag.passport else ({}, {})
+def _trident_feature_attributes(passport: Passport | None) -> dict[str, str]:
+    slide, recipe = (passport.slide, passport.recipe) if passport else ({}, {})
     return {"name": str(slide.get("name")), "encoder": str(recipe.get("backbone")), "savetodir": "."}
 
 
@@ -271,12 +365,12 @@ def _magnification(mpp: float | None) -> float | None:
     return None if mpp is None else round(10 / mpp, 2)
 
 
-def _trident_coord_attributes(bag: Bag) -> dict[str, Any]:
-    slide, recipe = (bag.passport.slide, bag.passport.recipe) if bag.passport else ({}, {})
+def _trident_coord_attributes(passport: Passport | None, patch_size_level0: int | None) -> dict[str, Any]:
+    slide, recipe = (passport.slide, passport.recipe) if passport else ({}, {})
     patch_size, stride = recipe.get("patch_size"), recipe.get("stride")
     values = {
         "patch_size": patch_size,
-        "patch_size_level0": bag.patch_size_level0,
+        "patch_size_level0": patch_size_level0,
         "level0_magnification": slide.get("objective"),
         "target_magnification": recipe.get("magnification") or _magnification(slide.get("mpp_delivered")),
         "overlap": None if patch_size is None or stride is None else patch_size - stride,

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import re
 import struct
 import tempfile
@@ -61,7 +62,8 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+        owner = f"{_machine()}-{os.getpid()}"
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.{owner}.", suffix=".part", dir=path.parent)
     except OSError as failure:
         raise error(f"{path}: cannot be written ({failure.strerror}); choose another output folder") from failure
     part = Path(name)
@@ -80,6 +82,30 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
         raise error(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from failure
     finally:
         part.unlink(missing_ok=True)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove what killed processes of this machine left half-written in a folder."""
+    for part in folder.glob(f".*.{_machine()}-*.part"):
+        found = re.search(r"-(\d+)\.[^.]*\.part$", part.name)
+        if found and not _is_running(int(found[1])):
+            part.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:60]
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # nothing can be asked there without harm
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -106,13 +132,13 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
     write_text(path, table.getvalue())
 
 
-def check_distinct(targets: Mapping[Path, Path]) -> None:
+def check_distinct(targets: Mapping[Path, Path], remedy: str = "rename one of them") -> None:
     """Raise ConfigError when two sources (the keys) would be written to one file (the values)."""
     owners: dict[Path, Path] = {}
     for source, target in targets.items():
         other = owners.setdefault(target, source)
         if other is not source:
-            raise ConfigError(f"{other} and {source} would both be written to {target}; rename one of them")
+            raise ConfigError(f"{other} and {source} would both be written to {target}; {remedy}")
 
 
 def read_json(path: Path, error: type[LiteMILError] = LiteMILError) -> Any:
@@ -123,10 +149,14 @@ def read_json(path: Path, error: type[LiteMILError] = LiteMILError) -> Any:
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """`torch.save` through a buffer: the bytes depend on the content alone, not on the file's name."""
+    write_bytes(path, tensor_bytes(content))
+
+
+def tensor_bytes(content: Any) -> bytes:
+    """`torch.save` into a buffer: the bytes depend on the content alone, not on a file's name."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_tensors(path: Path, error: type[LiteMILError], expected: str) -> Any:
