@@ -8,12 +8,17 @@ import sys
 
 from utils.core import cli
 from utils.core.config import Extraction, ExtractionFiles
-from utils.feature_extractor import WSIFeatureExtractor, extract_slides, summary
+from utils.feature_extractor import WSIFeatureExtractor, extract_slides, rehearse
+from utils.slides.batch import summary
 
 
 def main() -> None:
     files, recipe = cli.parse(str(__doc__), {"files": ExtractionFiles, "recipe": Extraction})
-    statuses = extract_slides(WSIFeatureExtractor.of_config(recipe), files)
+    extractor = WSIFeatureExtractor.of_config(recipe)
+    if files.dry_run:
+        print(rehearse(extractor, files))
+        return
+    statuses = extract_slides(extractor, files)
     print(summary(statuses))
     if any(status.status == "failed" for status in statuses):
         sys.exit(1)

@@ -4,35 +4,47 @@ extractor = WSIFeatureExtractor(backbone="resnet50", patch_size=256)
 result = extractor.process("slide.svs", save_path="slide.h5")
 """
 
+import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 
-from utils.bags.store import Bag, peek_bag, write_bag
+from utils.bags.store import Bag, BagInfo, bag_writer, peek_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
-from utils.core.errors import (
-    BackboneError,
-    ConfigError,
-    FeatureFileError,
-    LiteMILError,
-    NoTissueError,
-    RecipeError,
-    SlideError,
-)
-from utils.core.files import check_distinct, write_records
+from utils.core.errors import BackboneError, FeatureFileError, RecipeError, SlideError
 from utils.core.passport import Passport, recipe_differences
-from utils.core.runtime import log, progress, progress_bar, resolve_device, versions
+from utils.core.runtime import (
+    amp_dtype,
+    duration,
+    file_size,
+    log,
+    progress,
+    progress_bar,
+    resolve_device,
+    versions,
+)
 from utils.slides.backbones import Backbone, canonical_backbone, load_backbone
-from utils.slides.patching import PatchPlan, plan_patches, read_patches
+from utils.slides.batch import (
+    PLANNED,
+    SlideStatus,
+    guarded,
+    report_path,
+    slide_targets,
+    status_table,
+    work_through,
+)
+from utils.slides.patching import PatchPlan, plan_patches, read_batches
 from utils.slides.tissue import TISSUE_SETTINGS
-from utils.slides.wsi import Slide, find_slides, open_slide
+from utils.slides.wsi import Slide, open_slide, read_slides_csv
 
-REPORT = "extraction_report.csv"
 # A slide's own bar appears only when the slide takes longer than this.
 _BAR_DELAY_SECONDS = 3
 
@@ -40,9 +52,11 @@ _BAR_DELAY_SECONDS = 3
 class WSIFeatureExtractor:
     """One feature recipe; its backbone is loaded when it is first needed.
 
-    `backbone` is `resnet50`, `phikon-v2`, `uni` or `timm:<model>`, with local `weights` instead of a download where
-    given; `patch_size` and `stride` are pixels at pyramid level `level`; a patch is kept when at least
-    `tissue_threshold` of it is tissue; `dtype` is the stored precision. Raises BackboneError, ConfigError.
+    `backbone` is a name of the registry or `timm:<model>`, with local `weights` instead of a download where given.
+    Patches of `patch_size` pixels, `stride` apart, are cut from pyramid level `level` (0 where nothing is said), or
+    resampled to `mpp` um/px or to `magnification` (10 / mpp); one is kept when at least `tissue_threshold` of it is
+    tissue. `dtype` is the stored precision. Of several devices ("cuda:0,cuda:1") a folder makes use, a single slide of
+    the first. Further settings are those of `utils.core.config.Extraction`. Raises BackboneError, ConfigError.
     """
 
     def __init__(
@@ -50,22 +64,35 @@ class WSIFeatureExtractor:
         backbone: str = Extraction.backbone,
         patch_size: int = Extraction.patch_size,
         stride: int | None = Extraction.stride,
-        level: int = Extraction.level,
+        level: int | None = Extraction.level,
         tissue_threshold: float = Extraction.tissue_threshold,
         batch_size: int = Extraction.batch_size,
         device: str = Extraction.device,
         *,
         weights: str | Path | None = Extraction.weights,
         dtype: str = Extraction.dtype,
+        **settings: Any,
     ) -> None:
         self.config = Extraction(
             backbone=backbone, patch_size=patch_size, stride=stride, level=level, tissue_threshold=tissue_threshold,
             batch_size=batch_size, device=device, weights=Path(weights) if weights else None, dtype=dtype,  # type: ignore[arg-type]
+            **settings,
         )  # fmt: skip
-        self.device = resolve_device(device)
+        self.devices = [resolve_device(one) for one in device.split(",")]
+        self.device = self.devices[0]
+        amp_dtype(self.config.precision, self.device)
         canonical_backbone(backbone)
         if self.config.weights is not None and not self.config.weights.is_file():
             raise BackboneError(f"{self.config.weights}: no such weights file; check the path")
+        # Set from another thread, it ends what is being extracted at the next batch.
+        self.stop = threading.Event()
+        self._most_at_once = batch_size
+
+    def on(self, device: torch.device) -> Self:
+        """The same recipe on another device, stopped by the same event."""
+        other = type(self).of_config(replace(self.config, device=str(device)))
+        other.stop = self.stop
+        return other
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -84,7 +111,8 @@ class WSIFeatureExtractor:
 
         Raises BackboneError when the weights at hand are not the recipe's, RecipeError for an incomplete recipe.
         """
-        needed = ("backbone", "patch_size", "stride", "level", "tissue_threshold", "dtype")
+        needed = ("backbone", "patch_size", "stride", "level" if recipe.get("mpp") is None else "mpp",
+                  "tissue_threshold", "dtype")  # fmt: skip
         missing = [name for name in needed if recipe.get(name) is None]
         if missing:
             raise RecipeError(
@@ -92,8 +120,8 @@ class WSIFeatureExtractor:
                 f"({', '.join('--' + name for name in missing)}), or extract the slide yourself"
             )
         extractor = cls(
-            recipe["backbone"], recipe["patch_size"], recipe["stride"], recipe["level"], recipe["tissue_threshold"],
-            batch_size, device, weights=weights, dtype=recipe["dtype"],
+            recipe["backbone"], recipe["patch_size"], recipe["stride"], recipe.get("level"), recipe["tissue_threshold"],
+            batch_size, device, weights=weights, dtype=recipe["dtype"], mpp=recipe.get("mpp"),
         )  # fmt: skip
         differences = recipe_differences(recipe, extractor.recipe, ("weights_digest", "transform"))
         if differences:
@@ -106,6 +134,11 @@ class WSIFeatureExtractor:
             log.warning("the training features were made by other settings of this tool: %s", "; ".join(changed))
         return extractor
 
+    @cached_property
+    def amp_dtype(self) -> torch.dtype | None:
+        """What the backbone computes in where it is not single precision."""
+        return amp_dtype(self.config.precision, self.device, self.backbone.precision)
+
     @property
     def recipe(self) -> dict[str, Any]:
         """What makes features comparable; the passport's `recipe`."""
@@ -114,11 +147,12 @@ class WSIFeatureExtractor:
             "backbone": self.backbone.name,
             "weights_digest": self.backbone.weights_digest,
             "transform": self.backbone.transform.as_dict(),
-            "precision": "float32",
+            "precision": str(self.amp_dtype or torch.float32).removeprefix("torch."),
             "dtype": config.dtype,
             "patch_size": config.patch_size,
             "stride": config.stride or config.patch_size,
-            "level": config.level,
+            "level": None if config.target_mpp else config.level or 0,
+            "mpp": config.target_mpp,
             "tissue_threshold": config.tissue_threshold,
             "tissue": TISSUE_SETTINGS.as_dict(),
         }
@@ -142,142 +176,199 @@ class WSIFeatureExtractor:
 
     def extract(self, wsi_path: Path) -> Bag:
         """One slide's bag, with coordinates and passport."""
-        config = self.config
         with open_slide(wsi_path) as slide:
-            plan = plan_patches(
-                slide, patch_size=config.patch_size, stride=config.stride, level=config.level,
-                tissue_threshold=config.tissue_threshold,
-            )  # fmt: skip
-            features = self._encode(slide, plan)
-            passport = Passport(self.recipe, _slide_record(slide, plan), versions())
-        return Bag(features, plan.coords, plan.patch_size_level0, passport)
+            plan = self.plan(slide)
+            features = np.concatenate(list(self.encode(slide, plan)))
+            return Bag(features, plan.coords, plan.patch_size_level0, self.passport(slide, plan))
 
-    def _encode(self, slide: Slide, plan: PatchPlan) -> np.ndarray:
-        features = np.empty((len(plan.coords), self.backbone.dim), dtype=self.config.dtype)
-        bar = progress_bar(slide.name, len(features), unit="patch", leave=False, delay=_BAR_DELAY_SECONDS)
-        with bar:
-            for start, patches in _batches(slide, plan, self.config.batch_size):
-                encoded = self.backbone.embed(patches).cpu().numpy()
-                features[start : start + len(patches)] = encoded
-                bar.update(len(patches))
-        if not np.isfinite(features).all():
-            raise FeatureFileError(
-                f"{slide.path}: the backbone gave features that are not finite in {self.config.dtype}; "
-                "try --dtype float32"
-            )
-        return features
+    def extract_to(self, wsi_path: Path, target: Path, mpp: float | None = None) -> PatchPlan:
+        """Extract one slide into a feature file, in memory that does not grow with it; `mpp` overrides the slide's.
 
+        Raises as `process` does.
+        """
+        with open_slide(wsi_path, mpp) as slide:
+            plan = self.plan(slide)
+            with bag_writer(target, self.backbone.dim, self.config.dtype) as writer:
+                for features in self.encode(slide, plan):
+                    writer.append(features)
+                writer.finish(plan.coords, plan.patch_size_level0, self.passport(slide, plan))
+        return plan
 
-@dataclass(frozen=True)
-class SlideStatus:
-    """What became of one slide: "done", "skipped" (its features are there), "no tissue" or "failed", and why."""
+    def plan(self, slide: Slide) -> PatchPlan:
+        """Which patches of a slide to read."""
+        config = self.config
+        return plan_patches(
+            slide, patch_size=config.patch_size, stride=config.stride, level=config.level, mpp=config.target_mpp,
+            allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold,
+        )  # fmt: skip
 
-    slide: Path
-    status: str
-    reason: str = ""
-    patches: int | None = None
-    mpp: float | None = None
-    seconds: float | None = None
+    def passport(self, slide: Slide, plan: PatchPlan) -> Passport:
+        return Passport(self.recipe, _slide_record(slide, plan), versions())
+
+    def encode(self, slide: Slide, plan: PatchPlan) -> Iterator[np.ndarray]:
+        """The patches' features `(n, D)`, batch by batch, in the plan's order."""
+        config, on_gpu = self.config, self.device.type == "cuda"
+        workers = config.num_workers or os.cpu_count() or 1
+        bar = progress_bar(slide.name, len(plan), unit="patch", leave=False, delay=_BAR_DELAY_SECONDS)
+        batches = read_batches(slide, plan, config.batch_size, workers=workers, pin_memory=on_gpu)
+        with bar, closing(batches):
+            for patches in batches:
+                if self.stop.is_set():
+                    raise KeyboardInterrupt
+                features = self._embed(patches).cpu().numpy().astype(config.dtype)
+                if not np.isfinite(features).all():
+                    raise FeatureFileError(
+                        f"{slide.path}: the backbone gave features that are not finite in {config.dtype}; "
+                        "try --dtype float32, or --precision fp32"
+                    )
+                if on_gpu:
+                    bar.set_postfix_str(f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB", refresh=False)
+                bar.update(len(features))
+                yield features
+
+    def rate(self, slide: Slide, plan: PatchPlan) -> float:
+        """Patches per second, tried on two batches of a slide; the first is not counted."""
+        few = replace(plan, coords=plan.coords[: 2 * self.config.batch_size])
+        counts, times = [], [time.perf_counter()]
+        for features in self.encode(slide, few):
+            counts.append(len(features))
+            times.append(time.perf_counter())
+        return counts[-1] / (times[-1] - times[-2])
+
+    def _embed(self, patches: torch.Tensor) -> torch.Tensor:
+        """Features of a batch; where the device's memory does not hold it, of half as many at once from then on."""
+        parts, start = [], 0
+        while start < len(patches):
+            part = patches[start : start + self._most_at_once]
+            try:
+                parts.append(self._embed_at_once(part))
+                start += len(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise SlideError(
+                        f"--device {self.device}: its memory does not hold the backbone with a single patch; "
+                        "free some of it, or give another device"
+                    ) from None
+                self._most_at_once = len(part) // 2
+                log.warning("%s: out of memory; going on with batches of %d", self.device, self._most_at_once)
+                torch.cuda.empty_cache()
+        return torch.cat(parts)
+
+    def _embed_at_once(self, patches: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            return self.backbone.embed(patches)
 
 
 def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> list[SlideStatus]:
     """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
 
-    For a folder, also writes `extraction_report.csv`. Raises for a single slide that fails, ConfigError for slides
-    that would share an output file.
+    For a folder, also writes its report (see `utils.slides.batch`). Raises for a single slide that fails, ConfigError
+    for slides that would share an output file.
     """
+    overrides = _overrides(files)
+    targets = _all_targets(files)
     if files.input is not None:
-        if not files.input.is_file():
-            raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
-        return [extract_one(extractor, files.input, _targets([files.input], files)[files.input], files.overwrite)]
-    assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
-    targets = _targets(_slides_in(files), files)
+        ((slide, target),) = targets.items()
+        return [extract_one(extractor, slide, target, files.overwrite, mpp_of(slide, overrides))]
+    extractors = [extractor, *(extractor.on(device) for device in extractor.devices[1:])]
+    _ = [one.backbone for one in extractors]  # a backbone that cannot be had is no slide's fault
+
+    def work(one: WSIFeatureExtractor, slide: Path, target: Path) -> SlideStatus:
+        return extract_one(one, slide, target, files.overwrite, mpp_of(slide, overrides))
+
+    return work_through(targets, [partial(work, one) for one in extractors], report_path(files), extractor.stop)
+
+
+def _all_targets(files: ExtractionFiles) -> dict[Path, Path]:
+    """Each slide and its feature file."""
+    if files.input is None:
+        return slide_targets(files)
+    if not files.input.is_file():
+        raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
+    name = f"{files.input.stem}.{files.format or 'h5'}"
+    return {files.input: files.output or (files.output_dir or files.input.parent) / name}
+
+
+def _overrides(files: ExtractionFiles) -> dict[str, float]:
+    return read_slides_csv(files.slides_csv) if files.slides_csv else {}
+
+
+def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
+    """What `extract_slides` would do, and what it would cost: patches are counted on thumbnails, and the time is
+    estimated from a trial on some of them. Writes nothing. Raises as `extract_slides` does.
+    """
+    overrides = _overrides(files)
+    rates = []
+
+    def look(slide: Path, target: Path) -> SlideStatus:
+        mpp = mpp_of(slide, overrides)
+        if target.exists() and not files.overwrite:
+            return extract_one(extractor, slide, target, mpp=mpp)
+        with open_slide(slide, mpp) as opened:
+            plan = extractor.plan(opened)
+            if not rates:
+                rates.append(extractor.rate(opened, plan))
+        return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
+
+    targets = _all_targets(files)
     _ = extractor.backbone  # a backbone that cannot be had is no slide's fault
-    statuses = []
-    bar = progress(targets.items(), "Slides", unit="slide")
-    for slide, target in bar:
-        bar.set_postfix_str(slide.name, refresh=False)
-        statuses.append(_guarded(extractor, slide, target, files.overwrite))
-    write_records(files.output_dir / REPORT, statuses)
-    return statuses
+    bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
+    statuses = [guarded(look, slide, target) for slide, target in bar]
+    patches = sum(status.patches or 0 for status in statuses if status.status == PLANNED)
+    size = patches * extractor.backbone.dim * np.dtype(extractor.config.dtype).itemsize
+    cost = f"{patches} patches to extract, {file_size(size)} of features"
+    for rate in rates:
+        seconds = patches / rate / len(extractor.devices)
+        cost += f", about {duration(seconds)} at {rate:.0f} patches/s, as just tried on {extractor.device}"
+    return f"{status_table(statuses)}\n\n{cost}\nNothing was extracted: a dry run."
 
 
-def _slides_in(files: ExtractionFiles) -> list[Path]:
-    assert files.input_dir is not None  # noqa: S101 - for the type checker
-    found = find_slides(files.input_dir, files.extensions)
-    if not found:
-        endings = " ".join(files.extensions) if files.extensions else "a slide's ending"
-        raise ConfigError(f"{files.input_dir}: no file with {endings} in it; name the endings with --extensions")
-    return found[: files.limit]
+def mpp_of(slide: Path, overrides: Mapping[str, float]) -> float | None:
+    """What the user says of the slide, by its file's name or its stem."""
+    return overrides.get(slide.name, overrides.get(slide.stem))
 
 
-def _targets(slides: Sequence[Path], files: ExtractionFiles) -> dict[Path, Path]:
-    """Each slide's feature file; two slides of one name would overwrite each other."""
-    targets = {
-        slide: files.output or (files.output_dir or slide.parent) / f"{slide.stem}.{files.format or 'h5'}"
-        for slide in slides
-    }
-    check_distinct(targets)
-    return targets
-
-
-def _guarded(extractor: WSIFeatureExtractor, slide: Path, target: Path, overwrite: bool) -> SlideStatus:
-    try:
-        return extract_one(extractor, slide, target, overwrite)
-    except LiteMILError as error:
-        log.error("%s", error)
-        return SlideStatus(slide, "no tissue" if isinstance(error, NoTissueError) else "failed", str(error))
-
-
-def extract_one(extractor: WSIFeatureExtractor, slide: Path, target: Path, overwrite: bool = False) -> SlideStatus:
+def extract_one(
+    extractor: WSIFeatureExtractor, slide: Path, target: Path, overwrite: bool = False, mpp: float | None = None
+) -> SlideStatus:
     """Make sure that `target` holds the features of `slide`: extract them unless they are there, by the same recipe.
 
-    Raises SlideError, NoTissueError, and RecipeError when `target` holds something else and `overwrite` is not given.
+    `mpp` overrides the slide's um/px. Raises SlideError, NoTissueError, and RecipeError when `target` holds something
+    else and `overwrite` is not given.
     """
     if target.exists() and not overwrite:
-        _check_current(extractor, slide, target)
-        return SlideStatus(slide, "skipped", f"{target} is there, of the same recipe")
+        info = _check_current(extractor, slide, target, mpp)
+        found = info.passport.slide if info.passport else {}
+        return SlideStatus(
+            slide, "skipped", f"{target} is there, of the same recipe", info.num_instances, found.get("mpp_delivered")
+        )
     started = time.perf_counter()
-    bag = extractor.extract(slide)
-    write_bag(target, bag)
-    mpp = bag.passport.slide["mpp_delivered"] if bag.passport else None
-    return SlideStatus(slide, "done", "", len(bag.features), mpp, round(time.perf_counter() - started, 2))
+    plan = extractor.extract_to(slide, target, mpp)
+    return SlideStatus(slide, "done", "", len(plan), plan.mpp, round(time.perf_counter() - started, 2))
 
 
-def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path) -> None:
+def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, mpp: float | None) -> BagInfo:
     """Raise RecipeError unless `target` holds this slide's features by this recipe: since our own files are whole,
     anything else is somebody's, and not overwritten unasked.
     """
     try:
-        passport = peek_bag(target).passport
+        info = peek_bag(target)
     except FeatureFileError as error:
         raise RecipeError(f"{error}; is in the way: move it, or extract with --overwrite") from error
-    if passport is None:
+    if info.passport is None:
         raise RecipeError(
             f"{target}: was made by something else (it holds no recipe); move it, or extract with --overwrite"
         )
-    with open_slide(slide) as opened:
-        found = passport.recipe | {"slide": passport.slide.get("quick_hash")}
-        wanted = extractor.recipe | {"slide": opened.quick_hash()}
+    known = info.passport.slide
+    with open_slide(slide, mpp) as opened:
+        found = info.passport.recipe | {"slide": known.get("quick_hash"), "slide's mpp": known.get("mpp")}
+        wanted = extractor.recipe | {"slide": opened.quick_hash(), "slide's mpp": opened.mpp}
     differences = recipe_differences(wanted, found, wanted, strict=True)
     if differences:
         raise RecipeError(
             f"{target}: made with another recipe ({'; '.join(differences)}); move it, or extract with --overwrite"
         )
-
-
-def _batches(slide: Slide, plan: PatchPlan, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """`(start, patches (B, P, P, 3) uint8)` in the plan's order."""
-    patches: list[np.ndarray] = []
-    start = 0
-    for patch in read_patches(slide, plan):
-        patches.append(patch)
-        if len(patches) == batch_size:
-            yield start, np.stack(patches)
-            start += batch_size
-            patches = []
-    if patches:
-        yield start, np.stack(patches)
+    return info
 
 
 def _slide_record(slide: Slide, plan: PatchPlan) -> dict[str, Any]:
@@ -294,19 +385,3 @@ def _slide_record(slide: Slide, plan: PatchPlan) -> dict[str, Any]:
         "patch_size_level0": plan.patch_size_level0,
         "stride_level0": plan.stride_level0,
     }
-
-
-def summary(statuses: Sequence[SlideStatus]) -> str:
-    """The closing lines of an extraction."""
-    counts = {
-        name: sum(status.status == name for status in statuses) for name in ("done", "skipped", "no tissue", "failed")
-    }
-    patches = sum(status.patches or 0 for status in statuses)
-    lines = [
-        f"{counts['done']} extracted ({patches} patches), "
-        + ", ".join(f"{counts[name]} {name}" for name in list(counts)[1:])
-    ]
-    unknown = sum(status.status == "done" and status.mpp is None for status in statuses)
-    if unknown:
-        lines.append(f"{unknown} of the extracted slides have no known um/px; it is recorded as unknown")
-    return "\n".join(lines)

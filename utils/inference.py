@@ -253,6 +253,7 @@ def extractPredict(  # noqa: N802 - the first version's public name
     *,
     weights: str | Path | None = None,
     tissue_threshold: float | None = None,
+    mpp: float | None = None,
     batch_size: int = Extraction.batch_size,
     dataset: str | None = None,
     num_heads: int | None = None,
@@ -260,8 +261,8 @@ def extractPredict(  # noqa: N802 - the first version's public name
 ) -> SlidePredictor:
     """A SlidePredictor for raw slides: patches are cut and encoded as the model's training features were.
 
-    Where the checkpoint records the recipe, `backbone`, `patch_size`, `stride`, `level` and `tissue_threshold` must
-    agree with it, or tell what it leaves open; else they make the recipe. `weights` is the backbone's local file
+    Where the checkpoint records the recipe, `backbone`, `patch_size`, `stride`, `level`, `mpp` and `tissue_threshold`
+    must agree with it, or tell what it leaves open; else they make the recipe. `weights` is the backbone's local file
     instead of a download. Raises RecipeError, BackboneError, CheckpointError.
     """
     predictor = SlidePredictor(
@@ -273,7 +274,7 @@ def extractPredict(  # noqa: N802 - the first version's public name
         num_heads=num_heads,
         allow_mismatch=allow_mismatch,
     )
-    given = recipe_asked(backbone, patch_size, stride, level, tissue_threshold)
+    given = recipe_asked(backbone, patch_size, stride, level, mpp, tissue_threshold)
     predictor.require(recipe=given)
     recorded = predictor.checkpoint.recipe
     weights = Path(weights) if weights else None
@@ -293,7 +294,7 @@ def make_predictor(asked: Prediction, recipe: PredictionRecipe) -> SlidePredicto
     Raises ConfigError for settings that go with raw slides only, and what SlidePredictor and extractPredict raise.
     """
     cutting: dict[str, Any] = {
-        name: getattr(recipe, name) for name in ("backbone", "patch_size", "stride", "level", "tissue_threshold")
+        name: getattr(recipe, name) for name in ("backbone", "patch_size", "stride", "level", "mpp", "tissue_threshold")
     }
     said: dict[str, Any] = {name: getattr(asked, name) for name in ("device", "dataset", "num_heads", "allow_mismatch")}
     if is_feature_file(asked.input):
@@ -312,7 +313,12 @@ def make_predictor(asked: Prediction, recipe: PredictionRecipe) -> SlidePredicto
 
 
 def recipe_asked(
-    backbone: str | None, patch_size: int | None, stride: int | None, level: int | None, tissue_threshold: float | None
+    backbone: str | None,
+    patch_size: int | None,
+    stride: int | None,
+    level: int | None,
+    mpp: float | None,
+    tissue_threshold: float | None,
 ) -> dict[str, Any]:
     """The settings that were given (are not None), as a recipe names them."""
     settings = {
@@ -320,6 +326,7 @@ def recipe_asked(
         "patch_size": patch_size,
         "stride": stride,
         "level": level,
+        "mpp": mpp,
         "tissue_threshold": tissue_threshold,
     }
     return {name: value for name, value in settings.items() if value is not None}

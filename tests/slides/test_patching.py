@@ -7,7 +7,7 @@ from tests.slides.conftest import PLACE_SIZE
 from tests.synthetic import place_image, place_of, stained_image, write_pyramid
 from utils.core.errors import ConfigError, NoTissueError, SlideError
 from utils.slides import patching
-from utils.slides.patching import plan_patches, read_patches
+from utils.slides.patching import plan_patches, read_batches
 from utils.slides.wsi import open_slide
 
 WIDTH, HEIGHT = PLACE_SIZE
@@ -19,21 +19,106 @@ def stained(tmp_path_factory):
     return write_pyramid(path, stained_image(1600, 1200, seed=1), mpp=0.5)
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
+def all_patches(slide, plan, **reading):
+    return np.concatenate([batch.numpy() for batch in read_batches(slide, plan, 32, **reading)])
+
+
+# The slide has 0.5 um/px, and levels of downsample 1, 2.5 and 4: some of these are levels, some between them.
+RESOLUTIONS = [
+    *({"level": level} for level in range(3)),
+    *({"mpp": mpp} for mpp in (0.48, 0.5, 0.517, 0.9, 1.25, 1.6, 2.0, 3.1)),
+    {"mpp": 0.3, "allow_upsample": True},
+]
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS, ids=str)
 @pytest.mark.parametrize("stride", [None, 7, 30])
-def test_every_patch_is_the_slide_at_its_coordinates(place_slide, level, stride):
+def test_every_patch_is_the_slide_at_its_coordinates(place_slide, resolution, stride):
     with open_slide(place_slide) as slide:
-        plan = plan_patches(slide, patch_size=20, stride=stride, level=level, tissue_threshold=0)
-        patches = np.stack(list(read_patches(slide, plan)))
-        downsample = slide.level_downsamples[level]
+        plan = plan_patches(slide, patch_size=20, stride=stride, tissue_threshold=0, **resolution)
+        patches = all_patches(slide, plan)
+    downsample = plan.sampling.downsample
+    if "mpp" in resolution:
+        tolerance = 1e-12 if plan.sampling.scale != 1 else 0.5 / 20
+        assert downsample == pytest.approx(resolution["mpp"] / 0.5, rel=tolerance)
+    assert plan.mpp == pytest.approx(0.5 * downsample)
     assert patches.shape == (len(plan), 20, 20, 3)
+    # Each column's mean over the rows, and each row's over the columns: rounding to grey levels averages out over all.
     seen_x, seen_y = place_of(patches, WIDTH, HEIGHT)
-    tolerance = 2 * WIDTH / 255 + downsample / 2
-    centre = plan.coords + plan.patch_size_level0 / 2
-    np.testing.assert_allclose(seen_x.mean(axis=(1, 2)), centre[:, 0], atol=tolerance)
-    np.testing.assert_allclose(seen_y.mean(axis=(1, 2)), centre[:, 1], atol=tolerance)
+    # The slide's levels 1 and 2 were cut to whole pixels: what OpenSlide takes for 2.5015 and 4.008 was 2.5 and 4.
+    half_pixel, rounding = 0.5 * downsample, 0.4
+    for seen, corner in ((seen_x, plan.coords[:, 0]), (seen_y, plan.coords[:, 1])):
+        off = seen.mean(axis=(1, 2)) - (corner + 10 * downsample)
+        assert np.abs(off).max() <= half_pixel + rounding
+        if plan.sampling.scale != 1 and plan.sampling.level == 0:  # resampled: not to half a pixel, but exactly
+            assert np.abs(off).max() <= 2 * rounding
+    places = corner_pixels(seen_x, plan.coords[:, 0], downsample, axis=2)
+    assert np.abs(places).max() <= half_pixel + 1.5 * WIDTH / 255  # a grey level is two px
     # A patch that reached beyond its level would show background, where blue is 255 (OpenSlide's seams cost one level).
-    assert np.abs(patches[..., 2].astype(int) - 77).max() <= 1
+    assert np.abs(patches[..., 2].astype(int) - 77).max() <= 2
+    assert (plan.coords + plan.patch_size_level0 <= [WIDTH + 1, HEIGHT + 1]).all()
+    for column in (0, 1):
+        steps = np.diff(np.unique(plan.grid[:, column]))
+        assert set(steps) <= {plan.stride_level0}
+    assert plan.stride_level0 == max(1, round((stride or 20) * downsample))
+
+
+def corner_pixels(seen, corner, downsample, axis):
+    """How far the first and the last pixel along an axis are from where they belong."""
+    across = seen.mean(axis=3 - axis)
+    first, last = across[:, 0] - (corner + 0.5 * downsample), across[:, -1] - (corner + 19.5 * downsample)
+    return np.stack([first, last])
+
+
+def test_a_level_that_is_off_by_less_than_half_a_pixel_is_read_as_it_is(place_slide):
+    with open_slide(place_slide) as slide:
+        plan = plan_patches(slide, patch_size=20, mpp=0.505, tissue_threshold=0)
+        assert (plan.sampling.scale, plan.sampling.level, plan.mpp) == (1, 0, 0.5)
+        assert plan_patches(slide, patch_size=100, mpp=0.505, tissue_threshold=0).sampling.scale == pytest.approx(1.01)
+
+
+def test_the_nearest_finer_level_is_read(place_slide):
+    with open_slide(place_slide) as slide:
+        for mpp, level in ((0.7, 0), (1.24, 0), (1.3, 1), (1.9, 1), (2.1, 2), (3.0, 2)):
+            assert plan_patches(slide, patch_size=60, mpp=mpp, tissue_threshold=0).sampling.level == level
+
+
+def test_upsampling_is_refused_by_name(place_slide):
+    with open_slide(place_slide) as slide:
+        assert plan_patches(slide, patch_size=64, mpp=0.48, tissue_threshold=0).mpp == pytest.approx(0.48)
+        with pytest.raises(SlideError, match=r"place.tiff: too coarse for 0.25 um/px: it has 0.5 um/px.* 2 times"):
+            plan_patches(slide, patch_size=64, mpp=0.25)
+        plan = plan_patches(slide, patch_size=64, mpp=0.25, allow_upsample=True, tissue_threshold=0)
+    assert (plan.patch_size_level0, plan.sampling.level, plan.sampling.scale) == (32, 0, 0.5)
+
+
+def test_an_unknown_mpp_is_an_error_where_it_is_needed(tmp_path):
+    path = write_pyramid(tmp_path / "bare.tiff", stained_image(400, 400))
+    with open_slide(path) as slide, pytest.raises(SlideError, match=r"bare.tiff: its um/px is needed.*--slides_csv"):
+        plan_patches(slide, patch_size=64, mpp=0.5)
+    with open_slide(path, mpp=0.25) as slide:
+        assert plan_patches(slide, patch_size=64, mpp=0.5, tissue_threshold=0).patch_size_level0 == 128
+
+
+def test_neighbours_that_are_resampled_meet_without_a_seam(tmp_path):
+    """Two patches side by side are the halves of one twice as wide."""
+    path = write_pyramid(tmp_path / "a.tiff", stained_image(800, 500, seed=3), mpp=0.5, downsamples=(1,))
+    with open_slide(path) as slide:
+        small = plan_patches(slide, patch_size=100, mpp=0.75, tissue_threshold=0)
+        large = plan_patches(slide, patch_size=200, mpp=0.75, tissue_threshold=0)
+        left, right = all_patches(slide, small)[:2]
+        both = all_patches(slide, large)[0]
+    np.testing.assert_array_equal(both[:100], np.concatenate([left, right], axis=1))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_come_in_order_whoever_reads_them(stained, workers):
+    with open_slide(stained) as slide:
+        plan = plan_patches(slide, patch_size=100)
+        batches = list(read_batches(slide, plan, 7, workers=workers))
+        assert [len(batch) for batch in batches[:-1]] == [7] * (len(plan) // 7)
+        for patch, (x, y) in zip(np.concatenate(batches), plan.coords.tolist(), strict=True):
+            np.testing.assert_array_equal(patch, slide.read_region(x, y, 0, 100, 100))
 
 
 def test_a_patch_at_the_rim_of_a_level_that_was_cut_stays_inside(tmp_path):
@@ -41,7 +126,7 @@ def test_a_patch_at_the_rim_of_a_level_that_was_cut_stays_inside(tmp_path):
     path = write_pyramid(tmp_path / "cut.tiff", place_image(300, 250), downsamples=(1, 8))
     with open_slide(path) as slide:
         plan = plan_patches(slide, patch_size=23, stride=7, level=1, tissue_threshold=0)
-        patches = np.stack(list(read_patches(slide, plan)))
+        patches = all_patches(slide, plan)
     assert (plan.stride_level0, plan.patch_size_level0) == (57, 186)
     assert plan.coords.tolist() == [[0, 0], [57, 0], [0, 57], [57, 57]]
     assert np.abs(patches[..., 2].astype(int) - 77).max() <= 1
@@ -60,7 +145,7 @@ def test_sizes_in_both_units(place_slide, level, size, stride):
         assert plan.coords.dtype == np.int64
         assert (plan.coords % plan.stride_level0 == 0).all()
         assert (plan.coords + plan.patch_size_level0 <= [WIDTH, HEIGHT]).all()
-        assert len(plan) == plan.kept_count == plan.grid_count
+        assert len(plan) == len(plan.grid)
 
 
 def test_neighbours_differ_by_exactly_the_stride(place_slide):
@@ -77,7 +162,7 @@ def test_the_threshold_is_the_least_fraction_of_tissue(stained):
         counts = []
         for threshold in (0, 0.1, 0.5, 1):
             plan = plan_patches(slide, patch_size=100, tissue_threshold=threshold)
-            assert plan.grid_count == 16 * 12
+            assert len(plan.grid) == 16 * 12
             counts.append(len(plan))
             if threshold == 0.5:
                 means = [image[y : y + 100, x : x + 100, 1].mean() for x, y in plan.coords.tolist()]
@@ -107,14 +192,6 @@ def test_threshold_0_does_not_run_the_detector(place_slide, monkeypatch):
             plan_patches(slide, patch_size=64)
 
 
-def test_indices_choose_and_order_patches(stained):
-    with open_slide(stained) as slide:
-        plan = plan_patches(slide, patch_size=100)
-        every = list(read_patches(slide, plan))
-        chosen = list(read_patches(slide, plan, [3, 0]))
-    np.testing.assert_array_equal(chosen, [every[3], every[0]])
-
-
 def test_unknown_mpp_is_none(tmp_path, caplog):
     path = write_pyramid(tmp_path / "a.tiff", stained_image(400, 400))
     with open_slide(path) as slide:
@@ -132,7 +209,7 @@ def test_a_patch_larger_than_the_slide(place_slide):
         assert len(plan_patches(slide, patch_size=100, level=2, tissue_threshold=0)) == 1
         for size, level in [(409, 0), (128, 2)]:
             with pytest.raises(
-                SlideError, match=rf"place.tiff: a patch of {size} px at level {level} is larger"
+                SlideError, match=rf"place.tiff: a patch of {size} px is \d+ level-0 px wide, larger"
             ) as error:
                 plan_patches(slide, patch_size=size, level=level)
             assert not isinstance(error.value, NoTissueError)
@@ -148,7 +225,7 @@ def test_an_unreadable_patch_is_an_error_not_a_white_patch(shared_data):
     with open_slide(shared_data / "bad_slides" / "unreadable.svs") as slide:
         plan = plan_patches(slide, patch_size=8, tissue_threshold=0)
         with pytest.raises(SlideError, match=r"unreadable\.svs"):
-            list(read_patches(slide, plan))
+            list(read_batches(slide, plan, 8))
 
 
 @pytest.mark.parametrize(

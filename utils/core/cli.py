@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import logging
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -47,8 +49,12 @@ def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a LiteMILError becomes one line on stderr and exit code 1, Ctrl-C becomes 130."""
+    """Run a script's `main`; a LiteMILError becomes one line on stderr and exit code 1, Ctrl-C becomes 130, and the
+    end that a batch system asks for (SIGTERM) 143.
+    """
     runtime.start_logging()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         main()
     except LiteMILError as error:
@@ -57,6 +63,10 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         runtime.log.log(logging.ERROR, "interrupted; what was finished is kept, the same command goes on from there")
         sys.exit(130)
+
+
+def _terminated(*_: object) -> None:
+    sys.exit(128 + signal.SIGTERM)  # on the way out, what is half-written is removed
 
 
 def _options(config: type) -> list[dataclasses.Field]:

@@ -6,6 +6,7 @@ of range raise ConfigError naming the flag, the value and the limits.
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,15 +66,37 @@ class Extraction(_Checked):
 
     backbone: str = option("resnet50", "resnet50, phikon-v2, uni, or timm:<any timm model>")
     weights: Path | None = option(None, "local weights (.pth, .bin, .safetensors) instead of a download")
-    patch_size: int = option(256, "patch edge in pixels at the level read", least=1)
-    stride: int | None = option(
-        None, "step between patches in pixels at the level read (default: the patch size)", least=1
+    patch_size: int = option(256, "patch edge in pixels, at the resolution asked for", least=1)
+    stride: int | None = option(None, "step between patches in pixels of theirs (default: the patch size)", least=1)
+    level: int | None = option(
+        None, "pyramid level, read as it is (default: 0, the finest, unless --mpp or --magnification is given)", least=0
     )
-    level: int = option(0, "pyramid level read (0 is the finest)", least=0)
+    mpp: float | None = option(
+        None, "um per pixel of the patches, resampled from the nearest finer level", least=0.05, most=40
+    )
+    magnification: float | None = option(None, "the same as --mpp 10/X: 20 is 0.5 um/px", least=0.25, most=200)
+    allow_upsample: bool = option(False, "enlarge slides that are coarser than --mpp or --magnification by over 5%%")
     tissue_threshold: float = option(0.5, "least fraction of tissue in a patch (0 keeps every patch)", least=0, most=1)
     batch_size: int = option(64, "patches per forward pass", least=1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    num_workers: int | None = option(None, "threads that read patches (default: one per processor)", least=1)
+    device: str = option("auto", "auto, cpu, mps, cuda, cuda:N, or several: cuda:0,cuda:1 share the slides out")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "the backbone computes in: auto is its own on a CUDA device, fp32 elsewhere"
+    )
     dtype: Literal["float16", "float32"] = option("float16", "precision of the stored features")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        asked = [name for name in ("level", "mpp", "magnification") if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise ConfigError(f"{' and '.join('--' + name for name in asked)}: give only one of them")
+        if self.allow_upsample and self.target_mpp is None:
+            raise ConfigError("--allow_upsample goes with --mpp or --magnification; leave it out")
+
+    @property
+    def target_mpp(self) -> float | None:
+        """um per pixel of the patches, or None where a level is read."""
+        return 10 / self.magnification if self.magnification else self.mpp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +109,16 @@ class ExtractionFiles(_Checked):
     output_dir: Path | None = option(None, "folder for the feature files (required with --input_dir)")
     format: Literal["h5", "pt"] | None = option(None, "feature file format (default: h5, or as --output ends)")
     extensions: tuple[str, ...] | None = option(None, "only files with these endings, e.g. .svs .ndpi", metavar="EXT")
+    keep_structure: bool = option(False, "keep the subfolders of --input_dir in --output_dir")
+    slides_csv: Path | None = option(
+        None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
+    )
     limit: int | None = option(None, "only the first N slides, to try a recipe on a subset", least=1, metavar="N")
+    shard: str | None = option(
+        None, "the i-th of n parts of the slides, for array jobs: every n-th slide, largest first", metavar="i/n"
+    )
     overwrite: bool = option(False, "replace feature files that were made with another recipe")
+    dry_run: bool = option(False, "say what would be extracted, and what it would cost, then stop")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,14 +130,25 @@ class ExtractionFiles(_Checked):
             raise ConfigError("--output names one file and goes with --input; give --output_dir with --input_dir")
         if self.output is not None and self.output_dir is not None:
             raise ConfigError("give one of --output (a file) and --output_dir (a folder)")
-        if self.input is not None and (self.limit is not None or self.extensions is not None):
-            raise ConfigError(
-                "--limit and --extensions choose among the slides of --input_dir; leave them out with --input"
-            )
+        for name in ("limit", "extensions", "shard", "keep_structure"):
+            if self.input is not None and getattr(self, name):
+                raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
+        _ = self.part
         if self.output is not None and self.format not in (None, self.output.suffix[1:]):
             raise ConfigError(f"--output {self.output}: does not end in --format {self.format}; leave --format out")
         if self.output is not None and self.output.suffix not in (".h5", ".pt"):
             raise ConfigError(f"--output {self.output}: ends in {self.output.suffix!r}; end it in .h5 or .pt")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The number of the shard, from 1, and of how many."""
+        if self.shard is None:
+            return 1, 1
+        found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= index <= count:
+            raise ConfigError(f"--shard {self.shard}: give i/n, such as 1/8 to 8/8")
+        return index, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +229,11 @@ class Training(_Checked):
         super().__post_init__()
         if not self.use_amp and self.precision not in ("auto", "fp32"):
             raise ConfigError(f"--precision {self.precision}: contradicts --no_amp; leave one of them out")
+
+    @property
+    def amp_precision(self) -> str:
+        """`precision`, both ways of giving it considered."""
+        return self.precision if self.use_amp else "fp32"
 
 
 Monitor = Literal["slide_auc", "slide_loss", "slide_balanced_accuracy", "slide_f1_macro"]
@@ -273,9 +320,10 @@ class PredictionRecipe(_Checked):
 
     backbone: str | None = option(None, "backbone, where the checkpoint records none")
     weights: Path | None = option(None, "the backbone's local weights instead of a download")
-    patch_size: int | None = option(None, "patch edge in pixels at the level read", least=1)
-    stride: int | None = option(None, "step between patches in pixels at the level read", least=1)
+    patch_size: int | None = option(None, "patch edge in pixels, at the resolution asked for", least=1)
+    stride: int | None = option(None, "step between patches in pixels of theirs", least=1)
     level: int | None = option(None, "pyramid level read", least=0)
+    mpp: float | None = option(None, "um per pixel of the patches", least=0.05, most=40)
     tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
     batch_size: int = option(Extraction.batch_size, "patches per forward pass", least=1)
     save_features: bool = option(False, "keep the features as <output_dir>/<slide>.h5")

@@ -111,12 +111,14 @@ class Backbone:
         transform: what is done to a patch first.
         weights_digest: sha256 of the weights that make the features.
         module: (B, 3, S, S) float to (B, D), in eval mode.
+        precision: what it computes in on a CUDA device: fp16, bf16 or fp32.
     """
 
     name: str
     dim: int
     transform: Transform
     module: nn.Module
+    precision: str = "fp16"
     weights_digest: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ Positions are level-0 px of a top-left corner; sizes are px of the level read. W
 opening or later, is a SlideError of one line.
 """
 
+import csv
 import hashlib
 import math
 import os
@@ -75,8 +76,10 @@ def find_slides(folder: Path | str, extensions: Iterable[str] | None = None) -> 
     return sorted(found)
 
 
-def open_slide(path: Path | str) -> "Slide":
+def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
     """Open a slide or a plain image for reading; use it as a context manager, or close it.
+
+    `mpp` is the um per level-0 px as the user tells it, which wins over what the file says.
 
     OpenSlide is asked first. Plain images that it does not know (.png, .jpg, .bmp, untiled .tif) become slides of one
     level, read through Pillow.
@@ -87,11 +90,40 @@ def open_slide(path: Path | str) -> "Slide":
     path = Path(path)
     _check_file(path)
     try:
-        return _OpenSlideSlide(path, openslide.OpenSlide(path))
+        slide = _OpenSlideSlide(path, openslide.OpenSlide(path))
     except openslide.OpenSlideUnsupportedFormatError:
-        return _open_image(path)
+        slide = _open_image(path)
     except openslide.OpenSlideError as error:
         raise SlideError(_damaged(path, "cannot be opened", error)) from error
+    if mpp is not None:
+        slide.mpp, slide.told_mpp, slide.mpp_problem = mpp, mpp, None
+    return slide
+
+
+def read_slides_csv(path: Path | str) -> dict[str, float]:
+    """The um per level-0 px of slides, by file name or stem: a table with the columns `wsi,mpp`.
+
+    Raises:
+        SlideError: the table cannot be read, a slide stands there twice, or a value is not plausible.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SlideError(f"{path}: not readable as a table ({error}); expected columns wsi,mpp") from error
+    if not rows or not {"wsi", "mpp"} <= rows[0].keys():
+        raise SlideError(f"{path}: no row, or no columns wsi,mpp")
+    found: dict[str, float] = {}
+    low, high = PLAUSIBLE_MPP
+    for row in rows:
+        wsi, mpp = (row["wsi"] or "").strip(), _number(row["mpp"])
+        if not wsi or mpp is None or not low <= mpp <= high:
+            raise SlideError(f"{path}: wsi {wsi!r}: mpp {row['mpp']!r}; {low:g} to {high:g} um/px are plausible")
+        if wsi in found:
+            raise SlideError(f"{path}: wsi {wsi!r} stands there twice; leave one row")
+        found[wsi] = mpp
+    return found
 
 
 def slide_mpp(path: Path | str) -> float | None:
@@ -110,6 +142,8 @@ class Slide:
         level_downsamples: level-0 px per px of each level: one number, the one by which the reader places regions
             (OpenSlide's mean over both axes; they differ only by the rounding of a level's last row or column).
         mpp: um per level-0 px, or None where the file does not say, or not plausibly.
+        mpp_problem: why mpp is None.
+        told_mpp: mpp as the user told it, or None.
         objective: nominal magnification of the objective, or None.
         vendor: OpenSlide's name for the scanner's format; "image" for a plain image.
         bounds: (x, y, width, height) of the scanned area in level-0 px, or None where the file does not say.
@@ -122,6 +156,8 @@ class Slide:
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
     mpp: float | None = None
+    mpp_problem: str | None = "not in the file"
+    told_mpp: float | None = None
     objective: float | None = None
     vendor: str
     bounds: tuple[int, int, int, int] | None = None
@@ -134,7 +170,7 @@ class Slide:
 
     def __reduce__(self):
         # A worker process gets the path and opens its own handle.
-        return open_slide, (self.path,)
+        return open_slide, (self.path, self.told_mpp)
 
     def close(self) -> None:
         """Give the file handle back; reading afterwards is a SlideError."""
@@ -157,6 +193,12 @@ class Slide:
         if width < 1 or height < 1:
             raise SlideError(f"{self.path}: a region of {width} x {height} px asked for; at least 1 x 1 is needed")
         return self._read(int(x), int(y), level, int(width), int(height))
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read (height, width, 3) uint8 RGB at px (x, y) of a level; otherwise as `read_region`."""
+        self.check_level(level)
+        downsample = self.level_downsamples[level]
+        return self.read_region(round(x * downsample), round(y * downsample), level, width, height)
 
     def check_level(self, level: int) -> None:
         """Raise a SlideError that lists the levels unless `level` is one of them."""

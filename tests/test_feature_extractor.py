@@ -1,0 +1,305 @@
+"""Extraction of folders: which slides, at which resolution, past interruptions and full devices."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests.conftest import BACKBONE, PATCH
+from tests.synthetic import stained_image, write_pyramid
+from tests.test_commands import ROOT, environment, recipe
+from utils import feature_extractor
+from utils.bags.store import read_bag
+from utils.core.config import Extraction, ExtractionFiles
+from utils.core.errors import ConfigError, SlideError
+from utils.feature_extractor import WSIFeatureExtractor, extract_slides
+from utils.slides.batch import slide_targets
+
+THRESHOLD = ("--tissue_threshold", 0.3)
+
+
+def weights(cohort) -> tuple:
+    return "--backbone", BACKBONE, "--weights", cohort.weights, "--patch_size", PATCH, *THRESHOLD
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.h5"))}
+
+
+@pytest.fixture
+def extractor(slide_cohort):
+    def make(**settings) -> WSIFeatureExtractor:
+        common = {"level": 1, "tissue_threshold": 0.3, "weights": slide_cohort.weights, "device": "cpu"}
+        return WSIFeatureExtractor(BACKBONE, PATCH, **{**common, **settings})
+
+    return make
+
+
+# Resolution
+
+
+@pytest.mark.parametrize("flags", [("--mpp", 1.0), ("--magnification", 10)])
+def test_a_resolution_that_a_level_has_gives_that_levels_features(slide_cohort, script, tmp_path, flags):
+    slide = slide_cohort.slides / "P00_0.tif"
+    done = script("extractFeatures", "--input", slide, "--output", tmp_path / "a.h5", *weights(slide_cohort), *flags)
+    assert done.code == 0, done.err
+    found, expected = read_bag(tmp_path / "a.h5"), read_bag(slide_cohort.features / "P00_0.h5")
+    np.testing.assert_array_equal(found.features, expected.features)
+    np.testing.assert_array_equal(found.coords, expected.coords)
+    assert found.passport.recipe["level"] is None
+    assert found.passport.recipe["mpp"] == 1.0
+    assert found.passport.slide["mpp_delivered"] == pytest.approx(1.0)
+
+
+def test_a_resolution_between_levels(slide_cohort, extractor):
+    result = extractor(level=None, mpp=0.8).process(slide_cohort.slides / "P00_0.tif")
+    assert result["metadata"]["slide"]["mpp_delivered"] == pytest.approx(0.8)
+    assert result["metadata"]["slide"]["patch_size_level0"] == round(PATCH * 1.6)
+    assert set(np.diff(np.unique(result["coords"][:, 0]))) <= {round(PATCH * 1.6) * n for n in range(1, 9)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"level": 1, "mpp": 0.5}, "--level and --mpp: give only one"),
+        ({"mpp": 0.5, "magnification": 20}, "--mpp and --magnification: give only one"),
+        ({"allow_upsample": True}, "--allow_upsample goes with --mpp or --magnification"),
+        ({"mpp": 100}, "--mpp 100: out of range"),
+    ],
+)
+def test_resolutions_that_contradict(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Extraction(**settings)
+
+
+def test_a_slide_too_coarse_is_refused_and_the_batch_goes_on(slide_cohort, script, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    write_pyramid(slides / "coarse.tif", stained_image(512, 512), mpp=2.0, downsamples=(1,))
+    write_pyramid(slides / "fine.tif", stained_image(512, 512), mpp=0.25, downsamples=(1,))
+    flags = ("--input_dir", slides, "--output_dir", tmp_path / "out", *weights(slide_cohort), "--mpp", 0.5)
+    done = script("extractFeatures", *flags)
+    assert done.code == 1
+    assert "coarse.tif: too coarse for 0.5 um/px" in done.errors[0]
+    report = pd.read_csv(tmp_path / "out" / "extraction_report.csv")
+    assert dict(zip(report["slide"].map(lambda slide: Path(slide).name), report["status"], strict=True)) == {
+        "coarse.tif": "failed", "fine.tif": "done",
+    }  # fmt: skip
+    assert script("extractFeatures", *flags, "--allow_upsample").code == 0
+
+
+def test_a_table_tells_the_um_per_px_that_slides_lack(slide_cohort, script, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name in ("a.tif", "b.tif"):
+        write_pyramid(slides / name, stained_image(512, 512), downsamples=(1,))
+    flags = ("--input_dir", slides, "--output_dir", tmp_path / "out", *weights(slide_cohort), "--mpp", 0.5)
+    done = script("extractFeatures", *flags)
+    assert done.code == 1
+    assert "--slides_csv" in done.errors[0]
+    (tmp_path / "mpp.csv").write_text("wsi,mpp\na,0.25\nb.tif,0.5\n")
+    done = script("extractFeatures", *flags, "--slides_csv", tmp_path / "mpp.csv")
+    assert done.code == 0, done.err
+    sizes = {name: read_bag(tmp_path / "out" / f"{name}.h5").patch_size_level0 for name in "ab"}
+    assert sizes == {"a": 2 * PATCH, "b": PATCH}
+    (tmp_path / "mpp.csv").write_text("wsi,mpp\na,0.25\nb.tif,0.25\n")
+    other = script("extractFeatures", *flags, "--slides_csv", tmp_path / "mpp.csv")
+    assert "slide's mpp: found 0.5, expected 0.25" in other.errors[0]
+
+
+# Folders
+
+
+def test_subfolders_are_kept_where_asked(slide_cohort, script, tmp_path):
+    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path, *recipe(slide_cohort))
+    assert script("extractFeatures", *flags, "--keep_structure").code == 0
+    assert {path.parent.name for path in tmp_path.rglob("*.h5")} == {tmp_path.name, "nested"}
+    made = contents(tmp_path)
+    assert {Path(name).name: content for name, content in made.items()} == contents(slide_cohort.features)
+
+
+def test_shards_share_the_slides_out_largest_first(slide_cohort):
+    def targets(**settings):
+        return list(slide_targets(ExtractionFiles(input_dir=slide_cohort.slides, output_dir=Path("out"), **settings)))
+
+    parts = [targets(shard=f"{index}/3") for index in (1, 2, 3)]
+    assert sorted(slide for part in parts for slide in part) == sorted(targets())
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    sizes = [[slide.stat().st_size for slide in part] for part in parts]
+    assert all(part == sorted(part, reverse=True) for part in sizes)
+    assert [part[0] for part in sizes] == sorted((part[0] for part in sizes), reverse=True)
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b", "1/0"])
+def test_a_shard_that_is_none(shard):
+    with pytest.raises(ConfigError, match=f"--shard {shard}: give i/n"):
+        ExtractionFiles(input_dir=Path("in"), output_dir=Path("out"), shard=shard)
+
+
+def test_each_shard_has_its_own_report(slide_cohort, script, tmp_path):
+    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path, *recipe(slide_cohort))
+    for index in (1, 2):
+        assert script("extractFeatures", *flags, "--shard", f"{index}/2").code == 0
+    reports = [pd.read_csv(tmp_path / f"extraction_report_{index}_of_2.csv") for index in (1, 2)]
+    assert pd.concat(reports)["slide"].is_unique
+    assert contents(tmp_path) == contents(slide_cohort.features)
+
+
+def test_the_report_tells_of_what_was_there(slide_cohort, script, tmp_path):
+    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path, *recipe(slide_cohort))
+    for status in ("done", "skipped"):
+        assert script("extractFeatures", *flags).code == 0
+        report = pd.read_csv(tmp_path / "extraction_report.csv")
+        assert set(report["status"]) == {status}
+        lengths = [len(read_bag(tmp_path / f"{Path(slide).stem}.h5").features) for slide in report["slide"]]
+        assert list(report["patches"]) == lengths
+        assert report["mpp"].to_numpy() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_dry_run_counts_and_writes_nothing(slide_cohort, script, tmp_path):
+    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out", *recipe(slide_cohort))
+    done = script("extractFeatures", *flags, "--dry_run")
+    assert done.code == 0, done.err
+    assert not (tmp_path / "out").exists()
+    patches = sum(len(read_bag(path).features) for path in slide_cohort.features.glob("*.h5"))
+    assert f"{patches} patches to extract" in done.out
+    assert "patches/s, as just tried on cpu" in done.out
+    assert "Nothing was extracted" in done.out
+    assert done.out.count("to extract") == 10 + 1
+    again = script("extractFeatures", "--input_dir", slide_cohort.slides, "--output_dir", slide_cohort.features,
+                   *recipe(slide_cohort), "--dry_run")  # fmt: skip
+    assert "0 patches to extract" in again.out
+    assert again.out.count("skipped") == 10
+
+
+def test_several_devices_share_the_slides(slide_cohort, extractor, tmp_path):
+    used = []
+    both = extractor(device="cpu,cpu")
+    original = WSIFeatureExtractor.extract_to
+
+    def spy(self, *arguments):
+        used.append(id(self))
+        time.sleep(0.05)  # so that neither does all
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WSIFeatureExtractor, "extract_to", spy)
+        statuses = extract_slides(both, ExtractionFiles(input_dir=slide_cohort.slides, output_dir=tmp_path))
+    assert [status.status for status in statuses] == ["done"] * 10
+    assert len(set(used)) == 2
+    assert contents(tmp_path) == contents(slide_cohort.features)
+
+
+# What goes wrong
+
+
+def test_what_a_device_cannot_hold_goes_in_halves(slide_cohort, extractor, monkeypatch, caplog):
+    whole = extractor(batch_size=8).process(slide_cohort.slides / "P00_0.tif")["features"]
+    small = extractor(batch_size=8)
+    embed, sizes = small.backbone.embed, []
+
+    def limited(patches):
+        if len(patches) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(patches))
+        return embed(patches)
+
+    monkeypatch.setattr(small.backbone, "embed", limited)
+    halved = small.process(slide_cohort.slides / "P00_0.tif")["features"]
+    np.testing.assert_allclose(halved, whole, rtol=1e-2, atol=1e-3)
+    assert set(sizes) == {1}
+    said = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert said[-1] == "cpu: out of memory; going on with batches of 1"
+    assert len(said) == len(set(said)) <= 3
+
+
+def test_a_device_that_holds_no_patch_is_an_error(slide_cohort, extractor, monkeypatch):
+    small = extractor()
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(small.backbone, "embed", full)
+    with pytest.raises(SlideError, match="does not hold the backbone with a single patch"):
+        small.process(slide_cohort.slides / "P00_0.tif")
+
+
+def test_what_is_no_slides_fault_ends_the_batch_with_a_report(slide_cohort, extractor, monkeypatch, tmp_path):
+    original, count = feature_extractor.extract_one, []
+
+    def interrupted(*arguments):
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(feature_extractor, "extract_one", interrupted)
+    files = ExtractionFiles(input_dir=slide_cohort.slides, output_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        extract_slides(extractor(), files)
+    assert len(pd.read_csv(tmp_path / "extraction_report.csv")) == 3
+    assert len(list(tmp_path.glob("*.h5"))) == 3
+    monkeypatch.undo()
+    statuses = extract_slides(extractor(), files)
+    assert sorted(status.status for status in statuses) == ["done"] * 7 + ["skipped"] * 3
+    assert contents(tmp_path) == contents(slide_cohort.features)
+
+
+def test_a_damaged_slide_leaves_no_file(shared_data, slide_cohort, script, tmp_path):
+    done = script("extractFeatures", "--input", shared_data / "bad_slides" / "unreadable.svs", "--output",
+                  tmp_path / "a.h5", *weights(slide_cohort), "--patch_size", 8, "--tissue_threshold", 0)  # fmt: skip
+    assert done.code == 1
+    assert "unreadable.svs" in done.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_leave_whole_files_only(slide_cohort, tmp_path, number, code):
+    process = started(slide_cohort, tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*.h5")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    made = contents(tmp_path)
+    expected = contents(slide_cohort.features)
+    assert all(expected[name] == content for name, content in made.items())
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".h5", ".csv"}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_the_files_are_the_same(slide_cohort, tmp_path):
+    rng = np.random.default_rng(0)
+    start = time.monotonic()
+    assert started(slide_cohort, tmp_path / "whole").wait(timeout=300) == 0
+    whole = time.monotonic() - start
+    kills = 0
+    while kills < 20:
+        process = started(slide_cohort, tmp_path / "killed")
+        time.sleep(rng.uniform(0.2, whole))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        if kills % 5 == 0:  # or all is done after a few
+            for path in (tmp_path / "killed").glob("*.h5"):
+                path.unlink()
+    assert started(slide_cohort, tmp_path / "killed").wait(timeout=300) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") == contents(slide_cohort.features)
+    assert {path.suffix for path in (tmp_path / "killed").iterdir()} == {".h5", ".csv"}
+
+
+def started(cohort, target: Path) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "extractFeatures.py", "--input_dir", cohort.slides, "--output_dir", target]
+    return subprocess.Popen(
+        [str(part) for part in (*command, *recipe(cohort))], env=environment(), stderr=subprocess.PIPE, text=True
+    )

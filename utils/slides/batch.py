@@ -1,0 +1,146 @@
+"""A folder of slides, worked through: which slides, to which files, past a bad one, with a report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event
+
+from utils.core.config import ExtractionFiles
+from utils.core.errors import ConfigError, LiteMILError, NoTissueError
+from utils.core.files import check_distinct, clear_parts, write_records
+from utils.core.runtime import log, progress_bar
+from utils.slides.wsi import find_slides
+
+REPORT = "extraction_report"
+STATUSES = ("done", "skipped", "no tissue", "failed")
+PLANNED = "to extract"
+_SECONDS_BETWEEN_REPORTS = 10
+
+
+@dataclass(frozen=True)
+class SlideStatus:
+    """What became of one slide: "done", "skipped" (its features are there), "no tissue" or "failed", and why.
+
+    `patches`, their `mpp` and the `seconds` it took are None where they are not known.
+    """
+
+    slide: Path
+    status: str
+    reason: str = ""
+    patches: int | None = None
+    mpp: float | None = None
+    seconds: float | None = None
+
+
+# What makes a slide's file, or raises a LiteMILError.
+Work = Callable[[Path, Path], SlideStatus]
+
+
+def slide_targets(files: ExtractionFiles) -> dict[Path, Path]:
+    """Each slide of the folder and its feature file; of a shard, every n-th slide, the largest first.
+
+    Raises ConfigError where there is none, or two slides would share a file.
+    """
+    assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
+    found = find_slides(files.input_dir, files.extensions)
+    if not found:
+        endings = " ".join(files.extensions) if files.extensions else "a slide's ending"
+        raise ConfigError(f"{files.input_dir}: no file with {endings} in it; name the endings with --extensions")
+    targets = {}
+    for slide in found:
+        place = slide.relative_to(files.input_dir) if files.keep_structure else Path(slide.name)
+        targets[slide] = files.output_dir / place.with_suffix(f".{files.format or 'h5'}")
+    check_distinct(targets, "rename one of them, or give --keep_structure")
+    chosen = found[: files.limit]
+    index, count = files.part
+    if count > 1:
+        chosen = sorted(chosen, key=lambda slide: (-slide.stat().st_size, slide))[index - 1 :: count]
+    return {slide: targets[slide] for slide in chosen}
+
+
+def report_path(files: ExtractionFiles) -> Path:
+    """Where the report goes; each shard has its own."""
+    assert files.output_dir is not None  # noqa: S101 - for the type checker
+    index, count = files.part
+    return files.output_dir / (f"{REPORT}_{index}_of_{count}.csv" if count > 1 else f"{REPORT}.csv")
+
+
+def work_through(targets: Mapping[Path, Path], workers: Sequence[Work], report: Path, stop: Event) -> list[SlideStatus]:
+    """Do every slide, each worker one at a time in a thread of its own; the statuses are in the slides' order.
+
+    A slide that fails is logged and reported, and the others go on. What is no slide's fault, Ctrl-C too, ends all:
+    then `stop` is set, which the workers have to heed. `report` is written now and then, and at the end in any case.
+    """
+    for folder in {target.parent for target in targets.values()}:
+        clear_parts(folder)
+    queue: SimpleQueue[Path] = SimpleQueue()
+    for slide in targets:
+        queue.put(slide)
+    statuses: dict[Path, SlideStatus] = {}
+
+    def labour(work: Work) -> None:
+        while not stop.is_set():
+            try:
+                slide = queue.get_nowait()
+            except Empty:
+                return
+            statuses[slide] = guarded(work, slide, targets[slide])
+            bar.update()
+
+    try:
+        with progress_bar("Slides", len(targets), unit="slide") as bar, ThreadPoolExecutor(len(workers)) as pool:
+            labours = {pool.submit(labour, work) for work in workers}
+            try:
+                while labours:
+                    ended, labours = wait(labours, _SECONDS_BETWEEN_REPORTS, FIRST_EXCEPTION)
+                    for one in ended:
+                        one.result()
+                    _write_report(report, targets, statuses)
+            except BaseException:
+                stop.set()
+                raise
+    finally:
+        _write_report(report, targets, statuses)
+    return [statuses[slide] for slide in targets]
+
+
+def guarded(work: Work, slide: Path, target: Path) -> SlideStatus:
+    """The slide's status, whatever is wrong with it, which is logged."""
+    try:
+        return work(slide, target)
+    except LiteMILError as error:
+        log.error("%s", error)
+        return SlideStatus(slide, "no tissue" if isinstance(error, NoTissueError) else "failed", str(error))
+
+
+def _write_report(report: Path, targets: Mapping[Path, Path], statuses: Mapping[Path, SlideStatus]) -> None:
+    done = [statuses[slide] for slide in targets if slide in statuses]
+    if done:
+        write_records(report, done)
+
+
+def status_table(statuses: Sequence[SlideStatus]) -> str:
+    """A line per slide."""
+    width = max(len(status.slide.name) for status in statuses)
+    lines = [f"{'slide':{width}}  {'':10}  {'patches':>8}  {'um/px':>6}"]
+    for status in statuses:
+        patches = "" if status.patches is None else status.patches
+        mpp = "" if status.mpp is None else f"{status.mpp:.4g}"
+        lines.append(f"{status.slide.name:{width}}  {status.status:10}  {patches:>8}  {mpp:>6}".rstrip())
+    return "\n".join(lines)
+
+
+def summary(statuses: Sequence[SlideStatus]) -> str:
+    """The closing lines of an extraction."""
+    counts = {name: sum(status.status == name for status in statuses) for name in STATUSES}
+    patches = sum(status.patches or 0 for status in statuses if status.status == "done")
+    lines = [
+        f"{counts['done']} extracted ({patches} patches), "
+        + ", ".join(f"{counts[name]} {name}" for name in STATUSES[1:])
+    ]
+    unknown = sum(status.status == "done" and status.mpp is None for status in statuses)
+    if unknown:
+        lines.append(f"{unknown} of the extracted slides have no known um/px; it is recorded as unknown")
+    return "\n".join(lines)
