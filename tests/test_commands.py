@@ -247,7 +247,7 @@ def test_a_dry_run_audits_estimates_and_trains_nothing(slide_cohort, script, tmp
     outcome = script("train", "--mil", "LiteMIL", *flags, "--dry_run")
     assert outcome.code == 0, outcome.err
     assert not (tmp_path / "run").exists()
-    for said in ("each with a feature file that opens", "fold 2: test", "time: at most about", "Nothing was trained"):
+    for said in ("each with a feature file that opens", "fold 2: test", "time: about", "Nothing was trained"):
         assert said in outcome.out
 
 

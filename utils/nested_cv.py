@@ -21,7 +21,7 @@ from MILS import ModelError
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
 from utils.core.config import Protocol, Running, Training
-from utils.core.engine import run_tasks, threads, threads_each
+from utils.core.engine import refuse_rerun, run_tasks, threads, threads_each
 from utils.core.errors import ConfigError, TrainingError, counted
 from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import (
@@ -129,6 +129,7 @@ class NestedCrossValidation:
 
     def run(self) -> dict[str, Any]:
         """Train what is not trained yet, write every result, return the content of `outputs.json`."""
+        refuse_rerun()
         folds = self.folds()
         folder = RunFolder(self.output_dir, self._identity(folds))
         with folder.held():

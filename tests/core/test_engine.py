@@ -65,6 +65,31 @@ def test_a_process_that_dies_is_an_error_not_a_wait():
         run_tasks(die_at_two, [1, 2, 3, 4], 2, lambda *_: None)
 
 
+UNGUARDED = """
+from functools import partial
+from utils.core.engine import refuse_rerun, run_tasks
+
+def work(payload, task, tell):
+    tell(task)
+
+refuse_rerun()
+run_tasks(partial(work, bytes(2**20)), [1, 2], 2, print)
+"""
+
+
+def test_a_script_without_a_guard_is_an_error_not_a_wait(tmp_path):
+    """However much is sent to a process that ends before it reads."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], env=os.environ | {"PYTHONPATH": str(root)}, timeout=120,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert 'each process imports the script again: let it begin with if __name__ == "__main__"' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("utils.core.errors.EngineError: a worker process ended")
+
+
 def test_threads_are_shared_out():
     with threads(4):
         assert [threads_each(jobs) for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]

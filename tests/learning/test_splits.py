@@ -88,10 +88,27 @@ def test_folds_keep_patients_whole_and_classes_present(patients, n_outer, n_inne
 def promised(message: str, n_outer: int, n_inner: int) -> tuple[int, int] | None:
     """The folds that a SplitError says would work; None where it says that none do."""
     remedy = message.split(";", 1)[1]
-    if "no split would work" in remedy:
+    if "no split would work" in remedy or "leave it out" in remedy:
         return None
     flags = {name: int(value) for name, value in re.findall(r"--(n_\w+) (\d+)", remedy)}
     return flags.get("n_outer", n_outer), flags.get("n_inner", n_inner)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([0] * 6, ("benign", "malignant"), "no slide has the class 'malignant'; leave it out of --class_names"),
+        (
+            [0] * 6 + [1] * 6 + [2],
+            ("benign", "malignant", "malignent"),
+            "mend the label if 'malignant' is meant, or add",
+        ),
+    ],
+)
+def test_classes_that_are_none(labels, names, message):
+    cases = np.array([f"P{number}" for number in range(len(labels))])
+    with pytest.raises(SplitError, match=message):
+        nested_splits(np.array(labels), cases, names, 2, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +120,6 @@ def promised(message: str, n_outer: int, n_inner: int) -> tuple[int, int] | None
         (3, (2, 2), "--n_outer 3 would work"),
         (2, (2, 2), "no split would work"),
         (1, (5, 4), "no split would work"),
-        (0, (5, 4), "no split would work"),
     ],
 )
 def test_too_few_patients_says_the_most_that_works(fewest, asked, remedy):

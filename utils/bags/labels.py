@@ -135,8 +135,9 @@ def group_cases(csv_path: Path, rows: Sequence[LabelRow], column: str | None) ->
     groups = [_group(row, column) for row in rows]
     unknown = [row.wsi_id for row, group in zip(rows, groups, strict=True) if not group]
     if unknown:
+        found = "" if column in rows[0].columns else f" (there is no column {column}, and these are no TCGA barcodes)"
         raise LabelsError(
-            f"{csv_path}: {counted(len(unknown), 'row')} without a {column}: {named(unknown)}; fill it in"
+            f"{csv_path}: {counted(len(unknown), 'row')} without a {column}{found}: {named(unknown)}; fill it in"
         )
     first: dict[str, str] = {}
     for row, group in zip(rows, groups, strict=True):

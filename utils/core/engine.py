@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +41,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def refuse_rerun() -> None:
+    """Raise EngineError in a process of `run_tasks` that is only importing the script that began it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise EngineError(
+            'with several jobs each process imports the script again: let it begin with if __name__ == "__main__"'
+        )
+
+
 def run_tasks(work: Work[Task], tasks: Sequence[Task], jobs: int, hear: Callable[[Task, Any], None]) -> None:
     """Do `work(task, tell)` for every task, `jobs` of them at a time; what a task tells, `hear(task, told)` hears here.
 
@@ -57,22 +68,27 @@ def _side_by_side(work: Work[Task], tasks: Sequence[Task], jobs: int, hear: Call
     messages = context.SimpleQueue()
     # Held by this process alone: when it is closed, by us or by our end, whoever listens at the other end stops.
     lifeline, held = context.Pipe(duplex=False)
-    begin = (work, lifeline, messages, torch.get_num_threads())
     try:
-        with ProcessPoolExecutor(jobs, context, _begin, begin) as pool:
-            try:
-                with _deaf_to_ctrl_c():
-                    waiting = {pool.submit(_do, number, task) for number, task in enumerate(tasks)}
-                while waiting:
-                    done, waiting = wait(waiting, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
-                    while not messages.empty():
-                        number, told = messages.get()
-                        hear(tasks[number], told)
-                    for one in done:
-                        one.result()
-            except BaseException:
-                held.close()  # else the pool would wait for what is being done
-                raise
+        with tempfile.TemporaryDirectory() as folder:
+            # Through a file: a process that ends before it has read the first 64 kB of what it is sent is waited for
+            # for ever.
+            parcel = Path(folder) / "work.pickle"
+            parcel.write_bytes(pickle.dumps(work))
+            begin = (parcel, lifeline, messages, torch.get_num_threads())
+            with ProcessPoolExecutor(jobs, context, _begin, begin) as pool:
+                try:
+                    with _deaf_to_ctrl_c():
+                        waiting = {pool.submit(_do, number, task) for number, task in enumerate(tasks)}
+                    while waiting:
+                        done, waiting = wait(waiting, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
+                        while not messages.empty():
+                            number, told = messages.get()
+                            hear(tasks[number], told)
+                        for one in done:
+                            one.result()
+                except BaseException:
+                    held.close()  # else the pool would wait for what is being done
+                    raise
     except BrokenProcessPool as failure:
         raise EngineError(
             "a worker process ended unexpectedly, as when memory runs out; give fewer --jobs (what is finished is "
@@ -98,12 +114,12 @@ _work: Callable[[Any, Tell], None] | None = None
 _messages: Any = None
 
 
-def _begin(work: Work, lifeline: Any, messages: Any, count: int) -> None:
+def _begin(parcel: Path, lifeline: Any, messages: Any, count: int) -> None:
     global _work, _messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a mask is not inherited
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(count)
-    _work, _messages = work, messages
+    _work, _messages = pickle.loads(parcel.read_bytes()), messages  # noqa: S301 - written by the process that began us
 
 
 def _end_with(lifeline: Any) -> None:

@@ -99,7 +99,7 @@ class Estimate:
     def text(self, jobs: int, folder: Path) -> str:
         free = shutil.disk_usage(_existing(folder)).free
         lines = [
-            f"time: at most about {duration(self.seconds)}, less where early stopping ends a training",
+            f"time: about {duration(self.seconds)} of training at the trial's speed, less if stopped early",
             f"disk: {file_size(self.kept)} of checkpoints, {file_size(self.meanwhile)} more until the run ends; "
             f"{file_size(free)} free",
         ]

@@ -7,6 +7,7 @@ import csv
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,8 @@ def _shortage(
     """Why there are too few patients, and the folds nearest to those asked for, tried here, that work."""
     patients = _patients(labels, cases, len(class_names))
     fewest, rarest = int(patients.min()), class_names[int(patients.argmin())]
+    if fewest == 0:
+        return f"no slide has the class {rarest!r}; leave it out of --class_names"
     found = f"--n_outer {n_outer} --n_inner {n_inner}: only {counted(fewest, unit)} with class {rarest!r}"
     for outer in sorted(range(2, fewest + 1), key=lambda outer: abs(outer - n_outer)):
         tests = _grouped_folds(labels, cases, outer, derive_seed(seed, "outer"))
@@ -243,7 +246,9 @@ def _shortage(
             return f"{found}; at most --n_inner {inner} would work"
         most = "at most " if outer < n_outer else ""
         return f"{found}; {most}--n_outer {outer} would work" + (f", with --n_inner {inner}" if inner < n_inner else "")
-    return f"{found}; no split would work; add slides of that class from more {unit}s"
+    near = get_close_matches(rarest, [name for name in class_names if name != rarest], n=1, cutoff=0.8)
+    hint = f"mend the label if {near[0]!r} is meant, or " if near else ""
+    return f"{found}; no split would work; {hint}add slides of that class from more {unit}s"
 
 
 def _grouped_folds(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
