@@ -1,5 +1,6 @@
 """Extraction of folders: which slides, at which resolution, past interruptions and full devices."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -111,6 +112,36 @@ def test_a_table_tells_the_um_per_px_that_slides_lack(slide_cohort, script, tmp_
     (tmp_path / "mpp.csv").write_text("wsi,mpp\na,0.25\nb.tif,0.25\n")
     other = script("extractFeatures", *flags, "--slides_csv", tmp_path / "mpp.csv")
     assert "slide's mpp: found 0.5, expected 0.25" in other.errors[0]
+
+
+# Tissue
+
+
+def test_tissue_goes_out_and_comes_back_edited(slide_cohort, script, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    write_pyramid(slides / "a.tif", stained_image(512, 448, seed=2), mpp=0.5, downsamples=(1, 2), tile=128)
+    flags = ("--input_dir", slides, *recipe(slide_cohort))
+    assert script("extractFeatures", *flags, "--output_dir", tmp_path / "one", "--save_tissue").code == 0
+    drawn = tmp_path / "one" / "tissue" / "a.geojson"
+    assert script("extractFeatures", *flags, "--output_dir", tmp_path / "two", "--tissue", drawn.parent).code == 0
+    one, two = (read_bag(tmp_path / name / "a.h5") for name in ("one", "two"))
+    np.testing.assert_array_equal(one.coords, two.coords)
+    square = [[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]
+    drawn.write_text(json.dumps([{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [square]}}]))
+    stale = script("extractFeatures", *flags, "--output_dir", tmp_path / "two", "--tissue", drawn.parent)
+    assert "slide's tissue: found" in stale.errors[0]
+    again = script("extractFeatures", *flags, "--output_dir", tmp_path / "two", "--tissue", drawn.parent, "--overwrite")
+    assert again.code == 0, again.err
+    assert read_bag(tmp_path / "two" / "a.h5").coords.tolist() == [[0, 0], [128, 0], [0, 128], [128, 128]]
+
+
+def test_a_slide_whose_tissue_nobody_drew_fails(slide_cohort, script, tmp_path):
+    flags = ("--input", slide_cohort.slides / "P00_0.tif", "--output", tmp_path / "a.h5", *recipe(slide_cohort))
+    done = script("extractFeatures", *flags, "--tissue", tmp_path)
+    assert "P00_0.geojson: not there; draw the tissue of P00_0.tif" in done.errors[0]
+    done = script("extractFeatures", *flags, "--tissue", tmp_path / "nowhere")
+    assert "no such folder" in done.errors[0]
 
 
 # Folders

@@ -7,9 +7,9 @@ result = extractor.process("slide.svs", save_path="slide.h5")
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,8 @@ import torch
 
 from utils.bags.store import Bag, BagInfo, bag_writer, peek_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
-from utils.core.errors import BackboneError, FeatureFileError, RecipeError, SlideError
+from utils.core.errors import BackboneError, ConfigError, FeatureFileError, RecipeError, SlideError
+from utils.core.files import digest
 from utils.core.passport import Passport, recipe_differences
 from utils.core.runtime import (
     amp_dtype,
@@ -41,6 +42,7 @@ from utils.slides.batch import (
     status_table,
     work_through,
 )
+from utils.slides.contours import read_contours, write_contours
 from utils.slides.patching import PatchPlan, plan_patches, read_batches
 from utils.slides.tissue import TISSUE_SETTINGS
 from utils.slides.wsi import Slide, open_slide, read_slides_csv
@@ -181,29 +183,36 @@ class WSIFeatureExtractor:
             features = np.concatenate(list(self.encode(slide, plan)))
             return Bag(features, plan.coords, plan.patch_size_level0, self.passport(slide, plan))
 
-    def extract_to(self, wsi_path: Path, target: Path, mpp: float | None = None) -> PatchPlan:
-        """Extract one slide into a feature file, in memory that does not grow with it; `mpp` overrides the slide's.
+    def extract_to(
+        self, wsi_path: Path, target: Path, told: "Told | None" = None, save_tissue: Path | None = None
+    ) -> PatchPlan:
+        """Extract one slide into a feature file, in memory that does not grow with it, knowing what the user told.
 
-        Raises as `process` does.
+        `save_tissue` is where the tissue's contours go. Raises as `process` does.
         """
-        with open_slide(wsi_path, mpp) as slide:
-            plan = self.plan(slide)
+        told = told or Told()
+        with open_slide(wsi_path, told.mpp) as slide:
+            plan = self.plan(slide, told)
+            if save_tissue is not None and plan.tissue is not None:
+                write_contours(save_tissue, plan.tissue, slide)
             with bag_writer(target, self.backbone.dim, self.config.dtype) as writer:
                 for features in self.encode(slide, plan):
                     writer.append(features)
-                writer.finish(plan.coords, plan.patch_size_level0, self.passport(slide, plan))
+                writer.finish(plan.coords, plan.patch_size_level0, self.passport(slide, plan, told))
         return plan
 
-    def plan(self, slide: Slide) -> PatchPlan:
+    def plan(self, slide: Slide, told: "Told | None" = None) -> PatchPlan:
         """Which patches of a slide to read."""
         config = self.config
+        tissue = read_contours(told.tissue, slide) if told and told.tissue else None
         return plan_patches(
             slide, patch_size=config.patch_size, stride=config.stride, level=config.level, mpp=config.target_mpp,
-            allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold,
+            allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold, tissue=tissue,
         )  # fmt: skip
 
-    def passport(self, slide: Slide, plan: PatchPlan) -> Passport:
-        return Passport(self.recipe, _slide_record(slide, plan), versions())
+    def passport(self, slide: Slide, plan: PatchPlan, told: "Told | None" = None) -> Passport:
+        record = _slide_record(slide, plan) | {"tissue": told.tissue_digest if told else None}
+        return Passport(self.recipe, record, versions())
 
     def encode(self, slide: Slide, plan: PatchPlan) -> Iterator[np.ndarray]:
         """The patches' features `(n, D)`, batch by batch, in the plan's order."""
@@ -259,58 +268,87 @@ class WSIFeatureExtractor:
             return self.backbone.embed(patches)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the user says of one slide: its um per level-0 px, and a GeoJSON file of its tissue."""
+
+    mpp: float | None = None
+    tissue: Path | None = None
+
+    @property
+    def tissue_digest(self) -> str | None:
+        """Of the file's content; None where the detector is to look."""
+        return None if self.tissue is None else digest(self.tissue.read_bytes())
+
+
+class _Files:
+    """What `extractFeatures.py` was told about files, slide by slide."""
+
+    def __init__(self, files: ExtractionFiles) -> None:
+        self.files = files
+        self.mpps = read_slides_csv(files.slides_csv) if files.slides_csv else {}
+        if files.tissue is not None and not files.tissue.is_dir():
+            raise ConfigError(f"--tissue {files.tissue}: no such folder; give that of the .geojson files")
+
+    def targets(self) -> dict[Path, Path]:
+        """Each slide and its feature file."""
+        files = self.files
+        if files.input is None:
+            return slide_targets(files)
+        if not files.input.is_file():
+            raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
+        name = f"{files.input.stem}.{files.format or 'h5'}"
+        return {files.input: files.output or (files.output_dir or files.input.parent) / name}
+
+    def told(self, slide: Path) -> Told:
+        tissue = None
+        if self.files.tissue is not None:
+            tissue = self.files.tissue / f"{slide.stem}.geojson"
+            if not tissue.is_file():
+                raise SlideError(f"{tissue}: not there; draw the tissue of {slide.name}, or leave --tissue out")
+        return Told(self.mpps.get(slide.name, self.mpps.get(slide.stem)), tissue)
+
+    def saved_tissue(self, slide: Path, target: Path) -> Path | None:
+        return target.parent / "tissue" / f"{slide.stem}.geojson" if self.files.save_tissue else None
+
+
 def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> list[SlideStatus]:
     """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
 
     For a folder, also writes its report (see `utils.slides.batch`). Raises for a single slide that fails, ConfigError
     for slides that would share an output file.
     """
-    overrides = _overrides(files)
-    targets = _all_targets(files)
-    if files.input is not None:
-        ((slide, target),) = targets.items()
-        return [extract_one(extractor, slide, target, files.overwrite, mpp_of(slide, overrides))]
-    extractors = [extractor, *(extractor.on(device) for device in extractor.devices[1:])]
-    _ = [one.backbone for one in extractors]  # a backbone that cannot be had is no slide's fault
+    known = _Files(files)
+    targets = known.targets()
 
     def work(one: WSIFeatureExtractor, slide: Path, target: Path) -> SlideStatus:
-        return extract_one(one, slide, target, files.overwrite, mpp_of(slide, overrides))
+        return extract_one(one, slide, target, files.overwrite, known.told(slide), known.saved_tissue(slide, target))
 
+    if files.input is not None:
+        return [work(extractor, *pair) for pair in targets.items()]
+    extractors = [extractor, *(extractor.on(device) for device in extractor.devices[1:])]
+    _ = [one.backbone for one in extractors]  # a backbone that cannot be had is no slide's fault
     return work_through(targets, [partial(work, one) for one in extractors], report_path(files), extractor.stop)
-
-
-def _all_targets(files: ExtractionFiles) -> dict[Path, Path]:
-    """Each slide and its feature file."""
-    if files.input is None:
-        return slide_targets(files)
-    if not files.input.is_file():
-        raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
-    name = f"{files.input.stem}.{files.format or 'h5'}"
-    return {files.input: files.output or (files.output_dir or files.input.parent) / name}
-
-
-def _overrides(files: ExtractionFiles) -> dict[str, float]:
-    return read_slides_csv(files.slides_csv) if files.slides_csv else {}
 
 
 def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
     """What `extract_slides` would do, and what it would cost: patches are counted on thumbnails, and the time is
     estimated from a trial on some of them. Writes nothing. Raises as `extract_slides` does.
     """
-    overrides = _overrides(files)
+    known = _Files(files)
+    targets = known.targets()
     rates = []
 
     def look(slide: Path, target: Path) -> SlideStatus:
-        mpp = mpp_of(slide, overrides)
+        told = known.told(slide)
         if target.exists() and not files.overwrite:
-            return extract_one(extractor, slide, target, mpp=mpp)
-        with open_slide(slide, mpp) as opened:
-            plan = extractor.plan(opened)
+            return extract_one(extractor, slide, target, told=told)
+        with open_slide(slide, told.mpp) as opened:
+            plan = extractor.plan(opened, told)
             if not rates:
                 rates.append(extractor.rate(opened, plan))
         return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
 
-    targets = _all_targets(files)
     _ = extractor.backbone  # a backbone that cannot be had is no slide's fault
     bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
     statuses = [guarded(look, slide, target) for slide, target in bar]
@@ -323,31 +361,31 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
     return f"{status_table(statuses)}\n\n{cost}\nNothing was extracted: a dry run."
 
 
-def mpp_of(slide: Path, overrides: Mapping[str, float]) -> float | None:
-    """What the user says of the slide, by its file's name or its stem."""
-    return overrides.get(slide.name, overrides.get(slide.stem))
-
-
 def extract_one(
-    extractor: WSIFeatureExtractor, slide: Path, target: Path, overwrite: bool = False, mpp: float | None = None
+    extractor: WSIFeatureExtractor,
+    slide: Path,
+    target: Path,
+    overwrite: bool = False,
+    told: Told | None = None,
+    save_tissue: Path | None = None,
 ) -> SlideStatus:
     """Make sure that `target` holds the features of `slide`: extract them unless they are there, by the same recipe.
 
-    `mpp` overrides the slide's um/px. Raises SlideError, NoTissueError, and RecipeError when `target` holds something
-    else and `overwrite` is not given.
+    `told` and `save_tissue` are as `extract_to` has them. Raises SlideError, NoTissueError, and RecipeError when
+    `target` holds something else and `overwrite` is not given.
     """
     if target.exists() and not overwrite:
-        info = _check_current(extractor, slide, target, mpp)
+        info = _check_current(extractor, slide, target, told or Told())
         found = info.passport.slide if info.passport else {}
         return SlideStatus(
             slide, "skipped", f"{target} is there, of the same recipe", info.num_instances, found.get("mpp_delivered")
         )
     started = time.perf_counter()
-    plan = extractor.extract_to(slide, target, mpp)
+    plan = extractor.extract_to(slide, target, told, save_tissue)
     return SlideStatus(slide, "done", "", len(plan), plan.mpp, round(time.perf_counter() - started, 2))
 
 
-def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, mpp: float | None) -> BagInfo:
+def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> BagInfo:
     """Raise RecipeError unless `target` holds this slide's features by this recipe: since our own files are whole,
     anything else is somebody's, and not overwritten unasked.
     """
@@ -359,10 +397,11 @@ def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, mp
         raise RecipeError(
             f"{target}: was made by something else (it holds no recipe); move it, or extract with --overwrite"
         )
-    known = info.passport.slide
-    with open_slide(slide, mpp) as opened:
-        found = info.passport.recipe | {"slide": known.get("quick_hash"), "slide's mpp": known.get("mpp")}
-        wanted = extractor.recipe | {"slide": opened.quick_hash(), "slide's mpp": opened.mpp}
+    known = {name: info.passport.slide.get(name) for name in ("quick_hash", "mpp", "tissue")}
+    with open_slide(slide, told.mpp) as opened:
+        now = {"quick_hash": opened.quick_hash(), "mpp": opened.mpp, "tissue": told.tissue_digest}
+    found, wanted = ({f"slide's {name}": value for name, value in one.items()} for one in (known, now))
+    found, wanted = info.passport.recipe | found, extractor.recipe | wanted
     differences = recipe_differences(wanted, found, wanted, strict=True)
     if differences:
         raise RecipeError(

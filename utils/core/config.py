@@ -113,6 +113,10 @@ class ExtractionFiles(_Checked):
     slides_csv: Path | None = option(
         None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
     )
+    save_tissue: bool = option(False, "write each slide's tissue to tissue/<slide>.geojson, which QuPath edits")
+    tissue: Path | None = option(
+        None, "folder of <slide>.geojson, drawn or edited in QuPath, that say where the tissue is", metavar="DIR"
+    )
     limit: int | None = option(None, "only the first N slides, to try a recipe on a subset", least=1, metavar="N")
     shard: str | None = option(
         None, "the i-th of n parts of the slides, for array jobs: every n-th slide, largest first", metavar="i/n"

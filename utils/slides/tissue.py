@@ -92,6 +92,12 @@ def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> T
     return TissueMask(mask, slide.mpp * delivered if slide.mpp else None, settings)
 
 
+def judged_shape(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> tuple[int, int]:
+    """(h, w) of the mask of a slide."""
+    downsample = judging_downsample(slide.width, slide.height, slide.mpp or settings.assumed_mpp, settings)
+    return max(1, round(slide.height / downsample)), max(1, round(slide.width / downsample))
+
+
 def judging_downsample(width: int, height: int, mpp: float, settings: TissueSettings = TISSUE_SETTINGS) -> float:
     """Level-0 px per px of the thumbnail to judge; at least 1."""
     affordable = math.sqrt(width * height / settings.max_pixels)
