@@ -144,6 +144,36 @@ def test_a_slide_whose_tissue_nobody_drew_fails(slide_cohort, script, tmp_path):
     assert "no such folder" in done.errors[0]
 
 
+def test_quality_control_drops_patches_and_tells_why(slide_cohort, script, tmp_path, monkeypatch):
+    slide = slide_cohort.slides / "P00_0.tif"
+    whole = read_bag(slide_cohort.features / "P00_0.h5")
+
+    def judge(patches, mpp):
+        assert mpp == pytest.approx(1.0, rel=1e-3)
+        return np.where(
+            np.arange(len(patches)) % 3 == 0, "pen", np.where(np.arange(len(patches)) % 3 == 1, "", "white")
+        )
+
+    monkeypatch.setattr(feature_extractor, "judge_patches", judge)
+    flags = ("--input_dir", slide.parent, "--limit", 1, "--output_dir", tmp_path, *recipe(slide_cohort), "--qc")
+    done = script("extractFeatures", *flags)
+    assert done.code == 0, done.err
+    bag = read_bag(tmp_path / "P00_0.h5")
+    np.testing.assert_array_equal(bag.coords, whole.coords[1::3])
+    np.testing.assert_allclose(bag.features, whole.features[1::3], rtol=1e-2, atol=1e-3)
+    assert bag.passport.slide["dropped"] == {"pen": len(whole.coords[::3]), "white": len(whole.coords[2::3])}
+    assert bag.passport.recipe["qc"]
+    report = pd.read_csv(tmp_path / "extraction_report.csv")
+    assert report["reason"][0] == f"--qc dropped {len(whole.coords[::3])} pen, {len(whole.coords[2::3])} white"
+    monkeypatch.setattr(feature_extractor, "judge_patches", lambda patches, _: np.full(len(patches), "blurred"))
+    done = script("extractFeatures", *flags, "--overwrite")
+    assert done.code == 0
+    assert "1 no tissue" in done.out
+    assert "--qc drops all of its patches" in done.errors[0]
+    plain = [flag for flag in flags if flag != "--qc"]
+    assert "qc: found {" in script("extractFeatures", *plain).errors[0]
+
+
 # Folders
 
 

@@ -19,7 +19,14 @@ import torch
 
 from utils.bags.store import Bag, BagInfo, bag_writer, peek_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
-from utils.core.errors import BackboneError, ConfigError, FeatureFileError, RecipeError, SlideError
+from utils.core.errors import (
+    BackboneError,
+    ConfigError,
+    FeatureFileError,
+    NoTissueError,
+    RecipeError,
+    SlideError,
+)
 from utils.core.files import digest
 from utils.core.passport import Passport, recipe_differences
 from utils.core.runtime import (
@@ -44,6 +51,7 @@ from utils.slides.batch import (
 )
 from utils.slides.contours import read_contours, write_contours
 from utils.slides.patching import PatchPlan, plan_patches, read_batches
+from utils.slides.quality import QUALITY_SETTINGS, judge_patches
 from utils.slides.tissue import TISSUE_SETTINGS
 from utils.slides.wsi import Slide, open_slide, read_slides_csv
 
@@ -157,6 +165,7 @@ class WSIFeatureExtractor:
             "mpp": config.target_mpp,
             "tissue_threshold": config.tissue_threshold,
             "tissue": TISSUE_SETTINGS.as_dict(),
+            "qc": QUALITY_SETTINGS.as_dict() if config.qc else None,
         }
 
     def process(self, wsi_path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
@@ -180,12 +189,13 @@ class WSIFeatureExtractor:
         """One slide's bag, with coordinates and passport."""
         with open_slide(wsi_path) as slide:
             plan = self.plan(slide)
-            features = np.concatenate(list(self.encode(slide, plan)))
-            return Bag(features, plan.coords, plan.patch_size_level0, self.passport(slide, plan))
+            parts, reasons = zip(*self.encode(slide, plan), strict=True)
+            found = Extracted.of(slide, plan, np.concatenate(reasons))
+            return Bag(np.concatenate(parts), found.coords, plan.patch_size_level0, self.passport(slide, found))
 
     def extract_to(
         self, wsi_path: Path, target: Path, told: "Told | None" = None, save_tissue: Path | None = None
-    ) -> PatchPlan:
+    ) -> "Extracted":
         """Extract one slide into a feature file, in memory that does not grow with it, knowing what the user told.
 
         `save_tissue` is where the tissue's contours go. Raises as `process` does.
@@ -195,11 +205,14 @@ class WSIFeatureExtractor:
             plan = self.plan(slide, told)
             if save_tissue is not None and plan.tissue is not None:
                 write_contours(save_tissue, plan.tissue, slide)
+            reasons = []
             with bag_writer(target, self.backbone.dim, self.config.dtype) as writer:
-                for features in self.encode(slide, plan):
+                for features, why_not in self.encode(slide, plan):
                     writer.append(features)
-                writer.finish(plan.coords, plan.patch_size_level0, self.passport(slide, plan, told))
-        return plan
+                    reasons.append(why_not)
+                found = Extracted.of(slide, plan, np.concatenate(reasons))
+                writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found, told))
+        return found
 
     def plan(self, slide: Slide, told: "Told | None" = None) -> PatchPlan:
         """Which patches of a slide to read."""
@@ -210,12 +223,16 @@ class WSIFeatureExtractor:
             allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold, tissue=tissue,
         )  # fmt: skip
 
-    def passport(self, slide: Slide, plan: PatchPlan, told: "Told | None" = None) -> Passport:
-        record = _slide_record(slide, plan) | {"tissue": told.tissue_digest if told else None}
+    def passport(self, slide: Slide, found: "Extracted", told: "Told | None" = None) -> Passport:
+        record = _slide_record(slide, found.plan) | {"tissue": told.tissue_digest if told else None}
+        if self.config.qc:
+            record["dropped"] = found.dropped
         return Passport(self.recipe, record, versions())
 
-    def encode(self, slide: Slide, plan: PatchPlan) -> Iterator[np.ndarray]:
-        """The patches' features `(n, D)`, batch by batch, in the plan's order."""
+    def encode(self, slide: Slide, plan: PatchPlan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batch by batch, in the plan's order: of B patches the features `(n, D)` of those that are kept, and `(B,)`
+        why each is not, "" for those.
+        """
         config, on_gpu = self.config, self.device.type == "cuda"
         workers = config.num_workers or os.cpu_count() or 1
         bar = progress_bar(slide.name, len(plan), unit="patch", leave=False, delay=_BAR_DELAY_SECONDS)
@@ -224,7 +241,9 @@ class WSIFeatureExtractor:
             for patches in batches:
                 if self.stop.is_set():
                     raise KeyboardInterrupt
-                features = self._embed(patches).cpu().numpy().astype(config.dtype)
+                reasons = judge_patches(patches.numpy(), plan.mpp) if config.qc else np.full(len(patches), "")
+                kept = patches[torch.from_numpy(reasons == "")] if reasons.any() else patches
+                features = self._embed(kept).cpu().numpy().astype(config.dtype)
                 if not np.isfinite(features).all():
                     raise FeatureFileError(
                         f"{slide.path}: the backbone gave features that are not finite in {config.dtype}; "
@@ -232,15 +251,15 @@ class WSIFeatureExtractor:
                     )
                 if on_gpu:
                     bar.set_postfix_str(f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB", refresh=False)
-                bar.update(len(features))
-                yield features
+                bar.update(len(patches))
+                yield features, reasons
 
     def rate(self, slide: Slide, plan: PatchPlan) -> float:
         """Patches per second, tried on two batches of a slide; the first is not counted."""
         few = replace(plan, coords=plan.coords[: 2 * self.config.batch_size])
         counts, times = [], [time.perf_counter()]
-        for features in self.encode(slide, few):
-            counts.append(len(features))
+        for _, reasons in self.encode(slide, few):
+            counts.append(len(reasons))
             times.append(time.perf_counter())
         return counts[-1] / (times[-1] - times[-2])
 
@@ -261,11 +280,35 @@ class WSIFeatureExtractor:
                 self._most_at_once = len(part) // 2
                 log.warning("%s: out of memory; going on with batches of %d", self.device, self._most_at_once)
                 torch.cuda.empty_cache()
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, self.backbone.dim)
 
     def _embed_at_once(self, patches: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.backbone.embed(patches)
+
+
+@dataclass(frozen=True, eq=False)
+class Extracted:
+    """What of a plan became features: `coords (N, 2)`, and how many patches were dropped, by reason."""
+
+    plan: PatchPlan
+    coords: np.ndarray
+    dropped: dict[str, int]
+
+    @classmethod
+    def of(cls, slide: Slide, plan: PatchPlan, reasons: np.ndarray) -> Self:
+        """`reasons (M,)` say of each patch of the plan why it was dropped. Raises NoTissueError where none is left."""
+        names, counts = np.unique(reasons[reasons != ""], return_counts=True)
+        found = cls(plan, plan.coords[reasons == ""], dict(zip(names.tolist(), counts.tolist(), strict=True)))
+        if not len(found.coords):
+            raise NoTissueError(
+                f"{slide.path}: --qc drops all of its patches ({found.why}); leave --qc out, or the slide"
+            )
+        return found
+
+    @property
+    def why(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
 
 
 @dataclass(frozen=True)
@@ -381,8 +424,10 @@ def extract_one(
             slide, "skipped", f"{target} is there, of the same recipe", info.num_instances, found.get("mpp_delivered")
         )
     started = time.perf_counter()
-    plan = extractor.extract_to(slide, target, told, save_tissue)
-    return SlideStatus(slide, "done", "", len(plan), plan.mpp, round(time.perf_counter() - started, 2))
+    found = extractor.extract_to(slide, target, told, save_tissue)
+    reason = f"--qc dropped {found.why}" if found.dropped else ""
+    seconds = round(time.perf_counter() - started, 2)
+    return SlideStatus(slide, "done", reason, len(found.coords), found.plan.mpp, seconds)
 
 
 def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> BagInfo:

@@ -77,6 +77,7 @@ class Extraction(_Checked):
     magnification: float | None = option(None, "the same as --mpp 10/X: 20 is 0.5 um/px", least=0.25, most=200)
     allow_upsample: bool = option(False, "enlarge slides that are coarser than --mpp or --magnification by over 5%%")
     tissue_threshold: float = option(0.5, "least fraction of tissue in a patch (0 keeps every patch)", least=0, most=1)
+    qc: bool = option(False, "drop patches that are out of focus, nearly white, or inked by a pen")
     batch_size: int = option(64, "patches per forward pass", least=1)
     num_workers: int | None = option(None, "threads that read patches (default: one per processor)", least=1)
     device: str = option("auto", "auto, cpu, mps, cuda, cuda:N, or several: cuda:0,cuda:1 share the slides out")

@@ -1,0 +1,110 @@
+"""Patches not worth a feature: out of focus, hardly any tissue, or ink. Judged by fixed thresholds, patch by patch.
+
+Blur takes the fine detail and leaves the coarse, whatever the stain: what is compared is the curvature of the green
+channel (which both stains absorb) between px of 1 um and between px of 4 um. In focus, the mean square of the fine one
+is 0.08 of the coarse one's or more; behind a Gaussian blur of 2 um sigma it is 0.01 to 0.03. Smooth areas such as mucus
+have little of either, and pass.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.slides.tissue import TISSUE_SETTINGS, find_ink, is_stained, optical_density
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """Every number `judge_patches` uses; part of the recipe of the features where it is asked for."""
+
+    assumed_mpp: float = TISSUE_SETTINGS.assumed_mpp  # um/px of patches that do not say
+    colour_um: float = TISSUE_SETTINGS.mpp  # side of the squares whose colour is judged, as the tissue detector does
+    max_ink: float = 0.15  # share of the patch; keratin and margin ink in a sharp patch of skin reach 0.09
+    min_stained: float = 0.1  # share of the patch; real patches of half tissue: 0.35 and more
+    focus_um: float = 1.0  # px whose curvature is compared with that of px four times as wide
+    min_focus: float = 0.05  # fine over coarse mean squared curvature, between 0.08 (sharp) and 0.03 (blurred)
+    min_structure: float = 5.0  # grey levels, rms of the coarse curvature; with less there is nothing to focus on
+    min_extent_um: float = 32.0  # patches narrower than this hold too few coarse px for a judgment of focus
+    max_focus_mpp: float = 1.5  # um/px; in coarser patches a blur of 2 um hardly shows
+
+    def as_dict(self) -> dict[str, float]:
+        """JSON-able."""
+        return asdict(self)
+
+
+QUALITY_SETTINGS = QualitySettings()
+
+PEN, WHITE, BLURRED = "pen", "white", "blurred"
+REASONS = (PEN, WHITE, BLURRED)
+
+_COARSE = 4  # px of the focus scale
+_AT_ONCE = 16  # patches: what is computed of them stays in the processor's cache
+
+
+def judge_patches(
+    patches: NDArray[np.uint8], mpp: float | None, settings: QualitySettings = QUALITY_SETTINGS
+) -> NDArray[np.str_]:
+    """Say of each patch why it should be dropped.
+
+    Args:
+        patches: (B, P, P, 3) uint8 RGB.
+        mpp: um per px of the patches; None means `settings.assumed_mpp`.
+
+    Returns:
+        (B,) the first of `REASONS` that holds, "" for a patch that is fine.
+    """
+    mpp = mpp or settings.assumed_mpp
+    reasons = np.full(len(patches), "", dtype=f"<U{max(map(len, REASONS))}")
+    for start in range(0, len(patches), _AT_ONCE):
+        part = patches[start : start + _AT_ONCE]
+        inked, stained = _colour_shares(part, mpp, settings)
+        found = reasons[start : start + _AT_ONCE]
+        found[is_blurred(part, mpp, settings)] = BLURRED
+        found[stained < settings.min_stained] = WHITE
+        found[inked > settings.max_ink] = PEN
+    return reasons
+
+
+def is_blurred(
+    patches: NDArray[np.uint8], mpp: float, settings: QualitySettings = QUALITY_SETTINGS
+) -> NDArray[np.bool_]:
+    """(B,) bool: which patches (B, P, P, 3) of `mpp` um/px show structure, but none of its fine detail."""
+    if mpp > settings.max_focus_mpp or patches.shape[1] * mpp < settings.min_extent_um:
+        return np.zeros(len(patches), dtype=bool)
+    fine = _binned(patches[..., 1], max(1, round(settings.focus_um / mpp)))
+    coarse = _curvature(_binned(fine, _COARSE))
+    return (_curvature(fine) < settings.min_focus * coarse) & (coarse > settings.min_structure**2)
+
+
+def _colour_shares(
+    patches: NDArray[np.uint8], mpp: float, settings: QualitySettings
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(B,) shares of each patch that are ink, and that are stained and no ink."""
+    size = patches.shape[1]
+    width = min(max(1, round(settings.colour_um / mpp)), size)
+    number = size // width
+    inside = patches[:, : number * width, : number * width]
+    rows = inside.reshape(len(patches), number, width, -1).sum(axis=2, dtype=np.uint32)
+    sums = rows.reshape(len(patches), number, number, width, 3).sum(axis=3)
+    density = optical_density(((sums + width**2 // 2) // width**2).astype(np.uint8))
+    ink = find_ink(density)
+    return ink.mean(axis=(1, 2)), (is_stained(density) & ~ink).mean(axis=(1, 2))
+
+
+def _binned(images: NDArray, width: int) -> NDArray[np.float32]:
+    """(B, n, n) means over squares of `width` px of images (B, P, P); what is left at the far edges is dropped."""
+    number = images.shape[1] // width
+    images = images[:, : number * width, : number * width]
+    total = np.zeros((len(images), number, number), dtype=np.float32)
+    for row in range(width):
+        for column in range(width):
+            total += images[:, row::width, column::width]
+    return total / np.float32(width**2)
+
+
+def _curvature(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(B,) mean squared Laplacian of images (B, n, n)."""
+    middle = images[:, 1:-1, 1:-1]
+    bend = 4 * middle - images[:, :-2, 1:-1] - images[:, 2:, 1:-1] - images[:, 1:-1, :-2] - images[:, 1:-1, 2:]
+    return np.einsum("bij,bij->b", bend, bend) / np.float32(middle[0].size)
