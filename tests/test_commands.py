@@ -128,7 +128,9 @@ def test_a_bad_slide_does_not_stop_the_batch(slide_cohort, script, tmp_path):
         f",{len(h5py.File(tmp_path / 'features' / 'good.h5')['coords'])},"
         in (tmp_path / "features" / "extraction_report.csv").read_text()
     )  # a whole number of patches
-    assert sorted(path.name for path in (tmp_path / "features").glob("*")) == ["extraction_report.csv", "good.h5"]
+    assert sorted(path.name for path in (tmp_path / "features").glob("*")) == [
+        "contact_sheet.html", "extraction_report.csv", "good.h5", "previews",
+    ]  # fmt: skip
 
 
 def test_what_is_not_ours_is_never_overwritten_unasked(slide_cohort, script, tmp_path):

@@ -1,6 +1,7 @@
 """Extraction of folders: which slides, at which resolution, past interruptions and full devices."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import BACKBONE, PATCH
 from tests.synthetic import stained_image, write_pyramid
@@ -174,6 +176,27 @@ def test_quality_control_drops_patches_and_tells_why(slide_cohort, script, tmp_p
     assert "qc: found {" in script("extractFeatures", *plain).errors[0]
 
 
+def test_a_folder_is_to_be_looked_at(slide_cohort, script, tmp_path):
+    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out", *recipe(slide_cohort))
+    assert script("extractFeatures", *flags).code == 0
+    pictures = sorted((tmp_path / "out" / "previews").iterdir())
+    assert [path.stem for path in pictures] == sorted(path.stem for path in slide_cohort.features.glob("*.h5"))
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert picture.format == "JPEG"
+            assert max(picture.size) <= 1200
+    sheet = (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert all(f'src="previews/{path.name}"' in sheet for path in pictures)
+    shutil.rmtree(tmp_path / "out")
+    assert script("extractFeatures", *flags, "--no-preview").code == 0
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".h5", ".csv"}
+    one = ("--input", slide_cohort.slides / "P00_0.tif", "--output", tmp_path / "one" / "a.h5", *recipe(slide_cohort))
+    assert script("extractFeatures", *one).code == 0
+    assert not (tmp_path / "one" / "previews").exists()
+    assert script("extractFeatures", *one, "--overwrite", "--preview").code == 0
+    assert (tmp_path / "one" / "previews" / "P00_0.jpg").is_file()
+
+
 # Folders
 
 
@@ -335,7 +358,7 @@ def test_signals_leave_whole_files_only(slide_cohort, tmp_path, number, code):
     made = contents(tmp_path)
     expected = contents(slide_cohort.features)
     assert all(expected[name] == content for name, content in made.items())
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".h5", ".csv"}
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".h5", ".csv", ".jpg"}
 
 
 @pytest.mark.slow
@@ -356,7 +379,8 @@ def test_killed_at_any_moment_and_run_again_the_files_are_the_same(slide_cohort,
                 path.unlink()
     assert started(slide_cohort, tmp_path / "killed").wait(timeout=300) == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole") == contents(slide_cohort.features)
-    assert {path.suffix for path in (tmp_path / "killed").iterdir()} == {".h5", ".csv"}
+    suffixes = {path.suffix for path in (tmp_path / "killed").rglob("*") if path.is_file()}
+    assert suffixes == {".h5", ".csv", ".html", ".jpg"}
 
 
 def started(cohort, target: Path) -> subprocess.Popen:

@@ -7,7 +7,7 @@ result = extractor.process("slide.svs", save_path="slide.h5")
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 
 from utils.bags.store import Bag, BagInfo, bag_writer, peek_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
@@ -42,6 +43,7 @@ from utils.core.runtime import (
 from utils.slides.backbones import Backbone, canonical_backbone, load_backbone
 from utils.slides.batch import (
     PLANNED,
+    REPORT,
     SlideStatus,
     guarded,
     report_path,
@@ -51,10 +53,19 @@ from utils.slides.batch import (
 )
 from utils.slides.contours import read_contours, write_contours
 from utils.slides.patching import PatchPlan, plan_patches, read_batches
+from utils.slides.preview import (
+    LITTLE_TISSUE,
+    MAX_SIDE,
+    SheetRow,
+    draw_preview,
+    write_contact_sheet,
+    write_preview,
+)
 from utils.slides.quality import QUALITY_SETTINGS, judge_patches
 from utils.slides.tissue import TISSUE_SETTINGS
 from utils.slides.wsi import Slide, open_slide, read_slides_csv
 
+SHEET = "contact_sheet"
 # A slide's own bar appears only when the slide takes longer than this.
 _BAR_DELAY_SECONDS = 3
 
@@ -193,18 +204,16 @@ class WSIFeatureExtractor:
             found = Extracted.of(slide, plan, np.concatenate(reasons))
             return Bag(np.concatenate(parts), found.coords, plan.patch_size_level0, self.passport(slide, found))
 
-    def extract_to(
-        self, wsi_path: Path, target: Path, told: "Told | None" = None, save_tissue: Path | None = None
-    ) -> "Extracted":
+    def extract_to(self, wsi_path: Path, target: Path, told: "Told | None" = None) -> "Extracted":
         """Extract one slide into a feature file, in memory that does not grow with it, knowing what the user told.
 
-        `save_tissue` is where the tissue's contours go. Raises as `process` does.
+        Raises as `process` does.
         """
         told = told or Told()
         with open_slide(wsi_path, told.mpp) as slide:
             plan = self.plan(slide, told)
-            if save_tissue is not None and plan.tissue is not None:
-                write_contours(save_tissue, plan.tissue, slide)
+            if told.save_tissue is not None and plan.tissue is not None:
+                write_contours(told.save_tissue, plan.tissue, slide)
             reasons = []
             with bag_writer(target, self.backbone.dim, self.config.dtype) as writer:
                 for features, why_not in self.encode(slide, plan):
@@ -212,6 +221,8 @@ class WSIFeatureExtractor:
                     reasons.append(why_not)
                 found = Extracted.of(slide, plan, np.concatenate(reasons))
                 writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found, told))
+            if told.preview is not None:
+                write_preview(told.preview, found.drawn(slide))
         return found
 
     def plan(self, slide: Slide, told: "Told | None" = None) -> PatchPlan:
@@ -289,34 +300,63 @@ class WSIFeatureExtractor:
 
 @dataclass(frozen=True, eq=False)
 class Extracted:
-    """What of a plan became features: `coords (N, 2)`, and how many patches were dropped, by reason."""
+    """What of a plan's M patches became features, by `reasons (M,)` why one was dropped, "" for the N that were not."""
 
     plan: PatchPlan
-    coords: np.ndarray
-    dropped: dict[str, int]
+    reasons: np.ndarray
 
     @classmethod
     def of(cls, slide: Slide, plan: PatchPlan, reasons: np.ndarray) -> Self:
-        """`reasons (M,)` say of each patch of the plan why it was dropped. Raises NoTissueError where none is left."""
-        names, counts = np.unique(reasons[reasons != ""], return_counts=True)
-        found = cls(plan, plan.coords[reasons == ""], dict(zip(names.tolist(), counts.tolist(), strict=True)))
+        """Raises NoTissueError where none is left."""
+        found = cls(plan, reasons)
         if not len(found.coords):
-            raise NoTissueError(
-                f"{slide.path}: --qc drops all of its patches ({found.why}); leave --qc out, or the slide"
-            )
+            raise NoTissueError(f"{slide.path}: --qc drops all of its patches ({found.why}); leave the slide out")
         return found
+
+    @property
+    def coords(self) -> np.ndarray:
+        """(N, 2) level-0 px of the patches that were kept."""
+        return self.plan.coords[self.reasons == ""]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many patches, by reason."""
+        names, counts = np.unique(self.reasons[self.reasons != ""], return_counts=True)
+        return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
     @property
     def why(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
 
+    def drawn(self, slide: Slide) -> Image.Image:
+        """The slide with its tissue, and the patches that were kept and dropped."""
+        plan = self.plan
+        places, chosen = (corners[:, 1] * slide.width + corners[:, 0] for corners in (plan.grid, plan.coords))
+        little = plan.grid[~np.isin(places, chosen)]
+        dropped = {reason: plan.coords[self.reasons == reason] for reason in self.dropped}
+        resolution = "" if plan.mpp is None else f" at {plan.mpp:.3g} um/px"
+        return draw_preview(
+            slide.thumbnail(max_side=MAX_SIDE),
+            (slide.width, slide.height),
+            kept=self.coords,
+            dropped={LITTLE_TISSUE: little} | dropped,
+            size_level0=plan.patch_size_level0,
+            mask=None if plan.tissue is None else plan.tissue.mask,
+            mpp=slide.mpp,
+            title=f"{slide.name}: {len(self.coords):,} patches of {plan.patch_size} px{resolution}",
+        )
+
 
 @dataclass(frozen=True)
 class Told:
-    """What the user says of one slide: its um per level-0 px, and a GeoJSON file of its tissue."""
+    """What the user says of one slide: its um per level-0 px, a GeoJSON file of its tissue, and where the tissue that
+    is found, and a preview, go.
+    """
 
     mpp: float | None = None
     tissue: Path | None = None
+    save_tissue: Path | None = None
+    preview: Path | None = None
 
     @property
     def tissue_digest(self) -> str | None:
@@ -343,35 +383,51 @@ class _Files:
         name = f"{files.input.stem}.{files.format or 'h5'}"
         return {files.input: files.output or (files.output_dir or files.input.parent) / name}
 
-    def told(self, slide: Path) -> Told:
+    def told(self, slide: Path, target: Path) -> Told:
         tissue = None
         if self.files.tissue is not None:
             tissue = self.files.tissue / f"{slide.stem}.geojson"
             if not tissue.is_file():
                 raise SlideError(f"{tissue}: not there; draw the tissue of {slide.name}, or leave --tissue out")
-        return Told(self.mpps.get(slide.name, self.mpps.get(slide.stem)), tissue)
+        saved = target.parent / "tissue" / f"{slide.stem}.geojson" if self.files.save_tissue else None
+        mpp = self.mpps.get(slide.name, self.mpps.get(slide.stem))
+        return Told(mpp, tissue, saved, self.preview(slide, target))
 
-    def saved_tissue(self, slide: Path, target: Path) -> Path | None:
-        return target.parent / "tissue" / f"{slide.stem}.geojson" if self.files.save_tissue else None
+    def preview(self, slide: Path, target: Path) -> Path | None:
+        wanted = self.files.input is None if self.files.preview is None else self.files.preview
+        return target.parent / "previews" / f"{slide.stem}.jpg" if wanted else None
+
+    def write_sheet(self, statuses: Sequence[SlideStatus], targets: Mapping[Path, Path]) -> None:
+        """The contact sheet, beside the report."""
+        rows = []
+        for status in statuses:
+            picture = self.preview(status.slide, targets[status.slide])
+            shown = picture if picture is not None and picture.is_file() else None
+            rows.append(SheetRow(status.slide.name, status.status, status.reason, status.patches, status.mpp, shown))
+        report = report_path(self.files)
+        write_contact_sheet(report.with_name(f"{report.stem.replace(REPORT, SHEET)}.html"), rows)
 
 
 def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> list[SlideStatus]:
     """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
 
-    For a folder, also writes its report (see `utils.slides.batch`). Raises for a single slide that fails, ConfigError
-    for slides that would share an output file.
+    For a folder, also writes its report (see `utils.slides.batch`), previews and a contact sheet. Raises for a single
+    slide that fails, ConfigError for slides that would share an output file.
     """
     known = _Files(files)
     targets = known.targets()
 
     def work(one: WSIFeatureExtractor, slide: Path, target: Path) -> SlideStatus:
-        return extract_one(one, slide, target, files.overwrite, known.told(slide), known.saved_tissue(slide, target))
+        return extract_one(one, slide, target, files.overwrite, known.told(slide, target))
 
     if files.input is not None:
         return [work(extractor, *pair) for pair in targets.items()]
     extractors = [extractor, *(extractor.on(device) for device in extractor.devices[1:])]
     _ = [one.backbone for one in extractors]  # a backbone that cannot be had is no slide's fault
-    return work_through(targets, [partial(work, one) for one in extractors], report_path(files), extractor.stop)
+    statuses = work_through(targets, [partial(work, one) for one in extractors], report_path(files), extractor.stop)
+    if files.preview is not False:
+        known.write_sheet(statuses, targets)
+    return statuses
 
 
 def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
@@ -383,7 +439,7 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
     rates = []
 
     def look(slide: Path, target: Path) -> SlideStatus:
-        told = known.told(slide)
+        told = known.told(slide, target)
         if target.exists() and not files.overwrite:
             return extract_one(extractor, slide, target, told=told)
         with open_slide(slide, told.mpp) as opened:
@@ -410,12 +466,10 @@ def extract_one(
     target: Path,
     overwrite: bool = False,
     told: Told | None = None,
-    save_tissue: Path | None = None,
 ) -> SlideStatus:
     """Make sure that `target` holds the features of `slide`: extract them unless they are there, by the same recipe.
 
-    `told` and `save_tissue` are as `extract_to` has them. Raises SlideError, NoTissueError, and RecipeError when
-    `target` holds something else and `overwrite` is not given.
+    Raises SlideError, NoTissueError, and RecipeError when `target` holds something else and `overwrite` is not given.
     """
     if target.exists() and not overwrite:
         info = _check_current(extractor, slide, target, told or Told())
@@ -424,7 +478,7 @@ def extract_one(
             slide, "skipped", f"{target} is there, of the same recipe", info.num_instances, found.get("mpp_delivered")
         )
     started = time.perf_counter()
-    found = extractor.extract_to(slide, target, told, save_tissue)
+    found = extractor.extract_to(slide, target, told)
     reason = f"--qc dropped {found.why}" if found.dropped else ""
     seconds = round(time.perf_counter() - started, 2)
     return SlideStatus(slide, "done", reason, len(found.coords), found.plan.mpp, seconds)

@@ -89,6 +89,8 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     if hint is bool:
         return settings | {"action": "store_false" if field.default else "store_true"}
     inner = _without_none(hint)
+    if inner is bool:
+        return settings | {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(inner) is tuple:
         settings["nargs"] = "+"
         inner = typing.get_args(inner)[0]

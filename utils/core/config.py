@@ -118,6 +118,10 @@ class ExtractionFiles(_Checked):
     tissue: Path | None = option(
         None, "folder of <slide>.geojson, drawn or edited in QuPath, that say where the tissue is", metavar="DIR"
     )
+    preview: bool | None = option(
+        None,
+        "a picture of each slide's tissue and patches, in previews/, and contact_sheet.html (default: of a folder)",
+    )
     limit: int | None = option(None, "only the first N slides, to try a recipe on a subset", least=1, metavar="N")
     shard: str | None = option(
         None, "the i-th of n parts of the slides, for array jobs: every n-th slide, largest first", metavar="i/n"

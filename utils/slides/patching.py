@@ -121,7 +121,7 @@ def plan_patches(
         patch_size_level0=size_level0,
         stride_level0=stride_level0,
         sampling=sampling,
-        mpp=slide.mpp * sampling.downsample if slide.mpp else None,
+        mpp=mpp if sampling.scale != 1 else slide.mpp * sampling.downsample if slide.mpp else None,
         tissue=tissue,
     )
 

@@ -20,7 +20,7 @@ class QualitySettings:
 
     assumed_mpp: float = TISSUE_SETTINGS.assumed_mpp  # um/px of patches that do not say
     colour_um: float = TISSUE_SETTINGS.mpp  # side of the squares whose colour is judged, as the tissue detector does
-    max_ink: float = 0.15  # share of the patch; keratin and margin ink in a sharp patch of skin reach 0.09
+    max_ink: float = 0.25  # share of the patch; sharp skin, dark with keratin, reaches 0.09 in patches of 128 um
     min_stained: float = 0.1  # share of the patch; real patches of half tissue: 0.35 and more
     focus_um: float = 1.0  # px whose curvature is compared with that of px four times as wide
     min_focus: float = 0.05  # fine over coarse mean squared curvature, between 0.08 (sharp) and 0.03 (blurred)
