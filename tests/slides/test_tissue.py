@@ -157,6 +157,29 @@ def test_fluorescence_is_refused_and_a_black_border_is_not(tmp_path):
         assert detect_tissue(slide).fraction == pytest.approx(0.16, rel=0.2)  # less a rim of 24 um
 
 
+@pytest.mark.parametrize("colours", ["blue", "green", "blue and green"])
+def test_a_frame_crowded_with_fluorescence_is_refused_too(tmp_path, colours):
+    """As light as a dense H&E section on average, but every pixel lacks a colour."""
+    light = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((2, 800, 800)), (0, 8, 8))
+    light = np.clip(light / light.std() * 120 + 150, 0, 255)
+    image = np.zeros((800, 800, 3))
+    image[..., 1] = light[0] * ("green" in colours)
+    image[..., 2] = light[1] * ("blue" in colours)
+    Image.fromarray(image.astype(np.uint8)).save(tmp_path / "crowded.png")
+    with (
+        open_slide(tmp_path / "crowded.png") as slide,
+        pytest.raises(SlideError, match=r"colours on black.*leave it out"),
+    ):
+        detect_tissue(slide)
+
+
+def test_a_dark_section_edge_to_edge_is_not_fluorescence(tmp_path):
+    for name, colour in {"nuclei": (90, 40, 110), "dab": (70, 40, 25), "blood": (150, 25, 40)}.items():
+        Image.fromarray(canvas(colour, 800)).save(tmp_path / f"{name}.png")
+        with open_slide(tmp_path / f"{name}.png") as slide:
+            detect_tissue(slide)
+
+
 # Real images. The ranges are what a look at each picture says, not what the detector happened to answer.
 
 TILES = {

@@ -50,8 +50,9 @@ class TissueSettings:
 TISSUE_SETTINGS = TissueSettings()
 
 _WHITE = 255.0
-# Of a slide that is darker than this almost everywhere, and not bright where it is not: fluorescence.
+# Fluorescence: a slide that over half its area is darker than this or lacks a colour, and is not bright elsewhere.
 _DARK, _BRIGHT = 40.0, 130.0  # mean of the three channels, of 255
+_ABSENT = 20  # of 255, the least of the three channels; in stained tissue it is higher but for the densest spots
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +85,9 @@ def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> T
     thumbnail = slide.thumbnail(downsample=judging_downsample(slide.width, slide.height, mpp, settings))
     if _is_fluorescence(thumbnail):
         raise SlideError(
-            f"{slide.path}: mostly black (mean {thumbnail.mean():.0f} of 255), as fluorescence is; the tissue detector "
-            "needs a brightfield slide (H&E, IHC): leave it out, or keep every patch with tissue_threshold 0"
+            f"{slide.path}: mostly black, or colours on black (mean {thumbnail.mean():.0f} of 255), as fluorescence "
+            "is; the tissue detector needs a brightfield slide (H&E, IHC): leave it out, or keep every patch with "
+            "tissue_threshold 0"
         )
     delivered = math.sqrt(slide.width * slide.height / (thumbnail.shape[0] * thumbnail.shape[1]))
     mask = tissue_mask(thumbnail, mpp * delivered, settings)
@@ -178,9 +180,9 @@ def _hue(density: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.
 
 
 def _is_fluorescence(rgb: NDArray[np.uint8]) -> bool:
-    """Mostly black, and what is not black is not bright: an unscanned border around H&E is no reason to refuse it."""
+    """Mostly black or without one colour, and not bright elsewhere: black around H&E is no reason to refuse it."""
     brightness = rgb.mean(axis=-1)
-    lit = brightness[brightness >= _DARK]
+    lit = brightness[(brightness >= _DARK) & (rgb.min(axis=-1) >= _ABSENT)]
     return lit.size < 0.5 * brightness.size and (lit.size == 0 or float((lit > _BRIGHT).mean()) < 0.5)
 
 
