@@ -2,17 +2,21 @@
 
 import logging
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from PIL import Image
 
 from tests.slides.conftest import PLACE_SIZE
-from tests.synthetic import place_image, place_of, write_pyramid
+from tests.synthetic import place_image, place_of, stained_image, write_pyramid
 from utils.core.errors import SlideError
-from utils.slides import wsi
-from utils.slides.wsi import find_slides, is_slide_file, open_slide
+from utils.slides import tiles, wsi
+from utils.slides.tiles import TileReader
+from utils.slides.wsi import find_slides, is_slide_file, open_slide, read_slides_csv
 
 WIDTH, HEIGHT = PLACE_SIZE
 
@@ -191,7 +195,7 @@ def test_axes_that_disagree_make_the_mpp_unknown(tmp_path, caplog):
     assert within == pytest.approx((0.25 + 10 / 41) / 2)
     assert not caplog.records
     assert mpp_of(tmp_path, caplog, resolution=(40_000, 20_000), resolutionunit="centimeter") is None
-    assert "disagree (0.25 x 0.5" in caplog.text
+    assert "x and y disagree in the file (0.25 x 0.5 um/px)" in caplog.text
 
 
 def test_a_plain_image_has_no_mpp(tmp_path, caplog):
@@ -344,7 +348,7 @@ def test_the_real_slides_say_what_is_known_of_them(shared_data, caplog):
             assert len(slide.level_dimensions) == levels
             assert slide.mpp == (None if mpp is None else pytest.approx(mpp, rel=0.01))
             assert slide.objective == objective
-    assert "boxes.tiff: mpp 352.8" in caplog.text
+    assert "boxes.tiff: 352.8 um/px in the file is not plausible" in caplog.text
 
 
 # Finding
@@ -395,3 +399,221 @@ def test_is_slide_file():
     assert is_slide_file("a.jpeg")
     assert not is_slide_file("a.h5")
     assert not is_slide_file("svs")
+
+
+# The fast reader, and px of a level
+
+
+def write_jpeg_pyramid(path, width=700, height=500, factors=(1, 2)):
+    image = stained_image(width, height, seed=2, coverage=0.8)
+    with tifffile.TiffWriter(path) as writer:
+        for factor in factors:
+            level = np.asarray(Image.fromarray(image).resize((int(width / factor), int(height / factor))))
+            kind = {"compression": "jpeg", "photometric": "rgb", "metadata": None}
+            writer.write(level, tile=(128, 128), subfiletype=int(factor > 1), **kind)
+    return path
+
+
+def by_openslide(path, x, y, level, width, height):
+    with openslide.OpenSlide(path) as handle:
+        return wsi._opaque(np.asarray(handle.read_region((x, y), level, (width, height))), (255, 255, 255))
+
+
+@pytest.mark.parametrize("factors", [(1, 2), (1, 2.5), (1, 4.003)])
+def test_the_fast_reader_is_chosen_and_gives_openslides_pixels(tmp_path, factors, caplog):
+    path = write_jpeg_pyramid(tmp_path / "a.tif", factors=factors)
+    with caplog.at_level(logging.INFO), open_slide(path) as slide:
+        for x, y, level in [(0, 0, 0), (3, 129, 0), (-5, 450, 0), (690, 490, 0), (0, 0, 1), (20, 40, 1), (33, 47, 1)]:
+            np.testing.assert_array_equal(
+                slide.read_region(x, y, level, 140, 90), by_openslide(path, x, y, level, 140, 90)
+            )
+        assert slide._tile_reader() is not None
+    assert not caplog.records
+
+
+def test_a_reader_that_is_wrong_by_one_grey_level_is_not_used(tmp_path, caplog, monkeypatch):
+    path = write_jpeg_pyramid(tmp_path / "a.tif")
+    right = tiles.imagecodecs.jpeg8_decode
+
+    def wrong(data, **keywords):
+        pixels = right(data, **keywords)
+        pixels[40:90, 40:90, 1] ^= 1
+        return pixels
+
+    monkeypatch.setattr(tiles.imagecodecs, "jpeg8_decode", wrong)
+    with caplog.at_level(logging.INFO), open_slide(path) as slide:
+        for _ in range(2):
+            np.testing.assert_array_equal(slide.read_level(0, 5, 5, 99, 99), by_openslide(path, 5, 5, 0, 99, 99))
+        assert slide._tile_reader() is None
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "a.tif: read through OpenSlide" in record.message
+
+
+@pytest.mark.parametrize("damaged_tiles", [{0}, set(range(24)) - {16}])
+def test_a_slide_with_damaged_tiles_is_still_read_elsewhere(tmp_path, damaged_tiles):
+    """Also where the probes meet damage, which OpenSlide sees too."""
+    path = write_jpeg_pyramid(tmp_path / "a.tif", factors=(1,))
+    with tifffile.TiffFile(path) as file:
+        places = [(file.pages.first.dataoffsets[tile], file.pages.first.databytecounts[tile]) for tile in damaged_tiles]
+    data = bytearray(path.read_bytes())
+    for offset, count in places:
+        data[offset : offset + count] = bytes(count)
+    path.write_bytes(data)
+    with open_slide(path) as slide:
+        for _ in range(2):
+            with pytest.raises(SlideError, match=r"a\.tif: level 0, tile 0 of row 0 cannot be read") as error:
+                slide.read_level(0, 0, 0, 50, 50)
+            assert one_line(error)
+            assert slide.read_level(0, 520, 260, 100, 100).std() > 5
+
+
+def test_a_reader_that_fails_where_openslide_does_not_is_not_used(tmp_path, monkeypatch):
+    path = write_jpeg_pyramid(tmp_path / "a.tif", factors=(1,))
+    monkeypatch.setattr(tiles, "_EOI", b"no stream ends like this")
+    with open_slide(path) as slide:
+        np.testing.assert_array_equal(slide.read_level(0, 5, 5, 99, 99), by_openslide(path, 5, 5, 0, 99, 99))
+        assert slide._tile_reader() is None
+
+
+def test_threads_that_read_first_choose_one_reader(tmp_path, monkeypatch):
+    path = write_jpeg_pyramid(tmp_path / "a.tif")
+    opened, start = [], threading.Barrier(6)
+    open_reader = TileReader.open
+    monkeypatch.setattr(TileReader, "open", lambda *args: opened.append(1) or open_reader(*args))
+    expected = by_openslide(path, 100, 100, 0, 90, 90)
+    with open_slide(path) as slide, ThreadPoolExecutor(6) as pool:
+
+        def reads_right(_):
+            start.wait(10)
+            return np.array_equal(slide.read_level(0, 100, 100, 90, 90), expected)
+
+        assert all(pool.map(reads_right, range(6)))
+    assert len(opened) == 1
+
+
+def test_px_of_a_level_are_whole_px(place_slide, tmp_path):
+    """By the fast reader exactly; by OpenSlide to less than half a px of the level, and never past its edge."""
+    path = write_jpeg_pyramid(tmp_path / "a.tif", factors=(1, 4.003))
+    with open_slide(path) as slide:
+        width, height = slide.level_dimensions[1]
+        whole = slide.read_level(1, 0, 0, width, height)
+        np.testing.assert_array_equal(slide.read_level(1, 37, 21, 60, 50), whole[21:71, 37:97])
+    with open_slide(place_slide) as slide:
+        for level, downsample in enumerate(slide.level_downsamples):
+            width, height = slide.level_dimensions[level]
+            seen_x, seen_y = place_of(slide.read_level(level, width - 31, 7, 31, 20), WIDTH, HEIGHT)
+            tolerance = WIDTH / 255 + downsample / 2
+            np.testing.assert_allclose(seen_x[9], (np.arange(width - 31, width) + 0.5) * downsample, atol=tolerance)
+            np.testing.assert_allclose(seen_y[:, 9], (np.arange(7, 27) + 0.5) * downsample, atol=tolerance)
+            edge = slide.read_level(level, width - 1, height - 1, 1, 1)
+            assert edge[0, 0, 2] == 77  # blended with the background it would be lighter
+        with pytest.raises(SlideError, match="no level 3"):
+            slide.read_level(3, 0, 0, 5, 5)
+        with pytest.raises(SlideError, match="at least 1 x 1"):
+            slide.read_level(0, 0, 0, 5, 0)
+
+
+def test_a_slide_that_travels_keeps_what_the_user_said_of_it(tmp_path):
+    path = write_jpeg_pyramid(tmp_path / "a.tif")
+    with open_slide(path, 0.7) as slide:
+        slide.read_level(0, 0, 0, 5, 5)
+        with pickle.loads(pickle.dumps(slide)) as copy:  # noqa: S301 - our own bytes
+            assert (copy.mpp, copy.told_mpp, copy.mpp_problem) == (0.7, 0.7, None)
+            np.testing.assert_array_equal(copy.read_level(1, 9, 9, 20, 20), slide.read_level(1, 9, 9, 20, 20))
+
+
+def test_a_closed_slide_gives_its_fast_reader_back(tmp_path):
+    slide = open_slide(write_jpeg_pyramid(tmp_path / "a.tif"))
+    reader = slide.read_level(0, 0, 0, 5, 5) is not None and slide._tile_reader()
+    slide.close()
+    with pytest.raises(SlideError, match="closed"):
+        slide.read_level(0, 0, 0, 5, 5)
+    with pytest.raises(SlideError, match="closed"):
+        reader.read(0, 0, 0, 5, 5)
+
+
+def test_transparent_and_half_transparent_px_are_composed_on_the_slides_colour(tmp_path, monkeypatch):
+    """As MIRAX has them: places never scanned, and edges of camera fields."""
+    path = write_jpeg_pyramid(tmp_path / "a.tif", factors=(1,))
+    region = Image.new("RGBA", (4, 3), (0, 0, 0, 0))
+    region.putpixel((1, 1), (10, 20, 30, 255))
+    region.putpixel((2, 1), (100, 100, 100, 51))  # a fifth
+    with open_slide(path) as slide:
+        slide._tiles, slide._chosen, slide._background = None, True, (255, 200, 150)
+        monkeypatch.setattr(slide._handle, "read_region", lambda *args: region)
+        pixels = slide.read_level(0, 0, 0, 4, 3)
+    assert pixels[1, 1].tolist() == [10, 20, 30]
+    assert pixels[1, 2].tolist() == [224, 180, 140]
+    assert (pixels[[0, 2]] == (255, 200, 150)).all()
+
+
+# What the user says of the um/px
+
+
+def test_the_users_mpp_wins_and_silences_the_files(tmp_path, caplog):
+    path = tmp_path / "a.tiff"
+    write_pyramid(path, np.zeros((64, 64, 3), np.uint8), mpp=300, downsamples=(1,), tile=64)
+    with open_slide(path, 0.5) as slide:
+        assert (slide.mpp, slide.mpp_problem) == (0.5, None)
+    assert not caplog.records
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.told_mpp) == (None, None)
+        assert slide.mpp_problem == "300 um/px in the file is not plausible (0.05 to 40)"
+    assert len(caplog.records) == 1
+    for mpp in (0, -1, 0.01, 50, float("nan")):
+        with pytest.raises(SlideError, match=r"a\.tiff: .* um/px, given for it, is not plausible"):
+            open_slide(path, mpp)
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png", 0.5) as slide:
+        assert slide.mpp == 0.5
+
+
+def test_a_slide_that_says_nothing_says_so_without_a_warning(tmp_path, caplog):
+    path = write_pyramid(tmp_path / "a.tiff", np.zeros((64, 64, 3), np.uint8), downsamples=(1,), tile=64)
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.mpp_problem) == (None, "not in the file")
+    assert not caplog.records
+
+
+def slides_csv(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "slides.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_of_mpps(tmp_path, encoding):
+    text = 'scanner, wsi ,note,mpp\r\nX,"a, b.svs","two\r\nlines",0.25\r\n\r\nY, c ,,0.5\r\n'
+    assert read_slides_csv(slides_csv(tmp_path, text, encoding)) == {"a, b.svs": 0.25, "c": 0.5}
+    assert read_slides_csv(slides_csv(tmp_path, "wsi,mpp\n")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "its first line has the columns ''"),
+        ("wsi;mpp\na;0.5\n", "its first line has the columns 'wsi;mpp'; wsi,mpp are expected"),
+        ("wsi,mpp\na,0.5\nb\n", "line 3: mpp None of b"),
+        ("wsi,mpp\na,half\n", "line 2: mpp 'half' of a; um per level-0 px are expected, 0.05 to 40"),
+        ("wsi,mpp\na,nan\n", "line 2: mpp 'nan'"),
+        ("wsi,mpp\na,352.8\n", "line 2: mpp '352.8'"),
+        ("wsi,mpp\n,0.5\n", "line 2: wsi ''"),
+        ("wsi,mpp\nsub/a.svs,0.5\n", "line 2: wsi 'sub/a.svs'; .*without folders"),
+        ("wsi,mpp\na,0.5\nb,0.5\na,0.5\n", "line 4: a stands there twice"),
+        ('wsi,mpp\n"a,0.5\n', "not readable as a table"),
+    ],
+)
+def test_a_table_that_cannot_be_right_is_refused_by_line(tmp_path, text, said):
+    with pytest.raises(SlideError, match=rf"slides\.csv.*{said}") as error:
+        read_slides_csv(slides_csv(tmp_path, text))
+    assert one_line(error)
+
+
+def test_a_table_that_is_not_text_or_not_there(tmp_path):
+    with pytest.raises(SlideError, match=r"absent\.csv: not readable as a table \(No such file"):
+        read_slides_csv(tmp_path / "absent.csv")
+    with pytest.raises(SlideError, match="not readable as a table"):
+        read_slides_csv(slides_csv(tmp_path, "wsi,mpp\n\xe9,1\n", "latin-1"))
+    with pytest.raises(SlideError, match="not readable as a table"):
+        read_slides_csv(tmp_path)

@@ -87,7 +87,7 @@ def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> T
         raise SlideError(
             f"{slide.path}: mostly black, or colours on black (mean {thumbnail.mean():.0f} of 255), as fluorescence "
             "is; the tissue detector needs a brightfield slide (H&E, IHC): leave it out, or keep every patch with "
-            "tissue_threshold 0"
+            "--tissue_threshold 0"
         )
     delivered = math.sqrt(slide.width * slide.height / (thumbnail.shape[0] * thumbnail.shape[1]))
     mask = tissue_mask(thumbnail, mpp * delivered, settings)

@@ -1,7 +1,8 @@
 """Opening slides: OpenSlide for whole-slide formats, Pillow for plain images, one `Slide` for both.
 
-Positions are level-0 px of a top-left corner; sizes are px of the level read. Whatever goes wrong with a file, at
-opening or later, is a SlideError of one line.
+Positions are level-0 px of a top-left corner, or px of a level where that is said; sizes are px of the level read.
+Whatever goes wrong with a file, at opening or later, is a SlideError of one line. Tiled TIFFs are read past OpenSlide
+where that gives its very pixels: see `utils.slides.tiles`.
 """
 
 import csv
@@ -11,6 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -20,19 +22,23 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from utils.core.errors import SlideError
-from utils.core.runtime import log
+from utils.core.runtime import derive_seed, log
+from utils.slides.resolution import NOT_IN_FILE, PLAUSIBLE_MPP, Resolution, file_resolution, number
+from utils.slides.tiles import PROBE, TileReader
 
 SLIDE_EXTENSIONS = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
 )
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp"})
 
-PLAUSIBLE_MPP = (0.05, 40.0)  # um/px; the 72 and 96 dpi of screens are 353 and 265 um/px
-MPP_DISAGREEMENT = 0.05  # x and y further apart than this: one of them is wrong, and nobody knows which
 READ_BLOCK = 4096  # px of a level read at once for a thumbnail: 50 MB, whatever the slide's size
 
 _WHITE = (255, 255, 255)
 _HASHED_BYTES = 2**20
+# Formats whose levels are pages of tiles side by side; elsewhere tiles overlap, or are placed one by one.
+_TILED_VENDORS = frozenset({"aperio", "generic-tiff"})
+# px of a level: OpenSlide takes a position so near to a whole px for it, and blends neighbours further off.
+_WHOLE = 1 / 512
 # Pillow's other formats (EPS calls an interpreter) have no business here.
 _PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 _PILLOW_EXTENSIONS = IMAGE_EXTENSIONS | {".tif", ".tiff"}
@@ -85,9 +91,12 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
     level, read through Pillow.
 
     Raises:
-        SlideError: missing, empty, a folder, damaged, or of a format that neither reads.
+        SlideError: missing, empty, a folder, damaged, or of a format that neither reads; or `mpp` is not plausible.
     """
     path = Path(path)
+    low, high = PLAUSIBLE_MPP
+    if mpp is not None and not low <= mpp <= high:
+        raise SlideError(f"{path}: {mpp:g} um/px, given for it, is not plausible ({low:g} to {high:g}); correct it")
     _check_file(path)
     try:
         slide = _OpenSlideSlide(path, openslide.OpenSlide(path))
@@ -95,13 +104,16 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
         slide = _open_image(path)
     except openslide.OpenSlideError as error:
         raise SlideError(_damaged(path, "cannot be opened", error)) from error
-    if mpp is not None:
-        slide.mpp, slide.told_mpp, slide.mpp_problem = mpp, mpp, None
+    slide.told_mpp = mpp
+    found = slide._file_resolution() if mpp is None else Resolution(mpp)
+    slide.mpp, slide.mpp_problem = found.mpp, found.problem
+    if found.doubt or found.problem not in (None, NOT_IN_FILE):
+        log.warning("%s: %s", path, found.doubt or f"{found.problem}; its um/px is taken as unknown")
     return slide
 
 
 def read_slides_csv(path: Path | str) -> dict[str, float]:
-    """The um per level-0 px of slides, by file name or stem: a table with the columns `wsi,mpp`.
+    """The um per level-0 px of slides, by file name or stem: a table with the columns `wsi,mpp`, others are ignored.
 
     Raises:
         SlideError: the table cannot be read, a slide stands there twice, or a value is not plausible.
@@ -109,19 +121,31 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            table = csv.DictReader(file, strict=True, skipinitialspace=True)
+            columns = [(column or "").strip() for column in table.fieldnames or ()]
+            table.fieldnames = columns
+            rows = [(table.line_num, row) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SlideError(f"{path}: not readable as a table ({error}); expected columns wsi,mpp") from error
-    if not rows or not {"wsi", "mpp"} <= rows[0].keys():
-        raise SlideError(f"{path}: no row, or no columns wsi,mpp")
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise SlideError(
+            f"{path}: not readable as a table ({reason}); give a CSV file, UTF-8, with the columns wsi,mpp"
+        ) from error
+    if not {"wsi", "mpp"} <= set(columns):
+        raise SlideError(f"{path}: its first line has the columns {','.join(columns)!r}; wsi,mpp are expected")
     found: dict[str, float] = {}
     low, high = PLAUSIBLE_MPP
-    for row in rows:
-        wsi, mpp = (row["wsi"] or "").strip(), _number(row["mpp"])
-        if not wsi or mpp is None or not low <= mpp <= high:
-            raise SlideError(f"{path}: wsi {wsi!r}: mpp {row['mpp']!r}; {low:g} to {high:g} um/px are plausible")
+    for line, row in rows:
+        wsi, mpp = (row["wsi"] or "").strip(), number(row["mpp"])
+        if not wsi or Path(wsi).name != wsi:
+            raise SlideError(
+                f"{path}, line {line}: wsi {wsi!r}; the name of a slide's file is expected, without folders"
+            )
+        if mpp is None or not low <= mpp <= high:
+            raise SlideError(
+                f"{path}, line {line}: mpp {row['mpp']!r} of {wsi}; um per level-0 px are expected, {low:g} to {high:g}"
+            )
         if wsi in found:
-            raise SlideError(f"{path}: wsi {wsi!r} stands there twice; leave one row")
+            raise SlideError(f"{path}, line {line}: {wsi} stands there twice; leave one of its lines")
         found[wsi] = mpp
     return found
 
@@ -142,7 +166,7 @@ class Slide:
         level_downsamples: level-0 px per px of each level: one number, the one by which the reader places regions
             (OpenSlide's mean over both axes; they differ only by the rounding of a level's last row or column).
         mpp: um per level-0 px, or None where the file does not say, or not plausibly.
-        mpp_problem: why mpp is None.
+        mpp_problem: why mpp is None, in a few words.
         told_mpp: mpp as the user told it, or None.
         objective: nominal magnification of the objective, or None.
         vendor: OpenSlide's name for the scanner's format; "image" for a plain image.
@@ -156,7 +180,7 @@ class Slide:
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
     mpp: float | None = None
-    mpp_problem: str | None = "not in the file"
+    mpp_problem: str | None = NOT_IN_FILE
     told_mpp: float | None = None
     objective: float | None = None
     vendor: str
@@ -189,16 +213,16 @@ class Slide:
         Raises:
             SlideError: the level does not exist, or the file cannot be read there.
         """
-        self.check_level(level)
-        if width < 1 or height < 1:
-            raise SlideError(f"{self.path}: a region of {width} x {height} px asked for; at least 1 x 1 is needed")
+        self._check_region(level, width, height)
         return self._read(int(x), int(y), level, int(width), int(height))
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Read (height, width, 3) uint8 RGB at px (x, y) of a level; otherwise as `read_region`."""
-        self.check_level(level)
-        downsample = self.level_downsamples[level]
-        return self.read_region(round(x * downsample), round(y * downsample), level, width, height)
+        """Read (height, width, 3) uint8 RGB whose top-left corner is px (x, y) of a level; otherwise as `read_region`.
+
+        Where OpenSlide has to be asked, it is for the nearest level-0 px: less than half a px of the level off.
+        """
+        self._check_region(level, width, height)
+        return self._read_level(level, int(x), int(y), int(width), int(height))
 
     def check_level(self, level: int) -> None:
         """Raise a SlideError that lists the levels unless `level` is one of them."""
@@ -256,7 +280,18 @@ class Slide:
             raise SlideError(f"{self.path}: cannot be read ({error.strerror})") from error
         return digest.hexdigest()
 
+    def _check_region(self, level: int, width: int, height: int) -> None:
+        self.check_level(level)
+        if width < 1 or height < 1:
+            raise SlideError(f"{self.path}: a region of {width} x {height} px asked for; at least 1 x 1 is needed")
+
+    def _file_resolution(self) -> Resolution:
+        return Resolution(None, NOT_IN_FILE)
+
     def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         raise NotImplementedError
 
     def _thumbnail_size(self, downsample: float | None, max_side: int | None) -> tuple[int, int]:
@@ -272,9 +307,7 @@ class Slide:
         left, top = math.floor(box[0]), math.floor(box[1])
         right = min(math.ceil(box[2] - 1e-9), self.level_dimensions[level][0])
         bottom = min(math.ceil(box[3] - 1e-9), self.level_dimensions[level][1])
-        downsample = self.level_downsamples[level]
-        # Rounded down: half a level-0 px too far would blend the background into the level's last row.
-        pixels = self._read(int(left * downsample), int(top * downsample), level, right - left, bottom - top)
+        pixels = self._read_level(level, left, top, right - left, bottom - top)
         inside = (
             box[0] - left,
             box[1] - top,
@@ -294,22 +327,82 @@ class _OpenSlideSlide(Slide):
         self.width, self.height = handle.dimensions
         self.level_dimensions = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
         self.level_downsamples = tuple(float(downsample) for downsample in handle.level_downsamples)
-        self.mpp = _plausible_mpp(
-            path,
-            _number(properties.get(openslide.PROPERTY_NAME_MPP_X)),
-            _number(properties.get(openslide.PROPERTY_NAME_MPP_Y)),
-        )
-        self.objective = _number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+        self.objective = number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.bounds = _bounds(properties)
         self._background = _background(properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR))
+        self._lock = threading.Lock()
+        self._tiles: TileReader | None = None
+        self._chosen = False
 
     def close(self) -> None:
         if self._handle is not None:
             self._handle.close()
+        if self._tiles is not None:
+            self._tiles.close()
         self._handle = None
 
+    def _file_resolution(self) -> Resolution:
+        assert self._handle is not None  # noqa: S101 - it was just opened
+        return file_resolution(self._handle.properties, self.width, self.height)
+
     def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        tiles, downsample = self._tile_reader(), self.level_downsamples[level]
+        column, row = round(x / downsample), round(y / downsample)
+        whole = max(abs(x / downsample - column), abs(y / downsample - row)) < _WHOLE
+        if tiles is not None and whole:
+            return tiles.read(level, column, row, width, height)
+        return self._read_by_openslide(x, y, level, width, height)
+
+    def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        tiles = self._tile_reader()
+        if tiles is not None:
+            return tiles.read(level, x, y, width, height)
+        level_width, level_height = self.level_dimensions[level]
+        downsample = self.level_downsamples[level]
+        place = _level0(x, width, level_width, downsample), _level0(y, height, level_height, downsample)
+        return self._read_by_openslide(*place, level, width, height)
+
+    def _tile_reader(self) -> TileReader | None:
+        """The fast reader, chosen at the first read, or None where OpenSlide reads."""
+        with self._lock:
+            if not self._chosen:
+                self._tiles = self._verified_tile_reader() if self.vendor in _TILED_VENDORS else None
+                self._chosen = True
+            return self._tiles
+
+    def _verified_tile_reader(self) -> TileReader | None:
+        tiles = TileReader.open(self.path, self.level_dimensions, self._background)
+        if tiles is None or self._reads_the_same(tiles):
+            return tiles
+        tiles.close()
+        log.info("%s: read through OpenSlide: the fast reader does not give the same pixels", self.path)
+        return None
+
+    def _reads_the_same(self, tiles: TileReader) -> bool:
+        """Whether a few regions are, pixel by pixel, what OpenSlide makes of them, or damaged by its account too."""
+        judge = openslide.OpenSlide(self.path)
+        try:
+            for level, x, y in tiles.probes(derive_seed(self.path.name, self.width, self.height)):
+                downsample = self.level_downsamples[level]
+                x, y = _whole_near(x, downsample), _whole_near(y, downsample)
+                place = round(x * downsample), round(y * downsample)
+                ours = theirs = None
+                with suppress(SlideError):
+                    ours = tiles.read(level, x, y, PROBE, PROBE)
+                try:
+                    theirs = _opaque(np.asarray(judge.read_region(place, level, (PROBE, PROBE))), self._background)
+                except openslide.OpenSlideError:
+                    judge.close()  # it refuses all later reads
+                    judge = openslide.OpenSlide(self.path)
+                same = ours is theirs if ours is None or theirs is None else np.array_equal(ours, theirs)
+                if not same:
+                    return False
+        finally:
+            judge.close()
+        return True
+
+    def _read_by_openslide(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
         if self._handle is None:
             raise SlideError(_closed(self.path))
         try:
@@ -351,6 +444,9 @@ class _ImageSlide(Slide):
         if left < right and top < bottom:
             region[top - y : bottom - y, left - x : right - x] = pixels[top:bottom, left:right]
         return region
+
+    def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        return self._read(x, y, level, width, height)
 
     def _decoded(self) -> NDArray[np.uint8]:
         with self._lock:
@@ -424,31 +520,19 @@ def _opaque(rgba: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArra
     return rgb
 
 
-def _plausible_mpp(path: Path, mpp_x: float | None, mpp_y: float | None) -> float | None:
-    """One um/px for both axes, or None with a warning where the file's values cannot be true."""
-    values = [value for value in (mpp_x, mpp_y) if value is not None]
-    if not values:
-        return None
-    low, high = PLAUSIBLE_MPP
-    if not all(low <= value <= high for value in values):
-        log.warning("%s: mpp %s is not plausible (%g to %g um/px); taken as unknown", path, _shown(values), low, high)
-        return None
-    if max(values) > min(values) * (1 + MPP_DISAGREEMENT):
-        log.warning("%s: mpp in x and y disagree (%s um/px); taken as unknown", path, _shown(values))
-        return None
-    return sum(values) / len(values)
+def _level0(start: int, size: int, extent: int, downsample: float) -> int:
+    """The level-0 px nearest to px `start` of a level; before it where a region of `size` would else pass the edge, and
+    the background be blended into the level's last px.
+    """
+    place = round(start * downsample)
+    return math.floor(start * downsample) if start + size <= extent < place / downsample + size else place
 
 
-def _shown(values: list[float]) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text) if text is not None else math.nan
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def _whole_near(start: int, downsample: float) -> int:
+    """The last px of a level, up to `start`, that begins where a level-0 px does."""
+    places = np.arange(max(start, 0), -1, -1)
+    off = np.abs(np.rint(places * downsample) / downsample - places)
+    return int(places[np.argmax(off < _WHOLE)])
 
 
 def _bounds(properties) -> tuple[int, int, int, int] | None:

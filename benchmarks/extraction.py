@@ -1,0 +1,226 @@
+"""From a slide to its features: OpenSlide and the first version's way against ours, as Markdown tables.
+
+    uv run benchmarks/extraction.py
+    uv run benchmarks/extraction.py --side 5000 --patches 300 --repeats 3
+
+A synthetic slide of each tile size is written as a JPEG pyramid and read by contenders that take turns, in one process,
+from a file the system has in memory: what is measured is the reading, not the disk. What is compared is first checked
+to be equal pixel by pixel.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import openslide
+import tifffile
+from numpy.typing import NDArray
+from report import processor, table, versions
+from scipy import ndimage
+
+from utils.slides.wsi import open_slide
+
+QUALITY = 80
+PERIOD = 1200  # px after which the slide's texture repeats; not a multiple of the tiles, so that those differ
+DOWNSAMPLES = (1, 4, 16)
+FIRST = "OpenSlide, one by one"
+
+Corner = tuple[int, int]
+Read = Callable[[Corner], NDArray[np.uint8]]
+
+
+def texture(seed: int = 0) -> NDArray[np.uint8]:
+    """(PERIOD, PERIOD, 3) uint8 that looks like H&E and goes on at its edges where it began."""
+    rng = np.random.default_rng(seed)
+
+    def noise(sigma: float) -> NDArray[np.float64]:
+        field = ndimage.gaussian_filter(rng.standard_normal((PERIOD, PERIOD)), sigma, mode="wrap")
+        return field / field.std()
+
+    stroma = np.clip(0.6 + 0.3 * noise(12) + 0.15 * noise(2), 0, None)
+    nuclei = ndimage.gaussian_filter((noise(5) > 1.2).astype(np.float64), 0.8, mode="wrap")
+    nuclei *= np.clip(1 + 0.3 * noise(1.2), 0.3, None)
+    density = stroma[..., None] * [0.05, 0.35, 0.18] + nuclei[..., None] * [0.45, 0.50, 0.22]
+    image = 244 * 10**-density + rng.normal(0, 2.0, (PERIOD, PERIOD, 1))
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def jpeg_tiles(image: NDArray[np.uint8], side: int, tile: int) -> Iterator[bytes]:
+    """The tiles of a level of side x side px, on which the image is laid over and over."""
+    for top in range(0, side, tile):
+        rows = np.arange(top, top + tile) % len(image)
+        for left in range(0, side, tile):
+            columns = np.arange(left, left + tile) % len(image)
+            yield imagecodecs.jpeg8_encode(image[np.ix_(rows, columns)], QUALITY, subsampling="420")
+
+
+def write_slide(path: Path, side: int, tile: int) -> Path:
+    """A pyramid of JPEG tiles, YCbCr 4:2:0: a BigTIFF, and what OpenSlide takes for Aperio's where tiles are 240 px."""
+    image = texture()
+    described = f"Aperio Image Library\r\n{side}x{side} ({tile}x{tile}) JPEG/YCC Q={QUALITY}|AppMag = 20|MPP = 0.5"
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        for factor in DOWNSAMPLES:
+            level = image.reshape(PERIOD // factor, factor, PERIOD // factor, factor, 3).mean((1, 3)).astype(np.uint8)
+            writer.write(
+                jpeg_tiles(level, side // factor, tile),
+                shape=(side // factor, side // factor, 3),
+                dtype=np.uint8,
+                tile=(tile, tile),
+                compression="jpeg",
+                photometric="ycbcr",
+                subsampling=(2, 2),
+                subfiletype=int(factor > 1),
+                description=described if tile == 240 else None,
+                metadata=None,
+            )
+    return path
+
+
+def grid(side: int, patch: int, count: int) -> list[Corner]:
+    """The first patches of a slide, row by row."""
+    places = range(0, side - patch + 1, patch)
+    return [(x, y) for y in places for x in places][:count]
+
+
+def read_all(read: Read, corners: list[Corner], threads: int) -> None:
+    """Read every patch, and keep none."""
+    if threads == 1:
+        for corner in corners:
+            read(corner)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(read, corners):
+            pass
+
+
+def through_openslide(handle: openslide.OpenSlide, patch: int, corner: Corner) -> NDArray[np.uint8]:
+    return np.asarray(handle.read_region(corner, 0, (patch, patch)).convert("RGB"))
+
+
+def check_equal(path: Path, corners: list[Corner], patch: int) -> None:
+    with openslide.OpenSlide(path) as handle, open_slide(path) as slide:
+        for corner in corners:
+            ours, theirs = slide.read_level(0, *corner, patch, patch), through_openslide(handle, patch, corner)
+            if not np.array_equal(ours, theirs):
+                raise AssertionError(f"{path}: the patch at {corner} is not OpenSlide's")
+
+
+def openslide_seconds(path: Path, corners: list[Corner], patch: int, threads: int) -> float:
+    """From a handle of its own, so that no turn finds the tiles of the one before it."""
+    with openslide.OpenSlide(path) as handle:
+        read = partial(through_openslide, handle, patch)
+        before = time.perf_counter()
+        read_all(read, corners, threads)
+        return time.perf_counter() - before
+
+
+def our_seconds(path: Path, corners: list[Corner], patch: int, threads: int) -> float:
+    """As `openslide_seconds`; the reader is chosen and verified before the clock starts, once a slide."""
+    with open_slide(path) as slide:
+        slide.read_level(0, slide.width - 1, slide.height - 1, 1, 1)
+        before = time.perf_counter()
+        read_all(lambda corner: slide.read_level(0, *corner, patch, patch), corners, threads)
+        return time.perf_counter() - before
+
+
+def decoding_seconds(path: Path, corners: list[Corner], patch: int, threads: int) -> float:
+    """Every tile that the patches touch is decoded once, and nothing else is done: the bound."""
+    with tifffile.TiffFile(path) as file, path.open("rb") as source:
+        page = file.pages.first
+        tile, across = page.tilewidth, -(-page.imagewidth // page.tilewidth)
+        touched = {
+            row * across + column
+            for x, y in corners
+            for row in range(y // tile, (y + patch - 1) // tile + 1)
+            for column in range(x // tile, (x + patch - 1) // tile + 1)
+        }
+        data = []
+        for index in sorted(touched):
+            source.seek(page.dataoffsets[index])
+            data.append(source.read(page.databytecounts[index]))
+    before = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(imagecodecs.jpeg8_decode, data):
+            pass
+    return time.perf_counter() - before
+
+
+def first_read(path: Path) -> float:
+    """Seconds to open a slide and choose and verify its reader."""
+    before = time.perf_counter()
+    with open_slide(path) as slide:
+        slide.read_level(0, 0, 0, 1, 1)
+        return time.perf_counter() - before
+
+
+def reading(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
+    """Patches in grid order, by OpenSlide one by one and by our reader."""
+    rows: dict[str, list[str]] = {}
+    opening = []
+    for tile in asked.tiles:
+        path = write_slide(folder / f"tiles_{tile}.{'svs' if tile == 240 else 'tif'}", asked.side, tile)
+        corners = grid(asked.side, asked.patch, asked.patches)
+        check_equal(path, corners, asked.patch)
+        contenders = {FIRST: partial(openslide_seconds, threads=1)}
+        for threads in asked.threads:
+            number = f"{threads} thread{'s' * (threads > 1)}"
+            if threads > 1:
+                contenders[f"OpenSlide, {number}"] = partial(openslide_seconds, threads=threads)
+            contenders[f"LiteMIL, {number}"] = partial(our_seconds, threads=threads)
+            contenders[f"JPEG decoding alone, {number}"] = partial(decoding_seconds, threads=threads)
+        turns = {name: partial(run, path, corners, asked.patch) for name, run in contenders.items()}
+        times = medians(turns, asked.repeats)
+        for name, taken in times.items():
+            rows.setdefault(name, [name]).append(f"{len(corners) / taken:,.0f} ({times[FIRST] / taken:.1f})")
+        opening.append(statistics.median(first_read(path) for _ in range(asked.repeats)))
+    heading = f"{asked.side:,} x {asked.side:,} px, {len(corners):,} patches of {asked.patch} px, every pixel the same"
+    yield f"### Reading: {heading}\n\nPatches/s, and in brackets the multiple of OpenSlide's\n"
+    yield table(" | ".join(["", *(f"{tile}-px tiles" for tile in asked.tiles)]), list(rows.values()))
+    milliseconds = " and ".join(f"{seconds * 1e3:.0f}" for seconds in opening)
+    yield f"\nOpening a slide and verifying its reader, once a slide: {milliseconds} ms"
+
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[str]]] = {"reading": reading}
+
+
+def medians(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The median seconds of each contender, which take turns; the first turn, which fills caches, does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            taken = run()
+            if turn:
+                times[name].append(taken)
+        print(".", end="", file=sys.stderr, flush=True)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--side", type=int, default=20_000, help="px of the slides")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[256, 240], help="px of their tiles")
+    parser.add_argument("--patch", type=int, default=256, help="px")
+    parser.add_argument("--patches", type=int, default=6000, help="read in a turn, from the first row on")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--folder", type=Path, help="where the slides go, a temporary folder by default")
+    asked = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        for part in asked.parts:
+            lines += ["", *PARTS[part](Path(folder), asked)]
+    print(", ".join(["\n" + processor(), f"{asked.repeats} turns", *versions()]))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

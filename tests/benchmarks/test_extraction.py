@@ -1,0 +1,58 @@
+"""The extraction benchmark runs, and does not compare what is not equal."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def extraction():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield pytest.importorskip("extraction")
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_reading_prints_a_row_per_contender_and_a_column_per_tile_size():
+    flags = ["--parts", "reading", "--side", "1500", "--patches", "20", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "extraction.py", *flags], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    assert rows[0] == ["", "256-px tiles", "240-px tiles"]
+    cells = {row[0]: [float(cell.partition("(")[2].rstrip(")")) for cell in row[1:]] for row in rows[2:]}
+    assert cells["OpenSlide, one by one"] == [1.0, 1.0]
+    assert {"LiteMIL, 1 thread", "LiteMIL, 2 threads", "OpenSlide, 2 threads"} <= cells.keys()
+    assert all(min(ratios) > 0 for ratios in cells.values())
+    assert "20 patches of 256 px" in done.stdout
+
+
+def test_the_slides_are_what_they_are_made_for(extraction, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "texture", lambda: np.zeros((extraction.PERIOD,) * 2 + (3,), np.uint8))
+    for tile, vendor in [(256, "generic-tiff"), (240, "aperio")]:
+        with extraction.open_slide(extraction.write_slide(tmp_path / f"{tile}.tif", 700, tile)) as slide:
+            assert slide.vendor == vendor
+            assert slide.level_dimensions == ((700, 700), (175, 175), (43, 43))
+            assert slide._tile_reader() is not None
+
+
+def test_a_patch_that_differs_ends_the_run(extraction, tmp_path, monkeypatch):
+    path = extraction.write_slide(tmp_path / "a.tif", 700, 256)
+    corners = extraction.grid(700, 256, 10)
+    assert corners == [(0, 0), (256, 0), (0, 256), (256, 256)]
+    extraction.check_equal(path, corners, 256)
+    monkeypatch.setattr(extraction, "through_openslide", lambda handle, patch, corner: np.zeros((256, 256, 3)))
+    with pytest.raises(AssertionError, match=r"\(0, 0\) is not OpenSlide's"):
+        extraction.check_equal(path, corners, 256)
+
+
+def test_the_texture_goes_on_at_its_edges(extraction):
+    image = extraction.texture().astype(int)
+    inside = np.abs(image[:, 1:] - image[:, :-1]).mean()
+    assert np.abs(image[:, 0] - image[:, -1]).mean() < 1.3 * inside
+    assert image.std() > 20

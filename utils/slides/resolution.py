@@ -1,0 +1,152 @@
+"""The um/px of a slide, out of all that its file says of it: believed where nothing contradicts it."""
+
+import html
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# um/px. The resolutions of screens and printers, 72 to 600 dpi, are 353 to 42 um/px and so are not taken for a scan's.
+PLAUSIBLE_MPP = (0.05, 40.0)
+NOT_IN_FILE = "not in the file"
+
+_DISAGREEMENT = 0.05  # x and y, or two sources, further apart than this: one is wrong, and nobody knows which
+_UM_AT_1X = 10.0  # a nominal 40x objective gives 0.25 um/px, a 20x one 0.5
+# Camera adapters make 0.24 um/px of a 20x objective: 2.1 times as fine as nominal.
+_ODD_FOR_OBJECTIVE, _WRONG_FOR_OBJECTIVE = 2.2, 5.0
+_UM_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
+_UM_PER_OME_UNIT = {"m": 1e6, "cm": 1e4, "mm": 1e3, "\N{MICRO SIGN}m": 1.0, "um": 1.0, "nm": 1e-3}
+_SHARED = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing"
+# Of vendors whose files give um/px, or mm: the properties for x and y, and what makes um of them.
+_VENDOR_PROPERTIES = [
+    ("openslide.mpp-x", "openslide.mpp-y", 1.0),
+    ("aperio.MPP", "aperio.MPP", 1.0),
+    ("ventana.ScanRes", "ventana.ScanRes", 1.0),
+    ("mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_X", "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_Y", 1),
+    (f"{_SHARED}[1]", f"{_SHARED}[0]", 1e3),  # DICOM puts the distance of rows first
+]
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a file says of its um/px.
+
+    Attributes:
+        mpp: um per level-0 px, or None.
+        problem: why there is none.
+        doubt: what speaks against the mpp that there is, or None.
+    """
+
+    mpp: float | None
+    problem: str | None = None
+    doubt: str | None = None
+
+
+# A source's name and its um/px in x and y.
+_Source = tuple[str, float | None, float | None]
+
+
+def file_resolution(properties: Mapping[str, str], width: int, height: int) -> Resolution:
+    """The um/px by OpenSlide's properties of a slide of (width, height) level-0 px.
+
+    Values that are not plausible are set aside where there are others. What is left has to agree: x with y, the sources
+    with each other, and with the objective.
+    """
+    found = _vendor_sources(properties, width, height)
+    plausible = [source for source in found if _is_plausible(source)]
+    if not plausible:
+        tags = [source for source in [_tiff_source(properties)] if _values(source)]
+        found = found or tags
+        plausible = [source for source in tags if _is_plausible(source)]
+    if not found:
+        return Resolution(None, NOT_IN_FILE)
+    if not plausible:
+        low, high = PLAUSIBLE_MPP
+        return Resolution(None, f"{_shown(found[0])} um/px in the file is not plausible ({low:g} to {high:g})")
+    for source in plausible:
+        if _apart(_values(source)):
+            return Resolution(None, f"x and y disagree in the file ({_shown(source)} um/px)")
+    means = [sum(_values(source)) / len(_values(source)) for source in plausible]
+    if _apart(means):
+        said = ", ".join(f"{mean:.4g} ({name})" for (name, _, _), mean in zip(plausible, means, strict=True))
+        return Resolution(None, f"the file contradicts itself: {said} um/px")
+    return _compared_with_objective(means[0], number(properties.get("openslide.objective-power")))
+
+
+def number(text: str | None) -> float | None:
+    """A finite number, or None."""
+    try:
+        value = float(text) if text is not None else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _compared_with_objective(mpp: float, objective: float | None) -> Resolution:
+    if objective is None or objective <= 0:
+        return Resolution(mpp)
+    nominal = _UM_AT_1X / objective
+    factor = max(mpp / nominal, nominal / mpp)
+    said = f"{mpp:.4g} um/px in the file does not fit its {objective:g}x objective (about {nominal:.2g})"
+    if factor > _WRONG_FOR_OBJECTIVE:
+        return Resolution(None, said)
+    return Resolution(mpp, doubt=f"{said}; taken as it is" if factor > _ODD_FOR_OBJECTIVE else None)
+
+
+def _vendor_sources(properties: Mapping[str, str], width: int, height: int) -> list[_Source]:
+    found: list[_Source] = [
+        (name_x, _scaled(properties.get(name_x), factor), _scaled(properties.get(name_y), factor))
+        for name_x, name_y, factor in _VENDOR_PROPERTIES
+    ]
+    for_width, for_height = (_scaled(properties.get(f"hamamatsu.Physical{side}"), 1e-3) for side in ("Width", "Height"))
+    found.append(("hamamatsu.PhysicalWidth", for_width and for_width / width, for_height and for_height / height))
+    spacing = re.findall(r"[^\s\"]+", properties.get("philips.DICOM_PIXEL_SPACING", ""))  # mm, rows first
+    if len(spacing) == 2:
+        found.append(("philips.DICOM_PIXEL_SPACING", _scaled(spacing[1], 1e3), _scaled(spacing[0], 1e3)))
+    found.append(_ome_source(properties.get("tiff.ImageDescription", "")))
+    return [source for source in found if _values(source)]
+
+
+def _ome_source(description: str) -> _Source:
+    """PhysicalSizeX and PhysicalSizeY of the first image of OME-XML, um where no unit is given."""
+    pixels = re.search(r"<(?:\w+:)?OME\b.*?<(?:\w+:)?Pixels\b([^>]*)>", description, re.DOTALL)
+    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", html.unescape(pixels[1]) if pixels else ""))
+
+    def size(axis: str) -> float | None:
+        unit = attributes.get(f"PhysicalSize{axis}Unit", "um").replace("\N{GREEK SMALL LETTER MU}", "\N{MICRO SIGN}")
+        factor = _UM_PER_OME_UNIT.get(unit)
+        return _scaled(attributes.get(f"PhysicalSize{axis}"), factor) if factor else None
+
+    return "OME-XML", size("X"), size("Y")
+
+
+def _tiff_source(properties: Mapping[str, str]) -> _Source:
+    """The resolution tags, px per unit; Trestle's hold um/px."""
+    x, y = (number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY")
+    if properties.get("openslide.vendor") != "trestle":
+        um = _UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
+        x, y = (um / value if um and value else None for value in (x, y))
+    return "TIFF resolution", x, y
+
+
+def _scaled(text: str | None, factor: float) -> float | None:
+    value = number(text)
+    return None if value is None else value * factor
+
+
+def _values(source: _Source) -> list[float]:
+    return [value for value in source[1:] if value is not None]
+
+
+def _is_plausible(source: _Source) -> bool:
+    low, high = PLAUSIBLE_MPP
+    return all(low <= value <= high for value in _values(source))
+
+
+def _apart(values: list[float]) -> bool:
+    return max(values) > min(values) * (1 + _DISAGREEMENT)
+
+
+def _shown(source: _Source) -> str:
+    values = [f"{value:.4g}" for value in _values(source)]
+    return " x ".join(values if len(set(values)) > 1 else values[:1])

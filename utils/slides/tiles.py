@@ -1,0 +1,339 @@
+"""Reading tiled JPEG and JPEG 2000 TIFFs, SVS among them, without OpenSlide: each tile is decoded once and kept.
+
+Positions and sizes are px of the level read. The pixels are those of OpenSlide wherever `TileReader.open` takes a file.
+"""
+
+import logging
+import math
+import os
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import imagecodecs
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from utils.core.errors import SlideError
+
+# A row of patches of 1024 px touches six rows of 240-px tiles at most, one of 256 px three: of a slide 120,000 px wide
+# these three take the 256 MiB.
+CACHE_ROWS = 6
+CACHE_BYTES = 256 * 2**20
+PROBE = 96  # px: side of the regions that are compared with OpenSlide's
+
+_WHITE = (255, 255, 255)
+_JPEG = 7
+_JPEG_2000 = {33003: "ycbcr", 33005: "rgb"}  # Aperio's compressions
+_COLOUR_SPACES = {2: "rgb", 6: "ycbcr"}  # TIFF's photometric interpretations
+_SOS, _EOI, _RST = b"\xff\xda", b"\xff\xd9", 0xD0  # JPEG's markers of a scan, the end, and restarts
+# What damaged or odd files make tifffile raise, besides what it raises on purpose.
+_TIFF_FAILURES = (tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, struct.error, OverflowError)
+_DECODING_FAILURES = (imagecodecs.Jpeg8Error, imagecodecs.Jpeg2kError, ValueError, MemoryError)
+
+# tifffile's remarks on odd tags are not for the reader of our log lines: what matters of them is said by our errors.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """One page of the file: where its tiles lie, and how one becomes (tile_height, tile_width, 3) uint8 RGB."""
+
+    width: int
+    height: int
+    tile_width: int
+    tile_height: int
+    offsets: NDArray[np.int64]
+    byte_counts: NDArray[np.int64]
+    decode: Callable[[bytes], NDArray[np.uint8]]
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        return self.tile_height, self.tile_width, 3
+
+    @property
+    def tiles_across(self) -> int:
+        return -(-self.width // self.tile_width)
+
+    def whole_tile(self, left: int, top: int, right: int, bottom: int) -> int | None:
+        """The number of the one tile that is this region, if there is one, and it is not missing."""
+        if left % self.tile_width or top % self.tile_height:
+            return None
+        index = top // self.tile_height * self.tiles_across + left // self.tile_width
+        is_whole = (bottom - top, right - left, 3) == self.tile_shape
+        return index if is_whole and self.byte_counts[index] else None
+
+
+class _Tile:
+    """Memory for a tile's pixels, when they are there, and how many threads are about to use them."""
+
+    def __init__(self, pixels: NDArray[np.uint8]) -> None:
+        self.pixels, self.ready, self.users = pixels, Future[None](), 0
+
+
+class _Cache:
+    """The tiles asked for last, up to `limit` bytes, whose memory goes round."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._tiles: OrderedDict[tuple[int, int], _Tile] = OrderedDict()
+        self._spare: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        return key in self._tiles
+
+    @contextmanager
+    def tile(
+        self,
+        key: tuple[int, int],
+        shape: tuple[int, int, int],
+        fill: Callable[[tuple[int, int], NDArray[np.uint8]], None],
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The pixels of a tile, for as long as the block lasts. Of the threads that want one at once, one fills it."""
+        with self._lock:
+            known = self._tiles.get(key)
+            if known is not None:
+                self._tiles.move_to_end(key)
+            tile = known or _Tile(self._room(shape))
+            self._tiles[key] = tile
+            tile.users += 1
+        try:
+            if known is None:
+                self._fill(key, tile, fill)
+            tile.ready.result()
+            yield tile.pixels
+        finally:
+            with self._lock:
+                tile.users -= 1
+                if not tile.users and self._tiles.get(key) is not tile:
+                    self._spare.append(tile.pixels)
+
+    def _fill(
+        self, key: tuple[int, int], tile: _Tile, fill: Callable[[tuple[int, int], NDArray[np.uint8]], None]
+    ) -> None:
+        try:
+            fill(key, tile.pixels)
+            tile.ready.set_result(None)
+        except BaseException as error:
+            # Who waits for this tile must not wait for ever; the next one to ask for it tries again.
+            tile.ready.set_exception(error)
+            with self._lock:
+                if self._tiles.get(key) is tile:
+                    del self._tiles[key]
+                    self._held -= tile.pixels.nbytes
+            raise
+
+    def _room(self, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+        size = math.prod(shape)
+        while self._tiles and self._held + size > self._limit:
+            _, dropped = self._tiles.popitem(last=False)
+            self._held -= dropped.pixels.nbytes
+            if not dropped.users:
+                self._spare.append(dropped.pixels)
+        self._held += size
+        self._spare = [pixels for pixels in self._spare if pixels.shape == shape]
+        return self._spare.pop() if self._spare else np.empty(shape, dtype=np.uint8)
+
+
+class TileReader:
+    """A tiled slide open for reading; made by `TileReader.open`, shared by threads, to be closed.
+
+    Decoded tiles are kept, the least recently used ones dropped beyond `CACHE_ROWS` rows of tiles and `CACHE_BYTES`. Of
+    several threads that want one tile at once one decodes it; different tiles are decoded at the same time. Only a tile
+    that is asked for whole, and not kept yet, goes straight to who asked: patches that are tiles do not share them.
+    """
+
+    def __init__(self, path: Path, levels: Sequence[_Level], background: tuple[int, int, int]) -> None:
+        self.path = path
+        self._levels = levels
+        self._background = background
+        self._file = path.open("rb", buffering=0)
+        self._file_lock = threading.Lock()
+        rows = (page.tiles_across * math.prod(page.tile_shape) * CACHE_ROWS for page in levels)
+        self._cache = _Cache(min(max(rows), CACHE_BYTES))
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        level_dimensions: Sequence[tuple[int, int]],
+        background: tuple[int, int, int] = _WHITE,
+    ) -> Self | None:
+        """A reader for the file, or None unless it is a TIFF whose tiled pages are exactly the levels OpenSlide found.
+
+        Args:
+            level_dimensions: (width, height) of each level.
+            background: what missing tiles, and places beyond the edges, are filled with.
+
+        Every level has to be of 8-bit RGB or YCbCr pixels in JPEG tiles of any chroma subsampling, with or without
+        shared tables, or in Aperio's JPEG 2000 tiles.
+        """
+        path = Path(path)
+        try:
+            with tifffile.TiffFile(path, is_ome=False) as file:
+                levels = [_level(file.pages, *dimensions) for dimensions in level_dimensions]
+                # Where an Aperio file lacks a tile, OpenSlide makes it, and those above it, from the finer level.
+                makes_up = file.is_svs and len(levels) > 1
+            found = [level for level in levels if level is not None]
+            if len(found) < len(levels) or (makes_up and any((level.byte_counts == 0).any() for level in found)):
+                return None
+            return cls(path, found, background)
+        except _TIFF_FAILURES:
+            return None
+
+    def close(self) -> None:
+        """Give the file handle and the decoded tiles back; reading afterwards is a SlideError."""
+        self._file.close()
+        self._cache = _Cache(0)
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read (height, width, 3) uint8 RGB at px (x, y) of a level; beyond its edges there is background.
+
+        Raises:
+            SlideError: a tile cannot be read, or the reader is closed.
+        """
+        page = self._levels[level]
+        left, top = max(x, 0), max(y, 0)
+        right, bottom = min(x + width, page.width), min(y + height, page.height)
+        whole = page.whole_tile(left, top, right, bottom) if (right - left, bottom - top) == (width, height) else None
+        if whole is not None and (level, whole) not in self._cache:
+            return self._decoded(level, whole)
+        region = np.empty((height, width, 3), dtype=np.uint8)
+        if right - left < width or bottom - top < height:
+            region[...] = self._background
+        for row in range(top // page.tile_height, -(-bottom // page.tile_height)):
+            tile_y = row * page.tile_height
+            upper, lower = max(top, tile_y), min(bottom, tile_y + page.tile_height)
+            for column in range(left // page.tile_width, -(-right // page.tile_width)):
+                tile_x = column * page.tile_width
+                first, last = max(left, tile_x), min(right, tile_x + page.tile_width)
+                index = row * page.tiles_across + column
+                place = region[upper - y : lower - y, first - x : last - x]
+                if page.byte_counts[index]:
+                    with self._cache.tile((level, index), page.tile_shape, self._fill) as tile:
+                        place[...] = tile[upper - tile_y : lower - tile_y, first - tile_x : last - tile_x]
+                else:
+                    place[...] = self._background
+        return region
+
+    def probes(self, seed: int) -> list[tuple[int, int, int]]:
+        """(level, x, y) of regions of `PROBE` px to compare with OpenSlide's: in each level the corner between four
+        tiles, of some chosen at random those that hold most, and what lies around the far corner; two at level 0.
+        """
+        rng = np.random.default_rng(seed)
+        found = []
+        for number, page in enumerate(self._levels):
+            for _ in range(1 if number else 2):
+                index = max(rng.integers(len(page.offsets), size=8), key=lambda index: page.byte_counts[index])
+                row, column = divmod(int(index), page.tiles_across)
+                corner = (column + 1) * page.tile_width, (row + 1) * page.tile_height
+                found.append((number, min(corner[0], page.width), min(corner[1], page.height)))
+            found.append((number, page.width, page.height))
+        return [(level, x - PROBE // 2, y - PROBE // 2) for level, x, y in found]
+
+    def _fill(self, key: tuple[int, int], pixels: NDArray[np.uint8]) -> None:
+        # A copy into memory used before is cheaper than keeping the decoder's own, which would be new each time.
+        pixels[...] = self._decoded(*key)
+
+    def _decoded(self, level: int, index: int) -> NDArray[np.uint8]:
+        page = self._levels[level]
+        offset, count = int(page.offsets[index]), int(page.byte_counts[index])
+        try:
+            data = self._bytes(offset, count)
+            if len(data) < count:
+                raise ValueError(f"the file ends {count - len(data)} bytes before the tile does")
+            tile = page.decode(data)
+            if tile.shape != page.tile_shape or tile.dtype != np.uint8:
+                raise ValueError(f"it holds {tile.shape} {tile.dtype}, not {page.tile_shape} uint8")
+        except (*_DECODING_FAILURES, OSError) as error:
+            if self._file.closed:
+                raise SlideError(f"{self.path}: closed already; open the slide again") from error
+            row, column = divmod(index, page.tiles_across)
+            reason = " ".join(str(error).split())
+            raise SlideError(
+                f"{self.path}: level {level}, tile {column} of row {row} cannot be read ({reason}); the file is "
+                "damaged or incomplete, get it again"
+            ) from error
+        return tile
+
+    def _bytes(self, offset: int, count: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), count, offset)
+        with self._file_lock:  # Windows
+            self._file.seek(offset)
+            return self._file.read(count)
+
+
+def _level(pages: tifffile.TiffPages, width: int, height: int) -> _Level | None:
+    """The level that the one tiled page of this size is, or None where there is none, or one we do not decode."""
+    tiled = [page for page in pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
+    fitting = [page for page in tiled if (page.imagewidth, page.imagelength) == (width, height)]
+    if len(fitting) != 1:
+        return None
+    page = fitting[0]
+    decode = _decoder(page)
+    tiles = -(-width // page.tilewidth) * -(-height // page.tilelength)
+    if decode is None or not len(page.dataoffsets) == len(page.databytecounts) == tiles:
+        return None
+    return _Level(
+        width,
+        height,
+        page.tilewidth,
+        page.tilelength,
+        np.asarray(page.dataoffsets, dtype=np.int64),
+        np.asarray(page.databytecounts, dtype=np.int64),
+        decode,
+    )
+
+
+def _decoder(page: tifffile.TiffPage) -> Callable[[bytes], NDArray[np.uint8]] | None:
+    plain = (page.bitspersample, page.samplesperpixel, page.sampleformat, page.planarconfig, page.tiledepth)
+    if plain != (8, 3, 1, 1, 1) or page.imagedepth != 1 or page.fillorder != 1 or page.predictor != 1:
+        return None
+    if page.compression == _JPEG:
+        space = _COLOUR_SPACES.get(page.photometric)
+        return None if space is None else partial(_decode_jpeg, tables=page.jpegtables, space=space)
+    space = _JPEG_2000.get(page.compression)
+    return None if space is None else partial(_decode_jpeg_2000, space=space)
+
+
+def _decode_jpeg(data: bytes, tables: bytes | None, space: str) -> NDArray[np.uint8]:
+    # The decoder fills what it lacks with grey and says nothing, so damage that shows in the markers is looked for.
+    body = data.rstrip(b"\0")
+    if not body.endswith(_EOI):
+        raise ValueError("its JPEG stream has no end")
+    scan = np.frombuffer(body, dtype=np.uint8)[body.rfind(_SOS) :]
+    marked = scan[np.flatnonzero(scan == 0xFF)[1:-1] + 1]  # without the scan's beginning and its end
+    if marked.any() and not ((marked == 0) | (marked & 0xF8 == _RST)).all():
+        raise ValueError("its JPEG stream is corrupt")
+    return imagecodecs.jpeg8_decode(data, tables=tables, colorspace=space, outcolorspace="rgb")
+
+
+def _decode_jpeg_2000(data: bytes, space: str) -> NDArray[np.uint8]:
+    # Three components begin at byte 42 of the codestream, each with its depth and its steps in x and y.
+    if data[43:45] + data[46:48] + data[49:51] != bytes([1] * 6):
+        raise ValueError("a JPEG 2000 stream with subsampled colours, which only OpenSlide decodes as it does")
+    tile = imagecodecs.jpeg2k_decode(data)
+    return _ycbcr_to_rgb(tile) if space == "ycbcr" else tile
+
+
+def _ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """JFIF's conversion (..., 3) in fixed point of 16 bits, rounded as libjpeg and OpenSlide round it."""
+    luma, blue, red = (pixels[..., channel].astype(np.int32) for channel in range(3))
+    blue, red = blue - 128, red - 128
+    half = 1 << 15
+    rgb = (
+        luma + ((91881 * red + half) >> 16),
+        luma + ((-22554 * blue - 46802 * red + half) >> 16),
+        luma + ((116130 * blue + half) >> 16),
+    )
+    return np.clip(np.stack(rgb, axis=-1), 0, 255).astype(np.uint8)
