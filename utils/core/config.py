@@ -222,7 +222,7 @@ class Training(_Checked):
     epochs: int = option(100, "most epochs of a training", least=1)
     patience: int = option(10, "stop after so many epochs without a better slide-level validation", least=1)
     batch_size: int = option(128, "chunks (or whole slides) per step", least=1)
-    lr: float = option(1e-4, "peak learning rate of AdamW", least=1e-12)
+    lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", least=0)
     warmup_epochs: int = option(
         5, "epochs in which the learning rate rises, a quarter of --epochs at the most; then a cosine", least=0
