@@ -4,7 +4,6 @@ extractor = WSIFeatureExtractor(backbone="resnet50", patch_size=256)
 result = extractor.process("slide.svs", save_path="slide.h5")
 """
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,9 @@ from utils.core.runtime import (
     amp_dtype,
     duration,
     file_size,
+    keep_freed_memory,
     log,
+    processors,
     progress,
     progress_bar,
     resolve_device,
@@ -118,6 +119,7 @@ class WSIFeatureExtractor:
     @cached_property
     def backbone(self) -> Backbone:
         """The network, loaded when it is first needed: what is wrong with the slides shows before."""
+        keep_freed_memory()
         backbone = load_backbone(self.config.backbone, self.config.weights).to(self.device)
         log.info("Backbone %s (%d features) on %s", backbone.name, backbone.dim, self.device)
         return backbone
@@ -245,7 +247,7 @@ class WSIFeatureExtractor:
         why each is not, "" for those.
         """
         config, on_gpu = self.config, self.device.type == "cuda"
-        workers = config.num_workers or os.cpu_count() or 1
+        workers = processors() if config.num_workers == "auto" else config.num_workers
         bar = progress_bar(slide.name, len(plan), unit="patch", leave=False, delay=_BAR_DELAY_SECONDS)
         batches = read_batches(slide, plan, config.batch_size, workers=workers, pin_memory=on_gpu)
         with bar, closing(batches):

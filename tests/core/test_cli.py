@@ -71,6 +71,7 @@ class Example:
     maybe: Literal["yes", "no"] | None = option(None, "an answer")
     loud: bool = option(False, "say more")
     fast: bool = option(True, "be slow", flag="--no_fast", alias="-s")
+    workers: int | Literal["auto"] = option("auto", "how many, or auto", least=1)
     internal: int = 7
 
 
@@ -119,6 +120,7 @@ def test_every_kind_of_flag():
         shape="square", maybe="no", loud=True, fast=False,
     )  # fmt: skip
     assert parse("--name", "x", "-s").fast is False
+    assert [parse("--name", "x", "--workers", given).workers for given in ("auto", "3")] == ["auto", 3]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,7 @@ def test_every_kind_of_flag():
         ["--rate", "fast"],
         ["--shape", "oval"],
         ["--maybe", "perhaps"],
+        ["--workers", "all"],
         ["--marks", "red", "green"],
         ["--marks"],
         ["--loud", "yes"],

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+from dataclasses import replace
+from functools import partial
 
 import huggingface_hub
 import numpy as np
@@ -24,8 +27,19 @@ from utils.slides.backbones import (
     read_weights,
     rename_dinov2,
 )
+from utils.slides.stain import stain_names
 
 SMALL = "timm:test_vit"  # timm's own model for tests: 0.4 M weights
+# By their cards: width, depth, heads, side of a token, prefix tokens, positions, width of the feed-forward layer.
+BUILT = {
+    "phikon-v2": (1024, 24, 16, 16, 1, 197, 4096),
+    "uni": (1024, 24, 16, 16, 1, 197, 4096),
+    "uni2-h": (1536, 24, 24, 14, 9, 256, 4096),
+    "virchow2": (1280, 32, 16, 14, 5, 261, 3416),
+    "h-optimus-0": (1536, 40, 24, 14, 5, 256, 4096),
+    "h-optimus-1": (1536, 40, 24, 14, 5, 256, 4096),
+    "gigapath": (1536, 40, 24, 16, 1, 197, 4096),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +73,12 @@ def saved(path, content):
         ("phikon_v2", "phikon-v2"),
         ("Owkin/Phikon-v2", "phikon-v2"),
         (" resnet50 ", "resnet50"),
+        ("MahmoodLab/UNI2-h", "uni2-h"),
+        ("paige-ai/Virchow2", "virchow2"),
+        ("h_optimus_0", "h-optimus-0"),
+        ("bioptimus/H-optimus-1", "h-optimus-1"),
+        ("prov-gigapath", "gigapath"),
+        ("stain_texture", "stain-texture"),
         ("timm:tf_efficientnet_lite0", "timm:tf_efficientnet_lite0"),
         ("TIMM:resnet18.a1_in1k", "timm:resnet18.a1_in1k"),
     ],
@@ -69,7 +89,7 @@ def test_aliases_are_one_name(alias, name):
 
 def test_unknown_names_list_the_known_and_the_nearest():
     with pytest.raises(
-        BackboneError, match=r"'phikonv3'.*did you mean phikon-v2.*phikon-v2, resnet50, uni, timm:<model>"
+        BackboneError, match=r"'phikonv3'.*did you mean phikon-v2.*known are gigapath, .*virchow2, timm:<model>"
     ):
         canonical_backbone("phikonv3")
     with pytest.raises(BackboneError, match=r"did you mean timm:resnet18\?"):
@@ -79,7 +99,7 @@ def test_unknown_names_list_the_known_and_the_nearest():
 
 
 def test_no_two_backbones_share_an_alias():
-    assert list_backbones() == ["phikon-v2", "resnet50", "uni"]
+    assert list_backbones() == sorted(BUILT | {"resnet50": (), "stain": (), "stain-texture": ()})
     specs = [backbone_spec(name) for name in list_backbones()]
     aliases = [alias.lower() for spec in specs for alias in (spec.name, *spec.aliases)]
     assert len(aliases) == len(set(aliases))
@@ -137,6 +157,12 @@ def test_resnet50_is_layer3_averaged_and_takes_a_full_checkpoint(tmp_path, patch
     torch.manual_seed(0)
     patches = patches[:2]
     full = timm.create_model("resnet50.tv_in1k", pretrained=False).eval()
+    for module in full.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # folded into the convolutions: as made they change nothing
+            module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr] - it has one
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
     backbone = load_backbone("resnet50", saved(tmp_path / "r.pth", full.state_dict()))
     features = backbone.embed(patches)
     images = backbone.transform(torch.tensor(patches))
@@ -144,7 +170,7 @@ def test_resnet50_is_layer3_averaged_and_takes_a_full_checkpoint(tmp_path, patch
     with torch.no_grad():
         expected = full.forward_intermediates(images, indices=[3], intermediates_only=True)[0].mean((2, 3))
     assert features.shape == (2, backbone.dim) == (2, 1024)
-    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-5)
     trunk = {name: tensor for name, tensor in full.state_dict().items() if not name.startswith(("layer4.", "fc."))}
     assert load_backbone("resnet50", saved(tmp_path / "t.pth", trunk)).weights_digest == backbone.weights_digest
 
@@ -180,18 +206,89 @@ def test_dinov2_weights_give_the_same_cls_token_in_timm(tmp_path, width, depth, 
         torch.testing.assert_close(vit(images), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "interpolation"), [("uni", "bilinear"), ("phikon-v2", "bicubic")])
-def test_the_large_vits_are_built_as_published(name, interpolation):
-    spec = backbone_spec(name)
-    with torch.device("meta"):  # shapes only: 1.2 GB stay unallocated
-        module = spec.build()
+@pytest.mark.parametrize("name", BUILT)
+def test_the_vision_transformers_are_built_as_published(name):
+    width, depth, heads, side, prefix, positions, hidden = BUILT[name]
+    with torch.device("meta"):  # shapes only: gigabytes stay unallocated
+        module = backbone_spec(name).build()
+    assert (len(module.blocks), module.blocks[0].attn.num_heads, module.num_prefix_tokens) == (depth, heads, prefix)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    assert len(shapes) == 24 * 14 + 6
-    assert shapes["pos_embed"] == (1, 197, 1024)
-    assert shapes["blocks.23.ls2.gamma"] == (1024,)
-    assert shapes["patch_embed.proj.weight"] == (1024, 3, 16, 16)
+    assert shapes["pos_embed"] == (1, positions, width)
+    assert shapes["patch_embed.proj.weight"] == (width, 3, side, side)
+    assert shapes[f"blocks.{depth - 1}.ls2.gamma"] == (width,)
+    assert shapes["blocks.0.mlp.fc2.weight"] == (width, hidden)
     assert module.global_pool == "token"  # timm's word for the CLS token
-    assert (spec.dim, spec.transform.resize, spec.transform.interpolation) == (1024, 224, interpolation)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "resize", "crop", "interpolation", "precision"),
+    [
+        ("resnet50", 1024, None, None, "bilinear", "fp32"),
+        ("phikon-v2", 1024, 224, None, "bicubic", "fp32"),
+        ("uni", 1024, 224, None, "bilinear", "fp16"),
+        ("uni2-h", 1536, 224, None, "bilinear", "bf16"),
+        ("virchow2", 2560, 224, None, "bicubic", "fp16"),
+        ("h-optimus-0", 1536, 224, None, "bicubic", "fp16"),
+        ("h-optimus-1", 1536, 224, None, "bicubic", "fp16"),
+        ("gigapath", 1536, 256, 224, "bicubic", "fp16"),
+    ],
+)
+def test_what_the_cards_say(name, dim, resize, crop, interpolation, precision):
+    spec = backbone_spec(name)
+    transform = spec.transform
+    assert (spec.dim, spec.precision) == (dim, precision)
+    assert (transform.resize, transform.crop, transform.interpolation) == (resize, crop, interpolation)
+    assert (transform.mean == (0.707223, 0.578729, 0.703617)) == name.startswith("h-optimus")
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_shallow_one_loads_strictly_and_gives_its_token(name, tmp_path, monkeypatch, patches):
+    spec = backbone_spec(name)
+    shallow = replace(spec, build=partial(spec.build, depth=1), rename=None)
+    monkeypatch.setitem(backbones._REGISTRY, name, shallow)
+    torch.manual_seed(0)
+    network = shallow.build().eval()
+    for parameter in network.parameters():
+        parameter.data.uniform_(-0.05, 0.05)
+    backbone = load_backbone(name, saved(tmp_path / "weights.pth", network.state_dict()))
+    assert backbone.weights_digest == digest_weights(network.state_dict())
+    features = backbone.embed(patches[:2])
+    assert features.shape == (2, spec.dim)
+    with torch.no_grad():
+        tokens = network.forward_features(spec.transform(torch.tensor(patches[:2])))
+    prefix = BUILT[name][4]
+    expected = tokens[:, 0]
+    if name == "virchow2":
+        assert tokens.shape == (2, 5 + 256, 1280)
+        expected = torch.cat([expected, tokens[:, prefix:].mean(1)], dim=1)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+    short = {key: tensor for key, tensor in network.state_dict().items() if key != "cls_token"}
+    with pytest.raises(BackboneError, match=r"short\.pth.*1 missing \(cls_token\)"):
+        load_backbone(name, saved(tmp_path / "short.pth", short))
+
+
+def test_many_patches_on_a_cpu_are_the_same_as_few(tmp_path, small_state):
+    patches = np.random.default_rng(2).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
+    backbone = load_backbone(SMALL, saved(tmp_path / "a.pth", small_state))
+    with torch.no_grad():
+        at_once = backbone.module(backbone.transform(torch.tensor(patches)))
+    torch.testing.assert_close(backbone.embed(patches), at_once, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["stain", "stain-texture"])
+def test_descriptors_need_no_weights_and_take_none(name, tmp_path, patches):
+    backbone = load_backbone(name)
+    assert backbone.embed(patches).shape == (5, backbone.dim)
+    assert backbone.dim == len(stain_names(name == "stain-texture"))
+    assert backbone.weights_digest == load_backbone(name).weights_digest
+    with pytest.raises(BackboneError, match=rf"w\.pth: backbone '{name}' has no weights; leave --weights out"):
+        load_backbone(name, tmp_path / "w.pth")
+
+
+def test_the_descriptors_digests_differ_and_follow_the_version(monkeypatch):
+    before = {load_backbone(name).weights_digest for name in ("stain", "stain-texture")}
+    monkeypatch.setattr(backbones, "STAIN_VERSION", backbones.STAIN_VERSION + 1)
+    assert len(before | {load_backbone(name).weights_digest for name in ("stain", "stain-texture")}) == 4
 
 
 def test_timm_features_and_transform(tmp_path, small_state, patches):
@@ -317,14 +414,15 @@ def offline(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", ["resnet50", "phikon-v2", "uni", "timm:tf_efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet50", "phikon-v2", "uni", "virchow2", "timm:tf_efficientnet_lite0"])
 def test_without_a_network_the_message_says_what_to_do(name):
     with pytest.raises(BackboneError, match=f"'{name}'.*cannot be had.*HF_HUB_OFFLINE.*--weights FILE") as error:
         load_backbone(name)
     assert "\n" not in str(error.value)
 
 
-def test_a_gated_model_says_where_to_ask(monkeypatch):
+@pytest.mark.parametrize("name", sorted(BUILT.keys() - {"phikon-v2"}))
+def test_a_gated_model_says_where_to_ask(name, monkeypatch):
     class Response:
         status_code, headers, request, text = 403, {}, None, ""
 
@@ -332,10 +430,9 @@ def test_a_gated_model_says_where_to_ask(monkeypatch):
         raise GatedRepoError("403 Client Error.\n\nAccess is restricted", response=Response())  # type: ignore[arg-type]
 
     monkeypatch.setattr(backbones, "hf_hub_download", refuse)
-    with pytest.raises(
-        BackboneError, match=r"https://huggingface\.co/MahmoodLab/UNI.*hf auth login.*--weights"
-    ) as error:
-        load_backbone("uni")
+    page = f"https://huggingface.co/{backbone_spec(name).repo}"
+    with pytest.raises(BackboneError, match=rf"{re.escape(page)},.*hf auth login.*--weights") as error:
+        load_backbone(name)
     assert "\n" not in str(error.value)
 
 
@@ -351,3 +448,16 @@ def test_a_download_goes_through_the_same_strict_load(monkeypatch, tmp_path):
     backbone = load_backbone("resnet50.tv_in1k")
     assert asked == [("timm/resnet50.tv_in1k", "model.safetensors", None)]
     assert backbone.weights_digest == load_backbone("resnet50", tmp_path / "model.safetensors").weights_digest
+
+
+def test_a_pinned_revision_is_asked_for(monkeypatch):
+    asked = []
+
+    def download(repo, filename, revision=None):
+        asked.append((repo, filename, revision))
+        raise OSError("no network")
+
+    monkeypatch.setattr(backbones, "hf_hub_download", download)
+    with pytest.raises(BackboneError, match="no network"):
+        load_backbone("virchow2")
+    assert asked == [("paige-ai/Virchow2", "model.safetensors", "3158645804b69e3f3bc4439d4116edddf0840a72")]

@@ -124,6 +124,12 @@ def test_the_picture_is_neither_large_nor_tiny(shape, size):
     assert max(image.shape) >= 480
 
 
+def test_a_small_slide_is_enlarged():
+    tiny = np.full((40, 50, 3), 240, dtype=np.uint8)
+    rows, columns = np.nonzero(changed(drawn(tiny, (50, 40), kept=np.array([[10, 10]]), size_level0=20), (384, 480)))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (96, 288, 96, 288)
+
+
 def test_a_million_patches_are_quick(tmp_path):
     size = 100_000, 100_000
     grid = patch_grid(*size, 100, 100)

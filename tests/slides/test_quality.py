@@ -88,6 +88,13 @@ def test_smooth_tissue_is_not_blurred():
         assert judge_patches(compressed(smooth, quality)[None], MPP).tolist() == [""]
 
 
+def test_slow_waves_without_noise_are_not_blurred():
+    """What a scanner that smooths makes of mucus: grey levels that rise and fall by a few over 32 um."""
+    wave = 4 * np.sin(np.arange(PATCH) * 2 * np.pi / 64)
+    smooth = np.rint(np.array((214, 196, 222)) + wave[:, None, None] + wave[None, :, None]).astype(np.uint8)
+    assert judge_patches(smooth[None], MPP).tolist() == [""]
+
+
 def test_fat_is_neither_white_nor_blurred():
     """Thin sharp walls around clear cells of 50 um."""
     y, x = np.mgrid[:512, :512]
@@ -110,6 +117,12 @@ def test_ink_on_glass_and_on_tissue_is_pen(ink):
         stroke = ground.copy()
         stroke[:, :100] = ink
         assert judge_patches(stroke, MPP).tolist() == [PEN]
+
+
+def test_a_little_ink_on_glass_is_no_tissue():
+    patch = plain(GLASS)
+    patch[:, :100, :100] = GREEN_INK
+    assert judge_patches(patch, MPP).tolist() == [WHITE]
 
 
 def test_a_little_ink_or_pigment_is_let_pass():

@@ -160,6 +160,8 @@ def test_negative_places_and_places_beyond_are_background(tmp_path):
     assert (region[:20] == BACKGROUND).all()
     assert (region[:, :10] == BACKGROUND).all()
     np.testing.assert_array_equal(region[20:, 10:], reader.read(0, 0, 0, 40, 40))
+    first = reader.read(0, -10, 0, TILE + 10, TILE)  # what is inside is one whole tile
+    np.testing.assert_array_equal(first[:, 10:], reader.read(0, 0, 0, TILE, TILE))
     assert (reader.read(0, WIDTH, 0, 9, 9) == BACKGROUND).all()
     assert (reader.read(0, -9, -9, 9, 9) == BACKGROUND).all()
 
@@ -330,6 +332,7 @@ def overwrite(middle):
 DAMAGES = {
     "nothing there": lambda tile: bytes(len(tile)),
     "no end": lambda tile: tile[: len(tile) // 2] + bytes(len(tile) - len(tile) // 2),
+    "an early end": overwrite(b"\xff\xd9"),
     "set bits": overwrite(b"\xff" * 60),
     "garbage": overwrite(np.random.default_rng(0).bytes(1000)),
     "another tile size": lambda tile: jpeg(np.zeros((64, 64, 3), np.uint8)).ljust(len(tile), b"\0"),
@@ -347,6 +350,7 @@ def test_a_damaged_tile_is_named_and_the_others_are_read(tmp_path, damage):
         ) as error:
             reader.read(0, *box)
         assert "\n" not in str(error.value)
+    assert reader._cache._held == 0
     np.testing.assert_array_equal(reader.read(0, 0, 0, TILE, TILE), before)
     with pytest.raises(openslide.OpenSlideError):  # it does not take it either
         handle.read_region((TILE, TILE), 0, (TILE, TILE))

@@ -50,6 +50,7 @@ def test_stains_are_tissue_edge_to_edge_and_on_glass(colour):
     "colour",
     [
         (20, 20, 20),
+        (45, 22, 48),
         (60, 60, 62),
         (130, 130, 130),
         (90, 80, 88),
@@ -58,7 +59,7 @@ def test_stains_are_tissue_edge_to_edge_and_on_glass(colour):
         (40, 120, 60),
         (35, 55, 160),
     ],
-    ids=["black", "dark-grey", "grey", "tinted-shadow", "red-pen", "teal-pen", "green-pen", "blue-pen"],
+    ids=["black", "bluish-black", "dark-grey", "grey", "tinted-shadow", "red-pen", "teal-pen", "green-pen", "blue-pen"],
 )
 def test_pens_borders_and_shadows_are_not_tissue(colour):
     assert not tissue_mask(with_square(colour)).any()

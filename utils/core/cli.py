@@ -97,13 +97,35 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     if typing.get_origin(inner) is typing.Literal:
         return settings | {"choices": typing.get_args(inner)}
     names = {int: "N", float: "X", str: "NAME", Path: "PATH"}
-    return settings | {"type": inner, "metavar": field.metadata["metavar"] or names[inner]}
+    kind, words = _kind_and_words(inner)
+    metavar = field.metadata["metavar"] or "|".join((names[kind], *words))
+    return settings | {"type": _number_or_word(kind, words) if words else kind, "metavar": metavar}
 
 
 def _without_none(hint: Any) -> Any:
+    """Of `X | None`, X."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(part for part in typing.get_args(hint) if part is not type(None))
+        kinds = [part for part in typing.get_args(hint) if part is not type(None)]
+        return typing.Union[tuple(kinds)]  # noqa: UP007 - made of what there is
     return hint
+
+
+def _kind_and_words(hint: Any) -> tuple[Any, tuple[str, ...]]:
+    """Of `int | Literal["auto"]`, int and ("auto",)."""
+    if typing.get_origin(hint) is typing.Union:
+        kind, literal = typing.get_args(hint)
+        return kind, typing.get_args(literal)
+    return hint, ()
+
+
+def _number_or_word(kind: Callable[[str], Any], words: tuple[str, ...]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return text if text in words else kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {', '.join(words)}") from None
+
+    return read
 
 
 def _frozen(value: Any) -> Any:

@@ -79,7 +79,7 @@ class Extraction(_Checked):
     tissue_threshold: float = option(0.5, "least fraction of tissue in a patch (0 keeps every patch)", least=0, most=1)
     qc: bool = option(False, "drop patches that are out of focus, nearly white, or inked by a pen")
     batch_size: int = option(64, "patches per forward pass", least=1)
-    num_workers: int | None = option(None, "threads that read patches (default: one per processor)", least=1)
+    num_workers: int | Literal["auto"] = option("auto", "threads that read patches; auto: one per processor", least=1)
     device: str = option("auto", "auto, cpu, mps, cuda, cuda:N, or several: cuda:0,cuda:1 share the slides out")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "the backbone computes in: auto is its own on a CUDA device, fp32 elsewhere"

@@ -21,6 +21,11 @@ BACKBONE_ALIASES = {
     "resnet50": ("resnet50.tv_in1k", "timm/resnet50.tv_in1k", "resnet50_imagenet"),
     "phikon-v2": ("owkin/phikon-v2", "phikonv2"),
     "uni": ("uni_v1", "MahmoodLab/uni", "mahmood-uni"),
+    "uni2-h": ("uni_v2", "uni2", "uni2h", "MahmoodLab/UNI2-h", "mahmood-uni2"),
+    "virchow2": ("virchow_v2", "virchow-2", "paige-ai/Virchow2"),
+    "h-optimus-0": ("hoptimus0", "h-optimus0", "bioptimus/H-optimus-0"),
+    "h-optimus-1": ("hoptimus1", "h-optimus1", "bioptimus/H-optimus-1"),
+    "gigapath": ("prov-gigapath", "prov-gigapath/prov-gigapath"),
 }
 
 

@@ -115,6 +115,11 @@ def run_metadata(device: torch.device) -> dict[str, Any]:
     }
 
 
+def processors() -> int:
+    """How many this process may use, which on a cluster is fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_freed_memory() -> None:
     """Let the C library (glibc; elsewhere nothing happens) keep what freed tensors of up to 32 MiB, the most it allows,
     took, for the next ones: it is handed back and fetched again page by page in every batch otherwise.

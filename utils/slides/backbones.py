@@ -6,9 +6,11 @@ is trusted. What a backbone does to a patch is a `Transform` that can be written
 
 import difflib
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.core.errors import BackboneError
 from utils.core.files import load_tensors
 from utils.core.passport import BACKBONE_ALIASES, backbone_name
+from utils.slides.stain import VERSION as STAIN_VERSION
+from utils.slides.stain import StainDescriptor, stain_names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,6 +36,8 @@ _TIMM = "timm:"
 # HfHubHTTPError's own bases name the HTTP library at work (requests or httpx), whose failures can come through as well.
 _HUB_FAILURES: tuple[type[Exception], ...] = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 _MAX_NAMED_KEYS = 4
+# What is computed of so few patches stays in a processor's cache: a ResNet is 1.5 times as fast as with 16.
+_PATCHES_ON_CPU = 4
 
 StateDict = dict[str, Tensor]
 
@@ -77,28 +84,45 @@ class BackboneSpec:
     """A backbone of the registry.
 
     Attributes:
-        repo, filename, revision: where its weights are on the Hugging Face hub; no revision means the newest.
         dim: length of a feature.
-        token: what the feature is: "pooled" (mean over positions) or "cls".
+        token: what the feature is: "pooled" (over positions), "cls", or "cls+mean" (CLS, then the mean of the patch
+            tokens; registers take no part).
+        precision: what it computes in on a CUDA device, as its card does: fp16, bf16 or fp32.
         build: makes the network, without weights.
+        repo, filename: where its weights are on the Hugging Face hub; None where it needs none.
+        revision: the commit of `repo`; None means the newest.
+        gated: whether access has to be asked for.
         rename: turns the published state dict into the network's own.
+        finish: makes the network that computes the features from the one with the published weights.
         spare: prefixes of weights the network does not use; a file may hold them.
-        access: how to get the weights where they are gated.
     """
 
     name: str
-    aliases: tuple[str, ...]
-    repo: str
-    filename: str
     dim: int
     transform: Transform
     token: str
+    precision: str
     licence: str
     build: Callable[[], nn.Module]
+    repo: str | None = None
+    filename: str = "pytorch_model.bin"
     revision: str | None = None
+    gated: bool = False
     rename: Callable[[StateDict], StateDict] | None = None
+    finish: Callable[[nn.Module], nn.Module] | None = None
     spare: tuple[str, ...] = ()
-    access: str | None = None
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Its other names."""
+        return BACKBONE_ALIASES.get(self.name, ())
+
+    @property
+    def access(self) -> str | None:
+        """How to get the weights, where they are gated."""
+        if not self.gated:
+            return None
+        return f"gated: ask for access at https://huggingface.co/{self.repo}, then log in with `hf auth login`"
 
 
 @dataclass(eq=False)
@@ -109,25 +133,29 @@ class Backbone:
         name: canonical name.
         dim: D, the length of a feature.
         transform: what is done to a patch first.
-        weights_digest: sha256 of the weights that make the features.
         module: (B, 3, S, S) float to (B, D), in eval mode.
+        weights_digest: sha256 of the published weights that make the features; of a descriptor, of its version.
         precision: what it computes in on a CUDA device: fp16, bf16 or fp32.
+        device: where it is; `to` moves it.
     """
 
     name: str
     dim: int
     transform: Transform
     module: nn.Module
-    precision: str = "fp16"
-    weights_digest: str = field(init=False)
+    weights_digest: str
+    precision: str = "fp32"
+    device: torch.device = field(init=False, default=torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
-        self.weights_digest = digest_weights(self.module.state_dict())
+        # Twice as fast for convolutions, and no other network minds.
+        self.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - its stub lacks it
 
     def to(self, device: torch.device | str) -> "Backbone":
         """Move the network; returns itself."""
-        self.module.to(device)
+        self.device = torch.device(device)
+        self.module.to(self.device)
         return self
 
     @torch.inference_mode()
@@ -135,7 +163,7 @@ class Backbone:
         """(B, P, P, 3) uint8 RGB to (B, D) float32 features, on the device of the network.
 
         Each feature depends on its own patch only, to float rounding. Autocast, where the caller has switched it on,
-        applies to the network and not to the transform.
+        applies to the network and not to the transform. A CPU takes a few patches at a time, which costs no speed.
 
         Raises:
             BackboneError: not uint8, or of another shape.
@@ -145,12 +173,15 @@ class Backbone:
             raise BackboneError(
                 f"{self.name}: patches of {batch.dtype} and shape {tuple(batch.shape)}; (B, P, P, 3) uint8 is expected"
             )
-        device = next(self.module.parameters()).device
         if not len(batch):
-            return torch.empty((0, self.dim), device=device)
-        with torch.autocast(device.type, enabled=False):
-            images = self.transform(batch.to(device, non_blocking=True))
-        return self.module(images).float()
+            return torch.empty((0, self.dim), device=self.device)
+        parts = batch.split(_PATCHES_ON_CPU) if self.device.type == "cpu" else (batch,)
+        return torch.cat([self._embed(part) for part in parts])
+
+    def _embed(self, patches: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            images = self.transform(patches.to(self.device, non_blocking=True))
+        return self.module(images.contiguous(memory_format=torch.channels_last)).float()
 
 
 def list_backbones() -> list[str]:
@@ -196,11 +227,23 @@ def load_backbone(name: str, weights: Path | str | None = None) -> Backbone:
     if name.startswith(_TIMM):
         return _load_timm(name, path)
     spec = _REGISTRY[name]
-    file = path or _download(spec)
-    state = read_weights(file)
-    module = spec.build()
-    _load_strictly(module, spec.rename(state) if spec.rename else state, file, spec.spare)
-    return Backbone(spec.name, spec.dim, spec.transform, module)
+    if spec.repo is None and path is not None:
+        raise BackboneError(f"--weights {path}: backbone {name!r} has no weights; leave --weights out")
+    if spec.repo is None:
+        module = spec.build()
+        digest = hashlib.sha256(f"{name} {STAIN_VERSION}".encode()).hexdigest()
+    else:
+        file = path or _download(spec)
+        state = read_weights(file)
+        # Drawing up to a thousand million random weights first would take half a minute.
+        with torch.device("meta"):
+            module = spec.build()
+        module.to_empty(device="cpu")
+        _load_strictly(module, spec.rename(state) if spec.rename else state, file, spec.spare)
+        digest = digest_weights(module.state_dict())
+    # The digest stays that of the published weights, whatever is made of them for speed.
+    module = spec.finish(module.eval()) if spec.finish else module
+    return Backbone(spec.name, spec.dim, spec.transform, module, digest, spec.precision)
 
 
 def digest_weights(state: Mapping[str, Tensor]) -> str:
@@ -309,57 +352,170 @@ class _ResNetToLayer3(nn.Module):
         return self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3))
 
 
-def _vit_large() -> nn.Module:
-    # Every weight is loaded afterwards; drawing 300 million random ones first would take ten seconds.
+class _ClassAndMeanToken(nn.Module):
+    """A vision transformer's CLS token beside the mean of its patch tokens; registers are left out."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.vit.forward_features(images)
+        return torch.cat([tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)], dim=1)
+
+
+def _fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Put every BatchNorm into the convolution before it: the same features to float rounding, in half the time.
+
+    For a ResNet, whose layers are registered in the order in which they compute.
+    """
+    for block in network.modules():
+        for (name, conv), (norm_name, norm) in itertools.pairwise(list(block.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(block, name, fuse_conv_bn_eval(conv, norm))
+                setattr(block, norm_name, nn.Identity())
+    return network
+
+
+def _vit(model: str, **settings: Any) -> nn.Module:
+    """A vision transformer whose feature is its CLS token, with layer scale."""
     return _timm().create_model(
-        "vit_large_patch16_224",
-        pretrained=False,
-        num_classes=0,
-        init_values=1e-5,
-        dynamic_img_size=True,
-        weight_init="skip",
+        model, pretrained=False, num_classes=0, init_values=1e-5, dynamic_img_size=True, **settings
     )
 
 
+def _swiglu_vit(model: str, **settings: Any) -> nn.Module:
+    return _vit(model, mlp_layer=_timm().layers.SwiGLUPacked, act_layer=nn.SiLU, **settings)
+
+
+def _h_optimus(name: str, repo: str, licence: str, revision: str | None) -> BackboneSpec:
+    return BackboneSpec(
+        name=name,
+        dim=1536,
+        # The card takes patches of 224 px at 0.5 um/px and resizes none; bicubic is timm's for such a network.
+        transform=Transform(
+            resize=224,
+            interpolation="bicubic",
+            mean=(0.707223, 0.578729, 0.703617),
+            std=(0.211883, 0.230117, 0.177517),
+        ),
+        token="cls",  # noqa: S106 - not a secret
+        precision="fp16",
+        licence=licence,
+        build=partial(_vit, "vit_giant_patch14_reg4_dinov2", img_size=224),
+        repo=repo,
+        revision=revision,
+        gated=True,
+    )
+
+
+def _stain(name: str, *, texture: bool) -> BackboneSpec:
+    return BackboneSpec(
+        name=name,
+        dim=len(stain_names(texture)),
+        transform=Transform(resize=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        token="pooled",  # noqa: S106 - not a secret
+        precision="fp32",
+        licence="LiteMIL's own",
+        build=partial(StainDescriptor, texture),
+    )
+
+
+# Sizes, transforms, token rules and precisions follow the cards at https://huggingface.co/<repo>. Where one names no
+# precision, it is for UNI and UNI2-h that of their laboratory's toolkit, https://github.com/mahmoodlab/TRIDENT, and for
+# the others fp32. The gated ones were not run by us with their real weights: tested of them are the architecture, the
+# token rule and the transform.
 _REGISTRY: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (
         BackboneSpec(
             name="resnet50",
-            aliases=BACKBONE_ALIASES["resnet50"],
-            repo="timm/resnet50.tv_in1k",
-            filename="model.safetensors",
             dim=1024,
             transform=Transform(resize=None),
             token="pooled",  # noqa: S106 - not a secret
+            precision="fp32",
             licence="BSD-3-Clause",
             build=_ResNetToLayer3,
+            repo="timm/resnet50.tv_in1k",
+            filename="model.safetensors",
+            finish=_fold_batch_norms,
             spare=("layer4.", "fc."),
         ),
         BackboneSpec(
             name="phikon-v2",
-            aliases=BACKBONE_ALIASES["phikon-v2"],
-            repo="owkin/phikon-v2",
-            filename="model.safetensors",
             dim=1024,
             transform=Transform(resize=224, interpolation="bicubic"),
             token="cls",  # noqa: S106
+            precision="fp32",
             licence="Owkin non-commercial licence",
-            build=_vit_large,
+            build=partial(_vit, "vit_large_patch16_224"),
+            repo="owkin/phikon-v2",
+            filename="model.safetensors",
             rename=rename_dinov2,
         ),
         BackboneSpec(
             name="uni",
-            aliases=BACKBONE_ALIASES["uni"],
-            repo="MahmoodLab/UNI",
-            filename="pytorch_model.bin",
             dim=1024,
             transform=Transform(resize=224),
             token="cls",  # noqa: S106
+            precision="fp16",
             licence="CC-BY-NC-ND-4.0",
-            build=_vit_large,
-            access="gated: ask for access at https://huggingface.co/MahmoodLab/UNI, then log in with `hf auth login`",
+            build=partial(_vit, "vit_large_patch16_224"),
+            repo="MahmoodLab/UNI",
+            gated=True,
         ),
+        BackboneSpec(
+            name="uni2-h",
+            dim=1536,
+            transform=Transform(resize=224),
+            token="cls",  # noqa: S106
+            precision="bf16",
+            licence="CC-BY-NC-ND-4.0",
+            build=partial(
+                _swiglu_vit,
+                "vit_giant_patch14_224",
+                embed_dim=1536,
+                depth=24,
+                num_heads=24,
+                mlp_ratio=2 * 2.66667,
+                reg_tokens=8,
+                no_embed_class=True,
+            ),
+            repo="MahmoodLab/UNI2-h",
+            revision="d517a8dd47902dd7c308b3c36f63bce47e7b9a43",
+            gated=True,
+        ),
+        BackboneSpec(
+            name="virchow2",
+            dim=2560,
+            transform=Transform(resize=224, interpolation="bicubic"),
+            token="cls+mean",  # noqa: S106
+            precision="fp16",
+            licence="CC-BY-NC-ND-4.0",
+            build=partial(_swiglu_vit, "vit_huge_patch14_224", mlp_ratio=5.3375, reg_tokens=4),
+            repo="paige-ai/Virchow2",
+            filename="model.safetensors",
+            revision="3158645804b69e3f3bc4439d4116edddf0840a72",
+            gated=True,
+            finish=_ClassAndMeanToken,
+        ),
+        _h_optimus("h-optimus-0", "bioptimus/H-optimus-0", "Apache-2.0", "b145cc1e6c6b30d3251aa8b1f844e6974188a743"),
+        _h_optimus("h-optimus-1", "bioptimus/H-optimus-1", "CC-BY-NC-ND-4.0", None),
+        BackboneSpec(
+            name="gigapath",
+            dim=1536,
+            # The card's own: the rim of the patch, an eighth of its width in all, is not seen.
+            transform=Transform(resize=256, crop=224, interpolation="bicubic"),
+            token="cls",  # noqa: S106
+            precision="fp16",
+            licence="Apache-2.0",
+            build=partial(_vit, "vit_giant_patch14_dinov2", img_size=224, patch_size=16, mlp_ratio=5.33334),
+            repo="prov-gigapath/prov-gigapath",
+            revision="64f9e26c15019f2d4f6d9113c6822f88bb16b01b",
+            gated=True,
+        ),
+        _stain("stain", texture=False),
+        _stain("stain-texture", texture=True),
     )
 }
 
@@ -382,7 +538,9 @@ def _load_timm(name: str, path: Path | None) -> Backbone:
     if path is not None:
         _load_strictly(module, read_weights(path), path, _classifier_prefixes(module))
     transform = _timm_transform(name, module.pretrained_cfg)
-    return Backbone(name, _measured_dim(name, module, transform), transform, module)
+    return Backbone(
+        name, _measured_dim(name, module, transform), transform, module, digest_weights(module.state_dict())
+    )
 
 
 def _classifier_prefixes(module: Any) -> tuple[str, ...]:
@@ -462,7 +620,7 @@ def _is_counter(name: str) -> bool:
 
 def _download(spec: BackboneSpec) -> Path:
     try:
-        return Path(hf_hub_download(spec.repo, spec.filename, revision=spec.revision))
+        return Path(hf_hub_download(str(spec.repo), spec.filename, revision=spec.revision))
     except _HUB_FAILURES as error:
         what = f"{spec.filename} of huggingface.co/{spec.repo}"
         raise BackboneError(_unavailable(spec.name, what, error, spec.access)) from error

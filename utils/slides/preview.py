@@ -259,7 +259,7 @@ def _shortened(text: str, width: int, font: ImageFont.ImageFont | ImageFont.Free
 def _sheet_line(row: SheetRow, folder: Path) -> str:
     picture = "no picture"
     if row.preview is not None:
-        link = html.escape(quote(Path(os.path.relpath(row.preview, folder)).as_posix()))
+        link = quote(Path(os.path.relpath(row.preview, folder)).as_posix())
         picture = f'<a href="{link}"><img src="{link}" loading="lazy" alt=""></a>'
     patches = "" if row.patches is None else str(row.patches)
     mpp = "" if row.mpp is None else f"{row.mpp:.4g}"
