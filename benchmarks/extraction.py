@@ -5,32 +5,49 @@
 
 A synthetic slide of each tile size is written as a JPEG pyramid and read by contenders that take turns, in one process,
 from a file the system has in memory: what is measured is the reading, not the disk. What is compared is first checked
-to be equal pixel by pixel.
+to be equal: pixel by pixel, or to rounding where a network has been at work.
+
+The first version's way is one patch after the other: OpenSlide, PIL, torchvision's transforms, and batches of 64 by
+the network as published. The memory part runs each extraction in a process of its own.
 """
 
 import argparse
+import itertools
+import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import imagecodecs
 import numpy as np
 import openslide
 import tifffile
+import torch
 from numpy.typing import NDArray
+from PIL import Image
 from report import processor, table, versions
 from scipy import ndimage
+from torch import Tensor, nn
+from torchvision import transforms
 
+from utils.core.runtime import keep_freed_memory
+from utils.feature_extractor import WSIFeatureExtractor
+from utils.slides.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, backbone_spec
+from utils.slides.patching import plan_patches, read_batches
 from utils.slides.wsi import open_slide
 
 QUALITY = 80
 PERIOD = 1200  # px after which the slide's texture repeats; not a multiple of the tiles, so that those differ
 DOWNSAMPLES = (1, 4, 16)
+BATCH = 64
+HALF_PRECISION = 5e-4  # of a number: the spacing of float16
 FIRST = "OpenSlide, one by one"
 
 Corner = tuple[int, int]
@@ -188,7 +205,120 @@ def reading(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
     yield f"\nOpening a slide and verifying its reader, once a slide: {milliseconds} ms"
 
 
-PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[str]]] = {"reading": reading}
+def first_batches(path: Path, corners: list[Corner], patch: int) -> Iterator[Tensor]:
+    """(B, 3, patch, patch) float32 as the first version made it."""
+    prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    with openslide.OpenSlide(path) as handle:
+        for start in range(0, len(corners), BATCH):
+            patches = (through_openslide(handle, patch, corner) for corner in corners[start : start + BATCH])
+            yield torch.stack([prepare(Image.fromarray(pixels)) for pixels in patches])
+
+
+def our_batches(path: Path, count: int, patch: int, workers: int) -> Iterator[Tensor]:
+    """The same patches, a few at a time, by what `extractFeatures.py` reads and prepares them with on a CPU."""
+    spec = backbone_spec("resnet50")
+    backbone = Backbone(spec.name, spec.dim, spec.transform, nn.Identity(), weights_digest="")
+    with open_slide(path) as slide:
+        plan = plan_patches(slide, patch_size=patch, tissue_threshold=0)
+        plan = replace(plan, coords=plan.coords[:count])
+        for batch in read_batches(slide, plan, BATCH, workers=workers):
+            yield from backbone.prepare(batch)
+
+
+def exhaust(batches: Callable[[], Iterator[Tensor]]) -> None:
+    for _ in batches():
+        pass
+
+
+def feeding(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
+    """Reading and preparing: what the network is fed with."""
+    keep_freed_memory()  # as the extractor does; all contenders gain
+    torch.set_num_threads(max(asked.threads))
+    path = write_slide(folder / "feeding.tif", asked.side, 256)
+    corners = grid(asked.side, asked.patch, asked.patches)
+    feeders = {FIRST: partial(first_batches, path, corners, asked.patch)} | {
+        f"LiteMIL, {threads} reader{'s' * (threads > 1)}": partial(
+            our_batches, path, len(corners), asked.patch, workers=threads
+        )
+        for threads in asked.threads
+    }
+    batches = (itertools.chain.from_iterable(feeder()) for feeder in list(feeders.values())[:2])
+    for theirs, ours in zip(*batches, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    times = medians({name: partial(timed, partial(exhaust, feeder)) for name, feeder in feeders.items()}, asked.repeats)
+    heading = f"{len(corners):,} patches of {asked.patch} px of 256-px tiles to batches of {BATCH} normalised images"
+    yield f"### Feeder: {heading}\n"
+    rows = [[name, f"{len(corners) / taken:,.0f}", f"{times[FIRST] / taken:.1f}"] for name, taken in times.items()]
+    yield table(" | patches/s | multiple", rows)
+
+
+def plain_features(path: Path, network: nn.Module, patch: int, count: int) -> NDArray[np.float32]:
+    """Of the first version's batches, by the network as it is published."""
+    with torch.no_grad():
+        corners = grid(int(count**0.5) * patch, patch, count)
+        return torch.cat([network(batch) for batch in first_batches(path, corners, patch)]).numpy()
+
+
+def extracting(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
+    """Slide to features, on a CPU."""
+    torch.set_num_threads(max(asked.threads))
+    torch.manual_seed(0)
+    count = asked.extracted**2
+    path = write_slide(folder / "extracting.tif", asked.extracted * asked.patch, 256)
+    network = backbone_spec("resnet50").build().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # not what changes nothing
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    weights = folder / "resnet50.pth"
+    torch.save(network.state_dict(), weights)
+    extractor = WSIFeatureExtractor("resnet50", asked.patch, tissue_threshold=0, device="cpu", weights=weights)
+    plain, ours = (
+        partial(plain_features, path, network, asked.patch, count),
+        lambda: extractor.process(path, folder / "slide.h5")["features"].astype(np.float32),
+    )
+    difference = np.linalg.norm(plain() - ours()) / np.linalg.norm(plain())
+    if difference > HALF_PRECISION:
+        raise AssertionError(f"the features differ by {difference:.1e}, more than their float16 does")
+    times = medians({FIRST: partial(timed, plain), "LiteMIL": partial(timed, ours)}, asked.repeats)
+    yield f"### Whole extraction: ResNet50 in single precision on {max(asked.threads)} CPU threads, {count:,} patches\n"
+    rows = [[name, f"{count / taken:,.1f}", f"{times[FIRST] / taken:.1f}"] for name, taken in times.items()]
+    yield table(" | patches/s | multiple", rows)
+    yield f"\nThe features differ by {difference:.1e} of their size; they are stored in float16."
+
+
+def timed(work: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    work()
+    return time.perf_counter() - before
+
+
+def peak_megabytes(path: Path, stride: int) -> tuple[int, float]:
+    """Patches, and the most memory of this process, of an extraction to a file; on Linux."""
+    extractor = WSIFeatureExtractor("stain", 256, stride, tissue_threshold=0, device="cpu", num_workers=2)
+    found = extractor.extract_to(path, path.with_suffix(".h5"))
+    # Not what `resource` knows: that begins with the memory of the process that started this one.
+    kilobytes = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    return len(found.coords), int(kilobytes[1]) / 1e3 if kilobytes else float("nan")
+
+
+def memory(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
+    """The most that a process takes for few patches and for many of the same slide."""
+    path = write_slide(folder / "memory.tif", asked.side, 256)
+    rows = []
+    for stride in asked.strides:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            count, peak = process.submit(peak_megabytes, path, stride).result()
+        rows.append([f"{count:,}", f"{peak:,.0f}"])
+    yield "### Memory: the most that the process of an extraction takes (`stain`)\n"
+    yield table("patches | MB", rows)
+
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[str]]] = {
+    "reading": reading,
+    "feeding": feeding,
+    "extracting": extracting,
+    "memory": memory,
+}
 
 
 def medians(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
@@ -211,6 +341,8 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=256, help="px")
     parser.add_argument("--patches", type=int, default=6000, help="read in a turn, from the first row on")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--extracted", type=int, default=12, help="rows and columns of patches that are extracted")
+    parser.add_argument("--strides", type=int, nargs="+", default=[624, 64], help="px, of the memory part")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender")
     parser.add_argument("--folder", type=Path, help="where the slides go, a temporary folder by default")
     asked = parser.parse_args()

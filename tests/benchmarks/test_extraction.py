@@ -56,3 +56,21 @@ def test_the_texture_goes_on_at_its_edges(extraction):
     inside = np.abs(image[:, 1:] - image[:, :-1]).mean()
     assert np.abs(image[:, 0] - image[:, -1]).mean() < 1.3 * inside
     assert image.std() > 20
+
+
+def test_the_other_parts_print_their_tables():
+    flags = ["--parts", "feeding", "extracting", "memory", "--side", "1200", "--patches", "12", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "extraction.py", *flags, "--extracted", "2", "--strides", "400", "200"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    assert [row[0] for row in rows if row[-1] not in ("multiple", "---:", "MB")] == [
+        "OpenSlide, one by one", "LiteMIL, 1 reader", "LiteMIL, 2 readers",
+        "OpenSlide, one by one", "LiteMIL",
+        "9", "25",
+    ]  # fmt: skip
+    assert "ResNet50 in single precision on 2 CPU threads, 4 patches" in done.stdout
+    peaks = [float(row[1].replace(",", "")) for row in rows[-2:]]
+    assert max(peaks) < 1.2 * min(peaks)

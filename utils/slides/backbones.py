@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,8 @@ class Transform:
             top, left = (images.shape[-2] - self.crop) // 2, (images.shape[-1] - self.crop) // 2
             images = images[..., top : top + self.crop, left : left + self.crop]
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return (images / 255 - mean) / std
+        # (images / 255 - mean) / std, in one pass over memory instead of three.
+        return torch.addcmul(-mean / std, images, 1 / (255 * std))
 
 
 @dataclass(frozen=True)
@@ -175,13 +176,15 @@ class Backbone:
             )
         if not len(batch):
             return torch.empty((0, self.dim), device=self.device)
-        parts = batch.split(_PATCHES_ON_CPU) if self.device.type == "cpu" else (batch,)
-        return torch.cat([self._embed(part) for part in parts])
+        return torch.cat([self.module(images).float() for images in self.prepare(batch)])
 
-    def _embed(self, patches: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):
-            images = self.transform(patches.to(self.device, non_blocking=True))
-        return self.module(images.contiguous(memory_format=torch.channels_last)).float()
+    def prepare(self, patches: Tensor) -> Iterator[Tensor]:
+        """(B, P, P, 3) uint8, part by part, to what the network takes: (b, 3, S, S) on its device, channels last."""
+        parts = patches.split(_PATCHES_ON_CPU) if self.device.type == "cpu" else (patches,)
+        for part in parts:
+            with torch.autocast(self.device.type, enabled=False):
+                images = self.transform(part.to(self.device, non_blocking=True))
+            yield images.contiguous(memory_format=torch.channels_last)
 
 
 def list_backbones() -> list[str]:
