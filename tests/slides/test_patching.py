@@ -63,10 +63,10 @@ def test_every_patch_is_the_slide_at_its_coordinates(place_slide, resolution, st
     assert plan.stride_level0 == max(1, round((stride or 20) * downsample))
 
 
-def corner_pixels(seen, corner, downsample, axis):
+def corner_pixels(seen, corner, downsample, axis, size=20):
     """How far the first and the last pixel along an axis are from where they belong."""
     across = seen.mean(axis=3 - axis)
-    first, last = across[:, 0] - (corner + 0.5 * downsample), across[:, -1] - (corner + 19.5 * downsample)
+    first, last = across[:, 0] - (corner + 0.5 * downsample), across[:, -1] - (corner + (size - 0.5) * downsample)
     return np.stack([first, last])
 
 
@@ -122,14 +122,30 @@ def test_batches_come_in_order_whoever_reads_them(stained, workers):
 
 
 def test_a_patch_at_the_rim_of_a_level_that_was_cut_stays_inside(tmp_path):
-    """Level 1 ends at level-0 column 299 of 300: a patch from 114 to 300 would be blended with the background."""
+    """Level 1 has 37 x 31 px of 8 level-0 px and leaves out the last 4 columns and 2 rows, which must not become
+    background in a patch; OpenSlide counts with 8.09, by which the last patch would lie 9 level-0 px off.
+    """
     path = write_pyramid(tmp_path / "cut.tiff", place_image(300, 250), downsamples=(1, 8))
     with open_slide(path) as slide:
         plan = plan_patches(slide, patch_size=23, stride=7, level=1, tissue_threshold=0)
         patches = all_patches(slide, plan)
-    assert (plan.stride_level0, plan.patch_size_level0) == (57, 186)
-    assert plan.coords.tolist() == [[0, 0], [57, 0], [0, 57], [57, 57]]
+    assert (plan.stride_level0, plan.patch_size_level0) == (56, 184)
+    assert plan.coords.tolist() == [[x, y] for y in (0, 56) for x in (0, 56, 112)]
     assert np.abs(patches[..., 2].astype(int) - 77).max() <= 1
+    for axis, places in enumerate(place_of(patches, 300, 250)):
+        off = corner_pixels(places, plan.coords[:, axis], 8, axis=2 - axis, size=23)
+        assert np.abs(off).max() < 2  # level-0 px; a grey level is 1.2 of them, and OpenSlide costs one
+
+
+def test_a_large_level_does_not_drift(tmp_path):
+    """Where OpenSlide's mean over both axes is off by 0.4 %, and the far end of the level by 11 level-0 px."""
+    path = write_pyramid(tmp_path / "long.tiff", place_image(2404, 339), downsamples=(1, 4))
+    with open_slide(path) as slide:
+        assert slide.level_downsamples == (1, 4)
+        plan = plan_patches(slide, patch_size=20, level=1, tissue_threshold=0)
+        patches = all_patches(slide, plan)
+    off = place_of(patches, 2404, 339)[0].mean(axis=(1, 2)) - (plan.coords[:, 0] + 10 * 4)
+    assert np.abs(off).max() < 5  # level-0 px; a grey level is 9 of them
 
 
 @pytest.mark.parametrize(("level", "size", "stride"), [(0, 64, 64), (1, 160, 160), (2, 257, 257)])

@@ -163,8 +163,8 @@ class Slide:
         path, name: the file, and its name without the extension.
         width, height: level-0 px.
         level_dimensions: (width, height) of each level, in its own px.
-        level_downsamples: level-0 px per px of each level: one number, the one by which the reader places regions
-            (OpenSlide's mean over both axes; they differ only by the rounding of a level's last row or column).
+        level_downsamples: level-0 px per px of each level: a whole number wherever that explains the level's size, its
+            last column and row being rounded, and else OpenSlide's, the mean over both axes.
         mpp: um per level-0 px, or None where the file does not say, or not plausibly.
         mpp_problem: why mpp is None, in a few words.
         told_mpp: mpp as the user told it, or None.
@@ -326,7 +326,12 @@ class _OpenSlideSlide(Slide):
         properties = handle.properties
         self.width, self.height = handle.dimensions
         self.level_dimensions = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
-        self.level_downsamples = tuple(float(downsample) for downsample in handle.level_downsamples)
+        # By these OpenSlide places regions, as if the rounding of a level's size were spread over the level.
+        self._reader_downsamples = tuple(float(downsample) for downsample in handle.level_downsamples)
+        self.level_downsamples = tuple(
+            _whole_downsample(self.level_dimensions[0], size, downsample)
+            for size, downsample in zip(self.level_dimensions, self._reader_downsamples, strict=True)
+        )
         self.objective = number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.bounds = _bounds(properties)
@@ -347,19 +352,19 @@ class _OpenSlideSlide(Slide):
         return file_resolution(self._handle.properties, self.width, self.height)
 
     def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
-        tiles, downsample = self._tile_reader(), self.level_downsamples[level]
+        downsample, reader_downsample = self.level_downsamples[level], self._reader_downsamples[level]
         column, row = round(x / downsample), round(y / downsample)
-        whole = max(abs(x / downsample - column), abs(y / downsample - row)) < _WHOLE
-        if tiles is not None and whole:
-            return tiles.read(level, column, row, width, height)
-        return self._read_by_openslide(x, y, level, width, height)
+        if max(abs(x / downsample - column), abs(y / downsample - row)) < _WHOLE:
+            return self._read_level(level, column, row, width, height)
+        place = round(x / downsample * reader_downsample), round(y / downsample * reader_downsample)
+        return self._read_by_openslide(*place, level, width, height)
 
     def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         tiles = self._tile_reader()
         if tiles is not None:
             return tiles.read(level, x, y, width, height)
         level_width, level_height = self.level_dimensions[level]
-        downsample = self.level_downsamples[level]
+        downsample = self._reader_downsamples[level]
         place = _level0(x, width, level_width, downsample), _level0(y, height, level_height, downsample)
         return self._read_by_openslide(*place, level, width, height)
 
@@ -384,7 +389,7 @@ class _OpenSlideSlide(Slide):
         judge = openslide.OpenSlide(self.path)
         try:
             for level, x, y in tiles.probes(derive_seed(self.path.name, self.width, self.height)):
-                downsample = self.level_downsamples[level]
+                downsample = self._reader_downsamples[level]
                 x, y = _whole_near(x, downsample), _whole_near(y, downsample)
                 place = round(x * downsample), round(y * downsample)
                 ours = theirs = None
@@ -518,6 +523,13 @@ def _opaque(rgba: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArra
         mixed = rgb[unclear] * weight + np.asarray(background, dtype=np.float32) * (1 - weight)
         rgb[unclear] = np.rint(mixed).astype(np.uint8)
     return rgb
+
+
+def _whole_downsample(size: tuple[int, int], level_size: tuple[int, int], downsample: float) -> float:
+    """`downsample`, or the whole number near it by which both sides come out to less than a px."""
+    whole = float(round(downsample))
+    explains = all(abs(side / whole - level_side) < 1 for side, level_side in zip(size, level_size, strict=True))
+    return whole if explains else downsample
 
 
 def _level0(start: int, size: int, extent: int, downsample: float) -> int:
