@@ -197,6 +197,20 @@ def test_a_folder_is_to_be_looked_at(slide_cohort, script, tmp_path):
     assert (tmp_path / "one" / "previews" / "P00_0.jpg").is_file()
 
 
+def test_a_slide_without_tissue_is_to_be_looked_at_too(slide_cohort, script, tmp_path):
+    (tmp_path / "slides").mkdir()
+    write_pyramid(tmp_path / "slides" / "glass.tif", np.full((800, 800, 3), 243, np.uint8), mpp=0.5, downsamples=(1, 2))
+    flags = ("--input_dir", tmp_path / "slides", "--output_dir", tmp_path / "out", *recipe(slide_cohort))
+    assert "glass.tif  no tissue" in script("extractFeatures", *flags, "--dry_run").out
+    assert not (tmp_path / "out").exists()
+    assert "1 no tissue" in script("extractFeatures", *flags).out
+    assert "none of" in (tmp_path / "out" / "extraction_report.csv").read_text()
+    with Image.open(tmp_path / "out" / "previews" / "glass.jpg") as picture:
+        assert picture.size[0] > 100
+    assert 'src="previews/glass.jpg"' in (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert not list((tmp_path / "out").glob("*.h5*"))
+
+
 # Folders
 
 

@@ -203,7 +203,8 @@ class WSIFeatureExtractor:
         with open_slide(wsi_path) as slide:
             plan = self.plan(slide)
             parts, reasons = zip(*self.encode(slide, plan), strict=True)
-            found = Extracted.of(slide, plan, np.concatenate(reasons))
+            found = Extracted.of(plan, reasons)
+            found.conclude(slide)
             return Bag(np.concatenate(parts), found.coords, plan.patch_size_level0, self.passport(slide, found))
 
     def extract_to(self, wsi_path: Path, target: Path, told: "Told | None" = None) -> "Extracted":
@@ -221,20 +222,25 @@ class WSIFeatureExtractor:
                 for features, why_not in self.encode(slide, plan):
                     writer.append(features)
                     reasons.append(why_not)
-                found = Extracted.of(slide, plan, np.concatenate(reasons))
+                found = Extracted.of(plan, reasons)
+                found.conclude(slide, told.preview)
                 writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found, told))
-            if told.preview is not None:
-                write_preview(told.preview, found.drawn(slide))
         return found
 
     def plan(self, slide: Slide, told: "Told | None" = None) -> PatchPlan:
-        """Which patches of a slide to read."""
-        config = self.config
-        tissue = read_contours(told.tissue, slide) if told and told.tissue else None
-        return plan_patches(
+        """Which patches of a slide to read.
+
+        Raises NoTissueError where there is none, with the preview to show it, and as `plan_patches` does.
+        """
+        config, told = self.config, told or Told()
+        tissue = read_contours(told.tissue, slide) if told.tissue else None
+        plan = plan_patches(
             slide, patch_size=config.patch_size, stride=config.stride, level=config.level, mpp=config.target_mpp,
             allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold, tissue=tissue,
         )  # fmt: skip
+        if not len(plan):
+            Extracted.of(plan, []).conclude(slide, told.preview)
+        return plan
 
     def passport(self, slide: Slide, found: "Extracted", told: "Told | None" = None) -> Passport:
         record = _slide_record(slide, found.plan) | {"tissue": told.tissue_digest if told else None}
@@ -308,12 +314,17 @@ class Extracted:
     reasons: np.ndarray
 
     @classmethod
-    def of(cls, slide: Slide, plan: PatchPlan, reasons: np.ndarray) -> Self:
-        """Raises NoTissueError where none is left."""
-        found = cls(plan, reasons)
-        if not len(found.coords):
-            raise NoTissueError(f"{slide.path}: --qc drops all of its patches ({found.why}); leave the slide out")
-        return found
+    def of(cls, plan: PatchPlan, reasons: Sequence[np.ndarray]) -> Self:
+        """Of the reasons batch by batch."""
+        return cls(plan, np.concatenate([np.empty(0, dtype=str), *reasons]))
+
+    def conclude(self, slide: Slide, preview: Path | None = None) -> None:
+        """Draw the preview, where one is wanted; then raise NoTissueError unless a patch is left."""
+        if preview is not None:
+            write_preview(preview, self.drawn(slide))
+        if not len(self.coords):
+            dropped = f"{slide.path}: --qc drops all of its patches ({self.why}); leave the slide out"
+            raise NoTissueError(self.plan.shortage or dropped)
 
     @property
     def coords(self) -> np.ndarray:
@@ -445,7 +456,7 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
         if target.exists() and not files.overwrite:
             return extract_one(extractor, slide, target, told=told)
         with open_slide(slide, told.mpp) as opened:
-            plan = extractor.plan(opened, told)
+            plan = extractor.plan(opened, replace(told, preview=None))
             if not rates:
                 rates.append(extractor.rate(opened, plan))
         return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from utils.core.errors import ConfigError, NoTissueError, SlideError
+from utils.core.errors import ConfigError, SlideError
 from utils.core.geometry import covered_fraction, level0_size, patch_grid, usable_extent
 from utils.slides.tissue import TissueMask, detect_tissue
 from utils.slides.wsi import Slide
@@ -64,6 +64,7 @@ class PatchPlan:
     sampling: Sampling
     mpp: float | None
     tissue: TissueMask | None = None
+    shortage: str = ""
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -95,7 +96,8 @@ def plan_patches(
         ConfigError: a size, stride or threshold that makes no sense.
         SlideError: the level does not exist, the slide's um/px is needed and unknown, or coarser than asked, the patch
             is larger than the slide, the slide cannot be read.
-        NoTissueError: no patch has enough tissue.
+
+    A plan without a patch is no error here: its `shortage` says why.
     """
     stride = patch_size if stride is None else stride
     _check_settings(patch_size, stride, tissue_threshold)
@@ -103,13 +105,13 @@ def plan_patches(
     size_level0, stride_level0 = (level0_size(pixels, sampling.downsample) for pixels in (patch_size, stride))
     grid = _grid(slide, sampling, patch_size, stride_level0)
 
-    coords = grid
+    coords, shortage = grid, ""
     if tissue_threshold > 0:
         tissue = tissue or detect_tissue(slide)
         fraction = covered_fraction(tissue.mask, grid, size_level0, slide.width, slide.height)
         coords = grid[fraction >= tissue_threshold - _ROUNDING]
         if not len(coords):
-            raise NoTissueError(
+            shortage = (
                 f"{slide.path}: none of {len(grid)} patches holds {tissue_threshold:g} tissue (the most is "
                 f"{fraction.max():.2f}, {tissue.fraction:.1%} of the slide is tissue); lower --tissue_threshold, or 0 "
                 "to keep every patch"
@@ -123,6 +125,7 @@ def plan_patches(
         sampling=sampling,
         mpp=mpp if sampling.scale != 1 else slide.mpp * sampling.downsample if slide.mpp else None,
         tissue=tissue,
+        shortage=shortage,
     )
 
 
