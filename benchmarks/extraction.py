@@ -108,13 +108,18 @@ def grid(side: int, patch: int, count: int) -> list[Corner]:
 
 
 def read_all(read: Read, corners: list[Corner], threads: int) -> None:
-    """Read every patch, and keep none."""
-    if threads == 1:
-        for corner in corners:
+    """Read every patch, and keep none; threads take runs of neighbours, as those of an extraction do."""
+
+    def read_run(run: list[Corner]) -> None:
+        for corner in run:
             read(corner)
+
+    if threads == 1:
+        read_run(corners)
         return
+    step = BATCH // threads
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(read, corners):
+        for _ in pool.map(read_run, (corners[start : start + step] for start in range(0, len(corners), step))):
             pass
 
 

@@ -222,8 +222,9 @@ def read_batches(
         SlideError: a patch cannot be read; nothing is put in its place.
     """
 
-    def fill(place: NDArray[np.uint8], corner: NDArray[np.integer]) -> None:
-        place[...] = read_patch(slide, plan, corner)
+    def fill(places: NDArray[np.uint8], corners: NDArray[np.integer]) -> None:
+        for place, corner in zip(places, corners, strict=True):
+            place[...] = read_patch(slide, plan, corner)
 
     waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
     with ThreadPoolExecutor(workers) as readers:
@@ -232,8 +233,9 @@ def read_batches(
                 corners = plan.coords[start : start + batch_size]
                 shape = (len(corners), plan.patch_size, plan.patch_size, 3)
                 batch = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
-                pairs = zip(batch.numpy(), corners, strict=True)
-                waiting.append((batch, [readers.submit(fill, *pair) for pair in pairs]))
+                # Runs of neighbours: threads that read one patch each in turn would wait for each other's tiles.
+                runs = zip(*(np.array_split(part, workers) for part in (batch.numpy(), corners)), strict=True)
+                waiting.append((batch, [readers.submit(fill, *run) for run in runs]))
                 if len(waiting) > _BATCHES_AHEAD:
                     yield _filled(*waiting.popleft())
             while waiting:
