@@ -6,7 +6,7 @@ result = extractor.process("slide.svs", save_path="slide.h5")
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,13 +21,11 @@ from utils.bags.store import Bag, BagInfo, bag_writer, peek_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
 from utils.core.errors import (
     BackboneError,
-    ConfigError,
     FeatureFileError,
     NoTissueError,
     RecipeError,
     SlideError,
 )
-from utils.core.files import digest
 from utils.core.passport import Passport, recipe_differences
 from utils.core.runtime import (
     amp_dtype,
@@ -44,11 +42,11 @@ from utils.core.runtime import (
 from utils.slides.backbones import Backbone, canonical_backbone, load_backbone
 from utils.slides.batch import (
     PLANNED,
-    REPORT,
+    SlideFiles,
     SlideStatus,
+    Told,
     guarded,
     report_path,
-    slide_targets,
     status_table,
     work_through,
 )
@@ -57,16 +55,13 @@ from utils.slides.patching import PatchPlan, plan_patches, read_batches
 from utils.slides.preview import (
     LITTLE_TISSUE,
     MAX_SIDE,
-    SheetRow,
     draw_preview,
-    write_contact_sheet,
     write_preview,
 )
 from utils.slides.quality import QUALITY_SETTINGS, judge_patches
 from utils.slides.tissue import TISSUE_SETTINGS
-from utils.slides.wsi import Slide, open_slide, read_slides_csv
+from utils.slides.wsi import Slide, open_slide
 
-SHEET = "contact_sheet"
 # A slide's own bar appears only when the slide takes longer than this.
 _BAR_DELAY_SECONDS = 3
 
@@ -207,7 +202,7 @@ class WSIFeatureExtractor:
             found.conclude(slide)
             return Bag(np.concatenate(parts), found.coords, plan.patch_size_level0, self.passport(slide, found))
 
-    def extract_to(self, wsi_path: Path, target: Path, told: "Told | None" = None) -> "Extracted":
+    def extract_to(self, wsi_path: Path, target: Path, told: Told | None = None) -> "Extracted":
         """Extract one slide into a feature file, in memory that does not grow with it, knowing what the user told.
 
         Raises as `process` does.
@@ -227,7 +222,7 @@ class WSIFeatureExtractor:
                 writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found, told))
         return found
 
-    def plan(self, slide: Slide, told: "Told | None" = None) -> PatchPlan:
+    def plan(self, slide: Slide, told: Told | None = None) -> PatchPlan:
         """Which patches of a slide to read.
 
         Raises NoTissueError where there is none, with the preview to show it, and as `plan_patches` does.
@@ -242,7 +237,7 @@ class WSIFeatureExtractor:
             Extracted.of(plan, []).conclude(slide, told.preview)
         return plan
 
-    def passport(self, slide: Slide, found: "Extracted", told: "Told | None" = None) -> Passport:
+    def passport(self, slide: Slide, found: "Extracted", told: Told | None = None) -> Passport:
         record = _slide_record(slide, found.plan) | {"tissue": told.tissue_digest if told else None}
         if self.config.qc:
             record["dropped"] = found.dropped
@@ -360,74 +355,13 @@ class Extracted:
         )
 
 
-@dataclass(frozen=True)
-class Told:
-    """What the user says of one slide: its um per level-0 px, a GeoJSON file of its tissue, and where the tissue that
-    is found, and a preview, go.
-    """
-
-    mpp: float | None = None
-    tissue: Path | None = None
-    save_tissue: Path | None = None
-    preview: Path | None = None
-
-    @property
-    def tissue_digest(self) -> str | None:
-        """Of the file's content; None where the detector is to look."""
-        return None if self.tissue is None else digest(self.tissue.read_bytes())
-
-
-class _Files:
-    """What `extractFeatures.py` was told about files, slide by slide."""
-
-    def __init__(self, files: ExtractionFiles) -> None:
-        self.files = files
-        self.mpps = read_slides_csv(files.slides_csv) if files.slides_csv else {}
-        if files.tissue is not None and not files.tissue.is_dir():
-            raise ConfigError(f"--tissue {files.tissue}: no such folder; give that of the .geojson files")
-
-    def targets(self) -> dict[Path, Path]:
-        """Each slide and its feature file."""
-        files = self.files
-        if files.input is None:
-            return slide_targets(files)
-        if not files.input.is_file():
-            raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
-        name = f"{files.input.stem}.{files.format or 'h5'}"
-        return {files.input: files.output or (files.output_dir or files.input.parent) / name}
-
-    def told(self, slide: Path, target: Path) -> Told:
-        tissue = None
-        if self.files.tissue is not None:
-            tissue = self.files.tissue / f"{slide.stem}.geojson"
-            if not tissue.is_file():
-                raise SlideError(f"{tissue}: not there; draw the tissue of {slide.name}, or leave --tissue out")
-        saved = target.parent / "tissue" / f"{slide.stem}.geojson" if self.files.save_tissue else None
-        mpp = self.mpps.get(slide.name, self.mpps.get(slide.stem))
-        return Told(mpp, tissue, saved, self.preview(slide, target))
-
-    def preview(self, slide: Path, target: Path) -> Path | None:
-        wanted = self.files.input is None if self.files.preview is None else self.files.preview
-        return target.parent / "previews" / f"{slide.stem}.jpg" if wanted else None
-
-    def write_sheet(self, statuses: Sequence[SlideStatus], targets: Mapping[Path, Path]) -> None:
-        """The contact sheet, beside the report."""
-        rows = []
-        for status in statuses:
-            picture = self.preview(status.slide, targets[status.slide])
-            shown = picture if picture is not None and picture.is_file() else None
-            rows.append(SheetRow(status.slide.name, status.status, status.reason, status.patches, status.mpp, shown))
-        report = report_path(self.files)
-        write_contact_sheet(report.with_name(f"{report.stem.replace(REPORT, SHEET)}.html"), rows)
-
-
 def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> list[SlideStatus]:
     """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
 
     For a folder, also writes its report (see `utils.slides.batch`), previews and a contact sheet. Raises for a single
     slide that fails, ConfigError for slides that would share an output file.
     """
-    known = _Files(files)
+    known = SlideFiles(files)
     targets = known.targets()
 
     def work(one: WSIFeatureExtractor, slide: Path, target: Path) -> SlideStatus:
@@ -447,7 +381,7 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
     """What `extract_slides` would do, and what it would cost: patches are counted on thumbnails, and the time is
     estimated from a trial on some of them. Writes nothing. Raises as `extract_slides` does.
     """
-    known = _Files(files)
+    known = SlideFiles(files)
     targets = known.targets()
     rates = []
 

@@ -69,15 +69,17 @@ class Transform:
         Resizing is PIL's: the same filters, widened when shrinking, first across and then down, clipped and rounded to
         whole grey levels after each. PIL does it in fixed point, so that a value can differ by a level of 255.
         """
-        images = patches.permute(0, 3, 1, 2).float()
+        images = patches.float().permute(0, 3, 1, 2)
         if self.resize is not None:
             images = _resized(images, self.resize, self.interpolation)
         if self.crop is not None:
             top, left = (images.shape[-2] - self.crop) // 2, (images.shape[-1] - self.crop) // 2
             images = images[..., top : top + self.crop, left : left + self.crop]
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
-        # (images / 255 - mean) / std, in one pass over memory instead of three.
-        return torch.addcmul(-mean / std, images, 1 / (255 * std))
+        # (images / 255 - mean) / std in one pass, row by row: pixel by pixel takes three times as long.
+        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
+        shift, scale = (values.repeat(images.shape[-1]) for values in (-mean / std, 1 / (255 * std)))
+        pixels = images.permute(0, 2, 3, 1)
+        return torch.addcmul(shift, pixels.flatten(2), scale).view(pixels.shape).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

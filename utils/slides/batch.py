@@ -1,4 +1,6 @@
-"""A folder of slides, worked through: which slides, to which files, past a bad one, with a report."""
+"""A folder of slides, worked through: which slides, to which files, what is told of each, past a bad one, with a
+report and a contact sheet.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -8,12 +10,13 @@ from queue import Empty, SimpleQueue
 from threading import Event
 
 from utils.core.config import ExtractionFiles
-from utils.core.errors import ConfigError, LiteMILError, NoTissueError
-from utils.core.files import check_distinct, clear_parts, write_records
+from utils.core.errors import ConfigError, LiteMILError, NoTissueError, SlideError
+from utils.core.files import check_distinct, clear_parts, digest, write_records
 from utils.core.runtime import log, progress_bar
-from utils.slides.wsi import find_slides
+from utils.slides.preview import SheetRow, write_contact_sheet
+from utils.slides.wsi import find_slides, read_slides_csv
 
-REPORT = "extraction_report"
+REPORT, SHEET = "extraction_report", "contact_sheet"
 STATUSES = ("done", "skipped", "no tissue", "failed")
 PLANNED = "to extract"
 _SECONDS_BETWEEN_REPORTS = 10
@@ -65,6 +68,67 @@ def report_path(files: ExtractionFiles) -> Path:
     assert files.output_dir is not None  # noqa: S101 - for the type checker
     index, count = files.part
     return files.output_dir / (f"{REPORT}_{index}_of_{count}.csv" if count > 1 else f"{REPORT}.csv")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the user says of one slide: its um per level-0 px, a GeoJSON file of its tissue, and where the tissue that
+    is found, and a preview, go.
+    """
+
+    mpp: float | None = None
+    tissue: Path | None = None
+    save_tissue: Path | None = None
+    preview: Path | None = None
+
+    @property
+    def tissue_digest(self) -> str | None:
+        """Of the file's content; None where the detector is to look."""
+        return None if self.tissue is None else digest(self.tissue.read_bytes())
+
+
+class SlideFiles:
+    """What `extractFeatures.py` was told about files, slide by slide."""
+
+    def __init__(self, files: ExtractionFiles) -> None:
+        self.files = files
+        self.mpps = read_slides_csv(files.slides_csv) if files.slides_csv else {}
+        if files.tissue is not None and not files.tissue.is_dir():
+            raise ConfigError(f"--tissue {files.tissue}: no such folder; give that of the .geojson files")
+
+    def targets(self) -> dict[Path, Path]:
+        """Each slide and its feature file."""
+        files = self.files
+        if files.input is None:
+            return slide_targets(files)
+        if not files.input.is_file():
+            raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
+        name = f"{files.input.stem}.{files.format or 'h5'}"
+        return {files.input: files.output or (files.output_dir or files.input.parent) / name}
+
+    def told(self, slide: Path, target: Path) -> Told:
+        tissue = None
+        if self.files.tissue is not None:
+            tissue = self.files.tissue / f"{slide.stem}.geojson"
+            if not tissue.is_file():
+                raise SlideError(f"{tissue}: not there; draw the tissue of {slide.name}, or leave --tissue out")
+        saved = target.parent / "tissue" / f"{slide.stem}.geojson" if self.files.save_tissue else None
+        mpp = self.mpps.get(slide.name, self.mpps.get(slide.stem))
+        return Told(mpp, tissue, saved, self.preview(slide, target))
+
+    def preview(self, slide: Path, target: Path) -> Path | None:
+        wanted = self.files.input is None if self.files.preview is None else self.files.preview
+        return target.parent / "previews" / f"{slide.stem}.jpg" if wanted else None
+
+    def write_sheet(self, statuses: Sequence[SlideStatus], targets: Mapping[Path, Path]) -> None:
+        """The contact sheet, beside the report."""
+        rows = []
+        for status in statuses:
+            picture = self.preview(status.slide, targets[status.slide])
+            shown = picture if picture is not None and picture.is_file() else None
+            rows.append(SheetRow(status.slide.name, status.status, status.reason, status.patches, status.mpp, shown))
+        report = report_path(self.files)
+        write_contact_sheet(report.with_name(f"{report.stem.replace(REPORT, SHEET)}.html"), rows)
 
 
 def work_through(targets: Mapping[Path, Path], workers: Sequence[Work], report: Path, stop: Event) -> list[SlideStatus]:
