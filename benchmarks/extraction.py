@@ -236,9 +236,9 @@ def exhaust(batches: Callable[[], Iterator[Tensor]]) -> None:
 
 
 def feeding(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
-    """Reading and preparing: what the network is fed with."""
+    """Reading and preparing, which is one thread's work beside the readers: what the network is fed with."""
     keep_freed_memory()  # as the extractor does; all contenders gain
-    torch.set_num_threads(max(asked.threads))
+    torch.set_num_threads(1)
     path = write_slide(folder / "feeding.tif", asked.side, 256)
     corners = grid(asked.side, asked.patch, asked.patches)
     feeders = {FIRST: partial(first_batches, path, corners, asked.patch)} | {
