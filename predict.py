@@ -4,17 +4,20 @@ uv run predict.py --checkpoint outputs/LiteMIL/mine/all_folds_best.pth --input s
 uv run predict.py --checkpoint outputs/LiteMIL/mine/all_folds_best.pth --input slide.svs --visualize
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from utils.attention_visualizer import AttentionVisualizer, check_drawable
+from utils.attention_visualizer import AttentionVisualizer, Caption, check_drawable
 from utils.bags.store import is_feature_file
 from utils.core import cli
 from utils.core.config import Pictures, Prediction, PredictionRecipe
 from utils.core.errors import ConfigError
 from utils.core.files import write_json
 from utils.inference import SlidePrediction, check_input, make_predictor
+from utils.learning.aggregation import SlideFeed
 
 
 def main() -> None:
@@ -22,18 +25,19 @@ def main() -> None:
     asked, recipe, pictures = cli.parse(str(__doc__), groups)
     check_input(asked.input)
     wsi = slide_to_draw_on(asked, pictures)
-    visualizer = AttentionVisualizer(pictures.cmap, pictures.alpha)
+    visualizer = AttentionVisualizer(pictures.cmap, pictures.alpha, pictures.scale)
     predictor = make_predictor(asked, recipe)
     source = predictor.keep_features(asked.input, asked.output_dir) if recipe.save_features else asked.input
     bag = predictor.bag(source, asked.feat_type, wsi if is_feature_file(asked.input) else None)
     patch_size = check_drawable(wsi, source, bag, recipe.patch_size, recipe.level) if wsi else None
     prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size)
 
+    provenance = predictor.provenance(prediction)
     written = [source] if recipe.save_features else []
     if wsi and patch_size:
-        written += draw(visualizer, wsi, prediction, asked.output_dir, patch_size, pictures.top_k)
+        written += draw(visualizer, wsi, prediction, provenance, asked.output_dir, patch_size, pictures.top_k)
     written.append(asked.output_dir / f"{prediction.slide}_prediction.json")
-    write_json(written[-1], prediction.as_dict() | predictor.provenance(prediction))
+    write_json(written[-1], prediction.as_dict() | provenance)
     print(f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})")
     print("\n".join(f"  {path}" for path in written))
 
@@ -58,6 +62,7 @@ def draw(
     visualizer: AttentionVisualizer,
     wsi: Path,
     prediction: SlidePrediction,
+    provenance: Mapping[str, Any],
     output_dir: Path,
     patch_size_level0: int,
     top_k: int,
@@ -71,7 +76,7 @@ def draw(
         prediction.attention,
         patch_size_level0,
         name=prediction.slide,
-        title=f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})",
+        caption=caption_of(prediction, provenance),
         top_k=top_k,
         record={
             "class_names": prediction.class_names,
@@ -80,6 +85,39 @@ def draw(
             "mpp": (passport.slide.get("mpp_delivered") if passport else None) or np.nan,
         },
     )
+
+
+def caption_of(prediction: SlidePrediction, provenance: Mapping[str, Any]) -> Caption:
+    """What the pictures say of the prediction and how it was made."""
+    model = provenance["model"]
+    settings = ", ".join(f"{name} {value}" for name, value in model.items() if name != "name")
+    facts = [
+        ("model", f"{model['name']} ({settings})"),
+        ("checkpoint", provenance["checkpoint"]),
+        ("fed", _said_of(prediction.feed)),
+    ]
+    recipe = provenance["recipe"] or {}
+    told = ("backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "precision")
+    facts += [(name, _short(str(recipe[name]))) for name in told if recipe.get(name) is not None]
+    delivered = (provenance["slide_record"] or {}).get("mpp_delivered")
+    if delivered is not None:
+        facts.append(("um/px of the patches", f"{delivered:.4g}"))
+    seen = "The model was trained on this slide: its prediction proves nothing."
+    return Caption(
+        f"{prediction.predicted_class} ({prediction.confidence:.1%})",
+        dict(zip(prediction.class_names, prediction.probabilities.tolist(), strict=True)),
+        facts,
+        [seen] if prediction.seen_in_training else [],
+    )
+
+
+def _said_of(feed: SlideFeed) -> str:
+    return "whole" if feed.chunk_size is None else f"in chunks of {feed.chunk_size}, their probabilities averaged"
+
+
+def _short(text: str) -> str:
+    """A digest's beginning tells it from others."""
+    return text[:16] if len(text) == 64 else text
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from tests.synthetic import place_image, place_of, write_pyramid
-from utils.attention_visualizer import AttentionVisualizer, check_drawable
+from utils.attention_visualizer import AttentionVisualizer, Caption, check_drawable
 from utils.bags.store import Bag
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
@@ -30,8 +31,15 @@ def test_top_patches_are_the_most_attended_ones_pixels(slide, tmp_path):
         np.testing.assert_allclose([x.min(), y.min()], COORDS[index], atol=2.5)
         np.testing.assert_allclose([x.max(), y.max()], COORDS[index] + 49, atol=2.5)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [f"top_{rank}_x{COORDS[i][0]}_y{COORDS[i][1]}.png" for rank, i in enumerate((17, 42, 3), 1)]
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / names[0])), patches[0])
+    expected = [f"top_{rank:02d}_x{COORDS[i][0]}_y{COORDS[i][1]}.png" for rank, i in enumerate((17, 42, 3), 1)]
+    assert [name for name in names if name.startswith("top")] == expected
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / expected[0])), patches[0])
+    table = pd.read_csv(tmp_path / "patches.csv")
+    assert table["file"].tolist()[:3] == expected
+    assert set(table["file"]) | {"patches.csv"} == set(names)
+    assert table["rank"].tolist() == [1, 2, 3, 80, 79, 78]
+    np.testing.assert_allclose(table["attention"], [0.5, 0.3, 0.2, 0.001, 0.001, 0.001])
+    assert table[["x", "y"]].to_numpy()[:3].tolist() == COORDS[[17, 42, 3]].tolist()
 
 
 def test_patches_of_an_earlier_call_do_not_stay_behind(slide, tmp_path):
@@ -39,7 +47,7 @@ def test_patches_of_an_earlier_call_do_not_stay_behind(slide, tmp_path):
     visualizer.extract_top_patches(slide, COORDS, ATTENTION, 50, save_dir=tmp_path, top_k=5)
     (tmp_path / "mine.png").write_bytes(b"the user's own")
     visualizer.extract_top_patches(slide, COORDS, ATTENTION[::-1].copy(), 50, save_dir=tmp_path, top_k=2)
-    assert len(list(tmp_path.glob("top_*.png"))) == 2
+    assert len(list(tmp_path.glob("top_*.png"))) == len(list(tmp_path.glob("least_*.png"))) == 2
     assert (tmp_path / "mine.png").exists()
 
 
@@ -52,13 +60,16 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
         heads,
         50,
         name="place",
-        title="synthetic",
+        caption=Caption("synthetic", {"a": 0.3, "b": 0.7}),
         top_k=200,
         record={"class_names": ["a", "b"]},
     )
     assert all(path.exists() for path in paths)
-    assert len(list(paths[2].iterdir())) == len(COORDS)  # top_k larger than the slide shows what there is
-    data = np.load(paths[3])
+    names = ("heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson",
+             "report.html")  # fmt: skip
+    assert [path.name for path in paths] == [f"place_{name}" for name in names]
+    assert len(list(paths[3].glob("*.png"))) == len(COORDS)  # top_k larger than the slide shows what there is
+    data = np.load(paths[4])
     assert set(data.files) == {"coords", "attention", "attention_heads", "patch_size_level0", "class_names"}
     np.testing.assert_allclose(data["attention"], heads.mean(axis=0))
     assert plt.get_fignums() == []
@@ -93,7 +104,20 @@ def test_drawing_is_checked_before_any_work(slide, tmp_path):
 
 def test_the_patch_grid_stays_a_figure(slide):
     figure = AttentionVisualizer().create_patch_grid(slide, COORDS, ATTENTION, 50, top_k=80)
-    assert len([axes for axes in figure.axes if axes.images]) == 50
+    assert [len([axes for axes in part.axes if axes.images]) for part in figure.subfigs] == [50, 30]
+
+
+def test_chunks_count_by_their_size(slide):
+    whole = AttentionVisualizer(alpha=1.0)
+    parts = [slice(0, 20), slice(20, None)]
+    chunked = whole.visualize_chunked_attention(
+        slide, [COORDS[part] for part in parts], [ATTENTION[part] / ATTENTION[part].sum() for part in parts], 50
+    )
+    weights = np.concatenate([ATTENTION[part] / ATTENTION[part].sum() * len(ATTENTION[part]) / 80 for part in parts])
+    assert weights.sum() == pytest.approx(1)
+    expected = whole.visualize_full_attention(slide, COORDS, weights, 50)
+    for one, other in zip(chunked.axes[0].images, expected.axes[0].images, strict=True):
+        np.testing.assert_array_equal(one.get_array(), other.get_array())
 
 
 def test_alpha_and_colour_map_are_checked_early():

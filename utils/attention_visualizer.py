@@ -4,39 +4,79 @@ visualizer = AttentionVisualizer(cmap="viridis", alpha=0.5)
 visualizer.visualize_full_attention("slide.svs", coords, attention, size_level0, save_path="heatmap.png")
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from utils.bags.store import Bag
 from utils.core.config import Pictures
 from utils.core.errors import ConfigError, FeatureFileError
-from utils.core.files import whole_file
+from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
 from utils.core.passport import recipe_differences
-from utils.pictures.heatmap import Figure, Picture, checked_colormap, heatmap_figure, patch_grid_figure
+from utils.pictures.attention_map import AttentionMap
+from utils.pictures.geojson import write_attention
+from utils.pictures.heatmap import Look, Picture, detailed_figure, heatmap_figure, patch_grid_figure
+from utils.pictures.report import ShownPatch, write_report
 from utils.slides.wsi import Slide, open_slide
 
 # The longer side of the overview that is drawn on, in pixels.
 _OVERVIEW = 2000
 # More than this is no figure any more; `extract_top_patches` has no limit.
 _GRID_PATCHES = 50
+# Of the report's galleries; larger ones are made smaller, so that the page stays one that opens at once.
+_REPORT_PATCHES, _REPORT_SIDE = 24, 1024
+_TABLE = "patches.csv"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What the pictures say of a prediction: its answer in a line, `probabilities` by class, `facts` (pairs of a name
+    and a text) on how it was made, `notes` that no reader must miss.
+    """
+
+    answer: str = ""
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    facts: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class PatchRecord:
+    """A line of the table beside the patches; `x` and `y` level-0 px of its top-left corner."""
+
+    file: str
+    rank: int
+    attention: float
+    percentile: float
+    x: int
+    y: int
 
 
 class AttentionVisualizer:
     """Draws attention of one distribution per slide: `attention (N,)` summing to 1 over the patches at
     `coords (N, 2)`, level-0 px of their top-left corners, each `patch_size_level0` px wide and high.
 
-    Figures are returned, and written to `save_path` where given. Raises FeatureFileError when the patches cannot be
-    the slide's, ConfigError for an unknown colour map.
+    Colours are those of `cmap` over `scale`, "percentile" within the slide or "attention" itself, with the opacity
+    `alpha`. Figures are returned, and written to `save_path` where given. Raises FeatureFileError when the patches
+    cannot be the slide's, ConfigError for an unknown colour map.
     """
 
-    def __init__(self, cmap: str = Pictures.cmap, alpha: float = Pictures.alpha) -> None:
-        self.cmap, self.alpha = checked_colormap(cmap), alpha
+    def __init__(
+        self,
+        cmap: str = Pictures.cmap,
+        alpha: float = Pictures.alpha,
+        scale: str = Pictures.scale,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.look = Look(cmap, alpha, scale, device)
 
     def visualize_full_attention(
         self,
@@ -51,13 +91,47 @@ class AttentionVisualizer:
     ) -> Figure:
         """The heatmap over the whole slide, the `top_k` most attended patches outlined and numbered."""
         with open_slide(wsi_path) as slide:
-            check_patches_fit(slide, coords, attention, patch_size_level0)
-            thumbnail = slide.thumbnail(max_side=_OVERVIEW)
-            picture = Picture(thumbnail, slide.width, slide.height, slide.mpp)
-        figure = heatmap_figure(
-            picture, coords, attention, patch_size_level0,
-            title=title, cmap=self.cmap, alpha=self.alpha, top=_most_attended(attention, top_k),
-        )  # fmt: skip
+            shown = _attention_map(slide, coords, attention, patch_size_level0)
+            figure = heatmap_figure(_overview(slide), shown, self.look, title=title, top_k=top_k)
+        _save(figure, save_path)
+        return figure
+
+    def visualize_chunked_attention(
+        self,
+        wsi_path: str | Path,
+        coords: Sequence[NDArray[np.int64]],
+        attention: Sequence[NDArray],
+        patch_size_level0: int,
+        *,
+        save_path: str | Path | None = None,
+        title: str = "",
+        top_k: int = Pictures.top_k,
+    ) -> Figure:
+        """The same of a slide that was fed in chunks: of each its `coords (n, 2)` and `attention (n,)`, which sums to 1
+        within the chunk and counts in proportion to its size.
+        """
+        number = sum(len(part) for part in attention)
+        whole = np.concatenate([part * (len(part) / number) for part in attention])
+        return self.visualize_full_attention(
+            wsi_path, np.concatenate(coords), whole, patch_size_level0, save_path=save_path, title=title, top_k=top_k
+        )
+
+    def visualize_detailed_attention(
+        self,
+        wsi_path: str | Path,
+        coords: NDArray[np.int64],
+        attention: NDArray,
+        patch_size_level0: int,
+        *,
+        caption: Caption | None = None,
+        save_path: str | Path | None = None,
+        title: str = "",
+        top_k: int = Pictures.top_k,
+    ) -> Figure:
+        """The slide beside the heatmap, how attention is spread and concentrated, and what `caption` says."""
+        with open_slide(wsi_path) as slide:
+            shown = _attention_map(slide, coords, attention, patch_size_level0)
+            figure = self._detailed(_overview(slide), shown, caption or Caption(), title, top_k)
         _save(figure, save_path)
         return figure
 
@@ -73,16 +147,16 @@ class AttentionVisualizer:
     ) -> list[NDArray[np.uint8]]:
         """The `top_k` most attended patches at full resolution, `(P, P, 3)` uint8, most attended first.
 
-        With `save_dir` each is written as `top_<rank>_x<x>_y<y>.png`; those of an earlier call are removed.
+        With `save_dir` each is written as `top_<rank>_x<x>_y<y>.png`, for contrast the least attended ones as
+        `least_<rank>_...`, and a table of them all, `patches.csv`; those of an earlier call are removed.
         """
         with open_slide(wsi_path) as slide:
-            check_patches_fit(slide, coords, attention, patch_size_level0)
-            top = _most_attended(attention, top_k)
-            places = [(int(x), int(y)) for x, y in coords[top]]
-            patches = [slide.read_region(x, y, 0, patch_size_level0, patch_size_level0) for x, y in places]
-        if save_dir is not None:
-            _write_patches(Path(save_dir), places, patches)
-        return patches
+            shown = _attention_map(slide, coords, attention, patch_size_level0)
+            top, least = _patches(slide, shown, shown.top(top_k)), []
+            if save_dir is not None:
+                least = _patches(slide, shown, shown.lowest(top_k))
+                _write_patches(Path(save_dir), shown, top, least)
+        return [patch.pixels for patch in top]
 
     def create_patch_grid(
         self,
@@ -95,14 +169,12 @@ class AttentionVisualizer:
         title: str = "",
         top_k: int = Pictures.top_k,
     ) -> Figure:
-        """The `top_k` most attended patches (at most 50) in one figure, with rank, attention and place."""
-        top_k = min(top_k, _GRID_PATCHES)
-        patches = self.extract_top_patches(wsi_path, coords, attention, patch_size_level0, top_k=top_k)
-        captions = [
-            f"{rank}: {attention[index]:.3g} at ({coords[index][0]}, {coords[index][1]})"
-            for rank, index in enumerate(_most_attended(attention, top_k), start=1)
-        ]
-        figure = patch_grid_figure(patches, captions, title)
+        """The `top_k` most attended patches (at most 50), and as many of the least attended, in one figure."""
+        count = min(top_k, _GRID_PATCHES)
+        with open_slide(wsi_path) as slide:
+            shown = _attention_map(slide, coords, attention, patch_size_level0)
+            top, least = (_patches(slide, shown, few) for few in (shown.top(count), shown.lowest(count)))
+        figure = _grid(shown, top, least, title)
         _save(figure, save_path)
         return figure
 
@@ -115,30 +187,85 @@ class AttentionVisualizer:
         patch_size_level0: int,
         *,
         name: str,
-        title: str,
+        caption: Caption,
         top_k: int = Pictures.top_k,
         record: Mapping[str, Any] | None = None,
     ) -> list[Path]:
-        """Write `<name>_heatmap.png`, `<name>_patch_grid.png`, `<name>_top_patches/` and `<name>_attention.npz` (the
-        arguments, the per-head attention `(H, N)` among them, and what `record` adds). Returns the four paths.
+        """Write `<name>_heatmap.png`, `_detailed.png`, `_patch_grid.png`, `_top_patches/`, `_attention.npz` (the
+        arguments, the per-head attention `(H, N)` among them, and what `record` adds), `_attention.geojson` and
+        `_report.html`. Returns their paths.
 
         Here `attention` is `(H, N)`; the pictures show its mean over heads.
         """
-        folder = Path(output_dir)
-        heatmap, grid, top, data = (
-            folder / f"{name}_{part}" for part in ("heatmap.png", "patch_grid.png", "top_patches", "attention.npz")
-        )
-        patch_attention = attention.mean(axis=0)
-        shown = (wsi_path, coords, patch_attention, patch_size_level0)
-        self.visualize_full_attention(*shown, save_path=heatmap, title=title, top_k=top_k)
-        self.create_patch_grid(*shown, save_path=grid, title=title, top_k=top_k)
-        self.extract_top_patches(*shown, save_dir=top, top_k=top_k)
+        folder, title = Path(output_dir), f"{name}: {caption.answer}"
+        heatmap, detailed, grid, top_patches, data, tiles, page = paths = [
+            folder / f"{name}_{part}"
+            for part in (
+                "heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson",
+                "report.html",
+            )
+        ]  # fmt: skip
+        with open_slide(wsi_path) as slide:
+            shown = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
+            picture = _overview(slide)
+            top, least = (_patches(slide, shown, few) for few in (shown.top(top_k), shown.lowest(top_k)))
+            write_attention(tiles, shown, slide, self.look.cmap, {"prediction": caption.answer})
+        _save(heatmap_figure(picture, shown, self.look, title=title, top_k=top_k), heatmap)
+        _save(self._detailed(picture, shown, caption, title, top_k), detailed)
+        _save(_grid(shown, top[:_GRID_PATCHES], least[:_GRID_PATCHES], title), grid)
+        _write_patches(top_patches, shown, top, least)
         with whole_file(data) as part, part.open("wb") as file:
             np.savez(
-                file, coords=coords, attention=patch_attention, attention_heads=attention,
+                file, coords=coords, attention=shown.attention, attention_heads=attention,
                 patch_size_level0=patch_size_level0, **(record or {}),
             )  # fmt: skip
-        return [heatmap, grid, top, data]
+        write_report(
+            page, picture, shown, self.look, slide=name, answer=caption.answer, probabilities=caption.probabilities,
+            notes=caption.notes, facts=caption.facts, top=_reduced(top), least=_reduced(least),
+        )  # fmt: skip
+        return paths
+
+    def _detailed(self, picture: Picture, shown: AttentionMap, caption: Caption, title: str, top_k: int) -> Figure:
+        return detailed_figure(
+            picture, shown, self.look, title=title, top_k=top_k, probabilities=caption.probabilities,
+            facts=[*caption.facts, *(("note", note) for note in caption.notes)],
+        )  # fmt: skip
+
+
+def _attention_map(slide: Slide, coords: NDArray[np.int64], attention: NDArray, size_level0: int) -> AttentionMap:
+    check_patches_fit(slide, coords, attention, size_level0)
+    return AttentionMap(np.asarray(coords, dtype=np.int64), attention, size_level0)
+
+
+def _overview(slide: Slide) -> Picture:
+    return Picture(slide.thumbnail(max_side=_OVERVIEW), slide.width, slide.height, slide.mpp)
+
+
+def _patches(slide: Slide, shown: AttentionMap, indices: NDArray[np.int64]) -> list[ShownPatch]:
+    size = shown.size_level0
+    places = zip(indices.tolist(), shown.coords[indices].tolist(), strict=True)
+    return [ShownPatch(index, slide.read_region(x, y, 0, size, size)) for index, (x, y) in places]
+
+
+def _reduced(patches: Sequence[ShownPatch]) -> list[ShownPatch]:
+    reduced = []
+    for patch in patches[:_REPORT_PATCHES]:
+        image = Image.fromarray(patch.pixels)
+        image.thumbnail((_REPORT_SIDE, _REPORT_SIDE), Image.Resampling.LANCZOS)
+        reduced.append(ShownPatch(patch.index, np.asarray(image)))
+    return reduced
+
+
+def _grid(shown: AttentionMap, top: Sequence[ShownPatch], least: Sequence[ShownPatch], title: str) -> Figure:
+    def captions(patches: Sequence[ShownPatch]) -> list[str]:
+        return [
+            f"{shown.ranks[patch.index]}: {shown.attention[patch.index]:.3g}\nat ({x}, {y})"
+            for patch in patches
+            for x, y in [shown.coords[patch.index].tolist()]
+        ]
+
+    shown_top, shown_least = ([patch.pixels for patch in patches] for patches in (top, least))
+    return patch_grid_figure(shown_top, captions(top), shown_least, captions(least), title)
 
 
 def check_drawable(
@@ -192,21 +319,24 @@ def _check_reach(slide: Slide, coords: NDArray[np.int64], patch_size_level0: int
         )
 
 
-def _most_attended(attention: NDArray, top_k: int) -> NDArray[np.int64]:
-    """Indices, the most attended first; of equals, the first."""
-    return np.argsort(-attention, kind="stable")[:top_k]
-
-
 def _save(figure: Figure, path: str | Path | None) -> None:
     if path is not None:
         with whole_file(Path(path)) as part:
             figure.savefig(part, format="png", dpi=200)
 
 
-def _write_patches(folder: Path, places: list[tuple[int, int]], patches: list[NDArray[np.uint8]]) -> None:
-    for earlier in folder.glob("top_*_x*_y*.png"):
-        earlier.unlink()
-    digits = len(str(len(patches)))
-    for rank, ((x, y), patch) in enumerate(zip(places, patches, strict=True), start=1):
-        with whole_file(folder / f"top_{rank:0{digits}d}_x{x}_y{y}.png") as part:
-            Image.fromarray(patch).save(part, format="png")
+def _write_patches(folder: Path, shown: AttentionMap, top: Sequence[ShownPatch], least: Sequence[ShownPatch]) -> None:
+    for kind in ("top", "least"):
+        for earlier in folder.glob(f"{kind}_*_x*_y*.png"):
+            earlier.unlink()
+    digits = len(str(len(shown)))
+    records = []
+    for kind, patches in (("top", top), ("least", least)):
+        for patch in patches:
+            rank, (x, y) = int(shown.ranks[patch.index]), shown.coords[patch.index].tolist()
+            name = f"{kind}_{rank:0{digits}d}_x{x}_y{y}.png"
+            with whole_file(folder / name) as part:
+                Image.fromarray(patch.pixels).save(part, format="png")
+            weight, percentile = float(shown.attention[patch.index]), float(shown.percentiles[patch.index])
+            records.append(PatchRecord(name, rank, weight, round(percentile, 3), x, y))
+    write_records(folder / _TABLE, records)

@@ -2,10 +2,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import colormaps
 
 from utils.core.errors import ConfigError
 from utils.core.geometry import patch_grid
-from utils.pictures.heatmap import Picture, checked_colormap, heatmap_figure, patch_grid_figure, percentiles, rasterise
+from utils.pictures.attention_map import AttentionMap
+from utils.pictures.heatmap import Look, Picture, detailed_figure, heatmap_figure, patch_grid_figure
+
+
+def rasterise(coords, values, size, extent, shape):
+    return AttentionMap(coords, np.full(len(coords), 1 / len(coords)), size).raster(values, extent, shape)
+
+
+def percentiles(attention):
+    return AttentionMap(np.zeros((len(attention), 2), dtype=np.int64), attention, 1).percentiles
 
 
 def painted_slowly(coords, values, size, extent, shape):
@@ -63,9 +73,7 @@ def test_the_figure_shows_the_planted_patch_and_only_patches():
     coords = patch_grid(2000, 1000, 100, 100)[:50]
     attention = np.full(50, 0.01)
     attention[23] = 0.51
-    figure = heatmap_figure(
-        picture, coords, attention, 100, title="synthetic", cmap="viridis", alpha=1.0, top=np.array([23])
-    )
+    figure = heatmap_figure(picture, AttentionMap(coords, attention, 100), Look(alpha=1.0), title="synthetic", top_k=1)
     overlay = figure.axes[0].images[1].get_array()
     assert overlay is not None
     x, y = coords[23] // 10
@@ -77,25 +85,71 @@ def test_the_figure_shows_the_planted_patch_and_only_patches():
     label = figure.axes[1].get_ylabel()
     assert "percentile" in label
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert texts == ["1", "200 µm"]
+    assert texts == ["200 µm", "1"]
 
 
 def test_an_unknown_resolution_has_no_scale_bar():
     picture = Picture(np.zeros((10, 10, 3), np.uint8), 100, 100, None)
-    figure = heatmap_figure(
-        picture, np.array([[0, 0]]), np.ones(1), 50, title="", cmap="jet", alpha=0.5, top=np.array([], dtype=np.int64)
-    )
+    figure = heatmap_figure(picture, AttentionMap(np.array([[0, 0]]), np.ones(1), 50), Look("jet"), title="", top_k=0)
     assert not figure.axes[0].texts
 
 
 def test_an_unknown_colour_map_is_named():
     with pytest.raises(ConfigError, match="--cmap rainbows"):
-        checked_colormap("rainbows")
+        Look("rainbows")
+    with pytest.raises(ConfigError, match="--scale rank: give attention or percentile"):
+        Look(scale="rank")
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, 7])
-def test_patch_grid_of_any_number(count):
-    patches = [np.full((8, 8, 3), index, np.uint8) for index in range(count)]
-    figure = patch_grid_figure(patches, [str(index) for index in range(count)], "synthetic")
-    shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == [str(index) for index in range(count)]
+def test_the_scale_of_attention_begins_at_nothing_and_says_so():
+    picture = Picture(np.full((20, 40, 3), 200, np.uint8), 40, 20, None)
+    attention = AttentionMap(patch_grid(40, 20, 10, 10), np.arange(8) / 28, 10)
+    look = Look(scale="attention", alpha=1.0)
+    painted = look.paint(picture, attention)
+    np.testing.assert_allclose(painted[0, 0, :3], colormaps["viridis"](0.0)[:3])
+    np.testing.assert_allclose(painted[15, 35, :3], colormaps["viridis"](1.0)[:3])
+    np.testing.assert_allclose(painted[15, 5, :3], colormaps["viridis"](4 / 7)[:3], atol=0.01)
+    assert look.label(attention) == "attention, which sums to 1 over 8 patches (highest: 2 x uniform)"
+
+
+@pytest.mark.parametrize(("top", "least"), [(1, 0), (3, 2), (5, 5), (7, 6)])
+def test_patch_grid_of_any_number(top, least):
+    patches = [np.full((8, 8, 3), index, np.uint8) for index in range(top + least)]
+    names = [str(index) for index in range(top + least)]
+    figure = patch_grid_figure(patches[:top], names[:top], patches[top:], names[top:], "synthetic")
+    shown = [axes for part in figure.subfigs for axes in part.axes if axes.images]
+    assert [axes.get_title() for axes in shown] == names
+    assert [part.get_suptitle() for part in figure.subfigs] == ["most attended", "least attended"][: 1 + bool(least)]
+
+
+def test_the_detailed_figure_says_how_concentrated_attention_is():
+    picture = Picture(np.full((60, 80, 3), 200, np.uint8), 800, 600, 0.5)
+    weights = np.r_[0.4, 0.2, np.full(46, 0.4 / 46)]
+    attention = AttentionMap(patch_grid(800, 600, 100, 100), weights, 100)
+    assert attention.half == 2
+    figure = detailed_figure(
+        picture,
+        attention,
+        Look(),
+        title="t",
+        top_k=3,
+        probabilities={"a": 0.25, "b": 0.75},
+        facts=[("model", "LiteMIL")],
+    )
+    above, below = figure.subfigs
+    spread, held, classes, text = below.axes
+    assert held.get_title() == "half is held by 2 of 48 (4.2%)"
+    assert [bar.get_width() for bar in classes.patches] == [0.25, 0.75]
+    assert "LiteMIL" in text.texts[0].get_text()
+    assert sum(bar.get_height() for bar in spread.patches) == 48
+    assert len(above.axes) == 3  # slide, heatmap, colour bar
+
+
+def test_most_and_least_attended_never_overlap():
+    attention = AttentionMap(np.zeros((5, 2), dtype=np.int64), np.array([0.1, 0.3, 0.1, 0.2, 0.3]), 1)
+    assert attention.top(2).tolist() == [1, 4]
+    assert attention.lowest(2).tolist() == [2, 0]
+    assert attention.top(3).tolist() == [1, 4, 3]
+    assert attention.lowest(3).tolist() == [2, 0]
+    assert attention.ranks.tolist() == [4, 1, 5, 3, 2]
+    assert attention.lowest(9).tolist() == []

@@ -342,9 +342,10 @@ class PredictionRecipe(_Checked):
 class Pictures(_Checked):
     """What `--visualize` draws."""
 
-    visualize: bool = option(False, "write the attention heatmap, the top patches and the .npz")
+    visualize: bool = option(False, "draw the attention: heatmap, report page, patches, QuPath tiles and .npz")
     wsi: Path | None = option(None, "the slide the feature file was made from (needed with --visualize)")
     top_k: int = option(10, "how many of the most attended patches are shown", least=1)
+    scale: Literal["attention", "percentile"] = option("percentile", "what colour shows: attention, or its percentile")
     cmap: str = option("viridis", "Matplotlib colour map")
     alpha: float = option(0.5, "opacity of the heatmap over the slide", least=0, most=1)
 

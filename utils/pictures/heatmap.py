@@ -1,5 +1,7 @@
-"""Attention laid over a slide: each patch painted at its exact footprint, overlaps averaged, nothing outside."""
+"""Figures of attention over a slide: each patch painted at its exact footprint, overlaps averaged, nothing outside."""
 
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,15 +10,21 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
+from utils.core.config import Pictures
 from utils.core.errors import ConfigError
+from utils.pictures.attention_map import AttentionMap
 
 # Scale bars are one of these long, in um, whichever is nearest to a fifth of the picture.
 _BAR_LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+_TOP_COLOUR, _LEAST_COLOUR = "#d62728", "#1f77b4"
+_COLUMNS = 5
+_FACT_WIDTH = 62  # characters of a line of the detailed figure's text
+_MANY = 200  # patches, from which few of them would not show in a histogram of linear height
 
 
 @dataclass(frozen=True)
@@ -30,98 +38,137 @@ class Picture:
     height: int
     mpp: float | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(h, w) of the overview."""
+        return self.thumbnail.shape[:2]
 
-def percentiles(attention: NDArray) -> NDArray[np.float64]:
-    """`(N,)` rank of each patch from 0 to 100; equal attention gives equal rank (all equal: 50)."""
-    if len(attention) == 1:
-        return np.array([50.0])
-    return (rankdata(attention) - 1) / (len(attention) - 1) * 100
+    @property
+    def scale(self) -> NDArray[np.float64]:
+        """Overview px per level-0 px, along x and y."""
+        h, w = self.shape
+        return np.array([w / self.width, h / self.height])
 
 
-def rasterise(
-    coords: NDArray[np.int64], values: NDArray, size_level0: int, extent: tuple[int, int], shape: tuple[int, int]
-) -> NDArray[np.float64]:
-    """`(h, w)` mean of the values of the patches that cover each pixel, NaN where none does.
+@dataclass(frozen=True)
+class Look:
+    """How attention becomes colour: a Matplotlib colour map over `scale`, "attention" (from 0 to the highest) or
+    "percentile" (within the slide), laid over the slide with the opacity `alpha`. `device` makes the raster.
 
-    `coords (N, 2)` level-0 px of the top-left corners; `extent` (width, height) of the slide in level-0 px; `shape`
-    (h, w) of the raster over it. Edges are rounded once in raster pixels, so that neighbouring patches share theirs:
-    no seam, no overlap. Work is in proportion to N + h w: each patch adds its four corners, sums along both axes
-    spread them.
+    Raises ConfigError for an unknown colour map or scale.
     """
-    height, width = shape
-    scale = torch.tensor([width / extent[0], height / extent[1]], dtype=torch.float64)
-    corners = torch.from_numpy(coords).double()
-    limit = torch.tensor([width, height])
-    low = torch.minimum((corners * scale).round().long(), limit - 1)
-    # A patch smaller than a raster pixel still shows.
-    high = torch.minimum(torch.maximum(((corners + size_level0) * scale).round().long(), low + 1), limit)
-    weights = torch.stack([torch.from_numpy(np.asarray(values, dtype=np.float64)), torch.ones(len(coords)).double()])
-    total, count = _spread(weights, low, high, height, width)
-    covered = count.round() > 0
-    return torch.where(covered, total / count.round().clamp(min=1), torch.nan).numpy()
+
+    cmap: str = Pictures.cmap
+    alpha: float = Pictures.alpha
+    scale: str = Pictures.scale
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.cmap not in colormaps:
+            raise ConfigError(
+                f"--cmap {self.cmap}: Matplotlib has no such colour map; try viridis, magma, jet or coolwarm"
+            )
+        if self.scale not in ("attention", "percentile"):
+            raise ConfigError(f"--scale {self.scale}: give attention or percentile")
+
+    def values(self, attention: AttentionMap) -> NDArray:
+        """(N,) what is painted."""
+        return attention.percentiles if self.scale == "percentile" else attention.attention
+
+    def colours(self, attention: AttentionMap) -> ScalarMappable:
+        most = 100 if self.scale == "percentile" else float(attention.attention.max())
+        return ScalarMappable(Normalize(0, most), colormaps[self.cmap])
+
+    def label(self, attention: AttentionMap) -> str:
+        """What the colour bar says."""
+        peak = f"highest: {attention.peak:.3g} x uniform"
+        if self.scale == "percentile":
+            return f"attention percentile within the slide ({peak})"
+        return f"attention, which sums to 1 over {len(attention):,} patches ({peak})"
+
+    def paint(self, picture: Picture, attention: AttentionMap) -> NDArray[np.float64]:
+        """(h, w, 4) RGBA of 0..1 over the overview; opaque on patches, 0 elsewhere."""
+        heat = attention.raster(self.values(attention), (picture.width, picture.height), picture.shape, self.device)
+        colours = self.colours(attention).to_rgba(np.nan_to_num(heat))
+        colours[..., 3] = ~np.isnan(heat)
+        return colours
 
 
-def _spread(weights: torch.Tensor, low: torch.Tensor, high: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`(2, h, w)` sums of `weights (2, N)` over the rectangles from `low` to `high` (N, 2)."""
-    steps = torch.zeros(2, height + 1, width + 1, dtype=torch.float64)
-    flat = steps.view(2, -1)
-    for xs, ys, sign in ((low, low, 1), (high, low, -1), (low, high, -1), (high, high, 1)):
-        flat.index_add_(1, ys[:, 1] * (width + 1) + xs[:, 0], sign * weights)
-    return steps.cumsum(1).cumsum(2)[:, :height, :width]
-
-
-def checked_colormap(name: str) -> str:
-    if name not in colormaps:
-        raise ConfigError(f"--cmap {name}: Matplotlib has no such colour map; try viridis, magma, jet or coolwarm")
-    return name
-
-
-def heatmap_figure(
-    picture: Picture,
-    coords: NDArray[np.int64],
-    attention: NDArray,
-    size_level0: int,
-    *,
-    title: str,
-    cmap: str,
-    alpha: float,
-    top: NDArray[np.int64],
-) -> Figure:
-    """The overview with each patch coloured by its attention's percentile; the patches `top` outlined and numbered."""
-    h, w = picture.thumbnail.shape[:2]
-    heat = rasterise(coords, percentiles(attention), size_level0, (picture.width, picture.height), (h, w))
+def heatmap_figure(picture: Picture, attention: AttentionMap, look: Look, *, title: str, top_k: int) -> Figure:
+    """The overview with each patch coloured; the `top_k` most attended patches outlined and numbered."""
+    h, w = picture.shape
     figure = Figure(figsize=_figure_size(w, h), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(picture.thumbnail)
-    scale = ScalarMappable(Normalize(0, 100), colormaps[checked_colormap(cmap)])
-    colours = scale.to_rgba(np.nan_to_num(heat))
-    colours[..., 3] = np.where(np.isnan(heat), 0, alpha)
-    axes.imshow(colours, interpolation="nearest")
-    _outline(axes, picture, coords[top], size_level0)
-    if picture.mpp is not None:
-        _scale_bar(axes, picture.mpp * picture.width / w, w, h)
-    axes.set_axis_off()
+    _draw_slide(axes, picture)
+    _draw_heat(axes, picture, attention, look, top_k)
     axes.set_title(title, fontsize=10)
-    peak = float(attention.max()) * len(attention)
-    figure.colorbar(
-        scale, ax=axes, shrink=0.8, label=f"attention percentile within the slide (highest: {peak:.2f} x uniform)"
-    )
     return figure
 
 
-def patch_grid_figure(patches: list[NDArray[np.uint8]], captions: list[str], title: str) -> Figure:
-    """The patches in rows of five, each with its caption."""
-    columns = min(5, len(patches))
-    rows = -(-len(patches) // columns)
-    figure = Figure(figsize=(2.2 * columns, 2.5 * rows + 0.4), layout="constrained")
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
-    for cell in cells:
-        cell.set_axis_off()
-    for cell, patch, caption in zip(cells, patches, captions, strict=False):
-        cell.imshow(patch)
-        cell.set_title(caption, fontsize=8)
+def detailed_figure(
+    picture: Picture,
+    attention: AttentionMap,
+    look: Look,
+    *,
+    title: str,
+    top_k: int,
+    probabilities: Mapping[str, float],
+    facts: Sequence[tuple[str, str]],
+) -> Figure:
+    """The plain slide beside the heatmap; below them how attention is spread over the patches and how concentrated it
+    is, the classes' probabilities, and `facts`, pairs of a name and what there is to say.
+    """
+    h, w = picture.shape
+    height = min(max(6.2 * h / w, 3.0), 8.0)
+    figure = Figure(figsize=(14, height + 3.4), layout="constrained")
+    above, below = _rows(figure, [height, 3.2])
+    slide, heat = above.subplots(1, 2)
+    _draw_slide(slide, picture)
+    slide.set_title("slide", fontsize=10)
+    _draw_slide(heat, picture)
+    _draw_heat(heat, picture, attention, look, top_k)
+    heat.set_title(f"attention, the {min(top_k, len(attention))} highest numbered", fontsize=10)
+    spread, held, classes, text = below.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
+    _draw_spread(spread, attention)
+    _draw_concentration(held, attention)
+    _draw_probabilities(classes, probabilities)
+    _write_facts(text, facts)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def patch_grid_figure(
+    top: Sequence[NDArray[np.uint8]],
+    top_captions: Sequence[str],
+    least: Sequence[NDArray[np.uint8]],
+    least_captions: Sequence[str],
+    title: str,
+) -> Figure:
+    """The most attended patches in rows of five, and below them the least attended ones, each with its caption."""
+    groups = [
+        ("most attended", _TOP_COLOUR, top, top_captions),
+        ("least attended", _LEAST_COLOUR, least, least_captions),
+    ]
+    groups = [group for group in groups if len(group[2])]
+    rows = [-(-len(patches) // _COLUMNS) for _, _, patches, _ in groups]
+    columns = min(_COLUMNS, max(len(patches) for _, _, patches, _ in groups))
+    figure = Figure(figsize=(max(2.2 * columns, 5), 2.55 * sum(rows) + 0.5 * len(groups) + 0.4), layout="constrained")
+    parts = _rows(figure, [2.55 * count + 0.5 for count in rows])
+    for part, count, (name, colour, patches, captions) in zip(parts, rows, groups, strict=True):
+        part.suptitle(name, fontsize=10, color=colour)
+        cells = part.subplots(count, columns, squeeze=False).ravel()
+        for cell in cells:
+            cell.set_axis_off()
+        for cell, patch, caption in zip(cells, patches, captions, strict=False):
+            cell.imshow(patch)
+            cell.set_title(caption, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _rows(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+    return list(np.asarray(parts, dtype=object).ravel())
 
 
 def _figure_size(width: int, height: int) -> tuple[float, float]:
@@ -130,14 +177,28 @@ def _figure_size(width: int, height: int) -> tuple[float, float]:
     return max(4.0, 9 * width / longer) + 1.2, max(3.0, 9 * height / longer) + 0.5
 
 
+def _draw_slide(axes: Axes, picture: Picture) -> None:
+    axes.imshow(picture.thumbnail)
+    axes.set_axis_off()
+    if picture.mpp is not None:
+        h, w = picture.shape
+        _scale_bar(axes, picture.mpp / picture.scale[0], w, h)
+
+
+def _draw_heat(axes: Axes, picture: Picture, attention: AttentionMap, look: Look, top_k: int) -> None:
+    colours = look.paint(picture, attention)
+    colours[..., 3] *= look.alpha
+    axes.imshow(colours, interpolation="nearest")
+    _outline(axes, picture, attention.coords[attention.top(top_k)], attention.size_level0)
+    axes.figure.colorbar(look.colours(attention), ax=axes, shrink=0.8, label=look.label(attention))
+
+
 def _outline(axes: Axes, picture: Picture, corners: NDArray[np.int64], size_level0: int) -> None:
-    h, w = picture.thumbnail.shape[:2]
-    scale = np.array([w / picture.width, h / picture.height])
-    for rank, (x, y) in enumerate(corners * scale - 0.5, start=1):
-        side = size_level0 * scale
-        axes.add_patch(Rectangle((x, y), side[0], side[1], fill=False, edgecolor="red", lw=1))
-        box = {"facecolor": "red", "edgecolor": "none", "pad": 1}
-        axes.text(x, y, str(rank), color="white", fontsize=6, va="bottom", bbox=box)
+    side = size_level0 * picture.scale
+    for rank, (x, y) in enumerate(corners * picture.scale - 0.5, start=1):
+        axes.add_patch(Rectangle((x, y), side[0], side[1], fill=False, edgecolor=_TOP_COLOUR, lw=1))
+        box = {"facecolor": _TOP_COLOUR, "edgecolor": "none", "pad": 1}
+        axes.text(x, y, str(rank), color="white", fontsize=6, ha="left", va="top", bbox=box, clip_on=True)
 
 
 def _scale_bar(axes: Axes, um_per_pixel: float, width: int, height: int) -> None:
@@ -148,3 +209,42 @@ def _scale_bar(axes: Axes, um_per_pixel: float, width: int, height: int) -> None
     name = f"{length} µm" if length < 1000 else f"{length // 1000} mm"
     axes.text(x + pixels / 2, y - height * 0.01, name, ha="center", va="bottom", fontsize=8,
               bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1})  # fmt: skip
+
+
+def _draw_spread(axes: Axes, attention: AttentionMap) -> None:
+    bins = min(50, max(10, len(attention) // 4))
+    axes.hist(attention.attention * len(attention), bins=bins, range=(0, 1.05 * attention.peak), color="#555555")
+    axes.axvline(1, color=_TOP_COLOUR, lw=1, ls="--")
+    if len(attention) >= _MANY:
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="attention, multiple of uniform (dashed)", ylabel="patches")
+    axes.set_title("how attention is spread", fontsize=10)
+
+
+def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
+    held = np.cumsum(attention.attention[attention.order], dtype=np.float64)
+    share = np.arange(1, len(attention) + 1) / len(attention)
+    axes.plot(np.r_[0, share], np.r_[0, held / held[-1]], color="#555555")
+    axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=1, ls="--")
+    axes.plot(attention.half / len(attention), held[attention.half - 1] / held[-1], "o", color=_TOP_COLOUR)
+    axes.set(xlabel="patches, the most attended first", ylabel="attention held", xlim=(0, 1), ylim=(0, 1))
+    percent = attention.half / len(attention)
+    axes.set_title(f"half is held by {attention.half:,} of {len(attention):,} ({percent:.1%})", fontsize=10)
+
+
+def _draw_probabilities(axes: Axes, probabilities: Mapping[str, float]) -> None:
+    names, values = list(probabilities), list(probabilities.values())
+    best = values.index(max(values))
+    bars = axes.barh(names, values, color=["#222222" if index == best else "#aaaaaa" for index in range(len(values))])
+    axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=9)
+    axes.set(xlim=(0, 1.25), xticks=[0, 0.5, 1])
+    axes.invert_yaxis()
+    axes.set_title("probability", fontsize=10)
+
+
+def _write_facts(axes: Axes, facts: Sequence[tuple[str, str]]) -> None:
+    axes.set_axis_off()
+    lines = [textwrap.fill(f"{name}: {value}", _FACT_WIDTH, subsequent_indent="    ") for name, value in facts]
+    axes.text(0, 1, "\n".join(lines), va="top", ha="left", fontsize=7.5, linespacing=1.4, transform=axes.transAxes)

@@ -33,7 +33,7 @@ def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
     """Write the outlines of a mask as QuPath's annotations, one a piece, in QuPath's pixel frame."""
     rows, columns = tissue.mask.shape
     scale = np.array([slide.width / columns, slide.height / rows])
-    offset = _offset(slide)
+    offset = qupath_offset(slide)
     features = [
         {
             "type": "Feature",
@@ -59,7 +59,7 @@ def read_contours(path: Path, slide: Slide) -> TissueMask:
         SlideError: not GeoJSON, no polygon in it, or polygons that lie beside the slide.
     """
     content = read_json(path, SlideError)
-    offset = _offset(slide)
+    offset = qupath_offset(slide)
     if isinstance(content, Mapping) and isinstance(content.get("litemil"), Mapping):
         offset = np.array(content["litemil"].get("offset", offset), dtype=float)
     shape = judged_shape(slide)
@@ -190,7 +190,8 @@ def _closed(ring: Ring) -> NDArray[np.float64]:
     return np.round(np.concatenate([ring, ring[:1]]), _DECIMALS)
 
 
-def _offset(slide: Slide) -> NDArray[np.float64]:
+def qupath_offset(slide: Slide) -> NDArray[np.float64]:
+    """(x, y) level-0 px at which QuPath begins to count: the corner of the scanned area, where the file tells it."""
     return np.array(slide.bounds[:2] if slide.bounds else (0, 0), dtype=float)
 
 

@@ -1,0 +1,65 @@
+"""Attention as GeoJSON tiles that QuPath opens on the slide, coloured by how much each was attended to."""
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+
+from utils.core.files import write_text
+from utils.pictures.attention_map import AttentionMap
+from utils.slides.contours import qupath_offset
+from utils.slides.wsi import Slide
+
+# Classes of a fifth of the patches each; QuPath shows and hides them one by one.
+_STEPS = (0, 20, 40, 60, 80, 100)
+
+
+def write_attention(path: Path, attention: AttentionMap, slide: Slide, cmap: str, record: Mapping[str, Any]) -> None:
+    """Write a feature a patch, after RFC 7946, in QuPath's pixel frame: level-0 px from the corner of the scanned area.
+
+    Measurements are attention, its percentile within the slide, and the rank from 1; the class is the fifth of the
+    patches that the percentile lies in. What QuPath does not read, the offset and `record`, stands under "litemil".
+    """
+    offset = qupath_offset(slide)
+    colours = (colormaps[cmap](np.linspace(0, 1, len(_STEPS) - 1))[:, :3] * 255).round().astype(int).tolist()
+    classes = [
+        {"name": f"Attention {low}-{high}%", "color": colour}
+        for low, high, colour in zip(_STEPS[:-1], _STEPS[1:], colours, strict=True)
+    ]
+    steps = np.clip(np.searchsorted(_STEPS, attention.percentiles, side="right") - 1, 0, len(classes) - 1)
+    corners = attention.coords - offset
+    rows = zip(
+        corners.tolist(), (corners + attention.size_level0).tolist(), attention.attention.tolist(),
+        attention.percentiles.tolist(), attention.ranks.tolist(), steps.tolist(), strict=True,
+    )  # fmt: skip
+    lines = (
+        _feature(f"{slide.name}/{left:g}/{top:g}", (left, top, right, bottom), classes[step], {
+            "Attention": weight, "Attention percentile": round(percentile, 3), "Attention rank": rank,
+        })
+        for (left, top), (right, bottom), weight, percentile, rank, step in rows
+    )  # fmt: skip
+    frame = {"slide": slide.name, "offset": offset.tolist(), "width": slide.width, "height": slide.height}
+    head = json.dumps(frame | dict(record), allow_nan=False)
+    features = ",\n".join(lines)
+    write_text(path, f'{{"type": "FeatureCollection", "litemil": {head}, "features": [\n{features}\n]}}\n')
+
+
+def _feature(
+    name: str,
+    box: tuple[float, float, float, float],
+    classification: Mapping[str, Any],
+    measurements: Mapping[str, float],
+) -> str:
+    left, top, right, bottom = box
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    feature = {
+        "type": "Feature",
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {"objectType": "tile", "classification": classification, "measurements": measurements},
+    }
+    return json.dumps(feature, allow_nan=False)

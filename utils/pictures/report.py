@@ -1,0 +1,174 @@
+"""One self-contained page of a prediction: slide and attention to zoom into, patches to open, and how it was made."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image
+
+from utils.core.files import write_text
+from utils.core.runtime import versions
+from utils.pictures.attention_map import AttentionMap
+from utils.pictures.heatmap import Look, Picture
+
+_TRANSPARENT = 255  # of the overlay's palette; the colours take the others
+_QUALITY = 88
+
+
+class _Page(Template):
+    """Its own mark, since the page's script is full of dollar signs."""
+
+    delimiter = "@@"
+
+
+@dataclass(frozen=True)
+class ShownPatch:
+    """A patch at full resolution, `pixels (P, P, 3)`, and its index in the map."""
+
+    index: int
+    pixels: NDArray[np.uint8]
+
+
+def write_report(
+    path: Path,
+    picture: Picture,
+    attention: AttentionMap,
+    look: Look,
+    *,
+    slide: str,
+    answer: str,
+    probabilities: Mapping[str, float],
+    notes: Sequence[str],
+    facts: Sequence[tuple[str, str]],
+    top: Sequence[ShownPatch],
+    least: Sequence[ShownPatch],
+) -> None:
+    """Write the page; it loads nothing from elsewhere.
+
+    `answer` is the prediction in a line, `notes` what a reader must not miss, `facts` pairs of a name and a text.
+    """
+    h, w = picture.shape
+    most = f"{attention.attention.max():.3g}" if look.scale == "attention" else "100"
+    values = {
+        "title": f"{slide}: {answer}",
+        "slide": slide,
+        "answer": answer,
+        "heat_alt": f"Attention by colour; {attention.half} of {len(attention)} patches hold half of it",
+        "scale_low": "0",
+        "scale_high": most,
+        "scale_text": f"Colour: {look.label(attention)}.",
+        "footer": f"Written by LiteMIL {versions()['litemil']}. Attention shows what the model weighed, not why.",
+    }
+    content = {name: html.escape(text) for name, text in values.items()} | {
+        "width_px": f"{w}px",
+        "height_px": f"{h}px",
+        "opacity": str(round(100 * look.alpha)),
+        "notes": "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes),
+        "slide_image": _jpeg(picture.thumbnail),
+        "heat_image": _overlay(picture, attention, look),
+        "scale_image": _colour_scale(look),
+        "top_patches": _gallery(attention, top),
+        "least_patches": _gallery(attention, least),
+        "probabilities": "".join(_probability(*pair) for pair in probabilities.items()),
+        "concentration": _rows(_concentration(attention)),
+        "facts": _rows(facts),
+        "data": _data(picture, attention),
+    }
+    write_text(path, _Page(_template()).substitute(content))
+
+
+def _template() -> str:
+    return Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+
+
+def _data(picture: Picture, attention: AttentionMap) -> str:
+    """What the page's script needs, as a literal of it."""
+    h, w = picture.shape
+    data = {
+        "width": picture.width,
+        "height": picture.height,
+        "shown": [w, h],
+        "mpp": picture.mpp,
+        "size": attention.size_level0,
+        "coords": _base64(attention.coords.astype("<i4").tobytes()),
+        "attention": _base64(attention.attention.astype("<f4").tobytes()),
+    }
+    return json.dumps(data, allow_nan=False)
+
+
+def _overlay(picture: Picture, attention: AttentionMap, look: Look) -> str:
+    """The heatmap as a PNG of a palette, transparent where no patch is."""
+    heat = attention.raster(look.values(attention), (picture.width, picture.height), picture.shape, look.device)
+    most = 100 if look.scale == "percentile" else float(attention.attention.max())
+    steps = np.rint(np.nan_to_num(heat) / most * (_TRANSPARENT - 1)).astype(np.uint8)
+    image = Image.fromarray(np.where(np.isnan(heat), np.uint8(_TRANSPARENT), steps))
+    image.putpalette([*_palette(look).ravel().tolist(), 0, 0, 0])
+    file = io.BytesIO()
+    image.save(file, "PNG", transparency=_TRANSPARENT, optimize=True)
+    return f"data:image/png;base64,{_base64(file.getvalue())}"
+
+
+def _palette(look: Look) -> NDArray[np.uint8]:
+    """(255, 3), the colour map from its lowest to its highest."""
+    return np.rint(colormaps[look.cmap](np.linspace(0, 1, _TRANSPARENT))[:, :3] * 255).astype(np.uint8)
+
+
+def _colour_scale(look: Look) -> str:
+    file = io.BytesIO()
+    Image.fromarray(_palette(look)[None]).save(file, "PNG")
+    return f"data:image/png;base64,{_base64(file.getvalue())}"
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{_base64(file.getvalue())}"
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def _gallery(attention: AttentionMap, patches: Sequence[ShownPatch]) -> str:
+    items = []
+    for patch in patches:
+        (x, y), weight = attention.coords[patch.index], attention.attention[patch.index]
+        rank, times = attention.ranks[patch.index], weight * len(attention)
+        title = f"Rank {rank} of {len(attention)}: attention {weight:.3g}, {times:.3g} times uniform, at ({x}, {y})"
+        items.append(
+            f'<li><button data-patch="{patch.index}" data-title="{title}"><img src="{_jpeg(patch.pixels)}" '
+            f'alt="{title}">rank {rank}<br>{weight:.3g} ({times:.3g} x)<br>at ({x}, {y})</button></li>'
+        )
+    return "".join(items)
+
+
+def _probability(name: str, value: float) -> str:
+    return (
+        f'<tr><th scope="row">{html.escape(name)}</th><td><div class="share" style="width: {value:.2%}"></div></td>'
+        f'<td class="number">{value:.1%}</td></tr>'
+    )
+
+
+def _concentration(attention: AttentionMap) -> list[tuple[str, str]]:
+    held = np.cumsum(attention.attention[attention.order], dtype=np.float64)
+    tenth = held[max(1, len(attention) // 10) - 1] / held[-1]
+    return [
+        ("Patches", f"{len(attention):,}"),
+        ("Half of the attention is held by", f"{attention.half:,} patches ({attention.half / len(attention):.1%})"),
+        ("The most attended tenth holds", f"{tenth:.1%}"),
+        ("Highest attention", f"{attention.peak:.3g} times what it were if all were equal"),
+    ]
+
+
+def _rows(facts: Sequence[tuple[str, str]]) -> str:
+    return "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>' for name, text in facts
+    )
