@@ -20,8 +20,9 @@ from tests.test_commands import ROOT, environment, recipe
 from utils import feature_extractor
 from utils.bags.store import read_bag
 from utils.core.config import Extraction, ExtractionFiles
-from utils.core.errors import ConfigError, SlideError
-from utils.feature_extractor import WSIFeatureExtractor, extract_slides
+from utils.core.errors import ConfigError, FeatureFileError, RecipeError, SlideError
+from utils.core.files import _machine
+from utils.feature_extractor import WSIFeatureExtractor, extract_one, extract_slides
 from utils.slides.batch import slide_targets
 
 THRESHOLD = ("--tissue_threshold", 0.3)
@@ -141,7 +142,7 @@ def test_tissue_goes_out_and_comes_back_edited(slide_cohort, script, tmp_path):
 def test_a_slide_whose_tissue_nobody_drew_fails(slide_cohort, script, tmp_path):
     flags = ("--input", slide_cohort.slides / "P00_0.tif", "--output", tmp_path / "a.h5", *recipe(slide_cohort))
     done = script("extractFeatures", *flags, "--tissue", tmp_path)
-    assert "P00_0.geojson: not there; draw the tissue of P00_0.tif" in done.errors[0]
+    assert "P00_0.geojson: not there; draw the slide's tissue" in done.errors[0]
     done = script("extractFeatures", *flags, "--tissue", tmp_path / "nowhere")
     assert "no such folder" in done.errors[0]
 
@@ -212,6 +213,76 @@ def test_a_slide_without_tissue_is_to_be_looked_at_too(slide_cohort, script, tmp
 
 
 # Folders
+
+
+def test_an_extraction_beside_the_slides_goes_on_from_there(slide_cohort, script, tmp_path):
+    """What it has written there, pictures among them, are no slides."""
+    for name, output in (("within", "within/features"), ("same", "same")):
+        shutil.copytree(slide_cohort.slides, tmp_path / name)
+        flags = ("--input_dir", tmp_path / name, "--output_dir", tmp_path / output, *recipe(slide_cohort))
+        first, second = (script("extractFeatures", *flags) for _ in range(2))
+        assert (first.code, second.code) == (0, 0), second.err
+        count = len(list(slide_cohort.features.glob("*.h5")))
+        assert first.out.startswith(f"{count} extracted")
+        assert f"0 extracted (0 patches), {count} skipped" in second.out
+
+
+def test_each_subfolders_slide_has_its_own_tissue(slide_cohort, script, tmp_path):
+    places = []
+    for name, flip in (("p1", 1), ("p2", -1)):
+        (tmp_path / "slides" / name).mkdir(parents=True)
+        image = np.full((512, 512, 3), 243, np.uint8)
+        image[:, :200] = stained_image(200, 512, seed=1)
+        write_pyramid(tmp_path / "slides" / name / "x.tif", image[:, ::flip], mpp=0.5, downsamples=(1, 2))
+    flags = ("--input_dir", tmp_path / "slides", *recipe(slide_cohort), "--keep_structure", "--no-preview")
+    assert script("extractFeatures", *flags, "--output_dir", tmp_path / "one", "--save_tissue").code == 0
+    drawn = tmp_path / "one" / "tissue"
+    assert sorted(path.relative_to(drawn).as_posix() for path in drawn.rglob("*.*")) == ["p1/x.geojson", "p2/x.geojson"]
+    done = script("extractFeatures", *flags, "--output_dir", tmp_path / "two", "--tissue", drawn)
+    assert done.code == 0, done.err
+    for name in ("p1", "p2"):
+        one, two = (read_bag(tmp_path / run / name / "x.h5") for run in ("one", "two"))
+        np.testing.assert_array_equal(one.coords, two.coords)
+        places.append(one.coords[:, 0].mean())
+    assert places[1] > places[0] + 100
+    for given, message in (("--save_tissue", "--save_tissue writes what"), ("--tissue_threshold=0", "has no meaning")):
+        refused = script("extractFeatures", *flags, "--output_dir", tmp_path / "three", "--tissue", drawn, given)
+        assert refused.code == 1
+        assert message in refused.errors[0]
+
+
+def test_rows_of_the_slides_csv_that_match_no_slide_are_told(slide_cohort, script, tmp_path):
+    (tmp_path / "mpp.csv").write_text("wsi,mpp\nP00_0,0.5\nP00_1.TIFF,0.5\ntypo,0.5\n")
+    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out", *recipe(slide_cohort), "--limit", 1)
+    done = script("extractFeatures", *flags, "--slides_csv", tmp_path / "mpp.csv")
+    assert done.code == 0
+    assert "mpp.csv: 2 of 3 rows match no slide of" in done.err
+    assert "by name: P00_1.TIFF, typo" in done.err
+
+
+def test_what_killed_runs_left_is_cleared_everywhere(slide_cohort, script, tmp_path):
+    left = [tmp_path / place / f".a.{_machine()}-999999999.1.part" for place in ("", "previews", "tissue")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path, *recipe(slide_cohort), "--limit", 1)
+    assert script("extractFeatures", *flags).code == 0
+    assert not any(path.exists() for path in left)
+
+
+def test_the_device_chooses_the_precision_and_a_batch_goes_on_elsewhere(slide_cohort, tmp_path, monkeypatch):
+    slide = slide_cohort.slides / "P00_0.tif"
+    settings = {"backbone": BACKBONE, "weights": slide_cohort.weights, "patch_size": PATCH, "level": 1}
+    extract_one(WSIFeatureExtractor(**settings), slide, tmp_path / "a.h5")
+    monkeypatch.setattr(WSIFeatureExtractor, "amp_dtype", torch.float16)
+    assert extract_one(WSIFeatureExtractor(**settings), slide, tmp_path / "a.h5").status == "skipped"
+    with pytest.raises(RecipeError, match="precision"):
+        extract_one(WSIFeatureExtractor(**settings, precision="fp32"), slide, tmp_path / "a.h5")
+
+
+def test_a_name_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    with pytest.raises(FeatureFileError, match=r"a\.txt: ends in '\.txt'"):
+        WSIFeatureExtractor("stain").process("no slide", tmp_path / "a.txt")
 
 
 def test_subfolders_are_kept_where_asked(slide_cohort, script, tmp_path):

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.bags.store import Bag, BagInfo, bag_writer, peek_bag, write_bag
+from utils.bags.store import Bag, BagInfo, bag_writer, check_writable, peek_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
 from utils.core.errors import (
     BackboneError,
+    ConfigError,
     FeatureFileError,
     NoTissueError,
     RecipeError,
@@ -50,7 +51,7 @@ from utils.slides.batch import (
     status_table,
     work_through,
 )
-from utils.slides.contours import read_contours, write_contours
+from utils.slides.contours import write_contours
 from utils.slides.patching import PatchPlan, plan_patches, read_batches
 from utils.slides.preview import (
     LITTLE_TISSUE,
@@ -181,6 +182,8 @@ class WSIFeatureExtractor:
 
         With `save_path` (`.h5` or `.pt`) also writes the feature file. Raises SlideError, NoTissueError.
         """
+        if save_path is not None:
+            check_writable(Path(save_path))
         bag = self.extract(Path(wsi_path))
         if save_path is not None:
             write_bag(Path(save_path), bag)
@@ -228,7 +231,7 @@ class WSIFeatureExtractor:
         Raises NoTissueError where there is none, with the preview to show it, and as `plan_patches` does.
         """
         config, told = self.config, told or Told()
-        tissue = read_contours(told.tissue, slide) if told.tissue else None
+        tissue = told.tissue.mask(slide) if told.tissue else None
         plan = plan_patches(
             slide, patch_size=config.patch_size, stride=config.stride, level=config.level, mpp=config.target_mpp,
             allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold, tissue=tissue,
@@ -355,13 +358,19 @@ class Extracted:
         )
 
 
+def _slide_files(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> SlideFiles:
+    if files.tissue is not None and extractor.config.tissue_threshold == 0:
+        raise ConfigError(f"--tissue {files.tissue}: has no meaning with --tissue_threshold 0, which keeps every patch")
+    return SlideFiles(files)
+
+
 def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> list[SlideStatus]:
     """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
 
     For a folder, also writes its report (see `utils.slides.batch`), previews and a contact sheet. Raises for a single
     slide that fails, ConfigError for slides that would share an output file.
     """
-    known = SlideFiles(files)
+    known = _slide_files(extractor, files)
     targets = known.targets()
 
     def work(one: WSIFeatureExtractor, slide: Path, target: Path) -> SlideStatus:
@@ -371,6 +380,7 @@ def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> li
         return [work(extractor, *pair) for pair in targets.items()]
     extractors = [extractor, *(extractor.on(device) for device in extractor.devices[1:])]
     _ = [one.backbone for one in extractors]  # a backbone that cannot be had is no slide's fault
+    known.clear_parts(targets)
     statuses = work_through(targets, [partial(work, one) for one in extractors], report_path(files), extractor.stop)
     if files.preview is not False:
         known.write_sheet(statuses, targets)
@@ -381,7 +391,7 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
     """What `extract_slides` would do, and what it would cost: patches are counted on thumbnails, and the time is
     estimated from a trial on some of them. Writes nothing. Raises as `extract_slides` does.
     """
-    known = SlideFiles(files)
+    known = _slide_files(extractor, files)
     targets = known.targets()
     rates = []
 
@@ -448,6 +458,9 @@ def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
         now = {"quick_hash": opened.quick_hash(), "mpp": opened.mpp, "tissue": told.tissue_digest}
     found, wanted = ({f"slide's {name}": value for name, value in one.items()} for one in (known, now))
     found, wanted = info.passport.recipe | found, extractor.recipe | wanted
+    if extractor.config.precision == "auto":
+        # What is each device's own: a batch that goes on elsewhere is the same batch.
+        wanted["precision"] = found.get("precision")
     differences = recipe_differences(wanted, found, wanted, strict=True)
     if differences:
         raise RecipeError(

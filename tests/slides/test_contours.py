@@ -12,9 +12,13 @@ from scipy import ndimage
 
 from tests.synthetic import stained_image, write_pyramid
 from utils.core.errors import SlideError
-from utils.slides.contours import fill, outlines, read_contours, write_contours
+from utils.slides.contours import ContourFile, fill, outlines, write_contours
 from utils.slides.tissue import TissueMask, detect_tissue
 from utils.slides.wsi import open_slide
+
+
+def read(path, slide):
+    return ContourFile.read(path).mask(slide)
 
 
 def area(ring):
@@ -76,7 +80,7 @@ def test_round_trip(slide, tmp_path):
     tissue = detect_tissue(slide)
     assert 0 < tissue.mask.sum() < tissue.mask.size
     write_contours(tmp_path / "a.geojson", tissue, slide)
-    found = read_contours(tmp_path / "a.geojson", slide)
+    found = read(tmp_path / "a.geojson", slide)
     np.testing.assert_array_equal(found.mask, tissue.mask)
     assert found.mpp == pytest.approx(tissue.mpp, rel=0.02)
     first = (tmp_path / "a.geojson").read_bytes()
@@ -111,7 +115,7 @@ def test_qupath_counts_from_the_bounds(slide, tmp_path, monkeypatch, records_off
     assert shifted["litemil"]["offset"] == [200, 100]
     if not records_offset:  # as QuPath writes it again
         (tmp_path / "shifted.geojson").write_text(json.dumps(shifted["features"]))
-    np.testing.assert_array_equal(read_contours(tmp_path / "shifted.geojson", slide).mask, tissue.mask)
+    np.testing.assert_array_equal(read(tmp_path / "shifted.geojson", slide).mask, tissue.mask)
 
 
 SQUARE = [[160, 160], [800, 160], [800, 800], [160, 800], [160, 160]]
@@ -138,7 +142,7 @@ def feature(coordinates, kind="Polygon", name=None):
 )  # fmt: skip
 def test_what_people_draw_is_read(slide, tmp_path, content):
     (tmp_path / "a.geojson").write_text(json.dumps(content))
-    found = read_contours(tmp_path / "a.geojson", slide)
+    found = read(tmp_path / "a.geojson", slide)
     scale = 1600 / found.mask.shape[1]
     assert scale == pytest.approx(16, rel=0.01)
     expected = np.zeros(found.mask.shape, dtype=bool)
@@ -149,7 +153,7 @@ def test_what_people_draw_is_read(slide, tmp_path, content):
 
 def test_areas_that_overlap_are_one(slide, tmp_path):
     (tmp_path / "a.geojson").write_text(json.dumps([feature([SQUARE]), feature([HOLE])]))
-    found = read_contours(tmp_path / "a.geojson", slide)
+    found = read(tmp_path / "a.geojson", slide)
     assert found.mask[25, 25]
 
 
@@ -176,10 +180,60 @@ def test_what_is_no_contour_is_refused(slide, tmp_path, content, message):
     path = tmp_path / "bad.geojson"
     path.write_text(content)
     with pytest.raises(SlideError, match=rf"bad.geojson: .*{message}"):
-        read_contours(path, slide)
+        read(path, slide)
 
 
 def test_a_mask_without_tissue_has_no_outline(slide, tmp_path):
     assert outlines(np.zeros((5, 5), dtype=bool)) == []
     write_contours(tmp_path / "a.geojson", TissueMask(np.zeros((5, 5), dtype=bool), None), slide)
     assert json.loads((tmp_path / "a.geojson").read_text())["features"] == []
+
+
+@pytest.fixture
+def place(tmp_path):
+    with open_slide(write_pyramid(tmp_path / "place.tiff", stained_image(640, 480, seed=1), mpp=0.5)) as slide:
+        yield slide
+
+
+def test_what_somebody_edited_is_not_written_over(tmp_path, place, caplog):
+    path, found = tmp_path / "a.geojson", detect_tissue(place)
+    write_contours(path, found, place)
+    written = path.read_bytes()
+    write_contours(path, TissueMask(~found.mask, found.mpp), place)
+    assert path.read_bytes() != written  # ours: replaced
+    write_contours(path, found, place)
+    edited = json.loads(written)
+    edited["features"] = edited["features"][:-1]
+    for content in (edited, {"type": "FeatureCollection", "features": edited["features"]}):
+        path.write_text(json.dumps(content))
+        before = path.read_bytes()
+        with caplog.at_level("WARNING"):
+            write_contours(path, found, place)
+        assert path.read_bytes() == before
+        assert "a.geojson: was edited since it was written, and is kept" in caplog.text
+        caplog.clear()
+
+
+def test_a_file_of_a_slide_of_another_size_is_refused(tmp_path, place):
+    write_contours(tmp_path / "a.geojson", detect_tissue(place), place)
+    other = write_pyramid(tmp_path / "b.tiff", stained_image(640, 500, seed=1), mpp=0.5)
+    refused = pytest.raises(SlideError, match=r"a\.geojson: of a slide of 640 x 480 px, but .*b\.tiff has 640 x 500")
+    with open_slide(other) as slide, refused:
+        read(tmp_path / "a.geojson", slide)
+
+
+def test_the_digest_is_that_of_what_was_read(tmp_path, place):
+    path = tmp_path / "a.geojson"
+    write_contours(path, detect_tissue(place), place)
+    drawn = ContourFile.read(path)
+    before = drawn.digest
+    path.write_text("{}")
+    assert drawn.digest == before != ContourFile.read(path).digest
+
+
+def test_the_recorded_offset_counts_and_not_the_slides_own(tmp_path, place):
+    found = detect_tissue(place)
+    place.bounds = (64, 32, 400, 300)
+    write_contours(tmp_path / "a.geojson", found, place)
+    place.bounds = None
+    np.testing.assert_array_equal(read(tmp_path / "a.geojson", place).mask, found.mask)

@@ -260,3 +260,15 @@ def test_fluorescence_gives_no_patches_of_glass(shared_data):
         pytest.raises(SlideError, match="brightfield"),
     ):
         plan_patches(slide, patch_size=256)
+
+
+def test_resampling_averages_what_it_leaves_out(tmp_path):
+    """Stripes a pixel wide are grey at half the resolution, not one colour or the other."""
+    stripes = np.full((400, 400, 3), 255, np.uint8)
+    stripes[:, ::2] = 55
+    with open_slide(write_pyramid(tmp_path / "stripes.tiff", stripes, mpp=0.5, downsamples=(1,))) as slide:
+        plan = plan_patches(slide, patch_size=64, mpp=1.3, tissue_threshold=0)
+        patches = all_patches(slide, plan)
+    inside = patches[:, 4:-4, 4:-4].astype(int)
+    assert np.abs(inside - 155).max() < 40
+    assert inside.std() < 12

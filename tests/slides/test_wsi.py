@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -617,3 +618,31 @@ def test_a_table_that_is_not_text_or_not_there(tmp_path):
         read_slides_csv(slides_csv(tmp_path, "wsi,mpp\n\xe9,1\n", "latin-1"))
     with pytest.raises(SlideError, match="not readable as a table"):
         read_slides_csv(tmp_path)
+
+
+def test_a_series_of_dicom_files_is_one_slide(tmp_path, monkeypatch):
+    names = ["a_0.dcm", "a_1.dcm", "b_0.dcm", "broken.dcm", "c.svs", "other/a_0.dcm"]
+    slides = [tmp_path / name for name in names]
+    series = {"a_0.dcm": "1", "a_1.dcm": "1", "b_0.dcm": "2", "broken.dcm": None}
+    monkeypatch.setattr(wsi, "_series", lambda path: series[path.name])
+    kept = wsi.one_per_series([*slides, tmp_path / "broken.dcm"])
+    assert [path.relative_to(tmp_path).as_posix() for path in kept] == [
+        "a_0.dcm", "b_0.dcm", "broken.dcm", "c.svs", "other/a_0.dcm", "broken.dcm",
+    ]  # fmt: skip
+
+
+def test_a_real_dicom_file_tells_its_series(shared_data, tmp_path):
+    (found,) = (shared_data / "slides").glob("*.dcm")
+    shutil.copy(found, tmp_path / "a.dcm")
+    assert wsi._series(tmp_path / "a.dcm")
+    (tmp_path / "b.dcm").write_bytes(b"no DICOM")
+    assert wsi._series(tmp_path / "b.dcm") is None
+
+
+def test_a_closed_slide_stays_closed(shared_data):
+    slide = open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs")
+    slide.close()
+    with pytest.raises(SlideError, match="it was closed; open it again"):
+        slide.read_region(0, 0, 0, 64, 64)
+    with pytest.raises(SlideError, match="it was closed; open it again"):
+        slide.read_level(0, 0, 0, 64, 64)

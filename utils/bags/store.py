@@ -118,6 +118,12 @@ def write_bag(path: Path, bag: Bag) -> None:
         writer.finish(bag.coords, bag.patch_size_level0, bag.passport)
 
 
+def check_writable(path: Path) -> None:
+    """Raise FeatureFileError unless the name is one that a feature file can be written under."""
+    if not is_feature_file(path):
+        raise FeatureFileError(f"{path}: ends in {path.suffix!r}; end it in .h5 or .pt")
+
+
 @contextmanager
 def bag_writer(path: Path, dim: int, dtype: np.dtype | str) -> Iterator["BagWriter"]:
     """Write a bag piece by piece: `append` features `(n, D)`, then `finish` with the rest.
@@ -126,8 +132,7 @@ def bag_writer(path: Path, dim: int, dtype: np.dtype | str) -> Iterator["BagWrit
     memory. The file appears when the block ends well after `finish`. Raises as `write_bag` does.
     """
     path = Path(path)
-    if not is_feature_file(path):
-        raise FeatureFileError(f"{path}: ends in {path.suffix!r}; end it in .h5 or .pt")
+    check_writable(path)
     kind = _TensorWriter if path.suffix.lower() in _TENSOR_EXTENSIONS else _HDF5Writer
     with whole_file(path) as part, part.open("wb") as file:
         yield kind(file, dim, np.dtype(dtype))

@@ -139,6 +139,8 @@ class ExtractionFiles(_Checked):
             raise ConfigError("--output names one file and goes with --input; give --output_dir with --input_dir")
         if self.output is not None and self.output_dir is not None:
             raise ConfigError("give one of --output (a file) and --output_dir (a folder)")
+        if self.tissue is not None and self.save_tissue:
+            raise ConfigError("--save_tissue writes what the detector finds, which --tissue replaces; give one of them")
         for name in ("limit", "extensions", "shard", "keep_structure"):
             if self.input is not None and getattr(self, name):
                 raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")

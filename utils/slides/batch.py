@@ -11,12 +11,14 @@ from threading import Event
 
 from utils.core.config import ExtractionFiles
 from utils.core.errors import ConfigError, LiteMILError, NoTissueError, SlideError
-from utils.core.files import check_distinct, clear_parts, digest, write_records
+from utils.core.files import check_distinct, clear_parts, write_records
 from utils.core.runtime import log, progress_bar
+from utils.slides.contours import ContourFile
 from utils.slides.preview import SheetRow, write_contact_sheet
-from utils.slides.wsi import find_slides, read_slides_csv
+from utils.slides.wsi import find_slides, one_per_series, read_slides_csv
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
+PREVIEWS, TISSUE = "previews", "tissue"  # folders beside the features
 STATUSES = ("done", "skipped", "no tissue", "failed")
 PLANNED = "to extract"
 _SECONDS_BETWEEN_REPORTS = 10
@@ -47,7 +49,7 @@ def slide_targets(files: ExtractionFiles) -> dict[Path, Path]:
     Raises ConfigError where there is none, or two slides would share a file.
     """
     assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
-    found = find_slides(files.input_dir, files.extensions)
+    found = _slides_of(files)
     if not found:
         endings = " ".join(files.extensions) if files.extensions else "a slide's ending"
         raise ConfigError(f"{files.input_dir}: no file with {endings} in it; name the endings with --extensions")
@@ -63,6 +65,16 @@ def slide_targets(files: ExtractionFiles) -> dict[Path, Path]:
     return {slide: targets[slide] for slide in chosen}
 
 
+def _slides_of(files: ExtractionFiles) -> list[Path]:
+    """The slides of the folder, without what an extraction has put there itself."""
+    assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
+    ours = files.output_dir.resolve()
+    if ours == files.input_dir.resolve():
+        ours /= PREVIEWS
+    found = find_slides(files.input_dir, files.extensions)
+    return one_per_series([slide for slide in found if not slide.resolve().is_relative_to(ours)])
+
+
 def report_path(files: ExtractionFiles) -> Path:
     """Where the report goes; each shard has its own."""
     assert files.output_dir is not None  # noqa: S101 - for the type checker
@@ -72,19 +84,19 @@ def report_path(files: ExtractionFiles) -> Path:
 
 @dataclass(frozen=True)
 class Told:
-    """What the user says of one slide: its um per level-0 px, a GeoJSON file of its tissue, and where the tissue that
-    is found, and a preview, go.
+    """What the user says of one slide: its um per level-0 px, the outlines of its tissue, and where the tissue that is
+    found, and a preview, go.
     """
 
     mpp: float | None = None
-    tissue: Path | None = None
+    tissue: ContourFile | None = None
     save_tissue: Path | None = None
     preview: Path | None = None
 
     @property
     def tissue_digest(self) -> str | None:
-        """Of the file's content; None where the detector is to look."""
-        return None if self.tissue is None else digest(self.tissue.read_bytes())
+        """Of the outlines; None where the detector is to look."""
+        return None if self.tissue is None else self.tissue.digest
 
 
 class SlideFiles:
@@ -100,6 +112,7 @@ class SlideFiles:
         """Each slide and its feature file."""
         files = self.files
         if files.input is None:
+            self._tell_of_unknown_slides()
             return slide_targets(files)
         if not files.input.is_file():
             raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
@@ -107,18 +120,48 @@ class SlideFiles:
         return {files.input: files.output or (files.output_dir or files.input.parent) / name}
 
     def told(self, slide: Path, target: Path) -> Told:
-        tissue = None
-        if self.files.tissue is not None:
-            tissue = self.files.tissue / f"{slide.stem}.geojson"
-            if not tissue.is_file():
-                raise SlideError(f"{tissue}: not there; draw the tissue of {slide.name}, or leave --tissue out")
-        saved = target.parent / "tissue" / f"{slide.stem}.geojson" if self.files.save_tissue else None
+        """Raises SlideError where the slide's outlines are asked for and cannot be read."""
+        drawn = self._beside(self.files.tissue, slide, target, ".geojson")
+        saved = self._beside(self._root(target) / TISSUE, slide, target, ".geojson")
         mpp = self.mpps.get(slide.name, self.mpps.get(slide.stem))
-        return Told(mpp, tissue, saved, self.preview(slide, target))
+        return Told(
+            mpp,
+            None if drawn is None else ContourFile.read(drawn),
+            saved if self.files.save_tissue else None,
+            self.preview(slide, target),
+        )
 
     def preview(self, slide: Path, target: Path) -> Path | None:
         wanted = self.files.input is None if self.files.preview is None else self.files.preview
-        return target.parent / "previews" / f"{slide.stem}.jpg" if wanted else None
+        return self._beside(self._root(target) / PREVIEWS, slide, target, ".jpg") if wanted else None
+
+    def clear_parts(self, targets: Mapping[Path, Path]) -> None:
+        """Remove what killed runs left half-written wherever this one writes."""
+        told = [
+            (self.preview(*pair), self._beside(self._root(pair[1]) / "tissue", *pair, "")) for pair in targets.items()
+        ]
+        beside = {path.parent for paths in told for path in paths if path is not None}
+        for folder in {target.parent for target in targets.values()} | beside | {report_path(self.files).parent}:
+            clear_parts(folder)
+
+    def _root(self, target: Path) -> Path:
+        return target.parent if self.files.input is not None else self.files.output_dir or target.parent
+
+    def _beside(self, folder: Path | None, slide: Path, target: Path, ending: str) -> Path | None:
+        """A slide's file in `folder`, under the subfolders that its features have in theirs."""
+        if folder is None:
+            return None
+        return folder / target.parent.relative_to(self._root(target)) / f"{slide.stem}{ending}"
+
+    def _tell_of_unknown_slides(self) -> None:
+        slides = _slides_of(self.files) if self.mpps else []
+        unknown = self.mpps.keys() - {name for slide in slides for name in (slide.name, slide.stem)}
+        if unknown:
+            named = ", ".join(sorted(unknown)[:4]) + (", ..." if len(unknown) > 4 else "")
+            log.warning(
+                "%s: %d of %d rows match no slide of %s by name: %s",
+                self.files.slides_csv, len(unknown), len(self.mpps), self.files.input_dir, named,
+            )  # fmt: skip
 
     def write_sheet(self, statuses: Sequence[SlideStatus], targets: Mapping[Path, Path]) -> None:
         """The contact sheet, beside the report."""
@@ -137,8 +180,6 @@ def work_through(targets: Mapping[Path, Path], workers: Sequence[Work], report: 
     A slide that fails is logged and reported, and the others go on. What is no slide's fault, Ctrl-C too, ends all:
     then `stop` is set, which the workers have to heed. `report` is written now and then, and at the end in any case.
     """
-    for folder in {target.parent for target in targets.values()}:
-        clear_parts(folder)
     queue: SimpleQueue[Path] = SimpleQueue()
     for slide in targets:
         queue.put(slide)

@@ -4,17 +4,19 @@ QuPath counts pixels from the corner of the scanned area where a slide file tell
 own corner. What lies between is the offset, which our files record.
 """
 
+import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from utils.core.errors import SlideError
-from utils.core.files import read_json, write_json
+from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import log
 from utils.slides.tissue import TISSUE_SETTINGS, TissueMask, judged_shape
 from utils.slides.wsi import Slide
@@ -30,7 +32,13 @@ Ring = NDArray[np.float64]
 
 
 def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
-    """Write the outlines of a mask as QuPath's annotations, one a piece, in QuPath's pixel frame."""
+    """Write the outlines of a mask as QuPath's annotations, one a piece, in QuPath's pixel frame.
+
+    A file that somebody has edited since is left alone, and that is said.
+    """
+    if path.exists() and not _is_as_written(path):
+        log.warning("%s: was edited since it was written, and is kept; move it, or use it with --tissue", path)
+        return
     rows, columns = tissue.mask.shape
     scale = np.array([slide.width / columns, slide.height / rows])
     offset = qupath_offset(slide)
@@ -46,37 +54,79 @@ def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
         }
         for number, polygon in enumerate(outlines(tissue.mask))
     ]
-    frame = {"slide": slide.name, "offset": offset.tolist(), "width": slide.width, "height": slide.height}
+    frame = {
+        "slide": slide.name, "offset": offset.tolist(), "width": slide.width, "height": slide.height,
+        "digest": _digest_of(features),
+    }  # fmt: skip
     write_json(path, {"type": "FeatureCollection", "features": features, "litemil": frame})
 
 
-def read_contours(path: Path, slide: Slide) -> TissueMask:
-    """The mask of the polygons in a GeoJSON file, ours or QuPath's, at the resolution the tissue is judged at.
+@dataclass(frozen=True)
+class ContourFile:
+    """A GeoJSON file of a slide's tissue, ours or QuPath's, as it was when it was read."""
 
-    A pixel is tissue when its middle lies in a polygon, in no hole of it, and in none of a class that is `LEFT_OUT`.
+    path: Path
+    content: Any
 
-    Raises:
-        SlideError: not GeoJSON, no polygon in it, or polygons that lie beside the slide.
-    """
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises SlideError where there is none, or no JSON in it."""
+        if not path.is_file():
+            raise SlideError(f"{path}: not there; draw the slide's tissue, or leave --tissue out")
+        return cls(path, read_json(path, SlideError))
+
+    @property
+    def digest(self) -> str:
+        return _digest_of(self.content)
+
+    def mask(self, slide: Slide) -> TissueMask:
+        """The mask of its polygons at the resolution the tissue is judged at.
+
+        A pixel is tissue when its middle lies in a polygon, in no hole of it, and in none of a class that is
+        `LEFT_OUT`.
+
+        Raises:
+            SlideError: not GeoJSON, no polygon in it, polygons that lie beside the slide, or another slide's.
+        """
+        offset = self._offset(slide)
+        shape = judged_shape(slide)
+        to_mask = np.array([shape[1] / slide.width, shape[0] / slide.height])
+        mask, left_out = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        found = 0
+        for feature in _features(self.content, self.path):
+            target = left_out if _is_left_out(feature) else mask
+            for polygon in _polygons(feature.get("geometry"), self.path):
+                rings = [(ring + offset) * to_mask for ring in polygon]
+                _check_place(rings, shape, self.path, slide)
+                fill(target, rings)
+                found += 1
+        if not found:
+            raise SlideError(f"{self.path}: no polygon in it; draw the tissue as areas, or leave --tissue out")
+        mpp = slide.mpp / to_mask.mean() if slide.mpp else None
+        return TissueMask(mask & ~left_out, mpp, TISSUE_SETTINGS)
+
+    def _offset(self, slide: Slide) -> NDArray[np.float64]:
+        """What the file says of it, where it says so, and else the slide's."""
+        frame = self.content.get("litemil") if isinstance(self.content, Mapping) else None
+        if not isinstance(frame, Mapping):
+            return qupath_offset(slide)
+        size = frame.get("width", slide.width), frame.get("height", slide.height)
+        if size != (slide.width, slide.height):
+            raise SlideError(
+                f"{self.path}: of a slide of {size[0]} x {size[1]} px, but {slide.path} has {slide.width} x "
+                f"{slide.height}; give the file of this slide"
+            )
+        return np.array(frame.get("offset", qupath_offset(slide)), dtype=float)
+
+
+def _digest_of(content: Any) -> str:
+    return digest(json.dumps(content, sort_keys=True))
+
+
+def _is_as_written(path: Path) -> bool:
     content = read_json(path, SlideError)
-    offset = qupath_offset(slide)
-    if isinstance(content, Mapping) and isinstance(content.get("litemil"), Mapping):
-        offset = np.array(content["litemil"].get("offset", offset), dtype=float)
-    shape = judged_shape(slide)
-    to_mask = np.array([shape[1] / slide.width, shape[0] / slide.height])
-    mask, left_out = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    found = 0
-    for feature in _features(content, path):
-        target = left_out if _is_left_out(feature) else mask
-        for polygon in _polygons(feature.get("geometry"), path):
-            rings = [(ring + offset) * to_mask for ring in polygon]
-            _check_place(rings, shape, path, slide)
-            fill(target, rings)
-            found += 1
-    if not found:
-        raise SlideError(f"{path}: no polygon in it; draw the tissue as areas, or leave --tissue out")
-    mpp = slide.mpp / to_mask.mean() if slide.mpp else None
-    return TissueMask(mask & ~left_out, mpp, TISSUE_SETTINGS)
+    frame = content.get("litemil") if isinstance(content, Mapping) else None
+    return isinstance(frame, Mapping) and frame.get("digest") == _digest_of(content.get("features"))
 
 
 def outlines(mask: NDArray[np.bool_]) -> list[list[Ring]]:

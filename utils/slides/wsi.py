@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -27,7 +27,7 @@ from utils.slides.resolution import NOT_IN_FILE, PLAUSIBLE_MPP, Resolution, file
 from utils.slides.tiles import PROBE, TileReader
 
 SLIDE_EXTENSIONS = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
+    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm"}
 )
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp"})
 
@@ -44,7 +44,9 @@ _PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 _PILLOW_EXTENSIONS = IMAGE_EXTENSIONS | {".tif", ".tiff"}
 _PILLOW_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 # Damaged files make Pillow's decoders raise all of these.
-_PILLOW_FAILURES = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError)
+_PILLOW_FAILURES = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError
+)  # fmt: skip
 
 
 def is_slide_file(path: Path | str) -> bool:
@@ -80,6 +82,26 @@ def find_slides(folder: Path | str, extensions: Iterable[str] | None = None) -> 
         tiled = {path.parent for path in found if path.suffix.lower() in {".vms", ".vmu"}}
         found = [path for path in found if path.parent not in tiled or path.suffix.lower() not in IMAGE_EXTENSIONS]
     return sorted(found)
+
+
+def one_per_series(slides: Sequence[Path]) -> list[Path]:
+    """The slides without those DICOM files whose slide is there already: each of a series' files opens all of it."""
+    kept, known = [], set()
+    for slide in slides:
+        series = (slide.parent, _series(slide)) if slide.suffix.lower() == ".dcm" else None
+        if series is None or series[1] is None or series not in known:
+            kept.append(slide)
+        known.add(series)
+    return kept
+
+
+def _series(path: Path) -> str | None:
+    """What names the series of a DICOM file, or None where OpenSlide does not open it."""
+    try:
+        with openslide.OpenSlide(path) as handle:
+            return handle.properties.get("dicom.SeriesInstanceUID")
+    except (openslide.OpenSlideError, OSError):
+        return None
 
 
 def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
@@ -371,6 +393,8 @@ class _OpenSlideSlide(Slide):
     def _tile_reader(self) -> TileReader | None:
         """The fast reader, chosen at the first read, or None where OpenSlide reads."""
         with self._lock:
+            if self._handle is None:
+                raise SlideError(_closed(self.path))
             if not self._chosen:
                 self._tiles = self._verified_tile_reader() if self.vendor in _TILED_VENDORS else None
                 self._chosen = True
