@@ -171,20 +171,23 @@ def test_the_settings_say_everything():
 
 
 def test_real_tissue_sharp_and_blurred(shared_data):
-    """Of colon and skin in focus nothing is dropped; behind 2 um of blur nearly all is."""
+    """Of colon and skin in focus nothing is dropped; of what is blurred by 2 to 10 um nearly all."""
     files = sorted((shared_data / "glas" / "images").iterdir())[::8]
-    judged = {0: [], 2: []}
+    judged = {blur: [] for blur in (0, 2, 7, 10)}
     for path, mpp in [(file, 0.62) for file in files] + [(shared_data / "slides" / "CMU-1-Small-Region.svs", 0.499)]:
         with open_slide(path) as slide:
             image = slide.read_region(0, 0, 0, min(slide.width, 1024), min(slide.height, 1024))
             grid = patch_grid(image.shape[1], image.shape[0], PATCH, PATCH)
             mask = detect_tissue(slide).mask
             grid = grid[covered_fraction(mask, grid, PATCH, slide.width, slide.height) >= 0.5]
-        judged[0].extend(judge_patches(patches_of(image, grid), mpp))
-        judged[2].extend(judge_patches(patches_of(blurred(image, 2, mpp), grid), mpp))
+        for blur, found in judged.items():
+            found.extend(judge_patches(patches_of(blurred(image, blur, mpp) if blur else image, grid), mpp))
     assert len(judged[0]) > 80
     assert set(judged[0]) == {""}
-    assert np.mean([reason == BLURRED for reason in judged[2]]) > 0.98
+    caught = {blur: np.mean([reason == BLURRED for reason in found]) for blur, found in judged.items()}
+    assert caught[2] > 0.98
+    assert caught[7] > 0.9
+    assert caught[10] > 0.85
 
 
 def test_real_crops_of_pen_and_glass(shared_data):
@@ -204,3 +207,11 @@ def test_real_crops_of_pen_and_glass(shared_data):
     with open_slide(shared_data / "tiles" / "no-tissue-green-pen.png") as slide:
         image = slide.read_region(0, 0, 0, slide.width, slide.height)
     assert (judge_patches(all_patches(image), MPP) == PEN).sum() >= 3  # the fourth shows the stroke's end
+
+
+def test_small_patches_are_not_called_pen(shared_data):
+    """A dark nucleus fills a fifth of 32 um."""
+    with open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs") as slide:
+        image = slide.read_region(0, 0, 0, slide.width, slide.height)
+    grid = patch_grid(image.shape[1], image.shape[0], 64, 64)
+    assert PEN not in judge_patches(np.stack([image[y : y + 64, x : x + 64] for x, y in grid]), 0.499)

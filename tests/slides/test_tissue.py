@@ -34,6 +34,26 @@ def test_an_empty_slide_stays_empty(ground):
     assert not tissue_mask(image).any()
 
 
+@pytest.mark.parametrize("ground", [(245, 240, 228), (240, 235, 222), (235, 228, 210)])
+def test_yellowed_glass_is_glass_and_what_lies_on_it_is_tissue(ground):
+    noise = np.random.default_rng(0).normal(0, 1.5, (200, 200, 1))
+    for colour in (None, PINK, PURPLE, (236, 214, 214)):
+        image = canvas(ground) if colour is None else with_square(colour, ground)
+        mask = tissue_mask(np.clip(image + noise, 0, 255).astype(np.uint8))
+        if colour is None:
+            assert not mask.any()
+        else:
+            assert mask[62:138, 62:138].all()
+            assert mask.sum() == pytest.approx(80 * 80, rel=0.02)
+
+
+def test_bluish_haematoxylin_is_no_ink():
+    """Optical densities in the ratio 0.65 : 0.50 : 0.20, as of the pale counterstain of immunohistochemistry."""
+    for strength in (0.1, 0.2, 0.3, 0.4, 0.6):
+        colour = tuple(np.rint(255 * 10 ** -(strength * np.array([0.65, 0.50, 0.20]))).astype(int))
+        assert tissue_mask(with_square(colour))[62:138, 62:138].all(), colour
+
+
 @pytest.mark.parametrize(
     "colour",
     [PINK, PURPLE, (236, 214, 226), (235, 190, 200), (200, 60, 80), (150, 105, 70), (165, 168, 190), (90, 40, 110)],

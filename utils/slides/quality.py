@@ -2,8 +2,9 @@
 
 Blur takes the fine detail and leaves the coarse, whatever the stain: what is compared is the curvature of the green
 channel (which both stains absorb) between px of 1 um and between px of 4 um. In focus, the mean square of the fine one
-is 0.08 of the coarse one's or more; behind a Gaussian blur of 2 um sigma it is 0.01 to 0.03. Smooth areas such as mucus
-have little of either, and pass.
+is 0.08 of the coarse one's or more; behind a Gaussian blur of 2 um sigma it is 0.01 to 0.03. A stronger blur takes the
+coarse detail too: then 4 um are compared with 16 um, 0.4 or more in focus and 0.01 to 0.05 behind 7 to 15 um. Smooth
+areas such as mucus have little of any, and pass.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,7 +26,8 @@ class QualitySettings:
     focus_um: float = 1.0  # px whose curvature is compared with that of px four times as wide
     min_focus: float = 0.05  # fine over coarse mean squared curvature, between 0.08 (sharp) and 0.03 (blurred)
     min_structure: float = 5.0  # grey levels, rms of the coarse curvature; with less there is nothing to focus on
-    min_extent_um: float = 32.0  # patches narrower than this hold too few coarse px for a judgment of focus
+    min_far_structure: float = 15.0  # the same of px of 16 um, where mucus may rise and fall by a few grey levels
+    min_extent_um: float = 32.0  # narrower patches hold too few coarse px to judge focus; narrower than twice, ink
     max_focus_mpp: float = 1.5  # um/px; in coarser patches a blur of 2 um hardly shows
 
     def as_dict(self) -> dict[str, float]:
@@ -62,7 +64,8 @@ def judge_patches(
         found = reasons[start : start + _AT_ONCE]
         found[is_blurred(part, mpp, settings)] = BLURRED
         found[stained < settings.min_stained] = WHITE
-        found[inked > settings.max_ink] = PEN
+        if part.shape[1] * mpp >= 2 * settings.min_extent_um:
+            found[inked > settings.max_ink] = PEN
     return reasons
 
 
@@ -70,11 +73,17 @@ def is_blurred(
     patches: NDArray[np.uint8], mpp: float, settings: QualitySettings = QUALITY_SETTINGS
 ) -> NDArray[np.bool_]:
     """(B,) bool: which patches (B, P, P, 3) of `mpp` um/px show structure, but none of its fine detail."""
-    if mpp > settings.max_focus_mpp or patches.shape[1] * mpp < settings.min_extent_um:
-        return np.zeros(len(patches), dtype=bool)
-    fine = _binned(patches[..., 1], max(1, round(settings.focus_um / mpp)))
-    coarse = _curvature(_binned(fine, _COARSE))
-    return (_curvature(fine) < settings.min_focus * coarse) & (coarse > settings.min_structure**2)
+    blurred, extent = np.zeros(len(patches), dtype=bool), patches.shape[1] * mpp
+    if mpp > settings.max_focus_mpp or extent < settings.min_extent_um:
+        return blurred
+    images = _binned(patches[..., 1], max(1, round(settings.focus_um / mpp)))
+    fine = _curvature(images)
+    for structure in (settings.min_structure, settings.min_far_structure)[: 1 + (extent >= 2 * settings.min_extent_um)]:
+        images = _binned(images, _COARSE)
+        coarse = _curvature(images)
+        blurred |= (fine < settings.min_focus * coarse) & (coarse > structure**2)
+        fine = coarse
+    return blurred
 
 
 def _colour_shares(

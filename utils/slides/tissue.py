@@ -2,7 +2,7 @@
 
 Stains absorb more light in one channel than in another; glass, dust, slide edges and unscanned borders absorb all
 alike. So tissue is where the optical densities of the channels differ (chroma), whatever the brightness.
-Nothing is fitted to the image: a picture full of tissue stays tissue, an empty slide stays empty.
+Nothing is fitted to the image but a tint of its glass: a picture full of tissue stays tissue, an empty slide empty.
 Inks are told from stains by hue and density, in the hue-saturation-density plane of van der Laak et al. (2000,
 Cytometry 39:275-284): `u` is how much more red light is absorbed than on average, `v` how much more green than blue.
 Made for H&E and for brown or blue immunohistochemistry; a green counterstain (trichrome) would be taken for ink.
@@ -31,6 +31,9 @@ class TissueSettings:
     min_saturation: float = 0.12  # chroma over mean density; grey and black lines stay below 0.1
     black_density: float = 0.55  # every channel denser than this (below 72 of 255): black ink, an edge, a fold
     ink_density: float = 0.12  # mean density from which a hue no stain has is ink
+    min_glass_chroma: float = 0.02  # of glass that is yellowed, or lit by a warm lamp: less needs no allowance,
+    max_glass_chroma: float = 0.06  # and more is no tint of glass
+    blue_ink_density: float = 0.3  # higher: bluish haematoxylin has the hue of blue ink, but is paler here
     red_ink_density: float = 0.45  # higher: blood has nearly the hue of red ink, but is paler at this resolution
     tint_density: float = 0.03  # mean density from which a pixel that touches ink and is tinted like it is its rim,
     ink_reach_um: float = 200.0  # as far as this from the ink itself
@@ -50,6 +53,9 @@ class TissueSettings:
 TISSUE_SETTINGS = TissueSettings()
 
 _WHITE = 255.0
+_PALE = 205  # of 255, the least of the three channels of glass
+_GLASS_SPREAD = 4  # grey levels around the glass's colour within which it lies
+_GLASS_SHARE = 0.1  # of the image, the least that is glass
 # Fluorescence: a slide that over half its area is darker than this or lacks a colour, and is not bright elsewhere.
 _DARK, _BRIGHT = 40.0, 130.0  # mean of the three channels, of 255
 _ABSENT = 20  # of 255, the least of the three channels; in stained tissue it is higher but for the densest spots
@@ -120,7 +126,7 @@ def tissue_mask(
         (h, w) bool.
     """
     mpp = mpp or settings.mpp
-    density = optical_density(rgb)
+    density = np.maximum(optical_density(rgb) - _tint_of_glass(rgb, settings), 0)
     ink = _whole_ink(density, mpp, settings)
 
     tissue = is_stained(density, settings) & ~ink
@@ -134,6 +140,25 @@ def optical_density(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(h, w, 3) optical density to base 10 against white: 0 is clear, 1 lets a tenth of the light through."""
     table = -np.log10((np.arange(256) + 1) / (_WHITE + 1))
     return table.astype(np.float32)[rgb]
+
+
+def _tint_of_glass(rgb: NDArray[np.uint8], settings: TissueSettings) -> NDArray[np.float32]:
+    """(3,) how much denser than in its clearest channel the glass is: the most frequent pale colour, where much of the
+    image is just that.
+    """
+    none = np.zeros(3, dtype=np.float32)
+    pale = rgb[rgb.min(axis=-1) >= _PALE]
+    if not len(pale):
+        return none
+    codes = (pale // _GLASS_SPREAD).astype(np.int32) @ np.array([64**2, 64, 1], dtype=np.int32)
+    code = int(np.bincount(codes).argmax())
+    middle = np.array([code // 64**2, code // 64 % 64, code % 64]) * _GLASS_SPREAD + _GLASS_SPREAD / 2
+    near = pale[(np.abs(pale - middle) <= _GLASS_SPREAD).all(axis=-1)]
+    tint = optical_density(np.rint(near.mean(axis=0)).astype(np.uint8))
+    tint -= tint.min()
+    # Eosin and haematoxylin take most from green; warm light and yellowed glass do not.
+    is_glass = len(near) > _GLASS_SHARE * rgb[..., 0].size and tint.argmax() != 1
+    return tint if is_glass and settings.min_glass_chroma < tint.max() <= settings.max_glass_chroma else none
 
 
 def is_stained(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SETTINGS) -> NDArray[np.bool_]:
@@ -150,7 +175,8 @@ def find_ink(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SET
     blue = (u > 0.35) & (v >= 0.1)
     red = (u < -0.6) & (v > -0.1) & (v < 0.3)
     return (
-        ((green | blue) & (mean > settings.ink_density))
+        (green & (mean > settings.ink_density))
+        | (blue & (mean > settings.blue_ink_density))
         | (red & (mean > settings.red_ink_density))
         | (density.min(axis=-1) > settings.black_density)
     )
