@@ -646,3 +646,12 @@ def test_a_closed_slide_stays_closed(shared_data):
         slide.read_region(0, 0, 0, 64, 64)
     with pytest.raises(SlideError, match="it was closed; open it again"):
         slide.read_level(0, 0, 0, 64, 64)
+
+
+def test_a_tile_no_memory_would_hold_is_an_error_before_it_is_read(tmp_path):
+    """OpenSlide would end the process, and a batch with it."""
+    path = write_pyramid(tmp_path / "a.tiff", stained_image(600, 400), downsamples=(1, 2))
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages[1].tags["TileWidth"].overwrite(2**30)
+    with pytest.raises(SlideError, match=r"a\.tiff: damaged: says that a tile of level 1 has 1073741824 x 256 px"):
+        open_slide(path)

@@ -248,9 +248,10 @@ class TileReader:
         page = self._levels[level]
         offset, count = int(page.offsets[index]), int(page.byte_counts[index])
         try:
+            missing = offset + count - os.fstat(self._file.fileno()).st_size
+            if missing > 0:
+                raise ValueError(f"the file ends {missing} bytes before the tile does")
             data = self._bytes(offset, count)
-            if len(data) < count:
-                raise ValueError(f"the file ends {count - len(data)} bytes before the tile does")
             tile = page.decode(data)
             if tile.shape != page.tile_shape or tile.dtype != np.uint8:
                 raise ValueError(f"it holds {tile.shape} {tile.dtype}, not {page.tile_shape} uint8")

@@ -35,6 +35,7 @@ READ_BLOCK = 4096  # px of a level read at once for a thumbnail: 50 MB, whatever
 
 _WHITE = (255, 255, 255)
 _HASHED_BYTES = 2**20
+_MOST_TILE_PIXELS = 2**28  # 1 GB; a level that is a single strip stays below
 # Formats whose levels are pages of tiles side by side; elsewhere tiles overlap, or are placed one by one.
 _TILED_VENDORS = frozenset({"aperio", "generic-tiff"})
 # px of a level: OpenSlide takes a position so near to a whole px for it, and blends neighbours further off.
@@ -121,7 +122,9 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
         raise SlideError(f"{path}: {mpp:g} um/px, given for it, is not plausible ({low:g} to {high:g}); correct it")
     _check_file(path)
     try:
-        slide = _OpenSlideSlide(path, openslide.OpenSlide(path))
+        handle = openslide.OpenSlide(path)
+        _check_tiles(path, handle)
+        slide = _OpenSlideSlide(path, handle)
     except openslide.OpenSlideUnsupportedFormatError:
         slide = _open_image(path)
     except openslide.OpenSlideError as error:
@@ -498,6 +501,20 @@ def _check_file(path: Path) -> None:
         raise SlideError(f"{path}: may not be read; check its permissions")
     if path.stat().st_size == 0:
         raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
+
+
+def _check_tiles(path: Path, handle: openslide.OpenSlide) -> None:
+    """Raise SlideError for tiles that no memory would hold: OpenSlide ends the process where it gets none."""
+    for level in range(handle.level_count):
+        width, height = (
+            number(handle.properties.get(f"openslide.level[{level}].tile-{side}")) for side in ("width", "height")
+        )
+        if width and height and width * height > _MOST_TILE_PIXELS:
+            handle.close()
+            raise SlideError(
+                f"{path}: damaged: says that a tile of level {level} has {width:.0f} x {height:.0f} px; copy or "
+                "download it again"
+            )
 
 
 def _open_image(path: Path) -> Slide:
