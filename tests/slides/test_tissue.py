@@ -194,6 +194,16 @@ def test_a_frame_crowded_with_fluorescence_is_refused_too(tmp_path, colours):
         detect_tissue(slide)
 
 
+@pytest.mark.parametrize("ground", [30, 45, 60])
+def test_fluorescence_on_a_background_that_is_not_quite_black_is_refused(tmp_path, ground):
+    light = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((800, 800)), 8)
+    image = canvas((ground,) * 3, 800).astype(float)
+    image[200:600, 200:600, 2] += np.clip(100 + 40 * light / light.std(), 0, None)[200:600, 200:600]
+    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(tmp_path / "grey.png")
+    with open_slide(tmp_path / "grey.png") as slide, pytest.raises(SlideError, match="as fluorescence"):
+        detect_tissue(slide)
+
+
 def test_a_dark_section_edge_to_edge_is_not_fluorescence(tmp_path):
     for name, colour in {"nuclei": (90, 40, 110), "dab": (70, 40, 25), "blood": (150, 25, 40)}.items():
         Image.fromarray(canvas(colour, 800)).save(tmp_path / f"{name}.png")

@@ -58,6 +58,7 @@ _GLASS_SPREAD = 4  # grey levels around the glass's colour within which it lies
 _GLASS_SHARE = 0.1  # of the image, the least that is glass
 # Fluorescence: a slide that over half its area is darker than this or lacks a colour, and is not bright elsewhere.
 _DARK, _BRIGHT = 40.0, 130.0  # mean of the three channels, of 255
+_DIM = 120.0  # the brightest twentieth of a brightfield image, even if dense tissue fills it, is over 160
 _ABSENT = 20  # of 255, the least of the three channels; in stained tissue it is higher but for the densest spots
 
 
@@ -206,8 +207,12 @@ def _hue(density: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.
 
 
 def _is_fluorescence(rgb: NDArray[np.uint8]) -> bool:
-    """Mostly black or without one colour, and not bright elsewhere: black around H&E is no reason to refuse it."""
+    """Mostly grey and bright nowhere; or mostly black or without one colour, and not bright elsewhere: black around H&E
+    is no reason to refuse it.
+    """
     brightness = rgb.mean(axis=-1)
+    if np.quantile(brightness, 0.95) < _DIM and is_stained(optical_density(rgb)).mean() < 0.5:
+        return True
     lit = brightness[(brightness >= _DARK) & (rgb.min(axis=-1) >= _ABSENT)]
     return lit.size < 0.5 * brightness.size and (lit.size == 0 or float((lit > _BRIGHT).mean()) < 0.5)
 
