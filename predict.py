@@ -16,6 +16,7 @@ from utils.core import cli
 from utils.core.config import Pictures, Prediction, PredictionRecipe
 from utils.core.errors import ConfigError
 from utils.core.files import write_json
+from utils.core.runtime import resolve_device
 from utils.inference import SlidePrediction, check_input, make_predictor
 from utils.learning.aggregation import SlideFeed
 
@@ -25,7 +26,7 @@ def main() -> None:
     asked, recipe, pictures = cli.parse(str(__doc__), groups)
     check_input(asked.input)
     wsi = slide_to_draw_on(asked, pictures)
-    visualizer = AttentionVisualizer(pictures.cmap, pictures.alpha, pictures.scale)
+    visualizer = AttentionVisualizer(pictures.cmap, pictures.alpha, pictures.scale, resolve_device(asked.device))
     predictor = make_predictor(asked, recipe)
     source = predictor.keep_features(asked.input, asked.output_dir) if recipe.save_features else asked.input
     bag = predictor.bag(source, asked.feat_type, wsi if is_feature_file(asked.input) else None)

@@ -74,6 +74,7 @@ class AttentionMap:
         N + h w: each patch adds its four corners, sums along both axes spread them. `device` computes it, in float64.
         """
         height, width = shape
+        device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
         scale = torch.tensor([width / extent[0], height / extent[1]], dtype=torch.float64, device=device)
         corners = torch.from_numpy(self.coords).to(device).double()
         limit = torch.tensor([width, height], device=device)
