@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from MILS import build_mil
+from MILS.ensemble import Ensemble
 from MILS.LiteMIL import LiteMIL
 from tests.bags import writers
 from tests.conftest import BACKBONE, PATCH
@@ -11,7 +12,7 @@ from utils.bags.store import Bag, write_bag
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import Passport
 from utils.inference import SlidePredictor, extractPredict
-from utils.learning.aggregation import SlideFeed
+from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
 
 RECIPE = {
@@ -253,3 +254,30 @@ def test_the_slide_places_patches_that_are_stored_in_micrometers(checkpoint, sli
     predictor = SlidePredictor(checkpoint, device="cpu")
     assert predictor.bag(path).coords is None
     np.testing.assert_array_equal(predictor.bag(path, slide=slide).coords, coords // 2)
+
+
+def test_an_ensemble_tells_what_each_of_its_models_says(tmp_path):
+    torch.manual_seed(0)
+    members = [build_mil("LiteMIL", input_dim=16, num_classes=2).eval() for _ in range(3)]
+    save_checkpoint(
+        tmp_path / "ensemble.pth",
+        Checkpoint(
+            members[0].spec, Ensemble(members).state_dict(), ("benign", "malignant"), "demo", CHUNKS_OF_20.as_dict(),
+            RECIPE, (0.25, 0.25), {}, {"slide": [], "case": []},
+        ),
+    )  # fmt: skip
+    path = bag_file(tmp_path, make_bag(50))
+    answer = SlidePredictor(tmp_path / "ensemble.pth", device="cpu").predict(path)
+    features = torch.from_numpy(make_bag(50).features)
+    each = np.stack([predict_features(model, features, CHUNKS_OF_20).probabilities for model in members])
+    np.testing.assert_allclose(answer.member_probabilities, each)
+    np.testing.assert_allclose(answer.probabilities, each.mean(axis=0))
+    said = answer.as_dict()
+    assert [one["malignant"] for one in said["member_probabilities"]] == pytest.approx(each[:, 1].tolist())
+    assert said["spread"]["benign"] == pytest.approx(each[:, 0].std(ddof=1))
+
+
+def test_a_single_model_has_no_spread(checkpoint, tmp_path):
+    answer = SlidePredictor(checkpoint, device="cpu").predict(bag_file(tmp_path, make_bag(50)))
+    assert answer.member_probabilities is None
+    assert not {"member_probabilities", "spread"} & answer.as_dict().keys()

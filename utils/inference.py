@@ -29,7 +29,8 @@ from utils.slides.wsi import is_slide_file, slide_mpp
 @dataclass(frozen=True)
 class SlidePrediction:
     """`probabilities (C,)`; `attention (H, N)`, each head summing to 1 over the patches; `bag` with their places;
-    `seen_in_training` None where the checkpoint does not record what it was trained on.
+    `seen_in_training` None where the checkpoint does not record what it was trained on; `member_probabilities (M, C)`
+    of an ensemble's models, None of a single one.
     """
 
     slide: str
@@ -39,6 +40,7 @@ class SlidePrediction:
     bag: Bag
     feed: SlideFeed
     seen_in_training: bool | None
+    member_probabilities: NDArray[np.float64] | None = None
 
     @property
     def predicted_class(self) -> str:
@@ -55,16 +57,27 @@ class SlidePrediction:
         return None if self.attention is None else self.attention.mean(axis=0)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `<slide>_prediction.json` says of the slide."""
+        """What `<slide>_prediction.json` says of the slide; of an ensemble also each model's probabilities, and their
+        (sample) standard deviation.
+        """
+        members = self.member_probabilities
+        ensemble = {} if members is None else {
+            "member_probabilities": [self._by_class(one) for one in members],
+            "spread": self._by_class(members.std(axis=0, ddof=1)),
+        }  # fmt: skip
         return {
             "slide": self.slide,
             "predicted_class": self.predicted_class,
             "confidence": self.confidence,
-            "probabilities": dict(zip(self.class_names, self.probabilities.tolist(), strict=True)),
+            "probabilities": self._by_class(self.probabilities),
+            **ensemble,
             "num_instances": len(self.bag.features),
             **self.feed.as_dict(),
             "seen_in_training": self.seen_in_training,
         }
+
+    def _by_class(self, values: NDArray[np.float64]) -> dict[str, float]:
+        return dict(zip(self.class_names, values.tolist(), strict=True))
 
 
 class SlidePredictor:
@@ -139,8 +152,9 @@ class SlidePredictor:
         if seen:
             log.warning("%s: this model was trained on this slide; its prediction proves nothing", path)
         return SlidePrediction(
-            path.stem, self.checkpoint.class_names, output.probabilities, output.attention, bag, feed, seen
-        )
+            path.stem, self.checkpoint.class_names, output.probabilities, output.attention, bag, feed, seen,
+            output.members,
+        )  # fmt: skip
 
     def require(
         self,

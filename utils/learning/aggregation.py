@@ -47,13 +47,15 @@ class SlideFeed:
 @dataclass(frozen=True)
 class SlideOutput:
     """`probabilities (C,)` of the slide; `chunk_probabilities (K, C)` and `chunk_sizes (K,)` of its chunks;
-    `attention (H, N)`, per head summing to 1 over the slide, or None.
+    `attention (H, N)`, per head summing to 1 over the slide, or None; `members (M, C)`, what each of an ensemble's models
+    says by itself, or None of a single one.
     """
 
     probabilities: np.ndarray
     chunk_probabilities: np.ndarray
     chunk_sizes: np.ndarray
     attention: np.ndarray | None
+    members: np.ndarray | None = None
 
 
 @torch.inference_mode()
@@ -78,11 +80,13 @@ def predict_features(model: BagModel, features: torch.Tensor, feed: SlideFeed, a
 def _mean(outputs: Sequence[SlideOutput]) -> SlideOutput:
     """The mean of several models' answers for one slide, which they were fed in the same chunks."""
     known = [output.attention for output in outputs if output.attention is not None]
+    members = np.stack([output.probabilities for output in outputs])
     return SlideOutput(
-        np.mean([output.probabilities for output in outputs], axis=0),
+        members.mean(axis=0),
         np.mean([output.chunk_probabilities for output in outputs], axis=0),
         outputs[0].chunk_sizes,
         np.mean(known, axis=0) if len(known) == len(outputs) else None,
+        members,
     )
 
 
