@@ -47,8 +47,8 @@ class SlideFeed:
 @dataclass(frozen=True)
 class SlideOutput:
     """`probabilities (C,)` of the slide; `chunk_probabilities (K, C)` and `chunk_sizes (K,)` of its chunks;
-    `attention (H, N)`, per head summing to 1 over the slide, or None; `members (M, C)`, what each of an ensemble's models
-    says by itself, or None of a single one.
+    `attention (H, N)`, per head summing to 1 over the slide, or None; `members (M, C)`, what each of an ensemble's
+    models says by itself, or None of a single one.
     """
 
     probabilities: np.ndarray
