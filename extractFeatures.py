@@ -16,10 +16,11 @@ def main() -> None:
     files, recipe = cli.parse(str(__doc__), {"files": ExtractionFiles, "recipe": Extraction})
     extractor = WSIFeatureExtractor.of_config(recipe)
     if files.dry_run:
-        print(rehearse(extractor, files))
-        return
-    statuses = extract_slides(extractor, files)
-    print(summary(statuses))
+        statuses, told = rehearse(extractor, files)
+    else:
+        statuses = extract_slides(extractor, files)
+        told = summary(statuses)
+    print(told)
     if any(status.status == "failed" for status in statuses):
         sys.exit(1)
 

@@ -5,15 +5,24 @@ import pytest
 from PIL import Image
 
 from tests.synthetic import place_image, place_of, write_pyramid
-from utils.attention_visualizer import AttentionVisualizer, Caption, check_drawable
+from utils.attention_visualizer import AttentionVisualizer, check_drawable
 from utils.bags.store import Bag
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
 from utils.core.passport import Passport
+from utils.pictures.caption import Caption
 
 SIZE = 500, 400
 COORDS = patch_grid(*SIZE, 50, 50)
 ATTENTION = np.linspace(1, 2, len(COORDS)) / np.linspace(1, 2, len(COORDS)).sum()
+
+
+RECORD = {
+    "predicted_class": "b", "confidence": 0.7, "probabilities": {"a": 0.3, "b": 0.7}, "mode": "chunked",
+    "chunk_size": 1000, "seen_in_training": True, "model": {"name": "LiteMIL", "num_heads": 4},
+    "checkpoint": "model.pth", "recipe": {"backbone": "uni", "weights_digest": "a" * 64, "mpp": None},
+    "slide_record": {"mpp_delivered": 0.5},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +69,8 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
         heads,
         50,
         name="place",
-        caption=Caption("synthetic", {"a": 0.3, "b": 0.7}),
+        record=RECORD,
         top_k=200,
-        record={"class_names": ["a", "b"]},
     )
     assert all(path.exists() for path in paths)
     names = ("heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson",
@@ -70,7 +78,11 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
     assert [path.name for path in paths] == [f"place_{name}" for name in names]
     assert len(list(paths[3].glob("*.png"))) == len(COORDS)  # top_k larger than the slide shows what there is
     data = np.load(paths[4])
-    assert set(data.files) == {"coords", "attention", "attention_heads", "patch_size_level0", "class_names"}
+    assert set(data.files) == {
+        "coords", "attention", "attention_heads", "patch_size_level0", "class_names", "probabilities", "prediction",
+        "mpp",
+    }  # fmt: skip
+    assert (data["prediction"], data["mpp"]) == ("b", 0.5)
     np.testing.assert_allclose(data["attention"], heads.mean(axis=0))
     assert plt.get_fignums() == []
 
@@ -123,3 +135,16 @@ def test_chunks_count_by_their_size(slide):
 def test_alpha_and_colour_map_are_checked_early():
     with pytest.raises(ConfigError, match="no such colour map"):
         AttentionVisualizer(cmap="rainbows")
+
+
+def test_what_the_pictures_say_of_a_prediction():
+    caption = Caption.of(RECORD)
+    assert caption.answer == "b (70.0%)"
+    assert dict(caption.facts) == {
+        "model": "LiteMIL (num_heads 4)", "checkpoint": "model.pth", "backbone": "uni", "weights_digest": "a" * 16,
+        "fed": "in chunks of 1000, their probabilities averaged", "um/px of the patches": "0.5",
+    }  # fmt: skip
+    assert caption.notes == ["The model was trained on this slide: its prediction proves nothing."]
+    unknown = Caption.of(RECORD | {"recipe": None, "slide_record": None, "seen_in_training": None, "mode": "full"})
+    assert [name for name, _ in unknown.facts] == ["model", "checkpoint", "fed"]
+    assert (dict(unknown.facts)["fed"], unknown.notes) == ("whole", [])

@@ -5,13 +5,12 @@ visualizer.visualize_full_attention("slide.svs", coords, attention, size_level0,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -22,8 +21,9 @@ from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
 from utils.core.passport import recipe_differences
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.caption import Caption
 from utils.pictures.geojson import write_attention
-from utils.pictures.heatmap import Look, Picture, detailed_figure, heatmap_figure, patch_grid_figure
+from utils.pictures.heatmap import Figure, Look, Picture, detailed_figure, heatmap_figure, patch_grid_figure
 from utils.pictures.report import ShownPatch, write_report
 from utils.slides.wsi import Slide, open_slide
 
@@ -34,18 +34,6 @@ _GRID_PATCHES = 50
 # Of the report's galleries; larger ones are made smaller, so that the page stays one that opens at once.
 _REPORT_PATCHES, _REPORT_SIDE = 24, 1024
 _TABLE = "patches.csv"
-
-
-@dataclass(frozen=True)
-class Caption:
-    """What the pictures say of a prediction: its answer in a line, `probabilities` by class, `facts` (pairs of a name
-    and a text) on how it was made, `notes` that no reader must miss.
-    """
-
-    answer: str = ""
-    probabilities: Mapping[str, float] = field(default_factory=dict)
-    facts: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -187,16 +175,17 @@ class AttentionVisualizer:
         patch_size_level0: int,
         *,
         name: str,
-        caption: Caption,
+        record: Mapping[str, Any],
         top_k: int = Pictures.top_k,
-        record: Mapping[str, Any] | None = None,
     ) -> list[Path]:
         """Write `<name>_heatmap.png`, `_detailed.png`, `_patch_grid.png`, `_top_patches/`, `_attention.npz` (the
-        arguments, the per-head attention `(H, N)` among them, and what `record` adds), `_attention.geojson` and
+        arguments, the per-head attention `(H, N)` among them, and the prediction), `_attention.geojson` and
         `_report.html`. Returns their paths.
 
-        Here `attention` is `(H, N)`; the pictures show its mean over heads.
+        Here `attention` is `(H, N)`; the pictures show its mean over heads. `record` is what `<name>_prediction.json`
+        holds.
         """
+        caption = Caption.of(record)
         folder, title = Path(output_dir), f"{name}: {caption.answer}"
         heatmap, detailed, grid, top_patches, data, tiles, page = paths = [
             folder / f"{name}_{part}"
@@ -217,7 +206,9 @@ class AttentionVisualizer:
         with whole_file(data) as part, part.open("wb") as file:
             np.savez(
                 file, coords=coords, attention=shown.attention, attention_heads=attention,
-                patch_size_level0=patch_size_level0, **(record or {}),
+                patch_size_level0=patch_size_level0, class_names=list(caption.probabilities),
+                probabilities=list(caption.probabilities.values()), prediction=record["predicted_class"],
+                mpp=(record["slide_record"] or {}).get("mpp_delivered") or np.nan,
             )  # fmt: skip
         write_report(
             page, picture, shown, self.look, slide=name, answer=caption.answer, probabilities=caption.probabilities,

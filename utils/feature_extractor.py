@@ -387,9 +387,10 @@ def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> li
     return statuses
 
 
-def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
-    """What `extract_slides` would do, and what it would cost: patches are counted on thumbnails, and the time is
-    estimated from a trial on some of them. Writes nothing. Raises as `extract_slides` does.
+def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:
+    """What `extract_slides` would do, slide by slide, and a text of that and of what it would cost: patches are counted
+    on thumbnails, and the time is estimated from a trial on some of them. Writes nothing. Raises as `extract_slides`
+    does.
     """
     known = _slide_files(extractor, files)
     targets = known.targets()
@@ -414,7 +415,10 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> str:
     for rate in rates:
         seconds = patches / rate / len(extractor.devices)
         cost += f", about {duration(seconds)} at {rate:.0f} patches/s, as just tried on {extractor.device}"
-    return f"{status_table(statuses)}\n\n{cost}\nNothing was extracted: a dry run."
+    failed = sum(status.status == "failed" for status in statuses)
+    if failed:
+        cost += f"\n{failed} of {len(statuses)} slides would fail"
+    return statuses, f"{status_table(statuses)}\n\n{cost}\nNothing was extracted: a dry run."
 
 
 def extract_one(

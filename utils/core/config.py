@@ -64,7 +64,9 @@ class _Checked:
 class Extraction(_Checked):
     """The feature recipe, and how it is computed."""
 
-    backbone: str = option("resnet50", "resnet50, phikon-v2, uni, or timm:<any timm model>")
+    backbone: str = option(
+        "resnet50", "a name of README's table (resnet50, uni, virchow2, gigapath, stain, ...) or timm:<any timm model>"
+    )
     weights: Path | None = option(None, "local weights (.pth, .bin, .safetensors) instead of a download")
     patch_size: int = option(256, "patch edge in pixels, at the resolution asked for", least=1)
     stride: int | None = option(None, "step between patches in pixels of theirs (default: the patch size)", least=1)

@@ -2,6 +2,7 @@
 report and a contact sheet.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -216,8 +217,9 @@ def guarded(work: Work, slide: Path, target: Path) -> SlideStatus:
     try:
         return work(slide, target)
     except LiteMILError as error:
-        log.error("%s", error)
-        return SlideStatus(slide, "no tissue" if isinstance(error, NoTissueError) else "failed", str(error))
+        empty = isinstance(error, NoTissueError)
+        log.log(logging.WARNING if empty else logging.ERROR, "%s", error)
+        return SlideStatus(slide, "no tissue" if empty else "failed", str(error))
 
 
 def _write_report(report: Path, targets: Mapping[Path, Path], statuses: Mapping[Path, SlideStatus]) -> None:

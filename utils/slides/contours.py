@@ -116,6 +116,8 @@ class ContourFile:
                 f"{self.path}: of a slide of {size[0]} x {size[1]} px, but {slide.path} has {slide.width} x "
                 f"{slide.height}; give the file of this slide"
             )
+        if frame.get("slide", slide.name) != slide.name:
+            log.warning("%s: says that it is of slide %s, used for %s", self.path, frame["slide"], slide.path)
         return np.array(frame.get("offset", qupath_offset(slide)), dtype=float)
 
 

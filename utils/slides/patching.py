@@ -113,8 +113,9 @@ def plan_patches(
         if not len(coords):
             shortage = (
                 f"{slide.path}: none of {len(grid)} patches holds {tissue_threshold:g} tissue (the most is "
-                f"{fraction.max():.2f}, {tissue.fraction:.1%} of the slide is tissue); lower --tissue_threshold, or 0 "
-                "to keep every patch"
+                f"{fraction.max():.2f}, {tissue.fraction:.1%} of the slide is tissue); "
+                + ("lower --tissue_threshold, or " if fraction.max() > 0 else "draw it and give --tissue, or ")
+                + "leave the slide out"
             )
     return PatchPlan(
         coords=coords,
