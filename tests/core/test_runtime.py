@@ -1,5 +1,7 @@
 """Devices, seeds, versions, memory and progress bars."""
 
+import multiprocessing
+import os
 import platform
 import random
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from utils.core import runtime
 from utils.core.errors import ConfigError
@@ -241,3 +244,20 @@ def test_keeping_freed_memory_spares_page_faults():
     )
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         assert int(done.stdout) < 1024  # 1024 pages a tensor, 20 tensors
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_child_leaves_the_bars_of_its_parent_free():
+    """By itself tqdm shares a lock with forked processes, which stays taken when one is killed while it holds it."""
+
+    def hold() -> None:
+        with tqdm.get_lock():
+            time.sleep(30)
+
+    child = multiprocessing.get_context("fork").Process(target=hold)
+    child.start()
+    time.sleep(0.3)
+    child.kill()
+    child.join()
+    assert tqdm.get_lock().acquire(timeout=5)
+    tqdm.get_lock().release()

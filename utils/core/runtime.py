@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,9 @@ _MEMORY_LIMITS = (
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Where output is not a terminal (a log, a batch system), a bar prints a line at this interval instead of redrawing.
 _SECONDS_BETWEEN_LOG_LINES = 30
+
+# Each process has its own bars; tqdm's own lock is shared with forked ones and stays taken when one is killed.
+tqdm.set_lock(threading.RLock())
 
 
 def resolve_device(name: str) -> torch.device:
