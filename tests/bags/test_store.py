@@ -4,6 +4,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -12,7 +13,17 @@ import pytest
 import torch
 
 from tests.cohort import PATCH_SIZE_LEVEL0, synthetic_bag, synthetic_passport
-from utils.bags.store import Bag, BagInfo, bag_writer, is_feature_file, peek_bag, read_bag, write_bag
+from utils.bags.store import (
+    Bag,
+    BagInfo,
+    StoredBag,
+    bag_writer,
+    is_feature_file,
+    open_bag,
+    peek_bag,
+    read_bag,
+    write_bag,
+)
 from utils.core.errors import FeatureFileError, LiteMILError
 from utils.core.passport import Passport
 
@@ -55,11 +66,28 @@ def same(one: Bag, other: Bag) -> bool:
 
 
 def agree(path: Path) -> Bag:
-    """The bag, after `peek_bag` has told its size, dtype and passport rightly."""
+    """The bag, after `peek_bag` has told its size, dtype and passport rightly, and `open_bag` has given the same."""
     bag, info = read_bag(path), peek_bag(path)
     assert info == BagInfo(*bag.features.shape, bag.features.dtype, bag.passport)
     assert info.nbytes == bag.features.nbytes
+    stored = open_bag(path)
+    assert same(replace(bag, features=whole_of(stored)), bag)
+    assert same(Bag(bag.features, stored.coords, stored.patch_size_level0, stored.passport), bag)
     return bag
+
+
+def whole_of(stored: StoredBag, rows: int = 7) -> np.ndarray:
+    """The features of an opened bag, which came in blocks of some rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "utils.bags.store._BLOCK_BYTES", rows * stored.features.info.dim * stored.features.info.dtype.itemsize
+        )
+        blocks = [block.numpy() for block in stored.features.blocks()]
+    assert all(len(block) == rows for block in blocks[:-1])
+    features = np.concatenate(blocks)
+    np.testing.assert_array_equal(stored.features.whole().numpy(), features)
+    assert stored.features.shape == features.shape
+    return features
 
 
 def refusal(path: Path, feat_type: str = "features") -> str:
@@ -68,7 +96,21 @@ def refusal(path: Path, feat_type: str = "features") -> str:
         read_bag(path, feat_type)
     message = str(caught.value)
     assert message.startswith((f"{path}: ", f"{path.parent / path.name}: "))
+    with pytest.raises(FeatureFileError) as caught:  # taken block by block, here in a single one
+        list(open_bag(path, feat_type).features.blocks())
+    assert str(caught.value) == message
     return message
+
+
+def test_a_bad_value_is_found_where_it_is_when_features_come_in_blocks(tmp_path, monkeypatch):
+    features = features_of(20)
+    features[13, 2] = np.nan
+    path = write_h5(tmp_path / "a.h5", features=features)
+    monkeypatch.setattr("utils.bags.store._BLOCK_BYTES", 5 * features[0].nbytes)
+    blocks = open_bag(path).features.blocks()
+    assert [len(next(blocks)) for _ in range(2)] == [5, 5]
+    with pytest.raises(FeatureFileError, match=r"a\.h5: 1 values are NaN or infinite, the first in row 13"):
+        next(blocks)
 
 
 def refused_by_both(path: Path, feat_type: str = "features") -> str:

@@ -6,6 +6,7 @@ from torch import nn
 from MILS import list_mils
 from MILS.pooling import BLOCK_ROWS, BagModel
 from utils.bags.collate import cut_chunks
+from utils.bags.store import Bag, open_bag, write_bag
 from utils.learning.aggregation import SlideFeed, predict_features
 
 FULL = SlideFeed(None, "merge")
@@ -196,3 +197,20 @@ def test_a_slide_is_cut_as_the_feed_says(stirred):
     output = predict_features(model, features, SlideFeed(20, "mean", sequential=True), attention=True)
     assert output.chunk_probabilities == pytest.approx(np.stack(each), abs=1e-6)
     assert output.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("feed", [FULL, SlideFeed(20, "mean"), SlideFeed(20, "merge")], ids=["full", "mean", "merge"])
+def test_features_left_in_their_file_give_the_same_answer(name, feed, stirred, tmp_path, monkeypatch):
+    model, features = stirred(name), bag(53)
+    write_bag(tmp_path / "slide.h5", Bag(features.numpy()))
+    expected = predict_features(model, features, feed, attention=True)
+    monkeypatch.setattr("utils.bags.store._BLOCK_BYTES", 10 * features[0].nbytes)
+    stored = open_bag(tmp_path / "slide.h5").features
+    if name in MERGEABLE and feed is FULL:
+        monkeypatch.setattr(stored, "whole", None)  # it is streamed
+    found = predict_features(model, stored, feed, attention=True)
+    for one, other in zip(vars(found).values(), vars(expected).values(), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_allclose(one, other, atol=1e-6)

@@ -29,6 +29,8 @@ FEATURE_EXTENSIONS = _HDF5_EXTENSIONS + _TENSOR_EXTENSIONS
 _PASSPORT = "litemil_passport"
 # Everything in our files begins at a multiple of this, so that the features begin at the same place in all of them.
 _ALIGNMENT = 512
+# Read at once of features that are taken block by block.
+_BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,46 @@ class Bag:
     """
 
     features: np.ndarray
+    coords: np.ndarray | None = None
+    patch_size_level0: int | None = None
+    passport: Passport | None = None
+    coords_withheld: str | None = None
+
+
+class StoredFeatures:
+    """The features `(N, D)` of a file, read and checked (as `read_bag` does) when they are asked for."""
+
+    def __init__(self, path: Path, feat_type: str, info: BagInfo) -> None:
+        self.path, self.feat_type, self.info = path, feat_type, info
+
+    def __len__(self) -> int:
+        return self.info.num_instances
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.info.num_instances, self.info.dim
+
+    def whole(self) -> torch.Tensor:
+        return torch.from_numpy(read_features(self.path, self.feat_type)[0])
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """`(n, D)` in the file's order; of an HDF5 file one block at a time is in memory."""
+        step = max(1, _BLOCK_BYTES // (self.info.dim * self.info.dtype.itemsize))
+        with _found(self.path, self.feat_type) as found:
+            stored = found.features
+            rows = _plain_rows(self.path, stored)
+            bag = (0,) if stored.ndim == 3 else ()
+            for start in range(0, len(self), step):
+                taken = slice(start, start + step)
+                part = stored[(*bag, taken)] if rows is None else rows.read(taken.start, taken.stop)
+                yield torch.from_numpy(_as_kept(self.path, part, self.info.dtype, start))
+
+
+@dataclass(frozen=True)
+class StoredBag:
+    """What `Bag` is, the features left in their file."""
+
+    features: StoredFeatures
     coords: np.ndarray | None = None
     patch_size_level0: int | None = None
     passport: Passport | None = None
@@ -94,12 +136,15 @@ def read_bag(path: Path, feat_type: str = "features", mpp: float | None = None) 
     with _found(path, feat_type) as found:
         info = _info(path, found)
         features, _ = _read(path, found, info)
-        places = found.places(mpp)
-    places = _checked(path, places, info.num_instances)
-    size = places.patch_size_level0
-    if size is None and info.passport is not None:
-        size = length(info.passport.slide.get("patch_size_level0"))
-    return Bag(features, places.coords, size, info.passport, places.withheld)
+        return Bag(features, *_placed(path, found, info, mpp))
+
+
+def open_bag(path: Path, feat_type: str = "features", mpp: float | None = None) -> StoredBag:
+    """All of a bag that `read_bag` gives but its features, which are read when they are asked for."""
+    path = Path(path)
+    with _found(path, feat_type) as found:
+        info = _info(path, found)
+        return StoredBag(StoredFeatures(path, feat_type, info), *_placed(path, found, info, mpp))
 
 
 def read_features(path: Path, feat_type: str = "features") -> tuple[np.ndarray, RowMap | None]:
@@ -283,16 +328,31 @@ def _parsed_passport(found: str | dict[str, Any], path: Path) -> Passport:
 
 
 def _read(path: Path, found: Found, info: BagInfo) -> tuple[np.ndarray, RowMap | None]:
-    stored, rows = found.features, None
+    stored, rows = found.features, _plain_rows(path, found.features)
     if isinstance(stored, h5py.Dataset):
-        rows = map_rows(stored, path)
-        if rows is None:
-            _check_written(path, stored)
         stored = stored[()] if rows is None else rows.read()
-    with np.errstate(over="ignore"):  # what overflows is refused in our own words
-        features = stored.reshape(info.num_instances, info.dim).astype(info.dtype, copy=False)
-    _check_finite(path, features)
+    features = _as_kept(path, stored.reshape(info.num_instances, info.dim), info.dtype)
     return features, rows if features.dtype == stored.dtype else None
+
+
+def _plain_rows(path: Path, stored: Any) -> RowMap | None:
+    """Where the rows lie in the file, if they can be read straight from there. Raises FeatureFileError where they were
+    never written.
+    """
+    if not isinstance(stored, h5py.Dataset):
+        return None
+    rows = map_rows(stored, path)
+    if rows is None:
+        _check_written(path, stored)
+    return rows
+
+
+def _as_kept(path: Path, stored: np.ndarray, dtype: np.dtype, start: int = 0) -> np.ndarray:
+    """Rows from `start` on as `dtype`, known to be finite."""
+    with np.errstate(over="ignore"):  # what overflows is refused in our own words
+        features = stored.astype(dtype, copy=False)
+    _check_finite(path, features, start)
+    return features
 
 
 def _info(path: Path, found: Found) -> BagInfo:
@@ -326,15 +386,26 @@ def _check_written(path: Path, dataset: Any) -> None:
         )
 
 
-def _check_finite(path: Path, features: np.ndarray) -> None:
+def _check_finite(path: Path, features: np.ndarray, start: int) -> None:
     # The extremes are found in one pass that allocates nothing, and a NaN or an infinity is always one of them.
     if all(torch.isfinite(extreme) for extreme in torch.from_numpy(features).aminmax()):
         return
     bad = ~np.isfinite(features)
-    row = int(np.argmax(bad.any(axis=1)))
+    row = start + int(np.argmax(bad.any(axis=1)))
     raise FeatureFileError(
         f"{path}: {int(bad.sum())} values are NaN or infinite, the first in row {row}; extract it again"
     )
+
+
+def _placed(
+    path: Path, found: Found, info: BagInfo, mpp: float | None
+) -> tuple[np.ndarray | None, int | None, Passport | None, str | None]:
+    """What a bag holds beside its features."""
+    places = _checked(path, found.places(mpp), info.num_instances)
+    size = places.patch_size_level0
+    if size is None and info.passport is not None:
+        size = length(info.passport.slide.get("patch_size_level0"))
+    return places.coords, size, info.passport, places.withheld
 
 
 def _checked(path: Path, places: Places, num_instances: int) -> Places:

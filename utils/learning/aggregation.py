@@ -4,7 +4,7 @@
 streamed in blocks for every model that can.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel, MergeableModel, evaluating
 from utils.bags.collate import Cut, cut_chunks, take
+from utils.bags.store import StoredFeatures
+from utils.core.runtime import ahead
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,28 @@ class SlideOutput:
     attention: np.ndarray | None
     members: np.ndarray | None = None
 
+    @property
+    def each(self) -> np.ndarray:
+        """`(M, C)` of each model, be it one."""
+        return self.probabilities[None] if self.members is None else self.members
+
 
 @torch.inference_mode()
-def predict_features(model: BagModel, features: torch.Tensor, feed: SlideFeed, attention: bool = False) -> SlideOutput:
-    """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too."""
+def predict_features(
+    model: BagModel, features: torch.Tensor | StoredFeatures, feed: SlideFeed, attention: bool = False
+) -> SlideOutput:
+    """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too.
+
+    Stored features fed whole are streamed from their file, if the model can.
+    """
+    if isinstance(features, StoredFeatures) and not (feed.mode == "full" and streams(model)):
+        features = features.whole()
     if isinstance(model, Ensemble):
-        return _mean([predict_features(member, features, feed, attention) for member in model.models])
+        return mean_output([predict_features(member, features, feed, attention) for member in model.models])
     with evaluating(model):
         cuts = cut_chunks(len(features), feed.chunk_size, sequential=feed.sequential)
-        chunks = [_predict_bag(model, take(features, cut), attention) for cut in cuts]
+        bags = [features if isinstance(features, StoredFeatures) else take(features, cut) for cut in cuts]
+        chunks = [_predict_bag(model, bag, attention) for bag in bags]
         sizes = np.array([len(cut) for cut in cuts])
         each = np.stack([probabilities for probabilities, _ in chunks])
         whole = chunks[0] if len(cuts) == 1 else None
@@ -77,24 +92,43 @@ def predict_features(model: BagModel, features: torch.Tensor, feed: SlideFeed, a
         return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
 
 
-def _mean(outputs: Sequence[SlideOutput]) -> SlideOutput:
-    """The mean of several models' answers for one slide, which they were fed in the same chunks."""
+def streams(model: BagModel) -> bool:
+    """Whether a slide can go through in blocks."""
+    members = model.models if isinstance(model, Ensemble) else [model]
+    return all(isinstance(member, MergeableModel) for member in members)
+
+
+def blocks_of(features: torch.Tensor | StoredFeatures) -> Iterable[torch.Tensor]:
+    """The features `(N, D)` in blocks `(n, D)`, in their order."""
+    return [features] if isinstance(features, torch.Tensor) else ahead(features.blocks())
+
+
+def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
+    """The mean of several models' answers for one slide, which they were fed in the same chunks; each model of an
+    ensemble counts as one. The attention of models with different numbers of heads is the mean of their heads' means.
+    """
+    members = np.concatenate([output.each for output in outputs])
+    counts = [len(output.each) for output in outputs]
     known = [output.attention for output in outputs if output.attention is not None]
-    members = np.stack([output.probabilities for output in outputs])
+    if len({len(weights) for weights in known}) > 1:
+        known = [weights.mean(axis=0, keepdims=True) for weights in known]
     return SlideOutput(
         members.mean(axis=0),
-        np.mean([output.chunk_probabilities for output in outputs], axis=0),
+        np.average([output.chunk_probabilities for output in outputs], axis=0, weights=counts),
         outputs[0].chunk_sizes,
-        np.mean(known, axis=0) if len(known) == len(outputs) else None,
+        np.average(known, axis=0, weights=counts).astype(np.float32) if len(known) == len(outputs) else None,
         members,
     )
 
 
-def _predict_bag(model: BagModel, features: torch.Tensor, attention: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _predict_bag(
+    model: BagModel, features: torch.Tensor | StoredFeatures, attention: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Probabilities `(C,)` in float64 and attention `(H, N)` of one bag."""
     if isinstance(model, MergeableModel):
-        logits, aux = model.forward_blocks([features], attention=attention)
+        logits, aux = model.forward_blocks(blocks_of(features), attention=attention)
     else:
+        assert isinstance(features, torch.Tensor)  # noqa: S101 - for the type checker: it is no model that streams
         logits, aux = model(features.to(next(model.parameters()).device)[None])
     attn = aux["attn"] if attention else None
     weights = None if attn is None else attn[0].float().cpu().numpy()
