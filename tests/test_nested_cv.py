@@ -28,6 +28,7 @@ from utils.core.files import read_json, write_text
 from utils.learning import results as results_module
 from utils.learning import units
 from utils.learning.aggregation import SlideFeed, predict_features
+from utils.learning.calibration import scale_probabilities
 from utils.learning.checkpoint import id_digests, load_checkpoint
 from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, fitted_threshold
 from utils.learning.results import closing_words, results_table
@@ -171,7 +172,8 @@ class TestOutputs:
     def test_predictions_have_one_out_of_fold_row_per_slide_in_table_order(self, finished, dataset):
         rows = finished.table()
         assert list(rows[0]) == [
-            "wsi_id", "case_id", "label", "predicted", "prob_benign", "prob_malignant", "fold", "repeat",
+            "wsi_id", "case_id", "label", "predicted", "prob_benign", "prob_malignant", "calibrated_benign",
+            "calibrated_malignant", "fold", "repeat",
         ]  # fmt: skip
         expected = [(row.wsi_id, row.case_id, dataset.class_names[row.label]) for row in dataset.rows]
         assert [(row["wsi_id"], row["case_id"], row["label"]) for row in rows] == expected
@@ -221,6 +223,23 @@ class TestOutputs:
         expected = classification_metrics(dataset.labels, probabilities, dataset.class_names)
         assert outputs["pooled"] == pytest.approx(expected, abs=1e-12)
         assert set(expected) == set(outputs["intervals_95"]) > {"sensitivity_benign", "specificity_malignant"}
+
+    def test_the_temperature_is_the_checkpoints_and_scales_the_test_slides(self, finished, dataset):
+        rows = finished.table()
+        raw, scaled = (
+            np.array([[float(row[f"{kind}_benign"]), float(row[f"{kind}_malignant"])] for row in rows])
+            for kind in ("prob", "calibrated")
+        )
+        for result in finished.results["fold_results"]:
+            temperature = load_checkpoint(finished.folder / f"fold_{result['fold']}_best.pth").temperature
+            assert temperature == result["temperature"]
+            part = np.array([int(row["fold"]) == result["fold"] for row in rows])
+            np.testing.assert_allclose(scaled[part], scale_probabilities(raw[part], temperature))
+        figures = classification_metrics(dataset.labels, scaled)
+        assert finished.results["pooled_calibrated"] == pytest.approx(
+            {name: figures[name] for name in ("brier", "ece")}
+        )
+        assert not np.allclose(raw, scaled)
 
     def test_chunk_accuracy_counts_chunks(self, finished, dataset):
         for result in finished.results["fold_results"]:

@@ -36,6 +36,7 @@ from utils.core.runtime import (
 )
 from utils.learning import plan, results
 from utils.learning.aggregation import SlideFeed
+from utils.learning.calibration import fitted_temperature
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
 from utils.learning.metrics import auc_is_defined, fitted_threshold
 from utils.learning.results import FoldResult, Pooled
@@ -49,7 +50,9 @@ from utils.mil_dataset import MILDataset
 
 @dataclass(frozen=True)
 class _Choice:
-    """What inner validation chose for an outer fold: the setting (from 1), its inner models, the best of them."""
+    """What inner validation chose for an outer fold: the setting (from 1), its inner models, the best of them, and the
+    decision threshold and temperature that fit them.
+    """
 
     fold: OuterFold
     monitor: str
@@ -57,6 +60,7 @@ class _Choice:
     fitted: list[Fitted]
     best: int
     threshold: float | None
+    temperature: float | None
     scores: list[dict[str, Any]]
     history: list[dict[str, Any]]
 
@@ -274,14 +278,12 @@ class NestedCrossValidation:
             {"setting": self.settings[index].values, **_mean_validation(inner)} for index, inner in enumerate(trained)
         ]
         best = best_of([rank(one.validation, monitor) for one in chosen])
-        return _Choice(fold, monitor, setting + 1, chosen, best, self._threshold(fold, chosen), scores, history)
-
-    def _threshold(self, fold: OuterFold, fitted: Sequence[Fitted]) -> float | None:
-        """The decision threshold by all inner validation slides, each as the model that left it out saw it."""
-        if len(self.dataset.class_names) != 2:
-            return None
+        # All inner validation slides, each as the model that left it out saw it.
         labels = self.dataset.labels[np.concatenate([inner.val for inner in fold.inner])]
-        return fitted_threshold(labels, np.concatenate([one.val_probabilities[:, 1].numpy() for one in fitted]))
+        seen = np.concatenate([one.val_probabilities.numpy() for one in chosen])
+        threshold = fitted_threshold(labels, seen[:, 1]) if len(self.dataset.class_names) == 2 else None
+        temperature = fitted_temperature(labels, seen)
+        return _Choice(fold, monitor, setting + 1, chosen, best, threshold, temperature, scores, history)
 
     def _refit_unit(self, choice: _Choice) -> Unit:
         epochs = refit_epochs([fitted.epoch for fitted in choice.fitted])
@@ -330,7 +332,7 @@ class NestedCrossValidation:
         model = self._model(choice.setting, states)
         outputs = predict_slides(model.to(self.device), dataset, choice.fold.test, self.trainer.feed)
         record |= {"threshold": choice.threshold, "settings": choice.scores}
-        result = FoldResult(choice.fold, outputs, choice.threshold, record, history)
+        result = FoldResult(choice.fold, outputs, choice.threshold, choice.temperature, record, history)
         self._save(model.cpu(), result, self.output_dir / f"fold_{choice.fold.number}_best.pth")
         return result
 
@@ -354,6 +356,7 @@ class NestedCrossValidation:
                 recipe=data.recipe,
                 mpp_range=data.mpp_range,
                 selection=result.selection | {"best_of_all_folds": False},
+                temperature=result.temperature,
                 seen={
                     "slide": id_digests("slide", (data.rows[slide].wsi_id for slide in used.tolist())),
                     "case": id_digests("case", data.cases[used].tolist()),

@@ -93,6 +93,18 @@ def test_no_id_is_in_the_file(saved):
         assert name.split("-")[-1].split(" ")[-1].encode() not in content
 
 
+def test_a_temperature_is_kept_and_earlier_files_have_none(checkpoint, saved, tmp_path):
+    save_checkpoint(tmp_path / "scaled.pth", replace(checkpoint, temperature=1.5))
+    assert load_checkpoint(tmp_path / "scaled.pth").temperature == 1.5
+    content = torch.load(saved, weights_only=True)
+    assert content.pop("temperature") is None
+    save_tensors(tmp_path / "earlier.pth", content)
+    assert load_checkpoint(tmp_path / "earlier.pth").temperature is None
+    for wrong in (0.0, -1.0, float("nan"), "warm"):
+        save_tensors(tmp_path / "wrong.pth", content | {"temperature": wrong})
+        check_refused(tmp_path / "wrong.pth", "temperature")
+
+
 def test_digests_tell_what_was_seen():
     assert id_digests("slide", ["a", "b", "a"]) == sorted(
         [digest("litemil", "slide", "a"), digest("litemil", "slide", "b")]

@@ -30,7 +30,8 @@ class Checkpoint:
     """`model`: the spec that rebuilds it, or each member of an ensemble; `recipe` and `mpp_range`: how the training
     features were made, where known; `feed`: how a slide is fed (`SlideFeed.as_dict`); `selection`: which score on which
     split chose these weights; `seen`: digests of the case and slide ids it was trained or selected on, never the ids
-    (they may be patients'); empty where they are not known.
+    (they may be patients'); empty where they are not known; `temperature`: what calibrates the probabilities
+    (`learning.calibration`), fitted on inner validation, where that was done.
     """
 
     model: dict[str, Any]
@@ -43,6 +44,7 @@ class Checkpoint:
     selection: dict[str, Any]
     seen: dict[str, list[str]]
     versions: dict[str, str] = field(default_factory=versions)
+    temperature: float | None = None
 
     @property
     def slide_feed(self) -> SlideFeed:
@@ -85,10 +87,16 @@ def load_checkpoint(
     try:
         if is_first_version:
             content = first_version.checkpoint_parts(path, content, class_names, dataset, num_heads)
-        checkpoint = Checkpoint(**{part.name: content[part.name] for part in fields(Checkpoint)})
-        for part, kinds in (("state_dict", dict), ("recipe", dict | None), ("mpp_range", tuple | list | None)):
+        known: dict[str, Any] = {"temperature": None} | content  # which earlier files lack
+        checkpoint = Checkpoint(**{part.name: known[part.name] for part in fields(Checkpoint)})
+        kinds_of = {
+            "state_dict": dict, "recipe": dict | None, "mpp_range": tuple | list | None, "temperature": float | None,
+        }  # fmt: skip
+        for part, kinds in kinds_of.items():
             if not isinstance(getattr(checkpoint, part), kinds):
                 raise TypeError(f"{part} is no {kinds}")
+        if checkpoint.temperature is not None and not checkpoint.temperature > 0:
+            raise KeyError(f"temperature {checkpoint.temperature}")
         outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
         if not checkpoint.seen.keys() >= {"slide", "case"}:
             raise KeyError("seen")

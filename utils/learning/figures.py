@@ -116,43 +116,65 @@ def confusion_figure(
 
 
 def calibration_figure(
-    labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], repeats: np.ndarray | None = None
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    repeats: np.ndarray | None = None,
+    calibrated: np.ndarray | None = None,
 ) -> Figure:
     """Reliability diagram over ten bins of the probability, with 95% Wilson intervals, over the slides in each bin.
 
     Of two classes, the positive one's probability against its observed share; beyond, the predicted class's against
     accuracy. The slides of one patient count as if they were several; each slide counts once, whatever the repeats.
+    `calibrated (n, C)` are drawn beside, without intervals.
     """
     repeats = np.zeros(len(labels)) if repeats is None else repeats
     if len(class_names) == 2:
-        probability, happened = probabilities[:, 1], labels == 1
         x_label, y_label = f"Predicted probability of {class_names[1]}", f"Observed share of {class_names[1]}"
     else:
-        probability, happened = probabilities.max(axis=1), labels == probabilities.argmax(axis=1)
         x_label, y_label = "Probability of the predicted class", "Accuracy"
-    bins = probability_bins(probability.astype(np.float64))
+    bins, points = _reliability(labels, probabilities)
     slides = np.bincount(bins, minlength=BINS) / len(np.unique(repeats))
     figure = Figure(figsize=(4.5, 5), layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8)
-    for index in np.unique(bins):
-        rows = bins == index
-        share = happened[rows].mean()
+    for index, at, share in points:
         low, high = _wilson(share, float(slides[index]))
-        at = probability[rows].mean()
         axes.plot([at, at], [low, high], color=COLOURS[0], lw=1.2)
         axes.plot(at, share, color=COLOURS[0], marker="o", ms=5)
+    figures_text = _calibration_text(labels, probabilities, repeats)
+    if calibrated is not None:
+        _, points = _reliability(labels, calibrated)
+        axes.plot(*np.array(points)[:, 1:].T, color=COLOURS[1], marker="s", mfc="none", ms=5, ls="")
+        figures_text += f"; squares, temperature-scaled: {_calibration_text(labels, calibrated, repeats)}"
     below.bar((np.arange(BINS) + 0.5) / BINS, slides, 0.9 / BINS, color=COLOURS[0])
     _label(axes, "", fill(_shown(y_label), 36))
     _label(below, fill(_shown(x_label), 48), "Slides")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     below.locator_params(axis="y", nbins=4, integer=True)
-    figures = pooled_metrics(labels, probabilities, repeats)
-    figures_text = (
-        f"Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}; lines: 95% intervals, slides taken as independent"
-    )
-    axes.set_title(f"{_pooled_title(repeats)}\n({figures_text})", fontsize=10)
+    figures_text += "; lines: 95% intervals, slides taken as independent"
+    axes.set_title(f"{_pooled_title(repeats)}\n{fill(f'({figures_text})', 62)}", fontsize=10)
     return figure
+
+
+def _reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, list[tuple[int, float, float]]]:
+    """Each slide's bin `(n,)`; and of each bin with slides its number, their mean probability and the share that came
+    true.
+    """
+    if probabilities.shape[1] == 2:
+        probability, happened = probabilities[:, 1], labels == 1
+    else:
+        probability, happened = probabilities.max(axis=1), labels == probabilities.argmax(axis=1)
+    bins = probability_bins(probability.astype(np.float64))
+    return bins, [
+        (int(index), float(probability[bins == index].mean()), float(happened[bins == index].mean()))
+        for index in np.unique(bins)
+    ]
+
+
+def _calibration_text(labels: np.ndarray, probabilities: np.ndarray, repeats: np.ndarray) -> str:
+    figures = pooled_metrics(labels, probabilities, repeats)
+    return f"Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}"
 
 
 def learning_figure(history: pd.DataFrame) -> Figure:

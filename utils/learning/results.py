@@ -14,6 +14,7 @@ from utils.core.files import write_text
 from utils.core.runtime import derive_seed
 from utils.learning import figures
 from utils.learning.aggregation import SlideOutput
+from utils.learning.calibration import calibrated
 from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, mean_and_std
 from utils.learning.splits import OuterFold
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
@@ -22,6 +23,8 @@ GALLERY_SIZE = 10
 # Beyond so many folds the closing table leaves them to outputs.json.
 _MOST_FOLDS_SHOWN = 20
 _SHOWN = METRICS
+# What temperature scaling is there to mend.
+CALIBRATION = ("brier", "ece")
 
 
 class Slides(Protocol):
@@ -36,12 +39,14 @@ class Slides(Protocol):
 @dataclass(frozen=True)
 class FoldResult:
     """An outer fold: what the tested model says of its test slides, the decision `threshold` that inner validation
-    gave (two classes only), the record of the selection, and the epochs of all trainings.
+    gave (two classes only), the `temperature` that it gave, the record of the selection, and the epochs of all
+    trainings.
     """
 
     fold: OuterFold
     outputs: list[SlideOutput]
     threshold: float | None
+    temperature: float | None
     selection: dict[str, Any]
     history: list[dict[str, Any]]
 
@@ -50,17 +55,24 @@ class FoldResult:
         """`(n, C)` of the test slides."""
         return np.stack([output.probabilities for output in self.outputs])
 
+    @property
+    def calibrated(self) -> np.ndarray | None:
+        """The same, temperature-scaled, where there is a temperature."""
+        scaled = [answer for output in self.outputs if (answer := calibrated(output, self.temperature)) is not None]
+        return np.stack(scaled) if scaled else None
+
 
 @dataclass(frozen=True)
 class Pooled:
     """The out-of-fold answers of all folds, one row per tested slide and repeat: the repeats' one after the other, each
-    in the label table's order.
+    in the label table's order. `calibrated` is None unless every fold has a temperature.
     """
 
     slides: np.ndarray
     labels: np.ndarray
     cases: np.ndarray
     probabilities: np.ndarray
+    calibrated: np.ndarray | None
     predicted_at_threshold: np.ndarray
     folds: np.ndarray
     repeats: np.ndarray
@@ -71,11 +83,13 @@ class Pooled:
         repeats = np.repeat([result.fold.repeat for result in results], [len(result.fold.test) for result in results])
         order = np.lexsort((slides, repeats))
         slides = slides[order]
+        scaled = [one for result in results if (one := result.calibrated) is not None]
         return cls(
             slides,
             data.labels[slides],
             data.cases[slides],
             np.concatenate([result.probabilities for result in results])[order],
+            np.concatenate(scaled)[order] if len(scaled) == len(results) else None,
             np.concatenate([_at_threshold(result) for result in results])[order],
             np.repeat([result.fold.number for result in results], [len(result.fold.test) for result in results])[order],
             repeats[order],
@@ -91,6 +105,8 @@ def predictions_table(pooled: Pooled, data: Slides) -> pd.DataFrame:
         "predicted": names[pooled.probabilities.argmax(axis=1)],
     }
     columns |= {f"prob_{name}": pooled.probabilities[:, index] for index, name in enumerate(names)}
+    if pooled.calibrated is not None:
+        columns |= {f"calibrated_{name}": pooled.calibrated[:, index] for index, name in enumerate(names)}
     return pd.DataFrame(columns | {"fold": pooled.folds, "repeat": pooled.repeats})
 
 
@@ -146,7 +162,11 @@ def outputs_content(results: Sequence[FoldResult], pooled: Pooled, data: Slides,
     )
     has_thresholds = all(result.threshold is not None for result in results)
     at_threshold = _pooled_at_threshold(pooled, names) if has_thresholds else None
-    return summary | {"pooled_thresholded": at_threshold, "fold_results": fold_results}
+    scaled = None
+    if pooled.calibrated is not None:
+        figures_scaled = pooled_metrics(pooled.labels, pooled.calibrated, pooled.repeats)
+        scaled = {name: figures_scaled[name] for name in CALIBRATION}
+    return summary | {"pooled_thresholded": at_threshold, "pooled_calibrated": scaled, "fold_results": fold_results}
 
 
 def draw_figures(folder: Path, pooled: Pooled, history: pd.DataFrame, names: Sequence[str], seed: int) -> None:
@@ -154,7 +174,7 @@ def draw_figures(folder: Path, pooled: Pooled, history: pd.DataFrame, names: Seq
     drawn = {
         "roc.png": figures.roc_figure(*answers, pooled.folds, pooled.cases, pooled.repeats, draws),
         "confusion_matrix.png": figures.confusion_figure(*answers, pooled.repeats),
-        "calibration.png": figures.calibration_figure(*answers, pooled.repeats),
+        "calibration.png": figures.calibration_figure(*answers, pooled.repeats, pooled.calibrated),
         "learning_curves.png": figures.learning_figure(history),
     }
     for name, figure in drawn.items():
@@ -200,6 +220,10 @@ def closing_words(results: dict[str, Any]) -> str:
             for name in ("accuracy", "balanced_accuracy", "f1_macro")
         ]
         words.append(f"At the threshold fitted on inner validation, pooled: {', '.join(told)}.")
+    scaled = results["pooled_calibrated"]
+    if scaled is not None:
+        told = [f"{name} {_figure(scaled[name])} ({_figure(results['pooled'][name])} as it is)" for name in CALIBRATION]
+        words.append(f"Temperature-scaled as fitted on inner validation, pooled: {', '.join(told)}.")
     chosen = Counter(_told(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:
         told = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in chosen.most_common()]
@@ -240,6 +264,7 @@ def _fold_figures(result: FoldResult, data: Slides) -> dict[str, Any]:
         "slide": classification_metrics(labels, result.probabilities, names),
         "threshold": result.threshold,
         "thresholded": at_threshold,
+        "temperature": result.temperature,
         "selection": result.selection,
     }
 

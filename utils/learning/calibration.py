@@ -1,0 +1,50 @@
+"""Temperature scaling: how sure a model is, corrected by what it said of slides it was not trained on.
+
+One number sharpens or softens every answer without changing which class comes first (Guo et al. 2017,
+https://arxiv.org/abs/1706.04599).
+"""
+
+import math
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from utils.learning.aggregation import SlideOutput
+from utils.learning.metrics import auc_is_defined
+
+_LEAST, _MOST = 0.05, 20.0
+_TINY = 1e-12
+
+
+def fitted_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
+    """The temperature that makes `probabilities (n, C)` most likely, of the true classes `labels (n,)`.
+
+    Targets are smoothed by the number of slides of each class as in Platt scaling (Platt 1999), since few slides that
+    are all told right would call for boundless sureness. None where a class is missing.
+    """
+    num_classes = probabilities.shape[1]
+    if not auc_is_defined(labels, num_classes):
+        return None
+    counts = np.bincount(labels, minlength=num_classes)
+    target = ((counts + 1) / (counts + 2))[labels]
+    targets = np.repeat(((1 - target) / (num_classes - 1))[:, None], num_classes, axis=1)
+    targets[np.arange(len(labels)), labels] = target
+
+    def loss(log_temperature: float) -> float:
+        scaled = scale_probabilities(probabilities, math.exp(log_temperature))
+        return float(-(targets * np.log(np.maximum(scaled, _TINY))).sum(axis=1).mean())
+
+    found = minimize_scalar(loss, bounds=(math.log(_LEAST), math.log(_MOST)), method="bounded")
+    return math.exp(found.x)
+
+
+def scale_probabilities(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """`probabilities (..., C)` with their logarithms divided by the temperature."""
+    logarithms = np.log(np.maximum(probabilities, _TINY)) / temperature
+    powers = np.exp(logarithms - logarithms.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def calibrated(output: SlideOutput, temperature: float | None) -> np.ndarray | None:
+    """`(C,)` of a slide: each model's answer scaled, then averaged; None without a temperature."""
+    return None if temperature is None else scale_probabilities(output.each, temperature).mean(axis=0)
