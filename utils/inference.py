@@ -14,32 +14,37 @@ import torch
 from numpy.typing import NDArray
 
 from MILS import ModelError, mil_name
-from utils.bags.store import Bag, is_feature_file, read_bag
+from MILS.pooling import BagModel
+from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
+from utils.core.cohorts import tcga_case
 from utils.core.config import Extraction, Prediction, PredictionRecipe
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import COMPARED_FIELDS, ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
 from utils.core.runtime import log, resolve_device
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
-from utils.learning.aggregation import SlideFeed, predict_features
-from utils.learning.checkpoint import id_digests, load_checkpoint
+from utils.learning.aggregation import SlideFeed, mean_output, predict_features
+from utils.learning.calibration import mean_calibrated
+from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint
 from utils.slides.backbones import canonical_backbone
 from utils.slides.wsi import is_slide_file, slide_mpp
 
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """`probabilities (C,)`; `attention (H, N)`, each head summing to 1 over the patches; `bag` with their places;
-    `seen_in_training` None where the checkpoint does not record what it was trained on; `member_probabilities (M, C)`
-    of an ensemble's models, None of a single one.
+    """`probabilities (C,)`; `calibrated (C,)`, the same temperature-scaled, None where a model has no temperature;
+    `attention (H, N)`, each head summing to 1 over the patches; `bag` with their places; `seen_as` "slide" or "case",
+    whichever a model was trained on, "" where neither, None where a checkpoint does not record it;
+    `member_probabilities (M, C)` of several models, None of a single one.
     """
 
     slide: str
     class_names: tuple[str, ...]
     probabilities: NDArray[np.float64]
+    calibrated: NDArray[np.float64] | None
     attention: NDArray[np.float32] | None
-    bag: Bag
+    bag: Bag | StoredBag
     feed: SlideFeed
-    seen_in_training: bool | None
+    seen_as: str | None
     member_probabilities: NDArray[np.float64] | None = None
 
     @property
@@ -52,12 +57,21 @@ class SlidePrediction:
         return float(self.probabilities.max())
 
     @property
+    def seen_in_training(self) -> bool | None:
+        return None if self.seen_as is None else bool(self.seen_as)
+
+    @property
+    def coords(self) -> NDArray[np.int64] | None:
+        """`(N, 2)` level-0 px of the patches' top-left corners."""
+        return self.bag.coords
+
+    @property
     def patch_attention(self) -> NDArray[np.float32] | None:
         """`(N,)`, the mean over heads; sums to 1."""
         return None if self.attention is None else self.attention.mean(axis=0)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `<slide>_prediction.json` says of the slide; of an ensemble also each model's probabilities, and their
+        """What `<slide>_prediction.json` says of the slide; of several models also each one's probabilities, and their
         (sample) standard deviation.
         """
         members = self.member_probabilities
@@ -70,28 +84,47 @@ class SlidePrediction:
             "predicted_class": self.predicted_class,
             "confidence": self.confidence,
             "probabilities": self._by_class(self.probabilities),
+            "calibrated_probabilities": None if self.calibrated is None else self._by_class(self.calibrated),
             **ensemble,
             "num_instances": len(self.bag.features),
             **self.feed.as_dict(),
             "seen_in_training": self.seen_in_training,
+            "seen_as": self.seen_as,
         }
 
     def _by_class(self, values: NDArray[np.float64]) -> dict[str, float]:
         return dict(zip(self.class_names, values.tolist(), strict=True))
 
 
-class SlidePredictor:
-    """A trained model, ready to predict feature files and, with a feature extractor, raw slides.
+@dataclass(frozen=True)
+class _Trained:
+    """A checkpoint, where it came from, and its model on the device."""
 
-    The checkpoint says which model and classes it holds and how slides are fed; `model_class` (a name, a class or a
-    factory), `class_names`, `dataset` and `num_heads` are only checked against it. A checkpoint of the first version
-    may not name its classes, then `dataset` (a known cohort) or `class_names` does, and does not tell its heads: they
-    are `num_heads`, else those of the model that a factory makes, else 4. Raises CheckpointError.
+    path: Path
+    checkpoint: Checkpoint
+    model: BagModel
+
+    def refuse(self, what: str, asked: Any, held: Any) -> None:
+        """Raise CheckpointError unless the checkpoint holds what is asked of it, if anything."""
+        if asked is not None and asked != held:
+            found = f"records no {what}, so not" if held is None else f"was trained with {what} {held!r}, not"
+            raise CheckpointError(f"{self.path}: {found} {asked!r}; leave that setting out")
+
+
+class SlidePredictor:
+    """A trained model, or several that answer as their mean, ready to predict feature files and, with a feature
+    extractor, raw slides.
+
+    `model_path` is a checkpoint or several, of the same classes and made for the same features. Each says which model
+    it holds and how slides are fed; `model_class` (a name, a class or a factory), `class_names`, `dataset` and
+    `num_heads` are only checked against it. A checkpoint of the first version may not name its classes, then `dataset`
+    (a known cohort) or `class_names` does, and does not tell its heads: they are `num_heads`, else those of the model
+    that a factory makes, else 4. Raises CheckpointError.
     """
 
     def __init__(
         self,
-        model_path: str | Path,
+        model_path: str | Path | Sequence[str | Path],
         model_class: Any = None,
         class_names: Sequence[str] | None = None,
         device: str = "auto",
@@ -101,17 +134,38 @@ class SlidePredictor:
         num_heads: int | None = None,
         allow_mismatch: bool = False,
     ) -> None:
-        self.path, claimed = Path(model_path), _claimed_spec(model_class)
+        paths = [model_path] if isinstance(model_path, str | Path) else model_path
+        claimed = _claimed_spec(model_class)
         names = None if class_names is None else tuple(class_names)
         heads = claimed.get("num_heads") if num_heads is None else num_heads
-        self.checkpoint = load_checkpoint(self.path, class_names=names, dataset=dataset, num_heads=heads)
         self.device = resolve_device(device)
         self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
-        self._check("model_class", claimed.get("name"), self.checkpoint.model["name"])
-        self._check("class_names", names, self.checkpoint.class_names)
+        self.trained: list[_Trained] = []
+        for path in map(Path, paths):
+            checkpoint = load_checkpoint(path, class_names=names, dataset=dataset, num_heads=heads)
+            one = _Trained(path, checkpoint, checkpoint.build().to(self.device))
+            one.refuse("model_class", claimed.get("name"), checkpoint.model["name"])
+            one.refuse("class_names", names, checkpoint.class_names)
+            self.trained.append(one)
+        if not self.trained:
+            raise ConfigError("model_path: no checkpoint given; give one or several")
         self.require(dataset=dataset, num_heads=num_heads)
-        self.model = self.checkpoint.build().to(self.device)
+        _check_alike(self.trained)
         self._warned = False
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The first one; of several, the others agree with it on classes, width and recipe."""
+        return self.trained[0].checkpoint
+
+    @property
+    def path(self) -> Path:
+        return self.trained[0].path
+
+    @property
+    def models(self) -> list[BagModel]:
+        """One per checkpoint; an ensemble is one model."""
+        return [one.model for one in self.trained]
 
     def predict(
         self, path: str | Path, mode: str | None = None, chunk_size: int | None = None, feat_type: str = "features"
@@ -119,20 +173,21 @@ class SlidePredictor:
         """Predict a feature file or a raw slide.
 
         By default the slide is fed as in the checkpoint's evaluation; `mode` "full" or "chunked" and `chunk_size` say
-        otherwise. Raises RecipeError when the features were made in another way than the model's, FeatureFileError,
+        otherwise. Full slides are streamed from their feature file by every model but TransMIL: memory does not grow
+        with them. Raises RecipeError when the features were made in another way than the model's, FeatureFileError,
         SlideError.
         """
         return self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
 
-    def bag(self, path: Path, feat_type: str = "features", slide: Path | None = None) -> Bag:
-        """The bag of a feature file, or of a raw slide through the feature extractor.
+    def bag(self, path: Path, feat_type: str = "features", slide: Path | None = None) -> Bag | StoredBag:
+        """The bag of a feature file, its features still in there, or of a raw slide through the feature extractor.
 
         `slide`, which the feature file was made from, gives the um/px that some files' coordinates need.
         """
         check_input(path)
         if not is_feature_file(path):
             return self._extractor().extract(path)
-        return read_bag(path, feat_type, None if slide is None else slide_mpp(slide))
+        return open_bag(path, feat_type, None if slide is None else slide_mpp(slide))
 
     def keep_features(self, slide: Path, folder: Path) -> Path:
         """The raw slide's feature file in `folder`, made unless it is there, by the same recipe."""
@@ -141,19 +196,28 @@ class SlidePredictor:
         return target
 
     def predict_bag(
-        self, bag: Bag, path: Path, mode: str | None = None, chunk_size: int | None = None
+        self,
+        bag: Bag | StoredBag,
+        path: Path,
+        mode: str | None = None,
+        chunk_size: int | None = None,
+        case_id: str | None = None,
     ) -> SlidePrediction:
-        """Predict a bag in memory; `path` is where it came from."""
+        """Predict a bag; `path` is where it came from, `case_id` its patient, by default read off a TCGA barcode."""
         self._check_bag(bag, path)
-        feed = self._feed(mode, chunk_size)
-        output = predict_features(self.model, torch.from_numpy(bag.features), feed, attention=True)
-        known = self.checkpoint.seen["slide"]
-        seen = id_digests("slide", [path.stem])[0] in known if known else None
-        if seen:
-            log.warning("%s: this model was trained on this slide; its prediction proves nothing", path)
+        feed = self.feed(mode, chunk_size)
+        features = bag.features if isinstance(bag.features, StoredFeatures) else torch.from_numpy(bag.features)
+        outputs = [predict_features(model, features, feed, attention=True) for model in self.models]
+        output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
+        if not np.isfinite(output.probabilities).all():
+            raise CheckpointError(f"{self.path}: its answer for {path} is not finite; train the model again")
+        temperatures = [one.checkpoint.temperature for one in self.trained]
+        seen_as = self._seen_as(path.stem, case_id or tcga_case(path.stem))
+        if seen_as:
+            log.warning("%s: this model was trained on this %s; its prediction proves nothing", path, seen_as)
         return SlidePrediction(
-            path.stem, self.checkpoint.class_names, output.probabilities, output.attention, bag, feed, seen,
-            output.members,
+            path.stem, self.checkpoint.class_names, output.probabilities, mean_calibrated(outputs, temperatures),
+            output.attention, bag, feed, seen_as, output.members,
         )  # fmt: skip
 
     def require(
@@ -165,41 +229,54 @@ class SlidePredictor:
         num_heads: int | None = None,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raise CheckpointError, or RecipeError for the recipe, unless the checkpoint holds what is asked, if anything.
+        """Raise CheckpointError, or RecipeError for the recipe, unless the checkpoints hold what is asked, if anything.
         A checkpoint that records no recipe contradicts none.
         """
-        self._check("mil", mil and _known_name(mil), self.checkpoint.model["name"])
-        self._check("dataset", dataset, self.checkpoint.dataset)
-        self._check("input_dim", input_dim, self.checkpoint.model["input_dim"])
-        self._check("num_heads", num_heads, self.checkpoint.model.get("num_heads"))
         asked = recipe or {}
-        differences = recipe_differences(self.checkpoint.recipe or {}, asked, asked)
-        if differences:
-            raise RecipeError(
-                f"{self.path}: was trained on features made in another way ({'; '.join(differences)}); "
-                "leave those settings out, the checkpoint knows the recipe"
-            )
+        for one in self.trained:
+            model = one.checkpoint.model
+            one.refuse("mil", mil and _known_name(mil), model["name"])
+            one.refuse("dataset", dataset, one.checkpoint.dataset)
+            one.refuse("input_dim", input_dim, model["input_dim"])
+            one.refuse("num_heads", num_heads, model.get("num_heads"))
+            differences = recipe_differences(one.checkpoint.recipe or {}, asked, asked)
+            if differences:
+                raise RecipeError(
+                    f"{one.path}: was trained on features made in another way ({'; '.join(differences)}); "
+                    "leave those settings out, the checkpoint knows the recipe"
+                )
 
     def provenance(self, prediction: SlidePrediction) -> dict[str, Any]:
-        """Which model, and how the slide's features were made."""
+        """Which model (of several, lists of what each is), and how the slide's features were made."""
         passport = prediction.bag.passport
+        each = [
+            {
+                "model": one.checkpoint.model,
+                "checkpoint": str(one.path),
+                "selection": one.checkpoint.selection,
+                "temperature": one.checkpoint.temperature,
+            }
+            for one in self.trained
+        ]
         return {
-            "model": self.checkpoint.model,
-            "checkpoint": str(self.path),
-            "selection": self.checkpoint.selection,
+            **(each[0] if len(each) == 1 else {name: [one[name] for one in each] for name in each[0]}),
             "recipe": passport.recipe if passport else None,
             "slide_record": passport.slide if passport else None,
         }
 
-    def _extractor(self) -> WSIFeatureExtractor:
-        if self.feature_extractor is None:
-            raise ConfigError(
-                f"{self.path}: a raw slide needs a feature extractor; use extractPredict, or pass feature_extractor"
-            )
-        return self.feature_extractor
+    def feed(self, mode: str | None = None, chunk_size: int | None = None) -> SlideFeed:
+        """How slides are fed: as asked, else as the checkpoints were evaluated."""
+        feeds = [self._feed_of(one.checkpoint, mode, chunk_size) for one in self.trained]
+        for one, feed in zip(self.trained, feeds, strict=True):
+            if feed != feeds[0]:
+                raise ConfigError(
+                    f"{self.path} and {one.path} were evaluated on slides fed differently "
+                    f"({_fed(feeds[0])}; {_fed(feed)}); give --mode"
+                )
+        return feeds[0]
 
-    def _feed(self, mode: str | None, chunk_size: int | None) -> SlideFeed:
-        trained = self.checkpoint.slide_feed
+    def _feed_of(self, checkpoint: Checkpoint, mode: str | None, chunk_size: int | None) -> SlideFeed:
+        trained = checkpoint.slide_feed
         if chunk_size is not None and (mode or trained.mode) == "full":
             raise ConfigError("--chunk_size has no meaning in full mode; give --mode chunked with it")
         if mode is None or mode == trained.mode:
@@ -208,41 +285,77 @@ class SlidePredictor:
             raise ConfigError(f"mode {mode!r} is unknown; use 'full' or 'chunked'")
         return SlideFeed.of_mode(mode, chunk_size or 1000)
 
-    def _check(self, what: str, asked: Any, held: Any) -> None:
-        if asked is not None and asked != held:
-            found = f"records no {what}, so not" if held is None else f"was trained with {what} {held!r}, not"
-            raise CheckpointError(f"{self.path}: {found} {asked!r}; leave that setting out")
+    def _seen_as(self, slide: str, case: str | None) -> str | None:
+        """Whether one of the models was trained on the "slide" or the "case"; "" for neither, None where one says not."""
+        known = [one.checkpoint.seen for one in self.trained]
+        for kind, name in (("slide", slide), ("case", case)):
+            if name is not None and any(id_digests(kind, [name])[0] in seen[kind] for seen in known):
+                return kind
+        return "" if all(seen["slide"] for seen in known) else None
 
-    def _check_bag(self, bag: Bag, path: Path) -> None:
+    def _extractor(self) -> WSIFeatureExtractor:
+        if self.feature_extractor is None:
+            raise ConfigError(
+                f"{self.path}: a raw slide needs a feature extractor; use extractPredict, or pass feature_extractor"
+            )
+        return self.feature_extractor
+
+    def _check_bag(self, bag: Bag | StoredBag, path: Path) -> None:
         width, expected = bag.features.shape[1], self.checkpoint.model["input_dim"]
         if width != expected:
             raise FeatureFileError(
                 f"{path}: features are {width} wide, the model of {self.path} takes {expected}; "
                 "extract the slide with the backbone that the model was trained on"
             )
-        trained, passport = self.checkpoint.recipe, bag.passport
-        found = passport.recipe if passport else {}
-        mpp = passport.slide.get("mpp_delivered") if passport else None
-        differences = recipe_differences(trained or {}, found, COMPARED_FIELDS)
-        differences += mpp_difference(self.checkpoint.mpp_range, mpp)
-        if differences and not self.allow_mismatch:
-            raise RecipeError(
-                f"{path}: made in another way than the features {self.path} was trained on ({'; '.join(differences)}); "
-                "extract it with the training recipe, or give --allow_mismatch"
-            )
-        if differences:
-            log.warning("%s: made in another way than the training features (%s)", path, "; ".join(differences))
-        self._warn_of_unknown(path, trained or {}, found, mpp)
+        found = bag.passport.recipe if bag.passport else {}
+        mpp = bag.passport.slide.get("mpp_delivered") if bag.passport else None
+        for one in self.trained:
+            trained = one.checkpoint.recipe or {}
+            differences = recipe_differences(trained, found, COMPARED_FIELDS)
+            differences += mpp_difference(one.checkpoint.mpp_range, mpp)
+            if differences and not self.allow_mismatch:
+                raise RecipeError(
+                    f"{path}: made in another way than the features {one.path} was trained on "
+                    f"({'; '.join(differences)}); extract it with the training recipe, or give --allow_mismatch"
+                )
+            if differences:
+                log.warning("%s: made in another way than the training features (%s)", path, "; ".join(differences))
+            self._warn_of_unknown(path, one.checkpoint, found, mpp)
 
-    def _warn_of_unknown(self, path: Path, trained: dict[str, Any], found: dict[str, Any], mpp: float | None) -> None:
-        unknown = unknown_fields(trained, found, ENCODING_FIELDS)
-        if mpp is None or self.checkpoint.mpp_range is None:
+    def _warn_of_unknown(self, path: Path, checkpoint: Checkpoint, found: dict[str, Any], mpp: float | None) -> None:
+        unknown = unknown_fields(checkpoint.recipe or {}, found, ENCODING_FIELDS)
+        if mpp is None or checkpoint.mpp_range is None:
             unknown.append("mpp")
         if unknown and not self._warned:
             log.warning(
                 "%s: %s not recorded on both sides, so not compared with the training", path, ", ".join(unknown)
             )
             self._warned = True
+
+
+def _check_alike(trained: Sequence[_Trained]) -> None:
+    """Raise CheckpointError unless the checkpoints' answers can be averaged, RecipeError unless their features are of
+    one kind.
+    """
+    first = trained[0]
+    for other in trained[1:]:
+        pairs = [(one.checkpoint.class_names, one.checkpoint.model["input_dim"]) for one in (first, other)]
+        for what, (one, another) in zip(("classes", "feature width"), zip(*pairs, strict=True), strict=True):
+            if one != another:
+                raise CheckpointError(
+                    f"{other.path}: its {what} are {another}, those of {first.path} are {one}; "
+                    "give checkpoints that were trained for the same"
+                )
+        differences = recipe_differences(first.checkpoint.recipe or {}, other.checkpoint.recipe or {}, COMPARED_FIELDS)
+        if differences:
+            raise RecipeError(
+                f"{other.path}: was trained on features made in another way than those of {first.path} "
+                f"({'; '.join(differences)}); give checkpoints of one recipe"
+            )
+
+
+def _fed(feed: SlideFeed) -> str:
+    return "whole" if feed.mode == "full" else f"in chunks of {feed.chunk_size}"
 
 
 def check_input(path: Path) -> None:
@@ -256,7 +369,7 @@ def check_input(path: Path) -> None:
 
 
 def extractPredict(  # noqa: N802 - the first version's public name
-    model_path: str | Path,
+    model_path: str | Path | Sequence[str | Path],
     model_class: Any = None,
     class_names: Sequence[str] | None = None,
     backbone: str | None = None,

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1706.04599).
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -45,6 +46,13 @@ def scale_probabilities(probabilities: np.ndarray, temperature: float) -> np.nda
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def calibrated(output: SlideOutput, temperature: float | None) -> np.ndarray | None:
-    """`(C,)` of a slide: each model's answer scaled, then averaged; None without a temperature."""
-    return None if temperature is None else scale_probabilities(output.each, temperature).mean(axis=0)
+def mean_calibrated(outputs: Sequence[SlideOutput], temperatures: Sequence[float | None]) -> np.ndarray | None:
+    """`(C,)` of a slide, from the answer of each checkpoint and its temperature: each model's answer scaled, then
+    averaged; None unless all have one.
+    """
+    scaled = [
+        scale_probabilities(output.each, temperature)
+        for output, temperature in zip(outputs, temperatures, strict=True)
+        if temperature is not None
+    ]
+    return np.concatenate(scaled).mean(axis=0) if len(scaled) == len(outputs) else None

@@ -48,15 +48,17 @@ def roc_figure(
     labels: np.ndarray,
     probabilities: np.ndarray,
     class_names: Sequence[str],
-    folds: np.ndarray,
+    folds: np.ndarray | None,
     cases: np.ndarray,
     repeats: np.ndarray,
     seed: int,
+    title: str = "",
 ) -> Figure:
-    """Pooled out-of-fold curve per class (the positive one alone when there are two), the mean over repeats.
+    """Pooled curve per class (the positive one alone when there are two), the mean over repeats.
 
-    Up to three classes have their 95% band over patients and each fold's own curve. `labels`, `folds`, `cases` and
-    `repeats (n,)`, `probabilities (n, C)`: one row per tested slide and repeat; `seed` draws the patients.
+    Up to three classes have their 95% band over patients and each fold's own curve, where there are folds. `labels`,
+    `folds`, `cases` and `repeats (n,)`, `probabilities (n, C)`: one row per tested slide and repeat; `seed` draws the
+    patients; `title` says which slides, by default the out-of-fold ones.
     """
     positives = [1] if len(class_names) == 2 else range(len(class_names))
     detailed = len(positives) <= _MOST_BANDS
@@ -68,27 +70,36 @@ def roc_figure(
         if curve is None:
             continue
         if detailed:
-            _fold_curves(axes, is_class, scores, folds, colour)
+            if folds is not None:
+                _fold_curves(axes, is_class, scores, folds, colour)
             band = roc_band(is_class, scores, cases, seed, repeats=repeats)
             if band is not None:
                 axes.fill_between(band[0], band[2], band[3], color=colour, alpha=0.15, lw=0)
         name = _auc_text(class_names[index], is_class, scores, cases, repeats, seed)
         axes.plot(*curve, color=colour, ls=style, lw=1.8, label=name)
     axes.set_box_aspect(1)
-    shown = "band: 95% over patients; thin: each fold" if detailed else "bands and folds left out"
+    shown = "band: 95% over patients" + ("" if folds is None else "; thin: each fold")
+    if not detailed:
+        shown = "bands left out" if folds is None else "bands and folds left out"
     if axes.lines:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), **_LEGEND)
     else:
         shown = "undefined: the slides are of one class"
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8)
-    axes.set_title(f"{_pooled_title(repeats)}\n({shown})", fontsize=10)
+    axes.set_title(f"{title or _pooled_title(repeats)}\n({shown})", fontsize=10)
     return figure
 
 
 def confusion_figure(
-    labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], repeats: np.ndarray | None = None
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    repeats: np.ndarray | None = None,
+    title: str = "",
 ) -> Figure:
-    """Counts of out-of-fold slides, shaded by the fraction of the true class; each slide once per repeat."""
+    """Counts of slides (`title`, by default the out-of-fold ones), shaded by the fraction of the true class; each slide
+    once per repeat.
+    """
     num_classes = len(class_names)
     counts = confusion_matrix(labels, probabilities.argmax(axis=1), labels=range(num_classes))
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -111,7 +122,7 @@ def confusion_figure(
     axes.set_yticks(range(num_classes), wrapped, fontsize=9)
     times = 1 if repeats is None else len(np.unique(repeats))
     slides = f"Out-of-fold slides x {times} repeats" if times > 1 else "Out-of-fold slides"
-    axes.set_title(f"{slides} (% of the true class)", fontsize=10)
+    axes.set_title(f"{title or slides} (% of the true class)", fontsize=10)
     return figure
 
 
@@ -121,12 +132,13 @@ def calibration_figure(
     class_names: Sequence[str],
     repeats: np.ndarray | None = None,
     calibrated: np.ndarray | None = None,
+    title: str = "",
 ) -> Figure:
     """Reliability diagram over ten bins of the probability, with 95% Wilson intervals, over the slides in each bin.
 
     Of two classes, the positive one's probability against its observed share; beyond, the predicted class's against
     accuracy. The slides of one patient count as if they were several; each slide counts once, whatever the repeats.
-    `calibrated (n, C)` are drawn beside, without intervals.
+    `calibrated (n, C)` are drawn beside, without intervals; `title` says which slides, by default the out-of-fold ones.
     """
     repeats = np.zeros(len(labels)) if repeats is None else repeats
     if len(class_names) == 2:
@@ -153,7 +165,7 @@ def calibration_figure(
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     below.locator_params(axis="y", nbins=4, integer=True)
     figures_text += "; lines: 95% intervals, slides taken as independent"
-    axes.set_title(f"{_pooled_title(repeats)}\n{fill(f'({figures_text})', 62)}", fontsize=10)
+    axes.set_title(f"{title or _pooled_title(repeats)}\n{fill(f'({figures_text})', 62)}", fontsize=10)
     return figure
 
 

@@ -14,7 +14,7 @@ from utils.core.files import write_text
 from utils.core.runtime import derive_seed
 from utils.learning import figures
 from utils.learning.aggregation import SlideOutput
-from utils.learning.calibration import calibrated
+from utils.learning.calibration import mean_calibrated
 from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, mean_and_std
 from utils.learning.splits import OuterFold
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
@@ -58,7 +58,8 @@ class FoldResult:
     @property
     def calibrated(self) -> np.ndarray | None:
         """The same, temperature-scaled, where there is a temperature."""
-        scaled = [answer for output in self.outputs if (answer := calibrated(output, self.temperature)) is not None]
+        answers = [mean_calibrated([output], [self.temperature]) for output in self.outputs]
+        scaled = [answer for answer in answers if answer is not None]
         return np.stack(scaled) if scaled else None
 
 
@@ -164,8 +165,7 @@ def outputs_content(results: Sequence[FoldResult], pooled: Pooled, data: Slides,
     at_threshold = _pooled_at_threshold(pooled, names) if has_thresholds else None
     scaled = None
     if pooled.calibrated is not None:
-        figures_scaled = pooled_metrics(pooled.labels, pooled.calibrated, pooled.repeats)
-        scaled = {name: figures_scaled[name] for name in CALIBRATION}
+        scaled = calibration_figures(pooled.labels, pooled.calibrated, pooled.repeats)
     return summary | {"pooled_thresholded": at_threshold, "pooled_calibrated": scaled, "fold_results": fold_results}
 
 
@@ -187,24 +187,39 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def results_table(results: dict[str, Any]) -> str:
     """The closing table: per fold, their mean and standard deviation, and the pooled figures with their intervals."""
-    header = ["", *[name.replace("_", " ") for name in _SHOWN]]
     folds = results["fold_results"] if len(results["fold_results"]) <= _MOST_FOLDS_SHOWN else []
-    fold_rows = [[f"fold {fold['fold']}", *[_figure(fold["slide"][name]) for name in _SHOWN]] for fold in folds]
+    fold_rows = [figures_row(f"fold {fold['fold']}", fold["slide"]) for fold in folds]
     counts = [results[f"slide_{name}_folds"] for name in _SHOWN]
     summary = [
         ["mean", *[_figure(results[f"slide_{name}_mean"]) for name in _SHOWN]],
         ["std", *[_figure(results[f"slide_{name}_std"]) for name in _SHOWN]],
-        ["pooled", *[_figure(results["pooled"][name]) for name in _SHOWN]],
-        ["95% CI", *[_interval(results["intervals_95"][name]) for name in _SHOWN]],
+        figures_row("pooled", results["pooled"]),
+        intervals_row(results["intervals_95"]),
     ]
     if min(counts) < results["n_folds"]:
         summary.insert(2, ["folds", *map(str, counts)])
-    rows = [header, *fold_rows, *summary]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = "-" * len(lines[0])
-    blocks = [lines[:1], lines[1 : -len(summary)], lines[-len(summary) :]]
-    return f"\n{rule}\n".join("\n".join(block) for block in blocks if block)
+    return text_table([fold_rows, summary])
+
+
+def figures_row(name: str, figures: Mapping[str, float | None]) -> list[str]:
+    return [name, *[_figure(figures[metric]) for metric in _SHOWN]]
+
+
+def intervals_row(intervals: Mapping[str, Sequence[float] | None]) -> list[str]:
+    return ["95% CI", *[_interval(intervals[metric]) for metric in _SHOWN]]
+
+
+def text_table(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
+    """Rows of the closing figures under their names, a rule between the blocks."""
+    blocks = [[["", *[name.replace("_", " ") for name in _SHOWN]]], *blocks]
+    rows = [row for block in blocks for row in block]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    texts = [
+        ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in block]
+        for block in blocks
+    ]
+    rule = "-" * len(texts[0][0])
+    return f"\n{rule}\n".join("\n".join(text) for text in texts if text)
 
 
 def closing_words(results: dict[str, Any]) -> str:
@@ -213,22 +228,33 @@ def closing_words(results: dict[str, Any]) -> str:
     if results["n_repeats"] > 1:
         about += f" in each of {results['n_repeats']} repeats (pooled: the repeats' mean)"
     words = [f"{about}. The 95% intervals come from resampling patients and are conditional on the trained models."]
-    at_threshold = results["pooled_thresholded"]
-    if at_threshold is not None:
-        told = [
-            f"{name.replace('_', ' ')} {_figure(at_threshold[name])} ({_figure(results['pooled'][name])} at 0.5)"
-            for name in ("accuracy", "balanced_accuracy", "f1_macro")
-        ]
-        words.append(f"At the threshold fitted on inner validation, pooled: {', '.join(told)}.")
-    scaled = results["pooled_calibrated"]
-    if scaled is not None:
-        told = [f"{name} {_figure(scaled[name])} ({_figure(results['pooled'][name])} as it is)" for name in CALIBRATION]
-        words.append(f"Temperature-scaled as fitted on inner validation, pooled: {', '.join(told)}.")
+    words += decision_words(results)
     chosen = Counter(_told(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:
         told = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in chosen.most_common()]
         words.append(f"Chosen in the inner loop: {'; '.join(told)}.")
     return "\n".join([results_table(results), "", *words])
+
+
+def decision_words(results: Mapping[str, Any]) -> list[str]:
+    """What the threshold and the temperature fitted on inner validation change, of results or scores."""
+    words, pooled = [], results["pooled"]
+    at_threshold, scaled = results["pooled_thresholded"], results["pooled_calibrated"]
+    if at_threshold is not None:
+        told = [
+            f"{name.replace('_', ' ')} {_figure(at_threshold[name])} ({_figure(pooled[name])} at 0.5)"
+            for name in ("accuracy", "balanced_accuracy", "f1_macro")
+        ]
+        words.append(f"At the threshold fitted on inner validation, pooled: {', '.join(told)}.")
+    if scaled is not None:
+        told = [f"{name} {_figure(scaled[name])} ({_figure(pooled[name])} as it is)" for name in CALIBRATION]
+        words.append(f"Temperature-scaled as fitted on inner validation, pooled: {', '.join(told)}.")
+    return words
+
+
+def calibration_figures(labels: np.ndarray, calibrated: np.ndarray, repeats: np.ndarray) -> dict[str, float | None]:
+    figures_scaled = pooled_metrics(labels, calibrated, repeats)
+    return {name: figures_scaled[name] for name in CALIBRATION}
 
 
 def _told(setting: Mapping[str, Any]) -> str:
