@@ -294,6 +294,7 @@ def test_a_raw_slide_is_predicted_by_the_training_recipe(trained, slide_cohort, 
     assert script("predict", *base, "--input", features, "--wsi", slide, "--output", cut).code == 0
     assert (raw / "P00_0.h5").read_bytes() == features.read_bytes()
     answers = [json.loads((folder / "P00_0_prediction.json").read_text()) for folder in (raw, cut)]
+    assert answers[0].pop("request")["input_bytes"] != answers[1].pop("request")["input_bytes"]
     assert answers[0] == answers[1]
     assert answers[0]["mode"] == "chunked"
     for name in ("P00_0_heatmap.png", "P00_0_patch_grid.png", "P00_0_attention.npz"):
@@ -333,7 +334,7 @@ def test_a_model_of_the_first_version_is_predicted(slide_cohort, script, tmp_pat
     fold = ("--checkpoint", write_fold(tmp_path / "fold_1_best.pth", reference))
     best = ("--checkpoint", write_all_folds(tmp_path / "all_folds_best.pth", reference, KIDNEY))
     flags = ("--mil", "LiteMIL", "--dataset", "kidney", "--input_dim", 64)
-    for asked in (("predict", *base, *fold, *flags), ("predict", *base, *best)):
+    for asked in (("predict", *base, *fold, *flags), ("predict", *base, *best, "--overwrite")):
         outcome = script(*asked)
         assert outcome.code == 0, outcome.err
         assert outcome.err.count("a checkpoint of the first version") == 1
@@ -380,12 +381,12 @@ def bad_inputs(trained, cohort, folder) -> list[tuple[tuple, str]]:
         (("--input", folder / "narrow.h5"), "features are 32 wide"),
         (("--input", folder / "other.h5"), "patch_size: found 96, expected 64"),
         (("--input", features, "--backbone", "uni"), "backbone: found uni, expected timm:test_vit"),
-        (("--input", features, "--save_features"), "go with a raw slide"),
+        (("--input", features, "--save_features"), "go with raw slides"),
         (("--input", features, "--mil", "ABMIL"), "was trained with mil 'LiteMIL', not 'ABMIL'"),
         (("--input", features, "--dataset", "lung"), "was trained with dataset 'stains', not 'lung'"),
         (("--input", features, "--input_dim", 1024), "was trained with input_dim 64, not 1024"),
         (("--input", features, "--num_heads", 8), "was trained with num_heads 4, not 8"),
-        (("--input", features, "--visualize"), "give it with --wsi"),
+        (("--input", features, "--visualize"), "with --wsi"),
         (("--input", features, "--visualize", "--wsi", features), "a feature file; give the slide"),
         (("--input", features, "--visualize", "--wsi", folder / "small.tif"), "not the slide that"),
         (("--input", features, "--visualize", "--wsi", slide, "--cmap", "rainbows"), "no such colour map"),

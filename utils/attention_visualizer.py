@@ -14,18 +14,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.bags.store import Bag
-from utils.core.config import Pictures
-from utils.core.errors import ConfigError, FeatureFileError
+from utils.bags.store import Bag, StoredBag, is_feature_file
+from utils.core.config import Pictures, PredictionRecipe
+from utils.core.errors import ConfigError, FeatureFileError, SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
 from utils.core.passport import recipe_differences
+from utils.learning.predictions import PredictionFiles
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.caption import Caption
 from utils.pictures.geojson import write_attention
 from utils.pictures.heatmap import Figure, Look, Picture, detailed_figure, heatmap_figure, patch_grid_figure
 from utils.pictures.report import ShownPatch, write_report
-from utils.slides.wsi import Slide, open_slide
+from utils.slides.wsi import Slide, find_slides, one_per_series, open_slide
 
 # The longer side of the overview that is drawn on, in pixels.
 _OVERVIEW = 2000
@@ -34,6 +35,9 @@ _GRID_PATCHES = 50
 # Of the report's galleries; larger ones are made smaller, so that the page stays one that opens at once.
 _REPORT_PATCHES, _REPORT_SIDE = 24, 1024
 _TABLE = "patches.csv"
+_SET = (
+    "heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson", "report.html",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,14 +190,8 @@ class AttentionVisualizer:
         holds.
         """
         caption = Caption.of(record)
-        folder, title = Path(output_dir), f"{name}: {caption.answer}"
-        heatmap, detailed, grid, top_patches, data, tiles, page = paths = [
-            folder / f"{name}_{part}"
-            for part in (
-                "heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson",
-                "report.html",
-            )
-        ]  # fmt: skip
+        title = f"{name}: {caption.answer}"
+        heatmap, detailed, grid, top_patches, data, tiles, page = paths = set_paths(Path(output_dir), name)
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
             picture = _overview(slide)
@@ -221,6 +219,73 @@ class AttentionVisualizer:
             picture, shown, self.look, title=title, top_k=top_k, probabilities=caption.probabilities,
             facts=[*caption.facts, *(("note", note) for note in caption.notes)],
         )  # fmt: skip
+
+
+class PredictionPictures:
+    """The pictures that `predict.py --visualize` was asked for: on which slides, and how they look.
+
+    Raises ConfigError where that contradicts the inputs.
+    """
+
+    def __init__(self, asked: Pictures, files: PredictionFiles, recipe: PredictionRecipe, device: torch.device) -> None:
+        self.asked, self.recipe = asked, recipe
+        self.visualizer = AttentionVisualizer(asked.cmap, asked.alpha, asked.scale, device)
+        wsi, one = asked.wsi, files.asked.input is not None
+        self._slides: dict[str, Path] | None = None
+        if files.are_raw:
+            if wsi not in (None, files.asked.input):
+                raise ConfigError(f"--wsi {wsi}: the input is raw slides itself; leave --wsi out")
+        elif wsi is None:
+            raise ConfigError("--visualize needs the slide of each feature file: give it, or their folder, with --wsi")
+        elif is_feature_file(wsi):
+            raise ConfigError(f"--wsi {wsi}: a feature file; give the slide it was made from")
+        elif wsi.is_dir() and not one:
+            self._slides = {slide.stem: slide for slide in one_per_series(find_slides(wsi))}
+        elif not one:
+            raise ConfigError(f"--wsi {wsi}: no folder; give the one that holds the slides of --input_dir")
+
+    def settings(self, source: Path) -> dict[str, Any]:
+        """What changes a slide's pictures."""
+        look = {name: getattr(self.asked, name) for name in ("top_k", "scale", "cmap", "alpha")}
+        return look | {"wsi": str(self.slide_of(source))}
+
+    def slide_of(self, source: Path) -> Path:
+        """The slide that a feature file's patches are of; a slide's own."""
+        if not is_feature_file(source):
+            return source
+        if self._slides is None:
+            assert self.asked.wsi is not None  # noqa: S101 - for the type checker: checked at the beginning
+            return self.asked.wsi
+        if source.stem not in self._slides:
+            raise SlideError(f"{source}: --wsi {self.asked.wsi} holds no slide {source.stem} to draw it on")
+        return self._slides[source.stem]
+
+    def check(self, source: Path, bag: Bag | StoredBag) -> int:
+        """The edge in level-0 px of the patches; raises as `check_drawable` does."""
+        return check_drawable(self.slide_of(source), source, bag, self.recipe.patch_size, self.recipe.level)
+
+    def paths(self, folder: Path, name: str) -> list[Path]:
+        return set_paths(folder, name)
+
+    def save(
+        self,
+        source: Path,
+        folder: Path,
+        coords: NDArray[np.int64],
+        attention: NDArray,
+        size_level0: int,
+        record: Mapping[str, Any],
+    ) -> None:
+        """Write the whole set of a slide's record."""
+        self.visualizer.save_set(
+            self.slide_of(source), folder, coords, attention, size_level0,
+            name=record["slide"], record=record, top_k=self.asked.top_k,
+        )  # fmt: skip
+
+
+def set_paths(folder: Path, name: str) -> list[Path]:
+    """Where `AttentionVisualizer.save_set` writes."""
+    return [Path(folder) / f"{name}_{part}" for part in _SET]
 
 
 def _attention_map(slide: Slide, coords: NDArray[np.int64], attention: NDArray, size_level0: int) -> AttentionMap:
@@ -260,7 +325,7 @@ def _grid(shown: AttentionMap, top: Sequence[ShownPatch], least: Sequence[ShownP
 
 
 def check_drawable(
-    wsi_path: Path, source: Path, bag: Bag, patch_size: int | None = None, level: int | None = None
+    wsi_path: Path, source: Path, bag: Bag | StoredBag, patch_size: int | None = None, level: int | None = None
 ) -> int:
     """The edge in level-0 pixels of the patches of `bag`, read from `source`, once they are known to be the slide's.
 

@@ -175,7 +175,7 @@ def test_several_values_are_given_by_their_place(capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_defaults_are_the_configs(script):
-    given = {"dataset": "mine", "mil": "LiteMIL", "checkpoint": Path("a.pth")}
+    given = {"dataset": "mine", "mil": "LiteMIL", "checkpoint": (Path("a.pth"),)}
     given["input"] = Path("a.svs") if script == "extractFeatures" else Path("a.h5")
     given |= {"output": Path("b.h5")} if script == "convert" else {}
     given |= {"runs": (Path("a"), Path("b"))} if script == "compare" else {}

@@ -42,7 +42,7 @@ GIVEN = {
     Running: {},
     Rehearsal: {},
     Comparison: {"runs": (Path("a"), Path("b"))},
-    Prediction: {"checkpoint": Path("a.pth"), "input": Path("a.h5")},
+    Prediction: {"checkpoint": (Path("a.pth"),), "input": Path("a.h5")},
     PredictionRecipe: {},
     Pictures: {},
     Conversion: {"input": Path("in"), "output": Path("out")},

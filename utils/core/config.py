@@ -302,16 +302,32 @@ class Rehearsal(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(_Checked):
-    """What `predict.py` predicts, with which model, and where it writes."""
+    """What `predict.py` predicts, with which models, and where it writes."""
 
-    checkpoint: Path = option(REQUIRED, "trained model (.pth); it says architecture, classes and recipe")
-    input: Path = option(REQUIRED, "feature file (.h5, .pt, .pth) or raw slide")
+    checkpoint: tuple[Path, ...] = option(
+        REQUIRED, "trained model (.pth), which says architecture, classes and recipe; several answer as their mean"
+    )
+    input: Path | None = option(None, "feature file (.h5, .pt, .pth) or raw slide")
+    input_dir: Path | None = option(None, "a folder of feature files or, where it holds none, of slides")
+    extensions: tuple[str, ...] | None = option(
+        None, "of --input_dir, only slides with these endings, e.g. .svs .ndpi", metavar="EXT"
+    )
+    labels_csv: Path | None = option(
+        None, "table case_id,wsi_id,label: the predictions of --input_dir are scored, as on an external cohort"
+    )
+    allow: tuple[Literal["missing", "unknown", "duplicate"], ...] = option(
+        (), "leave out rows of --labels_csv without a slide, with a label that is no class, or that repeat a wsi_id"
+    )
     output_dir: Path = option(Path("outputs/inference"), "where the results go", alias="--output")
+    overwrite: bool = option(False, "replace predictions that were made otherwise: by another model, of another file")
     mode: Literal["full", "chunked"] | None = option(
         None, "how the slide is fed (default: as in the model's evaluation)"
     )
     chunk_size: int | None = option(None, "most patches in a chunk (default: as in the model's evaluation)", least=1)
     feat_type: str = option("features", "name of the features inside the file")
+    faithfulness: bool = option(
+        False, "measure whether the attention matters: remove and add patches in its order, and in random ones"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     allow_mismatch: bool = option(False, "predict although the features were made in another way than the model's")
     # What the checkpoint says already, but for some of the first version's; a flag that contradicts it is an error.
@@ -325,6 +341,20 @@ class Prediction(_Checked):
     num_heads: int | None = option(
         None, "attention heads, where the checkpoint does not say: those of the first version (default 4)", least=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.input is None) == (self.input_dir is None):
+            raise ConfigError(
+                "give exactly one of --input (a feature file or slide) and --input_dir (a folder of them)"
+            )
+        for name in ("labels_csv", "extensions"):
+            if self.input is not None and getattr(self, name):
+                raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
+        if self.allow and self.labels_csv is None:
+            raise ConfigError(
+                f"--allow {' '.join(self.allow)}: is about rows of --labels_csv; give it, or leave --allow out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +377,9 @@ class Pictures(_Checked):
     """What `--visualize` draws."""
 
     visualize: bool = option(False, "draw the attention: heatmap, report page, patches, QuPath tiles and .npz")
-    wsi: Path | None = option(None, "the slide the feature file was made from (needed with --visualize)")
+    wsi: Path | None = option(
+        None, "the slide the feature file was made from, with --input_dir their folder (needed with --visualize)"
+    )
     top_k: int = option(10, "how many of the most attended patches are shown", least=1)
     scale: Literal["attention", "percentile"] = option("percentile", "what colour shows: attention, or its percentile")
     cmap: str = option("viridis", "Matplotlib colour map")
