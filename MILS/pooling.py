@@ -29,6 +29,8 @@ Aux = dict[str, Tensor | None]
 # large products. Small bags are padded to each other's length while they make no more than half a block: beyond that
 # the copy costs more than the calls.
 BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=1536)
+# Instances whose embeddings wait together to be reduced group by group: there may be many groups.
+GROUPED_ROWS = 2**14
 # A bag of more instances keeps nothing of their embeddings for the way back.
 SAVED_ROWS = 2**18
 
@@ -181,6 +183,44 @@ class MergeableModel(BagModel, Generic[S]):
         with evaluating(self):
             summary, trace = self._merged((self._summarise(block, None) for block in self._cut(blocks)), attention)
             return self.classify(summary), {"attn": None if trace is None else self.attention(summary, trace)}
+
+    @torch.no_grad()
+    def summaries(self, blocks: Iterable[Tensor], groups: Tensor) -> list[list[S]]:
+        """One bag that arrives in blocks, reduced group by group, for several groupings of its instances in one pass.
+
+        An inference path, as `forward_blocks`: `merge` and `classify` then tell what the model says of any union of
+        groups.
+
+        Arguments
+            blocks: as for `forward_blocks`, N instances in all.
+            groups: (O, N) integers, of each of O groupings every instance's group, counted from 0, none empty.
+
+        Returns, per grouping, the groups' summaries in their order.
+        """
+        found: list[dict[int, S]] = [{} for _ in groups]
+        waiting: list[Tensor] = []
+        start = 0
+
+        def reduce_waiting() -> None:
+            h = torch.cat(waiting, dim=1)
+            waiting.clear()
+            for known, row in zip(found, groups[:, start : start + h.shape[1]], strict=True):
+                present, sizes = row.unique(return_counts=True)
+                sorted_h = h[:, row.argsort(stable=True).to(h.device)]
+                for group, part in zip(present.tolist(), sorted_h.split(sizes.tolist(), dim=1), strict=True):
+                    summary, _ = self.reduce(part, None)
+                    known[group] = known[group].merge(summary) if group in known else summary
+
+        with evaluating(self):
+            for block in self._cut(blocks):
+                waiting.append(self.instance_layers()(self.prepared(block, None)))
+                rows = sum(part.shape[1] for part in waiting)
+                if rows >= GROUPED_ROWS:
+                    reduce_waiting()
+                    start += rows
+            if waiting:
+                reduce_waiting()
+        return [[known[group] for group in sorted(known)] for known in found]
 
     def _cut(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The blocks, checked, in pieces (1, n, D) of the size that suits the model's device, on that device."""

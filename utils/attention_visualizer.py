@@ -24,7 +24,15 @@ from utils.learning.predictions import PredictionFiles
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.caption import Caption
 from utils.pictures.geojson import write_attention
-from utils.pictures.heatmap import Figure, Look, Picture, detailed_figure, heatmap_figure, patch_grid_figure
+from utils.pictures.heatmap import (
+    Figure,
+    Look,
+    Picture,
+    detailed_figure,
+    heatmap_figure,
+    patch_grid_figure,
+    save_picture,
+)
 from utils.pictures.report import ShownPatch, write_report
 from utils.slides.wsi import Slide, find_slides, one_per_series, open_slide
 
@@ -85,7 +93,7 @@ class AttentionVisualizer:
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention, patch_size_level0)
             figure = heatmap_figure(_overview(slide), shown, self.look, title=title, top_k=top_k)
-        _save(figure, save_path)
+        save_picture(figure, save_path)
         return figure
 
     def visualize_chunked_attention(
@@ -124,7 +132,7 @@ class AttentionVisualizer:
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention, patch_size_level0)
             figure = self._detailed(_overview(slide), shown, caption or Caption(), title, top_k)
-        _save(figure, save_path)
+        save_picture(figure, save_path)
         return figure
 
     def extract_top_patches(
@@ -167,7 +175,7 @@ class AttentionVisualizer:
             shown = _attention_map(slide, coords, attention, patch_size_level0)
             top, least = (_patches(slide, shown, few) for few in (shown.top(count), shown.lowest(count)))
         figure = _grid(shown, top, least, title)
-        _save(figure, save_path)
+        save_picture(figure, save_path)
         return figure
 
     def save_set(
@@ -197,9 +205,9 @@ class AttentionVisualizer:
             picture = _overview(slide)
             top, least = (_patches(slide, shown, few) for few in (shown.top(top_k), shown.lowest(top_k)))
             write_attention(tiles, shown, slide, self.look.cmap, {"prediction": caption.answer})
-        _save(heatmap_figure(picture, shown, self.look, title=title, top_k=top_k), heatmap)
-        _save(self._detailed(picture, shown, caption, title, top_k), detailed)
-        _save(_grid(shown, top[:_GRID_PATCHES], least[:_GRID_PATCHES], title), grid)
+        save_picture(heatmap_figure(picture, shown, self.look, title=title, top_k=top_k), heatmap)
+        save_picture(self._detailed(picture, shown, caption, title, top_k), detailed)
+        save_picture(_grid(shown, top[:_GRID_PATCHES], least[:_GRID_PATCHES], title), grid)
         _write_patches(top_patches, shown, top, least)
         with whole_file(data) as part, part.open("wb") as file:
             np.savez(
@@ -373,12 +381,6 @@ def _check_reach(slide: Slide, coords: NDArray[np.int64], patch_size_level0: int
             f"{slide.path}: is {slide.width} x {slide.height} px, but the patches reach from "
             f"{start.tolist()} to {reach.tolist()}; give the slide that the features were made from with --wsi"
         )
-
-
-def _save(figure: Figure, path: str | Path | None) -> None:
-    if path is not None:
-        with whole_file(Path(path)) as part:
-            figure.savefig(part, format="png", dpi=200)
 
 
 def _write_patches(folder: Path, shown: AttentionMap, top: Sequence[ShownPatch], least: Sequence[ShownPatch]) -> None:

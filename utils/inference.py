@@ -21,7 +21,7 @@ from MILS.pooling import BagModel
 from utils.bags.labels import LabelRow
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.cohorts import tcga_case
-from utils.core.config import Extraction, Prediction, PredictionRecipe
+from utils.core.config import Extraction, Pictures, Prediction, PredictionRecipe
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.files import clear_parts, digest, read_json, write_json
 from utils.core.passport import COMPARED_FIELDS, ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
@@ -30,7 +30,10 @@ from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, mean_output, predict_features
 from utils.learning.calibration import mean_calibrated
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint
+from utils.learning.faithfulness import Faithfulness, measure_faithfulness
 from utils.learning.predictions import REPORT, Answers, PredictionFiles, check_input, kept_answer, request_of
+from utils.pictures.faithfulness import faithfulness_figure, map_of
+from utils.pictures.heatmap import save_picture
 from utils.slides.backbones import canonical_backbone
 from utils.slides.batch import STATUSES, SlideStatus, work_through
 from utils.slides.wsi import is_slide_file, slide_mpp
@@ -218,7 +221,7 @@ class SlidePredictor:
         """Predict a bag; `path` is where it came from, `case_id` its patient, by default read off a TCGA barcode."""
         self._check_bag(bag, path)
         feed = self.feed(mode, chunk_size)
-        features = bag.features if isinstance(bag.features, StoredFeatures) else torch.from_numpy(bag.features)
+        features = _features_of(bag)
         outputs = [predict_features(model, features, feed, attention=True) for model in self.models]
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
@@ -229,6 +232,15 @@ class SlidePredictor:
             path.stem, self.checkpoint.class_names, output.probabilities, mean_calibrated(outputs, temperatures),
             output.attention, bag, feed, seen_as, output.members,
         )  # fmt: skip
+
+    def faithfulness(self, prediction: SlidePrediction) -> Faithfulness:
+        """Whether the prediction's attention matters: what the models say, of the slide fed whole, as patches are taken
+        away and added in its order and in random ones, and the map of the same models with random weights.
+        """
+        assert prediction.patch_attention is not None  # noqa: S101 - for the type checker: every model attends
+        features = _features_of(prediction.bag)
+        answer = int(prediction.probabilities.argmax())
+        return measure_faithfulness(self.models, features, prediction.patch_attention, answer)
 
     def require(
         self,
@@ -343,6 +355,10 @@ class SlidePredictor:
             self._warned = True
 
 
+def _features_of(bag: Bag | StoredBag) -> torch.Tensor | StoredFeatures:
+    return bag.features if isinstance(bag.features, StoredFeatures) else torch.from_numpy(bag.features)
+
+
 def _check_alike(trained: Sequence[_Trained]) -> None:
     """Raise CheckpointError unless the checkpoints' answers can be averaged, RecipeError unless their features are of
     one kind.
@@ -366,6 +382,10 @@ def _check_alike(trained: Sequence[_Trained]) -> None:
 
 def _fed(feed: SlideFeed) -> str:
     return "whole" if feed.mode == "full" else f"in chunks of {feed.chunk_size}"
+
+
+def _faithfulness_path(folder: Path, slide: str) -> Path:
+    return folder / f"{slide}_faithfulness.png"
 
 
 def extractPredict(  # noqa: N802 - the first version's public name
@@ -534,10 +554,23 @@ class _Work:
         row = self.rows.get(source.stem)
         prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, row and row.case_id)
         record = prediction.as_dict() | predictor.provenance(prediction)
+        if asked.faithfulness:
+            found = predictor.faithfulness(prediction)
+            record["faithfulness"] = found.as_dict()
+            self._draw_faithfulness(prediction, found, record)
         if drawing is not None and size is not None:
             assert prediction.coords is not None and prediction.attention is not None  # noqa: S101, PT018 - checked
             drawing.save(source, folder, prediction.coords, prediction.attention, size, record)
         return record
+
+    def _draw_faithfulness(self, prediction: SlidePrediction, found: Faithfulness, record: dict[str, Any]) -> None:
+        bag, maps = prediction.bag, []
+        if bag.coords is not None and bag.patch_size_level0 is not None and prediction.patch_attention is not None:
+            attentions = prediction.patch_attention, found.randomised
+            maps = [map_of(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
+        title = f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})"
+        figure = faithfulness_figure(record["faithfulness"], maps, Pictures.cmap, title, prediction.predicted_class)
+        save_picture(figure, _faithfulness_path(self.asked.output_dir, prediction.slide))
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -556,6 +589,9 @@ class _Work:
 
     def _is_complete(self, record: Mapping[str, Any], pictures: Mapping[str, Any] | None) -> bool:
         """Whether nothing is asked for that an earlier run was not asked for, or that is gone."""
+        figure = _faithfulness_path(self.asked.output_dir, record["slide"])
+        if self.asked.faithfulness and ("faithfulness" not in record or not figure.exists()):
+            return False
         if self.drawing is None or pictures is None:
             return True
         paths = self.drawing.paths(self.asked.output_dir, record["slide"])
@@ -566,6 +602,8 @@ class _Work:
         record = read_json(target)
         kept = [target.parent / f"{source.stem}.h5"] if self.recipe.save_features else []
         drawn = self.drawing.paths(target.parent, record["slide"]) if self.drawing else []
+        if self.asked.faithfulness:
+            drawn.append(_faithfulness_path(target.parent, record["slide"]))
         lines = [f"{record['slide']}: {record['predicted_class']} ({record['confidence']:.1%})"]
         return "\n".join([*lines, *(f"  {path}" for path in [*kept, *drawn, target])])
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mil_helpers import bag, relative_error, small
 from torch import nn
 
+from MILS import build_mil
 from MILS.pooling import MaxSummary, attend, evaluating
 
 
@@ -112,3 +113,21 @@ def test_blocks_stream_without_being_held():
 
     small("ABMIL").forward_blocks(blocks())
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("name", ["LiteMIL", "ABMIL", "ABMIL_Multihead", "meanPool", "maxPool"])
+def test_groups_of_a_bag_merge_to_any_part_of_it(name, monkeypatch):
+    torch.manual_seed(0)
+    model = build_mil(name, input_dim=12, num_classes=3).eval()
+    bag = torch.randn(50, 12)
+    groups = torch.stack([torch.randint(4, (50,)), torch.arange(50) // 10]).to(torch.int8)
+    monkeypatch.setattr("MILS.pooling.GROUPED_ROWS", 16)
+    found = model.summaries(bag.split(9), groups)
+    assert [len(parts) for parts in found] == [4, 5]
+    for row, parts in zip(groups, found, strict=True):
+        for chosen in ([0], [1, 3], [3, 2, 1, 0]):
+            merged = parts[chosen[0]]
+            for group in chosen[1:]:
+                merged = merged.merge(parts[group])
+            alone, _ = model(bag[torch.isin(row, torch.tensor(chosen))][None])
+            torch.testing.assert_close(model.classify(merged), alone, atol=1e-5, rtol=1e-5)

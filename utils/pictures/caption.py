@@ -1,6 +1,7 @@
 """What the pictures say of a prediction, taken from the record that `<slide>_prediction.json` keeps."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -22,18 +23,29 @@ class Caption:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """Of a prediction's record; `model`, `checkpoint`, `recipe` and `slide_record` say how it was made."""
-        model, recipe = record["model"], record["recipe"] or {}
-        settings = ", ".join(f"{name} {value}" for name, value in model.items() if name != "name")
+        recipe = record["recipe"] or {}
+        several = isinstance(record["checkpoint"], list)
+        models = record["model"] if several else [record["model"]]
+        checkpoints = record["checkpoint"] if several else [record["checkpoint"]]
         chunked = f"in chunks of {record['chunk_size']}, their probabilities averaged"
         facts = [
-            ("model", f"{model['name']} ({settings})"),
-            ("checkpoint", record["checkpoint"]),
+            ("models, averaged" if several else "model", _in_words(map(_model_text, models))),
+            ("checkpoints" if several else "checkpoint", _in_words(checkpoints)),
             ("fed", chunked if record["mode"] == "chunked" else "whole"),
             *((name, _short(str(recipe[name]))) for name in _RECIPE if recipe.get(name) is not None),
         ]
         delivered = (record["slide_record"] or {}).get("mpp_delivered")
         if delivered is not None:
             facts.append(("um/px of the patches", f"{delivered:.4g}"))
+        calibrated = record.get("calibrated_probabilities")
+        if calibrated is not None:
+            temperatures = record["temperature"] if several else [record["temperature"]]
+            told = ", ".join(f"{one:.2f}" for one in temperatures)
+            facts.append(
+                ("calibrated probability", f"{calibrated[record['predicted_class']]:.1%} (temperature {told})")
+            )
+        if "faithfulness" in record:
+            facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
         seen = "The model was trained on this slide: its prediction proves nothing."
         return cls(
             f"{record['predicted_class']} ({record['confidence']:.1%})",
@@ -41,6 +53,24 @@ class Caption:
             facts,
             [seen] if record["seen_in_training"] else [],
         )
+
+
+def _model_text(model: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in model.items() if name != "name")
+    return f"{model['name']} ({settings})"
+
+
+def _in_words(texts: Iterable[str]) -> str:
+    """Each of the texts once, with how often it comes."""
+    return "; ".join(text if times == 1 else f"{times} x {text}" for text, times in Counter(texts).items())
+
+
+def _faithfulness(found: Mapping[str, Any]) -> str:
+    told = [
+        f"{name} {found[name]['gap']:+.3f} (beats {found[name]['random_orders_beaten']} of {found['random_orders']})"
+        for name in ("deletion", "insertion")
+    ]
+    return f"mean probability against random orders: {', '.join(told)}"
 
 
 def _short(text: str) -> str:

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from utils.core.config import Pictures
 from utils.core.errors import ConfigError
+from utils.core.files import whole_file
 from utils.pictures.attention_map import AttentionMap
 
 # Scale bars are one of these long, in um, whichever is nearest to a fifth of the picture.
@@ -248,3 +250,10 @@ def _write_facts(axes: Axes, facts: Sequence[tuple[str, str]]) -> None:
     axes.set_axis_off()
     lines = [textwrap.fill(f"{name}: {value}", _FACT_WIDTH, subsequent_indent="    ") for name, value in facts]
     axes.text(0, 1, "\n".join(lines), va="top", ha="left", fontsize=7.5, linespacing=1.4, transform=axes.transAxes)
+
+
+def save_picture(figure: Figure, path: str | Path | None) -> None:
+    """Write the figure as PNG, where a path is given."""
+    if path is not None:
+        with whole_file(Path(path)) as part:
+            figure.savefig(part, format="png", dpi=200)

@@ -1,0 +1,156 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from MILS import build_mil, list_mils
+from MILS.ensemble import Ensemble
+from utils.bags.store import Bag, open_bag, write_bag
+from utils.core.errors import FeatureFileError
+from utils.learning.aggregation import SlideFeed, predict_features
+from utils.learning.faithfulness import measure_faithfulness
+
+WHOLE = SlideFeed(None, "merge")
+COUNT = 60
+
+
+def stirred(name: str, seed: int = 1) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = build_mil(name, input_dim=16, num_classes=2).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def bag(count: int = COUNT, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32))
+
+
+def attention_of(model, features) -> np.ndarray:
+    return predict_features(model, features, WHOLE, attention=True).attention.mean(axis=0)
+
+
+def said(model, features, kept: np.ndarray, index: int) -> float:
+    return float(predict_features(model, features[torch.from_numpy(np.sort(kept))], WHOLE).probabilities[index])
+
+
+@pytest.mark.parametrize("name", list_mils())
+def test_the_curves_are_what_the_model_says_of_the_patches_that_are_left(name):
+    model, features = stirred(name), bag()
+    attention = np.random.default_rng(3).permutation(COUNT) + 1.0  # no two alike
+    order, found = np.argsort(-attention), measure_faithfulness([model], features, attention / attention.sum(), 1)
+    for fraction, most, least in zip(
+        found.deletion.fractions, found.deletion.most_first, found.deletion.least_first, strict=True
+    ):
+        gone = round(fraction * COUNT)
+        assert most == pytest.approx(said(model, features, order[gone:], 1), abs=1e-5)
+        assert least == pytest.approx(said(model, features, order[: COUNT - gone], 1), abs=1e-5)
+    for fraction, most, least in zip(
+        found.insertion.fractions, found.insertion.most_first, found.insertion.least_first, strict=True
+    ):
+        come = round(fraction * COUNT)
+        assert most == pytest.approx(said(model, features, order[:come], 1), abs=1e-5)
+        assert least == pytest.approx(said(model, features, order[COUNT - come :], 1), abs=1e-5)
+    whole = said(model, features, order, 1)
+    for curve in (found.deletion.most_first[0], found.deletion.random[:, 0], found.insertion.random[:, -1]):
+        assert curve == pytest.approx(whole, abs=1e-5)
+    assert found.deletion.fractions[0] == 0
+    assert found.insertion.fractions[-1] == 1
+
+
+def test_features_in_a_file_that_come_in_blocks_give_the_same_curves(tmp_path, monkeypatch):
+    model, features = stirred("LiteMIL"), bag()
+    attention = attention_of(model, features)
+    expected = measure_faithfulness([model], features, attention, 0)
+    write_bag(tmp_path / "slide.h5", Bag(features.numpy()))
+    monkeypatch.setattr("utils.bags.store._BLOCK_BYTES", 7 * 16 * 4)
+    monkeypatch.setattr("MILS.pooling.GROUPED_ROWS", 20)
+    found = measure_faithfulness([model], open_bag(tmp_path / "slide.h5").features, attention, 0)
+    for curves in ("deletion", "insertion"):
+        for name, curve in vars(getattr(expected, curves)).items():
+            np.testing.assert_allclose(vars(getattr(found, curves))[name], curve, atol=1e-6)
+    np.testing.assert_allclose(found.randomised, expected.randomised, rtol=1e-4)
+
+
+def test_several_models_answer_as_their_mean(tmp_path):
+    one, two, three = (stirred(name, seed) for name, seed in (("LiteMIL", 1), ("LiteMIL", 2), ("ABMIL", 3)))
+    features = bag()
+    attention = attention_of(one, features)
+    each = [measure_faithfulness([model], features, attention, 1) for model in (one, two, three)]
+    together = measure_faithfulness([Ensemble([one, two]), three], features, attention, 1)
+    np.testing.assert_allclose(
+        together.insertion.most_first, np.mean([found.insertion.most_first for found in each], axis=0), atol=1e-6
+    )
+    assert together.randomised.sum() == pytest.approx(1, abs=1e-4)
+
+
+def planted() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A model that attends to the first feature, and says class 1 where it is high, as five of the patches have it."""
+    torch.manual_seed(0)
+    model = build_mil("LiteMIL", input_dim=16, num_classes=2, hidden_dim=16, num_heads=1, dropout=0.0).eval()
+    features = 0.1 * bag()
+    features[10:15, 0] = 3.0
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(150):
+        negative = 0.1 * bag(seed=step + 1)
+        positive = negative.clone()
+        positive[np.random.default_rng(step).permutation(COUNT)[:5], 0] = 3.0
+        loss = torch.nn.functional.cross_entropy(model(torch.stack([negative, positive]))[0], torch.tensor([0, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model, features
+
+
+def test_attention_that_matters_is_told_from_attention_that_does_not():
+    model, features = planted()
+    true = measure_faithfulness([model], features, attention_of(model, features), 1).as_dict()
+    assert true["deletion"]["gap"] > 0.3
+    assert true["deletion"]["random_orders_beaten"] == true["random_orders"] == 10
+    assert true["insertion"]["gap"] > 0.05
+    made_up = np.random.default_rng(5).random(COUNT)
+    false = measure_faithfulness([model], features, made_up / made_up.sum(), 1).as_dict()
+    assert abs(false["deletion"]["gap"]) < 0.2
+    upside_down = 1 / attention_of(model, features)
+    worse = measure_faithfulness([model], features, upside_down / upside_down.sum(), 1).as_dict()
+    assert worse["deletion"]["gap"] < 0
+    assert worse["deletion"]["random_orders_beaten"] == 0
+
+
+def test_a_map_that_owes_nothing_to_training_is_told():
+    """The rank correlation with random weights: 1 for a map that is the features' alone, none for a constant one."""
+    model, features = planted()
+    found = measure_faithfulness([model], features, attention_of(model, features), 1)
+    again = measure_faithfulness([model], features, found.randomised, 1)
+    assert again.rank_correlations[0] == pytest.approx(1)
+    assert len(again.rank_correlations) == 3
+    assert all(abs(one) < 0.9 for one in again.rank_correlations[1:])
+    even = measure_faithfulness([model], features, np.full(COUNT, 1 / COUNT), 1)
+    assert even.rank_correlations == [None] * 3
+    pooled = measure_faithfulness([stirred("meanPool")], features, attention_of(model, features), 1)
+    assert pooled.rank_correlations == [None] * 3
+    json.dumps(even.as_dict(), allow_nan=False)
+
+
+def test_patches_of_equal_attention_have_no_order_of_their_own():
+    """Features that change along the file: an order by place would beat random ones."""
+    model, features = planted()
+    features = torch.cat([features[10:15], features[:10], features[15:]])
+    found = measure_faithfulness([model], features, np.full(COUNT, 1 / COUNT), 1).as_dict()
+    assert 0 < found["deletion"]["random_orders_beaten"] < 10
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 40])
+def test_small_slides(count):
+    model, features = stirred("ABMIL"), bag(count)
+    found = measure_faithfulness([model], features, attention_of(model, features), 0)
+    json.dumps(found.as_dict(), allow_nan=False)
+    np.testing.assert_allclose(found.deletion.fractions, 1 - found.insertion.fractions[::-1])
+
+
+def test_a_single_patch_is_refused():
+    model = stirred("ABMIL")
+    with pytest.raises(FeatureFileError, match="the slide has 1 patch, from which nothing can be taken away"):
+        measure_faithfulness([model], bag(1), np.ones(1), 0)
