@@ -1,3 +1,5 @@
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
 from utils.core.passport import Passport
 from utils.pictures.caption import Caption
+from utils.slides.wsi import open_slide
 
 SIZE = 500, 400
 COORDS = patch_grid(*SIZE, 50, 50)
@@ -80,9 +83,11 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
     data = np.load(paths[4])
     assert set(data.files) == {
         "coords", "attention", "attention_heads", "patch_size_level0", "class_names", "probabilities", "prediction",
-        "mpp",
+        "mpp", "seen_in_training",
     }  # fmt: skip
-    assert (data["prediction"], data["mpp"]) == ("b", 0.5)
+    assert (data["prediction"], data["mpp"], data["seen_in_training"]) == ("b", 0.5, "True")
+    assert json.loads(paths[5].read_text())["litemil"]["seen_in_training"] is True
+    assert "was trained on this slide" in paths[6].read_text()
     np.testing.assert_allclose(data["attention"], heads.mean(axis=0))
     assert plt.get_fignums() == []
 
@@ -98,20 +103,42 @@ def test_patches_that_cannot_be_the_slides_are_refused(slide, coords, attention,
 
 def test_drawing_is_checked_before_any_work(slide, tmp_path):
     features = np.ones((len(COORDS), 4), np.float32)
-    source = tmp_path / "bag.h5"
+    source = tmp_path / "place.h5"
     assert check_drawable(slide, source, Bag(features, COORDS, 50)) == 50
     assert check_drawable(slide, source, Bag(features, COORDS), patch_size=25, level=1) == 50
-    with pytest.raises(ConfigError, match=r"bag\.h5: does not record the patch size; give --patch_size"):
+    with pytest.raises(ConfigError, match=r"place\.h5: does not record the patch size; give --patch_size"):
         check_drawable(slide, source, Bag(features, COORDS))
-    with pytest.raises(FeatureFileError, match=r"bag\.h5: has no coordinates, so nothing can be drawn; extract"):
+    with pytest.raises(FeatureFileError, match=r"place\.h5: has no coordinates, so nothing can be drawn; extract"):
         check_drawable(slide, source, Bag(features))
     with pytest.raises(FeatureFileError, match=r"so nothing can be drawn \(its coords are in um\); extract"):
         check_drawable(slide, source, Bag(features, coords_withheld="its coords are in um"))
     with pytest.raises(FeatureFileError, match="but the patches reach"):
         check_drawable(slide, source, Bag(features, COORDS + 100, 50))
     other = Passport({}, {"name": "other", "width": SIZE[0], "height": SIZE[1], "quick_hash": "0" * 64})
-    with pytest.raises(FeatureFileError, match=r"that .*bag\.h5 was made from \(quick_hash.*give slide other"):
+    with pytest.raises(FeatureFileError, match=r"that .*place\.h5 was made from \(quick_hash.*give slide other"):
         check_drawable(slide, source, Bag(features, COORDS, 50, other))
+    scanned = Passport({}, {"name": "other", "bounds": [0, 0, 100, 100]})
+    slide_of = Passport({}, {"name": "place", "width": SIZE[0], "quick_hash": quick_hash_of(slide)})
+    with pytest.raises(FeatureFileError, match=r"place\.tiff: is not called as .*renamed\.h5.*or --allow_mismatch"):
+        check_drawable(slide, tmp_path / "renamed.h5", Bag(features, COORDS, 50, scanned))
+    assert check_drawable(slide, tmp_path / "renamed.h5", Bag(features, COORDS, 50), allow_renamed=True) == 50
+    assert check_drawable(slide, tmp_path / "renamed.h5", Bag(features, COORDS, 50, slide_of)) == 50
+
+
+def quick_hash_of(path):
+    with open_slide(path) as slide:
+        return slide.quick_hash()
+
+
+def test_a_slide_of_other_bounds_is_refused(slide, tmp_path, monkeypatch):
+    made_from = Passport({}, {"name": "place", "bounds": [10, 20, 300, 200], "width": SIZE[0], "height": SIZE[1]})
+    bag = Bag(np.ones((len(COORDS), 4), np.float32), COORDS, 50, made_from)
+    assert check_drawable(slide, tmp_path / "place.h5", bag) == 50  # bounds that are not known contradict none
+    opened = open_slide(slide)
+    opened.bounds = (0, 0, 300, 200)
+    monkeypatch.setattr("utils.attention_visualizer.open_slide", lambda _: opened)
+    with pytest.raises(FeatureFileError, match=r"not the slide that .* \(bounds: found \[0, 0, 300, 200\], expected"):
+        check_drawable(slide, tmp_path / "place.h5", bag)
 
 
 def test_the_patch_grid_stays_a_figure(slide):
@@ -148,3 +175,24 @@ def test_what_the_pictures_say_of_a_prediction():
     unknown = Caption.of(RECORD | {"recipe": None, "slide_record": None, "seen_in_training": None, "mode": "full"})
     assert [name for name, _ in unknown.facts] == ["model", "checkpoint", "fed"]
     assert (dict(unknown.facts)["fed"], unknown.notes) == ("whole", [])
+    patient = Caption.of(RECORD | {"seen_as": "case"})
+    assert patient.notes == ["The model was trained on this patient: its prediction proves nothing."]
+
+
+def test_what_the_pictures_say_of_several_models():
+    curves = {"gap": 0.25, "random_orders_beaten": 9}
+    caption = Caption.of(
+        RECORD
+        | {
+            "model": [{"name": "LiteMIL", "num_heads": 4}] * 2 + [{"name": "ABMIL", "hidden_dim": 8}],
+            "checkpoint": ["a.pth", "b.pth", "c.pth"],
+            "temperature": [1.5, 2.0, 0.5],
+            "calibrated_probabilities": {"a": 0.4, "b": 0.6},
+            "faithfulness": {"deletion": curves, "insertion": curves | {"gap": -0.125}, "random_orders": 10},
+        }
+    )
+    facts = dict(caption.facts)
+    assert facts["models, averaged"] == "2 x LiteMIL (num_heads 4); ABMIL (hidden_dim 8)"
+    assert facts["checkpoints"] == "a.pth; b.pth; c.pth"
+    assert facts["calibrated probability"] == "60.0% (temperature 1.50, 2.00, 0.50)"
+    assert "deletion +0.250 (beats 9 of 10), insertion -0.125 (beats 9 of 10)" in facts["faithfulness"]

@@ -198,13 +198,14 @@ class AttentionVisualizer:
         holds.
         """
         caption = Caption.of(record)
-        title = f"{name}: {caption.answer}"
+        title = f"{name}: {caption.answer}" + (", seen in training" if record["seen_in_training"] else "")
         heatmap, detailed, grid, top_patches, data, tiles, page = paths = set_paths(Path(output_dir), name)
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
             picture = _overview(slide)
             top, least = (_patches(slide, shown, few) for few in (shown.top(top_k), shown.lowest(top_k)))
-            write_attention(tiles, shown, slide, self.look.cmap, {"prediction": caption.answer})
+            told = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"]}
+            write_attention(tiles, shown, slide, self.look.cmap, told)
         save_picture(heatmap_figure(picture, shown, self.look, title=title, top_k=top_k), heatmap)
         save_picture(self._detailed(picture, shown, caption, title, top_k), detailed)
         save_picture(_grid(shown, top[:_GRID_PATCHES], least[:_GRID_PATCHES], title), grid)
@@ -214,6 +215,7 @@ class AttentionVisualizer:
                 file, coords=coords, attention=shown.attention, attention_heads=attention,
                 patch_size_level0=patch_size_level0, class_names=list(caption.probabilities),
                 probabilities=list(caption.probabilities.values()), prediction=record["predicted_class"],
+                seen_in_training=str(record["seen_in_training"]),
                 mpp=(record["slide_record"] or {}).get("mpp_delivered") or np.nan,
             )  # fmt: skip
         write_report(
@@ -236,7 +238,7 @@ class PredictionPictures:
     """
 
     def __init__(self, asked: Pictures, files: PredictionFiles, recipe: PredictionRecipe, device: torch.device) -> None:
-        self.asked, self.recipe = asked, recipe
+        self.asked, self.recipe, self.allow_renamed = asked, recipe, files.asked.allow_mismatch
         self.visualizer = AttentionVisualizer(asked.cmap, asked.alpha, asked.scale, device)
         wsi, one = asked.wsi, files.asked.input is not None
         self._slides: dict[str, Path] | None = None
@@ -270,7 +272,10 @@ class PredictionPictures:
 
     def check(self, source: Path, bag: Bag | StoredBag) -> int:
         """The edge in level-0 px of the patches; raises as `check_drawable` does."""
-        return check_drawable(self.slide_of(source), source, bag, self.recipe.patch_size, self.recipe.level)
+        recipe = self.recipe
+        return check_drawable(
+            self.slide_of(source), source, bag, recipe.patch_size, recipe.level, allow_renamed=self.allow_renamed
+        )
 
     def paths(self, folder: Path, name: str) -> list[Path]:
         return set_paths(folder, name)
@@ -333,9 +338,16 @@ def _grid(shown: AttentionMap, top: Sequence[ShownPatch], least: Sequence[ShownP
 
 
 def check_drawable(
-    wsi_path: Path, source: Path, bag: Bag | StoredBag, patch_size: int | None = None, level: int | None = None
+    wsi_path: Path,
+    source: Path,
+    bag: Bag | StoredBag,
+    patch_size: int | None = None,
+    level: int | None = None,
+    *,
+    allow_renamed: bool = False,
 ) -> int:
-    """The edge in level-0 pixels of the patches of `bag`, read from `source`, once they are known to be the slide's.
+    """The edge in level-0 pixels of the patches of `bag`, read from `source`, once they are known to be the slide's: by
+    what was recorded of it, else by its name, unless that is allowed to differ.
 
     `patch_size` and `level` say it for a bag that does not. Raises FeatureFileError for a bag without coordinates, or
     of another slide; ConfigError where the size is unknown; SlideError.
@@ -347,12 +359,22 @@ def check_drawable(
         )
     with open_slide(wsi_path) as slide:
         made_from = bag.passport.slide if bag.passport else {}
-        found = {"width": slide.width, "height": slide.height, "quick_hash": slide.quick_hash()}
+        found = {
+            "width": slide.width,
+            "height": slide.height,
+            "bounds": list(slide.bounds) if slide.bounds else None,
+            "quick_hash": slide.quick_hash(),
+        }
         differences = recipe_differences(made_from, found, found)
         if differences:
             raise FeatureFileError(
                 f"{wsi_path}: not the slide that {source} was made from ({'; '.join(differences)}); "
                 f"give slide {made_from.get('name')} with --wsi"
+            )
+        if made_from.get("quick_hash") is None and slide.name != source.stem and not allow_renamed:
+            raise FeatureFileError(
+                f"{wsi_path}: is not called as {source}, which does not tell what slide it was made from; "
+                f"give slide {source.stem} with --wsi, or --allow_mismatch for one that was renamed"
             )
         size = bag.patch_size_level0 or _footprint(slide, source, patch_size, level or 0)
         _check_reach(slide, bag.coords, size)

@@ -27,6 +27,7 @@ _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 # Random orders; a model that does not merge sees every part of the slide anew, and gets fewer.
 _ORDERS, _FEW_ORDERS = 10, 3
 _RANDOM_MODELS = 3
+_BAR_DELAY_SECONDS = 5
 _WHOLE = SlideFeed(None, "merge")
 
 
@@ -138,7 +139,7 @@ def _answers(model: BagModel, features: torch.Tensor | StoredFeatures, groups: t
     device, number = next(model.parameters()).device, int(groups.max()) + 1
     logits = []
     with evaluating(model):
-        for row in progress(groups, "Taking patches away", unit="order", leave=False):
+        for row in progress(groups, "Taking patches away", unit="order", leave=False, delay=_BAR_DELAY_SECONDS):
             kept = [row <= last for last in range(number)] + [row >= begin for begin in range(number)]
             logits.append(torch.cat([model(features[mask].to(device)[None])[0] for mask in kept]))
     return _probabilities(torch.stack(logits).unflatten(1, (2, number)))

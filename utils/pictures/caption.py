@@ -46,7 +46,8 @@ class Caption:
             )
         if "faithfulness" in record:
             facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
-        seen = "The model was trained on this slide: its prediction proves nothing."
+        what = "patient" if record.get("seen_as") == "case" else "slide"
+        seen = f"The model was trained on this {what}: its prediction proves nothing."
         return cls(
             f"{record['predicted_class']} ({record['confidence']:.1%})",
             record["probabilities"],

@@ -1,0 +1,116 @@
+"""What the prediction of a slide of a million patches costs, beyond reading and projecting them, as a Markdown table.
+
+    uv run benchmarks/prediction.py
+    uv run benchmarks/prediction.py --patches 100000 --models LiteMIL ABMIL --repeats 5
+
+The slide is synthetic: normal numbers in float16, in one of our HDF5 files that was just written and is in the system's
+memory. Each model predicts it whole with `SlidePredictor`, attention included, in a process of its own.
+
+time      of a prediction, as a multiple of what anyone would need: h5py's blocks of 4096 rows, each to float32 and
+          through a linear layer of the model's own width. The two take turns; medians
+memory    the most that the process takes during the prediction, beyond what it takes idle with the model loaded
+faithfulness  the time of `--faithfulness`, likewise
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from models import in_own_process, peak_of
+from report import processor, table, versions
+
+from MILS import build_mil, list_mils
+from MILS.pooling import MergeableModel
+from utils.bags.store import bag_writer
+from utils.inference import SlidePredictor
+from utils.learning.aggregation import SlideFeed
+from utils.learning.checkpoint import Checkpoint, save_checkpoint
+
+_BLOCK = 4096
+
+
+def write_slide(path: Path, patches: int, dim: int) -> Path:
+    rng = np.random.default_rng(0)
+    side = int(np.ceil(np.sqrt(patches)))
+    with bag_writer(path, dim, "float16") as writer:
+        for start in range(0, patches, 2**14):
+            rows = min(2**14, patches - start)
+            writer.append(rng.standard_normal((rows, dim), dtype=np.float32).astype(np.float16))
+        place = np.arange(patches)
+        writer.finish(np.stack([place % side, place // side], axis=1) * 256, 256, None)
+    return path
+
+
+def write_model(path: Path, name: str, dim: int) -> Path:
+    torch.manual_seed(0)
+    model = build_mil(name, input_dim=dim, num_classes=2)
+    feed, seen = SlideFeed(None, "merge").as_dict(), {"slide": [], "case": []}
+    save_checkpoint(
+        path, Checkpoint(model.spec, model.state_dict(), ("a", "b"), "synthetic", feed, None, None, {}, seen)
+    )
+    return path
+
+
+def read_and_project(path: Path, layer: torch.nn.Linear) -> None:
+    with torch.inference_mode(), h5py.File(path) as file:
+        features = file["features"]
+        assert isinstance(features, h5py.Dataset)  # noqa: S101 - for the type checker
+        for start in range(0, len(features), _BLOCK):
+            layer(torch.from_numpy(features[start : start + _BLOCK]).float())
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measured(slide: Path, checkpoint: Path, repeats: int) -> tuple[float, float, float]:
+    """Time and `--faithfulness` time as multiples of reading and projecting, and bytes beyond the idle process."""
+    predictor = SlidePredictor(checkpoint, device="cpu")
+    memory = peak_of(lambda: predictor.predict(slide, mode="full"), "cpu")
+    (model,) = predictor.models
+    assert isinstance(model, MergeableModel)  # noqa: S101 - for the type checker: only those are asked for
+    layer = model.instance_layers()[0]
+    assert isinstance(layer, torch.nn.Linear)  # noqa: S101 - for the type checker
+    turns = [
+        (seconds(lambda: read_and_project(slide, layer)), seconds(lambda: predictor.predict(slide, mode="full")))
+        for _ in range(repeats)
+    ]
+    base, whole = (statistics.median(times) for times in zip(*turns, strict=True))
+    prediction = predictor.predict(slide, mode="full")
+    return whole / base, seconds(lambda: predictor.faithfulness(prediction)) / base, memory
+
+
+def main() -> None:
+    description, _, rest = str(__doc__).partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = [name for name in list_mils() if name != "TransMIL"]
+    parser.add_argument("--patches", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--models", nargs="+", default=models, choices=models, metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    asked = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        slide = write_slide(folder / "slide.h5", asked.patches, asked.dim)
+        for mil in asked.models:
+            checkpoint = write_model(folder / f"{mil}.pth", mil, asked.dim)
+            found = in_own_process(lambda checkpoint=checkpoint: measured(slide, checkpoint, asked.repeats))
+            rows.append([mil, f"{found[0]:.2f}", f"{found[2] / 1e6:,.0f} MB", f"{found[1]:.1f}"] if found else [mil])
+    print(f"{processor()}, {', '.join(versions())}, {torch.get_num_threads()} threads")
+    print(f"{asked.patches:,} patches of {asked.dim} float16, {asked.repeats} turns\n")
+    print(table("model | time | memory beyond idle | faithfulness", rows))
+
+
+if __name__ == "__main__":
+    main()
