@@ -185,7 +185,7 @@ def test_what_the_pictures_say_of_several_models():
         RECORD
         | {
             "model": [{"name": "LiteMIL", "num_heads": 4}] * 2 + [{"name": "ABMIL", "hidden_dim": 8}],
-            "checkpoint": ["a.pth", "b.pth", "c.pth"],
+            "checkpoint": ["run/a.pth", "run/b.pth", "other/c.pth"],
             "temperature": [1.5, 2.0, 0.5],
             "calibrated_probabilities": {"a": 0.4, "b": 0.6},
             "faithfulness": {"deletion": curves, "insertion": curves | {"gap": -0.125}, "random_orders": 10},
@@ -193,6 +193,18 @@ def test_what_the_pictures_say_of_several_models():
     )
     facts = dict(caption.facts)
     assert facts["models, averaged"] == "2 x LiteMIL (num_heads 4); ABMIL (hidden_dim 8)"
-    assert facts["checkpoints"] == "a.pth; b.pth; c.pth"
+    assert facts["checkpoints"] == "a.pth, b.pth in run; c.pth in other"
     assert facts["calibrated probability"] == "60.0% (temperature 1.50, 2.00, 0.50)"
+    assert caption.notes == ["The model was trained on this slide: its prediction proves nothing."]
     assert "deletion +0.250 (beats 9 of 10), insertion -0.125 (beats 9 of 10)" in facts["faithfulness"]
+
+
+def test_attention_that_does_not_support_the_answer_is_said_to(slide, tmp_path):
+    against = {"gap": -0.1, "random_orders_beaten": 0}
+    record = RECORD | {
+        "seen_in_training": False, "faithfulness": {"deletion": against, "insertion": against, "random_orders": 10},
+    }  # fmt: skip
+    (note,) = Caption.of(record).notes
+    assert note.startswith("Attention does not support this answer: without the most attended patches, b is no less")
+    paths = AttentionVisualizer().save_set(slide, tmp_path, COORDS, ATTENTION[None], 50, name="place", record=record)
+    assert note in paths[6].read_text()

@@ -119,3 +119,9 @@ def test_a_backbone_has_one_name_whoever_wrote_it():
     assert backbone_name("Phikon_V2") == backbone_name("phikonv2") == "phikon-v2"
     assert backbone_name("H_optimus_0") == backbone_name("h-optimus-0") == "h-optimus-0"
     assert backbone_name("TIMM:resnet18.a1_in1k") == "timm:resnet18.a1_in1k"
+
+
+def test_of_sets_of_settings_only_what_differs_is_told():
+    left, right = {"tissue": {"a": 1, "b": 2, "c": 3}}, {"tissue": {"a": 1, "b": 5, "d": 6}}
+    (told,) = recipe_differences(left, right, ["tissue"])
+    assert told == 'tissue: found {"b": 5, "d": 6}, expected {"b": 2, "c": 3}'

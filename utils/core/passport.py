@@ -75,6 +75,7 @@ def recipe_differences(
     for name in fields:
         left, right = expected.get(name), found.get(name)
         if left != right and (strict or (left is not None and right is not None)):
+            left, right = _unlike(left, right)
             differences.append(f"{name}: found {_short(right)}, expected {_short(left)}")
     return differences
 
@@ -92,6 +93,15 @@ def mpp_difference(expected: tuple[float, float] | None, found: float | None) ->
 def unknown_fields(expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str]) -> list[str]:
     """The fields that could not be compared because one side does not know them."""
     return [name for name in fields if expected.get(name) is None or found.get(name) is None]
+
+
+def _unlike(left: Any, right: Any) -> tuple[Any, Any]:
+    """Of two sets of settings, those that differ."""
+    if not (isinstance(left, dict) and isinstance(right, dict)):
+        return left, right
+    names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
+    first, second = ({name: one[name] for name in names if name in one} for one in (left, right))
+    return first, second
 
 
 def _short(value: Any) -> str:

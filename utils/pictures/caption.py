@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 _RECIPE = ("backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "precision")
@@ -23,37 +24,43 @@ class Caption:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """Of a prediction's record; `model`, `checkpoint`, `recipe` and `slide_record` say how it was made."""
-        recipe = record["recipe"] or {}
-        several = isinstance(record["checkpoint"], list)
-        models = record["model"] if several else [record["model"]]
-        checkpoints = record["checkpoint"] if several else [record["checkpoint"]]
-        chunked = f"in chunks of {record['chunk_size']}, their probabilities averaged"
-        facts = [
-            ("models, averaged" if several else "model", _in_words(map(_model_text, models))),
-            ("checkpoints" if several else "checkpoint", _in_words(checkpoints)),
-            ("fed", chunked if record["mode"] == "chunked" else "whole"),
-            *((name, _short(str(recipe[name]))) for name in _RECIPE if recipe.get(name) is not None),
-        ]
-        delivered = (record["slide_record"] or {}).get("mpp_delivered")
-        if delivered is not None:
-            facts.append(("um/px of the patches", f"{delivered:.4g}"))
-        calibrated = record.get("calibrated_probabilities")
-        if calibrated is not None:
-            temperatures = record["temperature"] if several else [record["temperature"]]
-            told = ", ".join(f"{one:.2f}" for one in temperatures)
-            facts.append(
-                ("calibrated probability", f"{calibrated[record['predicted_class']]:.1%} (temperature {told})")
-            )
-        if "faithfulness" in record:
-            facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
+        answer = f"{record['predicted_class']} ({record['confidence']:.1%})"
+        return cls(answer, record["probabilities"], _facts(record), _notes(record))
+
+
+def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    recipe, several = record["recipe"] or {}, isinstance(record["checkpoint"], list)
+    models = record["model"] if several else [record["model"]]
+    checkpoints = record["checkpoint"] if several else [record["checkpoint"]]
+    chunked = f"in chunks of {record['chunk_size']}, their probabilities averaged"
+    facts = [
+        ("models, averaged" if several else "model", _counted(map(_model_text, models))),
+        ("checkpoints" if several else "checkpoint", _paths_text(checkpoints)),
+        ("fed", chunked if record["mode"] == "chunked" else "whole"),
+    ]
+    calibrated = record.get("calibrated_probabilities")
+    if calibrated is not None:
+        temperatures = record["temperature"] if several else [record["temperature"]]
+        told = ", ".join(f"{one:.2f}" for one in temperatures)
+        facts.append(("calibrated probability", f"{calibrated[record['predicted_class']]:.1%} (temperature {told})"))
+    if "faithfulness" in record:
+        facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
+    facts += [(name, _short(str(recipe[name]))) for name in _RECIPE if recipe.get(name) is not None]
+    delivered = (record["slide_record"] or {}).get("mpp_delivered")
+    return facts if delivered is None else [*facts, ("um/px of the patches", f"{delivered:.4g}")]
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if record["seen_in_training"]:
         what = "patient" if record.get("seen_as") == "case" else "slide"
-        seen = f"The model was trained on this {what}: its prediction proves nothing."
-        return cls(
-            f"{record['predicted_class']} ({record['confidence']:.1%})",
-            record["probabilities"],
-            facts,
-            [seen] if record["seen_in_training"] else [],
+        notes.append(f"The model was trained on this {what}: its prediction proves nothing.")
+    if "faithfulness" in record and record["faithfulness"]["deletion"]["gap"] <= 0:
+        notes.append(
+            "Attention does not support this answer: without the most attended patches, "
+            f"{record['predicted_class']} is no less probable than without random ones."
         )
+    return notes
 
 
 def _model_text(model: Mapping[str, Any]) -> str:
@@ -61,9 +68,19 @@ def _model_text(model: Mapping[str, Any]) -> str:
     return f"{model['name']} ({settings})"
 
 
-def _in_words(texts: Iterable[str]) -> str:
+def _counted(texts: Iterable[str]) -> str:
     """Each of the texts once, with how often it comes."""
     return "; ".join(text if times == 1 else f"{times} x {text}" for text, times in Counter(texts).items())
+
+
+def _paths_text(paths: Sequence[str]) -> str:
+    """Files by their folders."""
+    folders: dict[str, list[str]] = {}
+    for path in map(Path, paths):
+        folders.setdefault(str(path.parent), []).append(path.name)
+    if len(paths) == 1:
+        return paths[0]
+    return "; ".join(f"{', '.join(names)} in {folder}" for folder, names in folders.items())
 
 
 def _faithfulness(found: Mapping[str, Any]) -> str:

@@ -31,12 +31,10 @@ def faithfulness_figure(
     axes[1].legend(frameon=False, fontsize=7, loc="best")
     if maps:
         told = [one for one in record["rank_correlation_with_random_weights"] if one is not None]
-        correlation = (
-            f"rank correlation {np.mean(told):.2f} (mean of {len(told)})"
-            if told
-            else "no rank correlation: all are equal"
-        )
-        for one, shown, name in zip(axes[2:], maps, ("Attention", f"Random weights\n{correlation}"), strict=True):
+        correlation = f"{np.mean(told):.2f}, mean of {len(told)}" if told else "none: all patches are equal"
+        for one, shown, name in zip(
+            axes[2:], maps, ("Attention", f"With random weights\n(rank correlation\n{correlation})"), strict=True
+        ):
             _draw_map(one, shown, cmap)
             one.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10)

@@ -121,9 +121,10 @@ def detailed_figure(
     is, the classes' probabilities, and `facts`, pairs of a name and what there is to say.
     """
     h, w = picture.shape
-    height = min(max(6.2 * h / w, 3.0), 8.0)
-    figure = Figure(figsize=(14, height + 3.4), layout="constrained")
-    above, below = _rows(figure, [height, 3.2])
+    height, lines = min(max(6.2 * h / w, 3.0), 8.0), _fact_lines(facts)
+    below_height = max(3.2, 0.15 * len(lines) + 0.4)
+    figure = Figure(figsize=(14, height + below_height + 0.2), layout="constrained")
+    above, below = _rows(figure, [height, below_height])
     slide, heat = above.subplots(1, 2)
     _draw_slide(slide, picture)
     slide.set_title("slide", fontsize=10)
@@ -134,7 +135,8 @@ def detailed_figure(
     _draw_spread(spread, attention)
     _draw_concentration(held, attention)
     _draw_probabilities(classes, probabilities)
-    _write_facts(text, facts)
+    text.set_axis_off()
+    text.text(0, 1, "\n".join(lines), va="top", fontsize=7.5, linespacing=1.4, transform=text.transAxes)
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -246,10 +248,9 @@ def _draw_probabilities(axes: Axes, probabilities: Mapping[str, float]) -> None:
     axes.set_title("probability", fontsize=10)
 
 
-def _write_facts(axes: Axes, facts: Sequence[tuple[str, str]]) -> None:
-    axes.set_axis_off()
-    lines = [textwrap.fill(f"{name}: {value}", _FACT_WIDTH, subsequent_indent="    ") for name, value in facts]
-    axes.text(0, 1, "\n".join(lines), va="top", ha="left", fontsize=7.5, linespacing=1.4, transform=axes.transAxes)
+def _fact_lines(facts: Sequence[tuple[str, str]]) -> list[str]:
+    texts = (textwrap.wrap(f"{name}: {value}", _FACT_WIDTH, subsequent_indent="    ") for name, value in facts)
+    return [line for lines in texts for line in lines]
 
 
 def save_picture(figure: Figure, path: str | Path | None) -> None:
