@@ -281,3 +281,14 @@ def test_a_single_model_has_no_spread(checkpoint, tmp_path):
     answer = SlidePredictor(checkpoint, device="cpu").predict(bag_file(tmp_path, make_bag(50)))
     assert answer.member_probabilities is None
     assert not {"member_probabilities", "spread"} & answer.as_dict().keys()
+
+
+def test_a_raw_slide_at_another_resolution_is_refused_before_a_patch_is_read(slide_cohort, tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "model.pth", recipe=PARTIAL | {"level": 1}, mpp_range=(0.25, 0.25))
+    predictor = extractPredict(tmp_path / "model.pth", weights=slide_cohort.weights, device="cpu")
+    monkeypatch.setattr(predictor.feature_extractor, "extract", None)
+    slide = next(slide_cohort.slides.glob("*.tif"))
+    with pytest.raises(RecipeError, match=r"mpp: found 1 um/px, expected 0.25 to 0.25"):
+        predictor.predict(slide)
+    with pytest.raises(RecipeError, match=r"mpp: found 1 um/px"):
+        predictor.keep_features(slide, tmp_path)

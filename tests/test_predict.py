@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from MILS import build_mil
+from MILS import build_mil, list_mils
 from MILS.ensemble import Ensemble
 from tests.cohort import synthetic_passport, write_cohort
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag
+from utils.core.passport import Passport
 from utils.inference import SlidePredictor
 from utils.learning.aggregation import SlideFeed
 from utils.learning.calibration import scale_probabilities
@@ -286,7 +287,7 @@ def test_a_folders_pictures_are_drawn_on_the_slides_of_another(cohort, models, p
         passport = synthetic_passport(name, 512)
         coords = np.stack(np.meshgrid([0, 128, 256], [0, 128, 256]), axis=-1).reshape(-1, 2)
         features = rng.standard_normal((9, 16)).astype(np.float16)
-        bare = type(passport)(passport.recipe, {"mpp_delivered": 0.5})
+        bare = Passport(passport.recipe, {"mpp_delivered": 0.5})
         write_bag(tmp_path / "in" / f"{name}.h5", Bag(features, coords, 128, bare))
         if name != "three":
             write_pyramid(tmp_path / "slides" / f"{name}.tif", stained_image(512, 512), mpp=0.25)
@@ -312,3 +313,50 @@ def test_a_folders_pictures_are_drawn_on_the_slides_of_another(cohort, models, p
     ):
         outcome = predict(*flags[:4], "--visualize", *wrong)
         assert message in outcome.errors[0]
+
+
+@pytest.fixture
+def drawable(tmp_path):
+    """Flags of a prediction of nine patches, and those that draw it, for an untrained model of a kind."""
+    coords = np.stack(np.meshgrid([0, 128, 256], [0, 128, 256]), axis=-1).reshape(-1, 2)
+    features = np.random.default_rng(0).standard_normal((9, 16)).astype(np.float16)
+    write_bag(tmp_path / "slide.h5", Bag(features, coords, 128, Passport(synthetic_passport("slide").recipe)))
+    write_pyramid(tmp_path / "slide.tif", stained_image(512, 512), mpp=0.25)
+
+    def make(mil: str):
+        torch.manual_seed(0)
+        model = build_mil(mil, input_dim=16, num_classes=2)
+        write_model(tmp_path / "model.pth", 1, model=model.spec, state_dict=model.state_dict())
+        flags = ("--checkpoint", tmp_path / "model.pth", "--input", tmp_path / "slide.h5")
+        return flags, ("--visualize", "--wsi", tmp_path / "slide.tif")
+
+    return make
+
+
+@pytest.mark.parametrize("mil", list_mils())
+def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_path):
+    flags, drawn = drawable(mil)
+    outcome = predict(*flags, *drawn, "--faithfulness")
+    assert outcome.code == 0, outcome.err
+    assert len(list((tmp_path / "out").iterdir())) == 9
+    found = of(tmp_path / "out", "slide")["faithfulness"]
+    assert found["random_orders"] == (3 if mil == "TransMIL" else 10)
+    assert np.isfinite(found["deletion"]["gap"])
+    assert (tmp_path / "out" / "slide_faithfulness.png").stat().st_size > 5000
+    assert "faithfulness" in (tmp_path / "out" / "slide_report.html").read_text()
+
+
+def test_faithfulness_is_measured_when_it_is_asked_for_later(drawable, predict, tmp_path):
+    flags, _ = drawable("LiteMIL")
+    record, figure = tmp_path / "out" / "slide_prediction.json", tmp_path / "out" / "slide_faithfulness.png"
+    predict(*flags)
+    assert "faithfulness" not in of(record.parent, "slide")
+    assert predict(*flags, "--faithfulness").code == 0
+    assert figure.exists()
+    before = record.stat().st_mtime_ns
+    for again in ((), ("--faithfulness",)):
+        predict(*flags, *again)
+        assert record.stat().st_mtime_ns == before
+    figure.unlink()
+    assert predict(*flags, "--faithfulness").code == 0
+    assert figure.exists()

@@ -52,7 +52,7 @@ from utils.slides.batch import (
     work_through,
 )
 from utils.slides.contours import write_contours
-from utils.slides.patching import PatchPlan, plan_patches, read_batches
+from utils.slides.patching import PatchPlan, choose_sampling, delivered_mpp, plan_patches, read_batches
 from utils.slides.preview import (
     LITTLE_TISSUE,
     MAX_SIDE,
@@ -239,6 +239,16 @@ class WSIFeatureExtractor:
         if not len(plan):
             Extracted.of(plan, []).conclude(slide, told.preview)
         return plan
+
+    def delivered_mpp(self, wsi_path: Path) -> float | None:
+        """um per px that a slide's patches would have, None where its own is unknown; no patch is looked for.
+
+        Raises SlideError, as `plan` does.
+        """
+        config = self.config
+        asked = config.patch_size, config.level, config.target_mpp, config.allow_upsample
+        with open_slide(wsi_path) as slide:
+            return delivered_mpp(slide, choose_sampling(slide, *asked), config.target_mpp)
 
     def passport(self, slide: Slide, found: "Extracted", told: Told | None = None) -> Passport:
         record = _slide_record(slide, found.plan) | {"tissue": told.tissue_digest if told else None}

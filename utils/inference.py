@@ -73,6 +73,10 @@ class SlidePrediction:
         return None if self.seen_as is None else bool(self.seen_as)
 
     @property
+    def num_instances(self) -> int:
+        return len(self.bag.features)
+
+    @property
     def coords(self) -> NDArray[np.int64] | None:
         """`(N, 2)` level-0 px of the patches' top-left corners."""
         return self.bag.coords
@@ -98,7 +102,7 @@ class SlidePrediction:
             "probabilities": self._by_class(self.probabilities),
             "calibrated_probabilities": None if self.calibrated is None else self._by_class(self.calibrated),
             **ensemble,
-            "num_instances": len(self.bag.features),
+            "num_instances": self.num_instances,
             **self.feed.as_dict(),
             "seen_in_training": self.seen_in_training,
             "seen_as": self.seen_as,
@@ -201,13 +205,13 @@ class SlidePredictor:
         """
         check_input(path)
         if not is_feature_file(path):
-            return self._extractor().extract(path)
+            return self._extractor_for(path).extract(path)
         return open_bag(path, feat_type, None if slide is None else slide_mpp(slide))
 
     def keep_features(self, slide: Path, folder: Path) -> Path:
         """The raw slide's feature file in `folder`, made unless it is there, by the same recipe."""
         target = folder / f"{slide.stem}.h5"
-        extract_one(self._extractor(), slide, target)
+        extract_one(self._extractor_for(slide), slide, target)
         return target
 
     def predict_bag(
@@ -315,11 +319,13 @@ class SlidePredictor:
                 return kind
         return "" if all(seen["slide"] for seen in known) else None
 
-    def _extractor(self) -> WSIFeatureExtractor:
+    def _extractor_for(self, slide: Path) -> WSIFeatureExtractor:
+        """The feature extractor, once it is known that what it makes of the slide will do."""
         if self.feature_extractor is None:
             raise ConfigError(
                 f"{self.path}: a raw slide needs a feature extractor; use extractPredict, or pass feature_extractor"
             )
+        self._differences(slide, self.feature_extractor.recipe, self.feature_extractor.delivered_mpp(slide))
         return self.feature_extractor
 
     def _check_bag(self, bag: Bag | StoredBag, path: Path) -> None:
@@ -331,18 +337,26 @@ class SlidePredictor:
             )
         found = bag.passport.recipe if bag.passport else {}
         mpp = bag.passport.slide.get("mpp_delivered") if bag.passport else None
+        for told in self._differences(path, found, mpp):
+            log.warning("%s: made in another way than the training features (%s)", path, told)
         for one in self.trained:
-            trained = one.checkpoint.recipe or {}
-            differences = recipe_differences(trained, found, COMPARED_FIELDS)
-            differences += mpp_difference(one.checkpoint.mpp_range, mpp)
-            if differences and not self.allow_mismatch:
-                raise RecipeError(
-                    f"{path}: made in another way than the features {one.path} was trained on "
-                    f"({'; '.join(differences)}); extract it with the training recipe, or give --allow_mismatch"
-                )
-            if differences:
-                log.warning("%s: made in another way than the training features (%s)", path, "; ".join(differences))
             self._warn_of_unknown(path, one.checkpoint, found, mpp)
+
+    def _differences(self, path: Path, found: Mapping[str, Any], mpp: float | None) -> list[str]:
+        """In what a slide's features differ from the training's, each said once; RecipeError unless that is allowed."""
+        all_told = []
+        for one in self.trained:
+            differences = recipe_differences(one.checkpoint.recipe or {}, found, COMPARED_FIELDS)
+            differences += mpp_difference(one.checkpoint.mpp_range, mpp)
+            told = "; ".join(differences)
+            if told and not self.allow_mismatch:
+                raise RecipeError(
+                    f"{path}: made in another way than the features {one.path} was trained on ({told}); "
+                    "extract it with the training recipe, or give --allow_mismatch"
+                )
+            if told and told not in all_told:
+                all_told.append(told)
+        return all_told
 
     def _warn_of_unknown(self, path: Path, checkpoint: Checkpoint, found: dict[str, Any], mpp: float | None) -> None:
         unknown = unknown_fields(checkpoint.recipe or {}, found, ENCODING_FIELDS)

@@ -124,10 +124,17 @@ def plan_patches(
         patch_size_level0=size_level0,
         stride_level0=stride_level0,
         sampling=sampling,
-        mpp=mpp if sampling.scale != 1 else slide.mpp * sampling.downsample if slide.mpp else None,
+        mpp=delivered_mpp(slide, sampling, mpp),
         tissue=tissue,
         shortage=shortage,
     )
+
+
+def delivered_mpp(slide: Slide, sampling: Sampling, mpp: float | None) -> float | None:
+    """um per px of patches that are read so, `mpp` being what was asked for; None where the slide's own is unknown."""
+    if sampling.scale != 1:
+        return mpp
+    return slide.mpp * sampling.downsample if slide.mpp else None
 
 
 def choose_sampling(
