@@ -29,6 +29,8 @@ Aux = dict[str, Tensor | None]
 # large products. Small bags are padded to each other's length while they make no more than half a block: beyond that
 # the copy costs more than the calls.
 BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=1536)
+# In a block of a bag that arrives in blocks, where nothing is kept for the way back: fewer calls count for more.
+STREAMED_ROWS = defaultdict(lambda: 2**16, cpu=4096)
 # Instances whose embeddings wait together to be reduced group by group: there may be many groups.
 GROUPED_ROWS = 2**14
 # A bag of more instances keeps nothing of their embeddings for the way back.
@@ -229,7 +231,7 @@ class MergeableModel(BagModel, Generic[S]):
             if block.dim() == 2 and len(block) == 0:
                 continue
             self.check_bags(block.unsqueeze(0), None)
-            for piece in block.split(BLOCK_ROWS[device.type]):
+            for piece in block.split(STREAMED_ROWS[device.type]):
                 yield piece.to(device).unsqueeze(0)
 
     def _forward_blockwise(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from utils.core.config import Extraction, Pictures, Prediction, PredictionRecipe
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.files import clear_parts, digest, read_json, write_json
 from utils.core.passport import COMPARED_FIELDS, ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
-from utils.core.runtime import log, resolve_device, versions
+from utils.core.runtime import keep_freed_memory, log, resolve_device, versions
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, mean_output, predict_features
 from utils.learning.calibration import mean_calibrated
@@ -154,6 +154,7 @@ class SlidePredictor:
         claimed = _claimed_spec(model_class)
         names = None if class_names is None else tuple(class_names)
         heads = claimed.get("num_heads") if num_heads is None else num_heads
+        keep_freed_memory()
         self.device = resolve_device(device)
         self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
         self.trained: list[_Trained] = []

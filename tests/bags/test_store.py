@@ -78,11 +78,7 @@ def agree(path: Path) -> Bag:
 
 def whole_of(stored: StoredBag, rows: int = 7) -> np.ndarray:
     """The features of an opened bag, which came in blocks of some rows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "utils.bags.store._BLOCK_BYTES", rows * stored.features.info.dim * stored.features.info.dtype.itemsize
-        )
-        blocks = [block.numpy() for block in stored.features.blocks()]
+    blocks = [block.numpy() for block in stored.features.blocks(rows)]
     assert all(len(block) == rows for block in blocks[:-1])
     features = np.concatenate(blocks)
     np.testing.assert_array_equal(stored.features.whole().numpy(), features)
@@ -97,17 +93,16 @@ def refusal(path: Path, feat_type: str = "features") -> str:
     message = str(caught.value)
     assert message.startswith((f"{path}: ", f"{path.parent / path.name}: "))
     with pytest.raises(FeatureFileError) as caught:  # taken block by block, here in a single one
-        list(open_bag(path, feat_type).features.blocks())
+        list(open_bag(path, feat_type).features.blocks(10**6))
     assert str(caught.value) == message
     return message
 
 
-def test_a_bad_value_is_found_where_it_is_when_features_come_in_blocks(tmp_path, monkeypatch):
+def test_a_bad_value_is_found_where_it_is_when_features_come_in_blocks(tmp_path):
     features = features_of(20)
     features[13, 2] = np.nan
     path = write_h5(tmp_path / "a.h5", features=features)
-    monkeypatch.setattr("utils.bags.store._BLOCK_BYTES", 5 * features[0].nbytes)
-    blocks = open_bag(path).features.blocks()
+    blocks = open_bag(path).features.blocks(5)
     assert [len(next(blocks)) for _ in range(2)] == [5, 5]
     with pytest.raises(FeatureFileError, match=r"a\.h5: 1 values are NaN or infinite, the first in row 13"):
         next(blocks)

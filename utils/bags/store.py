@@ -29,8 +29,6 @@ FEATURE_EXTENSIONS = _HDF5_EXTENSIONS + _TENSOR_EXTENSIONS
 _PASSPORT = "litemil_passport"
 # Everything in our files begins at a multiple of this, so that the features begin at the same place in all of them.
 _ALIGNMENT = 512
-# Read at once of features that are taken block by block.
-_BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,14 @@ class StoredFeatures:
     def whole(self) -> torch.Tensor:
         return torch.from_numpy(read_features(self.path, self.feat_type)[0])
 
-    def blocks(self) -> Iterator[torch.Tensor]:
+    def blocks(self, rows_each: int) -> Iterator[torch.Tensor]:
         """`(n, D)` in the file's order; of an HDF5 file one block at a time is in memory."""
-        step = max(1, _BLOCK_BYTES // (self.info.dim * self.info.dtype.itemsize))
         with _found(self.path, self.feat_type) as found:
             stored = found.features
             rows = _plain_rows(self.path, stored)
             bag = (0,) if stored.ndim == 3 else ()
-            for start in range(0, len(self), step):
-                taken = slice(start, start + step)
+            for start in range(0, len(self), rows_each):
+                taken = slice(start, start + rows_each)
                 part = stored[(*bag, taken)] if rows is None else rows.read(taken.start, taken.stop)
                 yield torch.from_numpy(_as_kept(self.path, part, self.info.dtype, start))
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from MILS.ensemble import Ensemble
-from MILS.pooling import BagModel, MergeableModel, evaluating
+from MILS.pooling import STREAMED_ROWS, BagModel, MergeableModel, evaluating
 from utils.bags.collate import Cut, cut_chunks, take
 from utils.bags.store import StoredFeatures
-from utils.core.runtime import ahead
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,10 @@ def streams(model: BagModel) -> bool:
     return all(isinstance(member, MergeableModel) for member in members)
 
 
-def blocks_of(features: torch.Tensor | StoredFeatures) -> Iterable[torch.Tensor]:
-    """The features `(N, D)` in blocks `(n, D)`, in their order."""
-    return [features] if isinstance(features, torch.Tensor) else ahead(features.blocks())
+def blocks_of(features: torch.Tensor | StoredFeatures, model: BagModel) -> Iterable[torch.Tensor]:
+    """The features `(N, D)` in blocks `(n, D)`, in their order, as large as the model takes them."""
+    rows = STREAMED_ROWS[next(model.parameters()).device.type]
+    return [features] if isinstance(features, torch.Tensor) else features.blocks(rows)
 
 
 def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
@@ -126,7 +126,7 @@ def _predict_bag(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Probabilities `(C,)` in float64 and attention `(H, N)` of one bag."""
     if isinstance(model, MergeableModel):
-        logits, aux = model.forward_blocks(blocks_of(features), attention=attention)
+        logits, aux = model.forward_blocks(blocks_of(features, model), attention=attention)
     else:
         assert isinstance(features, torch.Tensor)  # noqa: S101 - for the type checker: it is no model that streams
         logits, aux = model(features.to(next(model.parameters()).device)[None])

@@ -133,7 +133,9 @@ def _edges(count: int) -> NDArray[np.int64]:
 def _answers(model: BagModel, features: torch.Tensor | StoredFeatures, groups: torch.Tensor) -> NDArray[np.float64]:
     """`(O, 2, G, C)` probabilities, per order, of the first 1, 2, ... G groups, and of all but the first 0, 1, ..."""
     if isinstance(model, MergeableModel):
-        each = [_of_prefixes_and_suffixes(model, parts) for parts in model.summaries(blocks_of(features), groups)]
+        each = [
+            _of_prefixes_and_suffixes(model, parts) for parts in model.summaries(blocks_of(features, model), groups)
+        ]
         return _probabilities(torch.stack(each))
     assert isinstance(features, torch.Tensor)  # noqa: S101 - for the type checker: read whole for such a model
     device, number = next(model.parameters()).device, int(groups.max()) + 1
