@@ -11,8 +11,8 @@ from utils.attention_visualizer import PredictionPictures
 from utils.core import cli
 from utils.core.config import Pictures, Prediction, PredictionRecipe
 from utils.core.runtime import resolve_device
-from utils.inference import make_predictor, predict_files
-from utils.learning.predictions import PredictionFiles
+from utils.learning.answers import PredictionFiles
+from utils.prediction import make_predictor, predict_files
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from utils.core.errors import ConfigError, FeatureFileError, SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
 from utils.core.passport import recipe_differences
-from utils.learning.predictions import PredictionFiles
+from utils.learning.answers import PredictionFiles
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.caption import Caption
 from utils.pictures.geojson import write_attention

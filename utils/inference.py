@@ -4,13 +4,10 @@ predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from threading import Event
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,27 +15,22 @@ from numpy.typing import NDArray
 
 from MILS import ModelError, mil_name
 from MILS.pooling import BagModel
-from utils.bags.labels import LabelRow
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.cohorts import tcga_case
-from utils.core.config import Extraction, Pictures, Prediction, PredictionRecipe
+from utils.core.config import Extraction
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
-from utils.core.files import clear_parts, digest, read_json, write_json
 from utils.core.passport import COMPARED_FIELDS, ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
-from utils.core.runtime import keep_freed_memory, log, resolve_device, versions
+from utils.core.runtime import keep_freed_memory, log, resolve_device
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, mean_output, predict_features
+from utils.learning.answers import check_input
 from utils.learning.calibration import mean_calibrated
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint
 from utils.learning.faithfulness import Faithfulness, measure_faithfulness
-from utils.learning.predictions import REPORT, Answers, PredictionFiles, check_input, kept_answer, request_of
-from utils.pictures.faithfulness import faithfulness_figure, map_of
-from utils.pictures.heatmap import save_picture
 from utils.slides.backbones import canonical_backbone
-from utils.slides.batch import STATUSES, SlideStatus, work_through
-from utils.slides.wsi import is_slide_file, slide_mpp
+from utils.slides.wsi import slide_mpp
 
-_SEEN = "%s: this model was trained on this %s; its prediction proves nothing"
+SEEN = "%s: this model was trained on this %s; its prediction proves nothing"
 
 
 @dataclass(frozen=True)
@@ -196,7 +188,7 @@ class SlidePredictor:
         """
         prediction = self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
         if prediction.seen_as:
-            log.warning(_SEEN, path, prediction.seen_as)
+            log.warning(SEEN, path, prediction.seen_as)
         return prediction
 
     def bag(self, path: Path, feat_type: str = "features", slide: Path | None = None) -> Bag | StoredBag:
@@ -399,10 +391,6 @@ def _fed(feed: SlideFeed) -> str:
     return "whole" if feed.mode == "full" else f"in chunks of {feed.chunk_size}"
 
 
-def _faithfulness_path(folder: Path, slide: str) -> Path:
-    return folder / f"{slide}_faithfulness.png"
-
-
 def extractPredict(  # noqa: N802 - the first version's public name
     model_path: str | Path | Sequence[str | Path],
     model_class: Any = None,
@@ -448,179 +436,6 @@ def extractPredict(  # noqa: N802 - the first version's public name
         )
     predictor.feature_extractor = extractor
     return predictor
-
-
-def make_predictor(asked: Prediction, recipe: PredictionRecipe, are_raw: bool) -> SlidePredictor:
-    """The predictor `predict.py` is asked for, with a feature extractor where the inputs are raw slides.
-
-    Raises ConfigError for settings that go with raw slides only, and what SlidePredictor and extractPredict raise.
-    """
-    cutting: dict[str, Any] = {
-        name: getattr(recipe, name) for name in ("backbone", "patch_size", "stride", "level", "mpp", "tissue_threshold")
-    }
-    said: dict[str, Any] = {name: getattr(asked, name) for name in ("device", "dataset", "num_heads", "allow_mismatch")}
-    if are_raw:
-        predictor = extractPredict(
-            asked.checkpoint, **cutting, **said, weights=recipe.weights, batch_size=recipe.batch_size
-        )
-    else:
-        if recipe.save_features or recipe.weights:
-            raise ConfigError(
-                f"{asked.input or asked.input_dir}: holds features already; --save_features and --weights go with raw "
-                "slides"
-            )
-        predictor = SlidePredictor(asked.checkpoint, **said)
-        predictor.require(recipe=recipe_asked(**cutting))
-    predictor.require(mil=asked.mil, input_dim=asked.input_dim)
-    _ = predictor.feed(asked.mode, asked.chunk_size)
-    return predictor
-
-
-class Drawing(Protocol):
-    """What draws predictions; `utils.attention_visualizer.PredictionPictures` is one."""
-
-    def settings(self, source: Path) -> dict[str, Any]: ...
-
-    def slide_of(self, source: Path) -> Path: ...
-
-    def check(self, source: Path, bag: Bag | StoredBag) -> int: ...
-
-    def paths(self, folder: Path, name: str) -> list[Path]: ...
-
-    def save(
-        self,
-        source: Path,
-        folder: Path,
-        coords: NDArray[np.int64],
-        attention: NDArray,
-        size_level0: int,
-        record: Mapping[str, Any],
-    ) -> None: ...
-
-
-def predict_files(
-    predictor: SlidePredictor,
-    files: PredictionFiles,
-    recipe: PredictionRecipe,
-    drawing: Drawing | None = None,
-) -> tuple[list[SlideStatus], str]:
-    """Predict a slide or a folder of them, keep what is there, go on past a bad one.
-
-    Each answer is a file; of a folder there are also the table, with labels the scores and their figures, and a report.
-    Returns what became of each slide and a text of it. Raises for a single slide that fails.
-    """
-    asked = files.asked
-    rows = files.label_rows(predictor.checkpoint.class_names, asked.dataset or predictor.checkpoint.dataset)
-    work = _Work(predictor, asked, recipe, drawing, rows)
-    if asked.input is not None:
-        target = files.targets[asked.input]
-        status = work(asked.input, target)
-        if seen_as := read_json(target)["seen_as"]:
-            log.warning(_SEEN, asked.input, seen_as)
-        return [status], work.told(asked.input, target)
-    if predictor.feature_extractor is not None:
-        _ = predictor.feature_extractor.backbone  # one that cannot be had is no slide's fault
-    clear_parts(asked.output_dir)
-    there = [target for target in files.targets.values() if target.exists()]
-    if there and not asked.overwrite:
-        kept_answer(there[0], work.settings)  # another model's predictions are nobody's slide's fault
-    statuses = work_through(files.targets, [work], asked.output_dir / REPORT, Event())
-    records = [read_json(files.targets[one.slide]) for one in statuses if one.status in ("done", "skipped")]
-    counts = ", ".join(f"{sum(one.status == name for one in statuses)} {name}" for name in STATUSES)
-    if not records:
-        return statuses, counts
-    # Of several models none is the one that a threshold was fitted for.
-    alone = predictor.checkpoint.selection.get("threshold") if len(predictor.trained) == 1 else None
-    answers = Answers(records, rows, predictor.checkpoint.class_names)
-    told = [answers.write(asked.output_dir, alone), f"{counts}; results are in {asked.output_dir}"]
-    return statuses, "\n".join(filter(None, told))
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Makes one slide's answer, and its pictures, unless they are there."""
-
-    predictor: SlidePredictor
-    asked: Prediction
-    recipe: PredictionRecipe
-    drawing: Drawing | None
-    rows: Mapping[str, LabelRow]
-
-    def __call__(self, source: Path, target: Path) -> SlideStatus:
-        started = time.perf_counter()
-        request, drawing = request_of(source, self.settings), self.drawing
-        pictures = None if drawing is None else drawing.settings(source)
-        record = None if self.asked.overwrite else kept_answer(target, request)
-        if record is None or not self._is_complete(record, pictures):
-            record = self._answer(source, target) | {"request": request, "pictures": pictures}
-            write_json(target, record)
-            status = "done"
-        else:
-            status = "skipped"
-        mpp, seconds = (record["slide_record"] or {}).get("mpp_delivered"), round(time.perf_counter() - started, 2)
-        return SlideStatus(source, status, "", record["num_instances"], mpp, seconds)
-
-    def _answer(self, source: Path, target: Path) -> dict[str, Any]:
-        predictor, asked, folder, drawing = self.predictor, self.asked, target.parent, self.drawing
-        slide = None if drawing is None or is_slide_file(source) else drawing.slide_of(source)
-        made = predictor.keep_features(source, folder) if self.recipe.save_features else source
-        bag = predictor.bag(made, asked.feat_type, slide)
-        size = None if drawing is None else drawing.check(source, bag)
-        row = self.rows.get(source.stem)
-        prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, row and row.case_id)
-        record = prediction.as_dict() | predictor.provenance(prediction)
-        if asked.faithfulness:
-            found = predictor.faithfulness(prediction)
-            record["faithfulness"] = found.as_dict()
-            self._draw_faithfulness(prediction, found, record)
-        if drawing is not None and size is not None:
-            assert prediction.coords is not None and prediction.attention is not None  # noqa: S101, PT018 - checked
-            drawing.save(source, folder, prediction.coords, prediction.attention, size, record)
-        return record
-
-    def _draw_faithfulness(self, prediction: SlidePrediction, found: Faithfulness, record: dict[str, Any]) -> None:
-        bag, maps = prediction.bag, []
-        if bag.coords is not None and bag.patch_size_level0 is not None and prediction.patch_attention is not None:
-            attentions = prediction.patch_attention, found.randomised
-            maps = [map_of(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
-        title = f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})"
-        figure = faithfulness_figure(record["faithfulness"], maps, Pictures.cmap, title, prediction.predicted_class)
-        save_picture(figure, _faithfulness_path(self.asked.output_dir, prediction.slide))
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What of the command line changes an answer."""
-        cut = {
-            name: getattr(self.recipe, name)
-            for name in ("backbone", "patch_size", "stride", "level", "mpp", "tissue_threshold")
-        }
-        return {
-            "checkpoint": digest(*(one.path.read_bytes() for one in self.predictor.trained)),
-            "feed": self.predictor.feed(self.asked.mode, self.asked.chunk_size).as_dict(),
-            "feat_type": self.asked.feat_type,
-            "litemil": versions()["litemil"],
-            **recipe_asked(**cut),
-        }
-
-    def _is_complete(self, record: Mapping[str, Any], pictures: Mapping[str, Any] | None) -> bool:
-        """Whether nothing is asked for that an earlier run was not asked for, or that is gone."""
-        figure = _faithfulness_path(self.asked.output_dir, record["slide"])
-        if self.asked.faithfulness and ("faithfulness" not in record or not figure.exists()):
-            return False
-        if self.drawing is None or pictures is None:
-            return True
-        paths = self.drawing.paths(self.asked.output_dir, record["slide"])
-        return record["pictures"] == pictures and all(path.exists() for path in paths)
-
-    def told(self, source: Path, target: Path) -> str:
-        """A slide's answer, and where it is."""
-        record = read_json(target)
-        kept = [target.parent / f"{source.stem}.h5"] if self.recipe.save_features else []
-        drawn = self.drawing.paths(target.parent, record["slide"]) if self.drawing else []
-        if self.asked.faithfulness:
-            drawn.append(_faithfulness_path(target.parent, record["slide"]))
-        lines = [f"{record['slide']}: {record['predicted_class']} ({record['confidence']:.1%})"]
-        return "\n".join([*lines, *(f"  {path}" for path in [*kept, *drawn, target])])
 
 
 def recipe_asked(
