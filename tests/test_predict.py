@@ -141,6 +141,12 @@ def test_what_was_seen_in_training_is_marked_everywhere(cohort, predict, tmp_pat
     scores = json.loads((out / "scores.json").read_text())
     assert (scores["n_seen_in_training"], scores["unseen"]["n_slides"], scores["unseen"]["n_cases"]) == (4, 20, 10)
     assert "unseen" in outcome.out
+    # What an earlier run kept without knowing the patients is no answer to one that does.
+    predict("--checkpoint", model, "--input_dir", features, output="first")
+    assert of(tmp_path / "first", "P001-S1")["seen_in_training"] is False
+    again = predict("--checkpoint", model, "--input_dir", features, "--labels_csv", labels_csv, output="first")
+    assert "3 done, 21 skipped" in again.out
+    assert of(tmp_path / "first", "P001-S1")["seen_in_training"] is True
     # A patient's slide is known by its barcode where there is no table.
     barcode = write_model(tmp_path / "b.pth", 1, seen=seen | {"case": id_digests("case", ["TCGA-05-4250"])})
     bag = read_bag(features / "P005-S1.h5")
@@ -347,7 +353,7 @@ def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_p
 
 
 def test_faithfulness_is_measured_when_it_is_asked_for_later(drawable, predict, tmp_path):
-    flags, _ = drawable("LiteMIL")
+    flags, drawn = drawable("LiteMIL")
     record, figure = tmp_path / "out" / "slide_prediction.json", tmp_path / "out" / "slide_faithfulness.png"
     predict(*flags)
     assert "faithfulness" not in of(record.parent, "slide")
@@ -360,3 +366,7 @@ def test_faithfulness_is_measured_when_it_is_asked_for_later(drawable, predict, 
     figure.unlink()
     assert predict(*flags, "--faithfulness").code == 0
     assert figure.exists()
+    measured = of(record.parent, "slide")["faithfulness"]
+    assert predict(*flags, *drawn).code == 0  # what was measured stays, and stands in the pictures
+    assert of(record.parent, "slide")["faithfulness"] == measured
+    assert "faithfulness" in (record.parent / "slide_report.html").read_text()

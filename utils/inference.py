@@ -224,7 +224,7 @@ class SlidePredictor:
         if not np.isfinite(output.probabilities).all():
             raise CheckpointError(f"{self.path}: its answer for {path} is not finite; train the model again")
         temperatures = [one.checkpoint.temperature for one in self.trained]
-        seen_as = self._seen_as(path.stem, case_id or tcga_case(path.stem))
+        seen_as = self.seen_as(path.stem, case_id)
         return SlidePrediction(
             path.stem, self.checkpoint.class_names, output.probabilities, mean_calibrated(outputs, temperatures),
             output.attention, bag, feed, seen_as, output.members,
@@ -294,6 +294,16 @@ class SlidePredictor:
                 )
         return feeds[0]
 
+    def seen_as(self, slide: str, case_id: str | None = None) -> str | None:
+        """Whether a model was trained on the "slide" or on its "case", by default the patient of a TCGA barcode; "" for
+        neither, None where a checkpoint does not say.
+        """
+        known = [one.checkpoint.seen for one in self.trained]
+        for kind, name in (("slide", slide), ("case", case_id or tcga_case(slide))):
+            if name is not None and any(id_digests(kind, [name])[0] in seen[kind] for seen in known):
+                return kind
+        return "" if all(seen["slide"] for seen in known) else None
+
     def _feed_of(self, checkpoint: Checkpoint, mode: str | None, chunk_size: int | None) -> SlideFeed:
         trained = checkpoint.slide_feed
         if chunk_size is not None and (mode or trained.mode) == "full":
@@ -303,14 +313,6 @@ class SlidePredictor:
         if mode not in ("full", "chunked"):
             raise ConfigError(f"mode {mode!r} is unknown; use 'full' or 'chunked'")
         return SlideFeed.of_mode(mode, chunk_size or 1000)
-
-    def _seen_as(self, slide: str, case: str | None) -> str | None:
-        """Whether a model was trained on the "slide" or on the "case"; "" for neither, None where one does not say."""
-        known = [one.checkpoint.seen for one in self.trained]
-        for kind, name in (("slide", slide), ("case", case)):
-            if name is not None and any(id_digests(kind, [name])[0] in seen[kind] for seen in known):
-                return kind
-        return "" if all(seen["slide"] for seen in known) else None
 
     def _extractor_for(self, slide: Path) -> WSIFeatureExtractor:
         """The feature extractor, once it is known that what it makes of the slide will do."""

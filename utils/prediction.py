@@ -124,27 +124,28 @@ class _Work:
 
     def __call__(self, source: Path, target: Path) -> SlideStatus:
         started = time.perf_counter()
-        request, drawing = request_of(source, self.settings), self.drawing
-        pictures = None if drawing is None else drawing.settings(source)
-        record = None if self.asked.overwrite else kept_answer(target, request)
-        if record is None or not self._is_complete(record, pictures):
-            record = self._answer(source, target) | {"request": request, "pictures": pictures}
-            write_json(target, record)
-            status = "done"
+        request = request_of(source, self.settings)
+        earlier = None if self.asked.overwrite else kept_answer(target, request)
+        if earlier is not None and self._is_complete(earlier, source):
+            record, status = earlier, "skipped"
         else:
-            status = "skipped"
+            record, status = self._answer(source, target, request, earlier or {}), "done"
+            write_json(target, record)
         mpp, seconds = (record["slide_record"] or {}).get("mpp_delivered"), round(time.perf_counter() - started, 2)
         return SlideStatus(source, status, "", record["num_instances"], mpp, seconds)
 
-    def _answer(self, source: Path, target: Path) -> dict[str, Any]:
+    def _answer(
+        self, source: Path, target: Path, request: dict[str, Any], earlier: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The record, with what an `earlier` one of the same request has beyond what is asked for now."""
         predictor, asked, folder, drawing = self.predictor, self.asked, target.parent, self.drawing
         slide = None if drawing is None or is_slide_file(source) else drawing.slide_of(source)
         made = predictor.keep_features(source, folder) if self.recipe.save_features else source
         bag = predictor.bag(made, asked.feat_type, slide)
         size = None if drawing is None else drawing.check(source, bag)
-        row = self.rows.get(source.stem)
-        prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, row and row.case_id)
-        record = prediction.as_dict() | predictor.provenance(prediction)
+        prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, self._case_of(source))
+        record = prediction.as_dict() | predictor.provenance(prediction) | {"request": request}
+        record |= {name: earlier[name] for name in ("faithfulness", "pictures") if name in earlier}
         if asked.faithfulness:
             found = predictor.faithfulness(prediction)
             record["faithfulness"] = found.as_dict()
@@ -152,7 +153,12 @@ class _Work:
         if drawing is not None and size is not None:
             assert prediction.coords is not None and prediction.attention is not None  # noqa: S101, PT018 - checked
             drawing.save(source, folder, prediction.coords, prediction.attention, size, record)
+            record["pictures"] = drawing.settings(source)
         return record
+
+    def _case_of(self, source: Path) -> str | None:
+        row = self.rows.get(source.stem)
+        return row and row.case_id
 
     def _draw_faithfulness(self, prediction: SlidePrediction, found: Faithfulness, record: dict[str, Any]) -> None:
         bag, maps = prediction.bag, []
@@ -174,15 +180,20 @@ class _Work:
             **recipe_asked(**{name: getattr(self.recipe, name) for name in _CUTTING}),
         }
 
-    def _is_complete(self, record: Mapping[str, Any], pictures: Mapping[str, Any] | None) -> bool:
-        """Whether nothing is asked for that an earlier run was not asked for, or that is gone."""
-        figure = _faithfulness_path(self.asked.output_dir, record["slide"])
-        if self.asked.faithfulness and ("faithfulness" not in record or not figure.exists()):
-            return False
-        if self.drawing is None or pictures is None:
-            return True
-        paths = self.drawing.paths(self.asked.output_dir, record["slide"])
-        return record["pictures"] == pictures and all(path.exists() for path in paths)
+    def _is_complete(self, record: Mapping[str, Any], source: Path) -> bool:
+        """Whether nothing is asked for that an earlier run was not asked for or did not know, or that is gone."""
+        folder, slide = self.asked.output_dir, record["slide"]
+        wanted = []
+        if self.asked.faithfulness:
+            wanted = [_faithfulness_path(folder, slide)]
+            if "faithfulness" not in record:
+                return False
+        if self.drawing is not None:
+            wanted += self.drawing.paths(folder, slide)
+            if record.get("pictures") != self.drawing.settings(source):
+                return False
+        knows_patient = record["seen_as"] == self.predictor.seen_as(slide, self._case_of(source))
+        return knows_patient and all(path.exists() for path in wanted)
 
     def told(self, source: Path, target: Path) -> str:
         """A slide's answer, and where it is."""
