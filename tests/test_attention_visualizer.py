@@ -21,8 +21,8 @@ ATTENTION = np.linspace(1, 2, len(COORDS)) / np.linspace(1, 2, len(COORDS)).sum(
 
 
 RECORD = {
-    "predicted_class": "b", "confidence": 0.7, "probabilities": {"a": 0.3, "b": 0.7}, "mode": "chunked",
-    "chunk_size": 1000, "seen_in_training": True, "model": {"name": "LiteMIL", "num_heads": 4},
+    "slide": "place", "predicted_class": "b", "confidence": 0.7, "probabilities": {"a": 0.3, "b": 0.7},
+    "mode": "chunked", "chunk_size": 1000, "seen_in_training": True, "model": {"name": "LiteMIL", "num_heads": 4},
     "checkpoint": "model.pth", "recipe": {"backbone": "uni", "weights_digest": "a" * 64, "mpp": None},
     "slide_record": {"mpp_delivered": 0.5},
 }  # fmt: skip
@@ -71,23 +71,23 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
         COORDS,
         heads,
         50,
-        name="place",
-        record=RECORD,
+        RECORD,
         top_k=200,
     )
-    assert all(path.exists() for path in paths)
-    names = ("heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson",
-             "report.html")  # fmt: skip
-    assert [path.name for path in paths] == [f"place_{name}" for name in names]
-    assert len(list(paths[3].glob("*.png"))) == len(COORDS)  # top_k larger than the slide shows what there is
-    data = np.load(paths[4])
+    assert set(paths) == {path for path in tmp_path.rglob("*") if path.is_file()} - {slide}
+    names = ("heatmap.png", "detailed.png", "patch_grid.png", "attention.npz", "attention.geojson", "report.html")
+    assert [path.name for path in paths if path.parent == tmp_path] == [f"place_{name}" for name in names]
+    patches = tmp_path / "place_top_patches"
+    assert len(list(patches.glob("*.png"))) == len(COORDS)  # top_k larger than the slide shows what there is
+    assert pd.read_csv(patches / "patches.csv")["seen_in_training"].all()
+    data = np.load(paths[-3])
     assert set(data.files) == {
         "coords", "attention", "attention_heads", "patch_size_level0", "class_names", "probabilities", "prediction",
         "mpp", "seen_in_training",
     }  # fmt: skip
     assert (data["prediction"], data["mpp"], data["seen_in_training"]) == ("b", 0.5, "True")
-    assert json.loads(paths[5].read_text())["litemil"]["seen_in_training"] is True
-    assert "was trained on this slide" in paths[6].read_text()
+    assert json.loads(paths[-2].read_text())["litemil"]["seen_in_training"] is True
+    assert "was trained on this slide" in paths[-1].read_text()
     np.testing.assert_allclose(data["attention"], heads.mean(axis=0))
     assert plt.get_fignums() == []
 
@@ -206,5 +206,5 @@ def test_attention_that_does_not_support_the_answer_is_said_to(slide, tmp_path):
     }  # fmt: skip
     (note,) = Caption.of(record).notes
     assert note.startswith("Attention does not support this answer: without the most attended patches, b is no less")
-    paths = AttentionVisualizer().save_set(slide, tmp_path, COORDS, ATTENTION[None], 50, name="place", record=record)
-    assert note in paths[6].read_text()
+    paths = AttentionVisualizer().save_set(slide, tmp_path, COORDS, ATTENTION[None], 50, record)
+    assert note in paths[-1].read_text()

@@ -70,8 +70,7 @@ def test_chunked_by_default_as_evaluated_and_attention_sums_to_one(checkpoint, t
     np.testing.assert_allclose(chunked.attention.sum(axis=1), 1, atol=1e-5)
     assert predictor.predict(path, chunk_size=10).feed == SlideFeed(10, "mean")
     assert predictor.predict(path, mode="full").feed == SlideFeed(None, "merge")
-    with pytest.raises(ConfigError, match="no meaning in full mode"):
-        predictor.predict(path, mode="full", chunk_size=10)
+    assert predictor.predict(path, mode="full", chunk_size=1000).feed == SlideFeed(None, "merge")
 
 
 def test_the_answer_as_a_dict(checkpoint, tmp_path):

@@ -13,7 +13,7 @@ DOORS = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
 OPENED_DOORS = {"inference": {"feature_extractor"}, "prediction": {"inference"}}
 LIBRARIES = {
     "openslide": {"utils/slides/wsi.py"},
-    "tifffile": {"utils/slides/tiles.py"},
+    "tifffile": {"utils/slides/tiles.py", "datasets/synthetic.py"},
     "h5py": {"utils/bags"},
     "timm": {"utils/slides/backbones.py"},
     "huggingface_hub": {"utils/slides/backbones.py"},

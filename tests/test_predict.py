@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from MILS import build_mil, list_mils
@@ -21,6 +22,7 @@ from utils.learning.calibration import scale_probabilities
 from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
 from utils.learning.metrics import classification_metrics
 from utils.learning.statistics import bootstrap_intervals
+from utils.pictures.heatmap import save_picture
 
 CLASSES = ("benign", "malignant")
 
@@ -329,10 +331,10 @@ def drawable(tmp_path):
     write_bag(tmp_path / "slide.h5", Bag(features, coords, 128, Passport(synthetic_passport("slide").recipe)))
     write_pyramid(tmp_path / "slide.tif", stained_image(512, 512), mpp=0.25)
 
-    def make(mil: str):
+    def make(mil: str, **changes):
         torch.manual_seed(0)
         model = build_mil(mil, input_dim=16, num_classes=2)
-        write_model(tmp_path / "model.pth", 1, model=model.spec, state_dict=model.state_dict())
+        write_model(tmp_path / "model.pth", 1, model=model.spec, state_dict=model.state_dict(), **changes)
         flags = ("--checkpoint", tmp_path / "model.pth", "--input", tmp_path / "slide.h5")
         return flags, ("--visualize", "--wsi", tmp_path / "slide.tif")
 
@@ -370,3 +372,207 @@ def test_faithfulness_is_measured_when_it_is_asked_for_later(drawable, predict, 
     assert predict(*flags, *drawn).code == 0  # what was measured stays, and stands in the pictures
     assert of(record.parent, "slide")["faithfulness"] == measured
     assert "faithfulness" in (record.parent / "slide_report.html").read_text()
+
+
+def test_a_patient_known_by_the_barcode_stays_known_beside_a_table(cohort, predict, tmp_path):
+    name = "TCGA-05-4250-01Z-00-DX1"
+    seen = {"slide": id_digests("slide", ["none"]), "case": id_digests("case", ["TCGA-05-4250"])}
+    model = write_model(tmp_path / "model.pth", 1, seen=seen)
+    write_bag(tmp_path / "in" / f"{name}.h5", read_bag(cohort[1] / "P000-S1.h5"))
+    (tmp_path / "labels.csv").write_text(f"wsi_id,label\n{name},benign\n")
+    flags = ("--checkpoint", model, "--input_dir", tmp_path / "in")
+    predict(*flags)
+    assert of(tmp_path / "out", name)["seen_as"] == "case"
+    outcome = predict(*flags, "--labels_csv", tmp_path / "labels.csv")
+    assert outcome.code == 0, outcome.err
+    assert of(tmp_path / "out", name)["seen_as"] == "case"
+    assert "1 skipped" in outcome.out
+    report = pd.read_csv(tmp_path / "out" / "prediction_report.csv")
+    assert list(report["reason"]) == ["the model was trained on this case"]
+
+
+@pytest.fixture
+def texts_of_figures(monkeypatch) -> dict[str, str]:
+    """All words of each figure that is written, by the file's name."""
+    told = {}
+
+    def note(figure, path):
+        told[Path(path).name] = "\n".join(text.get_text() for text in figure.findobj(Text))
+        save_picture(figure, path)
+
+    monkeypatch.setattr("utils.attention_visualizer.save_picture", note)
+    monkeypatch.setattr("utils.prediction.save_picture", note)
+    return told
+
+
+def test_pictures_say_what_was_seen_in_training_also_when_that_is_learnt_later(
+    drawable, predict, tmp_path, texts_of_figures
+):
+    flags, drawn = drawable(
+        "LiteMIL", seen={"slide": id_digests("slide", ["none"]), "case": id_digests("case", ["P1"])}
+    )
+    folder = ("--checkpoint", flags[1], "--input_dir", tmp_path / "in")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "slide.h5").rename(tmp_path / "in" / "slide.h5")
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slide.tif").rename(tmp_path / "slides" / "slide.tif")
+    (tmp_path / "labels.csv").write_text("case_id,wsi_id,label\nP1,slide,benign\n")
+    drawn, labels = ("--visualize", "--wsi", tmp_path / "slides"), ("--labels_csv", tmp_path / "labels.csv")
+    out = tmp_path / "out"
+    assert predict(*folder, *drawn).code == 0
+    assert not any("seen in training" in text for text in texts_of_figures.values())
+    assert predict(*folder, *labels).code == 0
+    assert of(out, "slide")["seen_in_training"] is True
+    assert not list(out.glob("slide_*.png"))  # they said otherwise
+    assert not (out / "slide_report.html").exists()
+    texts_of_figures.clear()
+    assert predict(*folder, *labels, *drawn, "--faithfulness").code == 0
+    assert set(texts_of_figures) == {
+        f"slide_{kind}.png" for kind in ("heatmap", "detailed", "patch_grid", "faithfulness")
+    }
+    assert all("seen in training" in text for text in texts_of_figures.values())
+    assert json.loads((out / "slide_attention.geojson").read_text())["litemil"]["seen_in_training"] is True
+    assert str(np.load(out / "slide_attention.npz")["seen_in_training"]) == "True"
+    assert "proves nothing" in (out / "slide_report.html").read_text()
+    assert pd.read_csv(out / "slide_top_patches" / "patches.csv")["seen_in_training"].all()
+
+
+def test_a_flag_that_is_left_out_asks_for_another_answer(predict, tmp_path):
+    write_pyramid(tmp_path / "slide.tif", stained_image(512, 512), mpp=0.5)
+    torch.manual_seed(0)
+    model = build_mil("LiteMIL", input_dim=45, num_classes=2)
+    path = write_model(
+        tmp_path / "model.pth", 1, model=model.spec, state_dict=model.state_dict(), recipe=None, mpp_range=None
+    )
+    flags = ("--checkpoint", path, "--input", tmp_path / "slide.tif", "--backbone", "stain", "--patch_size", "64")
+    flags += ("--tissue_threshold", "0")
+    assert predict(*flags, "--stride", "32").code == 0
+    assert of(tmp_path / "out", "slide")["num_instances"] == 225
+    refused = predict(*flags)
+    assert refused.code == 1
+    assert 'recipe: found {"stride": 32}, expected {"stride": 64}' in refused.errors[0]
+    assert predict(*flags, "--overwrite").code == 0
+    assert of(tmp_path / "out", "slide")["num_instances"] == 64
+    # Features that are asked for later are made.
+    assert predict(*flags, "--save_features").code == 0
+    assert len(read_bag(tmp_path / "out" / "slide.h5").features) == 64
+
+
+def test_the_name_of_the_features_is_part_of_what_is_asked_for(cohort, models, predict, tmp_path):
+    flags = ("--checkpoint", models[0], "--input", cohort[1] / "P000-S1.h5")
+    predict(*flags)
+    record = tmp_path / "out" / "P000-S1_prediction.json"
+    content = json.loads(record.read_text())
+    content["request"]["feat_type"] = "uni_v1"
+    record.write_text(json.dumps(content))
+    assert "feat_type: found uni_v1, expected features" in predict(*flags).errors[0]
+
+
+def test_a_run_killed_while_drawing_leaves_no_picture_beside_another_answer(
+    drawable, models, predict, tmp_path, monkeypatch
+):
+    flags, drawn = drawable("LiteMIL")
+    predict(*flags, *drawn)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "utils.attention_visualizer.write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        stopped = predict("--checkpoint", models[1], *flags[2:], *drawn, "--overwrite")
+    assert stopped.code == 130
+    assert of(out, "slide")["checkpoint"] == str(models[1])
+    assert "pictures" not in of(out, "slide")
+    assert not (out / "slide_report.html").exists()
+    assert "slide_report.html" in predict("--checkpoint", models[1], *flags[2:], *drawn).out
+    assert (out / "slide_report.html").exists()
+
+
+def test_overwriting_removes_what_it_does_not_renew(drawable, cohort, models, predict, tmp_path):
+    flags, drawn = drawable("LiteMIL")
+    predict(*flags, *drawn, "--faithfulness")
+    mine = tmp_path / "out" / "slide_top_patches" / "mine.txt"
+    mine.write_text("the user's own")
+    predict("--checkpoint", models[1], *flags[2:], "--overwrite")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"slide_prediction.json", "slide_top_patches"}
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+
+    labels_csv, features = cohort
+    folder, labels = ("--input_dir", features), ("--labels_csv", labels_csv)
+    predict("--checkpoint", models[0], *folder, *labels, output="scored")
+    scored = tmp_path / "scored"
+    scores = json.loads((scored / "scores.json").read_text())
+    assert scores["checkpoint"] == str(models[0])
+    predict("--checkpoint", models[0], *folder, output="scored")  # the same answers: what was scored holds
+    assert (scored / "roc.png").exists()
+    predict("--checkpoint", models[1], *folder, "--overwrite", output="scored")
+    assert not any((scored / name).exists() for name in ("scores.json", "roc.png", "confusion_matrix.png"))
+    # Several models have no threshold of their own, nor has one that is fed in another way.
+    for asked in ((*models[:2],), (models[0], "--mode", "chunked", "--chunk_size", "10")):
+        predict("--checkpoint", *asked, *folder, *labels, "--overwrite", output="scored")
+        scores = json.loads((scored / "scores.json").read_text())
+        assert scores["threshold"] is None
+        assert scores["pooled_thresholded"] is None
+    assert scores["pooled_calibrated"] is None  # the temperature belongs to slides fed whole
+
+
+def test_a_patch_that_is_gone_is_drawn_again(drawable, predict, tmp_path):
+    flags, drawn = drawable("LiteMIL")
+    predict(*flags, *drawn)
+    patches = tmp_path / "out" / "slide_top_patches"
+    next(patches.glob("top_1_*.png")).unlink()
+    predict(*flags, *drawn)
+    assert len(list(patches.glob("top_*.png"))) == 9
+
+
+def test_pictures_follow_a_faithfulness_that_is_measured_later(drawable, predict, tmp_path):
+    flags, drawn = drawable("LiteMIL")
+    predict(*flags, *drawn)
+    page = tmp_path / "out" / "slide_report.html"
+    predict(*flags, "--faithfulness")
+    assert page.exists()
+    assert "faithfulness" not in page.read_text()
+    predict(*flags, *drawn, "--faithfulness")
+    assert "faithfulness" in page.read_text()
+
+
+def test_a_slide_of_one_patch_has_no_faithfulness_but_an_answer(models, predict, tmp_path):
+    write_bag(tmp_path / "one.h5", Bag(np.ones((1, 16), np.float16)))
+    flags = ("--checkpoint", models[0], "--input", tmp_path / "one.h5", "--faithfulness")
+    outcome = predict(*flags)
+    assert outcome.code == 0, outcome.err
+    assert "single patch" in outcome.err
+    assert of(tmp_path / "out", "one")["faithfulness"] is None
+    before = (tmp_path / "out" / "one_prediction.json").stat().st_mtime_ns
+    assert predict(*flags).code == 0
+    assert (tmp_path / "out" / "one_prediction.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_unreadable_answer_is_its_slides_failure_alone(cohort, models, predict, tmp_path, place):
+    folder = tmp_path / "in"
+    for name in ("P000-S1", "P001-S1", "P002-S1"):
+        write_bag(folder / f"{name}.h5", read_bag(cohort[1] / f"{name}.h5"))
+    flags = ("--checkpoint", models[0], "--input_dir", folder)
+    predict(*flags)
+    (tmp_path / "out" / f"P00{place}-S1_prediction.json").write_text("{")
+    outcome = predict(*flags)
+    assert "2 skipped, 0 no tissue, 1 failed" in outcome.out
+    assert "no prediction that can be read" in outcome.errors[0]
+
+
+def test_names_with_dollar_signs_are_no_mathematics(predict, tmp_path):
+    name, classes = "a$_{$b", ("x$\\frac$", "y")
+    rng = np.random.default_rng(0)
+    coords = np.stack(np.meshgrid([0, 128], [0, 128]), axis=-1).reshape(-1, 2)
+    passport = Passport(synthetic_passport(name).recipe)
+    write_bag(tmp_path / "in" / f"{name}.h5", Bag(rng.standard_normal((4, 16)), coords, 128, passport))
+    (tmp_path / "slides").mkdir()
+    write_pyramid(tmp_path / "slides" / f"{name}.tif", stained_image(512, 512), mpp=0.25)
+    (tmp_path / "labels.csv").write_text(f"case_id,wsi_id,label\nP1,{name},y\n")
+    model = write_model(tmp_path / "m$_{$.pth", 1, class_names=classes)
+    outcome = predict(
+        "--checkpoint", model, "--input_dir", tmp_path / "in", "--labels_csv", tmp_path / "labels.csv", "--visualize",
+        "--wsi", tmp_path / "slides", "--faithfulness",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "out" / f"{name}_report.html").exists()

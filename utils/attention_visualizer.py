@@ -22,7 +22,7 @@ from utils.core.geometry import level0_size
 from utils.core.passport import recipe_differences
 from utils.learning.answers import PredictionFiles
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.caption import Caption
+from utils.pictures.caption import Caption, title_of
 from utils.pictures.geojson import write_attention
 from utils.pictures.heatmap import (
     Figure,
@@ -40,8 +40,6 @@ from utils.slides.wsi import Slide, find_slides, one_per_series, open_slide
 _OVERVIEW = 2000
 # More than this is no figure any more; `extract_top_patches` has no limit.
 _GRID_PATCHES = 50
-# Of the report's galleries; larger ones are made smaller, so that the page stays one that opens at once.
-_REPORT_PATCHES, _REPORT_SIDE = 24, 1024
 _TABLE = "patches.csv"
 _SET = (
     "heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson", "report.html",
@@ -58,6 +56,7 @@ class PatchRecord:
     percentile: float
     x: int
     y: int
+    seen_in_training: bool | None
 
 
 class AttentionVisualizer:
@@ -155,7 +154,7 @@ class AttentionVisualizer:
             top, least = _patches(slide, shown, shown.top(top_k)), []
             if save_dir is not None:
                 least = _patches(slide, shown, shown.lowest(top_k))
-                _write_patches(Path(save_dir), shown, top, least)
+                _write_patches(Path(save_dir), shown, top, least, None)
         return [patch.pixels for patch in top]
 
     def create_patch_grid(
@@ -185,21 +184,20 @@ class AttentionVisualizer:
         coords: NDArray[np.int64],
         attention: NDArray,
         patch_size_level0: int,
-        *,
-        name: str,
         record: Mapping[str, Any],
+        *,
         top_k: int = Pictures.top_k,
     ) -> list[Path]:
-        """Write `<name>_heatmap.png`, `_detailed.png`, `_patch_grid.png`, `_top_patches/`, `_attention.npz` (the
+        """Write `<slide>_heatmap.png`, `_detailed.png`, `_patch_grid.png`, `_top_patches/`, `_attention.npz` (the
         arguments, the per-head attention `(H, N)` among them, and the prediction), `_attention.geojson` and
-        `_report.html`. Returns their paths.
+        `_report.html`. Returns the files.
 
-        Here `attention` is `(H, N)`; the pictures show its mean over heads. `record` is what `<name>_prediction.json`
-        holds.
+        Here `attention` is `(H, N)`; the pictures show its mean over heads. `record` is what
+        `<slide>_prediction.json` holds.
         """
         caption = Caption.of(record)
-        title = f"{name}: {caption.answer}" + (", seen in training" if record["seen_in_training"] else "")
-        heatmap, detailed, grid, top_patches, data, tiles, page = paths = set_paths(Path(output_dir), name)
+        name, title = record["slide"], title_of(record)
+        heatmap, detailed, grid, top_patches, data, tiles, page = set_paths(Path(output_dir), name)
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
             picture = _overview(slide)
@@ -209,7 +207,7 @@ class AttentionVisualizer:
         save_picture(heatmap_figure(picture, shown, self.look, title=title, top_k=top_k), heatmap)
         save_picture(self._detailed(picture, shown, caption, title, top_k), detailed)
         save_picture(_grid(shown, top[:_GRID_PATCHES], least[:_GRID_PATCHES], title), grid)
-        _write_patches(top_patches, shown, top, least)
+        patches = _write_patches(top_patches, shown, top, least, record["seen_in_training"])
         with whole_file(data) as part, part.open("wb") as file:
             np.savez(
                 file, coords=coords, attention=shown.attention, attention_heads=attention,
@@ -220,9 +218,9 @@ class AttentionVisualizer:
             )  # fmt: skip
         write_report(
             page, picture, shown, self.look, slide=name, answer=caption.answer, probabilities=caption.probabilities,
-            notes=caption.notes, facts=caption.facts, top=_reduced(top), least=_reduced(least),
+            notes=caption.notes, facts=caption.facts, top=top, least=least,
         )  # fmt: skip
-        return paths
+        return [heatmap, detailed, grid, *patches, data, tiles, page]
 
     def _detailed(self, picture: Picture, shown: AttentionMap, caption: Caption, title: str, top_k: int) -> Figure:
         return detailed_figure(
@@ -254,10 +252,16 @@ class PredictionPictures:
         elif not one:
             raise ConfigError(f"--wsi {wsi}: no folder; give the one that holds the slides of --input_dir")
 
+    @property
+    def cmap(self) -> str:
+        """The colour map of every picture."""
+        return self.asked.cmap
+
     def settings(self, source: Path) -> dict[str, Any]:
         """What changes a slide's pictures."""
         look = {name: getattr(self.asked, name) for name in ("top_k", "scale", "cmap", "alpha")}
-        return look | {"wsi": str(self.slide_of(source))}
+        footprint = {name: getattr(self.recipe, name) for name in ("patch_size", "level")}
+        return look | footprint | {"wsi": str(self.slide_of(source))}
 
     def slide_of(self, source: Path) -> Path:
         """The slide that a feature file's patches are of; a slide's own."""
@@ -288,11 +292,10 @@ class PredictionPictures:
         attention: NDArray,
         size_level0: int,
         record: Mapping[str, Any],
-    ) -> None:
-        """Write the whole set of a slide's record."""
-        self.visualizer.save_set(
-            self.slide_of(source), folder, coords, attention, size_level0,
-            name=record["slide"], record=record, top_k=self.asked.top_k,
+    ) -> list[Path]:
+        """Write the whole set of a slide's record; its files."""
+        return self.visualizer.save_set(
+            self.slide_of(source), folder, coords, attention, size_level0, record, top_k=self.asked.top_k
         )  # fmt: skip
 
 
@@ -314,15 +317,6 @@ def _patches(slide: Slide, shown: AttentionMap, indices: NDArray[np.int64]) -> l
     size = shown.size_level0
     places = zip(indices.tolist(), shown.coords[indices].tolist(), strict=True)
     return [ShownPatch(index, slide.read_region(x, y, 0, size, size)) for index, (x, y) in places]
-
-
-def _reduced(patches: Sequence[ShownPatch]) -> list[ShownPatch]:
-    reduced = []
-    for patch in patches[:_REPORT_PATCHES]:
-        image = Image.fromarray(patch.pixels)
-        image.thumbnail((_REPORT_SIDE, _REPORT_SIDE), Image.Resampling.LANCZOS)
-        reduced.append(ShownPatch(patch.index, np.asarray(image)))
-    return reduced
 
 
 def _grid(shown: AttentionMap, top: Sequence[ShownPatch], least: Sequence[ShownPatch], title: str) -> Figure:
@@ -405,7 +399,14 @@ def _check_reach(slide: Slide, coords: NDArray[np.int64], patch_size_level0: int
         )
 
 
-def _write_patches(folder: Path, shown: AttentionMap, top: Sequence[ShownPatch], least: Sequence[ShownPatch]) -> None:
+def _write_patches(
+    folder: Path,
+    shown: AttentionMap,
+    top: Sequence[ShownPatch],
+    least: Sequence[ShownPatch],
+    seen_in_training: bool | None,
+) -> list[Path]:
+    """Write the patches and their table; its files."""
     for kind in ("top", "least"):
         for earlier in folder.glob(f"{kind}_*_x*_y*.png"):
             earlier.unlink()
@@ -418,5 +419,6 @@ def _write_patches(folder: Path, shown: AttentionMap, top: Sequence[ShownPatch],
             with whole_file(folder / name) as part:
                 Image.fromarray(patch.pixels).save(part, format="png")
             weight, percentile = float(shown.attention[patch.index]), float(shown.percentiles[patch.index])
-            records.append(PatchRecord(name, rank, weight, round(percentile, 3), x, y))
+            records.append(PatchRecord(name, rank, weight, round(percentile, 3), x, y, seen_in_training))
     write_records(folder / _TABLE, records)
+    return [folder / name for name in (*(record.file for record in records), _TABLE)]

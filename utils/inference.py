@@ -181,10 +181,10 @@ class SlidePredictor:
     ) -> SlidePrediction:
         """Predict a feature file or a raw slide.
 
-        By default the slide is fed as in the checkpoint's evaluation; `mode` "full" or "chunked" and `chunk_size` say
-        otherwise. Full slides are streamed from their feature file by every model but TransMIL: memory does not grow
-        with them. Raises RecipeError when the features were made in another way than the model's, FeatureFileError,
-        SlideError.
+        By default the slide is fed as in the checkpoint's evaluation; `mode` "full" or "chunked" says otherwise, and
+        of chunks `chunk_size` (else that of the evaluation, else 1000). Full slides are streamed from their feature
+        file by every model but TransMIL: memory does not grow with them. Raises RecipeError when the features were made
+        in another way than the model's, FeatureFileError, SlideError.
         """
         prediction = self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
         if prediction.seen_as:
@@ -223,7 +223,9 @@ class SlidePredictor:
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
             raise CheckpointError(f"{self.path}: its answer for {path} is not finite; train the model again")
-        temperatures = [one.checkpoint.temperature for one in self.trained]
+        # It was fitted to answers of slides that were fed in the model's own way.
+        checkpoints = [one.checkpoint for one in self.trained]
+        temperatures = [one.temperature if one.slide_feed == feed else None for one in checkpoints]
         seen_as = self.seen_as(path.stem, case_id)
         return SlidePrediction(
             path.stem, self.checkpoint.class_names, output.probabilities, mean_calibrated(outputs, temperatures),
@@ -295,21 +297,20 @@ class SlidePredictor:
         return feeds[0]
 
     def seen_as(self, slide: str, case_id: str | None = None) -> str | None:
-        """Whether a model was trained on the "slide" or on its "case", by default the patient of a TCGA barcode; "" for
-        neither, None where a checkpoint does not say.
+        """Whether a model was trained on the "slide" or on its "case", which is the one given or that of a TCGA
+        barcode; "" for neither, None where a checkpoint does not say.
         """
         known = [one.checkpoint.seen for one in self.trained]
-        for kind, name in (("slide", slide), ("case", case_id or tcga_case(slide))):
+        for kind, name in (("slide", slide), ("case", case_id), ("case", tcga_case(slide))):
             if name is not None and any(id_digests(kind, [name])[0] in seen[kind] for seen in known):
                 return kind
         return "" if all(seen["slide"] for seen in known) else None
 
     def _feed_of(self, checkpoint: Checkpoint, mode: str | None, chunk_size: int | None) -> SlideFeed:
         trained = checkpoint.slide_feed
-        if chunk_size is not None and (mode or trained.mode) == "full":
-            raise ConfigError("--chunk_size has no meaning in full mode; give --mode chunked with it")
         if mode is None or mode == trained.mode:
-            return replace(trained, chunk_size=chunk_size or trained.chunk_size)
+            is_full = trained.mode == "full"
+            return trained if is_full else replace(trained, chunk_size=chunk_size or trained.chunk_size)
         if mode not in ("full", "chunked"):
             raise ConfigError(f"mode {mode!r} is unknown; use 'full' or 'chunked'")
         return SlideFeed.of_mode(mode, chunk_size or 1000)

@@ -1,5 +1,6 @@
 """What `predict.py` does: slides or folders of them predicted, drawn, kept and scored."""
 
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +19,18 @@ from utils.core.errors import ConfigError
 from utils.core.files import clear_parts, digest, read_json, write_json
 from utils.core.runtime import log, versions
 from utils.inference import SEEN, SlidePrediction, SlidePredictor, extractPredict, recipe_asked
-from utils.learning.answers import REPORT, Answers, PredictionFiles, kept_answer, request_of
+from utils.learning.answers import (
+    FAITHFULNESS,
+    REPORT,
+    Answers,
+    PredictionFiles,
+    check_first,
+    clear_pictures,
+    kept_answer,
+    request_of,
+)
 from utils.learning.faithfulness import Faithfulness
+from utils.pictures.caption import title_of
 from utils.pictures.faithfulness import faithfulness_figure, map_of
 from utils.pictures.heatmap import save_picture
 from utils.slides.batch import STATUSES, SlideStatus, work_through
@@ -48,12 +59,16 @@ def make_predictor(asked: Prediction, recipe: PredictionRecipe, are_raw: bool) -
         predictor = SlidePredictor(asked.checkpoint, **said)
         predictor.require(recipe=recipe_asked(**cutting))
     predictor.require(mil=asked.mil, input_dim=asked.input_dim)
-    _ = predictor.feed(asked.mode, asked.chunk_size)
+    if predictor.feed(asked.mode, asked.chunk_size).mode == "full" and asked.chunk_size is not None:
+        raise ConfigError("--chunk_size has no meaning in full mode; give --mode chunked with it")
     return predictor
 
 
 class Drawing(Protocol):
     """What draws predictions; `utils.attention_visualizer.PredictionPictures` is one."""
+
+    @property
+    def cmap(self) -> str: ...
 
     def settings(self, source: Path) -> dict[str, Any]: ...
 
@@ -71,7 +86,7 @@ class Drawing(Protocol):
         attention: NDArray,
         size_level0: int,
         record: Mapping[str, Any],
-    ) -> None: ...
+    ) -> list[Path]: ...
 
 
 def predict_files(
@@ -97,19 +112,16 @@ def predict_files(
     if predictor.feature_extractor is not None:
         _ = predictor.feature_extractor.backbone  # one that cannot be had is no slide's fault
     clear_parts(asked.output_dir)
-    there = [target for target in files.targets.values() if target.exists()]
-    if there and not asked.overwrite:
-        kept_answer(there[0], work.settings)  # another model's predictions are nobody's slide's fault
+    if not asked.overwrite:  # another model's predictions are nobody's slide's fault
+        check_first(files.targets.values(), work.settings)
     statuses = work_through(files.targets, [work], asked.output_dir / REPORT, Event())
     records = [read_json(files.targets[one.slide]) for one in statuses if one.status in ("done", "skipped")]
     counts = ", ".join(f"{sum(one.status == name for one in statuses)} {name}" for name in STATUSES)
     if not records:
         return statuses, counts
-    # Of several models none is the one that a threshold was fitted for.
-    alone = predictor.checkpoint.selection.get("threshold") if len(predictor.trained) == 1 else None
     answers = Answers(records, rows, predictor.checkpoint.class_names)
-    told = [answers.write(asked.output_dir, alone), f"{counts}; results are in {asked.output_dir}"]
-    return statuses, "\n".join(filter(None, told))
+    told = [answers.write(asked.output_dir, work.threshold, work.settings)]
+    return statuses, "\n".join(filter(None, [*told, f"{counts}; results are in {asked.output_dir}"]))
 
 
 @dataclass(frozen=True)
@@ -130,31 +142,52 @@ class _Work:
             record, status = earlier, "skipped"
         else:
             record, status = self._answer(source, target, request, earlier or {}), "done"
-            write_json(target, record)
         mpp, seconds = (record["slide_record"] or {}).get("mpp_delivered"), round(time.perf_counter() - started, 2)
-        return SlideStatus(source, status, "", record["num_instances"], mpp, seconds)
+        reason = f"the model was trained on this {record['seen_as']}" if record["seen_as"] else ""
+        return SlideStatus(source, status, reason, record["num_instances"], mpp, seconds)
 
     def _answer(
         self, source: Path, target: Path, request: dict[str, Any], earlier: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The record, with what an `earlier` one of the same request has beyond what is asked for now."""
+        """Make and keep the record, with what an `earlier` one of the same request has beyond what is asked for now,
+        and then its pictures.
+        """
         predictor, asked, folder, drawing = self.predictor, self.asked, target.parent, self.drawing
-        slide = None if drawing is None or is_slide_file(source) else drawing.slide_of(source)
-        made = predictor.keep_features(source, folder) if self.recipe.save_features else source
-        bag = predictor.bag(made, asked.feat_type, slide)
-        size = None if drawing is None else drawing.check(source, bag)
-        prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, self._case_of(source))
-        record = prediction.as_dict() | predictor.provenance(prediction) | {"request": request}
-        record |= {name: earlier[name] for name in ("faithfulness", "pictures") if name in earlier}
-        if asked.faithfulness:
-            found = predictor.faithfulness(prediction)
-            record["faithfulness"] = found.as_dict()
-            self._draw_faithfulness(prediction, found, record)
-        if drawing is not None and size is not None:
-            assert prediction.coords is not None and prediction.attention is not None  # noqa: S101, PT018 - checked
-            drawing.save(source, folder, prediction.coords, prediction.attention, size, record)
-            record["pictures"] = drawing.settings(source)
+        with tempfile.TemporaryDirectory() as scratch:  # so that a raw slide, too, is streamed
+            kept = folder if self.recipe.save_features else Path(scratch)
+            slide = None if drawing is None or is_slide_file(source) else drawing.slide_of(source)
+            made = predictor.keep_features(source, kept) if is_slide_file(source) else source
+            bag = predictor.bag(made, asked.feat_type, slide)
+            size = None if drawing is None else drawing.check(source, bag)
+            prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, self._case_of(source))
+            record = prediction.as_dict() | predictor.provenance(prediction) | {"request": request}
+            if earlier.get("seen_as") == record["seen_as"]:
+                record |= {name: earlier[name] for name in ("faithfulness", "pictures") if name in earlier}
+            found = self._measured(source, prediction)
+            if asked.faithfulness:
+                record["faithfulness"] = found and found.as_dict()
+            if drawing is not None:
+                record.pop("pictures", None)
+            clear_pictures(target, record)
+            # Before the pictures: a killed run must not leave them beside another answer.
+            write_json(target, record)
+            if found is not None:
+                self._draw_faithfulness(prediction, found, record)
+            if drawing is not None and size is not None:
+                assert prediction.coords is not None and prediction.attention is not None  # noqa: S101, PT018 - checked
+                files = drawing.save(source, folder, prediction.coords, prediction.attention, size, record)
+                names = [file.relative_to(folder).as_posix() for file in files]
+                record["pictures"] = self._shown(source, record) | {"files": names}
+                write_json(target, record)
         return record
+
+    def _measured(self, source: Path, prediction: SlidePrediction) -> Faithfulness | None:
+        if not self.asked.faithfulness:
+            return None
+        if prediction.num_instances < 2:
+            log.warning("%s: has a single patch: there is nothing to take away, and no faithfulness", source)
+            return None
+        return self.predictor.faithfulness(prediction)
 
     def _case_of(self, source: Path) -> str | None:
         row = self.rows.get(source.stem)
@@ -165,32 +198,50 @@ class _Work:
         if bag.coords is not None and bag.patch_size_level0 is not None and prediction.patch_attention is not None:
             attentions = prediction.patch_attention, found.randomised
             maps = [map_of(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
-        title = f"{prediction.slide}: {prediction.predicted_class} ({prediction.confidence:.1%})"
-        figure = faithfulness_figure(record["faithfulness"], maps, Pictures.cmap, title, prediction.predicted_class)
+        cmap = Pictures.cmap if self.drawing is None else self.drawing.cmap
+        figure = faithfulness_figure(record["faithfulness"], maps, cmap, title_of(record), prediction.predicted_class)
         save_picture(figure, _faithfulness_path(self.asked.output_dir, prediction.slide))
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What of the command line changes an answer."""
+        predictor, extractor = self.predictor, self.predictor.feature_extractor
         return {
-            "checkpoint": digest(*(one.path.read_bytes() for one in self.predictor.trained)),
-            "feed": self.predictor.feed(self.asked.mode, self.asked.chunk_size).as_dict(),
+            "checkpoint": digest(*(one.path.read_bytes() for one in predictor.trained)),
+            "models": [one.checkpoint.model for one in predictor.trained],
+            "class_names": list(predictor.checkpoint.class_names),
+            "feed": predictor.feed(self.asked.mode, self.asked.chunk_size).as_dict(),
             "feat_type": self.asked.feat_type,
+            "recipe": extractor and extractor.recipe,
             "litemil": versions()["litemil"],
-            **recipe_asked(**{name: getattr(self.recipe, name) for name in _CUTTING}),
         }
+
+    @property
+    def threshold(self) -> float | None:
+        """The model's own; None for several models, of which none is the one it was fitted for, and for slides fed in
+        another way than those it was fitted on.
+        """
+        first = self.predictor.checkpoint
+        is_own = self.predictor.feed(self.asked.mode, self.asked.chunk_size) == first.slide_feed
+        return first.selection.get("threshold") if is_own and len(self.predictor.trained) == 1 else None
+
+    def _shown(self, source: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What the pictures of a record depend on, besides its answer."""
+        assert self.drawing is not None  # noqa: S101 - for the type checker: asked only of what is drawn
+        return {"look": self.drawing.settings(source), "faithfulness": record.get("faithfulness")}
 
     def _is_complete(self, record: Mapping[str, Any], source: Path) -> bool:
         """Whether nothing is asked for that an earlier run was not asked for or did not know, or that is gone."""
         folder, slide = self.asked.output_dir, record["slide"]
-        wanted = []
+        wanted = [folder / f"{slide}.h5"] if self.recipe.save_features else []
         if self.asked.faithfulness:
-            wanted = [_faithfulness_path(folder, slide)]
             if "faithfulness" not in record:
                 return False
+            wanted += [_faithfulness_path(folder, slide)] if record["faithfulness"] else []
         if self.drawing is not None:
-            wanted += self.drawing.paths(folder, slide)
-            if record.get("pictures") != self.drawing.settings(source):
+            drawn = dict(record.get("pictures") or {})
+            wanted += [folder / name for name in drawn.pop("files", [])]
+            if drawn != self._shown(source, record):
                 return False
         knows_patient = record["seen_as"] == self.predictor.seen_as(slide, self._case_of(source))
         return knows_patient and all(path.exists() for path in wanted)
@@ -200,11 +251,10 @@ class _Work:
         record = read_json(target)
         kept = [target.parent / f"{source.stem}.h5"] if self.recipe.save_features else []
         drawn = self.drawing.paths(target.parent, record["slide"]) if self.drawing else []
-        if self.asked.faithfulness:
+        if self.asked.faithfulness and record["faithfulness"]:
             drawn.append(_faithfulness_path(target.parent, record["slide"]))
-        lines = [f"{record['slide']}: {record['predicted_class']} ({record['confidence']:.1%})"]
-        return "\n".join([*lines, *(f"  {path}" for path in [*kept, *drawn, target])])
+        return "\n".join([title_of(record), *(f"  {path}" for path in [*kept, *drawn, target])])
 
 
 def _faithfulness_path(folder: Path, slide: str) -> Path:
-    return folder / f"{slide}_faithfulness.png"
+    return folder / FAITHFULNESS.format(slide)

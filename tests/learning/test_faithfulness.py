@@ -10,7 +10,7 @@ from MILS.pooling import STREAMED_ROWS
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.core.errors import FeatureFileError
 from utils.learning.aggregation import SlideFeed, predict_features
-from utils.learning.faithfulness import measure_faithfulness
+from utils.learning.faithfulness import Curves, measure_faithfulness
 
 WHOLE = SlideFeed(None, "merge")
 COUNT = 60
@@ -59,6 +59,21 @@ def test_the_curves_are_what_the_model_says_of_the_patches_that_are_left(name):
         assert curve == pytest.approx(whole, abs=1e-5)
     assert found.deletion.fractions[0] == 0
     assert found.insertion.fractions[-1] == 1
+
+
+def test_the_gap_is_between_the_order_of_attention_and_random_orders():
+    fractions, half = np.array([0, 0.5, 1.0]), np.array([1, 0.5, 0.0])
+    curves = Curves(
+        fractions, np.array([1, 0, 0.0]), np.array([1, 1, 0.0]), np.stack([half, half, np.array([1, 0, 0.0])])
+    )
+    areas = 0.25, 0.75, [0.5, 0.5, 0.25]
+    deletion, insertion = curves.as_dict(-1), curves.as_dict(1)
+    for found in (deletion, insertion):
+        assert (found["area_most_attended_first"], found["area_least_attended_first"]) == areas[:2]
+        assert found["area_random"] == areas[2]
+    assert deletion["gap"] == pytest.approx(np.mean(areas[2]) - areas[0])
+    assert insertion["gap"] == pytest.approx(areas[0] - np.mean(areas[2]))
+    assert (deletion["random_orders_beaten"], insertion["random_orders_beaten"]) == (2, 0)
 
 
 def test_features_in_a_file_that_come_in_blocks_give_the_same_curves(tmp_path, monkeypatch):

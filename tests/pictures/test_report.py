@@ -1,6 +1,8 @@
 """The report page: self-contained, whatever names hold; and, in a real browser, what it does with mouse and keys."""
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -27,9 +29,9 @@ def picture_of(width, height, side=400):
     return Picture(rng.integers(100, 256, shape, dtype=np.uint8), width, height, 0.5)
 
 
-def page_of(path, picture, attention, *, slide="slide", look=None, patches=3, **said):
+def page_of(path, picture, attention, *, slide="slide", look=None, patches=3, patch=None, **said):
     look = look or Look()
-    patch = np.full((16, 16, 3), 120, np.uint8)
+    patch = np.full((16, 16, 3), 120, np.uint8) if patch is None else patch
     top, least = (
         [ShownPatch(int(index), patch) for index in few] for few in (attention.top(patches), attention.lowest(patches))
     )
@@ -82,6 +84,17 @@ def test_a_hundred_thousand_patches_stay_under_15_mb(tmp_path):
     smooth = Image.fromarray(rng.integers(0, 256, (250, 250, 3), dtype=np.uint8)).resize((1951, 2000))
     page_of(tmp_path / "a.html", Picture(np.asarray(smooth), 80_000, 82_000, 0.25), attention)
     assert (tmp_path / "a.html").stat().st_size < 15e6
+
+
+def test_large_patches_in_numbers_are_made_smaller(tmp_path, attention):
+    rng = np.random.default_rng(0)
+    textured = rng.integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+    for count, least_side in ((2, 1024), (24, 192)):
+        page = page_of(tmp_path / "a.html", picture_of(800, 600), attention, patches=count, patch=textured)
+        assert (tmp_path / "a.html").stat().st_size < 13e6
+        images = re.findall(r'<button [^>]+><img src="data:image/jpeg;base64,([^"]+)"', page)
+        assert len(images) == 2 * count
+        assert Image.open(io.BytesIO(base64.b64decode(images[0]))).width >= least_side
 
 
 # Appended to a page: does what a reader would, and leaves what came of it in the document.

@@ -1,6 +1,6 @@
 """Many slides predicted: which inputs, where each answer goes and whether it is there, the table and the scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from utils.learning.statistics import bootstrap_intervals, pooled_metrics
 from utils.slides.wsi import find_slides, is_slide_file, one_per_series
 
 REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json"
+FAITHFULNESS = "{}_faithfulness.png"
+_FIGURES = ("roc.png", "confusion_matrix.png", "calibration.png")
 _ENDING = "_prediction.json"
 
 
@@ -109,19 +111,50 @@ def kept_answer(target: Path, request: Mapping[str, Any]) -> dict[str, Any] | No
     """
     if not target.exists():
         return None
-    try:
-        record = read_json(target)
-        known = record["request"]
-    except (LiteMILError, KeyError, TypeError):
-        raise ConfigError(
-            f"{target}: is in the way, and no prediction that can be read; move it, or give --overwrite"
-        ) from None
-    differences = recipe_differences(request, known, request, strict=True)
+    record = _record_at(target)
+    known = record.get("request")
+    if not isinstance(known, dict):
+        raise ConfigError(f"{target}: is in the way, and no prediction that can be read; move it, or give --overwrite")
+    _check_request(target, request, known, {**request, **known})
+    return record
+
+
+def check_first(targets: Iterable[Path], settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the first answer that is there and can be read was made with other settings."""
+    for target in targets:
+        known = _record_at(target).get("request")
+        if known is not None:
+            _check_request(target, settings, known, settings)
+            return
+
+
+def _check_request(target: Path, request: Mapping[str, Any], known: Mapping[str, Any], fields: Iterable[str]) -> None:
+    differences = recipe_differences(request, known, fields, strict=True)
     if differences:
         raise ConfigError(
             f"{target}: is another prediction ({'; '.join(differences)}); give another --output_dir, or --overwrite"
         )
-    return record
+
+
+def clear_pictures(target: Path, record: Mapping[str, Any]) -> None:
+    """Remove the pictures of the answer at `target` that the `record`, which takes its place, does not keep."""
+    earlier, folder = _record_at(target), target.parent.resolve()
+    stale = [FAITHFULNESS.format(record["slide"])] if "faithfulness" in earlier and "faithfulness" not in record else []
+    if "pictures" in earlier and "pictures" not in record:
+        stale += earlier["pictures"]["files"]
+    for name in stale:
+        path = folder / name
+        if path.resolve().is_relative_to(folder):  # nothing that a record names elsewhere
+            path.unlink(missing_ok=True)
+
+
+def _record_at(target: Path) -> dict[str, Any]:
+    """The record at `target`; an empty one where there is none that can be read."""
+    try:
+        record = read_json(target) if target.exists() else {}
+    except LiteMILError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -165,7 +198,7 @@ class Answers:
             probabilities, truth = self._probabilities(scored), self._labels(scored)
             predicted = (probabilities[:, 1] >= threshold).astype(int)
             content["pooled_thresholded"] = decision_metrics(truth, predicted, self.class_names)
-        unseen = [record for record, known in zip(scored, seen, strict=True) if not known]
+        unseen = [record for record in scored if record["seen_in_training"] is False]
         return {
             "class_names": list(self.class_names),
             **content,
@@ -190,23 +223,32 @@ class Answers:
         """ROC, confusion matrix and calibration of the labelled slides."""
         scored = [record for record in self.records if record["slide"] in self.rows]
         answers = self._labels(scored), self._probabilities(scored), self.class_names
-        once, title = np.zeros(len(scored)), f"{counted(len(scored), 'slide')}, predicted"
-        drawn = {
-            "roc.png": figures.roc_figure(*answers, None, self._cases(scored), once, _SEED, title),
-            "confusion_matrix.png": figures.confusion_figure(*answers, once, title),
-            "calibration.png": figures.calibration_figure(*answers, once, self._calibrated(scored), title),
-        }
-        for name, figure in drawn.items():
+        seen = sum(record["seen_in_training"] is True for record in scored)
+        title = f"{counted(len(scored), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else "")
+        once = np.zeros(len(scored))
+        drawn = [
+            figures.roc_figure(*answers, None, self._cases(scored), once, _SEED, title),
+            figures.confusion_figure(*answers, once, title),
+            figures.calibration_figure(*answers, once, self._calibrated(scored), title),
+        ]
+        for name, figure in zip(_FIGURES, drawn, strict=True):
             figures.save_figure(figure, folder / name)
 
-    def write(self, folder: Path, threshold: float | None) -> str:
-        """Write `predictions.csv` and, with labels, `scores.json` and the figures; the closing words."""
+    def write(self, folder: Path, threshold: float | None, settings: Mapping[str, Any]) -> str:
+        """Write `predictions.csv` and, with labels, `scores.json` and the figures; the closing words.
+
+        Without labels, scores that are there are removed, with their figures, if they were made with other `settings`.
+        """
         write_table(folder / TABLE, self.table())
         if not self.rows:
+            if _record_at(folder / SCORES).get("settings") != settings:
+                for name in (SCORES, *_FIGURES):
+                    (folder / name).unlink(missing_ok=True)
             seen = sum(record["seen_in_training"] is True for record in self.records)
             return _seen_words(seen) if seen else ""
         scores = self.scores(threshold)
-        write_json(folder / SCORES, scores)
+        checkpoint = self.records[0]["checkpoint"]
+        write_json(folder / SCORES, {"checkpoint": checkpoint, "settings": dict(settings), **scores})
         self.draw(folder)
         return scores_text(scores)
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import confusion_matrix
 
 from utils.core.files import whole_file
+from utils.core.text import literal
 from utils.learning.metrics import BINS, probability_bins
 from utils.learning.statistics import bootstrap_intervals, mean_roc, pooled_metrics, roc_band
 
@@ -111,7 +112,7 @@ def confusion_figure(
         text = f"{count}\n{share[row, column]:.0%}"
         size = 10 if num_classes <= 4 else _SMALL
         axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=size)
-    names = [_shown(name) for name in class_names]
+    names = [literal(name) for name in class_names]
     wrapped = [fill(name, 16) for name in names]
     widest = max(len(line) for name in wrapped for line in name.splitlines())
     if widest * num_classes > 40:
@@ -142,7 +143,8 @@ def calibration_figure(
     """
     repeats = np.zeros(len(labels)) if repeats is None else repeats
     if len(class_names) == 2:
-        x_label, y_label = f"Predicted probability of {class_names[1]}", f"Observed share of {class_names[1]}"
+        positive = literal(class_names[1])
+        x_label, y_label = f"Predicted probability of {positive}", f"Observed share of {positive}"
     else:
         x_label, y_label = "Probability of the predicted class", "Accuracy"
     bins, points = _reliability(labels, probabilities)
@@ -160,8 +162,8 @@ def calibration_figure(
         axes.plot(*np.array(points)[:, 1:].T, color=COLOURS[1], marker="s", mfc="none", ms=5, ls="")
         figures_text += f"; squares, temperature-scaled: {_calibration_text(labels, calibrated, repeats)}"
     below.bar((np.arange(BINS) + 0.5) / BINS, slides, 0.9 / BINS, color=COLOURS[0])
-    _label(axes, "", fill(_shown(y_label), 36))
-    _label(below, fill(_shown(x_label), 48), "Slides")
+    _label(axes, "", fill(literal(y_label), 36))
+    _label(below, fill(literal(x_label), 48), "Slides")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     below.locator_params(axis="y", nbins=4, integer=True)
     figures_text += "; lines: 95% intervals, slides taken as independent"
@@ -218,7 +220,7 @@ def _settings_figure(settings: dict[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(7, 3.6 + 0.17 * len(lowest)), layout="constrained")
     for axes, (column, title) in zip(figure.subplots(1, 2, sharey=True), _LOSSES.items(), strict=True):
         for name, colour, style in zip(lowest, COLOURS, STYLES, strict=False):
-            label = _shown(name) if column == "val_loss" else None
+            label = literal(name) if column == "val_loss" else None
             _plot_mean(axes, settings[name], column, color=colour, ls=style, lw=1.5, label=label)
         _label(axes, "Epoch", "Loss" if column == "train_loss" else "")
         _whole_epochs(axes)
@@ -250,7 +252,7 @@ def _auc_text(
     auc = pooled_metrics(labels, probabilities, repeats)["auc"]
     interval = bootstrap_intervals(labels, probabilities, cases, seed, repeats=repeats)["auc"]
     within = "" if interval is None else f" (95% CI {interval[0]:.3f} to {interval[1]:.3f})"
-    return f"{_shown(name)}: AUC {auc:.3f}{within}"
+    return f"{literal(name)}: AUC {auc:.3f}{within}"
 
 
 def _wilson(share: float, count: float) -> tuple[float, float]:
@@ -271,11 +273,6 @@ def _mean_loss(history: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarr
     by_epoch = history.groupby("epoch", as_index=False).agg(mean=(column, "mean"), count=(column, "count"))
     running = by_epoch[by_epoch["count"] >= history.groupby(["fold", "inner"]).ngroups / 2]
     return np.asarray(running["epoch"]), np.asarray(running["mean"])
-
-
-def _shown(name: str) -> str:
-    """A name as it is: dollar signs would start a formula."""
-    return name.replace("$", r"\$")
 
 
 def _whole_epochs(axes: Axes) -> None:
@@ -312,11 +309,11 @@ def comparison_figure(differences: Mapping[str, Mapping[tuple[str, str], tuple[f
             told = f"{difference:+z.3f} ({low:+z.3f} to {high:+z.3f})"
             axes.text(1.02, row, told, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.axvline(0, color="black", lw=0.8, ls="--", zorder=0)
-    axes.set_yticks(range(len(names)), [_shown(name) for name in names], fontsize=9)
+    axes.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=9)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if len(pairs) > 1 and name in differences else "normal")
     if len(pairs) < 2:
-        axes.set_title(_shown(" - ".join(pairs[0])) if pairs else "No difference is defined", fontsize=10)
+        axes.set_title(literal(" - ".join(pairs[0])) if pairs else "No difference is defined", fontsize=10)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     figure.set_figheight(0.9 + 0.38 * max(1, len(names)))

@@ -10,6 +10,15 @@ _RECIPE = ("backbone", "weights_digest", "patch_size", "stride", "level", "mpp",
 _DIGEST_LENGTH, _SHOWN = 64, 16  # a digest's beginning tells it from others
 
 
+def title_of(record: Mapping[str, Any]) -> str:
+    """A prediction in a line, above every picture of it."""
+    return f"{record['slide']}: {_answer(record)}" + (", seen in training" if record["seen_in_training"] else "")
+
+
+def _answer(record: Mapping[str, Any]) -> str:
+    return f"{record['predicted_class']} ({record['confidence']:.1%})"
+
+
 @dataclass(frozen=True)
 class Caption:
     """A prediction's answer in a line, `probabilities` by class, `facts` (pairs of a name and a text) on how it was
@@ -24,8 +33,7 @@ class Caption:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """Of a prediction's record; `model`, `checkpoint`, `recipe` and `slide_record` say how it was made."""
-        answer = f"{record['predicted_class']} ({record['confidence']:.1%})"
-        return cls(answer, record["probabilities"], _facts(record), _notes(record))
+        return cls(_answer(record), record["probabilities"], _facts(record), _notes(record))
 
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -43,7 +51,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         temperatures = record["temperature"] if several else [record["temperature"]]
         told = ", ".join(f"{one:.2f}" for one in temperatures)
         facts.append(("calibrated probability", f"{calibrated[record['predicted_class']]:.1%} (temperature {told})"))
-    if "faithfulness" in record:
+    if record.get("faithfulness"):
         facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
     facts += [(name, _short(str(recipe[name]))) for name in _RECIPE if recipe.get(name) is not None]
     delivered = (record["slide_record"] or {}).get("mpp_delivered")
@@ -55,7 +63,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     if record["seen_in_training"]:
         what = "patient" if record.get("seen_as") == "case" else "slide"
         notes.append(f"The model was trained on this {what}: its prediction proves nothing.")
-    if "faithfulness" in record and record["faithfulness"]["deletion"]["gap"] <= 0:
+    if record.get("faithfulness") and record["faithfulness"]["deletion"]["gap"] <= 0:
         notes.append(
             "Attention does not support this answer: without the most attended patches, "
             f"{record['predicted_class']} is no less probable than without random ones."

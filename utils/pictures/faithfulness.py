@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from utils.core.text import literal
 from utils.pictures.attention_map import AttentionMap
 
 _MOST, _LEAST, _RANDOM = "#d62728", "#1f77b4", "#7f7f7f"
@@ -27,7 +28,7 @@ def faithfulness_figure(
         _draw_curves(one, record[name], record["random_orders"])
         one.set_title(f"{name.capitalize()}: gap {record[name]['gap']:+.3f}", fontsize=9)
         one.set_xlabel(f"Share of patches {done}", fontsize=8)
-    axes[0].set_ylabel(f"Probability of {class_name}", fontsize=8)
+    axes[0].set_ylabel(f"Probability of {literal(class_name)}", fontsize=8)
     axes[1].legend(frameon=False, fontsize=7, loc="best")
     if maps:
         told = [one for one in record["rank_correlation_with_random_weights"] if one is not None]
@@ -37,7 +38,7 @@ def faithfulness_figure(
         ):
             _draw_map(one, shown, cmap)
             one.set_title(name, fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(literal(title), fontsize=10)
     return figure
 
 

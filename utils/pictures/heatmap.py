@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from utils.core.config import Pictures
 from utils.core.errors import ConfigError
 from utils.core.files import whole_file
+from utils.core.text import literal
 from utils.pictures.attention_map import AttentionMap
 
 # Scale bars are one of these long, in um, whichever is nearest to a fifth of the picture.
@@ -103,7 +104,7 @@ def heatmap_figure(picture: Picture, attention: AttentionMap, look: Look, *, tit
     axes = figure.subplots()
     _draw_slide(axes, picture)
     _draw_heat(axes, picture, attention, look, top_k)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(literal(title), fontsize=10)
     return figure
 
 
@@ -136,8 +137,8 @@ def detailed_figure(
     _draw_concentration(held, attention)
     _draw_probabilities(classes, probabilities)
     text.set_axis_off()
-    text.text(0, 1, "\n".join(lines), va="top", fontsize=7.5, linespacing=1.4, transform=text.transAxes)
-    figure.suptitle(title, fontsize=12)
+    text.text(0, 1, literal("\n".join(lines)), va="top", fontsize=7.5, linespacing=1.4, transform=text.transAxes)
+    figure.suptitle(literal(title), fontsize=12)
     return figure
 
 
@@ -166,7 +167,7 @@ def patch_grid_figure(
         for cell, patch, caption in zip(cells, patches, captions, strict=False):
             cell.imshow(patch)
             cell.set_title(caption, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(literal(title), fontsize=10)
     return figure
 
 
@@ -239,7 +240,7 @@ def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
 
 
 def _draw_probabilities(axes: Axes, probabilities: Mapping[str, float]) -> None:
-    names, values = list(probabilities), list(probabilities.values())
+    names, values = [literal(name) for name in probabilities], list(probabilities.values())
     best = values.index(max(values))
     bars = axes.barh(names, values, color=["#222222" if index == best else "#aaaaaa" for index in range(len(values))])
     axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=9)

@@ -21,6 +21,8 @@ from utils.pictures.heatmap import Look, Picture
 
 _TRANSPARENT = 255  # of the overlay's palette; the colours take the others
 _QUALITY = 88
+# What keeps the page one that opens at once: patches in a gallery, their px, and what both galleries' images may take.
+_PATCHES, _PATCH_SIDES, _GALLERY_BYTES = 24, (1024, 768, 512, 384, 256, 192), 8_000_000
 
 
 class _Page(Template):
@@ -53,9 +55,11 @@ def write_report(
 ) -> None:
     """Write the page; it loads nothing from elsewhere.
 
-    `answer` is the prediction in a line, `notes` what a reader must not miss, `facts` pairs of a name and a text.
+    `answer` is the prediction in a line, `notes` what a reader must not miss, `facts` pairs of a name and a text. Of
+    `top` and `least` the first 24 are shown, the larger and the more they are the smaller.
     """
     h, w = picture.shape
+    galleries = _encoded(top[:_PATCHES], least[:_PATCHES])
     most = f"{attention.attention.max():.3g}" if look.scale == "attention" else "100"
     values = {
         "title": f"{slide}: {answer}",
@@ -75,8 +79,8 @@ def write_report(
         "slide_image": _jpeg(picture.thumbnail),
         "heat_image": _overlay(picture, attention, look),
         "scale_image": _colour_scale(look),
-        "top_patches": _gallery(attention, top),
-        "least_patches": _gallery(attention, least),
+        "top_patches": _gallery(attention, galleries[0]),
+        "least_patches": _gallery(attention, galleries[1]),
         "probabilities": "".join(_probability(*pair) for pair in probabilities.items()),
         "concentration": _rows(_concentration(attention)),
         "facts": _rows(facts),
@@ -137,14 +141,30 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def _gallery(attention: AttentionMap, patches: Sequence[ShownPatch]) -> str:
+def _encoded(*galleries: Sequence[ShownPatch]) -> list[list[tuple[int, str]]]:
+    """Of each patch its index and its image, all as large as together they may be."""
+    encoded = []
+    for side in _PATCH_SIDES:
+        encoded = [[(patch.index, _jpeg(_reduced(patch.pixels, side))) for patch in patches] for patches in galleries]
+        if sum(len(image) for gallery in encoded for _, image in gallery) <= _GALLERY_BYTES:
+            break
+    return encoded
+
+
+def _reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]]) -> str:
     items = []
-    for patch in patches:
-        (x, y), weight = attention.coords[patch.index], attention.attention[patch.index]
-        rank, times = attention.ranks[patch.index], weight * len(attention)
+    for index, image in patches:
+        (x, y), weight = attention.coords[index], attention.attention[index]
+        rank, times = attention.ranks[index], weight * len(attention)
         title = f"Rank {rank} of {len(attention)}: attention {weight:.3g}, {times:.3g} times uniform, at ({x}, {y})"
         items.append(
-            f'<li><button data-patch="{patch.index}" data-title="{title}"><img src="{_jpeg(patch.pixels)}" '
+            f'<li><button data-patch="{index}" data-title="{title}"><img src="{image}" '
             f'alt="{title}">rank {rank}<br>{weight:.3g} ({times:.3g} x)<br>at ({x}, {y})</button></li>'
         )
     return "".join(items)
