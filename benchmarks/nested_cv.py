@@ -71,7 +71,7 @@ class Plan:
     n_outer: int = 5
     n_inner: int = 4
     epochs: int = 2
-    batch_size: int = Training.batch_size
+    batch_size: int = 128
     lr: float = 1e-4
     threads: int = field(default_factory=torch.get_num_threads)
     jobs: int = 1

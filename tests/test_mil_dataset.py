@@ -279,6 +279,18 @@ def test_an_epoch_holds_every_patch_of_every_slide_once(numbered_cohort, monkeyp
     assert sizes[-1] <= batch_size
 
 
+@pytest.mark.parametrize(
+    ("settings", "chunks"), [({"mode": "full"}, 7), ({"chunk_size": 10}, 20), ({"chunk_size": 1}, 170)]
+)
+def test_automatic_batches_make_at_least_eight_steps_of_at_most_128(numbered_cohort, settings, chunks, monkeypatch):
+    slides = list(range(len(LENGTHS) - 1))
+    dataset = MILDataset(*numbered_cohort, **settings)
+    sizes = [len(batch.bags) for batch in dataset.batches(slides, "auto", seed=3)]
+    assert (sum(sizes), max(sizes)) == (chunks, -(-chunks // 8))
+    monkeypatch.setattr(mil_dataset, "_MOST_IN_BATCH", 3)
+    assert max(len(batch.bags) for batch in dataset.batches(slides, "auto", seed=3)) == min(3, -(-chunks // 8))
+
+
 @pytest.mark.parametrize("window", [1, 40, 2**18])
 @pytest.mark.parametrize("settings", [{"chunk_size": 10}, {"mode": "full"}])
 def test_chunk_weights_average_1_and_weigh_slides_alike(numbered_cohort, monkeypatch, window, settings):

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -27,6 +27,7 @@ from utils.core.runtime import available_memory, log, progress
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
 SHUFFLE_WINDOW = 2**18
+_MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
 # Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
 _MEMORY_SHARE = 0.25
 
@@ -151,17 +152,18 @@ class MILDataset(Dataset):
         return self._features(slide)
 
     def batches(
-        self, slides: Sequence[int] | np.ndarray, batch_size: int, seed: int, pin_memory: bool = False
+        self, slides: Sequence[int] | np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
     ) -> Iterator[Batch]:
         """One epoch over `slides`: every patch once, in chunks cut, shuffled and batched at random from `seed`.
 
-        Chunk weights average 1 and give each slide the same share of the epoch's loss. `pin_memory` is for a CUDA
-        device.
+        Chunk weights average 1 and give each slide the same share of the epoch's loss. "auto" are batches of 128, or
+        smaller ones where these were fewer than 8. `pin_memory` is for a CUDA device.
         """
         rng = np.random.default_rng(seed)
-        per_slide = len(slides) / sum(
-            num_chunks(self.info[slide].num_instances, self.largest_chunk) for slide in slides
-        )
+        chunks = sum(num_chunks(self.info[slide].num_instances, self.largest_chunk) for slide in slides)
+        per_slide = len(slides) / chunks
+        if batch_size == "auto":
+            batch_size = min(_MOST_IN_BATCH, -(-chunks // _LEAST_STEPS))
         waiting: list[Chunk] = []
         for window in self._windows(rng.permutation(slides)):
             fresh = [chunk for slide in window for chunk in self._chunks(slide, rng, per_slide)]

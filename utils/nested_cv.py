@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -91,7 +91,7 @@ class NestedCrossValidation:
         output_dir: str | Path,
         n_outer: int = Protocol.n_outer,
         n_inner: int = Protocol.n_inner,
-        batch_size: int = Training.batch_size,
+        batch_size: int | Literal["auto"] = Training.batch_size,
         epochs: int = Training.epochs,
         patience: int = Training.patience,
         device: str = Running.device,

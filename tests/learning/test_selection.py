@@ -13,6 +13,7 @@ class TestGrid:
         grid = read_grid("lr=1e-4,3e-4 hidden_dim=128,256 dropout=0", "LiteMIL")
         assert grid == {"lr": (1e-4, 3e-4), "hidden_dim": (128, 256), "dropout": (0.0,)}
         assert [type(values[0]) for values in grid.values()] == [float, int, float]
+        assert read_grid("batch_size=8,16", "LiteMIL") == {"batch_size": (8, 16)}
         assert read_grid("gated=true,False", "ABMIL") == {"gated": (True, False)}
 
     def test_settings_are_all_combinations_told_apart(self):

@@ -225,7 +225,9 @@ class Training(_Checked):
 
     epochs: int = option(100, "most epochs of a training", least=1)
     patience: int = option(10, "stop after so many epochs without a better slide-level validation", least=1)
-    batch_size: int = option(128, "chunks (or whole slides) per step", least=1)
+    batch_size: int | Literal["auto"] = option(
+        "auto", "chunks (or whole slides) per step; auto: 128, or so few that an epoch has 8 steps", least=1
+    )
     lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", least=0)
     warmup_epochs: int = option(

@@ -108,7 +108,8 @@ def refit_epochs(epochs: Sequence[int]) -> int:
 def _training_names() -> dict[str, type]:
     hints = typing.get_type_hints(Training)
     fields = [part.name for part in dataclasses.fields(Training)]
-    return {name: hints[name] for name in fields if hints[name] in (int, float)}
+    kinds = {name: (typing.get_args(hints[name]) or (hints[name],))[0] for name in fields}  # of int | "auto", int
+    return {name: kind for name, kind in kinds.items() if kind in (int, float)}
 
 
 def _kinds(model: str) -> dict[str, type]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ class Bags(Protocol):
 
     def features(self, slide: int) -> Tensor: ...
 
-    def batches(self, slides: np.ndarray, batch_size: int, seed: int, pin_memory: bool = False) -> Iterator[Batch]: ...
+    def batches(
+        self, slides: np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
+    ) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
