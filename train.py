@@ -1,5 +1,6 @@
 """Train a multiple-instance-learning model under nested, patient-level cross-validation.
 
+uv run train.py --mil LiteMIL --dataset demo
 uv run train.py --mil LiteMIL --dataset mine --features_dir features/ --labels_csv labels.csv
 uv run train.py --mil TransMIL --dataset breast --mode full --batch_size 16
 """
@@ -9,6 +10,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
+from datasets.demo import make_demo, next_command
 from MILS import ModelError, build_mil, list_mils, mil_name, mil_options
 from MILS.pooling import BagModel
 from utils.audit import as_text, audit_cohort
@@ -31,6 +33,9 @@ def main() -> None:
     }
     cohort, model, training, protocol, running, rehearsal = cli.parse(str(__doc__), groups, epilog=model_help())
     name = checked_name(model)
+    is_demo = cohort.dataset == "demo" and cohort.labels_csv is None
+    if is_demo:
+        make_demo()
     if rehearsal.dry_run:
         print(audited(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
@@ -45,7 +50,11 @@ def main() -> None:
         return
     results = cv.run()
     print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{closing_words(results)}\n")
-    print(f"Results are in {output_dir}; the model chosen on inner validation is {output_dir / 'all_folds_best.pth'}")
+    chosen = output_dir / "all_folds_best.pth"
+    print(f"Results are in {output_dir}; the model chosen on inner validation is {chosen}")
+    if is_demo:
+        print("\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n")
+        print(f"  {next_command(chosen)}")
 
 
 def audited(cohort: Cohort, protocol: Protocol) -> str:

@@ -3,6 +3,8 @@
 import csv
 import importlib
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,8 @@ settings.load_profile("litemil")
 
 BACKBONE = "timm:test_vit"  # timm's own model for tests: 0.4 M weights, 64 features
 PATCH = 64
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ def slide_cohort(tmp_path_factory) -> SlideCohort:
     files = ExtractionFiles(input_dir=home / "slides", output_dir=home / "features")
     assert {status.status for status in extract_slides(extractor, files)} == {"done"}
     return SlideCohort(home / "slides", home / "features", home / "labels.csv", home / "vit.pth")
+
+
+@pytest.fixture(scope="session")
+def demo_home(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder in which a newcomer's first command was run, and what it printed."""
+    home = tmp_path_factory.mktemp("newcomer")
+    command = [sys.executable, str(ROOT / "train.py"), "--mil", "LiteMIL", "--dataset", "demo"]
+    told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    return home, told
 
 
 @dataclass(frozen=True)

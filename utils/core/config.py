@@ -394,6 +394,13 @@ class Pictures(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Demo(_Checked):
+    """What `datasets.demo` draws."""
+
+    test_slide: bool = option(False, "testSlides/testSlide.svs and its features instead of the demo cohort")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conversion(_Checked):
     """Which feature files `utils.convert` rewrites as ours, and how."""
 

@@ -1,0 +1,124 @@
+"""The demo cohort and the test slide: synthetic H&E-like slides of two growth patterns, drawn without network.
+
+    uv run train.py --mil LiteMIL --dataset demo    makes what is not there, and trains on it
+    uv run python -m datasets.demo                  only makes it
+    uv run python -m datasets.demo --test_slide     makes testSlides/testSlide.svs and its features
+
+datasets/demo/ holds 48 slides of 24 patients from three sites (`wsi/`), where their lesions are (`masks/`, white on
+black, a pixel per 16 level-0 pixels), `labels.csv`, and `stain-texture` features (`features/`); `holdout/` six slides
+of other patients, to predict. The same versions of the packages draw the same pixels.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.synthetic import MPP, PATTERNS, SITES, Patient, draw_slide, write_slide
+from utils.core import cli
+from utils.core.config import Demo, Extraction, ExtractionFiles
+from utils.core.engine import Tell, run_tasks, threads
+from utils.core.errors import SlideError
+from utils.core.files import whole_file, write_records
+from utils.core.runtime import log, progress_bar
+from utils.feature_extractor import WSIFeatureExtractor, extract_slides
+
+FOLDER, TEST_SLIDE = Path("datasets/demo"), Path("testSlides/testSlide.svs")
+PATIENTS, SLIDES_EACH, HELD_OUT = 24, 2, 6  # a whole number of each pattern at each site
+WIDTH, HEIGHT = 2048, 1536  # level-0 px
+RECIPE = Extraction(backbone="stain-texture", patch_size=128, mpp=MPP)
+
+
+@dataclass(frozen=True)
+class DemoSlide:
+    """A row of the cohort's `labels.csv`."""
+
+    case_id: str
+    wsi_id: str
+    label: str
+    site: str
+
+    def wsi(self, folder: Path) -> Path:
+        """Where it is in the cohort's folder, or that of the held-out slides."""
+        return folder / "wsi" / f"{self.wsi_id}.tif"
+
+    def draw(self, target: Path, mask: Path | None = None) -> None:
+        """Write the slide and, where asked for, its lesion's mask."""
+        patient, slide = (int(part) for part in self.wsi_id.split("-")[1:])
+        like = Patient.drawn(self.label, self.site, np.random.default_rng([patient]))
+        drawn = draw_slide(like, WIDTH, HEIGHT, np.random.default_rng([patient, slide]))
+        if mask is not None:
+            with whole_file(mask) as part:
+                drawn.lesion_image().save(part, format="png")
+        write_slide(target, drawn.image, self.site)
+
+
+def demo_slides(patients: int, slides_each: int, first: int = 0) -> list[DemoSlide]:
+    """The slides of so many patients, equally many of each pattern at each site."""
+    found = []
+    for number in range(first, first + patients):
+        label, site = PATTERNS[number % 2], list(SITES)[number // 2 % len(SITES)]
+        case = f"synthetic-{number + 1:02d}"
+        found += [DemoSlide(case, f"{case}-{slide + 1}", label, site) for slide in range(slides_each)]
+    return found
+
+
+TRAINING, HOLDOUT = demo_slides(PATIENTS, SLIDES_EACH), demo_slides(HELD_OUT, 1, first=PATIENTS)
+
+
+def make_demo(folder: Path = FOLDER) -> None:
+    """Make what is missing of the demo cohort; what is there stays."""
+    places = {folder: TRAINING, folder / "holdout": HOLDOUT}
+    missing = [(row, home) for home, rows in places.items() for row in rows if not row.wsi(home).exists()]
+    if missing:
+        log.info("Drawing %d synthetic slides into %s, once", len(missing), folder)
+        with progress_bar("Drawing slides", len(missing), unit="slide") as bar, threads(1):
+
+            def move(*_: object) -> None:
+                bar.update()
+
+            run_tasks(_draw, missing, min(os.cpu_count() or 1, len(missing)), move)
+    for home, rows in places.items():
+        if not (home / "labels.csv").exists():
+            write_records(home / "labels.csv", rows)
+    if not all((folder / "features" / f"{row.wsi_id}.h5").exists() for row in TRAINING):
+        _extract(ExtractionFiles(input_dir=folder / "wsi", output_dir=folder / "features", preview=False))
+
+
+def next_command(checkpoint: Path, folder: Path = FOLDER) -> str:
+    """What to try when a model is trained on the cohort: a slide that it has not seen, with its heatmap."""
+    slide = HOLDOUT[0].wsi(folder / "holdout")
+    return f"uv run predict.py --checkpoint {checkpoint} --input {slide} --visualize"
+
+
+def make_test_slide(path: Path = TEST_SLIDE) -> None:
+    """Draw the test slide, and extract its features beside it."""
+    DemoSlide("synthetic-99", "synthetic-99-1", PATTERNS[0], "A").draw(path)
+    _extract(ExtractionFiles(input=path, overwrite=True))
+
+
+def _draw(task: tuple[DemoSlide, Path], tell: Tell) -> None:
+    row, home = task
+    row.draw(row.wsi(home), home / "masks" / f"{row.wsi_id}.png")
+    tell(row.wsi_id)
+
+
+def _extract(files: ExtractionFiles) -> None:
+    for status in extract_slides(WSIFeatureExtractor.of_config(RECIPE), files):
+        if status.status not in ("done", "skipped"):
+            raise SlideError(f"{status.slide}: {status.reason or status.status}; remove it, and it is drawn again")
+
+
+def main() -> None:
+    """Make the cohort, or the test slide."""
+    (asked,) = cli.parse(str(__doc__), {"demo": Demo})
+    if asked.test_slide:
+        make_test_slide()
+    else:
+        make_demo()
+    print(f"{TEST_SLIDE if asked.test_slide else FOLDER}: synthetic, drawn by rule; not tissue of anyone")
+
+
+if __name__ == "__main__":
+    cli.run(main)
