@@ -293,7 +293,7 @@ def _clam(path: Path, features: torch.Tensor) -> Found:
         patches = _h5_companion(_beside(path, "patches", f"{path.stem}.h5"))
         return _with_clams_size(stored, path) if stored else patches or Places()
 
-    return Found(features, None, places)
+    return Found(features, _declared(path), places)
 
 
 # Companions: files beside the features'
@@ -301,6 +301,12 @@ def _clam(path: Path, features: torch.Tensor) -> Found:
 
 def _beside(path: Path, folder: str, name: str) -> Path:
     return path.absolute().parent.parent / folder / name
+
+
+def _declared(path: Path) -> Passport | None:
+    """What `recipe.json` in the folder says of how the bare files in it were made."""
+    declaration = path.with_name("recipe.json")
+    return _passport(_json(declaration)) if declaration.is_file() else None
 
 
 def _h5_companion(source: Path) -> Places | None:

@@ -394,6 +394,17 @@ class Pictures(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Download(_Checked):
+    """What `datasets.download` fetches."""
+
+    name: Literal["breast", "kidney", "lung", "tupac", "test-slide"] = option(
+        REQUIRED, "a cohort (MAD-MIL study, Zenodo 10563985), or a slide to try", positional=True
+    )
+    labels_only: bool = option(False, "the label table without the features")
+    output_dir: Path | None = option(None, "where it goes (default: datasets/<name>, testSlides for the slide)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo(_Checked):
     """What `datasets.demo` draws."""
 

@@ -43,6 +43,10 @@ class SplitError(LiteMILError):
     """Folds that cannot be made, or that share a patient."""
 
 
+class DownloadError(LiteMILError):
+    """Something published that cannot be fetched, or that is not what was published."""
+
+
 class TrainingError(LiteMILError):
     """A training that cannot go on, such as a loss that is not finite."""
 

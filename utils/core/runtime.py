@@ -237,7 +237,7 @@ def progress(items: Iterable[Item], description: str, **bar: Any) -> "tqdm[Item]
     return tqdm(items, desc=description, **_manners(), **bar)
 
 
-def progress_bar(description: str, total: int, **bar: Any) -> tqdm:
+def progress_bar(description: str, total: int | None, **bar: Any) -> tqdm:
     """A bar that is moved by hand, with the manners of `progress`."""
     return tqdm(desc=description, total=total, **_manners(), **bar)
 
