@@ -208,7 +208,8 @@ class _Work:
         predictor, extractor = self.predictor, self.predictor.feature_extractor
         return {
             "checkpoint": digest(*(one.path.read_bytes() for one in predictor.trained)),
-            "models": [one.checkpoint.model for one in predictor.trained],
+            # What a checkpoint of the first version leaves to the command line.
+            "num_heads": sorted({one.checkpoint.model.get("num_heads") or 0 for one in predictor.trained}),
             "class_names": list(predictor.checkpoint.class_names),
             "feed": predictor.feed(self.asked.mode, self.asked.chunk_size).as_dict(),
             "feat_type": self.asked.feat_type,
