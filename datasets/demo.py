@@ -26,7 +26,7 @@ from utils.feature_extractor import WSIFeatureExtractor, extract_slides
 
 FOLDER, TEST_SLIDE = Path("datasets/demo"), Path("testSlides/testSlide.svs")
 PATIENTS, SLIDES_EACH, HELD_OUT = 24, 2, 6  # a whole number of each pattern at each site
-WIDTH, HEIGHT = 2048, 1536  # level-0 px
+WIDTH, HEIGHT = 1536, 1280  # level-0 px
 RECIPE = Extraction(backbone="stain-texture", patch_size=128, mpp=MPP)
 
 
