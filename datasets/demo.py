@@ -9,7 +9,6 @@ black, a pixel per 16 level-0 pixels), `labels.csv`, and `stain-texture` feature
 of other patients, to predict. The same versions of the packages draw the same pixels.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from utils.core.config import Demo, Extraction, ExtractionFiles
 from utils.core.engine import Tell, run_tasks, threads
 from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
-from utils.core.runtime import log, progress_bar
+from utils.core.runtime import log, processors, progress_bar
 from utils.feature_extractor import WSIFeatureExtractor, extract_slides
 
 FOLDER, TEST_SLIDE = Path("datasets/demo"), Path("testSlides/testSlide.svs")
@@ -78,7 +77,7 @@ def make_demo(folder: Path = FOLDER) -> None:
             def move(*_: object) -> None:
                 bar.update()
 
-            run_tasks(_draw, missing, min(os.cpu_count() or 1, len(missing)), move)
+            run_tasks(_draw, missing, min(processors(), len(missing)), move)
     for home, rows in places.items():
         if not (home / "labels.csv").exists():
             write_records(home / "labels.csv", rows)

@@ -111,7 +111,7 @@ def run_metadata(device: torch.device) -> dict[str, Any]:
     return {
         "argv": sys.argv,
         "versions": versions(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "platform": platform.platform(),
         "device": str(device),
         "gpu": gpu,
@@ -151,7 +151,7 @@ def _peak(whose: str) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import itertools
 import re
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_token, hf_hub_download
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -629,6 +631,19 @@ def _download(spec: BackboneSpec) -> Path:
     except _HUB_FAILURES as error:
         what = f"{spec.filename} of huggingface.co/{spec.repo}"
         raise BackboneError(_unavailable(spec.name, what, error, spec.access)) from error
+
+
+def hub_access(timeout: float) -> tuple[bool, str]:
+    """Whether weights can be fetched from the hub, and how that is known; whether a token is there, never which."""
+    token = "logged in" if get_token() else "not logged in, as gated models need (`hf auth login`)"
+    if HF_HUB_OFFLINE:
+        return False, f"offline, as HF_HUB_OFFLINE says; {token}"
+    request = urllib.request.Request(ENDPOINT, method="HEAD")  # noqa: S310 - the hub's own address
+    try:
+        with urllib.request.urlopen(request, timeout=timeout):  # noqa: S310
+            return True, f"{ENDPOINT} answers; {token}"
+    except OSError as failure:
+        return False, f"{ENDPOINT} cannot be reached ({failure}); {token}"
 
 
 def _unavailable(name: str, what: str, error: Exception, access: str | None) -> str:

@@ -1,0 +1,196 @@
+"""Check an installation, and print a report to paste into a question.
+
+uv run python -m utils.doctor
+"""
+
+import importlib
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Nothing of ours is imported up here: what is checked may be what cannot be imported.
+
+_OK, _NOTE, _BAD = "ok", "note", "BAD"
+_LEAST_DISK, _LEAST_MEMORY = 20e9, 4e9  # bytes: features of some hundred slides; a backbone and its patches
+_TEST_SLIDE = Path(__file__).resolve().parents[1] / "testSlides" / "testSlide.svs"
+_PACKAGES = ("numpy", "h5py", "openslide", "imagecodecs", "tifffile", "timm", "sklearn", "pandas", "matplotlib")
+_SECONDS = 10  # to wait for a program or the network
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one thing: `state` "ok", "note" (it works, but) or "BAD", and what to do where it is not ok."""
+
+    what: str
+    state: str
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.state:5}{self.what:12}{self.found}"
+        return f"{line}\n{'':17}-> {self.remedy}" if self.remedy else line
+
+
+def examine() -> list[Finding]:
+    """Everything that is checked, each on its own: what one check cannot import does not stop the others."""
+    checks: dict[str, Callable[[], Finding]] = {
+        "python": _python,
+        "litemil": _litemil,
+        "torch": _torch,
+        "device": _device,
+        "packages": _packages,
+        "slides": _slides,
+        "processors": _processors,
+        "memory": _memory,
+        "disk": _disk,
+        "hub": _hub,
+    }
+    findings = []
+    for what, check in checks.items():
+        try:
+            findings.append(check())
+        except (ImportError, OSError) as failure:
+            remedy = "run `uv sync`; if it stays, ask with this report"
+            findings.append(Finding(what, _BAD, f"{type(failure).__name__}: {failure}", remedy))
+    return findings
+
+
+def as_text(findings: list[Finding]) -> str:
+    """The report."""
+    bad = sum(finding.state == _BAD for finding in findings)
+    verdict = f"{bad} of {len(findings)} checks failed" if bad else "Everything that LiteMIL needs is there."
+    return "\n".join([*map(str, findings), "", verdict])
+
+
+def _python() -> Finding:
+    return Finding("python", _OK, f"{platform.python_version()} on {platform.platform()}")
+
+
+def _litemil() -> Finding:
+    from utils.core.runtime import git_commit, versions
+
+    commit = git_commit()
+    return Finding("litemil", _OK, versions()["litemil"] + (f", commit {commit[:12]}" if commit else ""))
+
+
+def _torch() -> Finding:
+    import torch
+
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    product = torch.ones(64, 64) @ torch.ones(64, 64)
+    if product[0, 0] != 64:
+        return Finding("torch", _BAD, f"{torch.__version__} multiplies wrongly", "run `uv sync --reinstall`")
+    return Finding("torch", _OK, f"{torch.__version__}, {built}")
+
+
+def _device() -> Finding:
+    import torch
+
+    with warnings.catch_warnings(record=True) as told:  # why CUDA is not to be had
+        warnings.simplefilter("always")
+        has_cuda = torch.cuda.is_available()
+    driver = _driver()
+    if has_cuda:
+        each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        names = ", ".join(f"{one.name} ({one.total_memory / 1e9:.0f} GB)" for one in each)
+        return Finding("device", _OK, f"{names}; driver {driver or 'unknown'}")
+    if driver:
+        reason = " ".join(str(told[0].message).split())[:160] if told else "PyTorch sees no CUDA device"
+        remedy = "update the driver, or install a PyTorch for it (README, Troubleshooting); until then the CPU computes"
+        return Finding("device", _NOTE, f"GPU driver {driver}, but {reason}", remedy)
+    if torch.backends.mps.is_available():
+        return Finding("device", _OK, "Apple GPU (mps)")
+    return Finding("device", _NOTE, "no GPU: the CPU computes, large backbones slowly")
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version; None without one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return None
+    return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
+
+
+def _packages() -> Finding:
+    found = [f"{name} {getattr(importlib.import_module(name), '__version__', '')}".strip() for name in _PACKAGES]
+    return Finding("packages", _OK, ", ".join(found))
+
+
+def _slides() -> Finding:
+    from utils.core.errors import SlideError
+    from utils.slides.wsi import open_slide
+
+    library = f"OpenSlide {importlib.import_module('openslide').__library_version__}"
+    if not _TEST_SLIDE.exists():
+        remedy = "not a clone of the repository? then look at a slide of yours: extractFeatures.py --dry_run"
+        return Finding("slides", _NOTE, f"{library}; the test slide is not there", remedy)
+    try:
+        with open_slide(_TEST_SLIDE) as slide:
+            slide.read_region(0, 0, 0, 64, 64)
+            return Finding("slides", _OK, f"{library} reads the test slide ({slide.width} x {slide.height} px)")
+    except SlideError as failure:
+        return Finding(
+            "slides",
+            _BAD,
+            f"{library}: {failure}".replace(str(_TEST_SLIDE.parent), "testSlides"),
+            "run `uv sync --reinstall`",
+        )
+
+
+def _processors() -> Finding:
+    import torch
+
+    from utils.core.runtime import processors
+
+    return Finding("processors", _OK, f"{processors()}, PyTorch computes on {torch.get_num_threads()}")
+
+
+def _memory() -> Finding:
+    from utils.core.runtime import available_memory, file_size
+
+    free = available_memory()
+    if free is None:
+        return Finding("memory", _NOTE, "the system does not tell how much is free")
+    remedy = "give smaller --batch_size in extraction and --cache off in training" if free < _LEAST_MEMORY else ""
+    return Finding("memory", _NOTE if remedy else _OK, f"{file_size(free)} free", remedy)
+
+
+def _disk() -> Finding:
+    from utils.core.runtime import file_size
+
+    free = shutil.disk_usage(Path.cwd()).free
+    remedy = "features take 10 to 100 MB a slide: --output_dir on another disk" if free < _LEAST_DISK else ""
+    return Finding("disk", _NOTE if remedy else _OK, f"{file_size(free)} free here", remedy)
+
+
+def _hub() -> Finding:
+    from utils.slides.backbones import hub_access
+
+    reached, found = hub_access(_SECONDS)
+    remedy = "" if reached else "backbones can come from local files: --weights FILE (README, Troubleshooting)"
+    return Finding("hub", _OK if reached else _NOTE, found, remedy)
+
+
+def main() -> None:
+    """Print the report; exit code 1 where something failed."""
+    findings = examine()
+    print(as_text(findings))
+    if any(finding.state == _BAD for finding in findings):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] == ["--help"] or sys.argv[1:] == ["-h"] else 2)
+    main()
