@@ -495,6 +495,20 @@ def test_of_cohort_takes_the_default_folders(home):
     assert dataset.largest_chunk == 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("brest", r"no datasets/brest/labels\.csv; did you mean breast\?; for a cohort of your own give --labels_csv"),
+        ("mien", r"did you mean mine\?"),
+        ("breast", r"fetch it with python -m datasets\.download breast, or give --labels_csv"),
+        ("quite_other", r"no datasets/quite_other/labels\.csv; for a cohort of your own"),
+    ],
+)
+def test_a_cohort_that_is_not_there(home, name, message):
+    with pytest.raises(ConfigError, match=message):
+        MILDataset.of_cohort(Cohort(dataset=name))
+
+
 def test_of_cohort_passes_every_setting_on(home, cohort):
     (home / "datasets" / "mine" / "labels.csv").unlink()
     table = home / "other.csv"

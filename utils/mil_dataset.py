@@ -18,9 +18,9 @@ from utils.bags import labels
 from utils.bags.collate import Batch, Chunk, collate, cut_chunks, num_chunks
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
 from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
-from utils.core.cohorts import cohort_classes
+from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.config import Cohort
-from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
+from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant
 from utils.core.passport import COMPARED_FIELDS, recipe_differences
 from utils.core.runtime import available_memory, log, progress
 
@@ -98,6 +98,8 @@ class MILDataset(Dataset):
         """The dataset a command line describes; a known cohort brings its classes, any name its default folders."""
         classes = cohort_classes(cohort.dataset, cohort.class_names)
         home = Path("datasets") / cohort.dataset
+        if cohort.labels_csv is None and not (home / "labels.csv").exists():
+            raise ConfigError(f"--dataset {cohort.dataset}: {_why_not_there(cohort.dataset, home)}")
         return cls(
             cohort.labels_csv or home / "labels.csv",
             cohort.features_dir or home / "features",
@@ -273,3 +275,13 @@ def _check_settings(mode: str, chunk_size: int, sequential: bool) -> None:
         raise ConfigError(f"MILDataset: chunk_size {chunk_size} is too small; give at least 1")
     if sequential and mode == "full":
         raise ConfigError("--sequential: whole slides are not cut; leave it out, or give --mode chunked")
+
+
+def _why_not_there(name: str, home: Path) -> str:
+    """What to do about a cohort that is not in its default place."""
+    missing = f"no {home / 'labels.csv'}"
+    if name in KNOWN_COHORTS:
+        return f"{missing}; fetch it with python -m datasets.download {name}, or give --labels_csv and --features_dir"
+    there = [folder.name for folder in home.parent.glob("*/") if (folder / "labels.csv").exists()]
+    near = meant(name, [*KNOWN_COHORTS, "demo", *there])
+    return f"{missing}{near}; for a cohort of your own give --labels_csv and --features_dir"

@@ -320,3 +320,46 @@ def test_log_lines_go_to_stderr_with_their_level_and_once(kept_logging, capsys):
     assert output.out == ""
     assert output.err == "said\nwarning: take care\n"
     assert runtime.log.level == logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--name", "a", "--cuont", "3"), "unrecognized arguments: --cuont 3; did you mean --count?"),
+        (("--name", "a", "--cuont=3"), "unrecognized arguments: --cuont=3; did you mean --count?"),
+        (("--name", "a", "--zzz"), "unrecognized arguments: --zzz\n"),
+        (("--name", "a", "stray"), "unrecognized arguments: stray"),
+        (("--name", "a", "--shape", "squar"), "(choose from 'round', 'square'); did you mean square?"),
+        (
+            ("--name", "a", "--marks", "red", "bleu"),
+            "invalid choice: 'bleu' (choose from 'red', 'blue'); did you mean blue?",
+        ),
+        (("--name", "a", "--maybe", "perhaps"), "(choose from 'yes', 'no')\n"),
+    ],
+)
+def test_what_is_unknown_is_answered_with_the_nearest_that_is_known(capsys, argv, message):
+    assert message in refused(capsys, parse, *argv)
+
+
+def test_quiet_leaves_warnings_and_results(kept_logging, capsys):
+    runtime.start_logging()
+    parse("--name", "a", "-q")
+    runtime.log.info("a remark")
+    runtime.log.warning("take care")
+    assert list(runtime.progress([1, 2], "Working")) == [1, 2]
+    with runtime.progress_bar("Working", 2) as bar:
+        bar.update()
+    assert capsys.readouterr().err == "warning: take care\n"
+    runtime.start_logging()
+    assert list(runtime.progress([1, 2], "Working")) == [1, 2]
+    assert "Working" in capsys.readouterr().err
+
+
+def test_nothing_is_coloured(kept_logging, capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    runtime.start_logging()
+    runtime.log.warning("take care")
+    list(runtime.progress([1, 2], "Working"))
+    refused(capsys, parse, "--nmae", "a")
+    runtime.log.error("gone")
+    assert "\x1b[3" not in capsys.readouterr().err

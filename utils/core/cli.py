@@ -14,7 +14,7 @@ from typing import Any
 
 from utils.core import runtime
 from utils.core.config import flag_of
-from utils.core.errors import LiteMILError
+from utils.core.errors import LiteMILError, meant
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -37,12 +37,21 @@ def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None 
         description=description, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"LiteMIL {runtime.versions()['litemil']}")
+    parser.add_argument("-q", "--quiet", action="store_true", help="only results, warnings and errors: no progress")
+    known = ["--help", "--version", "--quiet"]
     for title, config in groups.items():
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(config)
         for field in _options(config):
             group.add_argument(*_spellings(field), **_argument(field, hints[field.name]))
-    values = vars(parser.parse_args(argv))
+            known += _spellings(field)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = next((one for one in unknown if one.startswith("-")), unknown[0])
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant(flag.partition('=')[0], known)}")
+    values = vars(found)
+    if values["quiet"]:
+        runtime.be_quiet()
     return [
         config(**{field.name: _frozen(values[field.name]) for field in _options(config)}) for config in groups.values()
     ]
@@ -95,7 +104,8 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
         settings["nargs"] = "+"
         inner = typing.get_args(inner)[0]
     if typing.get_origin(inner) is typing.Literal:
-        return settings | {"choices": typing.get_args(inner)}
+        words = typing.get_args(inner)
+        return settings | {"type": _one_of(words), "metavar": f"{{{','.join(words)}}}"}
     names = {int: "N", float: "X", str: "NAME", Path: "PATH"}
     kind, words = _kind_and_words(inner)
     metavar = field.metadata["metavar"] or "|".join((names[kind], *words))
@@ -124,6 +134,16 @@ def _number_or_word(kind: Callable[[str], Any], words: tuple[str, ...]) -> Calla
             return text if text in words else kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {', '.join(words)}") from None
+
+    return read
+
+
+def _one_of(words: Sequence[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in words:
+            listed = ", ".join(map(repr, words))
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {listed}){meant(text, words)}")
+        return text
 
     return read
 

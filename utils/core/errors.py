@@ -4,7 +4,8 @@ The scripts catch LiteMILError only, print that line to stderr and exit with 1; 
 traceback.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class LiteMILError(Exception):
@@ -57,6 +58,12 @@ class EngineError(LiteMILError):
 
 class CheckpointError(LiteMILError):
     """A checkpoint that cannot be read, or that contradicts what is asked of it."""
+
+
+def meant(found: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the nearest of the known words; nothing where none is near."""
+    near = difflib.get_close_matches(found, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def counted(number: int, what: str) -> str:

@@ -37,6 +37,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Where output is not a terminal (a log, a batch system), a bar prints a line at this interval instead of redrawing.
 _SECONDS_BETWEEN_LOG_LINES = 30
 
+_quiet = threading.Event()
 # Each process has its own bars; tqdm's own lock is shared with forked ones and stays taken when one is killed.
 tqdm.set_lock(threading.RLock())
 
@@ -243,6 +244,8 @@ def progress_bar(description: str, total: int | None, **bar: Any) -> tqdm:
 
 
 def _manners() -> dict[str, Any]:
+    if _quiet.is_set():
+        return {"disable": True}
     terminal = sys.stderr.isatty()
     return {"mininterval": 0.1 if terminal else _SECONDS_BETWEEN_LOG_LINES, "dynamic_ncols": terminal}
 
@@ -261,3 +264,10 @@ def start_logging() -> None:
         log.addHandler(_BarFriendlyHandler())
     log.setLevel(logging.INFO)
     log.propagate = False
+    _quiet.clear()
+
+
+def be_quiet() -> None:
+    """No progress and no remarks from here on: only warnings and errors."""
+    log.setLevel(logging.WARNING)
+    _quiet.set()

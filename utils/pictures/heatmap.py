@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from utils.core.config import Pictures
-from utils.core.errors import ConfigError
+from utils.core.errors import ConfigError, meant
 from utils.core.files import whole_file
 from utils.core.text import literal
 from utils.pictures.attention_map import AttentionMap
@@ -68,9 +68,8 @@ class Look:
 
     def __post_init__(self) -> None:
         if self.cmap not in colormaps:
-            raise ConfigError(
-                f"--cmap {self.cmap}: Matplotlib has no such colour map; try viridis, magma, jet or coolwarm"
-            )
+            near = meant(self.cmap, colormaps)
+            raise ConfigError(f"--cmap {self.cmap}: Matplotlib has no such colour map{near}; try viridis or magma")
         if self.scale not in ("attention", "percentile"):
             raise ConfigError(f"--scale {self.scale}: give attention or percentile")
 
