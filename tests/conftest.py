@@ -5,6 +5,7 @@ import importlib
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from tests.synthetic import stained_image, write_pyramid
+from tests.web import Server
 from utils.core import cli
 from utils.core.config import ExtractionFiles
 from utils.core.runtime import log
@@ -95,6 +97,25 @@ def demo_home(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]
     told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     return home, told
+
+
+@pytest.fixture(scope="module")
+def local_server() -> Iterator[Server]:
+    """A server on this machine."""
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def server(local_server) -> Server:
+    """The server with nothing on it yet, and no fault to come."""
+    local_server.files.clear()
+    local_server.faults = []
+    local_server.ranges.clear()
+    return local_server
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,14 @@
 
 import csv
 import hashlib
-import io
 import json
-import threading
-import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 
 from datasets import download
 from datasets.download import RECIPE, download_cohort, fetch
+from tests.web import zipped
 from utils.bags.store import peek_bag
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.config import Cohort
@@ -25,54 +22,9 @@ MD5 = hashlib.md5(CONTENT).hexdigest()  # noqa: S324 - what the record tells
 DIM = 1024
 
 
-class Server(ThreadingHTTPServer):
-    """Serves `files` by path; of the answers that follow, `faults` says what goes wrong: "drop" half-way, an HTTP
-    error, "corrupt", or "no ranges".
-    """
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.faults: list[object] = []
-        self.ranges: list[str | None] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        content = self.server.files.get(self.path)
-        fault = self.server.faults.pop(0) if self.server.faults else None
-        asked = self.headers.get("Range")
-        self.server.ranges.append(asked)
-        if content is None or isinstance(fault, int):
-            self.send_error(fault if isinstance(fault, int) else 404)
-            return
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and fault != "no ranges" else 0
-        if start >= len(content) > 0:
-            self.send_error(416)
-            return
-        body = bytearray(content[start:])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if fault == "corrupt":
-            body[len(body) // 2] ^= 1
-        self.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
     monkeypatch.setattr(download, "_PAUSE", 0.0)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
@@ -140,15 +92,7 @@ SLIDES = ("TCGA-A1-A0SD-01Z-00-DX1.1111", "TCGA-A1-A0SE-01Z-00-DX1.2222", "TCGA-
 
 
 def archive(names=SLIDES, cohort="BRCA") -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as packed:
-        packed.writestr(f"{cohort}/readme.txt", "not features")
-        packed.writestr(f"{cohort}/pt_files/../../../evil.pt", b"outside")
-        for number, name in enumerate(names):
-            tensor = io.BytesIO()
-            torch.save(torch.full((5, DIM), float(number)), tensor)
-            packed.writestr(f"{cohort}/pt_files/{name}.pt", tensor.getvalue())
-    return file.getvalue()
+    return zipped({name: torch.full((5, DIM), float(number)) for number, name in enumerate(names)}, cohort)
 
 
 @pytest.fixture
@@ -156,20 +100,7 @@ def published(server, monkeypatch):
     """The study's table and the record, as they are published but small, on this machine."""
 
     def publish(table: str = TABLE, packed: bytes | None = None, name: str = "breast") -> None:
-        packed = archive() if packed is None else packed
-        source = download._SOURCES[name]
-        changed = download._Source(source.archive, source.table, hashlib.sha256(table.encode()).hexdigest())
-        monkeypatch.setitem(download._SOURCES, name, changed)
-        md5 = hashlib.md5(packed).hexdigest()  # noqa: S324
-        link = f"{server.url}/record/files/{source.archive}/content"
-        listed = {"key": source.archive, "size": len(packed), "checksum": f"md5:{md5}", "links": {"self": link}}
-        server.files |= {
-            f"/tables/{source.table}": table.encode(),
-            "/record": json.dumps({"files": [{"key": "OTHER.zip", "checksum": "md5:0"}, listed]}).encode(),
-            f"/record/files/{source.archive}/content": packed,
-        }
-        monkeypatch.setattr(download, "RECORD", f"{server.url}/record")
-        monkeypatch.setattr(download, "TABLES", f"{server.url}/tables/")
+        server.publish(monkeypatch, name, table, archive() if packed is None else packed)
 
     return publish
 
@@ -294,9 +225,7 @@ def test_the_commands(published, server, tmp_path, monkeypatch, capsys):
     download.main()
     assert "uv run train.py --mil LiteMIL --dataset breast" in capsys.readouterr().out
     slide = b"a slide"
-    server.files["/CMU-1-Small-Region.svs"] = slide
-    monkeypatch.setattr(download, "TEST_SLIDE", f"{server.url}/CMU-1-Small-Region.svs")
-    monkeypatch.setattr(download, "TEST_SLIDE_SHA256", hashlib.sha256(slide).hexdigest())
+    server.publish_slide(monkeypatch, slide)
     monkeypatch.setattr("sys.argv", ["download", "test-slide"])
     download.main()
     assert (tmp_path / "testSlides" / "CMU-1-Small-Region.svs").read_bytes() == slide

@@ -1,0 +1,199 @@
+"""README's commands, run in its order in a copy of the repository: those that need a network, with local stand-ins."""
+
+import dataclasses
+import glob
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from MILS import list_mils
+from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
+from tests.synthetic import stained_image, write_pyramid
+from tests.web import zipped
+from utils.core import config
+from utils.core.files import write_text
+from utils.slides.backbones import list_backbones
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "datasets" / "README.md"]
+FIRST = "uv run train.py --mil LiteMIL --dataset demo"
+ELSEWHERE = {
+    "git clone https://github.com/hkussaibi/LiteMIL.git && cd LiteMIL": "the copy is made of this repository",
+    FIRST: "run once for all tests, in a process of its own",
+    "uv run pytest": "is running",
+    "uv run --with jupyterlab jupyter lab Tutorial.ipynb": "the notebook is run by its own test",
+}
+STAND_INS = {"--backbone uni": "--backbone stain-texture"}  # of what a command with "# network" has to fetch
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    return [line for block in blocks(text, "bash") for line in block.splitlines() if line.strip()]
+
+
+def typed(command: str) -> str:
+    """A command without its remark."""
+    return command.partition("  # ")[0]
+
+
+PRINTED = [command for command in commands(README) if typed(command) not in ELSEWHERE]
+
+
+@pytest.fixture(scope="module")
+def workspace(demo_home, tmp_path_factory, local_server):
+    """A copy of what git keeps here, after the first command; what is a user's own, made up; the network, local."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone: git does not say what belongs to it")
+    copy = tmp_path_factory.mktemp("copy")
+    git("init", "-q", cwd=copy)
+    for name in git("ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copy / name)
+    git("add", "-A", cwd=copy)
+    git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "copy", cwd=copy)
+    for part in ("datasets/demo", "outputs/LiteMIL/demo"):
+        shutil.copytree(demo_home[0] / part, copy / part)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        own_cohort(copy / "datasets" / "mine")
+        own_first_version(copy)
+        rng = np.random.default_rng(0)
+        cases = [f"TCGA-{patient:02d}-0001" for patient in range(24)]
+        packed = {f"{case}-01Z-00-DX1": torch.from_numpy(noise(rng)) for case in cases}
+        rows = [f"{case},{case}-01Z-00-DX1.svs,{('IDC', 'ILC')[number % 2]}" for number, case in enumerate(cases)]
+        table = "\n".join(["case_id,slide_id,oncotree_code", *rows, ""])
+        local_server.publish(monkeypatch, "breast", table, zipped(packed, "BRCA"))
+        write_pyramid(copy / "slide.tif", stained_image(768, 640), mpp=0.5, tile=128)
+        local_server.publish_slide(monkeypatch, (copy / "slide.tif").read_bytes())
+        (copy / "slide.tif").unlink()
+        yield copy
+
+
+def git(*arguments: str, cwd: Path) -> str:
+    return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def noise(rng: np.random.Generator) -> np.ndarray:
+    """Features of which there is nothing to learn: such trainings end early."""
+    return rng.standard_normal((40, 1024), dtype=np.float32)
+
+
+def own_cohort(folder: Path) -> None:
+    """Twenty-four slides of as many patients; their labels have nothing to do with them."""
+    (folder / "slides").mkdir(parents=True)
+    lines = ["case_id,wsi_id,label"]
+    for patient in range(24):
+        image = stained_image(512, 512, seed=patient, coverage=0.9)
+        write_pyramid(folder / "slides" / f"P{patient:02d}.tif", image, mpp=0.5, tile=128)
+        lines.append(f"P{patient:02d},P{patient:02d},{('benign', 'malignant')[patient % 2]}")
+    write_text(folder / "labels.csv", "\n".join(lines) + "\n")
+
+
+def own_first_version(home: Path) -> None:
+    torch.manual_seed(0)
+    model, folder = ReferenceLiteMIL(1024, 256, 3, 4, 1).eval(), home / "outputs" / "LiteMIL" / "kidney"
+    folder.mkdir(parents=True)
+    write_all_folds(folder / "all_folds_best.pth", model, KIDNEY)
+    write_fold(folder / "fold_1_best.pth", model)
+    (home / "features").mkdir()
+    with h5py.File(home / "features" / "slide.h5", "w") as file:
+        file["features"] = noise(np.random.default_rng(1))
+
+
+def spread(word: str) -> list[str]:
+    """A word as a shell spreads it."""
+    return sorted(glob.glob(word)) if "*" in word else [word]  # noqa: PTH207 - relative, as typed
+
+
+@pytest.mark.parametrize("command", PRINTED, ids=typed)
+def test_a_command_of_the_readme(command, workspace, script, monkeypatch):
+    monkeypatch.chdir(workspace)
+    line = typed(command)
+    if "# network" in command:
+        for one, other in STAND_INS.items():
+            line = line.replace(one, other)
+    words = [part for word in shlex.split(line) for part in spread(word)]
+    assert words[:2] == ["uv", "run"], f"no rule for how to run {line!r}"
+    name, arguments = (words[4], words[5:]) if words[2:4] == ["python", "-m"] else (words[2], words[3:])
+    outcome = script(name.removesuffix(".py"), *arguments)
+    assert outcome.code == 0, outcome.err
+
+
+def test_what_the_readme_says_that_they_write_is_there(workspace):
+    inference = [f"testSlide_{part}" for part in ("prediction.json", "heatmap.png", "report.html", "faithfulness.png")]
+    expected = [
+        "features/testSlide.h5", "features/holdout/previews", "features/holdout/contact_sheet.html",
+        "features/holdout/extraction_report.csv", "datasets/mine/features/P00.h5", "outputs/ABMIL/mine/outputs.json",
+        "outputs/LiteMIL/mine/all_folds_best.pth", "outputs/comparison/comparison.md", "datasets/breast/labels.csv",
+        "outputs/LiteMIL/breast/predictions.csv", *(f"outputs/inference/{name}" for name in inference),
+        "outputs/holdout/scores.json", "outputs/holdout/predictions.csv", "testSlides/CMU-1-Small-Region.svs",
+        "outputs/from_features/testSlide_heatmap.png", "outputs/inference/CMU-1-Small-Region_report.html",
+    ]  # fmt: skip
+    assert not [name for name in expected if not (workspace / name).exists()]
+    assert len(pd.read_csv(workspace / "outputs" / "holdout" / "predictions.csv")) == 6
+    assert json.loads((workspace / "outputs" / "holdout" / "scores.json").read_text())["pooled"]["auc"] > 0.85
+
+
+def test_they_leave_the_work_tree_clean(workspace):
+    assert git("status", "--porcelain", cwd=workspace) == ""
+
+
+def test_what_is_run_elsewhere_is_printed():
+    assert ELSEWHERE.keys() <= {typed(command) for command in commands(README)}
+
+
+def test_the_printed_table_is_what_the_first_command_prints(demo_home):
+    """Line by line, but for the figures, which depend on the machine a little."""
+    told = {masked(line) for line in demo_home[1].stdout.splitlines()}
+    (shown,) = blocks(README, "text")
+    assert not [line for line in shown.splitlines() if line.strip() != "..." and masked(line) not in told]
+
+
+def masked(line: str) -> str:
+    return re.sub(r"\d\.\d{3}", "#", line).rstrip()
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith(("https://", "http://")):
+                continue
+            name, _, anchor = target.partition("#")
+            other = (page.parent / name).resolve() if name else page
+            assert other.exists(), f"{page.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_flags_that_are_named_exist(page):
+    """Every `--flag` in the prose is one of a command's; those of other programs are few."""
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page.read_text()))
+    ours = {"--help", "--version", "--no-preview", "--jobs"}
+    for group in vars(config).values():
+        for field in dataclasses.fields(group) if isinstance(group, type) and dataclasses.is_dataclass(group) else ():
+            if field.metadata:
+                ours |= {config.flag_of(field), field.metadata["alias"]}
+    others = {"--index-url", "--reinstall", "--no-sync", "--with"}
+    assert named <= ours | others, named - ours - others
+
+
+def test_every_model_and_backbone_is_in_the_tables():
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    for name in [*list_mils(), *list_backbones()]:
+        assert any(f"`{name}`" in row for row in rows), name
