@@ -86,7 +86,8 @@ def test_features_in_a_file_that_come_in_blocks_give_the_same_curves(tmp_path, m
     found = measure_faithfulness([model], open_bag(tmp_path / "slide.h5").features, attention, 0)
     for curves in ("deletion", "insertion"):
         for name, curve in vars(getattr(expected, curves)).items():
-            np.testing.assert_allclose(vars(getattr(found, curves))[name], curve, atol=1e-6)
+            # Logits of some hundreds: single precision is worth some 1e-5 of them.
+            np.testing.assert_allclose(vars(getattr(found, curves))[name], curve, atol=1e-4)
     np.testing.assert_allclose(found.randomised, expected.randomised, rtol=1e-4)
 
 
