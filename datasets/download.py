@@ -124,10 +124,13 @@ def fetch(url: str, target: Path, *, algorithm: str, expected: str, size: int | 
             except (OSError, http.client.HTTPException) as failure:
                 failures = 1 if _size(part) > before else failures + 1
                 if failures == _ATTEMPTS or _is_final(failure):
+                    kept = f"the first {file_size(_size(part))} are kept: " if _size(part) else ""
                     raise DownloadError(
-                        f"{url}: cannot be fetched ({failure}); what came is kept: run the same command again"
+                        f"{url}: cannot be fetched ({failure}); {kept}run the same command again"
                     ) from failure
-                time.sleep(_PAUSE * 2 ** (failures - 1))
+                pause = _PAUSE * 2 ** (failures - 1)
+                log.info("%s: %s; once more in %.0f s", url, failure, pause)
+                time.sleep(pause)
     found = _digest(part, algorithm)
     if found != expected:
         part.unlink()
