@@ -153,7 +153,7 @@ class _Canvas:
 
     def _smooth(self, shape: tuple[int, int], *sigmas: float) -> Field:
         field = ndimage.gaussian_filter(self.rng.standard_normal(shape, np.float32), sigmas, mode="wrap", truncate=3)
-        return field / field.std()
+        return (field / field.std()).astype(np.float32, copy=False)
 
     def stamp(self, field: Field, centres: Points, shapes: Sequence[Field]) -> None:
         """Draw shapes (odd sides) around centres (n, 2) of x, y: the greatest of what overlaps."""

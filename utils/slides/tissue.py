@@ -203,7 +203,7 @@ def _hue(density: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.
     floor = np.maximum(mean, np.float32(1e-6))
     u = density[..., 0] / floor - 1
     v = (density[..., 1] - density[..., 2]) / (np.float32(math.sqrt(3)) * floor)
-    return u, v, mean
+    return u.astype(np.float32, copy=False), v.astype(np.float32, copy=False), mean
 
 
 def _is_fluorescence(rgb: NDArray[np.uint8]) -> bool:
