@@ -7,18 +7,19 @@ uv run extractFeatures.py --input_dir slides/ --output_dir features/ --backbone 
 import sys
 
 from utils.core import cli
-from utils.core.config import Extraction, ExtractionFiles
+from utils.core.config import Cluster, Extraction, ExtractionFiles
 from utils.feature_extractor import WSIFeatureExtractor, extract_slides, rehearse
 from utils.slides.batch import summary
 
 
 def main() -> None:
-    files, recipe = cli.parse(str(__doc__), {"files": ExtractionFiles, "recipe": Extraction})
+    groups = {"files": ExtractionFiles, "recipe": Extraction, "beyond one machine": Cluster}
+    files, recipe, cluster = cli.parse(str(__doc__), groups)
     extractor = WSIFeatureExtractor.of_config(recipe)
     if files.dry_run:
         statuses, told = rehearse(extractor, files)
     else:
-        statuses = extract_slides(extractor, files)
+        statuses = extract_slides(extractor, files, cluster)
         told = summary(statuses)
     print(told)
     if any(status.status == "failed" for status in statuses):

@@ -9,20 +9,25 @@ import sys
 
 from utils.attention_visualizer import PredictionPictures
 from utils.core import cli
-from utils.core.config import Pictures, Prediction, PredictionRecipe
+from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
 from utils.core.runtime import resolve_device
 from utils.learning.answers import PredictionFiles
 from utils.prediction import make_predictor, predict_files
 
 
 def main() -> None:
-    groups = {"prediction": Prediction, "raw slides": PredictionRecipe, "pictures": Pictures}
-    asked, recipe, pictures = cli.parse(str(__doc__), groups)
+    groups = {
+        "prediction": Prediction,
+        "raw slides": PredictionRecipe,
+        "pictures": Pictures,
+        "beyond one machine": Cluster,
+    }
+    asked, recipe, pictures, cluster = cli.parse(str(__doc__), groups)
     files = PredictionFiles(asked)
     device = resolve_device(asked.device)
     drawing = PredictionPictures(pictures, files, recipe, device) if pictures.visualize else None
     predictor = make_predictor(asked, recipe, files.are_raw)
-    statuses, told = predict_files(predictor, files, recipe, drawing)
+    statuses, told = predict_files(predictor, files, recipe, drawing, cluster)
     print(told)
     if any(status.status == "failed" for status in statuses):
         sys.exit(1)

@@ -15,7 +15,7 @@ from MILS import ModelError, build_mil, list_mils, mil_name, mil_options
 from MILS.pooling import BagModel
 from utils.audit import as_text, audit_cohort
 from utils.core import cli
-from utils.core.config import Audit, Cohort, CohortFiles, Model, Protocol, Rehearsal, Running, Training
+from utils.core.config import Audit, Cluster, Cohort, CohortFiles, Model, Protocol, Rehearsal, Running, Training
 from utils.core.errors import ConfigError
 from utils.learning.results import closing_words
 from utils.mil_dataset import MILDataset
@@ -29,9 +29,12 @@ def main() -> None:
         "training": Training,
         "cross-validation": Protocol,
         "running": Running,
+        "beyond one machine": Cluster,
         "before a long run": Rehearsal,
     }
-    cohort, model, training, protocol, running, rehearsal = cli.parse(str(__doc__), groups, epilog=model_help())
+    cohort, model, training, protocol, running, cluster, rehearsal = cli.parse(
+        str(__doc__), groups, epilog=model_help()
+    )
     name = checked_name(model)
     is_demo = cohort.dataset == "demo" and cohort.labels_csv is None
     if is_demo:
@@ -40,7 +43,7 @@ def main() -> None:
         print(audited(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
     output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
-    settings = asdict(training) | asdict(protocol) | {"device": running.device, "jobs": running.jobs}
+    settings = asdict(training) | asdict(protocol) | asdict(cluster) | {"device": running.device, "jobs": running.jobs}
     factory = model_factory(name, model, dataset)
     cv = NestedCrossValidation(
         factory, dataset, dataset.class_names, output_dir, dataset_name=cohort.dataset, **settings

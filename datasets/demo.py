@@ -17,7 +17,7 @@ import numpy as np
 from datasets.synthetic import MPP, PATTERNS, SITES, Patient, draw_slide, write_slide
 from utils.core import cli
 from utils.core.config import Demo, Extraction, ExtractionFiles
-from utils.core.engine import Tell, run_tasks, threads
+from utils.core.engine import Processes, Tell, threads
 from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.runtime import log, processors, progress_bar
@@ -77,7 +77,7 @@ def make_demo(folder: Path = FOLDER) -> None:
             def move(*_: object) -> None:
                 bar.update()
 
-            run_tasks(_draw, missing, min(processors(), len(missing)), move)
+            Processes(min(processors(), len(missing))).run(_draw, missing, move)
     for home, rows in places.items():
         if not (home / "labels.csv").exists():
             write_records(home / "labels.csv", rows)

@@ -1,8 +1,9 @@
 """What tests all over the house share: a synthetic cohort of slides with its features, and scripts run in-process."""
 
 import csv
-import importlib
+import importlib.util
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ from hypothesis import settings
 from tests.synthetic import stained_image, write_pyramid
 from tests.web import Server
 from utils.core import cli
-from utils.core.config import ExtractionFiles
+from utils.core.config import Cluster, ExtractionFiles
+from utils.core.engine import open_engine, threads
 from utils.core.runtime import log
 from utils.feature_extractor import WSIFeatureExtractor, extract_slides
 
@@ -94,7 +96,8 @@ def demo_home(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]
     """A folder in which a newcomer's first command was run, and what it printed."""
     home = tmp_path_factory.mktemp("newcomer")
     command = [sys.executable, str(ROOT / "train.py"), "--mil", "LiteMIL", "--dataset", "demo"]
-    told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # other runs on one thread must give the same bytes
+    told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False, env=environment)
     assert told.returncode == 0, told.stderr
     return home, told
 
@@ -128,6 +131,22 @@ class Outcome:
     def errors(self) -> list[str]:
         """The error lines among stderr's."""
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def needs_ray() -> None:
+    """Skip where the extra is not installed; Ray is not imported before the engine does, which sets it up first."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is an extra: uv sync --extra ray")
+
+
+@pytest.fixture(scope="session")
+def ray():
+    """A Ray of this machine that all tests share: two actors of one thread."""
+    needs_ray()
+    with threads(1), open_engine(Cluster(ray="local", actors=2)) as engine:
+        assert (engine.jobs, engine.threads) == (2, 1)
+        yield engine
+    assert not engine.ray.is_initialized()
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ result = extractor.process("slide.svs", save_path="slide.h5")
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from utils.bags.store import Bag, BagInfo, bag_writer, check_writable, peek_bag, write_bag
-from utils.core.config import Extraction, ExtractionFiles
+from utils.core.config import Cluster, Extraction, ExtractionFiles
+from utils.core.engine import Engine, Threads, open_engine, worker_number
 from utils.core.errors import (
     BackboneError,
     ConfigError,
@@ -46,7 +47,8 @@ from utils.slides.batch import (
     SlideFiles,
     SlideStatus,
     Told,
-    guarded,
+    announced,
+    attempt,
     report_path,
     status_table,
     work_through,
@@ -111,6 +113,10 @@ class WSIFeatureExtractor:
         other = type(self).of_config(replace(self.config, device=str(device)))
         other.stop = self.stop
         return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process it is its settings, and loads its backbone there."""
+        return type(self).of_config, (self.config,)
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -374,27 +380,51 @@ def _slide_files(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> Slid
     return SlideFiles(files)
 
 
-def extract_slides(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> list[SlideStatus]:
+def extract_slides(
+    extractor: WSIFeatureExtractor, files: ExtractionFiles, cluster: Cluster | None = None
+) -> list[SlideStatus]:
     """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
 
     For a folder, also writes its report (see `utils.slides.batch`), previews and a contact sheet. Raises for a single
     slide that fails, ConfigError for slides that would share an output file.
     """
-    known = _slide_files(extractor, files)
+    known, cluster = _slide_files(extractor, files), cluster or Cluster()
     targets = known.targets()
-
-    def work(one: WSIFeatureExtractor, slide: Path, target: Path) -> SlideStatus:
-        return extract_one(one, slide, target, files.overwrite, known.told(slide, target))
-
     if files.input is not None:
-        return [work(extractor, *pair) for pair in targets.items()]
-    extractors = [extractor, *(extractor.on(device) for device in extractor.devices[1:])]
-    _ = [one.backbone for one in extractors]  # a backbone that cannot be had is no slide's fault
-    known.clear_parts(targets)
-    statuses = work_through(targets, [partial(work, one) for one in extractors], report_path(files), extractor.stop)
+        if cluster.ray is not None:
+            raise ConfigError("--ray shares the slides of a folder out; give --input_dir with it")
+        return [_Extraction((extractor,), known)(*pair) for pair in targets.items()]
+    with _engine(extractor, cluster) as engine:
+        extractors = [extractor]
+        if cluster.ray is None:
+            extractors += [extractor.on(device) for device in extractor.devices[1:]]
+            _ = [one.backbone for one in extractors]  # one that cannot be had ends all before it begins
+        known.clear_parts(targets)
+        statuses = work_through(targets, engine, _Extraction(tuple(extractors), known), report_path(files))
     if files.preview is not False:
         known.write_sheet(statuses, targets)
     return statuses
+
+
+def _engine(extractor: WSIFeatureExtractor, cluster: Cluster) -> AbstractContextManager[Engine]:
+    if cluster.ray is None:
+        return nullcontext(Threads(len(extractor.devices), extractor.stop))
+    device = extractor.config.device
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: names devices of one machine; with --ray give auto, cpu or cuda")
+    return open_engine(cluster, on_gpu={"auto": None, "cpu": False, "cuda": True}[device])
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    """Makes one slide's file by the extractor that is the worker's own."""
+
+    extractors: tuple[WSIFeatureExtractor, ...]
+    known: SlideFiles
+
+    def __call__(self, slide: Path, target: Path) -> SlideStatus:
+        extractor = self.extractors[worker_number()]
+        return extract_one(extractor, slide, target, self.known.files.overwrite, self.known.told(slide, target))
 
 
 def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:
@@ -418,7 +448,7 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[li
 
     _ = extractor.backbone  # a backbone that cannot be had is no slide's fault
     bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
-    statuses = [guarded(look, slide, target) for slide, target in bar]
+    statuses = [announced(attempt(look, slide, target)) for slide, target in bar]
     patches = sum(status.patches or 0 for status in statuses if status.status == PLANNED)
     size = patches * extractor.backbone.dim * np.dtype(extractor.config.dtype).itemsize
     cost = f"{patches} patches to extract, {file_size(size)} of features"

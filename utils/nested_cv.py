@@ -9,6 +9,7 @@ import json
 import pickle
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +21,9 @@ import torch
 from MILS import ModelError
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
-from utils.core.config import Protocol, Running, Training
-from utils.core.engine import refuse_rerun, run_tasks, threads, threads_each
-from utils.core.errors import ConfigError, TrainingError, counted
+from utils.core.config import Cluster, Protocol, Running, Training
+from utils.core.engine import Engine, Lost, open_engine, refuse_rerun, threads
+from utils.core.errors import ConfigError, EngineError, TrainingError, counted
 from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import (
     amp_dtype,
@@ -73,10 +74,10 @@ class NestedCrossValidation:
     mean inner validation gives the model that is tested on the outer fold, as `final` says. What is reported is
     slide-level and out of fold.
 
-    Beyond those named, every other field of `Training`, `Protocol` and `Running` (`utils.core.config`) is a keyword
-    argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`,
-    `jobs` and so on. With several `jobs` the factory must be what pickle takes: `functools.partial(build_mil, ...)`,
-    not a lambda.
+    Beyond those named, every other field of `Training`, `Protocol`, `Running` and `Cluster` (`utils.core.config`) is a
+    keyword argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`,
+    `monitor`, `seed`, `jobs`, `ray` and so on. With several `jobs`, or on Ray, the factory must be what pickle takes:
+    `functools.partial(build_mil, ...)`, not a lambda.
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
     dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when
@@ -107,7 +108,8 @@ class NestedCrossValidation:
             )
         settings |= {"n_outer": n_outer, "n_inner": n_inner, "batch_size": batch_size, "epochs": epochs}
         settings |= {"patience": patience, "use_amp": use_amp, "device": device, "output_dir": Path(output_dir)}
-        self.training, self.protocol, self.running = _configs(settings, Training, Protocol, Running)
+        kinds = Training, Protocol, Running, Cluster
+        self.training, self.protocol, self.running, self.cluster = _configs(settings, *kinds)
         self.dataset, self.dataset_name = dataset, dataset_name
         self.output_dir = Path(output_dir).absolute()
         self.device = resolve_device(device)
@@ -136,24 +138,32 @@ class NestedCrossValidation:
         refuse_rerun()
         folds = self.folds()
         folder = RunFolder(self.output_dir, self._identity(folds))
-        with folder.held():
-            with threads(threads_each(self.running.jobs)):
-                begun = folder.take(self._record())
+        with self._engine() as engine, folder.held():
+            with threads(engine.threads):
+                begun = folder.take(self._record(engine))
             if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
             else:
                 started = time.time()
                 write_json(self.output_dir / "splits.json", self._splits_content(folds))
-                with threads(self._threads_of(begun)):
-                    self._write_results(self._run_folds(folds))
+                with threads(self._threads_of(begun, engine)):
+                    self._write_results(self._run_folds(folds, engine))
                     ended = {"seconds": round(time.time() - started, 1), "peak_memory": peak_memory(self.device)}
-                    folder.finish(self._record() | ended)
+                    folder.finish(self._record(engine) | ended)
             folder.clear_leftovers()
         return read_json(self.output_dir / "outputs.json")
 
-    def _threads_of(self, begun: Mapping[str, Any]) -> int:
+    @property
+    def _is_sent_away(self) -> bool:
+        """Whether trainings leave this process."""
+        return self.running.jobs > 1 or self.cluster.ray is not None
+
+    def _engine(self) -> AbstractContextManager[Engine]:
+        return open_engine(self.cluster, self.running.jobs, self.device.type == "cuda")
+
+    def _threads_of(self, begun: Mapping[str, Any], engine: Engine) -> int:
         """The threads that the run was begun with: what is trained now must fit what is kept."""
-        now = threads_each(self.running.jobs)
+        now = engine.threads
         if begun["threads"] != now:
             log.info("each training goes on with %s, as the run began", counted(begun["threads"], "thread"))
         torch_then = begun["versions"]["torch"]
@@ -164,13 +174,14 @@ class NestedCrossValidation:
     def dry_run(self) -> str:
         """What a run would do and take: the folds, and an estimate from a short trial of every setting."""
         folds = self.folds()
-        units, jobs, data = self.units(folds), self.running.jobs, self.dataset
+        units, data = self.units(folds), self.dataset
         head = f"{len(units)} inner trainings of at most {max(unit.epochs for unit in units)} epochs"
         if self.protocol.final == "refit":
             units += [self._longest_refit(units, fold) for fold in folds]
             head += f", {len(folds)} refits"
         sizes = np.array([info.num_instances for info in data.info])
-        with threads(threads_each(jobs)):
+        with self._engine() as engine, threads(engine.threads):
+            jobs = engine.jobs
             first = {unit.setting: unit for unit in reversed(units)}
             bar = progress(sorted(first), "Trying each setting", unit="setting", leave=False)
             trials = [plan.trial(self.trainer, first[setting], sizes) for setting in bar]
@@ -218,19 +229,20 @@ class NestedCrossValidation:
     def _training_of(self, setting: int) -> Training:
         return replace(self.training, **self.settings[setting - 1].training)
 
-    def _run_folds(self, folds: list[OuterFold]) -> list[FoldResult]:
+    def _run_folds(self, folds: list[OuterFold], engine: Engine) -> list[FoldResult]:
         trainer = self.trainer
-        if self.running.jobs > 1:
+        if self._is_sent_away:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
-            log.info("%d processes of %s each", self.running.jobs, counted(torch.get_num_threads(), "thread"))
+            told = counted(engine.jobs, "training"), counted(torch.get_num_threads(), "thread")
+            log.info("%s at a time, on %s each", *told)
         units = self.units(folds)
-        self._train(trainer, units)
+        self._train(trainer, units, engine)
         choices = [self._choice(fold, [unit for unit in units if unit.fold is fold]) for fold in folds]
         if self.protocol.final == "refit":
-            self._train(trainer, [self._refit_unit(choice) for choice in choices])
+            self._train(trainer, [self._refit_unit(choice) for choice in choices], engine)
         return [self._tested(choice, trainer.dataset) for choice in choices]
 
-    def _train(self, trainer: Trainer, units: Sequence[Unit]) -> None:
+    def _train(self, trainer: Trainer, units: Sequence[Unit], engine: Engine) -> None:
         """Train those units that are not kept yet, and show it."""
         missing = [unit for unit in units if trainer.kept(unit) is None]
         done = {unit.name: 0 for unit in missing}
@@ -239,9 +251,14 @@ class NestedCrossValidation:
         name = "Refitting" if units and units[0].inner == 0 else "Training"
         with progress_bar(name, sum(unit.epochs for unit in units), unit="epoch", initial=kept) as bar:
 
-            def show(unit: Unit, row: dict[str, Any] | None) -> None:
+            def show(unit: Unit, row: dict[str, Any] | Lost | None) -> None:
                 nonlocal ended
-                if row is None:  # it has ended, perhaps before its last epoch
+                if isinstance(row, Lost):
+                    if row.for_good:
+                        raise EngineError(f"{unit.name}: {row}; give fewer --actors (what is finished is kept)")
+                    log.warning("%s: %s; it is trained anew", unit.name, row)
+                    steps, told, done[unit.name] = -done[unit.name], {}, 0
+                elif row is None:  # it has ended, perhaps before its last epoch
                     ended += 1
                     steps, told = unit.epochs - done[unit.name], {}
                 else:
@@ -251,7 +268,7 @@ class NestedCrossValidation:
                 bar.set_postfix({"trainings": f"{ended}/{len(units)}"} | told, refresh=False)
                 bar.update(steps)
 
-            run_tasks(trainer, missing, self.running.jobs, show)
+            engine.run(trainer, missing, show)
 
     def _monitor(self, fold: OuterFold) -> str:
         num_classes, monitor = len(self.dataset.class_names), self.protocol.monitor
@@ -425,8 +442,8 @@ class NestedCrossValidation:
             "groups": digest(*self.dataset.groups),
         }
 
-    def _record(self) -> dict[str, Any]:
-        return {"dataset": self.dataset_name, "jobs": self.running.jobs, **run_metadata(self.device)}
+    def _record(self, engine: Engine) -> dict[str, Any]:
+        return {"dataset": self.dataset_name, "jobs": engine.jobs, **run_metadata(self.device)}
 
     def _check_settings(self) -> None:
         """Try every setting, and whether the work can be sent to other processes, before anything is begun."""
@@ -436,12 +453,12 @@ class NestedCrossValidation:
                 self.trainer.factory(setting)()
             except ModelError as error:
                 raise ConfigError(f"--grid {setting}: {error}") from error
-        if self.running.jobs > 1:
+        if self._is_sent_away:
             try:
                 pickle.dumps(self.trainer.model_factory)
             except (pickle.PicklingError, AttributeError, TypeError) as failure:
                 raise ConfigError(
-                    f"model_factory cannot be sent to other processes ({failure}); for several jobs make it with "
+                    f"model_factory cannot be sent to other processes ({failure}); make it with "
                     "functools.partial(build_mil, ...)"
                 ) from failure
 

@@ -3,10 +3,10 @@
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from threading import Event
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from utils.bags.labels import LabelRow
 from utils.bags.store import Bag, StoredBag
-from utils.core.config import Pictures, Prediction, PredictionRecipe
+from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
+from utils.core.engine import Engine, Threads, open_engine
 from utils.core.errors import ConfigError
 from utils.core.files import clear_parts, digest, read_json, write_json
-from utils.core.runtime import log, versions
+from utils.core.runtime import log, resolve_device, versions
 from utils.inference import SEEN, SlidePrediction, SlidePredictor, extractPredict, recipe_asked
 from utils.learning.answers import (
     FAITHFULNESS,
@@ -94,6 +95,7 @@ def predict_files(
     files: PredictionFiles,
     recipe: PredictionRecipe,
     drawing: Drawing | None = None,
+    cluster: Cluster | None = None,
 ) -> tuple[list[SlideStatus], str]:
     """Predict a slide or a folder of them, keep what is there, go on past a bad one.
 
@@ -104,6 +106,8 @@ def predict_files(
     rows = files.label_rows(predictor.checkpoint.class_names, asked.dataset or predictor.checkpoint.dataset)
     work = _Work(predictor, asked, recipe, drawing, rows)
     if asked.input is not None:
+        if cluster is not None and cluster.ray is not None:
+            raise ConfigError("--ray shares a folder out; give --input_dir with it")
         target = files.targets[asked.input]
         status = work(asked.input, target)
         if seen_as := read_json(target)["seen_as"]:
@@ -114,7 +118,8 @@ def predict_files(
     clear_parts(asked.output_dir)
     if not asked.overwrite:  # another model's predictions are nobody's slide's fault
         check_first(files.targets.values(), work.settings)
-    statuses = work_through(files.targets, [work], asked.output_dir / REPORT, Event())
+    with _engine(asked, cluster) as engine:
+        statuses = work_through(files.targets, engine, work, asked.output_dir / REPORT)
     records = [read_json(files.targets[one.slide]) for one in statuses if one.status in ("done", "skipped")]
     counts = ", ".join(f"{sum(one.status == name for one in statuses)} {name}" for name in STATUSES)
     if not records:
@@ -122,6 +127,12 @@ def predict_files(
     answers = Answers(records, rows, predictor.checkpoint.class_names)
     told = [answers.write(asked.output_dir, work.threshold, work.settings)]
     return statuses, "\n".join(filter(None, [*told, f"{counts}; results are in {asked.output_dir}"]))
+
+
+def _engine(asked: Prediction, cluster: Cluster | None) -> AbstractContextManager[Engine]:
+    if cluster is None or cluster.ray is None:
+        return nullcontext(Threads())
+    return open_engine(cluster, on_gpu=resolve_device(asked.device).type == "cuda")
 
 
 @dataclass(frozen=True)

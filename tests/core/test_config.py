@@ -10,6 +10,7 @@ import pytest
 from utils.core import config
 from utils.core.config import (
     Audit,
+    Cluster,
     Cohort,
     CohortFiles,
     Comparison,
@@ -42,6 +43,7 @@ GIVEN = {
     Training: {},
     Protocol: {},
     Running: {},
+    Cluster: {"ray": "local"},
     Rehearsal: {},
     Comparison: {"runs": (Path("a"), Path("b"))},
     Demo: {},

@@ -5,14 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from utils.core.engine import run_tasks, threads, threads_each
-from utils.core.errors import EngineError, TrainingError
+from utils.core.config import Cluster
+from utils.core.engine import Lost, Processes, Threads, open_engine, threads, threads_each, worker_number
+from utils.core.errors import ConfigError, EngineError, TrainingError
+from utils.core.runtime import log, processors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,39 +45,141 @@ def take_long(task: Path, tell) -> None:
     time.sleep(600)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_every_task_is_done_and_heard_in_its_order_of_telling(jobs):
-    heard: dict[int, list] = {}
+def warn(task: int, tell) -> None:
+    log.warning("task %d on %s", task, processors())
+    tell(worker_number())
+
+
+def outlive(task: tuple[int, Path], tell) -> None:
+    """Two kills its first worker, three each of them."""
+    number, folder = task
+    tell("begun")
+    if number == 3 or (number == 2 and not (folder / "died").exists()):
+        if number == 2:
+            (folder / "died").touch()
+        time.sleep(0.5)  # what was told is on its way
+        os.kill(os.getpid(), signal.SIGKILL)
+    tell("ended")
+
+
+@pytest.fixture(params=["here", "threads", "processes", "ray"])
+def engine(request):
+    found = {"here": Processes(), "threads": Threads(2), "processes": Processes(2)}.get(request.param)
     with threads(1):
-        run_tasks(square, [3, 4, 5], jobs, lambda task, told: heard.setdefault(task, []).append(told))
+        yield request.getfixturevalue("ray") if found is None else found
+
+
+def test_every_task_is_done_and_heard_in_its_order_of_telling(engine):
+    heard: dict[int, list] = {}
+    engine.run(square, [3, 4, 5], lambda task, told: heard.setdefault(task, []).append(told))
     assert heard == {task: [("threads", 1), ("square", task * task)] for task in (3, 4, 5)}
 
 
-def test_no_task_starts_no_process():
-    run_tasks(square, [], 4, print)
+def test_no_task_begins_nothing(engine):
+    engine.run(square, [], print)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_the_first_error_comes_back_as_it_was(jobs):
+def test_the_first_error_comes_back_as_it_was(engine):
     with pytest.raises(TrainingError, match="the loss is nan"):
-        run_tasks(fail_at_two, [1, 2, 3], jobs, lambda *_: None)
+        engine.run(fail_at_two, [1, 2, 3], lambda *_: None)
     assert not multiprocessing.active_children()
+
+
+def test_what_workers_log_is_logged_here(engine, caplog):
+    if isinstance(engine, Processes) and engine.jobs > 1:
+        pytest.skip("processes of this machine log to its stderr themselves")
+    with caplog.at_level("WARNING"):
+        engine.run(warn, [7], lambda *_: None)
+    there = 1 if type(engine).__name__ == "_OnRay" else processors()  # its share of the machine
+    assert [record.getMessage() for record in caplog.records] == [f"task 7 on {there}"]
+
+
+def test_threads_have_numbers_of_their_own():
+    heard = []
+    barrier = threading.Barrier(2)
+
+    def meet(_: int, tell) -> None:
+        barrier.wait(10)
+        tell(worker_number())
+
+    Threads(2).run(meet, [1, 2], lambda _, told: heard.append(told))
+    assert sorted(heard) == [0, 1]
+    assert worker_number() == 0
+
+
+def test_an_error_stops_the_other_threads():
+    stop = threading.Event()
+    with pytest.raises(TrainingError):
+        Threads(2, stop).run(fail_at_two, [2, *range(3, 100)], lambda *_: None)
+    assert stop.is_set()
 
 
 def test_a_process_that_dies_is_an_error_not_a_wait():
     with pytest.raises(EngineError, match=r"a worker process ended unexpectedly.*fewer --jobs"):
-        run_tasks(die_at_two, [1, 2, 3, 4], 2, lambda *_: None)
+        Processes(2).run(die_at_two, [1, 2, 3, 4], lambda *_: None)
+
+
+class TestRay:
+    def test_a_task_whose_worker_dies_is_done_by_another_so_often_and_the_others_go_on(self, ray, tmp_path):
+        heard: dict[int, list] = {}
+        tasks = [(number, tmp_path) for number in range(1, 5)]
+        ray.run(outlive, tasks, lambda task, told: heard.setdefault(task[0], []).append(told))
+        assert heard.pop(2) == ["begun", Lost(1, False), "begun", "ended"]
+        assert heard.pop(3) == ["begun", Lost(1, False), "begun", Lost(2, False), "begun", Lost(3, True)]
+        assert heard == {number: ["begun", "ended"] for number in (1, 4)}
+
+    def test_a_bug_comes_back_with_its_traceback(self, ray):
+        with pytest.raises(ZeroDivisionError) as error:
+            ray.run(divide, [0], lambda *_: None)
+        assert "in divide" in "".join(error.value.__notes__)
+
+    def test_workers_begin_where_the_driver_is(self, ray, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        heard = []
+        ray.run(where, [1], lambda _, told: heard.append(told))
+        assert heard == [tmp_path]
+
+    def test_what_is_asked_for_in_vain_is_told(self, monkeypatch):
+        with pytest.raises(ConfigError, match=r"--jobs 2: is for one machine; with --ray give --actors"):
+            open_engine(Cluster(ray="local"), jobs=2).__enter__()
+        with pytest.raises(ConfigError, match="--actors 2: goes with --ray"):
+            Cluster(actors=2)
+        monkeypatch.setitem(sys.modules, "ray", None)
+        with pytest.raises(EngineError, match=r"--ray auto: Ray cannot be imported.*uv sync --extra ray"):
+            open_engine(Cluster(ray="auto")).__enter__()
+
+    @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
+    def test_no_cluster_there(self, address, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False))
+        with pytest.raises(EngineError, match=f"--ray {address}: no Ray cluster can be joined there"):
+            open_engine(Cluster(ray=address)).__enter__()
+
+    def test_without_the_flag_it_is_not_imported(self):
+        code = (
+            "import sys; from utils.core.config import Cluster; from utils.core.engine import open_engine\n"
+            "import train, predict, extractFeatures\n"
+            "with open_engine(Cluster()): assert 'ray' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def divide(task: int, tell) -> None:
+    tell(1 / task)
+
+
+def where(_: int, tell) -> None:
+    tell(Path.cwd())
 
 
 UNGUARDED = """
 from functools import partial
-from utils.core.engine import refuse_rerun, run_tasks
+from utils.core.engine import Processes, refuse_rerun
 
 def work(payload, task, tell):
     tell(task)
 
 refuse_rerun()
-run_tasks(partial(work, bytes(2**20)), [1, 2], 2, print)
+Processes(2).run(partial(work, bytes(2**20)), [1, 2], print)
 """
 
 
@@ -104,9 +210,9 @@ def test_threads_are_shared_out():
 def test_when_the_first_process_ends_so_do_the_others(ending, tmp_path):
     """Ctrl-C reaches the whole group, as from a terminal; SIGKILL this one alone, and nobody can tell the others."""
     code = (
-        "from pathlib import Path; from utils.core.engine import run_tasks;"
+        "from pathlib import Path; from utils.core.engine import Processes;"
         "from tests.core.test_engine import take_long;"
-        f"run_tasks(take_long, [Path({str(tmp_path)!r}, name) for name in 'ab'], 2, print)"
+        f"Processes(2).run(take_long, [Path({str(tmp_path)!r}, name) for name in 'ab'], print)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True

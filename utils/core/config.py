@@ -294,6 +294,30 @@ class Running(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cluster(_Checked):
+    """Whether the work is handed to Ray; no number depends on it but by rounding."""
+
+    ray: str | None = option(
+        None,
+        "hand the work to Ray: local starts it on this machine, auto joins the cluster this machine belongs to, or its "
+        "ADDRESS",
+        metavar="local|auto|ADDRESS",
+    )
+    actors: int | None = option(
+        None,
+        "workers on Ray (default: one per GPU, or per as many processors as this process has threads); more than GPUs "
+        "share them",
+        least=1,
+    )
+    retries: int = option(2, "on Ray, how often a task whose worker died is done anew by another", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ray is None and self.actors is not None:
+            raise ConfigError(f"--actors {self.actors}: goes with --ray; give --ray local, auto or an address")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rehearsal(_Checked):
     """What `train.py` does instead of training."""
 

@@ -1,28 +1,73 @@
-"""Where work is done: in this process, or side by side in several that end when this one does."""
+"""Where work is done: in this process, in threads or processes of this machine, or on the machines of a Ray cluster.
 
+An engine does `work(task, tell)` for every task, some at a time; what a task tells, `hear(task, told)` hears in this
+process, in the thread that asked. Orchestrators know `Engine` only, and which one it is decides nothing but the time.
+"""
+
+import importlib
+import logging
 import multiprocessing
 import os
 import pickle
+import platform
 import signal
+import socket
+import sys
 import tempfile
 import threading
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 
-from utils.core.errors import EngineError
+from utils.core.config import Cluster
+from utils.core.errors import ConfigError, EngineError, counted
+from utils.core.runtime import log, processors, share_processors
 
 Task = TypeVar("Task")
 Tell = Callable[[Any], None]
 Work = Callable[[Task, Tell], None]
+Hear = Callable[[Task, Any], None]
 
 _SECONDS_BETWEEN_LOOKS = 0.1
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Heard of a task whose worker died `times` times: it is done anew elsewhere, unless that was `for_good`."""
+
+    times: int
+    for_good: bool
+
+    def __str__(self) -> str:
+        how_often = "" if self.times == 1 else f" for the {self.times}th time"
+        return f"its worker process ended unexpectedly{how_often}, as when memory runs out"
+
+
+class Engine(Protocol):
+    """What does work, `jobs` tasks at a time."""
+
+    @property
+    def jobs(self) -> int: ...
+
+    @property
+    def threads(self) -> int:
+        """On how many each task is to compute."""
+        ...
+
+    def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+        """Do all tasks; the first error that a task raises ends everything and is raised here."""
+        ...
 
 
 def threads_each(jobs: int) -> int:
@@ -42,28 +87,101 @@ def threads(count: int) -> Iterator[None]:
 
 
 def refuse_rerun() -> None:
-    """Raise EngineError in a process of `run_tasks` that is only importing the script that began it."""
+    """Raise EngineError in a process of `Processes` that is only importing the script that began it."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise EngineError(
             'with several jobs each process imports the script again: let it begin with if __name__ == "__main__"'
         )
 
 
-def run_tasks(work: Work[Task], tasks: Sequence[Task], jobs: int, hear: Callable[[Task, Any], None]) -> None:
-    """Do `work(task, tell)` for every task, `jobs` of them at a time; what a task tells, `hear(task, told)` hears here.
-
-    With one job everything happens in this process. Otherwise `work` is sent to new processes, which compute on as
-    many threads as this one does. The first error ends everything and is raised here; when this process ends, in
-    whatever way, so do they. Raises EngineError when a process dies; `work` and tasks must be what pickle takes.
+@contextmanager
+def open_engine(cluster: Cluster, jobs: int = 1, on_gpu: bool | None = None) -> Iterator[Engine]:
+    """Processes of this machine, or Ray where it is asked for, whose workers take a GPU each (or a share of one) with
+    `on_gpu` (None: where there are any). Raises ConfigError, EngineError.
     """
-    if jobs == 1:
-        for task in tasks:
-            work(task, partial(hear, task))
-    elif tasks:
-        _side_by_side(work, tasks, min(jobs, len(tasks)), hear)
+    if cluster.ray is None:
+        yield Processes(jobs)
+        return
+    if jobs > 1:
+        raise ConfigError(f"--jobs {jobs}: is for one machine; with --ray give --actors")
+    with _joined(cluster.ray) as ray:
+        yield _OnRay.of_cluster(ray, cluster, on_gpu)
 
 
-def _side_by_side(work: Work[Task], tasks: Sequence[Task], jobs: int, hear: Callable[[Task, Any], None]) -> None:
+@dataclass(frozen=True)
+class Processes:
+    """With one job everything happens in this process, otherwise in new ones of as many threads as this one has at the
+    time. When this process ends, in whatever way, so do they. Raises EngineError when one dies; work and tasks must be
+    what pickle takes.
+    """
+
+    jobs: int = 1
+
+    @property
+    def threads(self) -> int:
+        return threads_each(self.jobs)
+
+    def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+        if self.jobs == 1:
+            for task in tasks:
+                work(task, partial(hear, task))
+        elif tasks:
+            _side_by_side(work, tasks, min(self.jobs, len(tasks)), hear)
+
+
+# Which of an engine's workers in this process this thread is.
+_this_thread = threading.local()
+
+
+def worker_number() -> int:
+    """From 0; where an engine has one worker in a process, it is 0."""
+    return getattr(_this_thread, "number", 0)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads of this process, each with a number (`worker_number`). What ends all, Ctrl-C too, sets `stop`, which work
+    that takes long has to heed.
+    """
+
+    jobs: int = 1
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+        waiting, messages = deque(tasks), SimpleQueue()
+
+        def labour(number: int) -> None:
+            _this_thread.number = number
+            while not self.stop.is_set():
+                try:
+                    task = waiting.popleft()
+                except IndexError:
+                    return
+                work(task, lambda told, task=task: messages.put((task, told)))
+
+        def listen() -> None:
+            while not messages.empty():
+                hear(*messages.get())
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            labours = {pool.submit(labour, number) for number in range(self.jobs)}
+            try:
+                while labours:
+                    ended, labours = wait(labours, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
+                    listen()
+                    for one in ended:
+                        one.result()
+                listen()
+            except BaseException:
+                self.stop.set()
+                raise
+
+
+def _side_by_side(work: Work[Task], tasks: Sequence[Task], jobs: int, hear: Hear[Task]) -> None:
     context = multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
     # Held by this process alone: when it is closed, by us or by our end, whoever listens at the other end stops.
@@ -132,3 +250,213 @@ def _end_with(lifeline: Any) -> None:
 def _do(number: int, task: Any) -> None:
     assert _work is not None  # noqa: S101 - for the type checker: a process begins before it works
     _work(task, lambda told: _messages.put((number, told)))
+
+
+# What Ray would otherwise do by itself: run each worker by `uv run` in a copy of the folder; report on its users.
+_RAY_ENVIRONMENT = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+_SECONDS_BETWEEN_REMARKS = 30
+_SECONDS_TO_ANSWER = 10
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[Any]:
+    """The ray module while this process is part of a cluster: the one it belongs to already, else a new one of this
+    machine ("local"), the one this machine belongs to ("auto"), or that of an address.
+    """
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as failure:
+        raise EngineError(
+            f"--ray {address}: Ray cannot be imported ({failure}); install it with uv sync --extra ray"
+        ) from failure
+    if ray.is_initialized():  # by the notebook or script that we are called from
+        yield ray
+        return
+    where = {"num_cpus": processors(), "include_dashboard": False} if address == "local" else {"address": address}
+    try:
+        if address not in ("local", "auto"):
+            _call_on(address)
+        ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as failure:
+        raise EngineError(
+            f"--ray {address}: no Ray cluster can be joined there ({failure}); start one with ray start --head, or "
+            "give --ray local"
+        ) from failure
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _call_on(address: str) -> None:
+    """Raise OSError, ValueError where nobody answers; Ray itself would try for minutes."""
+    there = urlsplit(address if "://" in address else f"//{address}")
+    if there.port is None:
+        raise ValueError("it has no port; give HOST:PORT")
+    socket.create_connection((there.hostname, there.port), _SECONDS_TO_ANSWER).close()
+
+
+@dataclass(frozen=True)
+class _OnRay:
+    """Actors, each doing one task at a time. A task whose actor dies is done anew by another, at most `retries` times;
+    `Lost` is heard of it each time.
+    """
+
+    ray: Any
+    jobs: int
+    threads: int
+    gpus: float
+    retries: int
+
+    @classmethod
+    def of_cluster(cls, ray: Any, cluster: Cluster, on_gpu: bool | None) -> "_OnRay":
+        """As many actors as asked for, or one for each GPU, or for as many processors as this process has threads."""
+        there = ray.cluster_resources()
+        cpus, gpus = int(there.get("CPU", 1)), there.get("GPU", 0)
+        on_gpu = gpus > 0 if on_gpu is None else on_gpu
+        if on_gpu and not gpus:
+            raise EngineError(f"--ray {cluster.ray}: the cluster has no GPU; give --device cpu")
+        by_default = int(gpus) if on_gpu else cpus // torch.get_num_threads()
+        jobs = cluster.actors or max(1, by_default)
+        threads = min(torch.get_num_threads(), max(1, cpus // jobs))
+        log.info(
+            "Ray %s: %s of %s each, on %s with %s",
+            cluster.ray, counted(jobs, "actor"), counted(threads, "thread"),
+            counted(len([node for node in ray.nodes() if node["Alive"]]), "node"), counted(cpus, "processor"),
+        )  # fmt: skip
+        return cls(ray, jobs, threads, min(1.0, gpus / jobs) if on_gpu else 0.0, cluster.retries)
+
+    def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+        if tasks:
+            _Crew(self, work, tasks, hear).labour()
+
+
+class _Crew:
+    """The actors of one run, and what each is doing."""
+
+    def __init__(self, engine: _OnRay, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+        self.engine, self.ray, self.tasks, self.hear = engine, engine.ray, tasks, hear
+        self.waiting = deque(range(len(tasks)))
+        self.losses: dict[int, int] = {}
+        # By what is waited for: the actor, and the number of its task, None while it begins.
+        self.busy: dict[Any, tuple[Any, int | None]] = {}
+        count = torch.get_num_threads()
+        self.parcel = self.ray.put((pickle.dumps(work), str(Path.cwd()), sys.path, count, log.level))
+        self.kind = self.ray.remote(num_cpus=count, num_gpus=engine.gpus, max_restarts=0)(_Actor)
+        self.never_begun = 0
+
+    def labour(self) -> None:
+        for _ in range(min(self.engine.jobs, len(self.tasks))):
+            self._hire()
+        try:
+            while self.waiting or any(number is not None for _, number in self.busy.values()):
+                ready, _ = self.ray.wait(list(self.busy), timeout=_SECONDS_BETWEEN_REMARKS)
+                if not ready and all(number is None for _, number in self.busy.values()):
+                    log.warning("no worker has begun yet: the cluster is busy, or has no node with what one needs")
+                for one in ready:
+                    self._look(one)
+        finally:
+            for actor, _ in self.busy.values():
+                self.ray.kill(actor)
+
+    def _hire(self) -> None:
+        actor = self.kind.remote()
+        self.busy[self._streaming(actor.begin, self.parcel)] = actor, None
+
+    def _give(self, actor: Any) -> None:
+        """The next task; without one the actor is let go."""
+        if self.waiting:
+            number = self.waiting.popleft()
+            self.busy[self._streaming(actor.do, self.tasks[number])] = actor, number
+        else:
+            self.ray.kill(actor)
+
+    def _streaming(self, method: Any, argument: Any) -> Any:
+        return method.options(num_returns="streaming").remote(argument)
+
+    def _look(self, one: Any) -> None:
+        actor, number = self.busy[one]
+        try:
+            kind, said = self.ray.get(next(one))
+        except StopIteration:
+            del self.busy[one]
+            self._give(actor)
+            return
+        except self.ray.exceptions.RayError as failure:
+            del self.busy[one]
+            self._mourn(number, failure)
+            return
+        if kind == "log":
+            log.handle(said)
+        elif kind == "error":
+            raise said
+        elif number is not None:
+            self.hear(self.tasks[number], said)
+
+    def _mourn(self, number: int | None, failure: Exception) -> None:
+        """An actor has died."""
+        if number is None:
+            self.never_begun += 1
+            if self.never_begun > self.engine.retries:
+                raise EngineError(f"--ray: a worker cannot begin ({' '.join(str(failure).split())[:300]})") from failure
+        else:
+            times = self.losses[number] = self.losses.get(number, 0) + 1
+            lost = Lost(times, times > self.engine.retries)
+            self.hear(self.tasks[number], lost)
+            if not lost.for_good:
+                self.waiting.appendleft(number)
+        if self.waiting:
+            self._hire()
+
+
+class _Actor:
+    """A process of a Ray cluster. What it does comes piece by piece: ("told", what), ("log", a record), ("error", an
+    exception).
+    """
+
+    def begin(self, parcel: tuple[bytes, str, list[str], int, int]) -> Iterator[tuple[str, Any]]:
+        content, folder, path, self.count, level = parcel
+        sys.path += [one for one in path if one not in sys.path]
+        log.setLevel(level)
+        log.propagate = False
+        share_processors(self.count)
+        try:
+            os.chdir(folder)
+            self.work = pickle.loads(content)  # noqa: S301 - written by the process that began us
+        except (OSError, ImportError) as failure:
+            needed = f"all nodes need this folder, {folder}, on storage that they share, and the same packages"
+            yield "error", EngineError(f"--ray: a worker on {platform.node()} cannot begin ({failure}); {needed}")
+
+    def do(self, task: Any) -> Iterator[tuple[str, Any]]:
+        messages: SimpleQueue[tuple[str, Any] | None] = SimpleQueue()
+        thread = threading.Thread(target=self._labour, args=(task, messages))
+        thread.start()
+        while (message := messages.get()) is not None:
+            yield message
+        thread.join()
+
+    def _labour(self, task: Any, messages: SimpleQueue) -> None:
+        torch.set_num_threads(self.count)  # of this thread
+        handler = _Forwarding(messages)
+        log.addHandler(handler)
+        try:
+            self.work(task, lambda told: messages.put(("told", told)))
+        except Exception as failure:  # noqa: BLE001 - raised again by the process that asked
+            failure.add_note(traceback.format_exc())  # a traceback itself is not sent
+            messages.put(("error", failure))
+        finally:
+            log.removeHandler(handler)
+            messages.put(None)
+
+
+class _Forwarding(logging.Handler):
+    """Log records as messages."""
+
+    def __init__(self, messages: SimpleQueue) -> None:
+        super().__init__()
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.put(("log", logging.makeLogRecord({**vars(record), "msg": record.getMessage(), "args": None})))

@@ -38,6 +38,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SECONDS_BETWEEN_LOG_LINES = 30
 
 _quiet = threading.Event()
+_most_processors: int | None = None
 # Each process has its own bars; tqdm's own lock is shared with forked ones and stays taken when one is killed.
 tqdm.set_lock(threading.RLock())
 
@@ -122,7 +123,14 @@ def run_metadata(device: torch.device) -> dict[str, Any]:
 
 def processors() -> int:
     """How many this process may use, which on a cluster is fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(there, _most_processors or there)
+
+
+def share_processors(count: int) -> None:
+    """Use no more than so many from here on."""
+    global _most_processors
+    _most_processors = count
 
 
 def keep_freed_memory() -> None:

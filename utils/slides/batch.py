@@ -3,15 +3,17 @@ report and a contact sheet.
 """
 
 import logging
+import platform
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Event
 
 from utils.core.config import ExtractionFiles
-from utils.core.errors import ConfigError, LiteMILError, NoTissueError, SlideError
+from utils.core.engine import Engine, Lost, Tell, threads
+from utils.core.errors import BackboneError, ConfigError, LiteMILError, NoTissueError, SlideError
 from utils.core.files import check_distinct, clear_parts, write_records
 from utils.core.runtime import log, progress_bar
 from utils.slides.contours import ContourFile
@@ -29,7 +31,8 @@ _SECONDS_BETWEEN_REPORTS = 10
 class SlideStatus:
     """What became of one slide: "done", "skipped" (its features are there), "no tissue" or "failed", and why.
 
-    `patches`, their `mpp` and the `seconds` it took are None where they are not known.
+    `patches`, their `mpp` and the `seconds` it took are None where they are not known. `node` is the machine, `tries`
+    is above 1 where workers died over it.
     """
 
     slide: Path
@@ -38,6 +41,8 @@ class SlideStatus:
     patches: int | None = None
     mpp: float | None = None
     seconds: float | None = None
+    node: str = ""
+    tries: int = 1
 
 
 # What makes a slide's file, or raises a LiteMILError.
@@ -175,51 +180,61 @@ class SlideFiles:
         write_contact_sheet(report.with_name(f"{report.stem.replace(REPORT, SHEET)}.html"), rows)
 
 
-def work_through(targets: Mapping[Path, Path], workers: Sequence[Work], report: Path, stop: Event) -> list[SlideStatus]:
-    """Do every slide, each worker one at a time in a thread of its own; the statuses are in the slides' order.
+def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, report: Path) -> list[SlideStatus]:
+    """Do every slide, side by side the largest first; the statuses are in the slides' order.
 
-    A slide that fails is logged and reported, and the others go on. What is no slide's fault, Ctrl-C too, ends all:
-    then `stop` is set, which the workers have to heed. `report` is written now and then, and at the end in any case.
+    A slide that fails is logged and reported, and the others go on. What is no slide's fault, Ctrl-C too, ends all.
+    `report` is written now and then, and at the end in any case.
     """
-    queue: SimpleQueue[Path] = SimpleQueue()
-    for slide in targets:
-        queue.put(slide)
     statuses: dict[Path, SlideStatus] = {}
+    tries: Counter[Path] = Counter()
+    written = time.monotonic()
+    pairs = list(targets.items())
+    if engine.jobs > 1:
+        pairs.sort(key=lambda pair: -pair[0].stat().st_size)
 
-    def labour(work: Work) -> None:
-        while not stop.is_set():
-            try:
-                slide = queue.get_nowait()
-            except Empty:
-                return
-            statuses[slide] = guarded(work, slide, targets[slide])
-            bar.update()
+    def hear(pair: tuple[Path, Path], told: SlideStatus | Lost) -> None:
+        nonlocal written
+        slide, _ = pair
+        tries[slide] += 1
+        if isinstance(told, Lost) and not told.for_good:
+            log.warning("%s: %s; it is tried again", slide, told)
+            return
+        status = SlideStatus(slide, "failed", f"{slide}: {told}") if isinstance(told, Lost) else told
+        statuses[slide] = announced(replace(status, tries=tries[slide]))
+        bar.update()
+        if time.monotonic() - written > _SECONDS_BETWEEN_REPORTS:
+            _write_report(report, targets, statuses)
+            written = time.monotonic()
 
     try:
-        with progress_bar("Slides", len(targets), unit="slide") as bar, ThreadPoolExecutor(len(workers)) as pool:
-            labours = {pool.submit(labour, work) for work in workers}
-            try:
-                while labours:
-                    ended, labours = wait(labours, _SECONDS_BETWEEN_REPORTS, FIRST_EXCEPTION)
-                    for one in ended:
-                        one.result()
-                    _write_report(report, targets, statuses)
-            except BaseException:
-                stop.set()
-                raise
+        with threads(engine.threads), progress_bar("Slides", len(targets), unit="slide") as bar:
+            engine.run(partial(_do, work), pairs, hear)
     finally:
         _write_report(report, targets, statuses)
     return [statuses[slide] for slide in targets]
 
 
-def guarded(work: Work, slide: Path, target: Path) -> SlideStatus:
-    """The slide's status, whatever is wrong with it, which is logged."""
+def _do(work: Work, pair: tuple[Path, Path], tell: Tell) -> None:
+    tell(attempt(work, *pair))
+
+
+def attempt(work: Work, slide: Path, target: Path) -> SlideStatus:
+    """The slide's status, whatever is wrong with it."""
     try:
-        return work(slide, target)
+        status = work(slide, target)
+    except BackboneError:  # no slide's fault
+        raise
     except LiteMILError as error:
-        empty = isinstance(error, NoTissueError)
-        log.log(logging.WARNING if empty else logging.ERROR, "%s", error)
-        return SlideStatus(slide, "no tissue" if empty else "failed", str(error))
+        status = SlideStatus(slide, "no tissue" if isinstance(error, NoTissueError) else "failed", str(error))
+    return replace(status, node=platform.node())
+
+
+def announced(status: SlideStatus) -> SlideStatus:
+    """The same, logged where it is bad news."""
+    if status.status in ("no tissue", "failed"):
+        log.log(logging.WARNING if status.status == "no tissue" else logging.ERROR, "%s", status.reason)
+    return status
 
 
 def _write_report(report: Path, targets: Mapping[Path, Path], statuses: Mapping[Path, SlideStatus]) -> None:

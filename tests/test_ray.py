@@ -1,0 +1,147 @@
+"""The three commands on a Ray of this machine: the same bytes as without it, whoever dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.conftest import ROOT, needs_ray
+
+RECIPE = ("--backbone", "stain-texture", "--patch_size", 128, "--mpp", 0.5, "--no-preview")
+ON_RAY = ("--ray", "local", "--actors", 2)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads worker processes from Linux's /proc")
+
+
+@pytest.fixture
+def demo(demo_home, monkeypatch) -> Path:
+    """The demo's folder, from within the one it was made in."""
+    monkeypatch.chdir(demo_home[0])
+    return Path("datasets/demo")
+
+
+def same_features(folder: Path, expected: Path) -> bool:
+    found = {path.name: path.read_bytes() for path in folder.glob("*.h5")}
+    return found == {path.name: path.read_bytes() for path in expected.glob("*.h5")}
+
+
+def workers() -> list[int]:
+    """Processes of this machine's Ray that do, or wait for, what we send them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::_Actor"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+CHECKPOINT = "outputs/LiteMIL/demo/all_folds_best.pth"
+
+
+def extraction(demo: Path, target: Path, *flags: object) -> tuple[object, ...]:
+    return "--input_dir", demo / "wsi", "--output_dir", target, *RECIPE, *ON_RAY, *flags
+
+
+def test_extraction_gives_the_same_bytes_though_a_worker_dies(ray, demo, script, tmp_path):
+    target = tmp_path / "features"
+
+    def kill_one() -> None:
+        wait_until(lambda: len(list(target.glob("*.h5"))) > 2)
+        os.kill(workers()[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    outcome = script("extractFeatures", *extraction(demo, target))
+    killer.join()
+    assert outcome.code == 0, outcome.err
+    assert "48 extracted" in outcome.out
+    assert "its worker process ended unexpectedly, as when memory runs out; it is tried again" in outcome.err
+    assert same_features(target, demo / "features")
+    report = pd.read_csv(target / "extraction_report.csv")
+    assert set(report["status"]) == {"done"}
+    assert sorted(report["tries"])[-2:] == [1, 2]
+    assert set(report["node"]) == {os.uname().nodename}
+    assert (report["seconds"] > 0).all()
+
+
+def test_extraction_goes_on_after_its_driver_was_killed(demo, tmp_path):
+    needs_ray()
+    target = tmp_path / "features"
+    command = [sys.executable, str(ROOT / "extractFeatures.py"), *map(str, extraction(demo, target))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    before = set(workers())
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list(target.glob("*.h5"))) > 2)
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not set(workers()) - before)
+    assert 2 < len(list(target.glob("*.h5"))) < 48
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 failed" in done.stdout
+    assert same_features(target, demo / "features")
+    assert not list(target.rglob("*.part"))
+
+
+def test_training_gives_the_same_files(ray, demo, script, tmp_path):
+    outcome = script(
+        "train", "--mil", "LiteMIL", "--dataset", "demo", "--output_dir", tmp_path / "run", *ON_RAY,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    expected = Path("outputs/LiteMIL/demo")
+    for name in ("predictions.csv", "outputs.json", "splits.json", "history.csv"):
+        assert (tmp_path / "run" / name).read_bytes() == (expected / name).read_bytes(), name
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["jobs"] == 2
+
+
+def test_prediction_gives_the_same_files(ray, demo, script, tmp_path):
+    folders = []
+    for name, flags in (("alone", ()), ("ray", ON_RAY)):
+        folders.append(tmp_path / name)
+        outcome = script(
+            "predict", "--checkpoint", CHECKPOINT, "--input_dir", demo / "holdout/wsi",
+            "--labels_csv", demo / "holdout/labels.csv", "--output_dir", folders[-1], *flags,
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        assert "6 done" in outcome.out
+    alone, on_ray = ({path.relative_to(one) for path in one.rglob("*")} for one in folders)
+    assert alone == on_ray
+    for name in sorted(alone):
+        if name.suffix in (".json", ".csv") and name.name != "prediction_report.csv":
+            assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("extractFeatures", ("--input", "a.svs"), "--ray shares the slides of a folder out; give --input_dir"),
+        (
+            "predict",
+            ("--checkpoint", CHECKPOINT, "--input", "datasets/demo/wsi/synthetic-01-1.tif"),
+            "--ray shares a folder out; give --input_dir",
+        ),
+        ("train", ("--mil", "LiteMIL", "--dataset", "demo", "--jobs", "2"), "--jobs 2: is for one machine"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_it(name, flags, message, demo, script, tmp_path):
+    Path("a.svs").touch()
+    outcome = script(name, *flags, "--ray", "local")
+    assert outcome.code == 1
+    assert message in outcome.errors[0]
