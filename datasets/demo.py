@@ -42,6 +42,10 @@ class DemoSlide:
         """Where it is in the cohort's folder, or that of the held-out slides."""
         return folder / "wsi" / f"{self.wsi_id}.tif"
 
+    def mask(self, folder: Path) -> Path:
+        """Where its lesion's mask is."""
+        return folder / "masks" / f"{self.wsi_id}.png"
+
     def draw(self, target: Path, mask: Path | None = None) -> None:
         """Write the slide and, where asked for, its lesion's mask."""
         patient, slide = (int(part) for part in self.wsi_id.split("-")[1:])
@@ -69,7 +73,12 @@ TRAINING, HOLDOUT = demo_slides(PATIENTS, SLIDES_EACH), demo_slides(HELD_OUT, 1,
 def make_demo(folder: Path = FOLDER) -> None:
     """Make what is missing of the demo cohort; what is there stays."""
     places = {folder: TRAINING, folder / "holdout": HOLDOUT}
-    missing = [(row, home) for home, rows in places.items() for row in rows if not row.wsi(home).exists()]
+    missing = [
+        (row, home)
+        for home, rows in places.items()
+        for row in rows
+        if not (row.wsi(home).exists() and row.mask(home).exists())
+    ]
     if missing:
         log.info("Drawing %d synthetic slides into %s, once", len(missing), folder)
         with progress_bar("Drawing slides", len(missing), unit="slide") as bar, threads(1):
@@ -99,7 +108,7 @@ def make_test_slide(path: Path = TEST_SLIDE) -> None:
 
 def _draw(task: tuple[DemoSlide, Path], tell: Tell) -> None:
     row, home = task
-    row.draw(row.wsi(home), home / "masks" / f"{row.wsi_id}.png")
+    row.draw(row.wsi(home), row.mask(home))
     tell(row.wsi_id)
 
 

@@ -9,6 +9,7 @@ tells sizes and MD5; the labels are the study's own tables at a fixed commit. In
 """
 
 import csv
+import errno
 import hashlib
 import http.client
 import io
@@ -41,6 +42,7 @@ TEST_SLIDE_BYTES = 1_938_955
 
 _ATTEMPTS, _PAUSE = 6, 2.0  # without a byte of progress; seconds before the second, twice as many before each further
 _TIMEOUT = 60  # s without an answer
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _PIECE = 2**20
 _MEMBER = re.compile(r"(?:[^/]+/)*pt_files/([^/\\]+\.pt)")
 _SLIDE_ENDINGS = (".svs", ".tif", ".tiff", ".ndpi")
@@ -110,18 +112,23 @@ def fetch(url: str, target: Path, *, algorithm: str, expected: str, size: int | 
 
     Raises DownloadError.
     """
+    if target.is_dir():
+        raise DownloadError(f"{target}: is a folder, where a file is to be; move it away")
     if target.exists() and _digest(target, algorithm) == expected:
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     part, failures = _part(target), 0
     with progress_bar(target.name, size, unit="B", unit_scale=True) as bar:
         while True:
             before = _size(part)
             bar.n = before
             try:
-                if _continue(url, part, bar):
+                if _continue(url, part, size, bar):
                     break
             except (OSError, http.client.HTTPException) as failure:
+                if getattr(failure, "errno", None) in _OF_THE_DISK:
+                    remedy = "free some space, or give another --output_dir"
+                    raise DownloadError(f"{part}: cannot be written ({failure}); {remedy}") from failure
                 failures = 1 if _size(part) > before else failures + 1
                 if failures == _ATTEMPTS or _is_final(failure):
                     kept = f"the first {file_size(_size(part))} are kept: " if _size(part) else ""
@@ -141,24 +148,31 @@ def fetch(url: str, target: Path, *, algorithm: str, expected: str, size: int | 
     part.replace(target)
 
 
-def _continue(url: str, part: Path, bar: Any) -> bool:
-    """Append to `part` what is missing; True when the server says that this is all."""
+def _continue(url: str, part: Path, size: int | None, bar: Any) -> bool:
+    """Append to `part` what is missing of its `size`, where that is known; True when there is no more."""
     have = _size(part)
+    if size is not None and have >= size:
+        return True
     headers = {"User-Agent": "LiteMIL"} | ({"Range": f"bytes={have}-"} if have else {})
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - addresses of this file and of the record
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
-            goes_on = answer.status == http.HTTPStatus.PARTIAL_CONTENT
+            begins = f"bytes {have}-"  # where a server goes on elsewhere than asked, all is fetched anew
+            goes_on = have > 0 and (answer.headers.get("Content-Range") or "").startswith(begins)
+            if answer.status == http.HTTPStatus.PARTIAL_CONTENT and not goes_on:
+                part.unlink()
+                raise http.client.IncompleteRead(b"")
             length = answer.headers.get("Content-Length")
             with part.open("ab" if goes_on else "wb") as file:
                 bar.n = have if goes_on else 0
-                came = 0
-                while piece := answer.read(_PIECE):
+                came, most = 0, float("inf") if size is None else size - bar.n
+                while came <= most and (piece := answer.read(_PIECE)):
                     file.write(piece)
                     bar.update(len(piece))
                     came += len(piece)
-            if length is not None and came < int(length):
-                raise http.client.IncompleteRead(b"", int(length) - came)
+            expected = most if size is not None else int(length or 0)
+            if came < expected:
+                raise http.client.IncompleteRead(b"", int(expected) - came)
     except urllib.error.HTTPError as failure:
         if failure.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # there is no more than we have
             return True
@@ -195,8 +209,12 @@ def _unpack(archive: Path, features: Path) -> None:
             for name, one in progress(missing, "Unpacking", unit="file"):
                 with file.open(one) as packed, whole_file(features / name) as part, part.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked, _PIECE)
-    except zipfile.BadZipFile as failure:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as failure:  # the last two: packed in another way
         raise DownloadError(f"{archive}: damaged ({failure}); remove it and run the same command again") from failure
+    except OSError as failure:
+        raise DownloadError(
+            f"{features}: cannot be written ({failure}); free some space, and run it again"
+        ) from failure
 
 
 def _is_unpacked(features: Path, archive: str) -> bool:
@@ -247,13 +265,21 @@ def _tell_missing(features: Path, rows: Sequence[Mapping[str, str]], known: Know
 
 
 def _check_space(folder: Path, needed: int, what: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DownloadError(
             f"{folder}: {file_size(free)} free, but {what} needs {file_size(needed)}; free some space, or give "
             "--output_dir on another disk"
         )
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises DownloadError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise DownloadError(f"{folder}: cannot be made ({failure}); give another --output_dir") from failure
 
 
 def _digest(path: Path, algorithm: str) -> str:

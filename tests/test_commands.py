@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from MILS import list_mils
 from tests.conftest import BACKBONE, PATCH
@@ -416,3 +417,34 @@ def test_wrong_usage_is_argparse_2(script):
     assert script("train", "--mil", "LiteMIL").code == 2
     assert script("predict", "--input", "x.h5").code == 2
     assert script("predict", "--inpu", "x.h5").code == 2
+
+
+def test_a_slide_that_does_not_tell_its_resolution_is_predicted_by_the_users_word(script, tmp_path, monkeypatch):
+    """A plain image, whose scale bar, too, is that of what was told."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slides").mkdir()
+    for patient in range(12):
+        image = stained_image(384, 384, seed=patient, coverage=0.9)
+        write_pyramid(tmp_path / "slides" / f"P{patient:02d}.tif", image, mpp=0.5, tile=128)
+    rows = [f"P{patient:02d},P{patient:02d},{'ab'[patient % 2]}" for patient in range(12)]
+    Path("labels.csv").write_text("\n".join(["case_id,wsi_id,label", *rows]) + "\n")
+    made = script("extractFeatures", "--input_dir", "slides", "--output_dir", "features", "--backbone", "stain",
+                  "--patch_size", 96, "--mpp", 0.5, "--no-preview")  # fmt: skip
+    assert made.code == 0, made.err
+    trained = script("train", "--mil", "meanPool", "--dataset", "x", "--features_dir", "features", "--labels_csv",
+                     "labels.csv", *TRAINING, "--output_dir", "run")  # fmt: skip
+    assert trained.code == 0, trained.err
+    Image.fromarray(stained_image(384, 384, seed=99, coverage=0.9)).save("plain.png")
+    Path("mpp.csv").write_text("wsi,mpp\nplain.png,0.5\n")
+    flags = ("--checkpoint", "run/all_folds_best.pth", "--input", "plain.png", "--device", "cpu", "--visualize")
+    assert "give it in --slides_csv" in script("predict", *flags).errors[0]
+    bars = []
+    monkeypatch.setattr("utils.pictures.heatmap._scale_bar", lambda *given: bars.append(given))
+    told = script("predict", *flags, "--slides_csv", "mpp.csv")
+    assert told.code == 0, told.err
+    assert bars
+    Path("mpp.csv").write_text("wsi,mpp\nplain.png,0.4\n")
+    other = script("predict", *flags, "--slides_csv", "mpp.csv")
+    assert "is another prediction" in other.errors[0]
+    features = script("predict", *flags[:3], "features/P00.h5", "--slides_csv", "mpp.csv")
+    assert "--slides_csv go with raw slides" in features.errors[0]

@@ -22,6 +22,7 @@ LIBRARIES = {
     "argparse": {"utils/core/cli.py"},
 }  # fmt: skip
 FILES = sorted(path for part in ("MILS", "utils", "datasets") for path in (ROOT / part).rglob("*.py"))
+SCRIPTS = [ROOT / name for name in ("extractFeatures.py", "train.py", "predict.py")]
 
 
 def imports(path: Path) -> set[str]:
@@ -30,7 +31,9 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides its room; write the whole name"
+            assert node.module is not None
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return found
 
@@ -70,7 +73,7 @@ def test_a_file_imports_only_what_its_room_may(path):
     assert found <= allowed, f"{path} imports {found - allowed}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_library_is_imported_only_in_its_room(path):
     place = path.relative_to(ROOT).as_posix()
     for library in {name.split(".")[0] for name in imports(path)} & LIBRARIES.keys():

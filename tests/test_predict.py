@@ -576,3 +576,32 @@ def test_names_with_dollar_signs_are_no_mathematics(predict, tmp_path):
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "out" / f"{name}_report.html").exists()
+
+
+def test_several_models_say_on_the_picture_how_far_they_agree(drawable, models, predict, texts_of_figures, tmp_path):
+    flags, drawn = drawable("LiteMIL")
+    outcome = predict("--checkpoint", *models, *flags[2:], *drawn)
+    assert outcome.code == 0, outcome.err
+    record = json.loads(next((tmp_path / "out").glob("*_prediction.json")).read_text())
+    votes = [max(one, key=one.__getitem__) for one in record["member_probabilities"]]
+    told = f"({record['confidence']:.1%}, {votes.count(record['predicted_class'])} of 3 models)"
+    assert told in outcome.out
+    page = next((tmp_path / "out").glob("*_report.html")).read_text()
+    for text in (*texts_of_figures.values(), page):
+        assert told in text
+    assert f"{record['predicted_class']} by each model" in page
+    assert f"{record['member_probabilities'][0][record['predicted_class']]:.1%}" in page
+
+
+def test_slides_beside_feature_files_are_not_left_out_in_silence(cohort, models, predict, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    name = next(cohort[1].glob("*.h5"))
+    (folder / name.name).write_bytes(name.read_bytes())
+    write_pyramid(folder / "slide.tif", stained_image(256, 256), mpp=0.5)
+    outcome = predict("--checkpoint", models[0], "--input_dir", folder)
+    assert outcome.code == 0, outcome.err
+    assert "holds feature files; left out: 1 slide. For those give --extensions .tif" in outcome.err
+    (folder / "previews").mkdir()
+    (folder / "slide.tif").rename(folder / "previews" / "slide.tif")
+    assert "left out" not in predict("--checkpoint", models[0], "--input_dir", folder).err

@@ -3,6 +3,7 @@
 Import with `from tests.web import ...`.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,7 +19,8 @@ from datasets import download
 
 class Server(ThreadingHTTPServer):
     """Serves `files` by path; of the answers that follow, `faults` says what goes wrong: "drop" half-way, an HTTP
-    error, "corrupt", or "no ranges". `ranges` is what was asked for.
+    error, "corrupt", "truncate" (no length is told, and half of it comes), "endless" (more comes than there is),
+    "elsewhere" (a range that was not asked for), or "no ranges". `ranges` is what was asked for.
     """
 
     def __init__(self) -> None:
@@ -67,13 +69,23 @@ class Handler(BaseHTTPRequestHandler):
         if start >= len(content) > 0:
             self.send_error(416)
             return
+        start = 0 if fault == "elsewhere" else start
         body = bytearray(content[start:])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_response(206 if start or fault == "elsewhere" else 200)
+        if start or fault == "elsewhere":
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if fault not in ("truncate", "endless"):
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if fault == "corrupt":
             body[len(body) // 2] ^= 1
-        self.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
+        if fault == "endless":
+            with contextlib.suppress(ConnectionError):  # whoever asked has had enough
+                for _ in range(100):
+                    self.wfile.write(bytes(2**20))
+            return
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(body[: len(body) // 2] if fault in ("drop", "truncate") else body)
 
     def log_message(self, *_: object) -> None:
         pass

@@ -200,7 +200,7 @@ class AttentionVisualizer:
         heatmap, detailed, grid, top_patches, data, tiles, page = set_paths(Path(output_dir), name)
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
-            picture = _overview(slide)
+            picture = _overview(slide, (record["slide_record"] or {}).get("mpp"))
             top, least = (_patches(slide, shown, few) for few in (shown.top(top_k), shown.lowest(top_k)))
             told = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"]}
             write_attention(tiles, shown, slide, self.look.cmap, told)
@@ -309,8 +309,9 @@ def _attention_map(slide: Slide, coords: NDArray[np.int64], attention: NDArray, 
     return AttentionMap(np.asarray(coords, dtype=np.int64), attention, size_level0)
 
 
-def _overview(slide: Slide) -> Picture:
-    return Picture(slide.thumbnail(max_side=_OVERVIEW), slide.width, slide.height, slide.mpp)
+def _overview(slide: Slide, told_mpp: float | None = None) -> Picture:
+    """`told_mpp` is what the user said of a slide that does not tell its um per level-0 px itself."""
+    return Picture(slide.thumbnail(max_side=_OVERVIEW), slide.width, slide.height, told_mpp or slide.mpp)
 
 
 def _patches(slide: Slide, shown: AttentionMap, indices: NDArray[np.int64]) -> list[ShownPatch]:

@@ -18,7 +18,8 @@ from pathlib import Path
 _OK, _NOTE, _BAD = "ok", "note", "BAD"
 _LEAST_DISK, _LEAST_MEMORY = 20e9, 4e9  # bytes: features of some hundred slides; a backbone and its patches
 _TEST_SLIDE = Path(__file__).resolve().parents[1] / "testSlides" / "testSlide.svs"
-_PACKAGES = ("numpy", "h5py", "openslide", "imagecodecs", "tifffile", "timm", "sklearn", "pandas", "matplotlib")
+_PACKAGES = ("numpy", "h5py", "openslide", "imagecodecs", "tifffile", "timm", "sklearn", "scipy",
+             "pandas", "matplotlib", "PIL", "tqdm", "huggingface_hub")  # fmt: skip
 _SECONDS = 10  # to wait for a program or the network
 
 
@@ -54,7 +55,7 @@ def examine() -> list[Finding]:
     for what, check in checks.items():
         try:
             findings.append(check())
-        except (ImportError, OSError) as failure:
+        except Exception as failure:  # noqa: BLE001 - a broken package raises anything, and the report is for that
             remedy = "run `uv sync`; if it stays, ask with this report"
             findings.append(Finding(what, _BAD, f"{type(failure).__name__}: {failure}", remedy))
     return findings
@@ -96,6 +97,8 @@ def _device() -> Finding:
         has_cuda = torch.cuda.is_available()
     driver = _driver()
     if has_cuda:
+        for index in range(torch.cuda.device_count()):
+            torch.ones(8, 8, device=f"cuda:{index}").sum().item()  # a driver that is too old fails here
         each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         names = ", ".join(f"{one.name} ({one.total_memory / 1e9:.0f} GB)" for one in each)
         return Finding("device", _OK, f"{names}; driver {driver or 'unknown'}")
@@ -191,6 +194,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] == ["--help"] or sys.argv[1:] == ["-h"] else 2)
+        from utils.core import cli
+
+        cli.parse(str(__doc__), {})  # --help, --version; there is no more to say
     main()

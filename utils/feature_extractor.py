@@ -246,14 +246,15 @@ class WSIFeatureExtractor:
             Extracted.of(plan, []).conclude(slide, told.preview)
         return plan
 
-    def delivered_mpp(self, wsi_path: Path) -> float | None:
-        """um per px that a slide's patches would have, None where its own is unknown; no patch is looked for.
+    def delivered_mpp(self, wsi_path: Path, mpp: float | None = None) -> float | None:
+        """um per px that a slide's patches would have, None where its own (`mpp`, where told) is unknown; no patch is
+        looked for.
 
         Raises SlideError, as `plan` does.
         """
         config = self.config
         asked = config.patch_size, config.level, config.target_mpp, config.allow_upsample
-        with open_slide(wsi_path) as slide:
+        with open_slide(wsi_path, mpp) as slide:
             return delivered_mpp(slide, choose_sampling(slide, *asked), config.target_mpp)
 
     def passport(self, slide: Slide, found: "Extracted", told: Told | None = None) -> Passport:

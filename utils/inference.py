@@ -28,6 +28,7 @@ from utils.learning.calibration import mean_calibrated
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint
 from utils.learning.faithfulness import Faithfulness, measure_faithfulness
 from utils.slides.backbones import canonical_backbone
+from utils.slides.batch import Told
 from utils.slides.wsi import slide_mpp
 
 SEEN = "%s: this model was trained on this %s; its prediction proves nothing"
@@ -201,10 +202,12 @@ class SlidePredictor:
             return self._extractor_for(path).extract(path)
         return open_bag(path, feat_type, None if slide is None else slide_mpp(slide))
 
-    def keep_features(self, slide: Path, folder: Path) -> Path:
-        """The raw slide's feature file in `folder`, made unless it is there, by the same recipe."""
+    def keep_features(self, slide: Path, folder: Path, mpp: float | None = None) -> Path:
+        """The raw slide's feature file in `folder`, made unless it is there, by the same recipe; `mpp` is its um per
+        level-0 px where its own is missing or wrong.
+        """
         target = folder / f"{slide.stem}.h5"
-        extract_one(self._extractor_for(slide), slide, target)
+        extract_one(self._extractor_for(slide, mpp), slide, target, told=Told(mpp))
         return target
 
     def predict_bag(
@@ -315,23 +318,25 @@ class SlidePredictor:
             raise ConfigError(f"mode {mode!r} is unknown; use 'full' or 'chunked'")
         return SlideFeed.of_mode(mode, chunk_size or 1000)
 
-    def _extractor_for(self, slide: Path) -> WSIFeatureExtractor:
+    def _extractor_for(self, slide: Path, mpp: float | None = None) -> WSIFeatureExtractor:
         """The feature extractor, once it is known that what it makes of the slide will do."""
         if self.feature_extractor is None:
             raise ConfigError(
                 f"{self.path}: a raw slide needs a feature extractor; use extractPredict, or pass feature_extractor"
             )
-        self._differences(slide, self.feature_extractor.recipe, self.feature_extractor.delivered_mpp(slide))
+        self._differences(slide, self.feature_extractor.recipe, self.feature_extractor.delivered_mpp(slide, mpp))
         return self.feature_extractor
 
     def _check_bag(self, bag: Bag | StoredBag, path: Path) -> None:
         width, expected = bag.features.shape[1], self.checkpoint.model["input_dim"]
-        if width != expected:
-            raise FeatureFileError(
-                f"{path}: features are {width} wide, the model of {self.path} takes {expected}; "
-                "extract the slide with the backbone that the model was trained on"
-            )
         found = bag.passport.recipe if bag.passport else {}
+        if width != expected:
+            made, learned = ((one or {}).get("backbone") for one in (found, self.checkpoint.recipe))
+            raise FeatureFileError(
+                f"{path}: features are {width} wide ({made or 'of a backbone that is not recorded'}), the model of "
+                f"{self.path} takes {expected} ({learned or 'not recorded'}); extract the slide with the backbone that "
+                "the model was trained on"
+            )
         mpp = bag.passport.slide.get("mpp_delivered") if bag.passport else None
         for told in self._differences(path, found, mpp):
             log.warning("%s: made in another way than the training features (%s)", path, told)

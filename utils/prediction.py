@@ -35,7 +35,7 @@ from utils.pictures.caption import title_of
 from utils.pictures.faithfulness import faithfulness_figure, map_of
 from utils.pictures.heatmap import save_picture
 from utils.slides.batch import STATUSES, SlideStatus, work_through
-from utils.slides.wsi import is_slide_file
+from utils.slides.wsi import is_slide_file, read_slides_csv
 
 _CUTTING = ("backbone", "patch_size", "stride", "level", "mpp", "tissue_threshold")
 
@@ -52,10 +52,10 @@ def make_predictor(asked: Prediction, recipe: PredictionRecipe, are_raw: bool) -
             asked.checkpoint, **cutting, **said, weights=recipe.weights, batch_size=recipe.batch_size
         )
     else:
-        if recipe.save_features or recipe.weights:
+        if recipe.save_features or recipe.weights or recipe.slides_csv:
             raise ConfigError(
-                f"{asked.input or asked.input_dir}: holds features already; --save_features and --weights go with raw "
-                "slides"
+                f"{asked.input or asked.input_dir}: holds features already; --save_features, --weights and "
+                "--slides_csv go with raw slides"
             )
         predictor = SlidePredictor(asked.checkpoint, **said)
         predictor.require(recipe=recipe_asked(**cutting))
@@ -147,7 +147,8 @@ class _Work:
 
     def __call__(self, source: Path, target: Path) -> SlideStatus:
         started = time.perf_counter()
-        request = request_of(source, self.settings)
+        told = self._told_mpp(source)
+        request = request_of(source, self.settings if told is None else self.settings | {"told_mpp": told})
         earlier = None if self.asked.overwrite else kept_answer(target, request)
         if earlier is not None and self._is_complete(earlier, source):
             record, status = earlier, "skipped"
@@ -167,7 +168,8 @@ class _Work:
         with tempfile.TemporaryDirectory() as scratch:  # so that a raw slide, too, is streamed
             kept = folder if self.recipe.save_features else Path(scratch)
             slide = None if drawing is None or is_slide_file(source) else drawing.slide_of(source)
-            made = predictor.keep_features(source, kept) if is_slide_file(source) else source
+            is_raw = is_slide_file(source)
+            made = predictor.keep_features(source, kept, self._told_mpp(source)) if is_raw else source
             bag = predictor.bag(made, asked.feat_type, slide)
             size = None if drawing is None else drawing.check(source, bag)
             prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, self._case_of(source))
@@ -199,6 +201,14 @@ class _Work:
             log.warning("%s: has a single patch: there is nothing to take away, and no faithfulness", source)
             return None
         return self.predictor.faithfulness(prediction)
+
+    def _told_mpp(self, source: Path) -> float | None:
+        """The slide's um per level-0 px by the user's word."""
+        return self._mpps.get(source.name, self._mpps.get(source.stem))
+
+    @cached_property
+    def _mpps(self) -> dict[str, float]:
+        return read_slides_csv(self.recipe.slides_csv) if self.recipe.slides_csv else {}
 
     def _case_of(self, source: Path) -> str | None:
         row = self.rows.get(source.stem)

@@ -50,7 +50,7 @@ GIVEN = {
     Download: {"name": "breast"},
     Prediction: {"checkpoint": (Path("a.pth"),), "input": Path("a.h5")},
     PredictionRecipe: {},
-    Pictures: {},
+    Pictures: {"visualize": True},
     Conversion: {"input": Path("in"), "output": Path("out")},
     Audit: {"dataset": "mine"},
 }

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,46 @@ def test_a_dropped_connection_goes_on_where_it_broke(server, file, tmp_path):
     server.ranges.clear()
     fetch(file, tmp_path / "file", algorithm="md5", expected=MD5)
     assert not server.ranges  # it is there
+
+
+def test_a_truncated_file_of_a_server_that_tells_no_length_goes_on(server, file, tmp_path):
+    server.faults = ["truncate"]
+    fetch(file, tmp_path / "file", algorithm="md5", expected=MD5, size=len(CONTENT))
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.ranges == [None, f"bytes={len(CONTENT) // 2}-"]
+
+
+def test_no_more_is_taken_than_there_is(server, file, tmp_path, monkeypatch):
+    server.faults = ["endless"]
+    sizes = []
+    digest = download._digest
+    monkeypatch.setattr(download, "_digest", lambda path, *how: sizes.append(path.stat().st_size) or digest(path, *how))
+    with pytest.raises(DownloadError, match="is damaged"):
+        fetch(file, tmp_path / "file", algorithm="md5", expected=MD5, size=len(CONTENT))
+    assert sizes[0] <= len(CONTENT) + 2 * 2**20
+
+
+def test_a_range_that_was_not_asked_for_is_not_appended(server, file, tmp_path):
+    server.faults = ["drop", "elsewhere"]
+    fetch(file, tmp_path / "file", algorithm="md5", expected=MD5, size=len(CONTENT))
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_fills_up_is_told_at_once(server, file, tmp_path):
+    (tmp_path / "file.part").symlink_to("/dev/full")
+    with pytest.raises(DownloadError, match=r"file\.part: cannot be written \(.*No space left.*another --output_dir"):
+        fetch(file, tmp_path / "file", algorithm="md5", expected=MD5)
+    assert len(server.ranges) == 1
+
+
+def test_places_that_cannot_be(file, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(DownloadError, match=r"taken/inside: cannot be made .*give another --output_dir"):
+        fetch(file, tmp_path / "taken" / "inside" / "file", algorithm="md5", expected=MD5)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DownloadError, match="folder: is a folder, where a file is to be"):
+        fetch(file, tmp_path / "folder", algorithm="md5", expected=MD5)
 
 
 def test_a_server_that_knows_no_ranges_begins_anew(server, file, tmp_path):

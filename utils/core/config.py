@@ -394,6 +394,9 @@ class PredictionRecipe(_Checked):
     level: int | None = option(None, "pyramid level read", least=0)
     mpp: float | None = option(None, "um per pixel of the patches", least=0.05, most=40)
     tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
+    slides_csv: Path | None = option(
+        None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
+    )
     batch_size: int = option(Extraction.batch_size, "patches per forward pass", least=1)
     save_features: bool = option(False, "keep the features as <output_dir>/<slide>.h5")
 
@@ -415,6 +418,9 @@ class Pictures(_Checked):
         super().__post_init__()
         if self.wsi is not None and not self.visualize:
             raise ConfigError(f"--wsi {self.wsi}: the slide to draw on; give --visualize with it")
+        for name in ("top_k", "scale", "cmap", "alpha"):
+            if not self.visualize and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"--{name} {getattr(self, name)}: how pictures look; give --visualize with it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -343,7 +343,8 @@ class _Crew:
         # By what is waited for: the actor, and the number of its task, None while it begins.
         self.busy: dict[Any, tuple[Any, int | None]] = {}
         count = torch.get_num_threads()
-        self.parcel = self.ray.put((pickle.dumps(work), str(Path.cwd()), sys.path, count, log.level))
+        packed = self.ray.cloudpickle.dumps(work)  # what the script itself defines, too
+        self.parcel = self.ray.put((packed, str(Path.cwd()), sys.path, count, log.level))
         self.kind = self.ray.remote(num_cpus=count, num_gpus=engine.gpus, max_restarts=0)(_Actor)
         self.never_begun = 0
 

@@ -29,6 +29,7 @@ from utils.learning.results import (
     write_table,
 )
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
+from utils.slides.batch import PREVIEWS
 from utils.slides.wsi import find_slides, is_slide_file, one_per_series
 
 REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json"
@@ -89,8 +90,15 @@ def _inputs_of(asked: Prediction) -> list[Path]:
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and is_feature_file(path) and not path.name.startswith(".")
     )
+    slides = one_per_series(find_slides(folder, asked.extensions))
     if asked.extensions is not None or not files:
-        files = one_per_series(find_slides(folder, asked.extensions))
+        files = slides
+    elif slides := [one for one in slides if PREVIEWS not in one.parts and not one.resolve().is_relative_to(ours)]:
+        named = " ".join(sorted({slide.suffix for slide in slides}))
+        log.warning(
+            "%s: holds feature files; left out: %s. For those give --extensions %s",
+            folder, counted(len(slides), "slide"), named,
+        )  # fmt: skip
     if ours != folder.resolve():  # a folder may be its own output folder
         files = [path for path in files if not path.resolve().is_relative_to(ours)]
     if not files:

@@ -16,7 +16,9 @@ def title_of(record: Mapping[str, Any]) -> str:
 
 
 def _answer(record: Mapping[str, Any]) -> str:
-    return f"{record['predicted_class']} ({record['confidence']:.1%})"
+    predicted, members = record["predicted_class"], record.get("member_probabilities") or []
+    agreeing = sum(max(one, key=one.__getitem__) == predicted for one in members)
+    return f"{predicted} ({record['confidence']:.1%}" + (f", {agreeing} of {len(members)} models)" if members else ")")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("checkpoints" if several else "checkpoint", _paths_text(checkpoints)),
         ("fed", chunked if record["mode"] == "chunked" else "whole"),
     ]
+    if record.get("member_probabilities"):
+        predicted = record["predicted_class"]
+        each = ", ".join(f"{one[predicted]:.1%}" for one in record["member_probabilities"])
+        facts.append((f"{predicted} by each model", f"{each}; standard deviation {record['spread'][predicted]:.1%}"))
     calibrated = record.get("calibrated_probabilities")
     if calibrated is not None:
         temperatures = record["temperature"] if several else [record["temperature"]]

@@ -22,14 +22,14 @@ def faithfulness_figure(
     """The curves of `record`, a prediction's `faithfulness`; and, where the patches have places, the two `maps` of the
     model and of the same model with random weights, by percentile in the colour map `cmap`.
     """
-    figure = Figure(figsize=(10 if maps else 6.4, 3.1), layout="constrained")
+    figure = Figure(figsize=(10 if maps else 6.4, 3.3), layout="constrained")
     axes = figure.subplots(1, 4 if maps else 2, width_ratios=[1.25, 1.25, 1, 1] if maps else None)
     for one, (name, done) in zip(axes, _TITLES.items(), strict=False):
         _draw_curves(one, record[name], record["random_orders"])
         one.set_title(f"{name.capitalize()}: gap {record[name]['gap']:+.3f}", fontsize=9)
         one.set_xlabel(f"Share of patches {done}", fontsize=8)
     axes[0].set_ylabel(f"Probability of {literal(class_name)}", fontsize=8)
-    axes[1].legend(frameon=False, fontsize=7, loc="best")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=7)
     if maps:
         told = [one for one in record["rank_correlation_with_random_weights"] if one is not None]
         correlation = f"{np.mean(told):.2f}, mean of {len(told)}" if told else "none: all patches are equal"

@@ -161,7 +161,7 @@ def choose_sampling(
     if wanted < 1 / (1 + MOST_UPSAMPLING) and not allow_upsample:
         raise SlideError(
             f"{slide.path}: too coarse for {mpp:g} um/px: it has {slide.mpp:.4g} um/px at its finest, {1 / wanted:.3g} "
-            "times that; leave it out, ask for a coarser --mpp, or enlarge it with --allow_upsample"
+            "times that; leave it out, ask for a coarser --mpp, or enlarge it with extractFeatures.py --allow_upsample"
         )
     downsamples = slide.level_downsamples
     finer = [index for index, factor in enumerate(downsamples) if factor <= wanted * (1 + same)]

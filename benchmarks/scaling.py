@@ -1,0 +1,120 @@
+"""What handing work to Ray costs: overhead of a task, efficiency with workers, memory of the driver over many slides.
+
+    uv run --extra ray benchmarks/scaling.py
+    uv run --extra ray benchmarks/scaling.py --slides 1000 --parts memory
+
+Slides are simulated: each sleeps for its time (drawn from a lognormal distribution, as slides' sizes are about) and
+writes nothing, so that what is measured is the sharing out, on a Ray of this machine.
+"""
+
+import argparse
+import csv
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from report import processor, table, versions
+
+from utils.core.config import Cluster
+from utils.core.engine import Engine, Processes, open_engine
+from utils.core.errors import counted
+from utils.core.runtime import be_quiet
+from utils.slides.batch import SlideStatus, work_through
+
+PARTS = ("overhead", "efficiency", "memory")
+SLIDES, SECONDS = 60, 1.0  # of the simulated slides: how many, how long on average
+
+
+def no_op(slide: Path, _: Path) -> SlideStatus:
+    return SlideStatus(slide, "done", patches=0)
+
+
+def sleep(times: dict[Path, float], slide: Path, _: Path) -> SlideStatus:
+    time.sleep(times[slide])
+    return SlideStatus(slide, "done", patches=0, seconds=times[slide])
+
+
+def simulated(folder: Path, number: int) -> dict[Path, Path]:
+    """Slides and targets; a slide is an empty file, for its size is looked at."""
+    slides = [folder / f"simulated_{one:05d}.svs" for one in range(number)]
+    for slide in slides:
+        slide.touch()
+    return {slide: slide.with_suffix(".h5") for slide in slides}
+
+
+def seconds_of(engine: Engine, work, targets: dict[Path, Path], report: Path) -> float:
+    started = time.perf_counter()
+    statuses = work_through(targets, engine, work, report)
+    took = time.perf_counter() - started
+    if {one.status for one in statuses} != {"done"}:
+        sys.exit("a simulated slide failed")
+    return took
+
+
+def resident() -> float:
+    """MB of this process."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1e3
+
+
+def overhead(folder: Path, number: int) -> str:
+    targets, report = simulated(folder, number), folder / "report.csv"
+    rows = [["this process", f"{1e3 * seconds_of(Processes(), no_op, targets, report) / number:.2f}"]]
+    for actors in (1, 2):
+        with open_engine(Cluster(ray="local", actors=actors), on_gpu=False) as engine:
+            few = dict(list(targets.items())[:10])
+            start = seconds_of(engine, no_op, few, report)
+            took = seconds_of(engine, no_op, targets, report)
+            rows.append([f"Ray, {counted(actors, 'actor')}", f"{1e3 * (took - start) / (number - len(few)):.2f}"])
+    return f"### Overhead: {number:,} slides that take no time\n\n{table(' | ms a slide', rows)}"
+
+
+def efficiency(folder: Path) -> str:
+    targets, rows = simulated(folder, SLIDES), []
+    drawn = np.random.default_rng(0).lognormal(0, 0.6, SLIDES)
+    times = dict(zip(targets, (drawn * SECONDS / drawn.mean()).tolist(), strict=True))
+    total = sum(times.values())
+    for actors in (1, 2):
+        with open_engine(Cluster(ray="local", actors=actors), on_gpu=False) as engine:
+            took = seconds_of(engine, partial(sleep, times), targets, folder / "report.csv")
+        rows.append([str(actors), f"{took:.1f}", f"{total / actors / took:.0%}"])
+    head = f"### Efficiency: {SLIDES} simulated slides of {total:.0f} s together, the start of the workers included"
+    return f"{head}\n\n{table('actors | s | of what is possible', rows)}"
+
+
+def memory(folder: Path, number: int) -> str:
+    targets, report = simulated(folder, number), folder / "report.csv"
+    with open_engine(Cluster(ray="local", actors=2), on_gpu=False) as engine:
+        seconds_of(engine, no_op, dict(list(targets.items())[:100]), report)
+        began = resident()
+        took = seconds_of(engine, no_op, targets, report)
+        rows = [["before", f"{began:.0f}"], ["after", f"{resident():.0f}"]]
+    with report.open(newline="") as file:
+        written = sum(1 for _ in csv.DictReader(file))
+    head = f"### Memory of the driver: {number:,} slides that take no time, in {took:.0f} s; {written:,} are reported"
+    return f"{head}\n\n{table(' | MB', rows)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slides", type=int, default=10_000, help="slides that take no time (default: 10000)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    asked = parser.parse_args()
+    be_quiet()
+    torch.set_num_threads(1)
+    print(f"{', '.join([processor(), *versions()])}\n")
+    for part in asked.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            if part == "efficiency":
+                print(efficiency(Path(folder)), flush=True)
+            else:
+                print({"overhead": overhead, "memory": memory}[part](Path(folder), asked.slides), flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    main()
