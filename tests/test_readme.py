@@ -189,7 +189,10 @@ def test_flags_that_are_named_exist(page):
         for field in dataclasses.fields(group) if isinstance(group, type) and dataclasses.is_dataclass(group) else ():
             if field.metadata:
                 ours |= {config.flag_of(field), field.metadata["alias"]}
-    others = {"--index-url", "--reinstall", "--no-sync", "--with"}
+    others = {"--index-url", "--reinstall", "--no-sync", "--with", "--extra"}
+    if page.name == "scaling.md":  # of Slurm and Ray
+        others |= {"--array", "--gres", "--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--head"}
+        others |= {"--port", "--address", "--min-nodes", "--num-cpus", "--num-gpus", "--generate"}
     assert named <= ours | others, named - ours - others
 
 
