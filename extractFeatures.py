@@ -8,6 +8,7 @@ import sys
 
 from utils.core import cli
 from utils.core.config import Cluster, Extraction, ExtractionFiles
+from utils.core.errors import ConfigError
 from utils.feature_extractor import WSIFeatureExtractor, extract_slides, rehearse
 from utils.slides.batch import summary
 
@@ -16,6 +17,8 @@ def main() -> None:
     groups = {"files": ExtractionFiles, "recipe": Extraction, "beyond one machine": Cluster}
     files, recipe, cluster = cli.parse(str(__doc__), groups)
     extractor = WSIFeatureExtractor.of_config(recipe)
+    if files.dry_run and cluster.is_asked_for:
+        raise ConfigError("--dry_run looks from this machine alone; leave --ray out")
     if files.dry_run:
         statuses, told = rehearse(extractor, files)
     else:

@@ -145,3 +145,24 @@ def test_what_does_not_go_with_it(name, flags, message, demo, script, tmp_path):
     outcome = script(name, *flags, "--ray", "local")
     assert outcome.code == 1
     assert message in outcome.errors[0]
+
+
+@pytest.mark.slow
+def test_training_goes_on_after_its_driver_was_killed(demo, tmp_path):
+    needs_ray()
+    run = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", "--mil", "LiteMIL", "--dataset", "demo", "--output_dir", run, *ON_RAY]
+    command = list(map(str, command))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    before = set(workers())
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list((run / "resume").glob("fold_*.pt"))) > 3)
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not set(workers()) - before)
+    kept = {path: path.stat().st_mtime_ns for path in (run / "resume").glob("fold_*.pt")}
+    assert 3 < len(kept) < 20
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("predictions.csv", "outputs.json"):
+        assert (run / name).read_bytes() == (Path("outputs/LiteMIL/demo") / name).read_bytes()

@@ -392,12 +392,12 @@ def extract_slides(
     known, cluster = _slide_files(extractor, files), cluster or Cluster()
     targets = known.targets()
     if files.input is not None:
-        if cluster.ray is not None:
+        if cluster.is_asked_for:
             raise ConfigError("--ray shares the slides of a folder out; give --input_dir with it")
         return [_Extraction((extractor,), known)(*pair) for pair in targets.items()]
     with _engine(extractor, cluster) as engine:
         extractors = [extractor]
-        if cluster.ray is None:
+        if not cluster.is_asked_for:
             extractors += [extractor.on(device) for device in extractor.devices[1:]]
             _ = [one.backbone for one in extractors]  # one that cannot be had ends all before it begins
         known.clear_parts(targets)
@@ -408,7 +408,7 @@ def extract_slides(
 
 
 def _engine(extractor: WSIFeatureExtractor, cluster: Cluster) -> AbstractContextManager[Engine]:
-    if cluster.ray is None:
+    if not cluster.is_asked_for:
         return nullcontext(Threads(len(extractor.devices), extractor.stop))
     device = extractor.config.device
     if device not in ("auto", "cpu", "cuda"):

@@ -156,7 +156,7 @@ class NestedCrossValidation:
     @property
     def _is_sent_away(self) -> bool:
         """Whether trainings leave this process."""
-        return self.running.jobs > 1 or self.cluster.ray is not None
+        return self.running.jobs > 1 or self.cluster.is_asked_for
 
     def _engine(self) -> AbstractContextManager[Engine]:
         return open_engine(self.cluster, self.running.jobs, self.device.type == "cuda")

@@ -106,7 +106,7 @@ def predict_files(
     rows = files.label_rows(predictor.checkpoint.class_names, asked.dataset or predictor.checkpoint.dataset)
     work = _Work(predictor, asked, recipe, drawing, rows)
     if asked.input is not None:
-        if cluster is not None and cluster.ray is not None:
+        if cluster is not None and cluster.is_asked_for:
             raise ConfigError("--ray shares a folder out; give --input_dir with it")
         target = files.targets[asked.input]
         status = work(asked.input, target)
@@ -130,7 +130,7 @@ def predict_files(
 
 
 def _engine(asked: Prediction, cluster: Cluster | None) -> AbstractContextManager[Engine]:
-    if cluster is None or cluster.ray is None:
+    if cluster is None or not cluster.is_asked_for:
         return nullcontext(Threads())
     return open_engine(cluster, on_gpu=resolve_device(asked.device).type == "cuda")
 

@@ -316,6 +316,10 @@ class Cluster(_Checked):
         if self.ray is None and self.actors is not None:
             raise ConfigError(f"--actors {self.actors}: goes with --ray; give --ray local, auto or an address")
 
+    @property
+    def is_asked_for(self) -> bool:
+        return self.ray is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal(_Checked):
