@@ -1113,7 +1113,7 @@ class TestSplitsFile:
 
 class TestJobs:
     def test_two_processes_write_the_bytes_of_one(self, finished, cohort, dataset, tmp_path, monkeypatch):
-        monkeypatch.setattr(nested_cv, "threads_each", lambda jobs: 1)
+        monkeypatch.setattr("utils.core.engine.threads_each", lambda jobs: 1)
         factory = partial(build_mil, "LiteMIL", input_dim=16, num_classes=2, hidden_dim=16, num_heads=2)
         make_cv(dataset, tmp_path / "run", factory, jobs=2).run()
         assert_same(contents(tmp_path / "run"), contents(finished.folder))
