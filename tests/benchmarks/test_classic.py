@@ -58,6 +58,7 @@ def test_standardised_features_have_mean_0_and_spread_1(classic, tmp_path):
     assert (everything[:, 5] == 0).all()
 
 
+@pytest.mark.slow
 def test_prints_a_row_and_finds_it_again(tmp_path):
     write_synthetic(tmp_path)
     flags = ["--data", tmp_path, "--output", tmp_path / "out", "--benchmarks", "musk1", "--models", "ABMIL"]

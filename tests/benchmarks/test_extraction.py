@@ -58,6 +58,7 @@ def test_the_texture_goes_on_at_its_edges(extraction):
     assert image.std() > 20
 
 
+@pytest.mark.slow
 def test_the_other_parts_print_their_tables():
     flags = ["--parts", "feeding", "extracting", "memory", "--side", "1200", "--patches", "12", "--repeats", "1"]
     done = subprocess.run(

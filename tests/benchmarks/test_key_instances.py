@@ -45,6 +45,7 @@ def test_key_auc_is_the_area_under_the_roc_curve(key_instances):
             assert key_instances.key_auc(attention, keys) == pytest.approx(roc_auc_score(keys, attention))
 
 
+@pytest.mark.slow
 def test_prints_a_row_per_model(shared_data):
     flags = [shared_data / "bags" / "kather5000_best3_49feat.mat", "--seeds", "1", "--models", "LiteMIL"]
     done = subprocess.run(

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
 
 
+@pytest.mark.slow
 def test_prints_overhead_and_memory(ray, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     scaling = pytest.importorskip("scaling")
