@@ -6,6 +6,7 @@ process, in the thread that asked. Orchestrators know `Engine` only, and which o
 
 import importlib
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -50,7 +51,7 @@ class Lost:
     for_good: bool
 
     def __str__(self) -> str:
-        how_often = "" if self.times == 1 else f" for the {self.times}th time"
+        how_often = "" if self.times == 1 else f" ({self.times} times now)"
         return f"its worker process ended unexpectedly{how_often}, as when memory runs out"
 
 
@@ -274,7 +275,9 @@ def _joined(address: str) -> Iterator[Any]:
     if ray.is_initialized():  # by the notebook or script that we are called from
         yield ray
         return
-    where = {"num_cpus": processors(), "include_dashboard": False} if address == "local" else {"address": address}
+    where = {"address": address}
+    if address == "local":
+        where |= {"num_cpus": processors(), "include_dashboard": False}
     try:
         if address not in ("local", "auto"):
             _call_on(address)
@@ -320,13 +323,14 @@ class _OnRay:
             raise EngineError(f"--ray {cluster.ray}: the cluster has no GPU; give --device cpu")
         by_default = int(gpus) if on_gpu else cpus // torch.get_num_threads()
         jobs = cluster.actors or max(1, by_default)
-        threads = min(torch.get_num_threads(), max(1, cpus // jobs))
+        largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        threads = min(torch.get_num_threads(), max(1, cpus // jobs), largest)
         log.info(
             "Ray %s: %s of %s each, on %s with %s",
             cluster.ray, counted(jobs, "actor"), counted(threads, "thread"),
             counted(len([node for node in ray.nodes() if node["Alive"]]), "node"), counted(cpus, "processor"),
         )  # fmt: skip
-        return cls(ray, jobs, threads, min(1.0, gpus / jobs) if on_gpu else 0.0, cluster.retries)
+        return cls(ray, jobs, threads, 1 / math.ceil(jobs / gpus) if on_gpu else 0.0, cluster.retries)
 
     def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
         if tasks:
@@ -383,8 +387,11 @@ class _Crew:
             kind, said = self.ray.get(next(one))
         except StopIteration:
             del self.busy[one]
+            self.never_begun = 0
             self._give(actor)
             return
+        except self.ray.exceptions.RayTaskError:  # nobody died: a bug, or what cannot be sent
+            raise
         except self.ray.exceptions.RayError as failure:
             del self.busy[one]
             self._mourn(number, failure)
@@ -444,7 +451,7 @@ class _Actor:
         log.addHandler(handler)
         try:
             self.work(task, lambda told: messages.put(("told", told)))
-        except Exception as failure:  # noqa: BLE001 - raised again by the process that asked
+        except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
             failure.add_note(traceback.format_exc())  # a traceback itself is not sent
             messages.put(("error", failure))
         finally:
