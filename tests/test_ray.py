@@ -71,14 +71,14 @@ def test_extraction_gives_the_same_bytes_though_a_worker_dies(ray, demo, script,
     outcome = script("extractFeatures", *extraction(demo, target))
     killer.join()
     assert outcome.code == 0, outcome.err
-    assert "48 extracted" in outcome.out
+    assert "0 failed" in outcome.out
     assert "its worker process ended unexpectedly, as when memory runs out; it is tried again" in outcome.err
     assert same_features(target, demo / "features")
     report = pd.read_csv(target / "extraction_report.csv")
-    assert set(report["status"]) == {"done"}
+    assert set(report["status"]) <= {"done", "skipped"}  # skipped: it died between writing and telling
     assert sorted(report["tries"])[-2:] == [1, 2]
     assert set(report["node"]) == {os.uname().nodename}
-    assert (report["seconds"] > 0).all()
+    assert (report["seconds"].dropna() > 0).all()
 
 
 def test_extraction_goes_on_after_its_driver_was_killed(demo, tmp_path):
