@@ -167,3 +167,10 @@ def script(monkeypatch, capsys) -> Callable[..., Outcome]:
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    if sys.platform == "linux":
+        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return subprocess.run(["ps", "-p", str(pid)], capture_output=True, check=False).returncode == 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import is_running
 from utils.core.config import Cluster
 from utils.core.engine import Lost, Processes, Threads, open_engine, threads, threads_each, worker_number
 from utils.core.errors import ConfigError, EngineError, TrainingError
@@ -133,6 +134,25 @@ class TestRay:
             ray.run(divide, [0], lambda *_: None)
         assert "in divide" in "".join(error.value.__notes__)
 
+    def test_an_error_that_cannot_be_sent_comes_as_its_text(self, ray):
+        """It is pickled, and unpickled with one argument too few."""
+        with pytest.raises(RuntimeError, match="TwoPartError: a and b") as error:
+            ray.run(fail_oddly, [0], lambda *_: None)
+        assert "in fail_oddly" in "".join(error.value.__notes__)
+
+    def test_what_cannot_be_sent_is_nobodys_death(self, ray):
+        heard = []
+        with pytest.raises(Exception, match="missing 1 required positional argument: 'second'"):
+            ray.run(tell_oddly, [0], lambda _, told: heard.append(told))
+        assert not heard
+
+    def test_more_threads_than_any_node_has_processors_are_given_all_the_same(self, ray):
+        """As a run goes on that was begun on a larger machine."""
+        heard = []
+        with threads(processors() + 1):
+            ray.run(square, [2], lambda _, told: heard.append(told))
+        assert heard == [("threads", processors() + 1), ("square", 4)]
+
     def test_workers_begin_where_the_driver_is(self, ray, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         heard = []
@@ -144,6 +164,8 @@ class TestRay:
             open_engine(Cluster(ray="local"), jobs=2).__enter__()
         with pytest.raises(ConfigError, match="--actors 2: goes with --ray"):
             Cluster(actors=2)
+        with pytest.raises(ConfigError, match="--retries 0: goes with --ray"):
+            Cluster(retries=0)
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(EngineError, match=r"--ray auto: Ray cannot be imported.*uv sync --extra ray"):
             open_engine(Cluster(ray="auto")).__enter__()
@@ -153,6 +175,54 @@ class TestRay:
         monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False))
         with pytest.raises(EngineError, match=f"--ray {address}: no Ray cluster can be joined there"):
             open_engine(Cluster(ray=address)).__enter__()
+
+    @pytest.mark.parametrize(
+        ("actors", "on_gpu", "jobs", "threads_each", "share"),
+        [
+            (None, None, 3, 2, 1),  # a GPU each
+            (3, None, 3, 2, 1),
+            (4, None, 4, 2, 1 / 2),  # three GPUs, and one of them for two
+            (7, True, 7, 1, 1 / 3),
+            (None, False, 4, 2, 0),  # the threads of this process each
+            (100, False, 100, 1, 0),
+        ],
+    )
+    def test_workers_share_the_processors_and_the_gpus_out(
+        self, actors, on_gpu, jobs, threads_each, share, monkeypatch
+    ):
+        self.cluster_of([{"CPU": 2, "GPU": 1}, {"CPU": 6, "GPU": 2}], monkeypatch)
+        with threads(2), open_engine(Cluster(ray="auto", actors=actors), on_gpu=on_gpu) as engine:
+            assert (engine.jobs, engine.threads, vars(engine)["gpus"]) == (jobs, threads_each, share)
+
+    def test_no_worker_is_given_more_processors_than_one_node_has(self, monkeypatch):
+        self.cluster_of([{"CPU": 2}, {"CPU": 3}], monkeypatch)
+        with threads(4), open_engine(Cluster(ray="auto")) as engine:
+            assert (engine.jobs, engine.threads) == (1, 3)
+
+    def test_gpus_that_are_asked_for_and_not_there(self, monkeypatch):
+        self.cluster_of([{"CPU": 2}], monkeypatch)
+        with pytest.raises(EngineError, match=r"--ray auto: the cluster has no GPU; give --device cpu"):
+            open_engine(Cluster(ray="auto"), on_gpu=True).__enter__()
+
+    def cluster_of(self, nodes: list[dict[str, int]], monkeypatch) -> None:
+        """A ray module that tells of it; a dead node beside them does not count."""
+        ray = types.SimpleNamespace(
+            is_initialized=lambda: True,
+            cluster_resources=lambda: {name: sum(node.get(name, 0) for node in nodes) for name in nodes[0]},
+            nodes=lambda: [
+                *({"Alive": True, "Resources": node} for node in nodes),
+                {"Alive": False, "Resources": {"CPU": 64}},
+            ],
+        )
+        monkeypatch.setitem(sys.modules, "ray", ray)
+
+    def test_none_can_be_started_here(self, monkeypatch):
+        def init(**_: object) -> None:
+            raise OSError("no space left")
+
+        monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False, init=init))
+        with pytest.raises(EngineError, match=r"--ray local: Ray cannot be started on this machine \(no space left\)"):
+            open_engine(Cluster(ray="local")).__enter__()
 
     def test_without_the_flag_it_is_not_imported(self):
         code = (
@@ -165,6 +235,19 @@ class TestRay:
 
 def divide(task: int, tell) -> None:
     tell(1 / task)
+
+
+class TwoPartError(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def fail_oddly(_: int, tell) -> None:
+    raise TwoPartError("a", "b")
+
+
+def tell_oddly(_: int, tell) -> None:
+    tell(TwoPartError("a", "b"))
 
 
 def where(_: int, tell) -> None:
@@ -224,7 +307,7 @@ def test_when_the_first_process_ends_so_do_the_others(ending, tmp_path):
         process.kill()
     process.wait(20)
     deadline = time.monotonic() + 20
-    while any(map(_is_running, workers)):
+    while any(map(is_running, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     if ending == signal.SIGINT:
@@ -238,10 +321,3 @@ def _signed_in(path: Path, process: subprocess.Popen) -> int:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return int(path.read_text())
-
-
-def _is_running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    if sys.platform == "linux":
-        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    return subprocess.run(["ps", "-p", str(pid)], capture_output=True, check=False).returncode == 0

@@ -309,12 +309,15 @@ class Cluster(_Checked):
         "share them",
         least=1,
     )
-    retries: int = option(2, "on Ray, how often a task whose worker died is done anew by another", least=0)
+    retries: int | None = option(
+        None, "on Ray, how often a task whose worker died is done anew by another (default: 2)", least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ray is None and self.actors is not None:
-            raise ConfigError(f"--actors {self.actors}: goes with --ray; give --ray local, auto or an address")
+        for name in ("actors", "retries"):
+            if self.ray is None and (value := getattr(self, name)) is not None:
+                raise ConfigError(f"--{name} {value}: goes with --ray; give --ray local, auto or an address")
 
     @property
     def is_asked_for(self) -> bool:

@@ -255,6 +255,7 @@ def _do(number: int, task: Any) -> None:
 
 # What Ray would otherwise do by itself: run each worker by `uv run` in a copy of the folder; report on its users.
 _RAY_ENVIRONMENT = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+_RETRIES = 2
 _SECONDS_BETWEEN_REMARKS = 30
 _SECONDS_TO_ANSWER = 10
 
@@ -283,10 +284,10 @@ def _joined(address: str) -> Iterator[Any]:
             _call_on(address)
         ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as failure:
-        raise EngineError(
-            f"--ray {address}: no Ray cluster can be joined there ({failure}); start one with ray start --head, or "
-            "give --ray local"
-        ) from failure
+        failed, remedy = "no Ray cluster can be joined there", "start one with ray start --head, or give --ray local"
+        if address == "local":
+            failed, remedy = "Ray cannot be started on this machine", "without --ray this process does the same alone"
+        raise EngineError(f"--ray {address}: {failed} ({' '.join(str(failure).split())}); {remedy}") from failure
     try:
         yield ray
     finally:
@@ -304,12 +305,14 @@ def _call_on(address: str) -> None:
 @dataclass(frozen=True)
 class _OnRay:
     """Actors, each doing one task at a time. A task whose actor dies is done anew by another, at most `retries` times;
-    `Lost` is heard of it each time.
+    `Lost` is heard of it each time. An actor takes a processor for each of its threads, as far as the `largest` node
+    has them, and `gpus`, a number or a fraction.
     """
 
     ray: Any
     jobs: int
     threads: int
+    largest: int
     gpus: float
     retries: int
 
@@ -330,7 +333,8 @@ class _OnRay:
             cluster.ray, counted(jobs, "actor"), counted(threads, "thread"),
             counted(len([node for node in ray.nodes() if node["Alive"]]), "node"), counted(cpus, "processor"),
         )  # fmt: skip
-        return cls(ray, jobs, threads, 1 / math.ceil(jobs / gpus) if on_gpu else 0.0, cluster.retries)
+        share = 1 / math.ceil(jobs / gpus) if on_gpu else 0.0
+        return cls(ray, jobs, threads, largest, share, _RETRIES if cluster.retries is None else cluster.retries)
 
     def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
         if tasks:
@@ -349,7 +353,8 @@ class _Crew:
         count = torch.get_num_threads()
         packed = self.ray.cloudpickle.dumps(work)  # what the script itself defines, too
         self.parcel = self.ray.put((packed, str(Path.cwd()), sys.path, count, log.level))
-        self.kind = self.ray.remote(num_cpus=count, num_gpus=engine.gpus, max_restarts=0)(_Actor)
+        takes = {"num_cpus": min(count, engine.largest), "num_gpus": engine.gpus}
+        self.kind = self.ray.remote(**takes, max_restarts=0)(_Actor)
         self.never_begun = 0
 
     def labour(self) -> None:
@@ -390,10 +395,11 @@ class _Crew:
             self.never_begun = 0
             self._give(actor)
             return
-        except self.ray.exceptions.RayTaskError:  # nobody died: a bug, or what cannot be sent
-            raise
+        except (self.ray.exceptions.RayTaskError, self.ray.exceptions.RaySystemError):
+            raise  # nobody died: a bug, or what cannot be sent
         except self.ray.exceptions.RayError as failure:
             del self.busy[one]
+            self.ray.kill(actor)  # it may only be out of reach
             self._mourn(number, failure)
             return
         if kind == "log":
@@ -404,11 +410,12 @@ class _Crew:
             self.hear(self.tasks[number], said)
 
     def _mourn(self, number: int | None, failure: Exception) -> None:
-        """An actor has died."""
+        """An actor has died while it did the task of that number."""
         if number is None:
             self.never_begun += 1
             if self.never_begun > self.engine.retries:
                 raise EngineError(f"--ray: a worker cannot begin ({' '.join(str(failure).split())[:300]})") from failure
+            log.warning("a worker process ended before its first task; another is begun")
         else:
             times = self.losses[number] = self.losses.get(number, 0) + 1
             lost = Lost(times, times > self.engine.retries)
@@ -433,7 +440,7 @@ class _Actor:
         try:
             os.chdir(folder)
             self.work = pickle.loads(content)  # noqa: S301 - written by the process that began us
-        except (OSError, ImportError) as failure:
+        except (OSError, ImportError, AttributeError) as failure:
             needed = f"all nodes need this folder, {folder}, on storage that they share, and the same packages"
             yield "error", EngineError(f"--ray: a worker on {platform.node()} cannot begin ({failure}); {needed}")
 
@@ -452,11 +459,20 @@ class _Actor:
         try:
             self.work(task, lambda told: messages.put(("told", told)))
         except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
-            failure.add_note(traceback.format_exc())  # a traceback itself is not sent
-            messages.put(("error", failure))
+            messages.put(("error", _to_send(failure)))
         finally:
             log.removeHandler(handler)
             messages.put(None)
+
+
+def _to_send(failure: BaseException) -> BaseException:
+    """With its traceback as a note, for a traceback itself is not sent; its text alone where pickle cannot have it."""
+    try:
+        sent = pickle.loads(pickle.dumps(failure))  # noqa: S301 - made here
+    except Exception:  # noqa: BLE001 - its class's own code
+        sent = RuntimeError(f"{type(failure).__name__}: {failure}")
+    sent.add_note("".join(traceback.format_exception(failure)))
+    return sent
 
 
 class _Forwarding(logging.Handler):
