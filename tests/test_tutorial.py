@@ -2,8 +2,8 @@
 
 import ast
 import json
+import os
 import re
-import time
 from pathlib import Path
 
 import nbformat
@@ -21,19 +21,23 @@ def code() -> list[nbformat.NotebookNode]:
     return [cell for cell in read().cells if cell.cell_type == "code"]
 
 
-def test_it_runs_top_to_bottom_in_three_minutes(demo_home):
-    started = time.monotonic()
-    notebook = read()
+def test_it_runs_top_to_bottom_in_three_minutes(demo_home, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other would count as work
+    notebook, before = read(), seconds_of_work()
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": demo_home[0]}}
     )
     client.execute()
-    run = json.loads((demo_home[0] / "outputs" / "LiteMIL" / "demo" / "run.json").read_text())
-    # On a machine that is busy all is slow; the demo's training takes some 40 s on one that is not.
-    assert time.monotonic() - started < max(180, 4 * run["seconds"])
+    assert seconds_of_work() - before < 180  # what it takes on one processor, however busy the machine is
     told = json.dumps([cell.get("outputs") for cell in notebook.cells])
     found = re.search(r"AUC of attention for lesion patches: ([\d.]+)", told)
     assert float(found[1]) > 0.8
+
+
+def seconds_of_work() -> float:
+    """Of the processors, in processes that this one has started and that have ended."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
 
 
 def test_it_calls_nothing_private():
