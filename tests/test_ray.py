@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -59,6 +60,21 @@ def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+@contextmanager
+def workers_killed_at(count: int, folder: Path, pattern: str) -> Iterator[None]:
+    """All workers of this process, once there are so many files; one alone might still be at its beginning."""
+
+    def kill() -> None:
+        wait_until(lambda: len(list(folder.glob(pattern))) >= count)
+        for worker in workers(os.getpid()):
+            os.kill(worker, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    yield
+    killer.join()
+
+
 CHECKPOINT = "outputs/LiteMIL/demo/all_folds_best.pth"
 
 
@@ -69,16 +85,8 @@ def extraction(demo: Path, target: Path, *flags: object) -> tuple[object, ...]:
 def test_extraction_gives_the_same_bytes_though_its_workers_die(ray, demo, script, tmp_path):
     target = tmp_path / "features"
 
-    def kill() -> None:
-        """All of them: one alone might still be at its beginning."""
-        wait_until(lambda: len(list(target.glob("*.h5"))) > 2)
-        for worker in workers(os.getpid()):
-            os.kill(worker, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    outcome = script("extractFeatures", *extraction(demo, target))
-    killer.join()
+    with workers_killed_at(3, target, "*.h5"):
+        outcome = script("extractFeatures", *extraction(demo, target))
     assert outcome.code == 0, outcome.err
     assert "0 failed" in outcome.out
     assert "its worker process ended unexpectedly, as when memory runs out; it is tried again" in outcome.err
@@ -110,15 +118,16 @@ def test_extraction_goes_on_after_its_driver_was_killed(demo, tmp_path):
     assert not list(target.rglob("*.part"))
 
 
-def test_training_gives_the_same_files(ray, demo, script, tmp_path):
-    outcome = script(
-        "train", "--mil", "LiteMIL", "--dataset", "demo", "--output_dir", tmp_path / "run", *ON_RAY,
-    )  # fmt: skip
+def test_training_gives_the_same_files_though_its_workers_die(ray, demo, script, tmp_path):
+    run = tmp_path / "run"
+    with workers_killed_at(3, run / "resume", "fold_*.pt"):
+        outcome = script("train", "--mil", "LiteMIL", "--dataset", "demo", "--output_dir", run, *ON_RAY)
     assert outcome.code == 0, outcome.err
+    assert "its worker process ended unexpectedly, as when memory runs out; it is trained anew" in outcome.err
     expected = Path("outputs/LiteMIL/demo")
     for name in ("predictions.csv", "outputs.json", "splits.json", "history.csv"):
-        assert (tmp_path / "run" / name).read_bytes() == (expected / name).read_bytes(), name
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["jobs"] == 2
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+    assert json.loads((run / "run.json").read_text())["jobs"] == 2
 
 
 def test_prediction_gives_the_same_files(ray, demo, script, tmp_path):
