@@ -420,6 +420,15 @@ def test_what_is_no_slides_fault_ends_the_batch_with_a_report(slide_cohort, extr
     assert contents(tmp_path) == contents(slide_cohort.features)
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_any_slide(slide_cohort, extractor, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(feature_extractor, "extract_one", lambda *_: pytest.fail("a slide was begun"))
+    with pytest.raises(ConfigError, match=r"file/features: cannot be written .*; choose another output folder"):
+        extract_slides(
+            extractor(), ExtractionFiles(input_dir=slide_cohort.slides, output_dir=tmp_path / "file/features")
+        )
+
+
 def test_a_damaged_slide_leaves_no_file(shared_data, slide_cohort, script, tmp_path):
     done = script("extractFeatures", "--input", shared_data / "bad_slides" / "unreadable.svs", "--output",
                   tmp_path / "a.h5", *weights(slide_cohort), "--patch_size", 8, "--tissue_threshold", 0)  # fmt: skip

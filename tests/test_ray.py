@@ -89,7 +89,8 @@ def test_extraction_gives_the_same_bytes_though_its_workers_die(ray, demo, scrip
         outcome = script("extractFeatures", *extraction(demo, target))
     assert outcome.code == 0, outcome.err
     assert "0 failed" in outcome.out
-    assert "its worker process ended unexpectedly, as when memory runs out; it is tried again" in outcome.err
+    assert "raylet" not in outcome.out + outcome.err
+    assert "ended unexpectedly, as when memory runs out; it is tried again" in outcome.err
     assert same_features(target, demo / "features")
     report = pd.read_csv(target / "extraction_report.csv")
     assert set(report["status"]) <= {"done", "skipped"}  # skipped: it died between writing and telling
@@ -123,7 +124,7 @@ def test_training_gives_the_same_files_though_its_workers_die(ray, demo, script,
     with workers_killed_at(3, run / "resume", "fold_*.pt"):
         outcome = script("train", "--mil", "LiteMIL", "--dataset", "demo", "--output_dir", run, *ON_RAY)
     assert outcome.code == 0, outcome.err
-    assert "its worker process ended unexpectedly, as when memory runs out; it is trained anew" in outcome.err
+    assert "ended unexpectedly, as when memory runs out; it is trained anew" in outcome.err
     expected = Path("outputs/LiteMIL/demo")
     for name in ("predictions.csv", "outputs.json", "splits.json", "history.csv"):
         assert (run / name).read_bytes() == (expected / name).read_bytes(), name

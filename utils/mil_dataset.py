@@ -189,6 +189,7 @@ class MILDataset(Dataset):
         if isinstance(self._features, FileFeatures):
             log.info("each process reads the feature files in every epoch; --cache DIR packs them for all")
             return self
+        log.info("several processes share the features: packed into one file, not in memory")
         other = copy.copy(self)
         other._features = pack(packed_path(folder, self.features_dir, self.feat_type), self._features.files)
         return other

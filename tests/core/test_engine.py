@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from utils.core.errors import ConfigError, EngineError, TrainingError
 from utils.core.runtime import log, processors
 
 ROOT = Path(__file__).resolve().parents[2]
+HERE = platform.node()
 
 
 def square(task: int, tell) -> None:
@@ -125,8 +127,11 @@ class TestRay:
         heard: dict[int, list] = {}
         tasks = [(number, tmp_path) for number in range(1, 5)]
         ray.run(outlive, tasks, lambda task, told: heard.setdefault(task[0], []).append(told))
-        assert heard.pop(2) == ["begun", Lost(1, False), "begun", "ended"]
-        assert heard.pop(3) == ["begun", Lost(1, False), "begun", Lost(2, False), "begun", Lost(3, True)]
+        assert heard.pop(2) == ["begun", Lost(1, False, HERE), "begun", "ended"]
+        assert heard.pop(3) == [
+            *("begun", Lost(1, False, HERE), "begun", Lost(2, False, HERE), "begun"),
+            Lost(3, True, HERE),
+        ]
         assert heard == {number: ["begun", "ended"] for number in (1, 4)}
 
     def test_a_bug_comes_back_with_its_traceback(self, ray):
@@ -170,11 +175,22 @@ class TestRay:
         with pytest.raises(EngineError, match=r"--ray auto: Ray cannot be imported.*uv sync --extra ray"):
             open_engine(Cluster(ray="auto")).__enter__()
 
-    @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
-    def test_no_cluster_there(self, address, monkeypatch):
+    @pytest.mark.parametrize(
+        "address", ["", "nonsense", "LOCAL", "head:x", "head:99999", "ray://head:10001", "head:1/a"]
+    )
+    def test_no_address(self, address):
+        with pytest.raises(ConfigError, match=f"--ray {address}: neither local nor auto; .* give HOST:PORT"):
+            Cluster(ray=address)
+
+    def test_no_cluster_there(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False))
-        with pytest.raises(EngineError, match=f"--ray {address}: no Ray cluster can be joined there"):
-            open_engine(Cluster(ray=address)).__enter__()
+        with pytest.raises(EngineError, match=r"--ray 127.0.0.1:1: no Ray cluster can be joined.*refused.*start"):
+            open_engine(Cluster(ray="127.0.0.1:1")).__enter__()
+
+    def test_more_workers_than_there_is_room_for(self, monkeypatch, caplog):
+        self.cluster_of([{"CPU": 2}, {"CPU": 3}], monkeypatch)
+        with threads(1), open_engine(Cluster(ray="auto", actors=9)):
+            assert "--actors 9: the cluster has room for 5 of them" in caplog.messages
 
     @pytest.mark.parametrize(
         ("actors", "on_gpu", "jobs", "threads_each", "share"),

@@ -18,6 +18,7 @@ import torch
 
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, LiteMILError
 from utils.core.files import (
+    check_writable,
     check_distinct,
     clear_parts,
     digest,
@@ -115,6 +116,14 @@ def test_a_folder_that_cannot_be_written_is_one_line_of_the_error_asked_for(tmp_
         pytest.fail("the block ran")
     assert str(tmp_path / "file" / "result.bin") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_tried_without_a_trace(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"file/folder: cannot be written \(Not a directory\); choose another"):
+        check_writable(tmp_path / "file" / "folder")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

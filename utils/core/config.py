@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from utils.core.errors import ConfigError
 
@@ -293,6 +294,14 @@ class Running(_Checked):
     jobs: int = option(1, "trainings side by side, each in a process of its own with its share of the threads", least=1)
 
 
+def _is_address(text: str) -> bool:
+    try:
+        there = urlsplit(f"//{text}")
+        return bool(there.hostname and there.port) and there.netloc == text
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster(_Checked):
     """Whether the work is handed to Ray; no number depends on it but by rounding."""
@@ -300,8 +309,8 @@ class Cluster(_Checked):
     ray: str | None = option(
         None,
         "hand the work to Ray: local starts it on this machine, auto joins the cluster this machine belongs to, or its "
-        "ADDRESS",
-        metavar="local|auto|ADDRESS",
+        "head's address",
+        metavar="local|auto|HOST:PORT",
     )
     actors: int | None = option(
         None,
@@ -317,7 +326,9 @@ class Cluster(_Checked):
         super().__post_init__()
         for name in ("actors", "retries"):
             if self.ray is None and (value := getattr(self, name)) is not None:
-                raise ConfigError(f"--{name} {value}: goes with --ray; give --ray local, auto or an address")
+                raise ConfigError(f"--{name} {value}: goes with --ray; give --ray local, auto or HOST:PORT")
+        if self.ray not in (None, "local", "auto") and not _is_address(self.ray):
+            raise ConfigError(f"--ray {self.ray}: neither local nor auto; of a cluster's head give HOST:PORT")
 
     @property
     def is_asked_for(self) -> bool:

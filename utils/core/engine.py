@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from textwrap import shorten
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -45,14 +46,17 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 @dataclass(frozen=True)
 class Lost:
-    """Heard of a task whose worker died `times` times: it is done anew elsewhere, unless that was `for_good`."""
+    """Heard of a task whose worker, at last one on `node`, died `times` times: it is done anew elsewhere, unless that
+    was `for_good`.
+    """
 
     times: int
     for_good: bool
+    node: str
 
     def __str__(self) -> str:
         how_often = "" if self.times == 1 else f" ({self.times} times now)"
-        return f"its worker process ended unexpectedly{how_often}, as when memory runs out"
+        return f"its worker process on {self.node} ended unexpectedly{how_often}, as when memory runs out"
 
 
 class Engine(Protocol):
@@ -253,8 +257,13 @@ def _do(number: int, task: Any) -> None:
     _work(task, lambda told: _messages.put((number, told)))
 
 
-# What Ray would otherwise do by itself: run each worker by `uv run` in a copy of the folder; report on its users.
-_RAY_ENVIRONMENT = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# What Ray would otherwise do by itself: run each worker by `uv run` in a copy of the folder; report on its users; print
+# a page, of a worker that died, into the progress.
+_RAY_ENVIRONMENT = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
+}
 _RETRIES = 2
 _SECONDS_BETWEEN_REMARKS = 30
 _SECONDS_TO_ANSWER = 10
@@ -284,7 +293,8 @@ def _joined(address: str) -> Iterator[Any]:
             _call_on(address)
         ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as failure:
-        failed, remedy = "no Ray cluster can be joined there", "start one with ray start --head, or give --ray local"
+        remedy = "start one with ray start --head, or join it as it was started, RAY_AUTH_MODE and all"
+        failed = "no Ray cluster can be joined there"
         if address == "local":
             failed, remedy = "Ray cannot be started on this machine", "without --ray this process does the same alone"
         raise EngineError(f"--ray {address}: {failed} ({' '.join(str(failure).split())}); {remedy}") from failure
@@ -295,10 +305,8 @@ def _joined(address: str) -> Iterator[Any]:
 
 
 def _call_on(address: str) -> None:
-    """Raise OSError, ValueError where nobody answers; Ray itself would try for minutes."""
-    there = urlsplit(address if "://" in address else f"//{address}")
-    if there.port is None:
-        raise ValueError("it has no port; give HOST:PORT")
+    """Raise OSError where nobody answers; Ray itself would try for minutes."""
+    there = urlsplit(f"//{address}")
     socket.create_connection((there.hostname, there.port), _SECONDS_TO_ANSWER).close()
 
 
@@ -328,6 +336,8 @@ class _OnRay:
         jobs = cluster.actors or max(1, by_default)
         largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
         threads = min(torch.get_num_threads(), max(1, cpus // jobs), largest)
+        if jobs > cpus // threads:
+            log.warning("--actors %d: the cluster has room for %d of them", jobs, cpus // threads)
         log.info(
             "Ray %s: %s of %s each, on %s with %s",
             cluster.ray, counted(jobs, "actor"), counted(threads, "thread"),
@@ -341,94 +351,115 @@ class _OnRay:
             _Crew(self, work, tasks, hear).labour()
 
 
+@dataclass
+class _Worker:
+    """An actor, on a node, and the number of the task that it does, None while it begins."""
+
+    actor: Any
+    node: str = ""
+    task: int | None = None
+
+
 class _Crew:
-    """The actors of one run, and what each is doing."""
+    """The workers of one run, and what each is doing."""
 
     def __init__(self, engine: _OnRay, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
         self.engine, self.ray, self.tasks, self.hear = engine, engine.ray, tasks, hear
         self.waiting = deque(range(len(tasks)))
-        self.losses: dict[int, int] = {}
-        # By what is waited for: the actor, and the number of its task, None while it begins.
-        self.busy: dict[Any, tuple[Any, int | None]] = {}
+        self.losses: Counter[int] = Counter()
+        self.busy: dict[Any, _Worker] = {}  # by the stream of what each says
         count = torch.get_num_threads()
         packed = self.ray.cloudpickle.dumps(work)  # what the script itself defines, too
         self.parcel = self.ray.put((packed, str(Path.cwd()), sys.path, count, log.level))
         takes = {"num_cpus": min(count, engine.largest), "num_gpus": engine.gpus}
         self.kind = self.ray.remote(**takes, max_restarts=0)(_Actor)
         self.never_begun = 0
+        self.said: set[str] = set()
 
     def labour(self) -> None:
         for _ in range(min(self.engine.jobs, len(self.tasks))):
             self._hire()
         try:
-            while self.waiting or any(number is not None for _, number in self.busy.values()):
+            while self.waiting or any(worker.task is not None for worker in self.busy.values()):
                 ready, _ = self.ray.wait(list(self.busy), timeout=_SECONDS_BETWEEN_REMARKS)
-                if not ready and all(number is None for _, number in self.busy.values()):
+                if not ready and all(worker.task is None for worker in self.busy.values()):
                     log.warning("no worker has begun yet: the cluster is busy, or has no node with what one needs")
                 for one in ready:
                     self._look(one)
         finally:
-            for actor, _ in self.busy.values():
-                self.ray.kill(actor)
+            for worker in self.busy.values():
+                self.ray.kill(worker.actor)
 
     def _hire(self) -> None:
         actor = self.kind.remote()
-        self.busy[self._streaming(actor.begin, self.parcel)] = actor, None
+        self.busy[self._streaming(actor.begin, self.parcel)] = _Worker(actor)
 
-    def _give(self, actor: Any) -> None:
+    def _give(self, worker: _Worker) -> None:
         """The next task; without one the actor is let go."""
         if self.waiting:
-            number = self.waiting.popleft()
-            self.busy[self._streaming(actor.do, self.tasks[number])] = actor, number
+            worker.task = self.waiting.popleft()
+            self.busy[self._streaming(worker.actor.do, self.tasks[worker.task])] = worker
         else:
-            self.ray.kill(actor)
+            self.ray.kill(worker.actor)
 
     def _streaming(self, method: Any, argument: Any) -> Any:
         return method.options(num_returns="streaming").remote(argument)
 
     def _look(self, one: Any) -> None:
-        actor, number = self.busy[one]
+        worker = self.busy[one]
         try:
             kind, said = self.ray.get(next(one))
         except StopIteration:
             del self.busy[one]
             self.never_begun = 0
-            self._give(actor)
+            self._give(worker)
             return
         except (self.ray.exceptions.RayTaskError, self.ray.exceptions.RaySystemError):
             raise  # nobody died: a bug, or what cannot be sent
         except self.ray.exceptions.RayError as failure:
             del self.busy[one]
-            self.ray.kill(actor)  # it may only be out of reach
-            self._mourn(number, failure)
+            self.ray.kill(worker.actor)  # it may only be out of reach
+            self._mourn(worker, failure)
             return
-        if kind == "log":
-            log.handle(said)
+        if kind == "node":
+            worker.node = said
+        elif kind == "log":
+            self._log(said)
         elif kind == "error":
             raise said
-        elif number is not None:
-            self.hear(self.tasks[number], said)
+        elif worker.task is not None:
+            self.hear(self.tasks[worker.task], said)
 
-    def _mourn(self, number: int | None, failure: Exception) -> None:
-        """An actor has died while it did the task of that number."""
-        if number is None:
+    def _log(self, record: logging.LogRecord) -> None:
+        """What every worker has to say, such as which model it has loaded, is said once."""
+        if record.levelno > logging.INFO or record.msg not in self.said:
+            log.handle(record)
+        self.said.add(record.msg)
+
+    def _mourn(self, worker: _Worker, failure: Exception) -> None:
+        """It has died."""
+        if worker.task is None:
             self.never_begun += 1
             if self.never_begun > self.engine.retries:
-                raise EngineError(f"--ray: a worker cannot begin ({' '.join(str(failure).split())[:300]})") from failure
+                raise EngineError(
+                    f"--ray: workers ended before their first task, {self.never_begun} in a row, as when memory runs "
+                    f"out; give fewer --actors (Ray says: {shorten(str(failure), 300)})"
+                ) from failure
             log.warning("a worker process ended before its first task; another is begun")
         else:
-            times = self.losses[number] = self.losses.get(number, 0) + 1
-            lost = Lost(times, times > self.engine.retries)
-            self.hear(self.tasks[number], lost)
+            self.losses[worker.task] += 1
+            times = self.losses[worker.task]
+            lost = Lost(times, times > self.engine.retries, worker.node)
+            self.hear(self.tasks[worker.task], lost)
             if not lost.for_good:
-                self.waiting.appendleft(number)
+                self.waiting.appendleft(worker.task)
         if self.waiting:
             self._hire()
 
 
 class _Actor:
-    """A process of a Ray cluster. What it does comes piece by piece: ("told", what), ("log", a record), ("error", an
-    exception).
+    """A process of a Ray cluster. What it does comes piece by piece: ("node", its name), ("told", what), ("log", a
+    record), ("error", an exception).
     """
 
     def begin(self, parcel: tuple[bytes, str, list[str], int, int]) -> Iterator[tuple[str, Any]]:
@@ -443,6 +474,7 @@ class _Actor:
         except (OSError, ImportError, AttributeError) as failure:
             needed = f"all nodes need this folder, {folder}, on storage that they share, and the same packages"
             yield "error", EngineError(f"--ray: a worker on {platform.node()} cannot begin ({failure}); {needed}")
+        yield "node", platform.node()
 
     def do(self, task: Any) -> Iterator[tuple[str, Any]]:
         messages: SimpleQueue[tuple[str, Any] | None] = SimpleQueue()

@@ -84,6 +84,17 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
         part.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ConfigError where no file can be made in it; it is made itself where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as failure:
+        raise ConfigError(
+            f"{folder}: cannot be written ({failure.strerror}); choose another output folder"
+        ) from failure
+
+
 def clear_parts(folder: Path) -> None:
     """Remove what killed processes of this machine left half-written in a folder."""
     for part in folder.glob(f".*.{_machine()}-*.part"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from utils.core.config import ExtractionFiles
 from utils.core.engine import Engine, Lost, Tell, threads
 from utils.core.errors import BackboneError, ConfigError, LiteMILError, NoTissueError, SlideError
-from utils.core.files import check_distinct, clear_parts, write_records
+from utils.core.files import check_distinct, check_writable, clear_parts, write_records
 from utils.core.runtime import log, progress_bar
 from utils.slides.contours import ContourFile
 from utils.slides.preview import SheetRow, write_contact_sheet
@@ -184,8 +184,10 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
     """Do every slide, side by side the largest first; the statuses are in the slides' order.
 
     A slide that fails is logged and reported, and the others go on. What is no slide's fault, Ctrl-C too, ends all.
+    Raises ConfigError where the report cannot be written.
     `report` is written now and then, and at the end in any case.
     """
+    check_writable(report.parent)
     statuses: dict[Path, SlideStatus] = {}
     tries: Counter[Path] = Counter()
     written = time.monotonic()
@@ -200,7 +202,7 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
         if isinstance(told, Lost) and not told.for_good:
             log.warning("%s: %s; it is tried again", slide, told)
             return
-        status = SlideStatus(slide, "failed", f"{slide}: {told}") if isinstance(told, Lost) else told
+        status = SlideStatus(slide, "failed", f"{slide}: {told}", node=told.node) if isinstance(told, Lost) else told
         statuses[slide] = announced(replace(status, tries=tries[slide]))
         bar.update()
         if time.monotonic() - written > _SECONDS_BETWEEN_REPORTS:
