@@ -18,8 +18,8 @@ import torch
 
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, LiteMILError
 from utils.core.files import (
-    check_writable,
     check_distinct,
+    check_writable,
     clear_parts,
     digest,
     load_tensors,
