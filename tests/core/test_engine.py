@@ -1,5 +1,6 @@
 """Work in this process and in several; what is sent to others must stand at a module's level."""
 
+import importlib
 import multiprocessing
 import os
 import platform
@@ -158,6 +159,22 @@ class TestRay:
             ray.run(square, [2], lambda _, told: heard.append(told))
         assert heard == [("threads", processors() + 1), ("square", 4)]
 
+    def test_workers_that_die_at_their_beginning_are_replaced_so_often(self, ray, caplog):
+        with pytest.raises(EngineError, match=r"workers ended before their first task, 3 in a row.*fewer --actors"):
+            ray.run(Unpacked(os._exit, 1), [0], lambda *_: None)
+        assert caplog.messages == ["a worker process ended before its first task; another is begun"] * 2
+
+    def test_a_node_without_what_is_needed_is_named(self, ray):
+        with pytest.raises(
+            EngineError, match=rf"cannot begin \(on {HERE}: No module named 'nonsense'\); all nodes need"
+        ):
+            ray.run(Unpacked(importlib.import_module, "nonsense"), [0], lambda *_: None)
+
+    def test_what_all_workers_say_is_said_once_but_not_a_warning(self, ray, caplog):
+        with caplog.at_level("INFO", log.name):
+            ray.run(greet, [1, 2, 3], lambda *_: None)
+        assert sorted(caplog.messages) == ["careful", "careful", "careful", "hello"]
+
     def test_workers_begin_where_the_driver_is(self, ray, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         heard = []
@@ -251,6 +268,24 @@ class TestRay:
 
 def divide(task: int, tell) -> None:
     tell(1 / task)
+
+
+class Unpacked:
+    """Work that calls something where it is unpacked."""
+
+    def __init__(self, call, argument) -> None:
+        self.parts = call, (argument,)
+
+    def __call__(self, task: int, tell) -> None:
+        tell(task)
+
+    def __reduce__(self):
+        return self.parts
+
+
+def greet(_: int, tell) -> None:
+    log.info("hello")
+    log.warning("careful")
 
 
 class TwoPartError(Exception):

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from textwrap import shorten
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -293,7 +292,7 @@ def _joined(address: str) -> Iterator[Any]:
             _call_on(address)
         ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as failure:
-        remedy = "start one with ray start --head, or join it as it was started, RAY_AUTH_MODE and all"
+        remedy = "start one with ray start --head; one that asks for a token is joined with RAY_AUTH_MODE=token"
         failed = "no Ray cluster can be joined there"
         if address == "local":
             failed, remedy = "Ray cannot be started on this machine", "without --ray this process does the same alone"
@@ -439,11 +438,14 @@ class _Crew:
     def _mourn(self, worker: _Worker, failure: Exception) -> None:
         """It has died."""
         if worker.task is None:
+            reason = str(failure).splitlines()[-1].strip()
+            if getattr(failure, "actor_init_failed", False):
+                raise _cannot_begin(reason, str(Path.cwd())) from failure
             self.never_begun += 1
             if self.never_begun > self.engine.retries:
                 raise EngineError(
                     f"--ray: workers ended before their first task, {self.never_begun} in a row, as when memory runs "
-                    f"out; give fewer --actors (Ray says: {shorten(str(failure), 300)})"
+                    f"out; give fewer --actors (Ray says: {reason})"
                 ) from failure
             log.warning("a worker process ended before its first task; another is begun")
         else:
@@ -455,6 +457,11 @@ class _Crew:
                 self.waiting.appendleft(worker.task)
         if self.waiting:
             self._hire()
+
+
+def _cannot_begin(reason: str, folder: str) -> EngineError:
+    needed = f"all nodes need this folder, {folder}, on storage that they share, and the same packages"
+    return EngineError(f"--ray: a worker cannot begin ({reason}); {needed}")
 
 
 class _Actor:
@@ -472,8 +479,7 @@ class _Actor:
             os.chdir(folder)
             self.work = pickle.loads(content)  # noqa: S301 - written by the process that began us
         except (OSError, ImportError, AttributeError) as failure:
-            needed = f"all nodes need this folder, {folder}, on storage that they share, and the same packages"
-            yield "error", EngineError(f"--ray: a worker on {platform.node()} cannot begin ({failure}); {needed}")
+            yield "error", _cannot_begin(f"on {platform.node()}: {failure}", folder)
         yield "node", platform.node()
 
     def do(self, task: Any) -> Iterator[tuple[str, Any]]:
