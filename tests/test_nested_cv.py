@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ from MILS import build_mil, list_mils
 from tests.cohort import write_cohort
 from utils import nested_cv
 from utils.core.config import Protocol, Training
-from utils.core.engine import threads
-from utils.core.errors import ConfigError, SplitError, TrainingError
+from utils.core.engine import Lost, Processes, threads
+from utils.core.errors import ConfigError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
 from utils.learning import results as results_module
 from utils.learning import units
@@ -650,6 +651,38 @@ class TestResume:
         make_cv(dataset, tmp_path / "run").run()
         assert not (tmp_path / "run" / "resume").exists()
         assert not (tmp_path / "run" / ".outputs.json.x.part").exists()
+
+
+class TestWorkersThatDie:
+    """Of a training each, the first always."""
+
+    @pytest.fixture
+    def engine(self, monkeypatch):
+        class Mortal(Processes):
+            deaths, for_good = 2, False
+
+            def run(self, work, tasks, hear) -> None:
+                for times in range(1, self.deaths + 1):
+                    hear(tasks[0], {"epoch": 1, "lr": 0.1})
+                    hear(tasks[0], Lost(times, self.for_good and times == self.deaths, "node7"))
+                super().run(work, tasks, hear)
+
+        monkeypatch.setattr(nested_cv, "open_engine", lambda *_: nullcontext(Mortal()))
+        return Mortal
+
+    def test_the_training_is_done_anew_aloud(self, engine, dataset, tmp_path, unfitted, aloud, capsys):
+        cv = make_cv(dataset, tmp_path)
+        cv.run()
+        told = [message for message in aloud.messages if "it is trained anew" in message]
+        assert len(told) == 2
+        assert "its worker process on node7 ended unexpectedly (2 times now)" in told[1]
+        epochs = TRAININGS * EPOCHS
+        assert f"{epochs}/{epochs}" in capsys.readouterr().err  # what was lost is not counted
+
+    def test_one_that_is_lost_for_good_ends_the_run(self, engine, dataset, tmp_path, unfitted, monkeypatch):
+        monkeypatch.setattr(engine, "for_good", True)
+        with pytest.raises(EngineError, match=r"\(2 times now\).*give fewer --actors \(what is finished is kept\)"):
+            make_cv(dataset, tmp_path).run()
 
 
 class TestFolder:
