@@ -677,7 +677,7 @@ class TestWorkersThatDie:
         assert len(told) == 2
         assert "its worker process on node7 ended unexpectedly (2 times now)" in told[1]
         epochs = TRAININGS * EPOCHS
-        assert f"{epochs}/{epochs}" in capsys.readouterr().err  # what was lost is not counted
+        assert f"{epochs}/{epochs}" in capsys.readouterr().err  # in the end
 
     def test_one_that_is_lost_for_good_ends_the_run(self, engine, dataset, tmp_path, unfitted, monkeypatch):
         monkeypatch.setattr(engine, "for_good", True)

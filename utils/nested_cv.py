@@ -24,7 +24,7 @@ from MILS.pooling import BagModel
 from utils.core.config import Cluster, Protocol, Running, Training
 from utils.core.engine import Engine, Lost, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, EngineError, TrainingError, counted
-from utils.core.files import digest, read_json, write_json
+from utils.core.files import appeared, digest, read_json, write_json
 from utils.core.runtime import (
     amp_dtype,
     log,
@@ -312,6 +312,8 @@ class NestedCrossValidation:
         return replace(longest, fold=fold, inner=0)
 
     def _fitted(self, unit: Unit) -> Fitted:
+        if self.cluster.is_asked_for:
+            appeared(self.trainer.path(unit))
         fitted = self.trainer.kept(unit)
         if fitted is None:
             raise TrainingError(f"{self.trainer.path(unit)}: was removed or damaged meanwhile; give the command again")

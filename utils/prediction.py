@@ -17,7 +17,7 @@ from utils.bags.store import Bag, StoredBag
 from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
 from utils.core.engine import Engine, Threads, open_engine
 from utils.core.errors import ConfigError
-from utils.core.files import clear_parts, digest, read_json, write_json
+from utils.core.files import appeared, clear_parts, digest, read_json, write_json
 from utils.core.runtime import log, resolve_device, versions
 from utils.inference import SEEN, SlidePrediction, SlidePredictor, extractPredict, recipe_asked
 from utils.learning.answers import (
@@ -120,7 +120,7 @@ def predict_files(
         check_first(files.targets.values(), work.settings)
     with _engine(asked, cluster) as engine:
         statuses = work_through(files.targets, engine, work, asked.output_dir / REPORT)
-    records = [read_json(files.targets[one.slide]) for one in statuses if one.status in ("done", "skipped")]
+    records = [read_json(appeared(files.targets[one.slide])) for one in statuses if one.status in ("done", "skipped")]
     counts = ", ".join(f"{sum(one.status == name for one in statuses)} {name}" for name in STATUSES)
     if not records:
         return statuses, counts

@@ -9,6 +9,7 @@ import random
 import stat
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, LiteMILError
 from utils.core.files import (
+    appeared,
     check_distinct,
     check_writable,
     clear_parts,
@@ -116,6 +118,13 @@ def test_a_folder_that_cannot_be_written_is_one_line_of_the_error_asked_for(tmp_
         pytest.fail("the block ran")
     assert str(tmp_path / "file" / "result.bin") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_shows_late_is_waited_for_but_not_for_ever(tmp_path):
+    late = tmp_path / "late"
+    threading.Timer(0.3, late.touch).start()
+    assert appeared(late, 30).exists()
+    assert not appeared(tmp_path / "never", 0.2).exists()
 
 
 def test_a_folder_is_tried_without_a_trace(tmp_path):

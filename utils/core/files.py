@@ -16,6 +16,7 @@ import platform
 import re
 import struct
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,16 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
         raise error(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from failure
     finally:
         part.unlink(missing_ok=True)
+
+
+def appeared(path: Path, seconds: float = 60) -> Path:
+    """The path, as soon as it is there, or after so many seconds: a network file system may still say for a while that
+    what another machine has just written is missing.
+    """
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return path
 
 
 def check_writable(folder: Path) -> None:
