@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,12 @@ class TestRay:
             ray.run(Unpacked(os._exit, 1), [0], lambda *_: None)
         assert caplog.messages == ["a worker process ended before its first task; another is begun"] * 2
 
+    def test_deaths_at_the_beginning_count_in_a_row(self, ray, tmp_path):
+        """Two, then a worker that begins and dies of its task, then two more, then one that does it."""
+        heard = []
+        ray.run(Unpacked(begun_at_the_third, tmp_path), [0], lambda _, told: heard.append(told))
+        assert heard == [Lost(1, False, HERE), "done by 5"]
+
     def test_a_node_without_what_is_needed_is_named(self, ray):
         with pytest.raises(
             EngineError, match=rf"cannot begin \(on {HERE}: No module named 'nonsense'\); all nodes need"
@@ -281,6 +288,20 @@ class Unpacked:
 
     def __reduce__(self):
         return self.parts
+
+
+def begun_at_the_third(folder: Path):
+    number = len(list(folder.iterdir()))
+    (folder / str(number)).touch()
+    if number % 3 < 2:
+        os._exit(1)
+    return partial(die_before, 5, number)
+
+
+def die_before(last: int, number: int, _: int, tell) -> None:
+    if number < last:
+        os._exit(1)
+    tell(f"done by {number}")
 
 
 def greet(_: int, tell) -> None:
