@@ -431,14 +431,16 @@ class _Crew:
 
     def _log(self, record: logging.LogRecord) -> None:
         """What every worker has to say, such as which model it has loaded, is said once."""
-        if record.levelno > logging.INFO or record.msg not in self.said:
-            log.handle(record)
-        self.said.add(record.msg)
+        if record.levelno <= logging.INFO:
+            if record.msg in self.said:
+                return
+            self.said.add(record.msg)
+        log.handle(record)
 
     def _mourn(self, worker: _Worker, failure: Exception) -> None:
-        """It has died."""
+        """Of a worker that has died."""
         if worker.task is None:
-            reason = str(failure).splitlines()[-1].strip()
+            reason = str(failure).strip().splitlines()[-1].strip()
             if getattr(failure, "actor_init_failed", False):
                 raise _cannot_begin(reason, str(Path.cwd())) from failure
             self.never_begun += 1
