@@ -65,7 +65,7 @@ def overhead(folder: Path, number: int) -> str:
     targets, report = simulated(folder, number), folder / "report.csv"
     rows = [["this process", f"{1e3 * seconds_of(Processes(), no_op, targets, report) / number:.2f}"]]
     for actors in (1, 2):
-        with open_engine(Cluster(ray="local", actors=actors), on_gpu=False) as engine:
+        with open_engine(Cluster(ray="local", actors=actors), device="cpu") as engine:
             few = dict(list(targets.items())[:10])
             start = seconds_of(engine, no_op, few, report)
             took = seconds_of(engine, no_op, targets, report)
@@ -79,7 +79,7 @@ def efficiency(folder: Path) -> str:
     times = dict(zip(targets, (drawn * SECONDS / drawn.mean()).tolist(), strict=True))
     total = sum(times.values())
     for actors in (1, 2):
-        with open_engine(Cluster(ray="local", actors=actors), on_gpu=False) as engine:
+        with open_engine(Cluster(ray="local", actors=actors), device="cpu") as engine:
             took = seconds_of(engine, partial(sleep, times), targets, folder / "report.csv")
         rows.append([str(actors), f"{took:.1f}", f"{total / actors / took:.0%}"])
     head = f"### Efficiency: {SLIDES} simulated slides of {total:.0f} s together, the start of the workers included"
@@ -88,7 +88,7 @@ def efficiency(folder: Path) -> str:
 
 def memory(folder: Path, number: int) -> str:
     targets, report = simulated(folder, number), folder / "report.csv"
-    with open_engine(Cluster(ray="local", actors=2), on_gpu=False) as engine:
+    with open_engine(Cluster(ray="local", actors=2), device="cpu") as engine:
         seconds_of(engine, no_op, dict(list(targets.items())[:100]), report)
         began = resident()
         took = seconds_of(engine, no_op, targets, report)

@@ -25,8 +25,10 @@ from utils.core.engine import open_engine, threads
 from utils.core.runtime import log
 from utils.feature_extractor import WSIFeatureExtractor, extract_slides
 
-# Small models crawl when several threads wait for each other on a busy machine.
+# On one thread all runs give the same bytes, and none waits for its own threads on a busy machine. Ray would put its
+# workers behind everything else that the machine does.
 torch.set_num_threads(1)
+os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
 # Shared and busy machines miss hypothesis' 200 ms now and then; the same examples every time make a failure repeatable.
 settings.register_profile("litemil", deadline=None, derandomize=True)
@@ -96,8 +98,7 @@ def demo_home(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]
     """A folder in which a newcomer's first command was run, and what it printed."""
     home = tmp_path_factory.mktemp("newcomer")
     command = [sys.executable, str(ROOT / "train.py"), "--mil", "LiteMIL", "--dataset", "demo"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # other runs on one thread must give the same bytes
-    told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False, env=environment)
+    told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     return home, told
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.conftest import BACKBONE, PATCH
 from tests.synthetic import stained_image, write_pyramid
-from tests.test_commands import ROOT, environment, recipe
+from tests.test_commands import ROOT, recipe
 from utils import feature_extractor
 from utils.bags.store import read_bag
 from utils.core.config import Extraction, ExtractionFiles
@@ -479,6 +479,4 @@ def test_killed_at_any_moment_and_run_again_the_files_are_the_same(slide_cohort,
 
 def started(cohort, target: Path) -> subprocess.Popen:
     command = [sys.executable, ROOT / "extractFeatures.py", "--input_dir", cohort.slides, "--output_dir", target]
-    return subprocess.Popen(
-        [str(part) for part in (*command, *recipe(cohort))], env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([str(part) for part in (*command, *recipe(cohort))], stderr=subprocess.PIPE, text=True)

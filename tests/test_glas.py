@@ -73,13 +73,12 @@ def test_a_run_killed_five_times_ends_as_one_that_was_not(features, shared_data,
     """Two processes beside the first, killed with it or orphaned; the bytes are those of one undisturbed process."""
     flags = ("--mil", "LiteMIL", "--epochs", 3)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *train(features, shared_data, whole, *flags)]
-    subprocess.run(command, cwd=ROOT, env=one_thread, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     command = [sys.executable, *train(features, shared_data, killed, *flags, "--jobs", "2")]
     for kept in (0, 3, 7, 12, 17):
         process = subprocess.Popen(
-            command, cwd=ROOT, env=one_thread, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         while not (killed / "resume").is_dir() or len(list((killed / "resume").glob("*.pt"))) < kept:
             assert process.poll() is None
@@ -87,7 +86,7 @@ def test_a_run_killed_five_times_ends_as_one_that_was_not(features, shared_data,
         time.sleep(random.random())  # noqa: S311 - a moment, not a secret
         process.kill() if kept % 2 else os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    subprocess.run(command, cwd=ROOT, env=one_thread, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     written = [
         {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}
         for folder in (whole, killed)

@@ -664,7 +664,7 @@ class TestWorkersThatDie:
             def run(self, work, tasks, hear) -> None:
                 for times in range(1, self.deaths + 1):
                     hear(tasks[0], {"epoch": 1, "lr": 0.1})
-                    hear(tasks[0], Lost(times, self.for_good and times == self.deaths, "node7"))
+                    hear(tasks[0], Lost(times, self.for_good and times == self.deaths, "node7", 321))
                 super().run(work, tasks, hear)
 
         monkeypatch.setattr(nested_cv, "open_engine", lambda *_: nullcontext(Mortal()))

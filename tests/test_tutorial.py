@@ -21,8 +21,7 @@ def code() -> list[nbformat.NotebookNode]:
     return [cell for cell in read().cells if cell.cell_type == "code"]
 
 
-def test_it_runs_top_to_bottom_in_three_minutes(demo_home, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other would count as work
+def test_it_runs_top_to_bottom_in_three_minutes(demo_home):
     notebook, before = read(), seconds_of_work()
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": demo_home[0]}}

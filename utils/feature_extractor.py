@@ -410,10 +410,7 @@ def extract_slides(
 def _engine(extractor: WSIFeatureExtractor, cluster: Cluster) -> AbstractContextManager[Engine]:
     if not cluster.is_asked_for:
         return nullcontext(Threads(len(extractor.devices), extractor.stop))
-    device = extractor.config.device
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {device}: names devices of one machine; with --ray give auto, cpu or cuda")
-    return open_engine(cluster, on_gpu={"auto": None, "cpu": False, "cuda": True}[device])
+    return open_engine(cluster, device=extractor.config.device)
 
 
 @dataclass(frozen=True)

@@ -148,8 +148,10 @@ class NestedCrossValidation:
                 write_json(self.output_dir / "splits.json", self._splits_content(folds))
                 with threads(self._threads_of(begun, engine)):
                     self._write_results(self._run_folds(folds, engine))
-                    ended = {"seconds": round(time.time() - started, 1), "peak_memory": peak_memory(self.device)}
-                    folder.finish(self._record(engine) | ended)
+                    seconds = round(time.time() - started, 1)
+                    # On Ray others than this process needed it.
+                    memory = None if self.cluster.is_asked_for else peak_memory(self.device)
+                    folder.finish(self._record(engine) | {"seconds": seconds, "peak_memory": memory})
             folder.clear_leftovers()
         return read_json(self.output_dir / "outputs.json")
 
@@ -159,7 +161,7 @@ class NestedCrossValidation:
         return self.running.jobs > 1 or self.cluster.is_asked_for
 
     def _engine(self) -> AbstractContextManager[Engine]:
-        return open_engine(self.cluster, self.running.jobs, self.device.type == "cuda")
+        return open_engine(self.cluster, self.running.jobs, str(self.device))
 
     def _threads_of(self, begun: Mapping[str, Any], engine: Engine) -> int:
         """The threads that the run was begun with: what is trained now must fit what is kept."""
@@ -189,7 +191,7 @@ class NestedCrossValidation:
         in_memory = sum(info.nbytes for info in data.info) if data.is_in_memory else 0
         found = plan.estimate(
             units, trials, sizes, checkpoints=(len(folds) + 1) * members, jobs=jobs, device=self.device,
-            packed=in_memory if jobs > 1 else 0, in_memory=in_memory,
+            packed=in_memory if self._is_sent_away else 0, in_memory=in_memory,
         )  # fmt: skip
         table = plan.splits_table(folds, data, data.cases)
         return f"{table}\n\n{head}\n{found.text(jobs, self.output_dir)}"

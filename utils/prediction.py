@@ -113,7 +113,8 @@ def predict_files(
         if seen_as := read_json(target)["seen_as"]:
             log.warning(SEEN, asked.input, seen_as)
         return [status], work.told(asked.input, target)
-    if predictor.feature_extractor is not None:
+    is_sent_away = cluster is not None and cluster.is_asked_for
+    if predictor.feature_extractor is not None and not is_sent_away:
         _ = predictor.feature_extractor.backbone  # one that cannot be had is no slide's fault
     clear_parts(asked.output_dir)
     if not asked.overwrite:  # another model's predictions are nobody's slide's fault
@@ -132,7 +133,7 @@ def predict_files(
 def _engine(asked: Prediction, cluster: Cluster | None) -> AbstractContextManager[Engine]:
     if cluster is None or not cluster.is_asked_for:
         return nullcontext(Threads())
-    return open_engine(cluster, on_gpu=resolve_device(asked.device).type == "cuda")
+    return open_engine(cluster, device=str(resolve_device(asked.device)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Work in this process and in several; what is sent to others must stand at a module's level."""
+"""Work in this process and in several."""
 
+import dataclasses
 import importlib
 import multiprocessing
 import os
@@ -10,13 +11,13 @@ import sys
 import threading
 import time
 import types
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import is_running
+from tests.core import work
 from utils.core.config import Cluster
 from utils.core.engine import Lost, Processes, Threads, open_engine, threads, threads_each, worker_number
 from utils.core.errors import ConfigError, EngineError, TrainingError
@@ -24,47 +25,6 @@ from utils.core.runtime import log, processors
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = platform.node()
-
-
-def square(task: int, tell) -> None:
-    tell(("threads", torch.get_num_threads()))
-    tell(("square", task * task))
-
-
-def fail_at_two(task: int, tell) -> None:
-    if task == 2:
-        raise TrainingError("the loss is nan")
-    time.sleep(0.05)
-    tell(task)
-
-
-def die_at_two(task: int, tell) -> None:
-    if task == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.05)
-
-
-def take_long(task: Path, tell) -> None:
-    """Sign in, then outlast every patience."""
-    task.write_text(str(os.getpid()))
-    time.sleep(600)
-
-
-def warn(task: int, tell) -> None:
-    log.warning("task %d on %s", task, processors())
-    tell(worker_number())
-
-
-def outlive(task: tuple[int, Path], tell) -> None:
-    """Two kills its first worker, three each of them."""
-    number, folder = task
-    tell("begun")
-    if number == 3 or (number == 2 and not (folder / "died").exists()):
-        if number == 2:
-            (folder / "died").touch()
-        time.sleep(0.5)  # what was told is on its way
-        os.kill(os.getpid(), signal.SIGKILL)
-    tell("ended")
 
 
 @pytest.fixture(params=["here", "threads", "processes", "ray"])
@@ -76,17 +36,17 @@ def engine(request):
 
 def test_every_task_is_done_and_heard_in_its_order_of_telling(engine):
     heard: dict[int, list] = {}
-    engine.run(square, [3, 4, 5], lambda task, told: heard.setdefault(task, []).append(told))
+    engine.run(work.square, [3, 4, 5], lambda task, told: heard.setdefault(task, []).append(told))
     assert heard == {task: [("threads", 1), ("square", task * task)] for task in (3, 4, 5)}
 
 
 def test_no_task_begins_nothing(engine):
-    engine.run(square, [], print)
+    engine.run(work.square, [], print)
 
 
 def test_the_first_error_comes_back_as_it_was(engine):
     with pytest.raises(TrainingError, match="the loss is nan"):
-        engine.run(fail_at_two, [1, 2, 3], lambda *_: None)
+        engine.run(work.fail_at_two, [1, 2, 3], lambda *_: None)
     assert not multiprocessing.active_children()
 
 
@@ -94,7 +54,7 @@ def test_what_workers_log_is_logged_here(engine, caplog):
     if isinstance(engine, Processes) and engine.jobs > 1:
         pytest.skip("processes of this machine log to its stderr themselves")
     with caplog.at_level("WARNING"):
-        engine.run(warn, [7], lambda *_: None)
+        engine.run(work.warn, [7], lambda *_: None)
     there = 1 if type(engine).__name__ == "_OnRay" else processors()  # its share of the machine
     assert [record.getMessage() for record in caplog.records] == [f"task 7 on {there}"]
 
@@ -115,77 +75,110 @@ def test_threads_have_numbers_of_their_own():
 def test_an_error_stops_the_other_threads():
     stop = threading.Event()
     with pytest.raises(TrainingError):
-        Threads(2, stop).run(fail_at_two, [2, *range(3, 100)], lambda *_: None)
+        Threads(2, stop).run(work.fail_at_two, [2, *range(3, 100)], lambda *_: None)
     assert stop.is_set()
 
 
 def test_a_process_that_dies_is_an_error_not_a_wait():
     with pytest.raises(EngineError, match=r"a worker process ended unexpectedly.*fewer --jobs"):
-        Processes(2).run(die_at_two, [1, 2, 3, 4], lambda *_: None)
+        Processes(2).run(work.die_at_two, [1, 2, 3, 4], lambda *_: None)
+
+
+def without_process(told):
+    """Which ran in between is another each time."""
+    return dataclasses.replace(told, process=0) if isinstance(told, Lost) and told.process > 0 else told
 
 
 class TestRay:
     def test_a_task_whose_worker_dies_is_done_by_another_so_often_and_the_others_go_on(self, ray, tmp_path):
-        heard: dict[int, list] = {}
-        tasks = [(number, tmp_path) for number in range(1, 5)]
-        ray.run(outlive, tasks, lambda task, told: heard.setdefault(task[0], []).append(told))
-        assert heard.pop(2) == ["begun", Lost(1, False, HERE), "begun", "ended"]
+        """What is told last is heard with the end, so that nothing is both ended and lost."""
+        heard: dict[int, list] = {number: [] for number in range(1, 5)}
+        tasks = [(number, tmp_path) for number in heard]
+        ray.run(work.outlive, tasks, lambda task, told: heard[task[0]].append(without_process(told)))
+        assert heard.pop(2) == ["begun", Lost(1, False, HERE, 0), "begun", "half", "ended"]
         assert heard.pop(3) == [
-            *("begun", Lost(1, False, HERE), "begun", Lost(2, False, HERE), "begun"),
-            Lost(3, True, HERE),
+            *("begun", Lost(1, False, HERE, 0), "begun", Lost(2, False, HERE, 0), "begun"),
+            Lost(3, True, HERE, 0),
         ]
-        assert heard == {number: ["begun", "ended"] for number in (1, 4)}
+        assert heard == {number: ["begun", "half", "ended"] for number in (1, 4)}
 
     def test_a_bug_comes_back_with_its_traceback(self, ray):
         with pytest.raises(ZeroDivisionError) as error:
-            ray.run(divide, [0], lambda *_: None)
+            ray.run(work.divide, [0], lambda *_: None)
         assert "in divide" in "".join(error.value.__notes__)
 
     def test_an_error_that_cannot_be_sent_comes_as_its_text(self, ray):
         """It is pickled, and unpickled with one argument too few."""
         with pytest.raises(RuntimeError, match="TwoPartError: a and b") as error:
-            ray.run(fail_oddly, [0], lambda *_: None)
+            ray.run(work.fail_oddly, [0], lambda *_: None)
         assert "in fail_oddly" in "".join(error.value.__notes__)
 
     def test_what_cannot_be_sent_is_nobodys_death(self, ray):
         heard = []
         with pytest.raises(Exception, match="missing 1 required positional argument: 'second'"):
-            ray.run(tell_oddly, [0], lambda _, told: heard.append(told))
+            ray.run(work.tell_oddly, [0], lambda _, told: heard.append(told))
         assert not heard
 
     def test_more_threads_than_any_node_has_processors_are_given_all_the_same(self, ray):
         """As a run goes on that was begun on a larger machine."""
         heard = []
         with threads(processors() + 1):
-            ray.run(square, [2], lambda _, told: heard.append(told))
+            ray.run(work.square, [2], lambda _, told: heard.append(told))
         assert heard == [("threads", processors() + 1), ("square", 4)]
 
     def test_workers_that_die_at_their_beginning_are_replaced_so_often(self, ray, caplog):
         with pytest.raises(EngineError, match=r"workers ended before their first task, 3 in a row.*fewer --actors"):
-            ray.run(Unpacked(os._exit, 1), [0], lambda *_: None)
-        assert caplog.messages == ["a worker process ended before its first task; another is begun"] * 2
+            ray.run(work.Unpacked(os._exit, 1), [0], lambda *_: None)
+        assert len(caplog.messages) == 2
+        assert all(message.endswith(" ended before its first task; another is begun") for message in caplog.messages)
 
     def test_deaths_at_the_beginning_count_in_a_row(self, ray, tmp_path):
         """Two, then a worker that begins and dies of its task, then two more, then one that does it."""
         heard = []
-        ray.run(Unpacked(begun_at_the_third, tmp_path), [0], lambda _, told: heard.append(told))
-        assert heard == [Lost(1, False, HERE), "done by 5"]
+        ray.run(work.Unpacked(work.begun_at_the_third, tmp_path), [0], lambda _, told: heard.append(told))
+        assert list(map(without_process, heard)) == [Lost(1, False, HERE, 0), "done by 5"]
+
+    def test_workers_that_cannot_begin_do_not_end_those_that_work(self, ray, tmp_path, caplog):
+        """As on a node without room in its memory."""
+        heard = []
+        ray.run(work.Unpacked(work.begun_by_the_first, tmp_path), [1, 2], lambda _, told: heard.append(told))
+        assert heard == ["done", "done"]
+        assert [message.split("; ")[1] for message in caplog.messages] == [
+            *["another is begun"] * 2,
+            "no other is begun after 3 in a row",
+        ]
+        assert all(f"a worker process on {HERE} ended before its first task" in message for message in caplog.messages)
+
+    def test_a_worker_that_lacks_something_says_so_in_one_line(self, ray):
+        with pytest.raises(EngineError, match=rf"^--ray: a worker cannot begin on {HERE}: --weights x: no such file$"):
+            ray.run(work.Unpacked(work.ask, "--weights x: no such file"), [0], lambda *_: None)
+
+    def test_a_bug_at_the_beginning_comes_back_with_its_traceback(self, ray):
+        with pytest.raises(ValueError, match="invalid literal") as error:
+            ray.run(work.Unpacked(int, "nonsense"), [0], lambda *_: None)
+        assert f"on {HERE}:\nTraceback" in "".join(error.value.__notes__)
+
+    def test_workers_have_the_drivers_word_on_downloads(self, ray, monkeypatch):
+        monkeypatch.setenv("HF_HOME", "/weights/of/ours")
+        heard = []
+        ray.run(work.tell_environment, ["HF_HOME"], lambda _, told: heard.append(told))
+        assert heard == ["/weights/of/ours"]
 
     def test_a_node_without_what_is_needed_is_named(self, ray):
         with pytest.raises(
             EngineError, match=rf"cannot begin \(on {HERE}: No module named 'nonsense'\); all nodes need"
         ):
-            ray.run(Unpacked(importlib.import_module, "nonsense"), [0], lambda *_: None)
+            ray.run(work.Unpacked(importlib.import_module, "nonsense"), [0], lambda *_: None)
 
     def test_what_all_workers_say_is_said_once_but_not_a_warning(self, ray, caplog):
         with caplog.at_level("INFO", log.name):
-            ray.run(greet, [1, 2, 3], lambda *_: None)
+            ray.run(work.greet, [1, 2, 3], lambda *_: None)
         assert sorted(caplog.messages) == ["careful", "careful", "careful", "hello"]
 
     def test_workers_begin_where_the_driver_is(self, ray, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         heard = []
-        ray.run(where, [1], lambda _, told: heard.append(told))
+        ray.run(work.where, [1], lambda _, told: heard.append(told))
         assert heard == [tmp_path]
 
     def test_what_is_asked_for_in_vain_is_told(self, monkeypatch):
@@ -207,7 +200,7 @@ class TestRay:
             Cluster(ray=address)
 
     def test_no_cluster_there(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False))
+        self.no_ray(monkeypatch, AssertionError("not asked"))
         with pytest.raises(EngineError, match=r"--ray 127.0.0.1:1: no Ray cluster can be joined.*refused.*start"):
             open_engine(Cluster(ray="127.0.0.1:1")).__enter__()
 
@@ -217,38 +210,58 @@ class TestRay:
             assert "--actors 9: the cluster has room for 5 of them" in caplog.messages
 
     @pytest.mark.parametrize(
-        ("actors", "on_gpu", "jobs", "threads_each", "share"),
+        ("actors", "device", "jobs", "threads_each", "share"),
         [
-            (None, None, 3, 2, 1),  # a GPU each
-            (3, None, 3, 2, 1),
-            (4, None, 4, 2, 1 / 2),  # three GPUs, and one of them for two
-            (7, True, 7, 1, 1 / 3),
-            (None, False, 4, 2, 0),  # the threads of this process each
-            (100, False, 100, 1, 0),
+            (None, "auto", 3, 2, 1),  # a GPU each
+            (3, "auto", 3, 2, 1),
+            (4, "auto", 4, 2, 1 / 2),  # three GPUs, and one of them for two
+            (7, "cuda", 7, 1, 1 / 3),
+            (None, "cpu", 4, 2, 0),  # the threads of this process each
+            (100, "cpu", 100, 1, 0),
         ],
     )
     def test_workers_share_the_processors_and_the_gpus_out(
-        self, actors, on_gpu, jobs, threads_each, share, monkeypatch
+        self, actors, device, jobs, threads_each, share, monkeypatch
     ):
         self.cluster_of([{"CPU": 2, "GPU": 1}, {"CPU": 6, "GPU": 2}], monkeypatch)
-        with threads(2), open_engine(Cluster(ray="auto", actors=actors), on_gpu=on_gpu) as engine:
+        with threads(2), open_engine(Cluster(ray="auto", actors=actors), device=device) as engine:
             assert (engine.jobs, engine.threads, vars(engine)["gpus"]) == (jobs, threads_each, share)
 
-    def test_no_worker_is_given_more_processors_than_one_node_has(self, monkeypatch):
-        self.cluster_of([{"CPU": 2}, {"CPU": 3}], monkeypatch)
-        with threads(4), open_engine(Cluster(ray="auto")) as engine:
-            assert (engine.jobs, engine.threads) == (1, 3)
+    @pytest.mark.parametrize(
+        ("nodes", "own", "device", "jobs", "threads_each"),
+        [
+            ([{"CPU": 2}, {"CPU": 3}], 4, "auto", 1, 3),
+            ([{"CPU": 8}, {"CPU": 8}], 6, "cpu", 2, 6),
+            ([{"CPU": 16}, {"CPU": 40}], 12, "cpu", 4, 12),
+            ([{"CPU": 64}, {"CPU": 32, "GPU": 4}, {"CPU": 32, "GPU": 4}], 32, "auto", 8, 8),
+            ([{"CPU": 16, "GPU": 1}, {"CPU": 64, "GPU": 1}], 32, "auto", 2, 16),
+            ([{"CPU": 8}, {"CPU": 2, "GPU": 2}], 8, "cuda", 2, 1),
+            ([{"GPU": 1}, {"CPU": 4, "GPU": 1}], 2, "auto", 2, 2),  # the first has no processor for its GPU
+        ],
+    )
+    def test_all_workers_find_a_node_with_room_for_them(self, nodes, own, device, jobs, threads_each, monkeypatch):
+        self.cluster_of(nodes, monkeypatch)
+        with threads(own), open_engine(Cluster(ray="auto"), device=device) as engine:
+            assert (engine.jobs, engine.threads) == (jobs, threads_each)
+
+    def test_no_node_has_room(self, monkeypatch):
+        self.cluster_of([{"CPU": 0}, {}], monkeypatch)
+        with pytest.raises(EngineError, match=r"--ray auto: no node has what a worker needs; give its processors to"):
+            open_engine(Cluster(ray="auto"), device="cpu").__enter__()
+
+    def test_a_device_of_one_machine_is_nobodys_on_several(self):
+        with pytest.raises(ConfigError, match=r"--device cuda:1: names devices of one machine; .* auto, cpu or cuda"):
+            open_engine(Cluster(ray="auto"), device="cuda:1").__enter__()
 
     def test_gpus_that_are_asked_for_and_not_there(self, monkeypatch):
         self.cluster_of([{"CPU": 2}], monkeypatch)
         with pytest.raises(EngineError, match=r"--ray auto: the cluster has no GPU; give --device cpu"):
-            open_engine(Cluster(ray="auto"), on_gpu=True).__enter__()
+            open_engine(Cluster(ray="auto"), device="cuda").__enter__()
 
     def cluster_of(self, nodes: list[dict[str, int]], monkeypatch) -> None:
         """A ray module that tells of it; a dead node beside them does not count."""
         ray = types.SimpleNamespace(
             is_initialized=lambda: True,
-            cluster_resources=lambda: {name: sum(node.get(name, 0) for node in nodes) for name in nodes[0]},
             nodes=lambda: [
                 *({"Alive": True, "Resources": node} for node in nodes),
                 {"Alive": False, "Resources": {"CPU": 64}},
@@ -257,12 +270,26 @@ class TestRay:
         monkeypatch.setitem(sys.modules, "ray", ray)
 
     def test_none_can_be_started_here(self, monkeypatch):
-        def init(**_: object) -> None:
-            raise OSError("no space left")
-
-        monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False, init=init))
+        self.no_ray(monkeypatch, OSError("no space left"))
         with pytest.raises(EngineError, match=r"--ray local: Ray cannot be started on this machine \(no space left\)"):
             open_engine(Cluster(ray="local")).__enter__()
+
+    def test_a_cluster_asks_for_what_is_not_given(self, monkeypatch):
+        self.no_ray(monkeypatch, OddError("Token required,\nbut none was found"))
+        with pytest.raises(
+            EngineError, match=r"no Ray .* there \(Token required, but none was found\); .*RAY_AUTH_MODE"
+        ):
+            open_engine(Cluster(ray="auto")).__enter__()
+
+    def no_ray(self, monkeypatch, reason: Exception) -> None:
+        """A ray module that cannot be started."""
+
+        def init(**_: object) -> None:
+            raise reason
+
+        kinds = types.SimpleNamespace(RayError=OddError)
+        ray = types.SimpleNamespace(is_initialized=lambda: False, init=init, exceptions=kinds)
+        monkeypatch.setitem(sys.modules, "ray", ray)
 
     def test_without_the_flag_it_is_not_imported(self):
         code = (
@@ -273,57 +300,8 @@ class TestRay:
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def divide(task: int, tell) -> None:
-    tell(1 / task)
-
-
-class Unpacked:
-    """Work that calls something where it is unpacked."""
-
-    def __init__(self, call, argument) -> None:
-        self.parts = call, (argument,)
-
-    def __call__(self, task: int, tell) -> None:
-        tell(task)
-
-    def __reduce__(self):
-        return self.parts
-
-
-def begun_at_the_third(folder: Path):
-    number = len(list(folder.iterdir()))
-    (folder / str(number)).touch()
-    if number % 3 < 2:
-        os._exit(1)
-    return partial(die_before, 5, number)
-
-
-def die_before(last: int, number: int, _: int, tell) -> None:
-    if number < last:
-        os._exit(1)
-    tell(f"done by {number}")
-
-
-def greet(_: int, tell) -> None:
-    log.info("hello")
-    log.warning("careful")
-
-
-class TwoPartError(Exception):
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(f"{first} and {second}")
-
-
-def fail_oddly(_: int, tell) -> None:
-    raise TwoPartError("a", "b")
-
-
-def tell_oddly(_: int, tell) -> None:
-    tell(TwoPartError("a", "b"))
-
-
-def where(_: int, tell) -> None:
-    tell(Path.cwd())
+class OddError(Exception):
+    """As Ray's own errors, none that Python has."""
 
 
 UNGUARDED = """
@@ -366,7 +344,7 @@ def test_when_the_first_process_ends_so_do_the_others(ending, tmp_path):
     """Ctrl-C reaches the whole group, as from a terminal; SIGKILL this one alone, and nobody can tell the others."""
     code = (
         "from pathlib import Path; from utils.core.engine import Processes;"
-        "from tests.core.test_engine import take_long;"
+        "from tests.core.work import take_long;"
         f"Processes(2).run(take_long, [Path({str(tmp_path)!r}, name) for name in 'ab'], print)"
     )
     process = subprocess.Popen(

@@ -24,7 +24,7 @@ class Mortal:
             self.order.append(name)
             deaths, for_good = self.deaths.get(name, (0, False))
             for times in range(1, deaths + 1):
-                hear(task, Lost(times, for_good and times == deaths, "node7"))
+                hear(task, Lost(times, for_good and times == deaths, "node7", 321))
             if not for_good:
                 work(task, lambda told, task=task: hear(task, told))
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from urllib.parse import urlsplit
 import torch
 
 from utils.core.config import Cluster
-from utils.core.errors import ConfigError, EngineError, counted
+from utils.core.errors import ConfigError, EngineError, LiteMILError, counted
 from utils.core.runtime import log, processors, share_processors
 
 Task = TypeVar("Task")
@@ -45,13 +46,14 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 @dataclass(frozen=True)
 class Lost:
-    """Heard of a task whose worker, at last one on `node`, died `times` times: it is done anew elsewhere, unless that
-    was `for_good`.
+    """Heard of a task whose worker, at last `process` on `node`, died `times` times: it is done anew, elsewhere where
+    there is another node, unless that was `for_good`.
     """
 
     times: int
     for_good: bool
     node: str
+    process: int
 
     def __str__(self) -> str:
         how_often = "" if self.times == 1 else f" ({self.times} times now)"
@@ -99,17 +101,19 @@ def refuse_rerun() -> None:
 
 
 @contextmanager
-def open_engine(cluster: Cluster, jobs: int = 1, on_gpu: bool | None = None) -> Iterator[Engine]:
-    """Processes of this machine, or Ray where it is asked for, whose workers take a GPU each (or a share of one) with
-    `on_gpu` (None: where there are any). Raises ConfigError, EngineError.
+def open_engine(cluster: Cluster, jobs: int = 1, device: str = "auto") -> Iterator[Engine]:
+    """Processes of this machine, or Ray where it is asked for, whose workers take a GPU each (or a share of one) where
+    the device is "cuda", or it is "auto" and there are any. Raises ConfigError, EngineError.
     """
     if cluster.ray is None:
         yield Processes(jobs)
         return
     if jobs > 1:
         raise ConfigError(f"--jobs {jobs}: is for one machine; with --ray give --actors")
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ConfigError(f"--device {device}: names devices of one machine; with --ray give auto, cpu or cuda")
     with _joined(cluster.ray) as ray:
-        yield _OnRay.of_cluster(ray, cluster, on_gpu)
+        yield _OnRay.of_cluster(ray, cluster, device)
 
 
 @dataclass(frozen=True)
@@ -263,8 +267,12 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
 }
+# What of the driver's environment its workers need too, for they may have been begun without: names begin so.
+_OF_DOWNLOADS = ("HF_", "TORCH_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _RETRIES = 2
-_SECONDS_BETWEEN_REMARKS = 30
+_DEATHS_BEFORE_A_TASK = 3
+_SECONDS_TO_HEED = 1
+_SECONDS_TO_BEGIN = 60
 _SECONDS_TO_ANSWER = 10
 
 
@@ -287,20 +295,47 @@ def _joined(address: str) -> Iterator[Any]:
     where = {"address": address}
     if address == "local":
         where |= {"num_cpus": processors(), "include_dashboard": False}
+    ending = signal.getsignal(signal.SIGTERM)
     try:
         if address not in ("local", "auto"):
             _call_on(address)
         ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as failure:
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as failure:
         remedy = "start one with ray start --head; one that asks for a token is joined with RAY_AUTH_MODE=token"
         failed = "no Ray cluster can be joined there"
         if address == "local":
             failed, remedy = "Ray cannot be started on this machine", "without --ray this process does the same alone"
         raise EngineError(f"--ray {address}: {failed} ({' '.join(str(failure).split())}); {remedy}") from failure
+    _handle_sigterm(ending)  # which Ray has made its own
     try:
+        if address == "auto":
+            log.info("Ray auto: the cluster is that of %s", ray.get_runtime_context().gcs_address)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _handle_sigterm(handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _sigterm_put_off() -> Iterator[Callable[[], None]]:
+    """Yield what acts on a SIGTERM that has come meanwhile: Ray's calls lose the exception of a handler."""
+    before, came = signal.getsignal(signal.SIGTERM), threading.Event()
+
+    def heed() -> None:
+        if came.is_set():
+            _handle_sigterm(before)
+            signal.raise_signal(signal.SIGTERM)
+
+    _handle_sigterm(lambda *_: came.set())
+    try:
+        yield heed
+    finally:
+        _handle_sigterm(before)
+    heed()
 
 
 def _call_on(address: str) -> None:
@@ -312,38 +347,47 @@ def _call_on(address: str) -> None:
 @dataclass(frozen=True)
 class _OnRay:
     """Actors, each doing one task at a time. A task whose actor dies is done anew by another, at most `retries` times;
-    `Lost` is heard of it each time. An actor takes a processor for each of its threads, as far as the `largest` node
-    has them, and `gpus`, a number or a fraction.
+    `Lost` is heard of it each time. An actor takes a processor for each of its threads, and `gpus`, a number or a
+    fraction.
     """
 
     ray: Any
     jobs: int
     threads: int
-    largest: int
     gpus: float
     retries: int
 
     @classmethod
-    def of_cluster(cls, ray: Any, cluster: Cluster, on_gpu: bool | None) -> "_OnRay":
-        """As many actors as asked for, or one for each GPU, or for as many processors as this process has threads."""
-        there = ray.cluster_resources()
-        cpus, gpus = int(there.get("CPU", 1)), there.get("GPU", 0)
-        on_gpu = gpus > 0 if on_gpu is None else on_gpu
+    def of_cluster(cls, ray: Any, cluster: Cluster, device: str) -> "_OnRay":
+        """As many actors as asked for, or one for each GPU, or for as many processors as this process has threads; of
+        the most threads, up to this process's, with which the nodes have room for them.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus, most = int(sum(node.get("GPU", 0) for node in nodes)), torch.get_num_threads()
+        on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
         if on_gpu and not gpus:
             raise EngineError(f"--ray {cluster.ray}: the cluster has no GPU; give --device cpu")
-        by_default = int(gpus) if on_gpu else cpus // torch.get_num_threads()
+        by_default = gpus if on_gpu else sum(int(node.get("CPU", 0)) // most for node in nodes)
         jobs = cluster.actors or max(1, by_default)
-        largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
-        threads = min(torch.get_num_threads(), max(1, cpus // jobs), largest)
-        if jobs > cpus // threads:
-            log.warning("--actors %d: the cluster has room for %d of them", jobs, cpus // threads)
+        sharers = math.ceil(jobs / gpus) if on_gpu else 0  # of a GPU
+
+        def room(count: int) -> int:
+            """For so many actors of that many threads."""
+            fit = [(int(node.get("CPU", 0)) // count, int(node.get("GPU", 0)) * sharers) for node in nodes]
+            return sum(min(pair) if on_gpu else pair[0] for pair in fit)
+
+        if not room(1):
+            raise EngineError(f"--ray {cluster.ray}: no node has what a worker needs; give its processors to ray start")
+        count = max(count for count in range(1, most + 1) if room(count) >= min(jobs, room(1)))
+        if jobs > room(count):
+            log.warning("--actors %d: the cluster has room for %d of them", jobs, room(count))
         log.info(
             "Ray %s: %s of %s each, on %s with %s",
-            cluster.ray, counted(jobs, "actor"), counted(threads, "thread"),
-            counted(len([node for node in ray.nodes() if node["Alive"]]), "node"), counted(cpus, "processor"),
+            cluster.ray, counted(jobs, "actor"), counted(count, "thread"), counted(len(nodes), "node"),
+            counted(int(sum(node.get("CPU", 0) for node in nodes)), "processor"),
         )  # fmt: skip
-        share = 1 / math.ceil(jobs / gpus) if on_gpu else 0.0
-        return cls(ray, jobs, threads, largest, share, _RETRIES if cluster.retries is None else cluster.retries)
+        retries = _RETRIES if cluster.retries is None else cluster.retries
+        return cls(ray, jobs, count, 1 / sharers if on_gpu else 0.0, retries)
 
     def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
         if tasks:
@@ -352,11 +396,24 @@ class _OnRay:
 
 @dataclass
 class _Worker:
-    """An actor, on a node, and the number of the task that it does, None while it begins."""
+    """An actor, on a node a process, and the number of the task that it does, None while it begins."""
 
     actor: Any
     node: str = ""
+    process: int = 0
     task: int | None = None
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """What a worker begins with: the work, pickled, and what it is to have of the driver's."""
+
+    work: bytes
+    folder: str
+    path: list[str]
+    environment: dict[str, str]
+    threads: int
+    level: int
 
 
 class _Crew:
@@ -366,37 +423,56 @@ class _Crew:
         self.engine, self.ray, self.tasks, self.hear = engine, engine.ray, tasks, hear
         self.waiting = deque(range(len(tasks)))
         self.losses: Counter[int] = Counter()
+        self.died_on: dict[int, str] = {}  # the node where the task's worker died
         self.busy: dict[Any, _Worker] = {}  # by the stream of what each says
         count = torch.get_num_threads()
         packed = self.ray.cloudpickle.dumps(work)  # what the script itself defines, too
-        self.parcel = self.ray.put((packed, str(Path.cwd()), sys.path, count, log.level))
-        takes = {"num_cpus": min(count, engine.largest), "num_gpus": engine.gpus}
+        downloads = {name: value for name, value in os.environ.items() if name.upper().startswith(_OF_DOWNLOADS)}
+        self.parcel = self.ray.put(_Parcel(packed, str(Path.cwd()), sys.path, downloads, count, log.level))
+        # A run that was begun with more threads than there is room for now goes on with them all the same.
+        takes = {"num_cpus": min(count, engine.threads), "num_gpus": engine.gpus}
         self.kind = self.ray.remote(**takes, max_restarts=0)(_Actor)
-        self.never_begun = 0
+        self.never_begun = 0  # in a row
+        self.remark_at = math.inf
         self.said: set[str] = set()
 
     def labour(self) -> None:
         for _ in range(min(self.engine.jobs, len(self.tasks))):
             self._hire()
         try:
-            while self.waiting or any(worker.task is not None for worker in self.busy.values()):
-                ready, _ = self.ray.wait(list(self.busy), timeout=_SECONDS_BETWEEN_REMARKS)
-                if not ready and all(worker.task is None for worker in self.busy.values()):
-                    log.warning("no worker has begun yet: the cluster is busy, or has no node with what one needs")
-                for one in ready:
-                    self._look(one)
+            with _sigterm_put_off() as heed:
+                while self.waiting or any(worker.task is not None for worker in self.busy.values()):
+                    ready, _ = self.ray.wait(list(self.busy), timeout=_SECONDS_TO_HEED)
+                    heed()
+                    for one in ready:
+                        self._look(one)
+                    if time.monotonic() > self.remark_at:
+                        self._remark()
         finally:
             for worker in self.busy.values():
                 self.ray.kill(worker.actor)
 
+    def _remark(self) -> None:
+        self.remark_at = math.inf
+        begun = sum(worker.task is not None for worker in self.busy.values())
+        if begun < len(self.busy):
+            log.warning(
+                "%d of %d workers have begun: for the others the cluster is busy, or has no node with what one needs",
+                begun, len(self.busy),
+            )  # fmt: skip
+
     def _hire(self) -> None:
         actor = self.kind.remote()
         self.busy[self._streaming(actor.begin, self.parcel)] = _Worker(actor)
+        self.remark_at = time.monotonic() + _SECONDS_TO_BEGIN
 
     def _give(self, worker: _Worker) -> None:
-        """The next task; without one the actor is let go."""
+        """The next task, if possible one over which no worker of its node has died; without one it is let go."""
         if self.waiting:
-            worker.task = self.waiting.popleft()
+            elsewhere = (place for place, task in enumerate(self.waiting) if self.died_on.get(task) != worker.node)
+            place = next(elsewhere, 0)
+            worker.task = self.waiting[place]
+            del self.waiting[place]
             self.busy[self._streaming(worker.actor.do, self.tasks[worker.task])] = worker
         else:
             self.ray.kill(worker.actor)
@@ -408,11 +484,6 @@ class _Crew:
         worker = self.busy[one]
         try:
             kind, said = self.ray.get(next(one))
-        except StopIteration:
-            del self.busy[one]
-            self.never_begun = 0
-            self._give(worker)
-            return
         except (self.ray.exceptions.RayTaskError, self.ray.exceptions.RaySystemError):
             raise  # nobody died: a bug, or what cannot be sent
         except self.ray.exceptions.RayError as failure:
@@ -420,14 +491,20 @@ class _Crew:
             self.ray.kill(worker.actor)  # it may only be out of reach
             self._mourn(worker, failure)
             return
-        if kind == "node":
-            worker.node = said
+        if kind == "process":
+            worker.node, worker.process = said
         elif kind == "log":
             self._log(said)
         elif kind == "error":
             raise said
         elif worker.task is not None:
-            self.hear(self.tasks[worker.task], said)
+            for told in said:
+                self.hear(self.tasks[worker.task], told)
+        if kind == "ended":
+            if worker.task is None:
+                self.never_begun = 0
+            del self.busy[one]
+            self._give(worker)
 
     def _log(self, record: logging.LogRecord) -> None:
         """What every worker has to say, such as which model it has loaded, is said once."""
@@ -438,27 +515,39 @@ class _Crew:
         log.handle(record)
 
     def _mourn(self, worker: _Worker, failure: Exception) -> None:
-        """Of a worker that has died."""
+        """Of a worker that has died over its task, or before it had one."""
         if worker.task is None:
-            reason = str(failure).strip().splitlines()[-1].strip()
-            if getattr(failure, "actor_init_failed", False):
-                raise _cannot_begin(reason, str(Path.cwd())) from failure
-            self.never_begun += 1
-            if self.never_begun > self.engine.retries:
-                raise EngineError(
-                    f"--ray: workers ended before their first task, {self.never_begun} in a row, as when memory runs "
-                    f"out; give fewer --actors (Ray says: {reason})"
-                ) from failure
-            log.warning("a worker process ended before its first task; another is begun")
-        else:
-            self.losses[worker.task] += 1
-            times = self.losses[worker.task]
-            lost = Lost(times, times > self.engine.retries, worker.node)
-            self.hear(self.tasks[worker.task], lost)
-            if not lost.for_good:
-                self.waiting.appendleft(worker.task)
+            self._mourn_beginner(worker, failure)
+            return
+        self.losses[worker.task] += 1
+        times = self.losses[worker.task]
+        lost = Lost(times, times > self.engine.retries, worker.node, worker.process)
+        self.hear(self.tasks[worker.task], lost)
+        if not lost.for_good:
+            self.waiting.appendleft(worker.task)
+            self.died_on[worker.task] = worker.node
         if self.waiting:
             self._hire()
+
+    def _mourn_beginner(self, worker: _Worker, failure: Exception) -> None:
+        """Another is begun in its stead, a few times in a row; then the others have to do without."""
+        reason = str(failure).strip().splitlines()[-1].strip()
+        if getattr(failure, "actor_init_failed", False):
+            raise _cannot_begin(reason, str(Path.cwd())) from failure
+        self.never_begun += 1
+        if not self.waiting:
+            return
+        if self.never_begun < _DEATHS_BEFORE_A_TASK:
+            then = "another is begun"
+            self._hire()
+        elif self.busy:
+            then = f"no other is begun after {self.never_begun} in a row"
+        else:
+            raise EngineError(
+                f"--ray: workers ended before their first task, {self.never_begun} in a row, as when memory runs out; "
+                f"give fewer --actors (Ray says: {reason})"
+            ) from failure
+        log.warning("a worker process%s ended before its first task; %s", worker.node and f" on {worker.node}", then)
 
 
 def _cannot_begin(reason: str, folder: str) -> EngineError:
@@ -467,37 +556,52 @@ def _cannot_begin(reason: str, folder: str) -> EngineError:
 
 
 class _Actor:
-    """A process of a Ray cluster. What it does comes piece by piece: ("node", its name), ("told", what), ("log", a
-    record), ("error", an exception).
+    """A process of a Ray cluster. What it does comes piece by piece: ("process", its node and id), ("told", [what]),
+    ("log", a record), ("error", an exception), at last ("ended", [what was told last]).
     """
 
-    def begin(self, parcel: tuple[bytes, str, list[str], int, int]) -> Iterator[tuple[str, Any]]:
-        content, folder, path, self.count, level = parcel
-        sys.path += [one for one in path if one not in sys.path]
-        log.setLevel(level)
+    def begin(self, parcel: _Parcel) -> Iterator[tuple[str, Any]]:
+        node = platform.node()
+        yield "process", (node, os.getpid())
+        sys.path += [one for one in parcel.path if one not in sys.path]
+        os.environ.update(parcel.environment)
+        log.setLevel(parcel.level)
         log.propagate = False
+        self.count = parcel.threads
         share_processors(self.count)
         try:
-            os.chdir(folder)
-            self.work = pickle.loads(content)  # noqa: S301 - written by the process that began us
+            os.chdir(parcel.folder)
+            self.work = pickle.loads(parcel.work)  # noqa: S301 - written by the process that began us
         except (OSError, ImportError, AttributeError) as failure:
-            yield "error", _cannot_begin(f"on {platform.node()}: {failure}", folder)
-        yield "node", platform.node()
+            yield "error", _cannot_begin(f"on {node}: {failure}", parcel.folder)
+        except LiteMILError as failure:
+            yield "error", EngineError(f"--ray: a worker cannot begin on {node}: {failure}")
+        except Exception as failure:  # noqa: BLE001 - raised again by the process that asked
+            yield "error", _to_send(failure)
+        yield "ended", []
 
     def do(self, task: Any) -> Iterator[tuple[str, Any]]:
+        """What is told last comes with the end, lest a death come between."""
         messages: SimpleQueue[tuple[str, Any] | None] = SimpleQueue()
         thread = threading.Thread(target=self._labour, args=(task, messages))
         thread.start()
+        last: list[Any] = []
         while (message := messages.get()) is not None:
-            yield message
+            if message[0] != "told":
+                yield message
+                continue
+            if last:
+                yield "told", last
+            last = message[1]
         thread.join()
+        yield "ended", last
 
     def _labour(self, task: Any, messages: SimpleQueue) -> None:
         torch.set_num_threads(self.count)  # of this thread
         handler = _Forwarding(messages)
         log.addHandler(handler)
         try:
-            self.work(task, lambda told: messages.put(("told", told)))
+            self.work(task, lambda told: messages.put(("told", [told])))
         except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
             messages.put(("error", _to_send(failure)))
         finally:
@@ -506,12 +610,12 @@ class _Actor:
 
 
 def _to_send(failure: BaseException) -> BaseException:
-    """With its traceback as a note, for a traceback itself is not sent; its text alone where pickle cannot have it."""
+    """With its node and traceback as a note, for neither is sent; its text alone where pickle cannot have it."""
     try:
         sent = pickle.loads(pickle.dumps(failure))  # noqa: S301 - made here
     except Exception:  # noqa: BLE001 - its class's own code
         sent = RuntimeError(f"{type(failure).__name__}: {failure}")
-    sent.add_note("".join(traceback.format_exception(failure)))
+    sent.add_note(f"on {platform.node()}:\n{''.join(traceback.format_exception(failure))}")
     return sent
 
 

@@ -114,8 +114,14 @@ def clear_parts(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def _machine() -> str:
-    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:60]
+def clear_parts_of(node: str, process: int, folder: Path) -> None:
+    """Remove what a dead process of a machine left half-written anywhere below a folder."""
+    for part in folder.rglob(f".*.{_machine(node)}-{process}.*.part"):
+        part.unlink(missing_ok=True)
+
+
+def _machine(node: str = "") -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", node or platform.node())[:60]
 
 
 def _is_running(process: int) -> bool:

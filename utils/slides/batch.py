@@ -14,7 +14,7 @@ from pathlib import Path
 from utils.core.config import ExtractionFiles
 from utils.core.engine import Engine, Lost, Tell, threads
 from utils.core.errors import BackboneError, ConfigError, LiteMILError, NoTissueError, SlideError
-from utils.core.files import check_distinct, check_writable, clear_parts, write_records
+from utils.core.files import check_distinct, check_writable, clear_parts, clear_parts_of, write_records
 from utils.core.runtime import log, progress_bar
 from utils.slides.contours import ContourFile
 from utils.slides.preview import SheetRow, write_contact_sheet
@@ -199,11 +199,13 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
         nonlocal written
         slide, _ = pair
         tries[slide] += 1
-        if isinstance(told, Lost) and not told.for_good:
-            log.warning("%s: %s; it is tried again", slide, told)
-            return
-        status = SlideStatus(slide, "failed", f"{slide}: {told}", node=told.node) if isinstance(told, Lost) else told
-        statuses[slide] = announced(replace(status, tries=tries[slide]))
+        if isinstance(told, Lost):
+            clear_parts_of(told.node, told.process, report.parent)
+            if not told.for_good:
+                log.warning("%s: %s; it is tried again", slide, told)
+                return
+            told = SlideStatus(slide, "failed", f"{slide}: {told}", node=told.node)
+        statuses[slide] = announced(replace(told, tries=tries[slide]))
         bar.update()
         if time.monotonic() - written > _SECONDS_BETWEEN_REPORTS:
             _write_report(report, targets, statuses)

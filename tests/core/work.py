@@ -1,0 +1,135 @@
+"""What the tests of engines have done; worker processes import it, and only what it needs."""
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from utils.core.engine import worker_number
+from utils.core.errors import ConfigError, TrainingError
+from utils.core.runtime import log, processors
+
+
+def square(task: int, tell) -> None:
+    tell(("threads", torch.get_num_threads()))
+    tell(("square", task * task))
+
+
+def fail_at_two(task: int, tell) -> None:
+    if task == 2:
+        raise TrainingError("the loss is nan")
+    time.sleep(0.05)
+    tell(task)
+
+
+def die_at_two(task: int, tell) -> None:
+    if task == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+
+
+def take_long(task: Path, tell) -> None:
+    """Sign in, then outlast every patience."""
+    task.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def warn(task: int, tell) -> None:
+    log.warning("task %d on %s", task, processors())
+    tell(worker_number())
+
+
+def outlive(task: tuple[int, Path], tell) -> None:
+    """Two kills its first worker, three each of them."""
+    number, folder = task
+    tell("begun")
+    tell("half")
+    if number == 3 or (number == 2 and not (folder / "died").exists()):
+        if number == 2:
+            (folder / "died").touch()
+        time.sleep(0.5)  # what was told is on its way
+        os.kill(os.getpid(), signal.SIGKILL)
+    tell("ended")
+
+
+def divide(task: int, tell) -> None:
+    tell(1 / task)
+
+
+class Unpacked:
+    """Work that calls something where it is unpacked."""
+
+    def __init__(self, call, argument) -> None:
+        self.parts = call, (argument,)
+
+    def __call__(self, task: int, tell) -> None:
+        tell(task)
+
+    def __reduce__(self):
+        return self.parts
+
+
+def begun_at_the_third(folder: Path):
+    number = len(list(folder.iterdir()))
+    (folder / str(number)).touch()
+    if number % 3 < 2:
+        os._exit(1)
+    return partial(die_before, 5, number)
+
+
+def begun_by_the_first(folder: Path):
+    """All others die meanwhile."""
+    try:
+        (folder / "first").touch(exist_ok=False)
+    except FileExistsError:
+        with (folder / "deaths").open("a") as file:
+            file.write("x")
+        time.sleep(0.5)  # where it is is on its way
+        os._exit(1)
+    return partial(wait_for_deaths, folder / "deaths", 3)
+
+
+def wait_for_deaths(deaths: Path, count: int, _: int, tell) -> None:
+    while not deaths.exists() or deaths.stat().st_size < count:
+        time.sleep(0.05)
+    time.sleep(1)  # the last is on its way
+    tell("done")
+
+
+def ask(for_what: str):
+    raise ConfigError(for_what)
+
+
+def tell_environment(name: str, tell) -> None:
+    tell(os.environ.get(name))
+
+
+def die_before(last: int, number: int, _: int, tell) -> None:
+    if number < last:
+        os._exit(1)
+    tell(f"done by {number}")
+
+
+def greet(_: int, tell) -> None:
+    log.info("hello")
+    log.warning("careful")
+
+
+class TwoPartError(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def fail_oddly(_: int, tell) -> None:
+    raise TwoPartError("a", "b")
+
+
+def tell_oddly(_: int, tell) -> None:
+    tell(TwoPartError("a", "b"))
+
+
+def where(_: int, tell) -> None:
+    tell(Path.cwd())
