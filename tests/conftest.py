@@ -171,7 +171,9 @@ def script(monkeypatch, capsys) -> Callable[..., Outcome]:
 
 
 def is_running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
     if sys.platform == "linux":
-        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
     return subprocess.run(["ps", "-p", str(pid)], capture_output=True, check=False).returncode == 0

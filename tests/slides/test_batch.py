@@ -58,3 +58,16 @@ def test_a_slide_whose_worker_dies_is_tried_again_and_then_reported(targets, tmp
     assert "c.svs: its worker process on node7 ended unexpectedly (3 times now), as when memory" in table["reason"][2]
     told = [(record.levelname, record.getMessage().split(": ", 1)[0][-5:]) for record in caplog.records]
     assert told == [("WARNING", "b.svs"), *[("WARNING", "c.svs")] * 2, ("ERROR", "c.svs")]
+
+
+def test_what_a_dead_worker_left_half_written_is_removed(targets, tmp_path):
+    """Wherever it ran; another's, and what is no part of ours, stays."""
+    folder = tmp_path / "features"
+    (folder / "previews").mkdir(parents=True)
+    left = [folder / ".b.h5.node7-321.x1.part", folder / "previews" / ".b.jpg.node7-321.x2.part"]
+    others = [folder / name for name in (".a.h5.node7-32.x.part", ".a.h5.node8-321.x.part", "b.node7-321.x.part")]
+    for path in (*left, *others):
+        path.touch()
+    work_through(targets, Mortal({"b.svs": (1, False)}), done, folder / "report.csv")
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
