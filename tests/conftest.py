@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from tests.synthetic import stained_image, write_pyramid
@@ -38,6 +40,14 @@ BACKBONE = "timm:test_vit"  # timm's own model for tests: 0.4 M weights, 64 feat
 PATCH = 64
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+
+# What takes minutes begins first: dealt out last, a long file would leave the other process of the two idle.
+LONGEST = ("test_ray.py", "test_leakage.py", "test_readme.py", "test_demo.py", "test_engine.py", "test_tutorial.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @dataclass(frozen=True)
@@ -95,12 +105,18 @@ def slide_cohort(tmp_path_factory) -> SlideCohort:
 
 @pytest.fixture(scope="session")
 def demo_home(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A folder in which a newcomer's first command was run, and what it printed."""
-    home = tmp_path_factory.mktemp("newcomer")
-    command = [sys.executable, str(ROOT / "train.py"), "--mil", "LiteMIL", "--dataset", "demo"]
-    told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
-    return home, told
+    """A folder in which a newcomer's first command was run, once for all processes that test, and what it printed."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    home, record = folder / "newcomer", folder / "newcomer.json"
+    with FileLock(folder / "newcomer.lock"):
+        if not record.exists():
+            home.mkdir()
+            command = [sys.executable, str(ROOT / "train.py"), "--mil", "LiteMIL", "--dataset", "demo"]
+            told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+            assert told.returncode == 0, told.stderr
+            record.write_text(json.dumps(vars(told)))
+    return home, subprocess.CompletedProcess(**json.loads(record.read_text()))
 
 
 @pytest.fixture(scope="module")
