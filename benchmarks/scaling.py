@@ -12,6 +12,7 @@ import csv
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,11 +39,12 @@ def sleep(times: dict[Path, float], slide: Path, _: Path) -> SlideStatus:
     return SlideStatus(slide, "done", patches=0, seconds=times[slide])
 
 
-def simulated(folder: Path, number: int) -> dict[Path, Path]:
-    """Slides and targets; a slide is an empty file, for its size is looked at."""
-    slides = [folder / f"simulated_{one:05d}.svs" for one in range(number)]
-    for slide in slides:
-        slide.touch()
+def simulated(folder: Path, seconds: Sequence[float]) -> dict[Path, Path]:
+    """Slides and targets; a slide is a file without content, of a size as its seconds, for the largest go first."""
+    slides = [folder / f"simulated_{one:05d}.svs" for one in range(len(seconds))]
+    for slide, time_of_it in zip(slides, seconds, strict=True):
+        with slide.open("wb") as file:
+            file.truncate(round(1e6 * time_of_it))
     return {slide: slide.with_suffix(".h5") for slide in slides}
 
 
@@ -62,10 +64,10 @@ def resident() -> float:
 
 
 def overhead(folder: Path, number: int) -> str:
-    targets, report = simulated(folder, number), folder / "report.csv"
+    targets, report = simulated(folder, [0.0] * number), folder / "report.csv"
     rows = [["this process", f"{1e3 * seconds_of(Processes(), no_op, targets, report) / number:.2f}"]]
     for actors in (1, 2):
-        with open_engine(Cluster(ray="local", actors=actors), device="cpu") as engine:
+        with open_engine(Cluster(ray="local", actors=actors), Processes(), "cpu") as engine:
             few = dict(list(targets.items())[:10])
             start = seconds_of(engine, no_op, few, report)
             took = seconds_of(engine, no_op, targets, report)
@@ -74,12 +76,13 @@ def overhead(folder: Path, number: int) -> str:
 
 
 def efficiency(folder: Path) -> str:
-    targets, rows = simulated(folder, SLIDES), []
     drawn = np.random.default_rng(0).lognormal(0, 0.6, SLIDES)
-    times = dict(zip(targets, (drawn * SECONDS / drawn.mean()).tolist(), strict=True))
+    seconds, rows = (drawn * SECONDS / drawn.mean()).tolist(), []
+    targets = simulated(folder, seconds)
+    times = dict(zip(targets, seconds, strict=True))
     total = sum(times.values())
     for actors in (1, 2):
-        with open_engine(Cluster(ray="local", actors=actors), device="cpu") as engine:
+        with open_engine(Cluster(ray="local", actors=actors), Processes(), "cpu") as engine:
             took = seconds_of(engine, partial(sleep, times), targets, folder / "report.csv")
         rows.append([str(actors), f"{took:.1f}", f"{total / actors / took:.0%}"])
     head = f"### Efficiency: {SLIDES} simulated slides of {total:.0f} s together, the start of the workers included"
@@ -87,8 +90,8 @@ def efficiency(folder: Path) -> str:
 
 
 def memory(folder: Path, number: int) -> str:
-    targets, report = simulated(folder, number), folder / "report.csv"
-    with open_engine(Cluster(ray="local", actors=2), device="cpu") as engine:
+    targets, report = simulated(folder, [0.0] * number), folder / "report.csv"
+    with open_engine(Cluster(ray="local", actors=2), Processes(), "cpu") as engine:
         seconds_of(engine, no_op, dict(list(targets.items())[:100]), report)
         began = resident()
         took = seconds_of(engine, no_op, targets, report)

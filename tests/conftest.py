@@ -23,7 +23,7 @@ from tests.synthetic import stained_image, write_pyramid
 from tests.web import Server
 from utils.core import cli
 from utils.core.config import Cluster, ExtractionFiles
-from utils.core.engine import open_engine, threads
+from utils.core.engine import Processes, open_engine, threads
 from utils.core.runtime import log
 from utils.feature_extractor import WSIFeatureExtractor, extract_slides
 
@@ -160,7 +160,7 @@ def needs_ray() -> None:
 def ray():
     """A Ray of this machine that all tests share: two actors of one thread."""
     needs_ray()
-    with threads(1), open_engine(Cluster(ray="local", actors=2)) as engine:
+    with threads(1), open_engine(Cluster(ray="local", actors=2), Processes()) as engine:
         assert (engine.jobs, engine.threads) == (2, 1)
         yield engine
     assert not engine.ray.is_initialized()

@@ -665,24 +665,30 @@ class TestWorkersThatDie:
                 for times in range(1, self.deaths + 1):
                     hear(tasks[0], {"epoch": 1, "lr": 0.1})
                     hear(tasks[0], Lost(times, self.for_good and times == self.deaths, "node7", 321))
-                super().run(work, tasks, hear)
+                super().run(work, tasks[self.for_good :], hear)
 
         monkeypatch.setattr(nested_cv, "open_engine", lambda *_: nullcontext(Mortal()))
         return Mortal
 
-    def test_the_training_is_done_anew_aloud(self, engine, dataset, tmp_path, unfitted, aloud, capsys):
+    def test_the_training_is_done_again_aloud(self, engine, dataset, tmp_path, unfitted, aloud, capsys):
         cv = make_cv(dataset, tmp_path)
         cv.run()
-        told = [message for message in aloud.messages if "it is trained anew" in message]
+        told = [message for message in aloud.messages if "it is trained again" in message]
         assert len(told) == 2
         assert "its worker process on node7 ended unexpectedly (2 times now)" in told[1]
         epochs = TRAININGS * EPOCHS
         assert f"{epochs}/{epochs}" in capsys.readouterr().err  # in the end
 
-    def test_one_that_is_lost_for_good_ends_the_run(self, engine, dataset, tmp_path, unfitted, monkeypatch):
+    def test_one_that_is_lost_for_good_ends_the_run_when_the_others_are_trained(
+        self, engine, dataset, tmp_path, unfitted, monkeypatch
+    ):
         monkeypatch.setattr(engine, "for_good", True)
-        with pytest.raises(EngineError, match=r"\(2 times now\).*give fewer --actors \(what is finished is kept\)"):
+        with pytest.raises(
+            EngineError,
+            match=r"^fold_1_setting_1_inner_1: .*\(2 times now\).*what is finished is kept: give fewer --act",
+        ):
             make_cv(dataset, tmp_path).run()
+        assert len(list((tmp_path / "resume").glob("fold_*.pt"))) == TRAININGS - 1
 
 
 class TestFolder:

@@ -128,7 +128,7 @@ def test_training_gives_the_same_files_though_its_workers_die(ray, demo, script,
     with workers_killed_at(3, run / "resume", "fold_*.pt"):
         outcome = script("train", "--mil", "LiteMIL", "--dataset", "demo", "--output_dir", run, *ON_RAY)
     assert outcome.code == 0, outcome.err
-    assert "ended unexpectedly, as when memory runs out; it is trained anew" in outcome.err
+    assert "ended unexpectedly, as when memory runs out; it is trained again" in outcome.err
     expected = Path("outputs/LiteMIL/demo")
     for name in ("predictions.csv", "outputs.json", "splits.json", "history.csv", "all_folds_best.pth"):
         assert (run / name).read_bytes() == (expected / name).read_bytes(), name

@@ -7,7 +7,7 @@ result = extractor.process("slide.svs", save_path="slide.h5")
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 
 from utils.bags.store import Bag, BagInfo, bag_writer, check_writable, peek_bag, write_bag
 from utils.core.config import Cluster, Extraction, ExtractionFiles
-from utils.core.engine import Engine, Threads, open_engine, worker_number
+from utils.core.engine import Threads, open_engine, worker_number
 from utils.core.errors import (
     BackboneError,
     ConfigError,
@@ -395,7 +395,8 @@ def extract_slides(
         if cluster.is_asked_for:
             raise ConfigError("--ray shares the slides of a folder out; give --input_dir with it")
         return [_Extraction((extractor,), known)(*pair) for pair in targets.items()]
-    with _engine(extractor, cluster) as engine:
+    here = Threads(len(extractor.devices), extractor.stop)
+    with open_engine(cluster, here, extractor.config.device) as engine:
         extractors = [extractor]
         if not cluster.is_asked_for:
             extractors += [extractor.on(device) for device in extractor.devices[1:]]
@@ -405,12 +406,6 @@ def extract_slides(
     if files.preview is not False:
         known.write_sheet(statuses, targets)
     return statuses
-
-
-def _engine(extractor: WSIFeatureExtractor, cluster: Cluster) -> AbstractContextManager[Engine]:
-    if not cluster.is_asked_for:
-        return nullcontext(Threads(len(extractor.devices), extractor.stop))
-    return open_engine(cluster, device=extractor.config.device)
 
 
 @dataclass(frozen=True)

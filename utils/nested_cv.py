@@ -22,7 +22,7 @@ from MILS import ModelError
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
 from utils.core.config import Cluster, Protocol, Running, Training
-from utils.core.engine import Engine, Lost, open_engine, refuse_rerun, threads
+from utils.core.engine import Engine, Lost, Processes, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, EngineError, TrainingError, counted
 from utils.core.files import appeared, digest, read_json, write_json
 from utils.core.runtime import (
@@ -161,7 +161,7 @@ class NestedCrossValidation:
         return self.running.jobs > 1 or self.cluster.is_asked_for
 
     def _engine(self) -> AbstractContextManager[Engine]:
-        return open_engine(self.cluster, self.running.jobs, str(self.device))
+        return open_engine(self.cluster, Processes(self.running.jobs), str(self.device))
 
     def _threads_of(self, begun: Mapping[str, Any], engine: Engine) -> int:
         """The threads that the run was begun with: what is trained now must fit what is kept."""
@@ -250,6 +250,7 @@ class NestedCrossValidation:
         done = {unit.name: 0 for unit in missing}
         ended = len(units) - len(missing)
         kept = sum(unit.epochs for unit in units if unit.name not in done)
+        lost: list[str] = []
         name = "Refitting" if units and units[0].inner == 0 else "Training"
         with progress_bar(name, sum(unit.epochs for unit in units), unit="epoch", initial=kept) as bar:
 
@@ -257,8 +258,8 @@ class NestedCrossValidation:
                 nonlocal ended
                 if isinstance(row, Lost):
                     if row.for_good:
-                        raise EngineError(f"{unit.name}: {row}; give fewer --actors (what is finished is kept)")
-                    log.warning("%s: %s; it is trained anew", unit.name, row)
+                        lost.append(f"{unit.name}: {row}")
+                    log.warning("%s: %s; it is %s", unit.name, row, "given up" if row.for_good else "trained again")
                     steps, told, done[unit.name] = -done[unit.name], {}, 0
                 elif row is None:  # it has ended, perhaps before its last epoch
                     ended += 1
@@ -271,6 +272,9 @@ class NestedCrossValidation:
                 bar.update(steps)
 
             engine.run(trainer, missing, show)
+        if lost:
+            others = f" (and {counted(len(lost) - 1, 'other training')})" if lost[1:] else ""
+            raise EngineError(f"{lost[0]}{others}; what is finished is kept: give fewer --actors, and the same again")
 
     def _monitor(self, fold: OuterFold) -> str:
         num_classes, monitor = len(self.dataset.class_names), self.protocol.monitor

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from utils.bags.labels import LabelRow
 from utils.bags.store import Bag, StoredBag
 from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
-from utils.core.engine import Engine, Threads, open_engine
+from utils.core.engine import Threads, open_engine
 from utils.core.errors import ConfigError
 from utils.core.files import appeared, clear_parts, digest, read_json, write_json
 from utils.core.runtime import log, resolve_device, versions
@@ -102,24 +101,23 @@ def predict_files(
     Each answer is a file; of a folder there are also the table, with labels the scores and their figures, and a report.
     Returns what became of each slide and a text of it. Raises for a single slide that fails.
     """
-    asked = files.asked
+    asked, cluster = files.asked, cluster or Cluster()
     rows = files.label_rows(predictor.checkpoint.class_names, asked.dataset or predictor.checkpoint.dataset)
     work = _Work(predictor, asked, recipe, drawing, rows)
     if asked.input is not None:
-        if cluster is not None and cluster.is_asked_for:
+        if cluster.is_asked_for:
             raise ConfigError("--ray shares a folder out; give --input_dir with it")
         target = files.targets[asked.input]
         status = work(asked.input, target)
         if seen_as := read_json(target)["seen_as"]:
             log.warning(SEEN, asked.input, seen_as)
         return [status], work.told(asked.input, target)
-    is_sent_away = cluster is not None and cluster.is_asked_for
-    if predictor.feature_extractor is not None and not is_sent_away:
+    if predictor.feature_extractor is not None and not cluster.is_asked_for:
         _ = predictor.feature_extractor.backbone  # one that cannot be had is no slide's fault
     clear_parts(asked.output_dir)
     if not asked.overwrite:  # another model's predictions are nobody's slide's fault
         check_first(files.targets.values(), work.settings)
-    with _engine(asked, cluster) as engine:
+    with open_engine(cluster, Threads(), str(resolve_device(asked.device))) as engine:
         statuses = work_through(files.targets, engine, work, asked.output_dir / REPORT)
     records = [read_json(appeared(files.targets[one.slide])) for one in statuses if one.status in ("done", "skipped")]
     counts = ", ".join(f"{sum(one.status == name for one in statuses)} {name}" for name in STATUSES)
@@ -128,12 +126,6 @@ def predict_files(
     answers = Answers(records, rows, predictor.checkpoint.class_names)
     told = [answers.write(asked.output_dir, work.threshold, work.settings)]
     return statuses, "\n".join(filter(None, [*told, f"{counts}; results are in {asked.output_dir}"]))
-
-
-def _engine(asked: Prediction, cluster: Cluster | None) -> AbstractContextManager[Engine]:
-    if cluster is None or not cluster.is_asked_for:
-        return nullcontext(Threads())
-    return open_engine(cluster, device=str(resolve_device(asked.device)))
 
 
 @dataclass(frozen=True)

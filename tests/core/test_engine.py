@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import logging
 import multiprocessing
 import os
 import platform
@@ -129,8 +130,19 @@ class TestRay:
     def test_workers_that_die_at_their_beginning_are_replaced_so_often(self, ray, caplog):
         with pytest.raises(EngineError, match=r"workers ended before their first task, 3 in a row.*fewer --actors"):
             ray.run(work.Unpacked(os._exit, 1), [0], lambda *_: None)
-        assert len(caplog.messages) == 2
-        assert all(message.endswith(" ended before its first task; another is begun") for message in caplog.messages)
+        assert [message.split(" (")[1] for message in caplog.messages] == ["1 in a row)", "2 in a row)"]
+
+    def test_a_task_that_nobody_had_begun_with_has_lost_no_try(self, ray, tmp_path):
+        """A worker may die between two tasks, when the next is on its way already."""
+        heard = []
+        ray.run(work.where, [work.OnceDeadly(tmp_path)], lambda _, told: heard.append(told))
+        assert heard == [Path.cwd()]
+        assert (tmp_path / "died").exists()
+
+    def test_workers_without_a_share_of_a_gpu_see_none(self, ray):
+        heard = []
+        ray.run(work.tell_environment, ["CUDA_VISIBLE_DEVICES"], lambda _, told: heard.append(told))
+        assert heard == [""]
 
     def test_deaths_at_the_beginning_count_in_a_row(self, ray, tmp_path):
         """Two, then a worker that begins and dies of its task, then two more, then one that does it."""
@@ -140,14 +152,17 @@ class TestRay:
 
     def test_workers_that_cannot_begin_do_not_end_those_that_work(self, ray, tmp_path, caplog):
         """As on a node without room in its memory."""
-        heard = []
+        heard, warnings = [], logging.Handler()
+        warnings.emit = lambda record: (tmp_path / f"warning_{record.created}").touch()
+        log.addHandler(warnings)
         ray.run(work.Unpacked(work.begun_by_the_first, tmp_path), [1, 2], lambda _, told: heard.append(told))
         assert heard == ["done", "done"]
-        assert [message.split("; ")[1] for message in caplog.messages] == [
-            *["another is begun"] * 2,
-            "no other is begun after 3 in a row",
+        assert [message.split(" (")[1] for message in caplog.messages] == [
+            "1 in a row)",
+            "2 in a row)",
+            "3 in a row, so it is not replaced)",
         ]
-        assert all(f"a worker process on {HERE} ended before its first task" in message for message in caplog.messages)
+        assert all(f"a worker process on {HERE} ended before it had begun" in message for message in caplog.messages)
 
     def test_a_worker_that_lacks_something_says_so_in_one_line(self, ray):
         with pytest.raises(EngineError, match=rf"^--ray: a worker cannot begin on {HERE}: --weights x: no such file$"):
@@ -183,14 +198,14 @@ class TestRay:
 
     def test_what_is_asked_for_in_vain_is_told(self, monkeypatch):
         with pytest.raises(ConfigError, match=r"--jobs 2: is for one machine; with --ray give --actors"):
-            open_engine(Cluster(ray="local"), jobs=2).__enter__()
+            open_engine(Cluster(ray="local"), Processes(2)).__enter__()
         with pytest.raises(ConfigError, match="--actors 2: goes with --ray"):
             Cluster(actors=2)
         with pytest.raises(ConfigError, match="--retries 0: goes with --ray"):
             Cluster(retries=0)
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(EngineError, match=r"--ray auto: Ray cannot be imported.*uv sync --extra ray"):
-            open_engine(Cluster(ray="auto")).__enter__()
+            open_engine(Cluster(ray="auto"), Processes()).__enter__()
 
     @pytest.mark.parametrize(
         "address", ["", "nonsense", "LOCAL", "head:x", "head:99999", "ray://head:10001", "head:1/a"]
@@ -202,19 +217,19 @@ class TestRay:
     def test_no_cluster_there(self, monkeypatch):
         self.no_ray(monkeypatch, AssertionError("not asked"))
         with pytest.raises(EngineError, match=r"--ray 127.0.0.1:1: no Ray cluster can be joined.*refused.*start"):
-            open_engine(Cluster(ray="127.0.0.1:1")).__enter__()
+            open_engine(Cluster(ray="127.0.0.1:1"), Processes()).__enter__()
 
     def test_more_workers_than_there_is_room_for(self, monkeypatch, caplog):
         self.cluster_of([{"CPU": 2}, {"CPU": 3}], monkeypatch)
-        with threads(1), open_engine(Cluster(ray="auto", actors=9)):
-            assert "--actors 9: the cluster has room for 5 of them" in caplog.messages
+        with threads(1), open_engine(Cluster(ray="auto", actors=9), Processes()):
+            assert "the cluster has processors for 5 of 9 workers" in caplog.messages
 
     @pytest.mark.parametrize(
         ("actors", "device", "jobs", "threads_each", "share"),
         [
             (None, "auto", 3, 2, 1),  # a GPU each
             (3, "auto", 3, 2, 1),
-            (4, "auto", 4, 2, 1 / 2),  # three GPUs, and one of them for two
+            (4, "auto", 4, 2, 1 / 2),  # three GPUs: two of them for two each, as Ray fills them
             (7, "cuda", 7, 1, 1 / 3),
             (None, "cpu", 4, 2, 0),  # the threads of this process each
             (100, "cpu", 100, 1, 0),
@@ -224,8 +239,30 @@ class TestRay:
         self, actors, device, jobs, threads_each, share, monkeypatch
     ):
         self.cluster_of([{"CPU": 2, "GPU": 1}, {"CPU": 6, "GPU": 2}], monkeypatch)
-        with threads(2), open_engine(Cluster(ray="auto", actors=actors), device=device) as engine:
+        with threads(2), open_engine(Cluster(ray="auto", actors=actors), Processes(), device) as engine:
             assert (engine.jobs, engine.threads, vars(engine)["gpus"]) == (jobs, threads_each, share)
+
+    @pytest.mark.parametrize(
+        ("actors", "device", "each"),
+        [(1, "cpu", "1 actor of 2 threads"), (2, "auto", "2 actors of 2 threads and a GPU"),
+         (5, "cuda", "5 actors of 1 thread and 1/3 of a GPU")],
+    )  # fmt: skip
+    def test_what_is_taken_is_said_beside_what_there_is(self, actors, device, each, monkeypatch, caplog):
+        self.cluster_of([{"CPU": 8, "GPU": 2}], monkeypatch)
+        with (
+            caplog.at_level("INFO", log.name),
+            threads(2),
+            open_engine(Cluster(ray="auto", actors=actors), Processes(), device),
+        ):
+            assert caplog.messages == [f"Ray auto: {each} each, on 1 node with 8 processors and 2 GPUs"]
+
+    @pytest.mark.parametrize(("actors", "idle"), [(2, False), (3, False), (4, True), (5, False), (9, False)])
+    def test_gpus_that_stay_idle_are_told(self, actors, idle, monkeypatch, caplog):
+        """Ray gives a GPU all its shares away before it takes the next."""
+        self.cluster_of([{"CPU": 16, "GPU": 3}], monkeypatch)
+        with threads(1), open_engine(Cluster(ray="auto", actors=actors), Processes()):
+            told = "4 workers share the GPUs by 2, which leaves some of the 3 idle; give --actors 6"
+            assert caplog.messages == ([told] if idle else [])
 
     @pytest.mark.parametrize(
         ("nodes", "own", "device", "jobs", "threads_each"),
@@ -236,27 +273,27 @@ class TestRay:
             ([{"CPU": 64}, {"CPU": 32, "GPU": 4}, {"CPU": 32, "GPU": 4}], 32, "auto", 8, 8),
             ([{"CPU": 16, "GPU": 1}, {"CPU": 64, "GPU": 1}], 32, "auto", 2, 16),
             ([{"CPU": 8}, {"CPU": 2, "GPU": 2}], 8, "cuda", 2, 1),
-            ([{"GPU": 1}, {"CPU": 4, "GPU": 1}], 2, "auto", 2, 2),  # the first has no processor for its GPU
+            ([{"GPU": 1}, {"CPU": 4, "GPU": 1}], 2, "auto", 1, 2),  # the first has no processor for its GPU
         ],
     )
     def test_all_workers_find_a_node_with_room_for_them(self, nodes, own, device, jobs, threads_each, monkeypatch):
         self.cluster_of(nodes, monkeypatch)
-        with threads(own), open_engine(Cluster(ray="auto"), device=device) as engine:
+        with threads(own), open_engine(Cluster(ray="auto"), Processes(), device) as engine:
             assert (engine.jobs, engine.threads) == (jobs, threads_each)
 
     def test_no_node_has_room(self, monkeypatch):
         self.cluster_of([{"CPU": 0}, {}], monkeypatch)
         with pytest.raises(EngineError, match=r"--ray auto: no node has what a worker needs; give its processors to"):
-            open_engine(Cluster(ray="auto"), device="cpu").__enter__()
+            open_engine(Cluster(ray="auto"), Processes(), "cpu").__enter__()
 
     def test_a_device_of_one_machine_is_nobodys_on_several(self):
         with pytest.raises(ConfigError, match=r"--device cuda:1: names devices of one machine; .* auto, cpu or cuda"):
-            open_engine(Cluster(ray="auto"), device="cuda:1").__enter__()
+            open_engine(Cluster(ray="auto"), Processes(), "cuda:1").__enter__()
 
     def test_gpus_that_are_asked_for_and_not_there(self, monkeypatch):
         self.cluster_of([{"CPU": 2}], monkeypatch)
         with pytest.raises(EngineError, match=r"--ray auto: the cluster has no GPU; give --device cpu"):
-            open_engine(Cluster(ray="auto"), device="cuda").__enter__()
+            open_engine(Cluster(ray="auto"), Processes(), "cuda").__enter__()
 
     def cluster_of(self, nodes: list[dict[str, int]], monkeypatch) -> None:
         """A ray module that tells of it; a dead node beside them does not count."""
@@ -272,14 +309,14 @@ class TestRay:
     def test_none_can_be_started_here(self, monkeypatch):
         self.no_ray(monkeypatch, OSError("no space left"))
         with pytest.raises(EngineError, match=r"--ray local: Ray cannot be started on this machine \(no space left\)"):
-            open_engine(Cluster(ray="local")).__enter__()
+            open_engine(Cluster(ray="local"), Processes()).__enter__()
 
     def test_a_cluster_asks_for_what_is_not_given(self, monkeypatch):
         self.no_ray(monkeypatch, OddError("Token required,\nbut none was found"))
         with pytest.raises(
             EngineError, match=r"no Ray .* there \(Token required, but none was found\); .*RAY_AUTH_MODE"
         ):
-            open_engine(Cluster(ray="auto")).__enter__()
+            open_engine(Cluster(ray="auto"), Processes()).__enter__()
 
     def no_ray(self, monkeypatch, reason: Exception) -> None:
         """A ray module that cannot be started."""
@@ -293,9 +330,9 @@ class TestRay:
 
     def test_without_the_flag_it_is_not_imported(self):
         code = (
-            "import sys; from utils.core.config import Cluster; from utils.core.engine import open_engine\n"
+            "import sys; from utils.core.config import Cluster; from utils.core.engine import Processes, open_engine\n"
             "import train, predict, extractFeatures\n"
-            "with open_engine(Cluster()): assert 'ray' not in sys.modules"
+            "with open_engine(Cluster(), Processes()): assert 'ray' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

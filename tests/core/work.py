@@ -85,18 +85,32 @@ def begun_by_the_first(folder: Path):
     try:
         (folder / "first").touch(exist_ok=False)
     except FileExistsError:
-        with (folder / "deaths").open("a") as file:
-            file.write("x")
-        time.sleep(0.5)  # where it is is on its way
+        time.sleep(1)  # where it is is on its way
         os._exit(1)
-    return partial(wait_for_deaths, folder / "deaths", 3)
+    return partial(wait_for_files, folder, 3)
 
 
-def wait_for_deaths(deaths: Path, count: int, _: int, tell) -> None:
-    while not deaths.exists() or deaths.stat().st_size < count:
+def wait_for_files(folder: Path, count: int, _: int, tell) -> None:
+    while len(list(folder.glob("warning_*"))) < count:
         time.sleep(0.05)
-    time.sleep(1)  # the last is on its way
     tell("done")
+
+
+class OnceDeadly:
+    """A task over whose unpacking the first worker dies, and has not begun with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return die_once, (self.folder,)
+
+
+def die_once(folder: Path) -> Path:
+    if not (folder / "died").exists():
+        (folder / "died").touch()
+        os._exit(1)
+    return folder
 
 
 def ask(for_what: str):

@@ -319,7 +319,7 @@ class Cluster(_Checked):
         least=1,
     )
     retries: int | None = option(
-        None, "on Ray, how often a task whose worker died is done anew by another (default: 2)", least=0
+        None, "on Ray, how often a task whose worker died is done again by another (default: 2)", least=0
     )
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 @dataclass(frozen=True)
 class Lost:
-    """Heard of a task whose worker, at last `process` on `node`, died `times` times: it is done anew, elsewhere where
+    """Heard of a task whose worker, at last `process` on `node`, died `times` times: it is done again, elsewhere where
     there is another node, unless that was `for_good`.
     """
 
@@ -101,18 +101,18 @@ def refuse_rerun() -> None:
 
 
 @contextmanager
-def open_engine(cluster: Cluster, jobs: int = 1, device: str = "auto") -> Iterator[Engine]:
-    """Processes of this machine, or Ray where it is asked for, whose workers take a GPU each (or a share of one) where
-    the device is "cuda", or it is "auto" and there are any. Raises ConfigError, EngineError.
+def open_engine(cluster: Cluster, otherwise: Engine, device: str = "auto") -> Iterator[Engine]:
+    """Ray where it is asked for, whose workers take a GPU each (or a share of one) where the device is "cuda", or it is
+    "auto" and there are any; else the other engine, of this machine. Raises ConfigError, EngineError.
     """
-    if cluster.ray is None:
-        yield Processes(jobs)
+    if not cluster.is_asked_for:
+        yield otherwise
         return
-    if jobs > 1:
-        raise ConfigError(f"--jobs {jobs}: is for one machine; with --ray give --actors")
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise ConfigError(f"--device {device}: names devices of one machine; with --ray give auto, cpu or cuda")
-    with _joined(cluster.ray) as ray:
+    if otherwise.jobs > 1:
+        raise ConfigError(f"--jobs {otherwise.jobs}: is for one machine; with --ray give --actors")
+    with _joined(str(cluster.ray)) as ray:
         yield _OnRay.of_cluster(ray, cluster, device)
 
 
@@ -273,6 +273,7 @@ _RETRIES = 2
 _DEATHS_BEFORE_A_TASK = 3
 _SECONDS_TO_HEED = 1
 _SECONDS_TO_BEGIN = 60
+_SECONDS_BETWEEN_REMARKS = 300
 _SECONDS_TO_ANSWER = 10
 
 
@@ -346,7 +347,7 @@ def _call_on(address: str) -> None:
 
 @dataclass(frozen=True)
 class _OnRay:
-    """Actors, each doing one task at a time. A task whose actor dies is done anew by another, at most `retries` times;
+    """Actors, each doing one task at a time. A task whose actor dies is done again by another, at most `retries` times;
     `Lost` is heard of it each time. An actor takes a processor for each of its threads, and `gpus`, a number or a
     fraction.
     """
@@ -360,31 +361,33 @@ class _OnRay:
     @classmethod
     def of_cluster(cls, ray: Any, cluster: Cluster, device: str) -> "_OnRay":
         """As many actors as asked for, or one for each GPU, or for as many processors as this process has threads; of
-        the most threads, up to this process's, with which the nodes have room for them.
+        the most threads, up to this process's, with which the nodes have room for all of them.
         """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus, most = int(sum(node.get("GPU", 0) for node in nodes)), torch.get_num_threads()
-        on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+        processors, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
+        on_gpu, most = device == "cuda" or (device == "auto" and gpus > 0), torch.get_num_threads()
         if on_gpu and not gpus:
             raise EngineError(f"--ray {cluster.ray}: the cluster has no GPU; give --device cpu")
         by_default = gpus if on_gpu else sum(int(node.get("CPU", 0)) // most for node in nodes)
         jobs = cluster.actors or max(1, by_default)
         sharers = math.ceil(jobs / gpus) if on_gpu else 0  # of a GPU
-
-        def room(count: int) -> int:
-            """For so many actors of that many threads."""
-            fit = [(int(node.get("CPU", 0)) // count, int(node.get("GPU", 0)) * sharers) for node in nodes]
-            return sum(min(pair) if on_gpu else pair[0] for pair in fit)
-
-        if not room(1):
+        if not _room(nodes, 1, sharers):
             raise EngineError(f"--ray {cluster.ray}: no node has what a worker needs; give its processors to ray start")
-        count = max(count for count in range(1, most + 1) if room(count) >= min(jobs, room(1)))
-        if jobs > room(count):
-            log.warning("--actors %d: the cluster has room for %d of them", jobs, room(count))
+        wanted = min(jobs, _room(nodes, 1, sharers))
+        count = max(count for count in range(1, most + 1) if _room(nodes, count, sharers) >= wanted)
+        if wanted < jobs:
+            log.warning("the cluster has processors for %d of %s", wanted, counted(jobs, "worker"))
+            jobs = cluster.actors or wanted  # those that were asked for may find room later
+        if on_gpu and sharers > 1 and math.ceil(wanted / sharers) < gpus:  # Ray fills one before it takes the next
+            log.warning(
+                "%s share the GPUs by %d, which leaves some of the %d idle; give --actors %d",
+                counted(jobs, "worker"), sharers, gpus, sharers * gpus,
+            )  # fmt: skip
+        share = f" and {'a' if sharers == 1 else f'1/{sharers} of a'} GPU" if on_gpu else ""
         log.info(
-            "Ray %s: %s of %s each, on %s with %s",
-            cluster.ray, counted(jobs, "actor"), counted(count, "thread"), counted(len(nodes), "node"),
-            counted(int(sum(node.get("CPU", 0) for node in nodes)), "processor"),
+            "Ray %s: %s of %s%s each, on %s with %s and %s",
+            cluster.ray, counted(jobs, "actor"), counted(count, "thread"), share, counted(len(nodes), "node"),
+            counted(processors, "processor"), counted(gpus, "GPU"),
         )  # fmt: skip
         retries = _RETRIES if cluster.retries is None else cluster.retries
         return cls(ray, jobs, count, 1 / sharers if on_gpu else 0.0, retries)
@@ -394,14 +397,24 @@ class _OnRay:
             _Crew(self, work, tasks, hear).labour()
 
 
+def _room(nodes: Sequence[Mapping[str, float]], count: int, sharers: int) -> int:
+    """For so many workers of so many threads; where a GPU has `sharers`, each needs its share of one of its node."""
+    fit = [(int(node.get("CPU", 0)) // count, int(node.get("GPU", 0)) * sharers) for node in nodes]
+    return sum(min(pair) if sharers else pair[0] for pair in fit)
+
+
 @dataclass
 class _Worker:
-    """An actor, on a node a process, and the number of the task that it does, None while it begins."""
+    """An actor, on a node a process as soon as there is one, and the number of the task that it was given, if it has
+    begun with that. A `proven` one has begun with some.
+    """
 
     actor: Any
     node: str = ""
     process: int = 0
     task: int | None = None
+    has_begun: bool = False
+    is_proven: bool = False
 
 
 @dataclass(frozen=True)
@@ -427,11 +440,13 @@ class _Crew:
         self.busy: dict[Any, _Worker] = {}  # by the stream of what each says
         count = torch.get_num_threads()
         packed = self.ray.cloudpickle.dumps(work)  # what the script itself defines, too
-        downloads = {name: value for name, value in os.environ.items() if name.upper().startswith(_OF_DOWNLOADS)}
-        self.parcel = self.ray.put(_Parcel(packed, str(Path.cwd()), sys.path, downloads, count, log.level))
+        environment = {name: value for name, value in os.environ.items() if name.upper().startswith(_OF_DOWNLOADS)}
+        if not engine.gpus:  # Ray itself would let them see all of their node
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        self.parcel = self.ray.put(_Parcel(packed, str(Path.cwd()), sys.path, environment, count, log.level))
         # A run that was begun with more threads than there is room for now goes on with them all the same.
-        takes = {"num_cpus": min(count, engine.threads), "num_gpus": engine.gpus}
-        self.kind = self.ray.remote(**takes, max_restarts=0)(_Actor)
+        self.takes = {"num_cpus": min(count, engine.threads), "num_gpus": engine.gpus}
+        self.kind = self.ray.remote(**self.takes, max_restarts=0)(_Actor)
         self.never_begun = 0  # in a row
         self.remark_at = math.inf
         self.said: set[str] = set()
@@ -453,13 +468,17 @@ class _Crew:
                 self.ray.kill(worker.actor)
 
     def _remark(self) -> None:
+        """That workers are waited for; while there is none at all, again and again."""
         self.remark_at = math.inf
-        begun = sum(worker.task is not None for worker in self.busy.values())
-        if begun < len(self.busy):
+        begun = sum(bool(worker.node) for worker in self.busy.values())
+        if begun == 0:
+            self.remark_at = time.monotonic() + _SECONDS_BETWEEN_REMARKS
             log.warning(
-                "%d of %d workers have begun: for the others the cluster is busy, or has no node with what one needs",
-                begun, len(self.busy),
+                "no worker has begun yet: the cluster is busy, or none of its nodes has the %s%s that one needs",
+                counted(self.takes["num_cpus"], "processor"), " and GPU" if self.engine.gpus else "",
             )  # fmt: skip
+        elif begun < len(self.busy):
+            log.warning("%d of %d workers have begun: for the others there is no room yet", begun, len(self.busy))
 
     def _hire(self) -> None:
         actor = self.kind.remote()
@@ -471,7 +490,7 @@ class _Crew:
         if self.waiting:
             elsewhere = (place for place, task in enumerate(self.waiting) if self.died_on.get(task) != worker.node)
             place = next(elsewhere, 0)
-            worker.task = self.waiting[place]
+            worker.task, worker.has_begun = self.waiting[place], False
             del self.waiting[place]
             self.busy[self._streaming(worker.actor.do, self.tasks[worker.task])] = worker
         else:
@@ -493,6 +512,9 @@ class _Crew:
             return
         if kind == "process":
             worker.node, worker.process = said
+        elif kind == "begun":
+            self.never_begun = self.never_begun if worker.is_proven else 0
+            worker.has_begun = worker.is_proven = True
         elif kind == "log":
             self._log(said)
         elif kind == "error":
@@ -501,8 +523,6 @@ class _Crew:
             for told in said:
                 self.hear(self.tasks[worker.task], told)
         if kind == "ended":
-            if worker.task is None:
-                self.never_begun = 0
             del self.busy[one]
             self._give(worker)
 
@@ -515,8 +535,8 @@ class _Crew:
         log.handle(record)
 
     def _mourn(self, worker: _Worker, failure: Exception) -> None:
-        """Of a worker that has died over its task, or before it had one."""
-        if worker.task is None:
+        """Of a worker that has died over its task, or before it has begun with it."""
+        if worker.task is None or not worker.has_begun:
             self._mourn_beginner(worker, failure)
             return
         self.losses[worker.task] += 1
@@ -534,20 +554,23 @@ class _Crew:
         reason = str(failure).strip().splitlines()[-1].strip()
         if getattr(failure, "actor_init_failed", False):
             raise _cannot_begin(reason, str(Path.cwd())) from failure
-        self.never_begun += 1
+        if worker.task is not None:
+            self.waiting.appendleft(worker.task)
         if not self.waiting:
             return
+        self.never_begun += 1
+        how_often = f"{self.never_begun} in a row"
         if self.never_begun < _DEATHS_BEFORE_A_TASK:
-            then = "another is begun"
             self._hire()
-        elif self.busy:
-            then = f"no other is begun after {self.never_begun} in a row"
-        else:
+        elif not self.busy:
             raise EngineError(
-                f"--ray: workers ended before their first task, {self.never_begun} in a row, as when memory runs out; "
-                f"give fewer --actors (Ray says: {reason})"
+                f"--ray: workers ended before their first task, {how_often}, as when memory runs out; give fewer "
+                f"--actors (Ray says: {reason})"
             ) from failure
-        log.warning("a worker process%s ended before its first task; %s", worker.node and f" on {worker.node}", then)
+        else:
+            how_often += ", so it is not replaced"
+        where = worker.node and f" on {worker.node}"
+        log.warning("a worker process%s ended before it had begun with a task (%s)", where, how_often)
 
 
 def _cannot_begin(reason: str, folder: str) -> EngineError:
@@ -556,8 +579,8 @@ def _cannot_begin(reason: str, folder: str) -> EngineError:
 
 
 class _Actor:
-    """A process of a Ray cluster. What it does comes piece by piece: ("process", its node and id), ("told", [what]),
-    ("log", a record), ("error", an exception), at last ("ended", [what was told last]).
+    """A process of a Ray cluster. What it does comes piece by piece: ("process", its node and id), ("begun", None) with
+    the task, ("told", [what]), ("log", a record), ("error", an exception), at last ("ended", [what was told last]).
     """
 
     def begin(self, parcel: _Parcel) -> Iterator[tuple[str, Any]]:
@@ -584,6 +607,7 @@ class _Actor:
         """What is told last comes with the end, lest a death come between."""
         messages: SimpleQueue[tuple[str, Any] | None] = SimpleQueue()
         thread = threading.Thread(target=self._labour, args=(task, messages))
+        yield "begun", None
         thread.start()
         last: list[Any] = []
         while (message := messages.get()) is not None:
