@@ -675,7 +675,7 @@ class TestWorkersThatDie:
         cv.run()
         told = [message for message in aloud.messages if "it is trained again" in message]
         assert len(told) == 2
-        assert "its worker process on node7 ended unexpectedly (2 times now)" in told[1]
+        assert "its worker process on node7 was lost (2 times now)" in told[1]
         epochs = TRAININGS * EPOCHS
         assert f"{epochs}/{epochs}" in capsys.readouterr().err  # in the end
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,15 +64,19 @@ def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
 @contextmanager
 def workers_killed_at(count: int, folder: Path, pattern: str) -> Iterator[None]:
     """All workers of this process, once there are so many files; one alone might still be at its beginning."""
+    ended = threading.Event()
 
     def kill() -> None:
-        wait_until(lambda: len(list(folder.glob(pattern))) >= count)
+        wait_until(lambda: ended.is_set() or len(list(folder.glob(pattern))) >= count)
         for worker in workers(os.getpid()):
             os.kill(worker, signal.SIGKILL)
 
     with ThreadPoolExecutor() as pool:
         killing = pool.submit(kill)
-        yield
+        try:
+            yield
+        finally:
+            ended.set()
         killing.result()
 
 
@@ -90,14 +95,14 @@ def test_extraction_gives_the_same_bytes_though_its_workers_die(ray, demo, scrip
     assert outcome.code == 0, outcome.err
     assert "0 failed" in outcome.out
     assert "raylet" not in outcome.out + outcome.err
-    assert "ended unexpectedly, as when memory runs out; it is tried again" in outcome.err
+    assert "was lost, as when memory runs out or a node goes down; it is tried again" in outcome.err
     assert same_features(target, demo / "features")
     report = pd.read_csv(target / "extraction_report.csv")
     assert set(report["status"]) <= {"done", "skipped"}  # skipped: it died between writing and telling
     assert set(report["tries"]) == {1, 2}
     assert set(report["node"]) == {os.uname().nodename}
     assert not list(target.rglob("*.part"))
-    assert (report["seconds"].dropna() > 0).all()
+    assert (report.loc[report["status"] == "done", "seconds"] > 0).all()
 
 
 def test_extraction_goes_on_after_its_driver_was_ended(demo, tmp_path):
@@ -123,15 +128,27 @@ def test_extraction_goes_on_after_its_driver_was_ended(demo, tmp_path):
     assert not list(target.rglob("*.part"))
 
 
-def test_training_gives_the_same_files_though_its_workers_die(ray, demo, script, tmp_path):
-    run = tmp_path / "run"
-    with workers_killed_at(3, run / "resume", "fold_*.pt"):
-        outcome = script("train", "--mil", "LiteMIL", "--dataset", "demo", "--output_dir", run, *ON_RAY)
+def test_training_gives_the_same_files_though_its_driver_and_then_its_workers_die(ray, demo, script, tmp_path):
+    run, expected = tmp_path / "run", Path("outputs/LiteMIL/demo")
+    arguments = ("--mil", "LiteMIL", "--dataset", "demo", "--output_dir", run, *ON_RAY)
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list((run / "resume").glob("fold_*.pt"))) > 3)
+    theirs = workers(driver.pid)
+    assert theirs
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not any(map(is_running, theirs)))
+    kept = list((run / "resume").glob("fold_*.pt"))
+    assert 3 < len(kept) < 20
+    with workers_killed_at(len(kept) + 3, run / "resume", "fold_*.pt"):
+        outcome = script("train", *arguments)
     assert outcome.code == 0, outcome.err
-    assert "ended unexpectedly, as when memory runs out; it is trained again" in outcome.err
-    expected = Path("outputs/LiteMIL/demo")
-    for name in ("predictions.csv", "outputs.json", "splits.json", "history.csv", "all_folds_best.pth"):
-        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+    assert "was lost, as when memory runs out or a node goes down; it is trained again" in outcome.err
+    assert {path.name for path in run.rglob("*")} == {path.name for path in expected.rglob("*")}
+    for path in expected.iterdir():
+        if path.name != "run.json":  # of times and machines
+            assert (run / path.name).read_bytes() == path.read_bytes(), path.name
     record = json.loads((run / "run.json").read_text())
     assert record["jobs"] == 2
     assert record["peak_memory"] is None  # of machines that this one does not see
@@ -171,24 +188,3 @@ def test_what_does_not_go_with_it(name, flags, message, demo, script, tmp_path):
     outcome = script(name, *flags, "--ray", "local")
     assert outcome.code == 1
     assert message in outcome.errors[0]
-
-
-@pytest.mark.slow
-def test_training_goes_on_after_its_driver_was_killed(demo, tmp_path):
-    needs_ray()
-    run = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", "--mil", "LiteMIL", "--dataset", "demo", "--output_dir", run, *ON_RAY]
-    command = list(map(str, command))
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(list((run / "resume").glob("fold_*.pt"))) > 3)
-    theirs = workers(driver.pid)
-    assert theirs
-    driver.kill()
-    driver.wait()
-    wait_until(lambda: not any(map(is_running, theirs)))
-    kept = {path: path.stat().st_mtime_ns for path in (run / "resume").glob("fold_*.pt")}
-    assert 3 < len(kept) < 20
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for name in ("predictions.csv", "outputs.json"):
-        assert (run / name).read_bytes() == (Path("outputs/LiteMIL/demo") / name).read_bytes()

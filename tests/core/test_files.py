@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +62,16 @@ def test_what_a_killed_process_left_is_cleared_and_no_other(tmp_path):
     begin("killed.h5")
     (tmp_path / ".theirs.h5.other_machine-1.abc.part").touch()
     (tmp_path / ".notes.part").touch()
-    left = {path.name for path in tmp_path.iterdir()}
-    assert len(left) == 3
+    long_ago = time.time() - 25 * 3600
+    for name in (".forgotten.h5.other_machine-1.abc.part", ".old.part"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    assert len(list(tmp_path.iterdir())) == 5
     with whole_file(tmp_path / "mine.h5") as part:
         clear_parts(tmp_path)
         assert part.exists()
     assert {path.name for path in tmp_path.iterdir()} == {
-        "mine.h5", ".notes.part", ".theirs.h5.other_machine-1.abc.part",
+        "mine.h5", ".notes.part", ".old.part", ".theirs.h5.other_machine-1.abc.part",
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A folder of slides worked through by an engine whose workers die."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 
 from utils.core.engine import Lost
+from utils.core.errors import SlideError
 from utils.slides.batch import SlideStatus, work_through
 
 
@@ -55,9 +57,19 @@ def test_a_slide_whose_worker_dies_is_tried_again_and_then_reported(targets, tmp
     table = pd.read_csv(report)
     assert table["tries"].tolist() == [1, 2, 3]
     assert table["node"].tolist()[2] == "node7"
-    assert "c.svs: its worker process on node7 ended unexpectedly (3 times now), as when memory" in table["reason"][2]
+    assert "c.svs: its worker process on node7 was lost (3 times now), as when memory" in table["reason"][2]
     told = [(record.levelname, record.getMessage().split(": ", 1)[0][-5:]) for record in caplog.records]
     assert told == [("WARNING", "b.svs"), *[("WARNING", "c.svs")] * 2, ("ERROR", "c.svs")]
+
+
+def test_what_a_slide_took_that_fails_is_reported_too(targets, tmp_path):
+    def fail(slide: Path, _: Path) -> SlideStatus:
+        time.sleep(0.02)
+        raise SlideError(f"{slide}: damaged")
+
+    statuses = work_through(targets, Mortal({}), fail, tmp_path / "features" / "report.csv")
+    assert {status.status for status in statuses} == {"failed"}
+    assert all(status.seconds is not None and status.seconds >= 0.02 for status in statuses)
 
 
 def test_what_a_dead_worker_left_half_written_is_removed(targets, tmp_path):

@@ -17,7 +17,7 @@ from tests.synthetic import place_image, place_of, stained_image, write_pyramid
 from utils.core.errors import SlideError
 from utils.slides import tiles, wsi
 from utils.slides.tiles import TileReader
-from utils.slides.wsi import find_slides, is_slide_file, open_slide, read_slides_csv
+from utils.slides.wsi import find_slides, is_slide_file, open_slide, read_slides_csv, slide_bytes
 
 WIDTH, HEIGHT = PLACE_SIZE
 
@@ -393,6 +393,15 @@ def test_the_tiles_of_a_vms_slide_are_not_slides(tmp_path):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(SlideError, match="absent: not a folder"):
         find_slides(tmp_path / "absent")
+
+
+def test_a_slide_of_several_files_is_as_large_as_all_of_them(tmp_path):
+    for name, size in (("a.svs", 5), ("m.mrxs", 1), ("m/Data0000.dat", 30), ("m/Index.dat", 2), ("v/v.vms", 1),
+                       ("v/v(0,0).jpg", 9), ("alone.mrxs", 4)):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    sizes = {name: slide_bytes(tmp_path / name) for name in ("a.svs", "m.mrxs", "v/v.vms", "alone.mrxs")}
+    assert sizes == {"a.svs": 5, "m.mrxs": 33, "v/v.vms": 10, "alone.mrxs": 4}
 
 
 def test_is_slide_file():

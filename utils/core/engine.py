@@ -57,7 +57,7 @@ class Lost:
 
     def __str__(self) -> str:
         how_often = "" if self.times == 1 else f" ({self.times} times now)"
-        return f"its worker process on {self.node} ended unexpectedly{how_often}, as when memory runs out"
+        return f"its worker process on {self.node} was lost{how_often}, as when memory runs out or a node goes down"
 
 
 class Engine(Protocol):
@@ -261,11 +261,11 @@ def _do(number: int, task: Any) -> None:
 
 
 # What Ray would otherwise do by itself: run each worker by `uv run` in a copy of the folder; report on its users; print
-# a page, of a worker that died, into the progress.
+# a page, of a worker or a node that is lost, into the progress.
 _RAY_ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was|has been marked dead because|raylet has lagging heartbeats",
 }
 # What of the driver's environment its workers need too, for they may have been begun without: names begin so.
 _OF_DOWNLOADS = ("HF_", "TORCH_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")

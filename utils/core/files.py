@@ -55,6 +55,9 @@ _LOAD_FAILURES = (
 )
 
 
+_SECONDS_TO_BE_FORGOTTEN = 24 * 3600
+
+
 @contextmanager
 def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends well, else remove it."""
@@ -107,11 +110,23 @@ def check_writable(folder: Path) -> None:
 
 
 def clear_parts(folder: Path) -> None:
-    """Remove what killed processes of this machine left half-written in a folder."""
-    for part in folder.glob(f".*.{_machine()}-*.part"):
-        found = re.search(r"-(\d+)\.[^.]*\.part$", part.name)
-        if found and not _is_running(int(found[1])):
+    """Remove what killed processes left half-written in a folder: those of this machine, and of others, which cannot be
+    asked, what nobody has written to for a day.
+    """
+    for part in folder.glob(".*.part"):
+        found = re.search(r"\.(\w+)-(\d+)\.[^.]*\.part$", part.name)
+        if found is None:
+            continue
+        is_left = _is_forgotten(part) if found[1] != _machine() else not _is_running(int(found[2]))
+        if is_left:
             part.unlink(missing_ok=True)
+
+
+def _is_forgotten(part: Path) -> bool:
+    try:
+        return time.time() - part.stat().st_mtime > _SECONDS_TO_BE_FORGOTTEN
+    except FileNotFoundError:  # it has its name by now
+        return False
 
 
 def clear_parts_of(node: str, process: int, folder: Path) -> None:

@@ -18,7 +18,7 @@ from utils.core.files import check_distinct, check_writable, clear_parts, clear_
 from utils.core.runtime import log, progress_bar
 from utils.slides.contours import ContourFile
 from utils.slides.preview import SheetRow, write_contact_sheet
-from utils.slides.wsi import find_slides, one_per_series, read_slides_csv
+from utils.slides.wsi import find_slides, one_per_series, read_slides_csv, slide_bytes
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
 PREVIEWS, TISSUE = "previews", "tissue"  # folders beside the features
@@ -67,7 +67,7 @@ def slide_targets(files: ExtractionFiles) -> dict[Path, Path]:
     chosen = found[: files.limit]
     index, count = files.part
     if count > 1:
-        chosen = sorted(chosen, key=lambda slide: (-slide.stat().st_size, slide))[index - 1 :: count]
+        chosen = sorted(chosen, key=lambda slide: (-slide_bytes(slide), slide))[index - 1 :: count]
     return {slide: targets[slide] for slide in chosen}
 
 
@@ -193,7 +193,7 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
     written = time.monotonic()
     pairs = list(targets.items())
     if engine.jobs > 1:
-        pairs.sort(key=lambda pair: -pair[0].stat().st_size)
+        pairs.sort(key=lambda pair: -slide_bytes(pair[0]))
 
     def hear(pair: tuple[Path, Path], told: SlideStatus | Lost) -> None:
         nonlocal written
@@ -225,12 +225,15 @@ def _do(work: Work, pair: tuple[Path, Path], tell: Tell) -> None:
 
 def attempt(work: Work, slide: Path, target: Path) -> SlideStatus:
     """The slide's status, whatever is wrong with it."""
+    started = time.perf_counter()
     try:
         status = work(slide, target)
     except BackboneError:  # no slide's fault
         raise
     except LiteMILError as error:
-        status = SlideStatus(slide, "no tissue" if isinstance(error, NoTissueError) else "failed", str(error))
+        seconds = round(time.perf_counter() - started, 2)
+        kind = "no tissue" if isinstance(error, NoTissueError) else "failed"
+        status = SlideStatus(slide, kind, str(error), seconds=seconds)
     return replace(status, node=platform.node())
 
 

@@ -96,6 +96,13 @@ def one_per_series(slides: Sequence[Path]) -> list[Path]:
     return kept
 
 
+def slide_bytes(slide: Path) -> int:
+    """The size of a slide's file, or together of those that its index has beside it (`.mrxs`, `.vms`, `.vmu`)."""
+    beside = {".mrxs": slide.with_suffix(""), ".vms": slide.parent, ".vmu": slide.parent}.get(slide.suffix.lower())
+    files = {slide, *(beside.iterdir() if beside is not None and beside.is_dir() else ())}
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def _series(path: Path) -> str | None:
     """What names the series of a DICOM file, or None where OpenSlide does not open it."""
     try:
