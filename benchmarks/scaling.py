@@ -83,10 +83,14 @@ def efficiency(folder: Path) -> str:
     total = sum(times.values())
     for actors in (1, 2):
         with open_engine(Cluster(ray="local", actors=actors), Processes(), "cpu") as engine:
+            few = dict(list(targets.items())[:actors])
+            start = seconds_of(engine, no_op, few, folder / "report.csv")
             took = seconds_of(engine, partial(sleep, times), targets, folder / "report.csv")
-        rows.append([str(actors), f"{took:.1f}", f"{total / actors / took:.0%}"])
-    head = f"### Efficiency: {SLIDES} simulated slides of {total:.0f} s together, the start of the workers included"
-    return f"{head}\n\n{table('actors | s | of what is possible', rows)}"
+        shares = [f"{total / actors / seconds:.0%}" for seconds in (took, took - start)]
+        rows.append([str(actors), f"{took:.1f}", f"{start:.1f}", *shares])
+    head = f"### Efficiency: {SLIDES} simulated slides of {total:.0f} s together"
+    columns = "actors | s | s to start them | of what is possible | after their start"
+    return f"{head}\n\n{table(columns, rows)}"
 
 
 def memory(folder: Path, number: int) -> str:

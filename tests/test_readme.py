@@ -192,7 +192,7 @@ def test_flags_that_are_named_exist(page):
     others = {"--index-url", "--reinstall", "--no-sync", "--with", "--extra"}
     if page.name == "scaling.md":  # of Slurm and Ray
         others |= {"--array", "--gres", "--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--head"}
-        others |= {"--port", "--address", "--min-nodes", "--num-cpus", "--num-gpus", "--generate", "--exclusive"}
+        others |= {"--port", "--address", "--min-nodes", "--num-cpus", "--num-gpus", "--generate", "--exclusive", "--mem"}
     assert named <= ours | others, named - ours - others
 
 
