@@ -191,8 +191,8 @@ def test_flags_that_are_named_exist(page):
                 ours |= {config.flag_of(field), field.metadata["alias"]}
     others = {"--index-url", "--reinstall", "--no-sync", "--with", "--extra"}
     if page.name == "scaling.md":  # of Slurm and Ray
-        others |= {"--array", "--gres", "--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--head"}
-        others |= {"--port", "--address", "--min-nodes", "--num-cpus", "--num-gpus", "--generate", "--exclusive", "--mem"}
+        others |= {"--array", "--gres", "--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--exclusive"}
+        others |= {"--mem", "--head", "--port", "--address", "--min-nodes", "--num-cpus", "--num-gpus", "--generate"}
     assert named <= ours | others, named - ours - others
 
 
