@@ -16,6 +16,7 @@ from MILS.pooling import BagModel
 from utils.audit import as_text, audit_cohort
 from utils.core import cli
 from utils.core.config import Audit, Cluster, Cohort, CohortFiles, Model, Protocol, Rehearsal, Running, Training
+from utils.core.engine import check_engine
 from utils.core.errors import ConfigError
 from utils.learning.results import closing_words
 from utils.mil_dataset import MILDataset
@@ -36,6 +37,7 @@ def main() -> None:
         str(__doc__), groups, epilog=model_help()
     )
     name = checked_name(model)
+    check_engine(cluster, running.jobs, running.device)
     is_demo = cohort.dataset == "demo" and cohort.labels_csv is None
     if is_demo:
         make_demo()

@@ -171,6 +171,13 @@ def test_prediction_gives_the_same_files(ray, demo, script, tmp_path):
             assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
+def test_what_does_not_go_with_it_is_told_before_any_work(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = script("train", "--mil", "LiteMIL", "--dataset", "demo", "--jobs", 2, "--ray", "local")
+    assert outcome.code == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [

@@ -1,7 +1,7 @@
 """Work in this process and in several."""
 
 import dataclasses
-import importlib
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ import torch
 from tests.conftest import is_running
 from tests.core import work
 from utils.core.config import Cluster
-from utils.core.engine import Lost, Processes, Threads, open_engine, threads, threads_each, worker_number
+from utils.core.engine import Lost, Processes, Threads, check_engine, open_engine, threads, threads_each, worker_number
 from utils.core.errors import ConfigError, EngineError, TrainingError
 from utils.core.runtime import log, processors
 
@@ -132,12 +132,19 @@ class TestRay:
             ray.run(work.Unpacked(os._exit, 1), [0], lambda *_: None)
         assert [message.split(" (")[1] for message in caplog.messages] == ["1 in a row)", "2 in a row)"]
 
-    def test_a_task_that_nobody_had_begun_with_has_lost_no_try(self, ray, tmp_path):
+    def test_a_task_that_may_not_have_begun_is_tried_once_more(self, ray, tmp_path):
         """A worker may die between two tasks, when the next is on its way already."""
-        heard = []
-        ray.run(work.where, [work.OnceDeadly(tmp_path)], lambda _, told: heard.append(told))
-        assert heard == [Path.cwd()]
-        assert (tmp_path / "died").exists()
+        heard: dict[int, list] = {}
+        tasks = [work.Deadly(tmp_path / str(deaths), deaths) for deaths in (1, 3, 4)]
+        ray.run(work.tell_name, tasks, lambda task, told: heard.setdefault(task.deaths, []).append(told))
+        lost = {deaths: [(told.times, told.for_good) for told in all_told if isinstance(told, Lost)]
+                for deaths, all_told in heard.items()}  # fmt: skip
+        assert lost == {
+            1: [(1, False)],
+            3: [(1, False), (2, False), (3, False)],
+            4: [(1, False), (2, False), (3, False), (4, True)],
+        }
+        assert (heard[1][-1], heard[3][-1]) == ("1", "3")
 
     def test_workers_without_a_share_of_a_gpu_see_none(self, ray):
         heard = []
@@ -206,6 +213,10 @@ class TestRay:
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(EngineError, match=r"--ray auto: Ray cannot be imported.*uv sync --extra ray"):
             open_engine(Cluster(ray="auto"), Processes()).__enter__()
+        monkeypatch.delitem(sys.modules, "ray")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(EngineError, match="--ray auto: Ray is not installed; install it with uv sync --extra ray"):
+            check_engine(Cluster(ray="auto"))
 
     @pytest.mark.parametrize(
         "address", ["", "nonsense", "LOCAL", "head:x", "head:99999", "ray://head:10001", "head:1/a"]

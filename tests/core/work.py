@@ -96,21 +96,26 @@ def wait_for_files(folder: Path, count: int, _: int, tell) -> None:
     tell("done")
 
 
-class OnceDeadly:
-    """A task over whose unpacking the first worker dies, and has not begun with it."""
+class Deadly:
+    """A task over whose unpacking so many workers die before they have begun with it; then it is a file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, file: Path, deaths: int) -> None:
+        self.file, self.deaths = file, deaths
 
     def __reduce__(self):
-        return die_once, (self.folder,)
+        return die_a_few_times, (self.file, self.deaths)
 
 
-def die_once(folder: Path) -> Path:
-    if not (folder / "died").exists():
-        (folder / "died").touch()
+def die_a_few_times(file: Path, deaths: int) -> Path:
+    with file.open("a") as log_of_deaths:
+        log_of_deaths.write("x")
+    if file.stat().st_size <= deaths:
         os._exit(1)
-    return folder
+    return file
+
+
+def tell_name(file: Path, tell) -> None:
+    tell(file.name)
 
 
 def ask(for_what: str):

@@ -4,7 +4,7 @@ An engine does `work(task, tell)` for every task, some at a time; what a task te
 process, in the thread that asked. Orchestrators know `Engine` only, and which one it is decides nothing but the time.
 """
 
-import importlib
+import importlib.util
 import logging
 import math
 import multiprocessing
@@ -100,18 +100,27 @@ def refuse_rerun() -> None:
         )
 
 
+def check_engine(cluster: Cluster, jobs: int = 1, device: str = "auto") -> None:
+    """Raise what `open_engine` can tell at once: ConfigError for what does not go with Ray, EngineError without it."""
+    if not cluster.is_asked_for:
+        return
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ConfigError(f"--device {device}: names devices of one machine; with --ray give auto, cpu or cuda")
+    if jobs > 1:
+        raise ConfigError(f"--jobs {jobs}: is for one machine; with --ray give --actors")
+    if "ray" not in sys.modules and importlib.util.find_spec("ray") is None:
+        raise EngineError(f"--ray {cluster.ray}: Ray is not installed; install it with uv sync --extra ray")
+
+
 @contextmanager
 def open_engine(cluster: Cluster, otherwise: Engine, device: str = "auto") -> Iterator[Engine]:
     """Ray where it is asked for, whose workers take a GPU each (or a share of one) where the device is "cuda", or it is
     "auto" and there are any; else the other engine, of this machine. Raises ConfigError, EngineError.
     """
+    check_engine(cluster, otherwise.jobs, device)
     if not cluster.is_asked_for:
         yield otherwise
         return
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise ConfigError(f"--device {device}: names devices of one machine; with --ray give auto, cpu or cuda")
-    if otherwise.jobs > 1:
-        raise ConfigError(f"--jobs {otherwise.jobs}: is for one machine; with --ray give --actors")
     with _joined(str(cluster.ray)) as ray:
         yield _OnRay.of_cluster(ray, cluster, device)
 
@@ -347,9 +356,9 @@ def _call_on(address: str) -> None:
 
 @dataclass(frozen=True)
 class _OnRay:
-    """Actors, each doing one task at a time. A task whose actor dies is done again by another, at most `retries` times;
-    `Lost` is heard of it each time. An actor takes a processor for each of its threads, and `gpus`, a number or a
-    fraction.
+    """Actors, each doing one task at a time. A task whose actor dies is done again by another, at most `retries` times,
+    or once more where it may not have begun; `Lost` is heard of it each time. An actor takes a processor for each of
+    its threads, and `gpus`, a number or a fraction.
     """
 
     ray: Any
@@ -364,7 +373,7 @@ class _OnRay:
         the most threads, up to this process's, with which the nodes have room for all of them.
         """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        processors, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
+        cpus, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
         on_gpu, most = device == "cuda" or (device == "auto" and gpus > 0), torch.get_num_threads()
         if on_gpu and not gpus:
             raise EngineError(f"--ray {cluster.ray}: the cluster has no GPU; give --device cpu")
@@ -387,7 +396,7 @@ class _OnRay:
         log.info(
             "Ray %s: %s of %s%s each, on %s with %s and %s",
             cluster.ray, counted(jobs, "actor"), counted(count, "thread"), share, counted(len(nodes), "node"),
-            counted(processors, "processor"), counted(gpus, "GPU"),
+            counted(cpus, "processor"), counted(gpus, "GPU"),
         )  # fmt: skip
         retries = _RETRIES if cluster.retries is None else cluster.retries
         return cls(ray, jobs, count, 1 / sharers if on_gpu else 0.0, retries)
@@ -405,8 +414,8 @@ def _room(nodes: Sequence[Mapping[str, float]], count: int, sharers: int) -> int
 
 @dataclass
 class _Worker:
-    """An actor, on a node a process as soon as there is one, and the number of the task that it was given, if it has
-    begun with that. A `proven` one has begun with some.
+    """An actor, on a node a process as soon as there is one, and the number of the task that it was given, None while
+    it begins; whether it has begun with that, too.
     """
 
     actor: Any
@@ -414,7 +423,6 @@ class _Worker:
     process: int = 0
     task: int | None = None
     has_begun: bool = False
-    is_proven: bool = False
 
 
 @dataclass(frozen=True)
@@ -436,6 +444,7 @@ class _Crew:
         self.engine, self.ray, self.tasks, self.hear = engine, engine.ray, tasks, hear
         self.waiting = deque(range(len(tasks)))
         self.losses: Counter[int] = Counter()
+        self.spared: set[int] = set()  # whose worker has died before it was known to have begun
         self.died_on: dict[int, str] = {}  # the node where the task's worker died
         self.busy: dict[Any, _Worker] = {}  # by the stream of what each says
         count = torch.get_num_threads()
@@ -513,8 +522,7 @@ class _Crew:
         if kind == "process":
             worker.node, worker.process = said
         elif kind == "begun":
-            self.never_begun = self.never_begun if worker.is_proven else 0
-            worker.has_begun = worker.is_proven = True
+            worker.has_begun = True
         elif kind == "log":
             self._log(said)
         elif kind == "error":
@@ -523,6 +531,8 @@ class _Crew:
             for told in said:
                 self.hear(self.tasks[worker.task], told)
         if kind == "ended":
+            if worker.task is None:
+                self.never_begun = 0
             del self.busy[one]
             self._give(worker)
 
@@ -535,30 +545,33 @@ class _Crew:
         log.handle(record)
 
     def _mourn(self, worker: _Worker, failure: Exception) -> None:
-        """Of a worker that has died over its task, or before it has begun with it."""
-        if worker.task is None or not worker.has_begun:
+        """Of a worker that has died over its task, or before it had one. A task that it may not have begun with, for
+        it may have died of what it had done before, is tried once more than others.
+        """
+        task = worker.task
+        if task is None:
             self._mourn_beginner(worker, failure)
             return
-        self.losses[worker.task] += 1
-        times = self.losses[worker.task]
-        lost = Lost(times, times > self.engine.retries, worker.node, worker.process)
-        self.hear(self.tasks[worker.task], lost)
+        if not worker.has_begun:
+            self.spared.add(task)
+        self.losses[task] += 1
+        times = self.losses[task]
+        lost = Lost(times, times - (task in self.spared) > self.engine.retries, worker.node, worker.process)
+        self.hear(self.tasks[task], lost)
         if not lost.for_good:
-            self.waiting.appendleft(worker.task)
-            self.died_on[worker.task] = worker.node
+            self.waiting.appendleft(task)
+            self.died_on[task] = worker.node
         if self.waiting:
             self._hire()
 
     def _mourn_beginner(self, worker: _Worker, failure: Exception) -> None:
         """Another is begun in its stead, a few times in a row; then the others have to do without."""
-        reason = str(failure).strip().splitlines()[-1].strip()
+        reason = (str(failure).strip() or repr(failure)).splitlines()[-1].strip()
         if getattr(failure, "actor_init_failed", False):
             raise _cannot_begin(reason, str(Path.cwd())) from failure
-        if worker.task is not None:
-            self.waiting.appendleft(worker.task)
+        self.never_begun += 1
         if not self.waiting:
             return
-        self.never_begun += 1
         how_often = f"{self.never_begun} in a row"
         if self.never_begun < _DEATHS_BEFORE_A_TASK:
             self._hire()

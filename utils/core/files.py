@@ -19,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +117,14 @@ def clear_parts(folder: Path) -> None:
         found = re.search(r"\.(\w+)-(\d+)\.[^.]*\.part$", part.name)
         if found is None:
             continue
-        is_left = _is_forgotten(part) if found[1] != _machine() else not _is_running(int(found[2]))
-        if is_left:
-            part.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its name by now, or is another user's
+            is_left = _is_forgotten(part) if found[1] != _machine() else not _is_running(int(found[2]))
+            if is_left:
+                part.unlink()
 
 
 def _is_forgotten(part: Path) -> bool:
-    try:
-        return time.time() - part.stat().st_mtime > _SECONDS_TO_BE_FORGOTTEN
-    except FileNotFoundError:  # it has its name by now
-        return False
+    return time.time() - part.stat().st_mtime > _SECONDS_TO_BE_FORGOTTEN
 
 
 def clear_parts_of(node: str, process: int, folder: Path) -> None:

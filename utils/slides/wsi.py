@@ -97,10 +97,13 @@ def one_per_series(slides: Sequence[Path]) -> list[Path]:
 
 
 def slide_bytes(slide: Path) -> int:
-    """The size of a slide's file, or together of those that its index has beside it (`.mrxs`, `.vms`, `.vmu`)."""
-    beside = {".mrxs": slide.with_suffix(""), ".vms": slide.parent, ".vmu": slide.parent}.get(slide.suffix.lower())
-    files = {slide, *(beside.iterdir() if beside is not None and beside.is_dir() else ())}
-    return sum(file.stat().st_size for file in files if file.is_file())
+    """The size of a slide's file, of a MIRAX slide with what its folder holds; 0 where that cannot be asked."""
+    data = slide.with_suffix("")
+    try:
+        files = [slide, *(data.iterdir() if slide.suffix.lower() == ".mrxs" and data.is_dir() else ())]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return 0
 
 
 def _series(path: Path) -> str | None:
