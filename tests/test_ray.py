@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.conftest import ROOT, is_running, needs_ray
+from tests.conftest import ROOT, is_running
 
 RECIPE = ("--backbone", "stain-texture", "--patch_size", 128, "--mpp", 0.5, "--no-preview")
 ON_RAY = ("--ray", "local", "--actors", 2)
@@ -105,11 +105,11 @@ def test_extraction_gives_the_same_bytes_though_its_workers_die(ray, demo, scrip
     assert (report.loc[report["status"] == "done", "seconds"] > 0).all()
 
 
-def test_extraction_goes_on_after_its_driver_was_ended(demo, tmp_path):
+def test_extraction_goes_on_after_its_driver_was_ended(ray, demo, script, tmp_path):
     """As a batch system asks it to, then without asking."""
-    needs_ray()
     target = tmp_path / "features"
-    command = [sys.executable, str(ROOT / "extractFeatures.py"), *map(str, extraction(demo, target))]
+    arguments = extraction(demo, target)
+    command = [sys.executable, str(ROOT / "extractFeatures.py"), *map(str, arguments)]
     for more_than, ending, code in ((2, signal.SIGTERM, 143), (8, signal.SIGKILL, -9)):
         driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         wait_until(lambda more_than=more_than: len(list(target.glob("*.h5"))) > more_than)
@@ -121,9 +121,9 @@ def test_extraction_goes_on_after_its_driver_was_ended(demo, tmp_path):
         assert "***" not in said  # a page of Ray's on the signal
         wait_until(lambda theirs=theirs: not any(map(is_running, theirs)))
         assert more_than < len(list(target.glob("*.h5"))) < 48
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "0 failed" in done.stdout
+    outcome = script("extractFeatures", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert "0 failed" in outcome.out
     assert same_features(target, demo / "features")
     assert not list(target.rglob("*.part"))
 

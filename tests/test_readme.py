@@ -30,7 +30,7 @@ FIRST = "uv run train.py --mil LiteMIL --dataset demo"
 ELSEWHERE = {
     "git clone https://github.com/hkussaibi/LiteMIL.git && cd LiteMIL": "the copy is made of this repository",
     FIRST: "run once for all tests, in a process of its own",
-    "uv run pytest -n 3": "is running",
+    "uv run pytest -n 2": "is running",
     "uv run --with jupyterlab jupyter lab Tutorial.ipynb": "the notebook is run by its own test",
 }
 STAND_INS = {"--backbone uni": "--backbone stain-texture"}  # of what a command with "# network" has to fetch

@@ -17,6 +17,7 @@ def extraction():
     sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.slow
 def test_reading_prints_a_row_per_contender_and_a_column_per_tile_size():
     flags = ["--parts", "reading", "--side", "1500", "--patches", "20", "--repeats", "1"]
     done = subprocess.run(

@@ -18,7 +18,8 @@ def loading():
     sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_prints_a_row_per_contender_and_a_column_per_layout(dtype):
     flags = ["--slides", "2", "--patches", "1500", "--dim", "16", "--repeats", "1", "--threads", "1", "--dtype", dtype]
     done = subprocess.run(

@@ -27,7 +27,8 @@ def references():
     sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_prints_one_row_per_model_and_batch(dtype):
     code = "models.SCENES = {'three bags': [40, 20, 5]}; models.TURN_SECONDS = 0.001; models.main()"
     out = run(code, "--sizes", "50", "--repeats", "1", "--threads", "1", "--dtype", dtype)

@@ -56,7 +56,7 @@ def test_colour_alone_does_not_tell_the_patterns(demo_home, script, tmp_path, mo
     flags = ("--input_dir", "datasets/demo/wsi", "--output_dir", tmp_path / "stain", "--backbone", "stain")
     assert script("extractFeatures", *flags, "--patch_size", 128, "--mpp", 0.5, "--no-preview").code == 0
     trained = script("train", "--mil", "LiteMIL", "--dataset", "demo", "--features_dir", tmp_path / "stain",
-                     "--output_dir", tmp_path / "run")  # fmt: skip
+                     "--output_dir", tmp_path / "run", "--n_outer", 4, "--n_inner", 2)  # fmt: skip
     assert trained.code == 0, trained.err
     assert auc(tmp_path / "run") < 0.65
 
