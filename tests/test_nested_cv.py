@@ -685,7 +685,7 @@ class TestWorkersThatDie:
         monkeypatch.setattr(engine, "for_good", True)
         with pytest.raises(
             EngineError,
-            match=r"^fold_1_setting_1_inner_1: .*\(2 times now\).*what is finished is kept: give fewer --act",
+            match=r"^fold_1_setting_1_inner_1: .*\(2 times now\).*again with fewer --actors \(what is fin",
         ):
             make_cv(dataset, tmp_path).run()
         assert len(list((tmp_path / "resume").glob("fold_*.pt"))) == TRAININGS - 1

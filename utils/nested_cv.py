@@ -274,7 +274,7 @@ class NestedCrossValidation:
             engine.run(trainer, missing, show)
         if lost:
             others = f" (and {counted(len(lost) - 1, 'other training')})" if lost[1:] else ""
-            raise EngineError(f"{lost[0]}{others}; what is finished is kept: give fewer --actors, and the same again")
+            raise EngineError(f"{lost[0]}{others}; give the same again with fewer --actors (what is finished is kept)")
 
     def _monitor(self, fold: OuterFold) -> str:
         num_classes, monitor = len(self.dataset.class_names), self.protocol.monitor
