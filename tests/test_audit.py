@@ -73,12 +73,13 @@ def test_a_clean_cohort(clean):
     findings = clean.audit()
     assert {finding.level for finding in findings} == {"info", "ok"}
     told = lines(findings)
-    assert told[0] == "info table: benign 14 slides of 7 patients; malignant 14 slides of 7 patients"
+    counts = "benign 14 slides of 7 patients; malignant 14 slides of 7 patients; 14 patients in all"
+    assert told[0] == f"info table: {counts}"
     assert told[1] == "info table: slides per patient: 2 to 2, median 2"
     assert "ok files: 28 slides, each with a feature file that opens" in told
     assert "ok content: no two slides have the same features" in told
     assert "ok recipe: 28 slides recorded as made in one way" in told
-    assert any(line.startswith("ok confounding: bag size (patches per slide) alone does not") for line in told)
+    assert any(line.startswith("ok confounding: no sign that bag size (patches per slide) predicts") for line in told)
     assert as_text(findings).endswith("\n\n0 errors, 0 warnings")
 
 
@@ -100,7 +101,9 @@ def test_repeated_rows(cohort):
 def test_ids_that_cannot_be_used(cohort):
     cohort.add_rows("P000,../P000-S1,benign", ",P1,benign", "P3,,benign")
     told = lines(cohort.audit())
-    assert any("error table: empty case_id or wsi_id in row 30, 31 after the header" in line for line in told)
+    assert any(
+        "error table: no patient (case_id) or no slide (wsi_id) in row 30, 31 after the header" in line for line in told
+    )
     assert any("error table: wsi_id that would leave the features folder: ../P000-S1;" in line for line in told)
     assert not any("without a feature file" in line for line in told)
 
@@ -118,7 +121,7 @@ def test_labels_that_are_no_class(cohort):
 def test_labels_are_renamed_as_in_training(cohort):
     names = {"benign": "Low", "malignant": "High"}
     message = cohort.audit(class_names=("Low", "High"), label_names=names)[0].message
-    assert message == "Low 14 slides of 7 patients; High 14 slides of 7 patients"
+    assert message == "Low 14 slides of 7 patients; High 14 slides of 7 patients; 14 patients in all"
     own = cohort.audit(class_names=("benign", "malignant"), label_names=names)[0].message
     assert own.startswith("benign 14 slides"), "a label that is a class as it stands keeps its name"
 
@@ -140,7 +143,21 @@ def test_patients(cohort):
 def test_a_table_without_patients(cohort):
     table = pd.read_csv(cohort.labels_csv, dtype=str)
     table.drop(columns="case_id").to_csv(cohort.labels_csv, index=False)
-    assert "each slide is its own patient" in cohort.found("warning", "table")
+    assert "or say that every slide is a patient's only one with --no_patients" in cohort.found("error", "table")
+    assert "each slide is taken as a patient of its own" in cohort.found("warning", "table", no_patients=True)
+
+
+def test_names_and_labels_that_look_like_one(cohort):
+    cohort.add_rows("p000,P020-S1,benign", "P021,P021-S1,Benign", "P022,P022-S1,NA")
+    told = lines(cohort.audit())
+    assert any("error table: names that seem to stand for one: patient 'P000' and 'p000'" in line for line in told)
+    assert any("error table: labels that look like one class" in line and "'Benign'" in line for line in told)
+    assert any("none of Benign, benign, malignant: P022-S1 ('NA'); 'NA' stands for no label" in line for line in told)
+
+
+def test_a_row_that_just_misses_its_file_is_told_with_it(cohort):
+    cohort.file("P000-S1").rename(cohort.file("p000_s1"))
+    assert "P000-S1 (there is p000_s1); write the ids as the files are named" in cohort.found("error", "files")
 
 
 def test_files_and_rows_that_miss_each_other(cohort):

@@ -117,7 +117,8 @@ def test_a_classifier_needs_two_classes(cohort, classes):
 def test_names_of_labels_and_labels_left_out_shape_the_default_classes(tmp_path):
     labels_csv, features_dir = make(tmp_path, numbered([3, 3, 3, 3]))
     labels_csv.write_text("wsi_id,label\nS0,0\nS1,1\nS2,rare\nS3,0\n")
-    dataset = MILDataset(labels_csv, features_dir, label_names={"0": "Low", "1": "High"}, left_out=["rare"])
+    names = {"0": "Low", "1": "High"}
+    dataset = MILDataset(labels_csv, features_dir, label_names=names, left_out=["rare"], no_patients=True)
     assert dataset.class_names == ("High", "Low")
     assert [dataset.class_names[label] for label in dataset.labels] == ["Low", "High", "Low"]
 
@@ -142,6 +143,27 @@ def test_two_files_of_one_slide_are_an_error(tmp_path):
     write_bag(features_dir / "S1.pt", Bag(np.ones((3, 2), "f4")))
     with pytest.raises(LabelsError, match=r"slide S1 has S1\.h5 and S1\.pt; keep one of them"):
         MILDataset(labels_csv, features_dir)
+
+
+def test_patients_are_named_or_their_absence_is_meant(tmp_path, said):
+    labels_csv, features_dir = make(tmp_path, numbered([2, 3]))
+    labels_csv.write_text("wsi_id,label\nS0,a\nS1,b\n")
+    with pytest.raises(LabelsError, match="--no_patients"):
+        MILDataset(labels_csv, features_dir)
+    dataset = MILDataset(labels_csv, features_dir, no_patients=True)
+    assert (dataset.patients_from, dataset.cases.tolist()) == (None, ["S0", "S1"])
+    assert "WARNING" in said(), "it stays under --quiet"
+    labels_csv.write_text("patient_id,wsi_id,label\nP1,S0,a\nP1,S1,b\n")
+    assert MILDataset(labels_csv, features_dir).cases.tolist() == ["P1", "P1"]
+
+
+def test_names_that_stand_for_one_are_refused_unless_they_differ(tmp_path):
+    labels_csv, features_dir = make(tmp_path, numbered([2, 3]))
+    labels_csv.write_text("case_id,wsi_id,label,site\nP1,S0,a,x\np1,S1,b,x\n")
+    with pytest.raises(LabelsError, match=r"patient 'P1' and 'p1' .*--allow spelling"):
+        MILDataset(labels_csv, features_dir)
+    assert len(set(MILDataset(labels_csv, features_dir, allow=["spelling"]).cases)) == 2
+    assert len(set(MILDataset(labels_csv, features_dir, group_column="site").groups)) == 1
 
 
 def test_a_slide_without_a_file_is_an_error_unless_allowed(tmp_path, said):
@@ -607,7 +629,7 @@ def test_a_stamp_like_bag_is_a_slide(shared_data, tmp_path):
     (stored,) = (shared_data / "bags").glob("mopadi_*.h5")
     for wsi_id in ("a", "b"):
         shutil.copyfile(stored, tmp_path / f"{wsi_id}.h5")
-    (tmp_path / "labels.csv").write_text("wsi_id,label\na,x\nb,y\n")
+    (tmp_path / "labels.csv").write_text("case_id,wsi_id,label\nP1,a,x\nP2,b,y\n")
     dataset = MILDataset(tmp_path / "labels.csv", tmp_path)
     assert dataset[0][0].shape == (777, 512)
     assert sum(len(bag) for batch in dataset.batches([0], 1, seed=0) for bag in batch.bags) == 777

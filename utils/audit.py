@@ -9,19 +9,23 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from utils.bags.labels import Row, classes_in, find_features, is_plain, read_rows
+from utils.bags import labels
+from utils.bags.labels import find_features, is_plain
+from utils.bags.spelling import is_placeholder
 from utils.bags.store import BagInfo, is_feature_file, peek_bag, read_bag
+from utils.bags.table import LabelTable, Row, read_table, several_names
 from utils.core import cli
 from utils.core.cohorts import cohort_classes, tcga_case, tcga_site
 from utils.core.config import Audit, Protocol
 from utils.core.errors import FeatureFileError, LabelsError, counted, named
 from utils.core.files import digest
-from utils.core.passport import COMPARED_FIELDS, MPP_TOLERANCE
+from utils.core.passport import COMPARED_FIELDS, MPP_TOLERANCE, Passport
 from utils.core.runtime import progress
 from utils.learning.confounding import Confounding, Value, confounding, values_per_class
 from utils.learning.splits import NamedSplit, read_splits, shared_cases
@@ -108,6 +112,7 @@ def audit_cohort(settings: Audit) -> list[Finding]:
         label_names=classes.label_names,
         left_out=classes.left_out,
         splits=settings.splits,
+        no_patients=settings.no_patients,
     )
 
 
@@ -120,6 +125,7 @@ def audit(
     label_names: Mapping[str, str] | None = None,
     left_out: Collection[str] = (),
     splits: Path | None = None,
+    no_patients: bool = False,
 ) -> list[Finding]:
     """Everything found about a cohort, in the order of the questions; the arguments are those of MILDataset.
 
@@ -128,12 +134,16 @@ def audit(
     """
     if features_dir is not None and not features_dir.is_dir():
         raise FeatureFileError(f"{features_dir}: no such folder; give the folder of feature files (--features_dir)")
-    rows = read_rows(labels_csv)
-    classes = tuple(class_names or classes_in(rows, label_names=label_names, left_out=left_out))
+    table = read_table(labels_csv)
+    classes = tuple(class_names or labels.classes_in(table.rows, label_names=label_names, left_out=left_out))
     new_names = {old: new for old, new in (label_names or {}).items() if old not in classes}
-    rows = [row | {"label": new_names.get(row["label"], row["label"])} for row in rows]
+    rows = [row | {"label": new_names.get(row["label"], row["label"])} for row in table.rows]
 
-    findings, rows = _check_ids(rows)
+    findings = _check_columns(table, no_patients)
+    more, rows = _check_ids(rows)
+    findings += more + _check_names(table, rows)
+    if not class_names and (doubts := labels.doubtful_classes(classes)):
+        findings.append(Finding("error", "table", doubts))
     more, slides = _check_labels(rows, classes, left_out)
     findings += more
     case_of = {row["wsi_id"]: row["case_id"] for row in rows}
@@ -169,12 +179,29 @@ def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
 
 
+def _check_columns(table: LabelTable, no_patients: bool) -> list[Finding]:
+    """How the table was read, and whether it names the patients."""
+    findings = [Finding("info", "table", note) for note in table.notes]
+    try:
+        warning = labels.missing_patients(table, no_patients)
+    except LabelsError as error:
+        return [*findings, Finding("error", "table", str(error))]
+    return [*findings, *([Finding("warning", "table", warning)] if warning else [])]
+
+
+def _check_names(table: LabelTable, rows: Sequence[Row]) -> list[Finding]:
+    """Slides and patients that seem to stand in the table under several names."""
+    doubts = several_names(rows, [row["case_id"] for row in rows], table.patient_columns)
+    details = {"names": [asdict(doubt) for doubt in doubts]}
+    return [Finding("error", "table", labels.doubtful_names(doubts), details)] if doubts else []
+
+
 def _check_ids(rows: list[Row]) -> tuple[list[Finding], list[Row]]:
     """The findings, and the first row of each slide that has a usable id."""
     findings = []
-    empty = [str(number) for number, row in enumerate(rows, start=1) if not row["wsi_id"] or not row["case_id"]]
+    empty = [str(n) for n, row in enumerate(rows, start=1) if not row["wsi_id"] or is_placeholder(row["case_id"])]
     if empty:
-        message = f"empty case_id or wsi_id in row {named(empty)} after the header; fill it in"
+        message = f"no patient (case_id) or no slide (wsi_id) in row {named(empty)} after the header; fill it in"
         findings.append(Finding("error", "table", message, {"rows": empty}))
     outside = [row["wsi_id"] for row in rows if not is_plain(row["wsi_id"])]
     if outside:
@@ -183,7 +210,7 @@ def _check_ids(rows: list[Row]) -> tuple[list[Finding], list[Row]]:
 
     rows_of: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["wsi_id"] and row["case_id"] and is_plain(row["wsi_id"]):
+        if row["wsi_id"] and not is_placeholder(row["case_id"]) and is_plain(row["wsi_id"]):
             rows_of[row["wsi_id"]].append(row)
     repeated = {wsi_id: same for wsi_id, same in rows_of.items() if len(same) > 1}
     disagreements = {wsi_id: _disagreement(same) for wsi_id, same in repeated.items()}
@@ -219,7 +246,8 @@ def _check_labels(
     if unknown:
         told = named([f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()])
         message = f"{counted(len(unknown), 'slide')} with a label that is none of {', '.join(classes)}: {told}"
-        message += "; mend the table, give --class_names, or train with --allow unknown"
+        hint = labels.label_hint(unknown.values(), classes) or "mend the table, give --class_names"
+        message += f"; {hint}, or train with --allow unknown"
         findings.append(Finding("error", "table", message, {"slides": unknown}))
     if rare:
         message = f"{counted(rare.total(), 'slide')} left out, of the labels {', '.join(sorted(rare))}"
@@ -234,10 +262,8 @@ def _class_counts(slides: Sequence[_Slide], classes: Sequence[str]) -> Finding:
         name: {"slides": len(mine), "patients": len({slide.case_id for slide in mine})}
         for name, mine in _by_class(slides, classes).items()
     }
-    told = [
-        f"{name} {counted(n['slides'], 'slide')} of {counted(n['patients'], 'patient')}" for name, n in counts.items()
-    ]
-    return Finding("info", "table", "; ".join(told), counts)
+    words = labels.class_counts([(slide.label, slide.case_id) for slide in slides], classes)
+    return Finding("info", "table", words, counts)
 
 
 def _check_patients(slides: Sequence[_Slide], classes: Sequence[str]) -> list[Finding]:
@@ -245,9 +271,6 @@ def _check_patients(slides: Sequence[_Slide], classes: Sequence[str]) -> list[Fi
     spread = _quartiles(per_patient.values())
     told = f"slides per patient: {spread['least']:g} to {spread['greatest']:g}, median {spread['median']:g}"
     findings = [Finding("info", "table", told, spread)]
-    if all(slide.case_id == slide.wsi_id for slide in slides):
-        message = "each slide is its own patient: if some patients have several slides, name them in a column case_id"
-        findings.append(Finding("warning", "table", message))
     classes_of = defaultdict(set)
     for slide in slides:
         classes_of[slide.case_id].add(classes[slide.label])
@@ -284,8 +307,10 @@ def _check_files(
         message = f"{len(damaged) - _MOST_LINES} more files with such faults (--json names them)"
         findings.append(Finding("error", "files", message, {"slides": damaged}))
     if missing:
-        message = f"{counted(len(missing), 'slide')} without a feature file in {features_dir}: {named(missing)}"
-        message += "; extract them, or train with --allow missing"
+        near = labels.near_ids(missing, partial(labels.feature_ids, features_dir))
+        names = named([labels.missed_id(wsi_id, near) for wsi_id in missing])
+        message = f"{counted(len(missing), 'slide')} without a feature file in {features_dir}: {names}"
+        message += f"; {labels.id_hint(near) or 'extract them'}, or train with --allow missing"
         findings.append(Finding("error", "files", message, {"slides": missing}))
     if slides and not findings:
         findings = [Finding("ok", "files", f"{counted(len(slides), 'slide')}, each with a feature file that opens")]
@@ -365,12 +390,26 @@ def _check_recipes(bags: Sequence[_Bag]) -> list[Finding]:
     if mpps and max(mpps) > min(mpps) * (1 + MPP_TOLERANCE):
         message = f"patches were read at {min(mpps):.4g} to {max(mpps):.4g} um/px, more than {MPP_TOLERANCE:.0%} apart"
         findings.append(Finding("warning", "recipe", f"{message}; extract all slides at one resolution"))
+    findings += _check_unknown_mpp(recorded)
     if recorded and not findings:
         findings.append(Finding("ok", "recipe", f"{counted(len(recorded), 'slide')} recorded as made in one way"))
     if len(recorded) < len(bags):
         message = f"{len(bags) - len(recorded)} of {counted(len(bags), 'slide')} without a record of how they were made"
         findings.append(Finding("info", "recipe", message))
     return findings
+
+
+def _check_unknown_mpp(recorded: Mapping[str, Passport]) -> list[Finding]:
+    """Slides of which nobody knows how large their patches are: at one pixel size they may show different scales."""
+    unknown = [wsi_id for wsi_id, passport in recorded.items() if passport.slide.get("mpp_delivered") is None]
+    if not unknown:
+        return []
+    message = (
+        f"{counted(len(unknown), 'slide')} of {len(recorded)} whose um/px is not known: {named(unknown)}; their "
+        "patches may show another magnification than the others', so extract them with --slides_csv, or with "
+        "--slide_mpp if it is the same for all"
+    )
+    return [Finding("warning", "recipe", message, {"slides": unknown})]
 
 
 def _check_splits(splits: Sequence[NamedSplit], case_of: Mapping[str, str], wsi_ids: Sequence[str]) -> list[Finding]:
@@ -437,8 +476,10 @@ def _judged(nuisance: _Field, result: Confounding, slides: Sequence[_Slide], cla
     counts = dict(zip(classes, values_per_class(nuisance.values, labels, len(classes)), strict=True))
     details: dict[str, Any] = {"field": nuisance.name} | asdict(result) | {"values_per_class": counts}
     if result.p_value > _RARE:
-        message = f"{nuisance.name} alone does not predict the label ({numbers})"
-        return Finding("ok", "confounding", message, details)
+        below = "" if result.auc >= 0.5 else "; below 0.5 is usual by chance: values that one fold has, the others lack"
+        return Finding(
+            "ok", "confounding", f"no sign that {nuisance.name} predicts the label ({numbers}{below})", details
+        )
     if result.auc - middle < _NOTABLE:
         return Finding("info", "confounding", f"{nuisance.name} alone predicts the label a little ({numbers})", details)
     verb = "gives the label away" if result.auc >= _GIVEN_AWAY else "predicts the label"
@@ -471,7 +512,7 @@ def _nuisances(slides: Sequence[_Slide], bags: Sequence[_Bag]) -> list[_Field]:
     """The fields of the table, of the files and of their passports that may predict the label."""
     columns = [name for name in (slides[0].row if slides else {}) if name.lower() in ORIGIN_COLUMNS]
     found = [
-        _Field(f"the column {name}", [slide.row[name] or None for slide in slides], name, True) for name in columns
+        _Field(f"the column {name}", [_known(slide.row[name]) for slide in slides], name, True) for name in columns
     ]
     sites = [tcga_site(slide.case_id) or tcga_site(slide.wsi_id) for slide in slides]
     has_sites = 2 * sum(site is not None for site in sites) >= len(slides) > 0
@@ -490,6 +531,10 @@ def _nuisances(slides: Sequence[_Slide], bags: Sequence[_Bag]) -> list[_Field]:
                 is_text = any(isinstance(value, str) for value in values)
                 found.append(_Field(f"the {part}'s {name}", values, name if is_text else None))
     return found
+
+
+def _known(text: str) -> str | None:
+    return None if is_placeholder(text) else text
 
 
 def _by_class(slides: Sequence[AnySlide], classes: Sequence[str]) -> dict[str, list[AnySlide]]:

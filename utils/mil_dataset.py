@@ -18,6 +18,7 @@ from utils.bags import labels
 from utils.bags.collate import Batch, Chunk, collate, cut_chunks, num_chunks
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
 from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
+from utils.bags.table import read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.config import Cohort
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant
@@ -35,12 +36,14 @@ _MEMORY_SHARE = 0.25
 class MILDataset(Dataset):
     """The slides of a label table, in its order.
 
-    `csv_path` has the columns `case_id,wsi_id,label`; slide `wsi_id` has its features in
-    `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`) under the name `feat_type`. `mode` "chunked" trains on random chunks
-    of at most `chunk_size` patches (`sequential`: on runs of patches that are neighbours in the file), "full" on whole
-    slides. `class_names` defaults to the labels that occur, sorted. `label_names` renames labels, `left_out` names
-    labels that are no class, `allow` the problems that only leave a row out (see `utils.bags.labels.account`).
-    `group_column` names the column whose values splits keep together, instead of the case.
+    `csv_path` has the columns `case_id,wsi_id,label`, or others that say the same (see `utils.bags.table`); slide
+    `wsi_id` has its features in `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`) under the name `feat_type`. `mode`
+    "chunked" trains on random chunks of at most `chunk_size` patches (`sequential`: on runs of patches that are
+    neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur, sorted.
+    `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only leave a row
+    out (see `utils.bags.labels.account`).
+    `group_column` names the column whose values splits keep together, instead of the patient. `no_patients` takes each
+    slide as a patient of its own, where the table names none.
 
     `cache` says where the features are in use: "off" reads them from their files whenever they are needed, "ram" keeps
     them in memory, a folder holds them in one packed file that all processes share and later runs find again. By
@@ -65,28 +68,37 @@ class MILDataset(Dataset):
         label_names: Mapping[str, str] | None = None,
         left_out: Collection[str] = (),
         allow: Collection[str] = (),
+        no_patients: bool = False,
     ) -> None:
         _check_settings(mode, chunk_size, sequential)
         self.features_dir = Path(features_dir)
         if not self.features_dir.is_dir():
             raise FeatureFileError(f"{features_dir}: no such folder; give the folder of feature files (--features_dir)")
-        rows = labels.read_rows(Path(csv_path))
-        found = labels.classes_in(rows, label_names=label_names, left_out=left_out)
-        self.class_names = tuple(class_names or found)
+        table = read_table(csv_path)
+        for note in table.notes:
+            log.info("%s: %s", csv_path, note)
+        self.class_names = tuple(class_names or labels.classes_of(table, label_names=label_names, left_out=left_out))
         if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
             raise LabelsError(
                 f"{csv_path}: classes {', '.join(self.class_names)}; a classifier needs two different ones"
             )
         self.mode, self.chunk_size, self.sequential, self.feat_type = mode, chunk_size, sequential, feat_type
+        unknown_patients = labels.missing_patients(table, no_patients)
+        if unknown_patients:
+            log.warning(unknown_patients)
+        self.patients_from = table.patients_from
         self.rows = labels.account(
-            Path(csv_path), rows, self.class_names, partial(labels.find_features, self.features_dir),
-            label_names=label_names, left_out=left_out, allow=allow,
+            table, self.class_names, partial(labels.find_features, self.features_dir),
+            ids=partial(labels.feature_ids, self.features_dir), label_names=label_names, left_out=left_out, allow=allow,
         )  # fmt: skip
         self.labels = np.array([row.label for row in self.rows])
         self.cases = np.array([row.case_id for row in self.rows])
-        self.groups = np.array(labels.group_cases(Path(csv_path), self.rows, group_column))
+        groups = labels.group_cases(Path(csv_path), self.rows, group_column)
+        if "spelling" not in allow:
+            labels.check_names(table, self.rows, groups, group_column)
+        self.groups = np.array(groups)
         self.group_column, self.allow = group_column, tuple(allow)
-        log.info("Classes: %s", "; ".join(self._counts(index) for index in range(len(self.class_names))))
+        log.info("Classes: %s", labels.class_counts([(row.label, row.case_id) for row in self.rows], self.class_names))
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
         self.info = self._look(packed)
         self._check_widths()
@@ -113,6 +125,7 @@ class MILDataset(Dataset):
             label_names=classes.label_names,
             left_out=classes.left_out,
             allow=cohort.allow,
+            no_patients=cohort.no_patients,
         )
 
     def __len__(self) -> int:
@@ -211,10 +224,6 @@ class MILDataset(Dataset):
                 window, held = [], 0
         if window:
             yield window
-
-    def _counts(self, label: int) -> str:
-        mine = self.labels == label
-        return f"{self.class_names[label]} ({mine.sum()} slides of {len(set(self.cases[mine]))} cases)"
 
     def _check_widths(self) -> None:
         for row, info in zip(self.rows, self.info, strict=True):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.bags.labels import LabelRow, account, classes_in, find_features, group_cases, read_rows
+from utils.bags.labels import LabelRow, account, class_counts, classes_in, classes_of, find_features, group_cases
+from utils.bags.table import read_table, several_names
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
 from utils.core.runtime import log
@@ -36,13 +37,13 @@ class Table:
         return self
 
     def rows(self):
-        return read_rows(self.path)
+        return read_table(self.path).rows
 
     def account(self, classes=CLASSES, absent=(), **settings) -> list[LabelRow]:
         def find_file(wsi_id: str) -> Path | None:
             return None if wsi_id in absent else Path(f"{wsi_id}.h5")
 
-        return account(self.path, self.rows(), classes, find_file, **settings)
+        return account(read_table(self.path), classes, find_file, **settings)
 
     def refusal(self, **settings) -> str:
         with pytest.raises(LabelsError) as caught:
@@ -78,10 +79,21 @@ def test_rows_keep_their_order_and_name_their_file(table):
 
 @pytest.mark.parametrize("text", ["007", "1e5", "NA", "null", "nan", "None", "1.0", "0x10", "TRUE", "-", "2024-01-02"])
 def test_ids_and_labels_are_text_as_it_stands(table, text):
-    rows = table.write(f"{text},{text},{text}", f"P,S,{text}").rows()
-    assert rows[0] == {"case_id": text, "wsi_id": text, "label": text}
-    assert classes_in(rows) == (text,)
-    assert ids(table.account(classes=(text, "other"))) == [text, "S"]
+    rows = table.write(f"P1,{text},{text}", f"P2,S,{text}").rows()
+    assert rows[0] == {"case_id": "P1", "wsi_id": text, "label": text}
+    assert ids(table.account(classes=(text, "other"))) == [text, "S"], "a class that is named is one"
+
+
+@pytest.mark.parametrize("text", ["NA", "nan", "None", "unknown", "[Not Available]", "-", "n/a", "N.A.", "NULL"])
+def test_what_stands_for_no_value_is_neither_a_class_nor_a_patient_nor_a_site(table, text):
+    table.write("P1,S1,benign,x", f"P2,S2,{text},x", "P3,S3,malignant,x", header="case_id,wsi_id,label,center")
+    assert classes_in(table.rows()) == CLASSES
+    assert f"{text!r} stands for no label: fill it in, or name it in --class_names" in table.refusal()
+    table.write("P1,S1,benign", f"{text},S2,malignant")
+    assert f"row 2 after the header names no patient (case_id {text!r})" in table.refusal()
+    table.write("P1,S1,benign,x", f"P2,S2,malignant,{text}", header="case_id,wsi_id,label,center")
+    with pytest.raises(LabelsError, match="1 row without a center: S2"):
+        grouped(table, "center")
 
 
 def test_a_byte_order_mark_spaces_and_windows_line_ends(table):
@@ -106,18 +118,12 @@ def test_quoted_fields_hold_commas_quotes_and_line_ends(table):
     assert ids(table.account()) == ["S1", "S2"]
 
 
-def test_without_a_case_id_column_each_slide_is_its_own_case_and_that_is_said(table, said):
-    rows = table.write("S1,benign", "S2,malignant", header="wsi_id,label").account()
-    assert [row.case_id for row in rows] == ["S1", "S2"]
-    assert "no case_id column; each slide is taken as its own case" in said()
-
-
 def test_with_a_case_id_column_nothing_is_said(table, said):
     table.write("P1,S1,benign", "P2,S2,malignant").account()
     assert said() == ""
 
 
-@pytest.mark.parametrize("header", ["case_id,slide,label", "case_id;wsi_id;label", "case_id,wsi_id", "Wsi_ID,LABEL"])
+@pytest.mark.parametrize("header", ["case_id,picture,label", "case_id wsi_id label", "case_id,wsi_id", "id,grade"])
 def test_missing_columns_are_told_with_those_found(table, header):
     message = table.write("a,b,c", header=header).refusal()
     assert "no column " in message
@@ -174,9 +180,9 @@ def test_what_is_no_csv(table, content):
 
 def test_no_such_file_and_a_folder(tmp_path):
     with pytest.raises(LabelsError, match=r"nowhere\.csv: no such file; expected a table with the columns"):
-        read_rows(tmp_path / "nowhere.csv")
+        read_table(tmp_path / "nowhere.csv")
     with pytest.raises(LabelsError, match="not readable as a CSV table"):
-        read_rows(tmp_path)
+        read_table(tmp_path)
 
 
 # Accounting for every row
@@ -247,6 +253,45 @@ def test_a_table_of_which_nothing_is_left(table):
     assert "no usable row is left" in table.write("P1,S1,benign").refusal(absent={"S1"}, allow=["missing"])
 
 
+@pytest.mark.parametrize(
+    ("wsi_id", "near", "cure"),
+    [
+        ("S1.svs", "S1", "write the ids without their ending .svs"),
+        ("S1.h5", "S1", "write the ids without their ending .h5"),
+        ("7", "007", "a spreadsheet has made the ids numbers and lost their zeros"),
+        ("7.0", "007", "a spreadsheet has made the ids numbers"),
+        ("Mu\u0308ller", "M\u00fcller", "in two Unicode forms, composed and decomposed"),
+        ("s_1", "S-1", "write the ids as the files are named"),
+    ],
+)
+def test_an_id_that_just_misses_a_file_is_told_with_it_and_with_the_cure(table, wsi_id, near, cure):
+    message = table.write(f"P1,{wsi_id},benign").refusal(absent=[wsi_id], ids=lambda: ["other", near])
+    assert f"{wsi_id} (there is {near})" in message
+    assert cure in message
+
+
+def test_an_id_that_is_near_nothing_is_told_alone(table):
+    message = table.write("P1,S1,benign").refusal(absent=["S1"], ids=lambda: ["S2"])
+    assert "without a feature file: S1; mend the table, or leave them out with --allow missing" in message
+
+
+@pytest.mark.parametrize(("label", "hint"), [("Benign", "another spelling"), ("malignat", "did you mean malignant")])
+def test_a_label_that_just_misses_a_class_is_told_with_it(table, label, hint):
+    assert hint in table.write("P1,S1,benign", f"P2,S2,{label}").refusal()
+
+
+def test_classes_that_look_like_one_are_refused_until_they_are_named(table):
+    table.write("P1,S1,Tumor", "P2,S2,normal", "P3,S3,tumor")
+    with pytest.raises(LabelsError, match=r"'Tumor' and 'tumor'; .* --class_names Tumor normal tumor"):
+        classes_of(read_table(table.path))
+    assert ids(table.account(classes=("Tumor", "normal", "tumor"))) == ["S1", "S2", "S3"]
+
+
+def test_patients_are_counted_once_however_many_classes_they_have():
+    counts = class_counts([(0, "P1"), (1, "P1"), (1, "P2"), (0, "P3")], CLASSES)
+    assert counts == "benign 2 slides of 2 patients; malignant 2 slides of 2 patients; 3 patients in all (1 in both)"
+
+
 @pytest.mark.parametrize("wsi_id", ["../S1", "a/b", "/etc/passwd", "..", ".", "..\\S1", "C:\\x", "S\x001"])
 def test_an_id_that_leaves_the_features_folder_is_an_error_whatever_is_allowed(table, wsi_id):
     table.write(f"P1,{wsi_id},benign", "P2,S2,malignant")
@@ -272,7 +317,7 @@ def test_an_empty_id_is_an_error_with_its_row(table, row, number):
 def test_cases_with_slides_of_several_classes_are_told_and_kept(table, said):
     rows = table.write("P1,S1,benign", "P1,S2,malignant", "P2,S3,benign", "P2,S4,benign").account()
     assert len(rows) == 4
-    assert said().endswith("cases with slides of several classes, which stay in one fold: P1")
+    assert said().endswith("patients with slides of several classes, which stay in one fold: P1")
 
 
 # Names of labels
@@ -323,17 +368,18 @@ def test_the_real_tables_with_the_known_cohorts(name, usable, counts):
     if not path.is_file():
         pytest.skip(f"real data not there: {path}")
     known = KNOWN_COHORTS[name]
-    table = read_rows(path)
-    assert "subset" in table[0], "extra columns are kept"
+    table = read_table(path)
+    assert "subset" in table.rows[0], "extra columns are kept"
+    assert several_names(table.rows, [row["case_id"] for row in table.rows]) == []
     rows = account(
-        path, table, known.class_names, lambda wsi_id: Path(f"{wsi_id}.pt"),
+        table, known.class_names, lambda wsi_id: Path(f"{wsi_id}.pt"),
         label_names=known.label_names, left_out=known.left_out,
     )  # fmt: skip
     assert len(rows) == usable
     assert Counter(known.class_names[row.label] for row in rows) == counts
     assert all(row.wsi_id.startswith(row.case_id) for row in rows)
     assert len({row.wsi_id for row in rows}) == len(rows)
-    assert len(table) == len(rows) + sum(row["label"] in known.left_out for row in table)
+    assert len(table.rows) == len(rows) + sum(row["label"] in known.left_out for row in table.rows)
 
 
 # What splits keep together
@@ -367,7 +413,11 @@ def test_the_site_is_read_off_tcga_barcodes_unless_there_is_a_column(table):
         (("P1,S1,benign,x",), "scanner", "no column scanner to group by; found case_id, wsi_id, label, center"),
         (("P1,S1,benign,x", "P2,S2,benign,"), "center", "1 row without a center: S2; fill it in"),
         (("P1,S1,benign,x",), "site", "1 row without a site .there is no column site.*: S1; fill it in"),
-        (("P1,S1,benign,x", "P1,S2,benign,y"), "center", "case P1 has slides of center x and y; a case must stay"),
+        (
+            ("P1,S1,benign,x", "P1,S2,benign,y"),
+            "center",
+            "patient P1 has slides of center x and y; a patient must stay",
+        ),
     ],
 )
 def test_groups_that_cannot_be_kept_together(table, rows, column, reason):

@@ -1,16 +1,16 @@
-"""labels.csv: `case_id,wsi_id,label`, all text; every row is accounted for."""
+"""The rows of a label table, each accounted for: its class, its patient, its feature file."""
 
-import csv
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from utils.bags.store import FEATURE_EXTENSIONS
+from utils.bags.spelling import NearIds, classes_alike, is_placeholder, plain_class, why_missed
+from utils.bags.store import FEATURE_EXTENSIONS, is_feature_file
+from utils.bags.table import LabelTable, OneInSeveral, Row, several_names, unknown_patients
 from utils.core.cohorts import tcga_site
-from utils.core.errors import LabelsError, counted, named
+from utils.core.errors import LabelsError, counted, meant, named
 from utils.core.runtime import log
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -26,114 +26,194 @@ class LabelRow:
     columns: Row
 
 
-def read_rows(csv_path: Path) -> list[Row]:
-    """The table's rows as text, each with a `case_id`: without such a column each slide is its own case, said aloud."""
-    columns, *values = _read_lines(csv_path) or [[]]
-    missing = [name for name in ("wsi_id", "label") if name not in columns]
-    if missing:
-        found = ", ".join(columns) or "nothing"
-        raise LabelsError(
-            f"{csv_path}: no column {' and '.join(missing)}; found {found}, expected case_id,wsi_id,label"
-        )
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
-    if twice:
-        raise LabelsError(f"{csv_path}: two columns are called {' and '.join(twice)}; keep one of each")
-    if not values:
-        raise LabelsError(f"{csv_path}: no rows; expected one row per slide")
-    uneven = [repr(",".join(row)) for row in values if len(row) != len(columns)]
-    if uneven:
-        raise LabelsError(
-            f"{csv_path}: {counted(len(uneven), 'row')} with more or fewer fields than the header's {len(columns)}: "
-            f"{named(uneven)}; quote a field that holds a comma"
-        )
-    rows = [dict(zip(columns, row, strict=True)) for row in values]
-    if "case_id" not in columns:
-        log.info("%s: no case_id column; each slide is taken as its own case", csv_path)
-        rows = [row | {"case_id": row["wsi_id"]} for row in rows]
-    return rows
-
-
-def _read_lines(csv_path: Path) -> list[list[str]]:
-    """The fields of each line that holds any, without the spaces around them."""
-    try:
-        with Path(csv_path).open(encoding="utf-8-sig", newline="") as file:
-            lines = [[field.strip() for field in line] for line in csv.reader(file, strict=True)]
-    except FileNotFoundError:
-        raise LabelsError(f"{csv_path}: no such file; expected a table with the columns case_id,wsi_id,label") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as failure:
-        raise LabelsError(f"{csv_path}: not readable as a CSV table ({failure}); save it as CSV, UTF-8") from failure
-    return [line for line in lines if any(line)]
-
-
 def classes_in(
     rows: Sequence[Row], *, label_names: Mapping[str, str] | None = None, left_out: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """The labels that occur, renamed as `account` does, sorted; but for those left out."""
-    found = {row["label"] for row in _renamed(rows, label_names or {})}
-    return tuple(sorted(found - set(left_out) - {""}))
+    """Return the labels that occur, renamed as `account` does, sorted; without those left out and without "NA",
+    "unknown" and their like, which are classes only where they are named.
+    """
+    labels = {row["label"] for row in _renamed(rows, label_names or {})} - set(left_out)
+    return tuple(sorted(label for label in labels if not is_placeholder(label)))
+
+
+def classes_of(table: LabelTable, **settings: Any) -> tuple[str, ...]:
+    """Return `classes_in` of a table. Raises LabelsError where two of them look like one."""
+    classes = classes_in(table.rows, **settings)
+    doubts = doubtful_classes(classes)
+    if doubts:
+        raise LabelsError(f"{table.path}: {doubts}")
+    return classes
+
+
+def doubtful_classes(classes: Sequence[str]) -> str | None:
+    """Return what to say where two classes of a table look like one, spelled in two ways; None where none do."""
+    pairs = [" and ".join(map(repr, pair)) for pair in classes_alike(classes)]
+    if not pairs:
+        return None
+    return (
+        f"labels that look like one class spelled in two ways: {named(pairs)}; write each class in one way, or say "
+        f"that they differ: --class_names {' '.join(classes)}"
+    )
+
+
+def missing_patients(table: LabelTable, no_patients: bool) -> str | None:
+    """Return the warning for a table whose slides have to be taken as patients; None where it names them.
+
+    Raises LabelsError for such a table without `no_patients`, and for `no_patients` with one that names its patients.
+    """
+    if table.patients_from is not None and no_patients:
+        raise LabelsError(f"{table.path}: {table.patients_from} tells the patients; leave --no_patients out")
+    if table.patients_from is not None:
+        return None
+    message = unknown_patients(table)
+    if not no_patients:
+        raise LabelsError(
+            f"{message}; add a column case_id (patient_id, patient and submitter_id are read, too), or say that every "
+            "slide is a patient's only one with --no_patients"
+        )
+    return f"{message}; each slide is taken as a patient of its own"
 
 
 def account(
-    csv_path: Path,
-    rows: Sequence[Row],
+    table: LabelTable,
     class_names: Sequence[str],
     find_file: Callable[[str], Path | None],
     *,
+    ids: Callable[[], Iterable[str]] = tuple,
     label_names: Mapping[str, str] | None = None,
     left_out: Collection[str] = (),
     allow: Collection[str] = (),
 ) -> list[LabelRow]:
-    """One LabelRow per usable row, in the table's order; LabelsError names the rows that are not usable.
+    """Return one LabelRow per usable row, in the table's order. Raises LabelsError that names the rows not usable.
 
-    `find_file` gives the feature file of a wsi_id, or None. Of the problems, those in `allow` ("missing", "unknown",
-    "duplicate") only leave the row out, said aloud; an id that leaves the features folder is always an error.
-    `label_names` renames labels that are no class as they stand; the labels in `left_out` belong to no class.
+    `find_file` gives the feature file of a wsi_id, or None; `ids` all the ids that have one, to name the nearest. Of
+    the problems, those in `allow` ("missing", "unknown", "duplicate") only leave the row out, with a warning; an id
+    that leaves the features folder is always an error. `label_names` renames labels that are no class as they stand;
+    the labels in `left_out` belong to no class.
     """
-    rows = _renamed(rows, {old: new for old, new in (label_names or {}).items() if old not in class_names})
-    _check_ids(csv_path, rows)
+    path = table.path
+    rows = _renamed(table.rows, {old: new for old, new in (label_names or {}).items() if old not in class_names})
+    _check_ids(path, rows)
 
     # Looked for before any row is left out, so that a slide cannot have one label here and another, left out, there.
     first: dict[str, Row] = {}
     repeated = [row for row in rows if first.setdefault(row["wsi_id"], row) is not row]
     again = [_contradiction(first[row["wsi_id"]], row) for row in repeated]
-    _report(csv_path, "duplicate", "wsi_id that stands in an earlier row", again, allow)
+    _report(path, "duplicate", "wsi_id that stands in an earlier row", again, allow)
     rows = list(first.values())
 
     rare = [row["wsi_id"] for row in rows if row["label"] in left_out]
     if rare:
-        log.info("%s: %s left out, of the labels %s", csv_path, counted(len(rare), "row"), ", ".join(sorted(left_out)))
+        log.info("%s: %s left out, of the labels %s", path, counted(len(rare), "row"), ", ".join(sorted(left_out)))
     rows = [row for row in rows if row["label"] not in left_out]
 
-    unknown = [f"{row['wsi_id']} ({row['label']!r})" for row in rows if row["label"] not in class_names]
-    _report(csv_path, "unknown", f"label that is none of {', '.join(class_names)}", unknown, allow)
+    unknown = {row["wsi_id"]: row["label"] for row in rows if row["label"] not in class_names}
+    _report(
+        path, "unknown", f"label that is none of {', '.join(class_names)}",
+        [f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()], allow,
+        label_hint(unknown.values(), class_names),
+    )  # fmt: skip
     rows = [row for row in rows if row["label"] in class_names]
 
     files = {row["wsi_id"]: find_file(row["wsi_id"]) for row in rows}
-    absent = [wsi_id for wsi_id, path in files.items() if path is None]
-    _report(csv_path, "missing", "wsi_id without a feature file", absent, allow)
+    absent = [wsi_id for wsi_id, file in files.items() if file is None]
+    near = near_ids(absent, ids) if absent else {}
+    _report(
+        path, "missing", "wsi_id without a feature file", [missed_id(wsi_id, near) for wsi_id in absent], allow,
+        id_hint(near),
+    )  # fmt: skip
     usable = [
-        LabelRow(row["wsi_id"], row["case_id"], class_names.index(row["label"]), path, row)
+        LabelRow(row["wsi_id"], row["case_id"], class_names.index(row["label"]), file, row)
         for row in rows
-        if (path := files[row["wsi_id"]]) is not None
+        if (file := files[row["wsi_id"]]) is not None
     ]
     if not usable:
-        raise LabelsError(f"{csv_path}: no usable row is left; check the labels, --class_names and --features_dir")
-    _tell_mixed_cases(csv_path, usable)
+        raise LabelsError(f"{path}: no usable row is left; check the labels, --class_names and --features_dir")
+    _tell_mixed_patients(path, usable)
     return usable
 
 
+def label_hint(labels: Iterable[str], class_names: Sequence[str]) -> str:
+    """Return what may be the matter with labels that are no class; empty where nothing is near."""
+    for label in dict.fromkeys(labels):
+        if is_placeholder(label):
+            return f"{label!r} stands for no label: fill it in, or name it in --class_names if it is a class"
+        alike = [name for name in class_names if plain_class(name) == plain_class(label)]
+        if alike:
+            return f"{label!r} is {alike[0]!r} in another spelling: write the class in one way"
+        near = meant(label, class_names)
+        if near:
+            return f"{label!r}: {near.removeprefix('; ')}"
+    return ""
+
+
+def near_ids(absent: Sequence[str], ids: Callable[[], Iterable[str]]) -> dict[str, str]:
+    """Return for ids without a feature file those with one that they just miss, where there are such."""
+    near = NearIds(ids())
+    return {wsi_id: name for wsi_id in absent if (name := near.of(wsi_id)) is not None}
+
+
+def id_hint(near: Mapping[str, str]) -> str:
+    """Return what to do about ids that just miss those with a file: the cure of the first."""
+    return why_missed(*next(iter(near.items()))) if near else ""
+
+
+def missed_id(wsi_id: str, near: Mapping[str, str]) -> str:
+    """Return the id with the one that is there, where it just misses one."""
+    return f"{wsi_id} (there is {near[wsi_id]})" if wsi_id in near else wsi_id
+
+
+def class_counts(slides: Sequence[tuple[int, str]], class_names: Sequence[str]) -> str:
+    """Return how many slides and patients each class has, given every slide's class and patient."""
+    patients_of = [{patient for label, patient in slides if label == index} for index in range(len(class_names))]
+    counts = [
+        f"{name} {counted(sum(label == index for label, _ in slides), 'slide')} of "
+        f"{counted(len(patients_of[index]), 'patient')}"
+        for index, name in enumerate(class_names)
+    ]
+    everybody = set().union(*patients_of)
+    several = sum(sum(patient in patients for patients in patients_of) > 1 for patient in everybody)
+    mixed = f" ({several} in {'both' if len(class_names) == 2 else 'several'})" if several else ""
+    return f"{'; '.join(counts)}; {counted(len(everybody), 'patient')} in all{mixed}"
+
+
+def check_names(table: LabelTable, rows: Sequence[LabelRow], groups: Sequence[str], column: str | None) -> None:
+    """Raise LabelsError where slides, patients or groups seem to stand in the table under several names."""
+    doubts = several_names([row.columns for row in rows], groups, table.patient_columns, column)
+    if doubts:
+        raise LabelsError(f"{table.path}: {doubtful_names(doubts)}")
+
+
+def doubtful_names(doubts: Sequence[OneInSeveral]) -> str:
+    """Return what to say, and do, about names that seem to stand for one thing."""
+    return (
+        f"names that seem to stand for one: {named(list(map(str, doubts)), most=3)}; write each in one way, or say "
+        "that they differ with --allow spelling"
+    )
+
+
+def warn_of_patients(table: LabelTable, rows: Sequence[LabelRow]) -> None:
+    """Log what makes intervals over the table's patients doubtful, where nothing else depends on them."""
+    if table.patients_from is None:
+        log.warning("%s; the intervals take each slide as a patient of its own", unknown_patients(table))
+    doubts = several_names([row.columns for row in rows], [row.case_id for row in rows], table.patient_columns)
+    if doubts:
+        names = named(list(map(str, doubts)), most=3)
+        log.warning("%s: names that seem to stand for one: %s; the intervals take them as several", table.path, names)
+
+
 def group_cases(csv_path: Path, rows: Sequence[LabelRow], column: str | None) -> list[str]:
-    """What splits keep together, for each row: its case, or the value of a column.
+    """Return what splits keep together, for each row: its patient, or the value of a column.
 
     A table without a column "site" has the tissue source site in its TCGA barcodes. Raises LabelsError for a column
-    that is not there or empty in a row, and for a case that stands in two groups.
+    that is not there, or says nothing in a row ("NA" and its like), and for a patient that stands in two groups.
     """
     if column is None:
         return [row.case_id for row in rows]
     if column != "site" and column not in rows[0].columns:
         raise LabelsError(f"{csv_path}: no column {column} to group by; found {', '.join(rows[0].columns)}")
     groups = [_group(row, column) for row in rows]
-    unknown = [row.wsi_id for row, group in zip(rows, groups, strict=True) if not group]
+    unknown = [row.wsi_id for row, group in zip(rows, groups, strict=True) if is_placeholder(group)]
     if unknown:
         found = "" if column in rows[0].columns else f" (there is no column {column}, and these are no TCGA barcodes)"
         raise LabelsError(
@@ -143,8 +223,8 @@ def group_cases(csv_path: Path, rows: Sequence[LabelRow], column: str | None) ->
     for row, group in zip(rows, groups, strict=True):
         if first.setdefault(row.case_id, group) != group:
             raise LabelsError(
-                f"{csv_path}: case {row.case_id} has slides of {column} {first[row.case_id]} and {group}; "
-                "a case must stay together, so give it one"
+                f"{csv_path}: patient {row.case_id} has slides of {column} {first[row.case_id]} and {group}; "
+                "a patient must stay together, so give it one"
             )
     return groups
 
@@ -165,6 +245,13 @@ def find_features(features_dir: Path, wsi_id: str) -> Path | None:
     return found[0] if found else None
 
 
+def feature_ids(features_dir: Path) -> list[str]:
+    """Return the ids that have a feature file in the folder, sorted."""
+    return sorted(
+        path.name[: -len(path.suffix)] for path in features_dir.iterdir() if is_feature_file(path) and path.is_file()
+    )
+
+
 def _renamed(rows: Sequence[Row], label_names: Mapping[str, str]) -> list[Row]:
     return [row | {"label": label_names.get(row["label"], row["label"])} for row in rows]
 
@@ -175,31 +262,35 @@ def _contradiction(earlier: Row, row: Row) -> str:
     return f"{row['wsi_id']} ({'; '.join(told)})" if told else row["wsi_id"]
 
 
-def _tell_mixed_cases(csv_path: Path, rows: Sequence[LabelRow]) -> None:
+def _tell_mixed_patients(csv_path: Path, rows: Sequence[LabelRow]) -> None:
     classes_of: dict[str, set[int]] = {}
     for row in rows:
         classes_of.setdefault(row.case_id, set()).add(row.label)
-    mixed = [case_id for case_id, found in classes_of.items() if len(found) > 1]
+    mixed = [case_id for case_id, classes in classes_of.items() if len(classes) > 1]
     if mixed:
-        log.info("%s: cases with slides of several classes, which stay in one fold: %s", csv_path, named(mixed))
+        log.info("%s: patients with slides of several classes, which stay in one fold: %s", csv_path, named(mixed))
 
 
 def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows, start=1):
         if not row["case_id"] or not row["wsi_id"]:
             raise LabelsError(f"{csv_path}: row {number} after the header has an empty case_id or wsi_id; fill it in")
+        if is_placeholder(row["case_id"]):
+            raise LabelsError(
+                f"{csv_path}: row {number} after the header names no patient (case_id {row['case_id']!r}); fill it in"
+            )
     outside = [row["wsi_id"] for row in rows if not is_plain(row["wsi_id"])]
     if outside:
         raise LabelsError(f"{csv_path}: wsi_id {named(outside)} would leave the features folder; give plain file stems")
 
 
-def _report(csv_path: Path, kind: str, what: str, names: list[str], allow: Collection[str]) -> None:
+def _report(csv_path: Path, kind: str, what: str, names: list[str], allow: Collection[str], hint: str = "") -> None:
     if not names:
         return
     message = f"{csv_path}: {counted(len(names), 'row')} with a {what}: {named(names)}"
     if kind not in allow:
-        raise LabelsError(f"{message}; mend the table, or leave them out with --allow {kind}")
-    log.warning("%s; left out", message)
+        raise LabelsError(f"{message}; {hint or 'mend the table'}, or leave them out with --allow {kind}")
+    log.warning("%s; left out%s", message, f" ({hint})" if hint else "")
 
 
 def is_plain(wsi_id: str) -> bool:

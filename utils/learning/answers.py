@@ -12,6 +12,7 @@ from utils.bags import labels
 from utils.bags.labels import LabelRow
 from utils.bags.rows import Fingerprint
 from utils.bags.store import is_feature_file
+from utils.bags.table import read_table
 from utils.core.cohorts import cohort_classes
 from utils.core.config import Prediction, Protocol
 from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, counted
@@ -61,10 +62,14 @@ class PredictionFiles:
             return {}
         classes = cohort_classes(dataset)
         sources = {source.stem: source for source in self.targets}
+        table = read_table(asked.labels_csv)
         found = labels.account(
-            asked.labels_csv, labels.read_rows(asked.labels_csv), class_names, sources.get, allow=asked.allow,
+            table, class_names, sources.get, ids=sources.keys, allow=asked.allow,
             label_names=classes.label_names, left_out=classes.left_out,
         )  # fmt: skip
+        for note in table.notes:
+            log.info("%s: %s", table.path, note)
+        labels.warn_of_patients(table, found)
         if len(found) < len(sources):
             log.info(
                 "%s of %s have no label, and are not scored", counted(len(sources) - len(found), "slide"), len(sources)

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from utils.bags.store import is_feature_file
+from utils.bags.spelling import without_ending
 from utils.core.errors import SplitError, counted, named
 from utils.core.files import read_json
 from utils.core.runtime import derive_seed, log
-from utils.slides.wsi import is_slide_file
 
 PARTS = ("train", "val", "test")
 _SHUFFLES = 10
@@ -357,12 +356,4 @@ def _plain_ids(path: Path, ids: Any, known: Collection[str]) -> list[str]:
         raise SplitError(f"{path}: a part that is no list of slide ids: {str(ids)[:60]}; expected {_SPLIT_FILE}")
     if ids and {wsi_id.lower() for wsi_id in ids} <= {"true", "false"}:
         raise SplitError(f"{path}: holds True and False instead of slide ids; give the splits_<k>.csv beside it")
-    return [wsi_id if wsi_id in known else _without_ending(wsi_id) for wsi_id in ids]
-
-
-def _without_ending(wsi_id: str) -> str:
-    name = Path(wsi_id)
-    if is_feature_file(name) or is_slide_file(name):
-        return wsi_id[: -len(name.suffix)]
-    # pandas writes a column of whole numbers with gaps as floats.
-    return wsi_id[:-2] if re.fullmatch(r"\d+\.0", wsi_id) else wsi_id
+    return [wsi_id if wsi_id in known else without_ending(wsi_id) for wsi_id in ids]

@@ -1,0 +1,226 @@
+"""A label table as people write it: which column names the slide, the patient and the class."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.bags.spelling import is_placeholder, spelled_alike
+from utils.core.cohorts import tcga_case
+from utils.core.errors import LabelsError, counted, named
+
+Row = dict[str, str]
+
+EXPECTED = "expected case_id,wsi_id,label"
+# Other names of our three columns, without case, blanks and separators. Of the slide's, those of the first line are
+# taken before those of the second.
+_PATIENT = (
+    "caseid case casename casesubmitterid submitterid patientid patient patientname patientno patientnumber "
+    "patientcode patientbarcode bcrpatientbarcode subjectid subject participantid participant donorid donor individual",
+)
+_SLIDE = (
+    "wsiid wsi wsiname wsifile slideid slide slidename slidefile slidebarcode slidesubmitterid",
+    "imageid image imagename imagefile filename file",
+)
+_LABEL = ("label labels class classlabel slidelabel target groundtruth diagnosis subtype category oncotreecode y",)
+_ALIASES = {"case_id": _PATIENT, "wsi_id": _SLIDE, "label": _LABEL}
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """The rows of a label table, as text, each with `wsi_id`, `case_id` and `label` whatever its columns are called.
+
+    `patients_from` says how the patients are known, or is None where each slide had to be taken as its own.
+    `patient_columns` are further columns that name patients; `notes` say what was chosen among several readings.
+    """
+
+    path: Path
+    rows: list[Row]
+    patients_from: str | None
+    patient_columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OneInSeveral:
+    """Names of a table that stand for one thing, as it seems: a `kind` ("patient"), its `names`, and why."""
+
+    kind: str
+    names: tuple[str, ...]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {' and '.join(map(repr, self.names))} ({self.why})"
+
+
+def read_table(csv_path: Path | str) -> LabelTable:
+    """Read a table of labels. Raises LabelsError for one that cannot be read, or whose columns can be read in two ways.
+
+    Without a column that names the patients they are read off TCGA barcodes, where all slides have one.
+    """
+    path = Path(csv_path)
+    lines, notes = _read_lines(path)
+    columns, *values = lines or [[]]
+    _check_columns(path, columns)
+    _check_rows(path, columns, values)
+    rows = [dict(zip(columns, row, strict=True)) for row in values]
+    ours: dict[str, str] = {}
+    for name in _ALIASES:
+        column, note = _column_of(path, name, columns, rows)
+        notes += [note] if note else []
+        if column:
+            ours[name] = column
+    rows = [row | {name: row[column] for name, column in ours.items()} for row in rows]
+    if "case_id" in ours:
+        others = [name for name in _alias_columns("case_id", columns) if name not in ("case_id", ours["case_id"])]
+        return LabelTable(path, rows, f"the column {ours['case_id']}", tuple(others), tuple(notes))
+    barcodes = [tcga_case(row["wsi_id"]) for row in rows]
+    if all(barcodes):
+        rows = [row | {"case_id": case or ""} for row, case in zip(rows, barcodes, strict=True)]
+        notes.append(f"no column of patients; the TCGA barcodes tell {counted(len(set(barcodes)), 'patient')}")
+        return LabelTable(path, rows, "the TCGA barcodes of the slides", (), tuple(notes))
+    return LabelTable(path, [row | {"case_id": row["wsi_id"]} for row in rows], None, (), tuple(notes))
+
+
+def unknown_patients(table: LabelTable) -> str:
+    """Return what to say of a table that names no patients: with slides that look like one patient's."""
+    families: dict[str, list[str]] = {}
+    for row in table.rows:
+        families.setdefault(re.sub(r"[\s_.\-]*[^\s_.\-]*$", "", row["wsi_id"]), []).append(row["wsi_id"])
+    shared = [ids for family, ids in families.items() if family and len(ids) > 1]
+    looks = f" ({' and '.join(shared[0][:2])} look like one patient's)" if shared and len(families) > 1 else ""
+    return (
+        f"{table.path}: no column says which slides are one patient's{looks}; slides of one patient on both sides of a "
+        "split make every figure too good"
+    )
+
+
+def several_names(
+    rows: Sequence[Row], groups: Sequence[str], patient_columns: Sequence[str] = (), group_column: str | None = None
+) -> list[OneInSeveral]:
+    """Return the slides, patients and groups that seem to stand in `rows` under several names.
+
+    `groups` holds what no split divides, for each row: several names of a patient within one group do no harm.
+    """
+    doubts = [
+        OneInSeveral("slide", names, "differ in spelling only") for names in spelled_alike(_column(rows, "wsi_id"))
+    ]
+    groups_of: dict[str, set[str]] = {}
+    for row, group in zip(rows, groups, strict=True):
+        groups_of.setdefault(row["case_id"], set()).add(group)
+    patients = [OneInSeveral("patient", names, "differ in spelling only") for names in spelled_alike(groups_of)]
+    barcodes = [tcga_case(row["wsi_id"]) or tcga_case(row["case_id"]) or "" for row in rows]
+    patients += _joined(rows, barcodes, "are of the barcode")
+    for column in patient_columns:
+        patients += _joined(
+            rows, _column(rows, column), f"share the {column}", f": --group_column {column} keeps them together"
+        )
+    for doubt in patients:
+        is_divided = len(set().union(*(groups_of[name] for name in doubt.names))) > 1
+        if is_divided and doubt.names not in [earlier.names for earlier in doubts]:
+            doubts.append(doubt)
+    if group_column is not None:
+        doubts += [OneInSeveral(group_column, names, "differ in spelling only") for names in spelled_alike(groups)]
+    return doubts
+
+
+def _joined(rows: Sequence[Row], keys: Sequence[str], why: str, cure: str = "") -> list[OneInSeveral]:
+    """The patients of several names that one key, such as a barcode, holds together."""
+    names_of: dict[str, dict[str, None]] = {}
+    for row, key in zip(rows, keys, strict=True):
+        if not is_placeholder(key):
+            names_of.setdefault(key, {})[row["case_id"]] = None
+    return [
+        OneInSeveral("patient", tuple(names), f"{why} {key}{cure}") for key, names in names_of.items() if len(names) > 1
+    ]
+
+
+def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[str]:
+    return [row[name] for row in rows]
+
+
+def _plain(header: str) -> str:
+    return re.sub(r"[\s_.\-]+", "", header).casefold()
+
+
+def _alias_columns(name: str, columns: Sequence[str]) -> list[str]:
+    """The columns that could be ours of this `name`, by their headers; of the slide, the likelier ones."""
+    for aliases in _ALIASES[name]:
+        found = [column for column in columns if _plain(column) in aliases.split()]
+        if found:
+            return found
+    return []
+
+
+def _column_of(path: Path, name: str, columns: Sequence[str], rows: Sequence[Row]) -> tuple[str | None, str | None]:
+    """The column that is ours of this `name`, and a note where it is called something else; None without one."""
+    if name in columns:
+        return name, None
+    candidates = _alias_columns(name, columns)
+    if not candidates:
+        return None, None
+    first, *others = candidates
+    if any(not _say_the_same(rows, first, other) for other in others):
+        raise LabelsError(
+            f"{path}: the columns {named(candidates)} could each be {name}; rename the right one to {name}"
+        )
+    return first, f"the column {first} is taken as {name}"
+
+
+def _say_the_same(rows: Sequence[Row], first: str, second: str) -> bool:
+    """Whether each value of one column goes with one value of the other."""
+    pairs = {(row[first], row[second]) for row in rows}
+    return len(pairs) == len({pair[0] for pair in pairs}) == len({pair[1] for pair in pairs})
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    missing = [name for name in ("wsi_id", "label") if not _alias_columns(name, columns)]
+    if missing:
+        found = ", ".join(columns) or "nothing"
+        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {found}, {EXPECTED}")
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    if twice:
+        raise LabelsError(f"{path}: two columns are called {' and '.join(twice)}; keep one of each")
+
+
+def _check_rows(path: Path, columns: Sequence[str], values: Sequence[Sequence[str]]) -> None:
+    if not values:
+        raise LabelsError(f"{path}: no rows; expected one row per slide")
+    uneven = [repr(",".join(row)) for row in values if len(row) != len(columns)]
+    if uneven:
+        raise LabelsError(
+            f"{path}: {counted(len(uneven), 'row')} with more or fewer fields than the header's {len(columns)}: "
+            f"{named(uneven)}; quote a field that holds a comma"
+        )
+
+
+def _read_lines(path: Path) -> tuple[list[list[str]], list[str]]:
+    """The fields of each line that holds any, without the blanks around them, and a note on what separates them."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        said = re.match(r"sep=(.)\r?\n", text)  # a spreadsheet's own first line
+        text = text[said.end() :] if said else text
+        delimiter = said[1] if said else _delimiter_of(text)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        lines = [[value.strip() for value in line] for line in reader]
+    except FileNotFoundError:
+        raise LabelsError(f"{path}: no such file; expected a table with the columns case_id,wsi_id,label") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as failure:
+        raise LabelsError(f"{path}: not readable as a CSV table ({failure}); save it as CSV, UTF-8") from failure
+    notes = (
+        [] if delimiter == "," else [f"its fields are taken as separated by {_DELIMITERS.get(delimiter, delimiter)}"]
+    )
+    return [line for line in lines if any(line)], notes
+
+
+def _delimiter_of(text: str) -> str:
+    """What separates the fields: a comma, unless only another mark parts the header into columns of ours."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    for delimiter in _DELIMITERS:
+        columns = [name.strip().strip('"') for name in header.split(delimiter)]
+        if all(_alias_columns(name, columns) for name in ("wsi_id", "label")):
+            return delimiter
+    return ","
