@@ -32,7 +32,7 @@ from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.calibration import scale_probabilities
 from utils.learning.checkpoint import id_digests, load_checkpoint
 from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, fitted_threshold
-from utils.learning.results import closing_words, results_table
+from utils.learning.results import NO_PATIENTS, closing_words, results_table
 from utils.learning.run_folder import RunFolder
 from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Fitted
@@ -323,6 +323,27 @@ class TestOutputs:
             "fold", "fold", "fold", "mean", "std", "pooled", "95%",
         ]  # fmt: skip
         assert f"{finished.results['slide_auc_mean']:.3f}" in results_table(finished.results)
+
+    def test_sensitivity_and_specificity_of_each_class_close_the_run(self, finished):
+        results = finished.results
+        for name in results["class_names"]:
+            (line,) = [line for line in closing_words(results).splitlines() if line.split()[:1] == [name]]
+            for kind in ("sensitivity", "specificity"):
+                low, high = results["intervals_95"][f"{kind}_{name}"]
+                assert f"{results['pooled'][f'{kind}_{name}']:.3f}" in line
+                assert f"{low:.3f}-{high:.3f}" in line
+
+    @pytest.mark.parametrize(("pooled", "is_explained"), [(0.96, True), (0.995, False)])
+    def test_a_pooled_auc_that_differs_from_the_mean_is_explained(self, finished, pooled, is_explained):
+        figures = finished.results["pooled"] | {"auc": pooled}
+        words = closing_words(finished.results | {"slide_auc_mean": 1.0, "pooled": figures})
+        assert ("The mean AUC 1.000 ranks each fold's slides" in words) is is_explained
+
+    def test_where_the_patients_are_known_from_is_recorded(self, finished):
+        assert finished.results["patients_from"] == "the column case_id"
+        unknown = closing_words(finished.results | {"patients_from": NO_PATIENTS})
+        assert "No patients are known" in unknown
+        assert "No patients are known" not in closing_words(finished.results)
 
 
 class TestSecrecyOfTheTestFold:

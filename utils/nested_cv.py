@@ -43,7 +43,7 @@ from utils.learning.metrics import auc_is_defined, fitted_threshold
 from utils.learning.results import FoldResult, Pooled
 from utils.learning.run_folder import RunFolder
 from utils.learning.selection import best_of, grid_settings, mean_rank, rank, read_grid, refit_epochs
-from utils.learning.splits import OuterFold, given_splits, repeated_splits
+from utils.learning.splits import OuterFold, few_patients, given_splits, repeated_splits
 from utils.learning.training import Bags, Fitted, predict_slides
 from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
@@ -145,6 +145,7 @@ class NestedCrossValidation:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
             else:
                 started = time.time()
+                self._warn_of_few_patients(folds)
                 write_json(self.output_dir / "splits.json", self._splits_content(folds))
                 with threads(self._threads_of(begun, engine)):
                     self._write_results(self._run_folds(folds, engine))
@@ -176,6 +177,7 @@ class NestedCrossValidation:
     def dry_run(self) -> str:
         """What a run would do and take: the folds, and an estimate from a short trial of every setting."""
         folds = self.folds()
+        self._warn_of_few_patients(folds)
         units, data = self.units(folds), self.dataset
         head = f"{len(units)} inner trainings of at most {max(unit.epochs for unit in units)} epochs"
         if self.protocol.final == "refit":
@@ -217,6 +219,11 @@ class NestedCrossValidation:
         if unused:
             log.warning("%s: %d of %d slides are tested by no fold", protocol.splits, unused, len(data))
         return folds
+
+    def _warn_of_few_patients(self, folds: Sequence[OuterFold]) -> None:
+        warning = few_patients(folds, self.dataset.labels, self.dataset.cases, self.dataset.class_names)
+        if warning:
+            log.warning(warning)
 
     def units(self, folds: Sequence[OuterFold]) -> list[Unit]:
         """The inner trainings, in their order."""

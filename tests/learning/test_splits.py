@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from utils.core.errors import SplitError
 from utils.core.files import write_json
-from utils.learning.splits import OuterFold, nested_splits, read_splits, shared_cases
+from utils.learning.splits import OuterFold, few_patients, nested_splits, read_splits, shared_cases
 from utils.nested_cv import NestedCrossValidation
 
 GLAS = Path(__file__).parents[2].parent / "shared" / "data" / "glas" / "labels.csv"
@@ -83,6 +83,15 @@ def test_folds_keep_patients_whole_and_classes_present(patients, n_outer, n_inne
         return
     assert (len(folds), len(folds[0].inner)) == (n_outer, n_inner)
     check_folds(folds, labels, cases)
+
+
+def test_folds_that_validate_on_a_single_patient_are_warned_of():
+    names, (labels, cases) = ("benign", "malignant"), table([[0], [1]] * 8)
+    enough, thin = (nested_splits(labels, cases, names, 2, n_inner, seed=1) for n_inner in (2, 4))
+    assert few_patients(enough, labels, cases, names) == ""
+    warning = few_patients(thin, labels, cases, names)
+    assert warning.startswith("8 of 8 inner folds validate on one patient of a class or none (the first: outer fold 1,")
+    assert "give a smaller --n_inner" in warning
 
 
 def promised(message: str, n_outer: int, n_inner: int) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ from utils.learning import figures
 from utils.learning.metrics import decision_metrics
 from utils.learning.results import (
     calibration_figures,
+    class_table,
     decision_words,
     figures_row,
     intervals_row,
@@ -295,7 +296,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         unseen = scores["unseen"]
         blocks.append([figures_row("unseen", unseen["pooled"]), intervals_row(unseen["intervals_95"])])
         words.append(f"Unseen: the {unseen['n_slides']} slides of the other {unseen['n_cases']} patients.")
-    return "\n".join([text_table(blocks), "", *words])
+    classes = class_table(scores["class_names"], scores["pooled"], scores["intervals_95"])
+    return "\n".join([text_table(blocks), "", classes, "", *words])
 
 
 def _seen_words(seen: int) -> str:

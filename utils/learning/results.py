@@ -23,6 +23,10 @@ GALLERY_SIZE = 10
 # Beyond so many folds the closing table leaves them to outputs.json.
 _MOST_FOLDS_SHOWN = 20
 _SHOWN = METRICS
+# What outputs.json says where the table names no patients.
+NO_PATIENTS = "nothing: each slide was taken as a patient of its own"
+# Between the mean over folds and the pooled figure, in what ranks slides: beyond this the difference is explained.
+_NOTABLE_GAP = 0.01
 # What temperature scaling is there to mend.
 CALIBRATION = ("brier", "ece")
 
@@ -34,6 +38,7 @@ class Slides(Protocol):
     labels: np.ndarray
     cases: np.ndarray
     class_names: tuple[str, ...]
+    patients_from: str | None
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ def outputs_content(results: Sequence[FoldResult], pooled: Pooled, data: Slides,
         "n_cases": len(np.unique(pooled.cases)),
         "n_folds": len(results),
         "n_repeats": len(np.unique(pooled.repeats)),
+        "patients_from": data.patients_from or NO_PATIENTS,
     }
     for level in ("chunk", "slide", "thresholded"):
         summary |= _over_folds(level, [fold[level] or {} for fold in fold_results])
@@ -211,7 +217,11 @@ def intervals_row(intervals: Mapping[str, Sequence[float] | None]) -> list[str]:
 
 def text_table(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
     """Rows of the closing figures under their names, a rule between the blocks."""
-    blocks = [[["", *[name.replace("_", " ") for name in _SHOWN]]], *blocks]
+    return aligned([[["", *[name.replace("_", " ") for name in _SHOWN]]], *blocks])
+
+
+def aligned(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
+    """Return blocks of rows as text, the columns flush right, with a rule between the blocks."""
     rows = [row for block in blocks for row in block]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     texts = [
@@ -228,12 +238,41 @@ def closing_words(results: dict[str, Any]) -> str:
     if results["n_repeats"] > 1:
         about += f" in each of {results['n_repeats']} repeats (pooled: the repeats' mean)"
     words = [f"{about}. The 95% intervals come from resampling patients and are conditional on the trained models."]
-    words += decision_words(results)
+    if results.get("patients_from") == NO_PATIENTS:
+        words.append("No patients are known: where some have several slides, every figure above is too good.")
+    words += [*_pooling_words(results), *decision_words(results)]
     chosen = Counter(_told(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:
         told = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in chosen.most_common()]
         words.append(f"Chosen in the inner loop: {'; '.join(told)}.")
-    return "\n".join([results_table(results), "", *words])
+    classes = class_table(results["class_names"], results["pooled"], results["intervals_95"])
+    return "\n".join([results_table(results), "", classes, "", *words])
+
+
+def class_table(
+    class_names: Sequence[str],
+    pooled: Mapping[str, float | None],
+    intervals: Mapping[str, Sequence[float] | None],
+) -> str:
+    """Return the pooled sensitivity and specificity of each class, with their intervals, as a table."""
+    kinds = ("sensitivity", "specificity")
+    rows = [["pooled", *(head for kind in kinds for head in (kind, "95% CI"))]]
+    for name in class_names:
+        metrics = [f"{kind}_{name}" for kind in kinds]
+        cells = [(_figure(pooled[metric]), _interval(intervals[metric])) for metric in metrics]
+        rows.append([name, *(cell for pair in cells for cell in pair)])
+    return aligned([rows[:1], rows[1:]])
+
+
+def _pooling_words(results: Mapping[str, Any]) -> list[str]:
+    """Why the pooled AUC differs from the mean over folds, where it does."""
+    mean, pooled = results["slide_auc_mean"], results["pooled"]["auc"]
+    if mean is None or pooled is None or abs(mean - pooled) < _NOTABLE_GAP:
+        return []
+    return [
+        f"The mean AUC {_figure(mean)} ranks each fold's slides by that fold's own model; the pooled {_figure(pooled)} "
+        "ranks all slides together, though the folds' models may put their probabilities on different scales."
+    ]
 
 
 def decision_words(results: Mapping[str, Any]) -> list[str]:

@@ -181,6 +181,28 @@ def given_splits(
     return _with_repeats(path, list(folds.values()), all(split.repeat is not None for split in splits))
 
 
+def few_patients(folds: Sequence[OuterFold], labels: np.ndarray, cases: np.ndarray, class_names: Sequence[str]) -> str:
+    """Return a warning where inner folds validate on a single patient of a class, or on none; empty where none do.
+
+    `labels (n,)` and `cases (n,)` are the slides' classes and patients.
+    """
+    validated = [
+        (f"outer fold {fold.number}, inner {number}", _patients(labels[inner.val], cases[inner.val], len(class_names)))
+        for fold in folds
+        for number, inner in enumerate(fold.inner, start=1)
+    ]
+    thin = [(place, class_names[int(patients.argmin())]) for place, patients in validated if patients.min() < 2]
+    if not thin:
+        return ""
+    place, rarest = thin[0]
+    fewer = "add patients" if len(folds[0].inner) == 2 else "give a smaller --n_inner"
+    return (
+        f"{len(thin)} of {counted(len(validated), 'inner fold')} validate on one patient of a class or none (the "
+        f"first: {place}, {rarest}); what is chosen there, from epoch to threshold, is mostly chance: {fewer}, or "
+        "average over the inner models with --final ensemble"
+    )
+
+
 def _check_given(path: Path, name: str, parts: dict[str, list[str]], case_of: Mapping[str, str], unit: str) -> None:
     empty = [part for part, ids in parts.items() if not ids]
     if empty:
