@@ -157,7 +157,7 @@ def test_names_and_labels_that_look_like_one(cohort):
 
 def test_a_row_that_just_misses_its_file_is_told_with_it(cohort):
     cohort.file("P000-S1").rename(cohort.file("p000_s1"))
-    assert "P000-S1 (there is p000_s1); write the ids as the files are named" in cohort.found("error", "files")
+    assert "P000-S1 (there is p000_s1); write the ids alike" in cohort.found("error", "files")
 
 
 def test_files_and_rows_that_miss_each_other(cohort):

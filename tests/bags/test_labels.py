@@ -261,7 +261,7 @@ def test_a_table_of_which_nothing_is_left(table):
         ("7", "007", "a spreadsheet has made the ids numbers and lost their zeros"),
         ("7.0", "007", "a spreadsheet has made the ids numbers"),
         ("Mu\u0308ller", "M\u00fcller", "in two Unicode forms, composed and decomposed"),
-        ("s_1", "S-1", "write the ids as the files are named"),
+        ("s_1", "S-1", "write the ids alike"),
     ],
 )
 def test_an_id_that_just_misses_a_file_is_told_with_it_and_with_the_cure(table, wsi_id, near, cure):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from utils.core.errors import SplitError
 from utils.core.files import write_json
-from utils.learning.splits import OuterFold, few_patients, nested_splits, read_splits, shared_cases
+from utils.learning.splits import OuterFold, few_patients, given_splits, nested_splits, read_splits, shared_cases
 from utils.nested_cv import NestedCrossValidation
 
 GLAS = Path(__file__).parents[2].parent / "shared" / "data" / "glas" / "labels.csv"
@@ -92,6 +92,15 @@ def test_folds_that_validate_on_a_single_patient_are_warned_of():
     warning = few_patients(thin, labels, cases, names)
     assert warning.startswith("8 of 8 inner folds validate on one patient of a class or none (the first: outer fold 1,")
     assert "give a smaller --n_inner" in warning
+
+
+def test_a_slide_of_given_splits_that_just_misses_one_is_told_with_it(tmp_path):
+    path = tmp_path / "splits_0.csv"
+    path.write_text(",train,val,test\n0,7,S2,S3\n1,S4,,\n")
+    with pytest.raises(
+        SplitError, match=r"not in the cohort: 7 \(there is 007\); a spreadsheet has made the ids numbers"
+    ):
+        given_splits(path, ["007", "S2", "S3", "S4"], np.array([0, 1, 0, 1]), np.array(list("abcd")), ("x", "y"))
 
 
 def promised(message: str, n_outer: int, n_inner: int) -> tuple[int, int] | None:

@@ -121,4 +121,4 @@ def why_missed(wsi_id: str, near: str) -> str:
         return "the two hold the same letters in two Unicode forms, composed and decomposed: copy the file's name"
     if re.fullmatch(r"\d+(\.0*)?", bare) and bare != near:
         return "a spreadsheet has made the ids numbers and lost their zeros: format that column as text"
-    return "write the ids as the files are named"
+    return "write the ids alike"

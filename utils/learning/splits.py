@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.bags.labels import id_hint, missed_id, near_ids
 from utils.bags.spelling import without_ending
 from utils.core.errors import SplitError, counted, named
 from utils.core.files import read_json
@@ -161,9 +162,11 @@ def given_splits(
     index_of = {wsi_id: index for index, wsi_id in enumerate(wsi_ids)}
     strangers = sorted({one for split in splits for part in split.parts.values() for one in part} - index_of.keys())
     if strangers and not allow_missing:
+        near = near_ids(strangers, lambda: wsi_ids)
+        names = named([missed_id(wsi_id, near) for wsi_id in strangers])
         raise SplitError(
-            f"{path}: {counted(len(strangers), 'slide')} of the splits not in the cohort: {named(strangers)}; add them "
-            "to the table, or leave them out with --allow missing"
+            f"{path}: {counted(len(strangers), 'slide')} of the splits not in the cohort: {names}; "
+            f"{id_hint(near) or 'add them to the table'}, or leave them out with --allow missing"
         )
     case_of = dict(zip(wsi_ids, cases.tolist(), strict=True))
     folds: dict[tuple[int, int], OuterFold] = {}
