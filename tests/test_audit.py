@@ -241,6 +241,22 @@ def test_a_small_spread_of_mpp_is_no_fault(cohort):
     assert "recorded as made in one way" in cohort.found("ok", "recipe")
 
 
+def test_slides_of_unknown_resolution_are_warned_of(cohort):
+    for wsi_id in ("P000-S1", "P003-S2"):
+        cohort.change_passport(wsi_id, "slide", mpp=None, mpp_delivered=None)
+    message = cohort.found("warning", "recipe")
+    assert message.startswith("2 slides of 28 whose um/px is not known: P000-S1, P003-S2; their patches may show")
+    assert "--slides_csv" in message
+
+
+def test_an_auc_below_a_half_is_no_finding_and_says_why(clean):
+    by_chance = [f for f in clean.audit() if f.topic == "confounding" and f.details["auc"] < 0.5]
+    others = [f for f in clean.audit() if f.topic == "confounding" and f.details["auc"] >= 0.5]
+    assert by_chance, "the cohort has such a field"
+    assert all("; below 0.5 is usual by chance" in finding.message for finding in by_chance)
+    assert not any("below 0.5" in finding.message for finding in others)
+
+
 def test_a_scanner_that_goes_with_the_class(cohort):
     """Two scanners: no folds can have each class on both sides and a scanner on one."""
     for patient in range(14):
