@@ -56,10 +56,13 @@ def main() -> None:
     results = cv.run()
     print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{closing_words(results)}\n")
     chosen = output_dir / "all_folds_best.pth"
-    print(f"Results are in {output_dir}; the model chosen on inner validation is {chosen}")
+    print(f"Results are in {output_dir} (took {cli.took()}); the model chosen on inner validation is {chosen}")
     if is_demo:
         print("\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n")
         print(f"  {next_command(chosen)}")
+    else:
+        print("\nNext, a slide with its heatmap:\n")
+        print(f"  uv run predict.py --checkpoint {chosen} --input SLIDE --visualize")
 
 
 def audited(cohort: Cohort, protocol: Protocol) -> str:

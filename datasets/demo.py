@@ -125,7 +125,10 @@ def main() -> None:
         make_test_slide()
     else:
         make_demo()
-    print(f"{TEST_SLIDE if asked.test_slide else FOLDER}: synthetic, drawn by rule; not tissue of anyone")
+    place = TEST_SLIDE if asked.test_slide else FOLDER
+    print(f"{place}: synthetic, drawn by rule; not tissue of anyone (took {cli.took()})")
+    if not asked.test_slide:
+        print("\nNext:\n\n  uv run train.py --mil LiteMIL --dataset demo")
 
 
 if __name__ == "__main__":

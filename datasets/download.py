@@ -117,7 +117,7 @@ def fetch(url: str, target: Path, *, algorithm: str, expected: str, size: int | 
     if target.exists() and _digest(target, algorithm) == expected:
         return
     _make_folder(target.parent)
-    part, failures = _part(target), 0
+    part, failures, has_told_of_retries = _part(target), 0, False
     with progress_bar(target.name, size, unit="B", unit_scale=True) as bar:
         while True:
             before = _size(part)
@@ -135,9 +135,11 @@ def fetch(url: str, target: Path, *, algorithm: str, expected: str, size: int | 
                     raise DownloadError(
                         f"{url}: cannot be fetched ({failure}); {kept}run the same command again"
                     ) from failure
-                pause = _PAUSE * 2 ** (failures - 1)
-                log.info("%s: %s; once more in %.0f s", url, failure, pause)
-                time.sleep(pause)
+                if not has_told_of_retries:
+                    has_told_of_retries = True
+                    log.info("%s: %s; tried again, up to %d times without progress", url, failure, _ATTEMPTS)
+                bar.set_postfix_str(f"attempt {failures + 1} of {_ATTEMPTS}")
+                time.sleep(_PAUSE * 2 ** (failures - 1))
     found = _digest(part, algorithm)
     if found != expected:
         part.unlink()
@@ -301,10 +303,12 @@ def main() -> None:
     if asked.name == "test-slide":
         target = (asked.output_dir or Path("testSlides")) / TEST_SLIDE.rsplit("/", 1)[1]
         fetch(TEST_SLIDE, target, algorithm="sha256", expected=TEST_SLIDE_SHA256, size=TEST_SLIDE_BYTES)
-        print(f"{target}: a real slide, skin, H&E (OpenSlide's test data, CC0)")
+        print(f"{target}: a real slide, skin, H&E (OpenSlide's test data, CC0; took {cli.took()})")
+        print(f"\nNext:\n\n  uv run extractFeatures.py --input {target} --output_dir features --mpp 0.5 --preview")
         return
     folder = asked.output_dir or Path("datasets") / asked.name
     download_cohort(asked.name, folder, asked.labels_only)
+    print(f"{folder}: the cohort's {'labels' if asked.labels_only else 'labels and features'} (took {cli.took()})")
     if not asked.labels_only:
         print(f"\nNext:\n\n  uv run train.py --mil LiteMIL --dataset {asked.name}")
 

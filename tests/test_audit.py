@@ -389,6 +389,8 @@ def test_the_command(clean, cohort, script, tmp_path, monkeypatch):
     good = script("utils.audit", *flags)
     assert (good.code, good.errors) == (0, [])
     assert good.out.startswith("table\n  info     benign 14 slides")
+    next_command = "uv run train.py --mil LiteMIL --dataset NAME " + " ".join(map(str, flags)) + " --dry_run"
+    assert good.out.rstrip().endswith(next_command)
     as_object = json.loads(script("utils.audit", *flags, "--json").out)
     assert (as_object["errors"], as_object["warnings"]) == (0, 0)
     assert {finding["topic"] for finding in as_object["findings"]} >= {"table", "files", "bags", "confounding"}
@@ -398,6 +400,7 @@ def test_the_command(clean, cohort, script, tmp_path, monkeypatch):
     bad = script("utils.audit", *flags)
     assert (bad.code, bad.errors) == (1, [])
     assert "\n1 error, 0 warnings\n" in bad.out
+    assert bad.out.rstrip().endswith("Mend the errors, then audit again.")
     assert script("utils.audit", *flags, "--json").code == 1
 
 

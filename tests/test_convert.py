@@ -308,7 +308,7 @@ def test_the_report_and_the_table_account_for_every_file(tmp_path, script):
     torch.save(torch.ones(1200, 8), path.parent / "fourth.pt")
     done = script("utils.convert", path.parent, tmp_path / "out", "--dtype", "float16")
     assert done.code == 0
-    assert done.out == (
+    assert done.out.startswith(
         "status  features   coordinates  files  patches\n"
         "done    4 float16  withheld         2       14\n"
         "done    4 float16  yes              1        7\n"
@@ -316,6 +316,8 @@ def test_the_report_and_the_table_account_for_every_file(tmp_path, script):
         "Coordinates withheld (where um per pixel is what lacks, give --mpp or --slides_dir):\n"
         f"  {NAME}.h5, second.h5: its coords are in um, and the slide's um per pixel is not known\n"
     )
+    assert f"They are in {tmp_path / 'out'} (took " in done.out
+    assert done.out.rstrip().endswith(f"utils.audit --labels_csv LABELS.csv --features_dir {tmp_path / 'out'}")
     rows = report(tmp_path / "out")
     assert list(rows) == [f"{NAME}.h5", "fourth.pt", "second.h5", "third.h5"]
     assert list(rows["third.h5"].values())[1:] == ["done", "", "7", "4", "float16", "yes"]

@@ -94,9 +94,19 @@ class _Field:
 def main() -> None:
     (settings,) = cli.parse(str(__doc__), {"cohort": Audit})
     findings = audit_cohort(settings)
-    print(as_json(findings) if settings.json else as_text(findings))
+    print(as_json(findings) if settings.json else f"{as_text(findings)}\n{closing_words(settings, findings)}")
     if any(finding.level == "error" for finding in findings):
         sys.exit(1)
+
+
+def closing_words(settings: Audit, findings: Sequence[Finding]) -> str:
+    """Return how long the audit took and what to do next."""
+    if any(finding.level == "error" for finding in findings):
+        return f"Took {cli.took()}. Mend the errors, then audit again."
+    files = {"--labels_csv": settings.labels_csv, "--features_dir": settings.features_dir}
+    flags = "".join(f" {flag} {path}" for flag, path in files.items() if path is not None)
+    name = settings.dataset or "NAME"
+    return f"Took {cli.took()}. Next:\n\n  uv run train.py --mil LiteMIL --dataset {name}{flags} --dry_run"
 
 
 def audit_cohort(settings: Audit) -> list[Finding]:

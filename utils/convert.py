@@ -253,11 +253,13 @@ def _reason(status: FileStatus) -> str:
 def main() -> None:
     (conversion,) = cli.parse(str(__doc__), {"conversion": Conversion})
     statuses = convert(conversion)
-    print(summary(statuses))
+    print(f"{summary(statuses)}\nThey are in {conversion.output} (took {cli.took()}).")
     failed = sum(status.status == "failed" for status in statuses)
     if failed:
         report = conversion.output / REPORT
         raise LiteMILError(f"{conversion.input}: {failed} of {len(statuses)} files not converted; {report} says why")
+    if conversion.input.is_dir():
+        print(f"Next:\n\n  uv run python -m utils.audit --labels_csv LABELS.csv --features_dir {conversion.output}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def examine() -> list[Finding]:
 def as_text(findings: list[Finding]) -> str:
     """The report."""
     bad = sum(finding.state == _BAD for finding in findings)
-    verdict = f"{bad} of {len(findings)} checks failed" if bad else "Everything that LiteMIL needs is there."
+    fine = "Everything that LiteMIL needs is there. Next:\n\n  uv run train.py --mil LiteMIL --dataset demo"
+    verdict = f"{bad} of {len(findings)} checks failed" if bad else fine
     return "\n".join([*map(str, findings), "", verdict])
 
 

@@ -111,11 +111,14 @@ def test_a_corrupt_file_is_removed_and_named(server, file, tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_a_server_that_never_answers_well_is_given_up_with_what_came_kept(server, file, tmp_path):
+def test_a_server_that_never_answers_well_is_given_up_with_what_came_kept(server, file, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(download.log, "propagate", True)
+    caplog.set_level("INFO", logger=download.log.name)
     server.faults = ["drop"] + [500] * 20
     with pytest.raises(DownloadError, match=r"cannot be fetched \(.*500.*; the first 2\.6 MB are kept: run"):
         fetch(file, tmp_path / "file", algorithm="md5", expected=MD5)
     assert (tmp_path / "file.part").stat().st_size == len(CONTENT) // 2
+    assert len([record for record in caplog.records if "tried again" in record.getMessage()]) == 1
     server.ranges.clear()
     server.faults = []
     with pytest.raises(DownloadError, match="404"):

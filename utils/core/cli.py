@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 from utils.core import runtime
 from utils.core.config import flag_of
 from utils.core.errors import LiteMILError, meant
+
+_started = time.monotonic()
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -61,6 +64,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a LiteMILError becomes one line on stderr and exit code 1, Ctrl-C becomes 130, and the
     end that a batch system asks for (SIGTERM) 143.
     """
+    global _started
+    _started = time.monotonic()
     runtime.start_logging()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
@@ -72,6 +77,11 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         runtime.log.log(logging.ERROR, "interrupted; what was finished is kept, the same command goes on from there")
         sys.exit(130)
+
+
+def took() -> str:
+    """Return how long the command has taken so far, in words; it goes into the last lines of each."""
+    return runtime.duration(time.monotonic() - _started)
 
 
 def _terminated(*_: object) -> None:
