@@ -10,7 +10,7 @@ import sys
 from utils.attention_visualizer import PredictionPictures
 from utils.core import cli
 from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
-from utils.core.runtime import resolve_device
+from utils.core.device import resolve_device
 from utils.learning.answers import PredictionFiles
 from utils.prediction import make_predictor, predict_files
 
