@@ -1,21 +1,23 @@
 """Turn whole-slide images into patch features.
 
-uv run extractFeatures.py --input slide.svs --backbone resnet50
-uv run extractFeatures.py --input_dir slides/ --output_dir features/ --backbone uni --level 1
+uv run extractFeatures.py --input slide.svs --backbone resnet50 --mpp 0.5
+uv run extractFeatures.py --input_dir slides/ --output_dir features/ --backbone uni --mpp 0.5
 """
 
 import sys
 
 from utils.core import cli
 from utils.core.config import Cluster, Extraction, ExtractionFiles
-from utils.core.errors import ConfigError
-from utils.feature_extractor import WSIFeatureExtractor, extract_slides, rehearse
-from utils.slides.batch import summary
 
 
 def main() -> None:
     groups = {"files": ExtractionFiles, "recipe": Extraction, "beyond one machine": Cluster}
     files, recipe, cluster = cli.parse(str(__doc__), groups)
+    # Imported when the command line is known to be right: they take seconds.
+    from utils.core.errors import ConfigError
+    from utils.feature_extractor import WSIFeatureExtractor, extract_slides, rehearse
+    from utils.slides.batch import summary
+
     extractor = WSIFeatureExtractor.of_config(recipe)
     if files.dry_run and cluster.is_asked_for:
         raise ConfigError("--dry_run looks from this machine alone; leave --ray out")

@@ -7,12 +7,8 @@ uv run predict.py --checkpoint outputs/LiteMIL/mine/fold_*_best.pth --input_dir 
 
 import sys
 
-from utils.attention_visualizer import PredictionPictures
 from utils.core import cli
 from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
-from utils.core.runtime import resolve_device
-from utils.learning.answers import PredictionFiles
-from utils.prediction import make_predictor, predict_files
 
 
 def main() -> None:
@@ -23,9 +19,18 @@ def main() -> None:
         "beyond one machine": Cluster,
     }
     asked, recipe, pictures, cluster = cli.parse(str(__doc__), groups)
+    # Imported when the command line is known to be right: they take seconds, and what draws is not always needed.
+    from utils.core.device import resolve_device
+    from utils.learning.answers import PredictionFiles
+    from utils.prediction import make_predictor, predict_files
+
     files = PredictionFiles(asked)
     device = resolve_device(asked.device)
-    drawing = PredictionPictures(pictures, files, recipe, device) if pictures.visualize else None
+    drawing = None
+    if pictures.visualize:
+        from utils.attention_visualizer import PredictionPictures
+
+        drawing = PredictionPictures(pictures, files, recipe, device)
     predictor = make_predictor(asked, recipe, files.are_raw)
     statuses, told = predict_files(predictor, files, recipe, drawing, cluster)
     print(told)

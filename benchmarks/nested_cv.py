@@ -45,7 +45,8 @@ from torch.nn.functional import cross_entropy
 from MILS import build_mil
 from utils.bags.collate import Batch, cut_chunks
 from utils.core.config import Training
-from utils.core.runtime import derive_seed, seed_everything
+from utils.core.device import seed_everything
+from utils.core.runtime import derive_seed
 from utils.learning.aggregation import SlideFeed
 from utils.learning.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.splits import InnerFold, OuterFold, nested_splits

@@ -19,6 +19,7 @@ from PIL import Image
 
 from utils.bags.store import Bag, BagInfo, bag_writer, check_writable, peek_bag, write_bag
 from utils.core.config import Cluster, Extraction, ExtractionFiles
+from utils.core.device import amp_dtype, resolve_device
 from utils.core.engine import Threads, open_engine, worker_number
 from utils.core.errors import (
     BackboneError,
@@ -29,18 +30,7 @@ from utils.core.errors import (
     SlideError,
 )
 from utils.core.passport import Passport, recipe_differences
-from utils.core.runtime import (
-    amp_dtype,
-    duration,
-    file_size,
-    keep_freed_memory,
-    log,
-    processors,
-    progress,
-    progress_bar,
-    resolve_device,
-    versions,
-)
+from utils.core.runtime import duration, file_size, keep_freed_memory, log, processors, progress, progress_bar, versions
 from utils.slides.backbones import Backbone, canonical_backbone, load_backbone
 from utils.slides.batch import (
     PLANNED,

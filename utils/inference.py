@@ -18,9 +18,10 @@ from MILS.pooling import BagModel
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.cohorts import tcga_case
 from utils.core.config import Extraction
+from utils.core.device import resolve_device
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import COMPARED_FIELDS, ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
-from utils.core.runtime import keep_freed_memory, log, resolve_device
+from utils.core.runtime import keep_freed_memory, log
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, mean_output, predict_features
 from utils.learning.answers import check_input

@@ -22,19 +22,11 @@ from MILS import ModelError
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
 from utils.core.config import Cluster, Protocol, Running, Training
+from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata
 from utils.core.engine import Engine, Lost, Processes, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, EngineError, TrainingError, counted
 from utils.core.files import appeared, digest, read_json, write_json
-from utils.core.runtime import (
-    amp_dtype,
-    log,
-    peak_memory,
-    progress,
-    progress_bar,
-    resolve_device,
-    run_metadata,
-    versions,
-)
+from utils.core.runtime import log, progress, progress_bar, versions
 from utils.learning import plan, results
 from utils.learning.aggregation import SlideFeed
 from utils.learning.calibration import fitted_temperature

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from utils.bags.labels import LabelRow
 from utils.bags.store import Bag, StoredBag
 from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
+from utils.core.device import resolve_device
 from utils.core.engine import Threads, open_engine
 from utils.core.errors import ConfigError
 from utils.core.files import appeared, clear_parts, digest, read_json, write_json
-from utils.core.runtime import log, resolve_device, versions
+from utils.core.runtime import log, versions
 from utils.inference import SEEN, SlidePrediction, SlidePredictor, extractPredict, recipe_asked
 from utils.learning.answers import (
     FAITHFULNESS,

@@ -25,15 +25,14 @@ from utils.core.files import (
     check_writable,
     clear_parts,
     digest,
-    load_tensors,
     read_json,
-    save_tensors,
     whole_file,
     write_bytes,
     write_json,
     write_records,
     write_text,
 )
+from utils.core.tensors import load_tensors, save_tensors
 
 EXPECTED = "a test file"
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,18 +16,9 @@ import torch
 from tqdm import tqdm
 
 from utils.core import runtime
+from utils.core.device import resolve_device, run_metadata, seed_everything
 from utils.core.errors import ConfigError
-from utils.core.runtime import (
-    ahead,
-    available_memory,
-    derive_seed,
-    progress,
-    progress_bar,
-    resolve_device,
-    run_metadata,
-    seed_everything,
-    versions,
-)
+from utils.core.runtime import ahead, available_memory, derive_seed, progress, progress_bar, versions
 
 
 @pytest.fixture

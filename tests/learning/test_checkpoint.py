@@ -6,7 +6,8 @@ import torch
 
 from tests.learning.checkpoint_helpers import check_damage, check_refused
 from utils.core.errors import CheckpointError
-from utils.core.files import digest, load_tensors, save_tensors
+from utils.core.files import digest
+from utils.core.tensors import load_tensors, save_tensors
 from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import FORMAT, VERSION, Checkpoint, id_digests, load_checkpoint, save_checkpoint
 

@@ -10,8 +10,8 @@ from MILS import list_mils
 from MILS.pooling import BagModel
 from tests.cohort import write_cohort
 from utils.core.config import Training
+from utils.core.device import amp_dtype
 from utils.core.errors import ConfigError, TrainingError
-from utils.core.runtime import amp_dtype
 from utils.learning import training
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.metrics import METRICS, balanced_class_weights

@@ -21,8 +21,9 @@ import torch
 from utils.bags.foreign import TENSOR_FILE, Found, Places, as_array, find_h5, find_pt, length, open_h5
 from utils.bags.rows import Fingerprint, RowMap, map_rows
 from utils.core.errors import FeatureFileError
-from utils.core.files import load_tensors, tensor_bytes, whole_file
+from utils.core.files import whole_file
 from utils.core.passport import Passport
+from utils.core.tensors import load_tensors, tensor_bytes
 
 _HDF5_EXTENSIONS, _TENSOR_EXTENSIONS = (".h5", ".hdf5"), (".pt", ".pth")
 FEATURE_EXTENSIONS = _HDF5_EXTENSIONS + _TENSOR_EXTENSIONS

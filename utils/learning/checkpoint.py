@@ -14,8 +14,9 @@ from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
 from MILS.registry import ModelError
 from utils.core.errors import CheckpointError
-from utils.core.files import digest, load_tensors, save_tensors
+from utils.core.files import digest
 from utils.core.runtime import versions
+from utils.core.tensors import load_tensors, save_tensors
 from utils.learning import first_version
 from utils.learning.aggregation import SlideFeed
 

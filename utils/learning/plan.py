@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.core.runtime import duration, file_size, peak_memory
+from utils.core.device import peak_memory
+from utils.core.runtime import duration, file_size
 from utils.learning.splits import OuterFold
 from utils.learning.training import Bags, ModelTraining, validate
 from utils.learning.units import Trainer, Unit

@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own abbreviation
 from MILS.pooling import BagModel, evaluating
 from utils.bags.collate import Batch
 from utils.core.config import Training
+from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import TrainingError
-from utils.core.runtime import ahead, amp_dtype, derive_seed, seed_everything
+from utils.core.runtime import ahead, derive_seed
 from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features
 from utils.learning.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.selection import rank

@@ -13,8 +13,8 @@ from MILS.pooling import BagModel
 from utils.core.config import Training
 from utils.core.engine import Tell
 from utils.core.errors import TrainingError
-from utils.core.files import load_tensors, save_tensors
 from utils.core.runtime import derive_seed, keep_freed_memory, log
+from utils.core.tensors import load_tensors, save_tensors
 from utils.learning.aggregation import SlideFeed
 from utils.learning.selection import Setting
 from utils.learning.splits import OuterFold

@@ -1,0 +1,89 @@
+"""What a process computes on: its device and precision, the seeds of all generators, and the record of all that."""
+
+import platform
+import random
+import re
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.core.errors import ConfigError
+from utils.core.runtime import git_commit, versions
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU; a device that is asked for by name and absent is an error."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d*))?", name):
+        raise ConfigError(f"--device {name}: unknown; use auto, cpu, mps, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"--device {name}: PyTorch sees {found} CUDA devices; use --device auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: PyTorch sees no Apple GPU; use --device auto or cpu")
+    return device
+
+
+def amp_dtype(precision: str, device: torch.device, auto: str | None = None) -> torch.dtype | None:
+    """What autocast computes in on this device for a `--precision`; None where it is off.
+
+    `auto`, where not said, is bf16 on a CUDA device that has it, else fp16 there, and off elsewhere. Raises ConfigError
+    for a precision the device lacks.
+    """
+    if precision == "fp32":
+        return None
+    if device.type != "cuda":
+        if precision != "auto":
+            raise ConfigError(f"--precision {precision}: needs a CUDA device, not {device}; give auto or fp32")
+        return None
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slow
+    if precision == "bf16" and not has_bf16:
+        raise ConfigError("--precision bf16: this CUDA device has none; give fp16, auto or fp32")
+    if precision == "auto" and auto is not None:
+        precision = "fp16" if auto == "bf16" and not has_bf16 else auto
+    return {"auto": torch.bfloat16 if has_bf16 else torch.float16, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        precision
+    )
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - other libraries draw from the global generator
+    torch.manual_seed(seed)
+
+
+def run_metadata(device: torch.device) -> dict[str, Any]:
+    """What a reader of the results may want to know about the process that made them."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "argv": sys.argv,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """The most bytes taken by this process, by any one process it started and ended, and by this one's tensors on a
+    CUDA device; None where the system does not tell.
+    """
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"process": _peak("RUSAGE_SELF"), "worker": _peak("RUSAGE_CHILDREN"), "device": on_device}
+
+
+def _peak(whose: str) -> int | None:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(getattr(resource, whose)).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
