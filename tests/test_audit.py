@@ -168,6 +168,16 @@ def test_files_and_rows_that_miss_each_other(cohort):
     assert cohort.found("info", "files") == "1 feature file without a row in the table: A.1.h5"
 
 
+def test_files_in_subfolders_are_found_and_two_of_one_slide_told(cohort):
+    for number, file in enumerate(sorted(cohort.features_dir.iterdir())):
+        place = cohort.features_dir / f"site{number % 3}" / file.name
+        place.parent.mkdir(exist_ok=True)
+        file.rename(place)
+    assert "ok files: 28 slides, each with a feature file that opens" in lines(cohort.audit())
+    shutil.copy(cohort.features_dir / "site0/P000-S1.h5", cohort.file("P000-S1"))
+    assert "slide P000-S1 has P000-S1.h5 and site0/P000-S1.h5; keep one" in cohort.found("error", "files")
+
+
 def test_every_damaged_file_is_named_with_its_reason(cohort):
     cohort.file("P000-S1").write_bytes(cohort.file("P000-S1").read_bytes()[:500])
     cohort.file("P001-S1").write_bytes(b"nothing")

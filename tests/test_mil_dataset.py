@@ -166,6 +166,32 @@ def test_names_that_stand_for_one_are_refused_unless_they_differ(tmp_path):
     assert len(set(MILDataset(labels_csv, features_dir, group_column="site").groups)) == 1
 
 
+def test_features_in_subfolders_are_found_and_packed(tmp_path, reads):
+    labels_csv, features_dir = make(tmp_path, numbered([2, 3, 4, 5]))
+    flat = [features for features, _ in MILDataset(labels_csv, features_dir)]
+    for number in range(4):
+        (features_dir / f"site{number % 2}").mkdir(exist_ok=True)
+        (features_dir / f"S{number}.h5").rename(features_dir / f"site{number % 2}" / f"S{number}.h5")
+    for cache in (None, "off", tmp_path / "cache"):
+        dataset = MILDataset(labels_csv, features_dir, cache=cache)
+        assert all(torch.equal(features, one) for (features, _), one in zip(dataset, flat, strict=True))
+    reads.clear()
+    some = tmp_path / "some.csv"
+    some.write_text("\n".join(labels_csv.read_text().splitlines()[:3]))
+    assert len(MILDataset(some, features_dir, cache=tmp_path / "cache")) == 2
+    MILDataset(labels_csv, features_dir, cache=tmp_path / "cache")
+    assert reads == []
+
+
+def test_one_id_in_two_subfolders_is_told_by_name(tmp_path):
+    labels_csv, features_dir = make(tmp_path, numbered([2, 3, 4]))
+    for name in ("S1", "S9"):
+        write_bag(features_dir / "other" / f"{name}.h5", Bag(np.ones((3, 2), "f4")))
+        write_bag(features_dir / f"{name}.h5", Bag(np.ones((3, 2), "f4")))
+    with pytest.raises(LabelsError, match=r"slide S1 has S1\.h5 and other/S1\.h5; keep one of them, or give the sub"):
+        MILDataset(labels_csv, features_dir)
+
+
 def test_a_slide_without_a_file_is_an_error_unless_allowed(tmp_path, said):
     labels_csv, features_dir = make(tmp_path, numbered([2, 3, 4]))
     (features_dir / "S1.h5").unlink()
@@ -184,6 +210,17 @@ def test_a_damaged_file_is_an_error_by_its_name(tmp_path):
         MILDataset(labels_csv, features_dir, allow=["missing", "unknown", "duplicate"])
 
 
+def test_all_files_that_cannot_be_used_are_told_at_once(tmp_path):
+    labels_csv, features_dir = make(tmp_path, numbered([2, 3, 4, 5, 6, 7, 8]))
+    for number in range(6):
+        (features_dir / f"S{number}.h5").write_text("no features")
+    with pytest.raises(FeatureFileError, match=r"6 of 7 feature files cannot be used: .*S0\.h5: not a") as caught:
+        MILDataset(labels_csv, features_dir)
+    assert "S4.h5: not a readable HDF5 file" in str(caught.value)
+    assert "S5.h5" not in str(caught.value)
+    assert "; and 1 more" in str(caught.value)
+
+
 def test_values_that_are_not_finite_are_found_when_they_are_read(tmp_path):
     bags = numbered([2, 3])
     bags["S1"][1, 1] = np.nan
@@ -195,6 +232,20 @@ def test_values_that_are_not_finite_are_found_when_they_are_read(tmp_path):
 def test_differing_widths_are_named(tmp_path):
     bags = numbered([2, 3, 4]) | {"S2": np.ones((4, 5), "f4")}
     with pytest.raises(FeatureFileError, match=r"S2\.h5: features are 5 wide, those of .*S0\.h5 are 2"):
+        MILDataset(*make(tmp_path, bags))
+
+
+def test_all_files_of_another_width_are_told_whatever_comes_first(tmp_path):
+    bags = numbered([2, 3, 4, 5, 6]) | {"S0": np.ones((4, 5), "f4"), "S3": np.ones((4, 7), "f4")}
+    told = r"2 of 5 .*S0\.h5: features are 5 wide, those of .*S1\.h5 are 2; .*S3\.h5: features are 7 wide, .*; extract"
+    with pytest.raises(FeatureFileError, match=told):
+        MILDataset(*make(tmp_path, bags))
+
+
+def test_all_files_of_another_recipe_are_told(tmp_path):
+    bags = {"S0": recipe_bag(), "S1": recipe_bag(backbone="uni"), "S2": recipe_bag(), "S3": recipe_bag(patch_size=64)}
+    told = r"2 of 4 .*S1\.h5: made .*backbone.*; .*S3\.h5: made .*patch_size.*; extract"
+    with pytest.raises(RecipeError, match=told):
         MILDataset(*make(tmp_path, bags))
 
 
@@ -272,6 +323,54 @@ def test_features_under_another_name(tmp_path):
     labels_csv, features_dir = make(tmp_path, numbered([2, 3]))
     with pytest.raises(FeatureFileError, match=r"S0\.h5: 'uni' is not in the file; found features"):
         MILDataset(labels_csv, features_dir, feat_type="uni")
+
+
+# Which slide is meant
+
+
+@pytest.mark.parametrize("cache", ["ram", "off", "packed"])
+def test_a_negative_number_counts_from_the_end_in_every_table(cohort, tmp_path, cache):
+    dataset = MILDataset(*cohort, cache=tmp_path if cache == "packed" else cache)
+    expected = [(dataset.bag(slide).features, row.label) for slide, row in enumerate(dataset.rows)]
+    count = len(dataset)
+    for slide in (-2, -1, -count, 1, np.int64(3), np.int32(-3), torch.tensor(2)):
+        for features, label in (dataset[slide], (dataset.features(slide), expected[int(slide)][1])):
+            assert np.array_equal(features.numpy(), expected[int(slide)][0])
+            assert label == expected[int(slide)][1]
+        assert np.array_equal(dataset.bag(slide).features, expected[int(slide)][0])
+    batch = next(dataset.batches([-1, np.int64(-2)], 8, seed=0))
+    assert equal([batch], dataset.batches([count - 1, count - 2], 8, seed=0))
+    assert all(np.array_equal(features.numpy(), one) for (features, _), (one, _) in zip(dataset, expected, strict=True))
+
+
+def test_a_slice_is_a_list_of_slides(cohort):
+    dataset = MILDataset(*cohort)
+    for part in (slice(3), slice(-2, None), slice(None, None, -3), slice(5, 5)):
+        expected = [dataset[slide] for slide in range(len(dataset))][part]
+        assert [item[1] for item in dataset[part]] == [item[1] for item in expected]
+        assert [item[0].tolist() for item in dataset[part]] == [item[0].tolist() for item in expected]
+
+
+def test_a_slide_that_is_not_there_is_an_index_error(cohort):
+    dataset = MILDataset(*cohort)
+    ways = (dataset.__getitem__, dataset.features, dataset.bag, lambda slide: next(dataset.batches([slide], 8, 0)))
+    for slide in (8, -9, np.int64(100)):
+        for call in ways:
+            with pytest.raises(IndexError, match=rf"no slide {slide}; there are 8"):
+                call(slide)
+    for slide in (1.0, "S1", None, True):
+        with pytest.raises(TypeError):
+            dataset[slide]
+    with pytest.raises(TypeError, match="flatnonzero"):
+        next(dataset.batches(np.ones(8, dtype=bool), 8, 0))
+
+
+def test_a_dataset_says_what_it_holds(cohort):
+    assert repr(MILDataset(*cohort, chunk_size=50)) == (
+        "MILDataset(8 slides, fed in chunks of up to 50 patches; features 4 wide; "
+        "benign 4 slides of 2 patients; malignant 4 slides of 2 patients; 4 patients in all)"
+    )
+    assert "8 slides, fed whole" in repr(MILDataset(*cohort, mode="full"))
 
 
 # Batches

@@ -520,6 +520,13 @@ class TestResume:
         make_cv(dataset, tmp_path / "elsewhere").run()
         assert_same(contents(tmp_path / "elsewhere"), contents(finished.folder))
 
+    def test_looking_at_slides_from_the_end_changes_no_run(self, finished, cohort, tmp_path):
+        dataset = MILDataset(*cohort, chunk_size=20, cache="ram")
+        for slide in (-2, -1, -3):
+            dataset[slide]
+        make_cv(dataset, tmp_path / "again").run()
+        assert_same(contents(tmp_path / "again"), contents(finished.folder))
+
     def test_a_relative_folder_stays_where_it_was_named(self, dataset, tmp_path, monkeypatch, unfitted):
         monkeypatch.chdir(tmp_path)
         cv = make_cv(dataset, "run")

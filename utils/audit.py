@@ -9,16 +9,16 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from utils.bags import labels
-from utils.bags.labels import find_features, is_plain
+from utils.bags.feature_folder import FeatureFolder
+from utils.bags.labels import is_plain
 from utils.bags.spelling import is_placeholder
-from utils.bags.store import BagInfo, is_feature_file, peek_bag, read_bag
+from utils.bags.store import BagInfo, peek_bag, read_bag
 from utils.bags.table import LabelTable, Row, read_table, several_names
 from utils.core import cli
 from utils.core.cohorts import cohort_classes, tcga_case, tcga_site
@@ -142,8 +142,7 @@ def audit(
     Without `features_dir` what needs feature files is left out. Raises LabelsError for a table that cannot be read at
     all, FeatureFileError for a missing folder, SplitError for unreadable splits.
     """
-    if features_dir is not None and not features_dir.is_dir():
-        raise FeatureFileError(f"{features_dir}: no such folder; give the folder of feature files (--features_dir)")
+    folder = None if features_dir is None else FeatureFolder(features_dir)
     table = read_table(labels_csv)
     classes = tuple(class_names or labels.classes_in(table.rows, label_names=label_names, left_out=left_out))
     new_names = {old: new for old, new in (label_names or {}).items() if old not in classes}
@@ -160,10 +159,10 @@ def audit(
     if splits is not None:
         findings += _check_splits(read_splits(splits, case_of), case_of, [slide.wsi_id for slide in slides])
     bags: list[_Bag] = []
-    if features_dir is None:
+    if folder is None:
         findings.append(Finding("info", "files", "no features folder: what needs files is skipped (--features_dir)"))
     else:
-        more, bags = _check_files(slides, features_dir, feat_type, case_of.keys())
+        more, bags = _check_files(slides, folder, feat_type, case_of.keys())
         findings += more + _check_content(bags, feat_type, classes)
         findings += _check_bags(bags, classes) + _check_recipes(bags)
     return findings + _check_confounding(slides, bags, classes)
@@ -297,13 +296,14 @@ def _check_patients(slides: Sequence[_Slide], classes: Sequence[str]) -> list[Fi
 
 
 def _check_files(
-    slides: Sequence[_Slide], features_dir: Path, feat_type: str, wsi_ids: Collection[str]
+    slides: Sequence[_Slide], folder: FeatureFolder, feat_type: str, wsi_ids: Collection[str]
 ) -> tuple[list[Finding], list[_Bag]]:
     """The findings, and the slides whose files open, with what those say of themselves."""
     bags, missing, damaged = [], [], {}
     for slide in progress(slides, "Looking at feature files", unit="slide", leave=False):
         try:
-            path = find_features(features_dir, slide.wsi_id)
+            folder.check_unique([slide.wsi_id])
+            path = folder.find(slide.wsi_id)
             if path is None:
                 missing.append(slide.wsi_id)
             else:
@@ -317,15 +317,14 @@ def _check_files(
         message = f"{len(damaged) - _MOST_LINES} more files with such faults (--json names them)"
         findings.append(Finding("error", "files", message, {"slides": damaged}))
     if missing:
-        near = labels.near_ids(missing, partial(labels.feature_ids, features_dir))
+        near = labels.near_ids(missing, lambda: folder.files)
         names = named([labels.missed_id(wsi_id, near) for wsi_id in missing])
-        message = f"{counted(len(missing), 'slide')} without a feature file in {features_dir}: {names}"
+        message = f"{counted(len(missing), 'slide')} without a feature file in {folder.path}: {names}"
         message += f"; {labels.id_hint(near) or 'extract them'}, or train with --allow missing"
         findings.append(Finding("error", "files", message, {"slides": missing}))
     if slides and not findings:
         findings = [Finding("ok", "files", f"{counted(len(slides), 'slide')}, each with a feature file that opens")]
-    names = sorted(path.name for path in features_dir.iterdir() if is_feature_file(path))
-    rowless = [name for name in names if name[: -len(Path(name).suffix)] not in wsi_ids]
+    rowless = [file.name for wsi_id, files in folder.files.items() if wsi_id not in wsi_ids for file in files]
     if rowless:
         message = f"{counted(len(rowless), 'feature file')} without a row in the table: {named(rowless)}"
         findings.append(Finding("info", "files", message, {"files": rowless}))

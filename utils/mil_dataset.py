@@ -5,10 +5,12 @@ features, label = dataset[0]
 """
 
 import copy
+import operator
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex, overload
 
 import numpy as np
 from torch import Tensor
@@ -16,12 +18,13 @@ from torch.utils.data import Dataset
 
 from utils.bags import labels
 from utils.bags.collate import Batch, Chunk, collate, cut_chunks, num_chunks
+from utils.bags.feature_folder import FeatureFolder
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
 from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
 from utils.bags.table import read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.config import Cohort
-from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant
+from utils.core.errors import ConfigError, FeatureFileError, LabelsError, LiteMILError, RecipeError, meant
 from utils.core.passport import COMPARED_FIELDS, recipe_differences
 from utils.core.runtime import available_memory, log, progress
 
@@ -31,23 +34,28 @@ SHUFFLE_WINDOW = 2**18
 _MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
 # Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
 _MEMORY_SHARE = 0.25
+# Of several faulty feature files so many are named.
+_MOST_FAULTS = 5
 
 
 class MILDataset(Dataset):
     """The slides of a label table, in its order.
 
     `csv_path` has the columns `case_id,wsi_id,label`, or others that say the same (see `utils.bags.table`); slide
-    `wsi_id` has its features in `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`) under the name `feat_type`. `mode`
-    "chunked" trains on random chunks of at most `chunk_size` patches (`sequential`: on runs of patches that are
-    neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur, sorted.
-    `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only leave a row
-    out (see `utils.bags.labels.account`).
-    `group_column` names the column whose values splits keep together, instead of the patient. `no_patients` takes each
-    slide as a patient of its own, where the table names none.
+    `wsi_id` has its features in `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`), or in a subfolder, under the name
+    `feat_type`. `mode` "chunked" trains on random chunks of at most `chunk_size` patches (`sequential`: on runs of
+    patches that are neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur,
+    sorted. `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only
+    leave a row out (see `utils.bags.labels.account`). `group_column` names the column whose values splits keep
+    together, instead of the patient. `no_patients` takes each slide as a patient of its own, where the table names
+    none.
 
     `cache` says where the features are in use: "off" reads them from their files whenever they are needed, "ram" keeps
     them in memory, a folder holds them in one packed file that all processes share and later runs find again. By
     default "ram" where the cohort fits a quarter of the free memory, else "off".
+
+    Slides are counted from 0 in the table's order, negative numbers from the end; one that is not there raises
+    IndexError. `dataset[3:6]` is a list of three items.
 
     Raises LabelsError for a table that does not account for every slide, FeatureFileError for a damaged file or files
     of different widths, RecipeError for files made in different ways.
@@ -72,8 +80,7 @@ class MILDataset(Dataset):
     ) -> None:
         _check_settings(mode, chunk_size, sequential)
         self.features_dir = Path(features_dir)
-        if not self.features_dir.is_dir():
-            raise FeatureFileError(f"{features_dir}: no such folder; give the folder of feature files (--features_dir)")
+        folder = FeatureFolder(self.features_dir)
         table = read_table(csv_path)
         for note in table.notes:
             log.info("%s: %s", csv_path, note)
@@ -88,9 +95,10 @@ class MILDataset(Dataset):
             log.warning(unknown_patients)
         self.patients_from = table.patients_from
         self.rows = labels.account(
-            table, self.class_names, partial(labels.find_features, self.features_dir),
-            ids=partial(labels.feature_ids, self.features_dir), label_names=label_names, left_out=left_out, allow=allow,
+            table, self.class_names, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
+            allow=allow,
         )  # fmt: skip
+        folder.check_unique(row.wsi_id for row in self.rows)
         self.labels = np.array([row.label for row in self.rows])
         self.cases = np.array([row.case_id for row in self.rows])
         groups = labels.group_cases(Path(csv_path), self.rows, group_column)
@@ -98,7 +106,7 @@ class MILDataset(Dataset):
             labels.check_names(table, self.rows, groups, group_column)
         self.groups = np.array(groups)
         self.group_column, self.allow = group_column, tuple(allow)
-        log.info("Classes: %s", labels.class_counts([(row.label, row.case_id) for row in self.rows], self.class_names))
+        log.info("Classes: %s", self._class_counts())
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
         self.info = self._look(packed)
         self._check_widths()
@@ -132,9 +140,22 @@ class MILDataset(Dataset):
         """How many slides there are."""
         return len(self.rows)
 
-    def __getitem__(self, slide: int) -> tuple[Tensor, int]:
-        """One slide: a copy of its `features (N, D)`, as stored, and its class."""
-        return self.features(slide).clone(), self.rows[slide].label
+    def __repr__(self) -> str:
+        feed = "whole" if self.largest_chunk is None else f"in chunks of up to {self.chunk_size} patches"
+        return f"MILDataset({len(self)} slides, fed {feed}; features {self.input_dim} wide; {self._class_counts()})"
+
+    @overload
+    def __getitem__(self, slide: SupportsIndex) -> tuple[Tensor, int]: ...
+
+    @overload
+    def __getitem__(self, slide: slice) -> list[tuple[Tensor, int]]: ...
+
+    def __getitem__(self, slide: SupportsIndex | slice) -> tuple[Tensor, int] | list[tuple[Tensor, int]]:
+        """Return a copy of a slide's `features (N, D)`, as stored, and its class; for a slice, a list of these."""
+        if isinstance(slide, slice):
+            return [self[number] for number in range(len(self))[slide]]
+        number = self._number(slide)
+        return self.features(number).clone(), self.rows[number].label
 
     @property
     def input_dim(self) -> int:
@@ -158,13 +179,13 @@ class MILDataset(Dataset):
         values = [value for value in known if value is not None]
         return (min(values), max(values)) if values else None
 
-    def bag(self, slide: int) -> Bag:
+    def bag(self, slide: SupportsIndex) -> Bag:
         """One slide with coordinates and passport, read from its file."""
-        return read_bag(self.rows[slide].path, self.feat_type)
+        return read_bag(self.rows[self._number(slide)].path, self.feat_type)
 
-    def features(self, slide: int) -> Tensor:
+    def features(self, slide: SupportsIndex) -> Tensor:
         """`(N, D)`, float16 or float32 as stored; it may be the cache itself, so copy it before you change it."""
-        return self._features(slide)
+        return self._features(self._number(slide))
 
     def batches(
         self, slides: Sequence[int] | np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
@@ -174,6 +195,7 @@ class MILDataset(Dataset):
         Chunk weights average 1 and give each slide the same share of the epoch's loss. "auto" are batches of 128, or
         smaller ones where these were fewer than 8. `pin_memory` is for a CUDA device.
         """
+        slides = np.array([self._number(slide) for slide in slides], dtype=np.int64)
         rng = np.random.default_rng(seed)
         chunks = sum(num_chunks(self.info[slide].num_instances, self.largest_chunk) for slide in slides)
         per_slide = len(slides) / chunks
@@ -207,6 +229,15 @@ class MILDataset(Dataset):
         other._features = pack(packed_path(folder, self.features_dir, self.feat_type), self._features.files)
         return other
 
+    def _number(self, slide: SupportsIndex) -> int:
+        """Return the slide's number from 0, which is its place in every table of the cohort."""
+        if isinstance(slide, bool | np.bool_):
+            raise TypeError(f"MILDataset: slide {slide} is no number; of a mask give np.flatnonzero(mask)")
+        try:
+            return range(len(self))[operator.index(slide)]
+        except IndexError:
+            raise IndexError(f"MILDataset: no slide {slide}; there are {len(self)}, counted from 0") from None
+
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
         features = self.features(slide)
         cuts = cut_chunks(len(features), self.largest_chunk, sequential=self.sequential, rng=rng)
@@ -225,16 +256,22 @@ class MILDataset(Dataset):
         if window:
             yield window
 
+    def _class_counts(self) -> str:
+        return labels.class_counts([(row.label, row.case_id) for row in self.rows], self.class_names)
+
     def _check_widths(self) -> None:
-        for row, info in zip(self.rows, self.info, strict=True):
-            if info.dim != self.input_dim:
-                raise FeatureFileError(
-                    f"{row.path}: features are {info.dim} wide, those of {self.rows[0].path} are {self.input_dim}; "
-                    "extract all slides with one backbone"
-                )
+        width = Counter(info.dim for info in self.info).most_common(1)[0][0]
+        first = next(row.path for row, info in zip(self.rows, self.info, strict=True) if info.dim == width)
+        faults = [
+            f"{row.path}: features are {info.dim} wide, those of {first} are {width}"
+            for row, info in zip(self.rows, self.info, strict=True)
+            if info.dim != width
+        ]
+        self._refuse(FeatureFileError, faults, "; extract all slides with one backbone")
 
     def _check_recipes(self) -> None:
         said: dict[str, tuple[Path, Any]] = {}  # by the first file that records the field: some record only a part
+        faults = []
         for row, info in zip(self.rows, self.info, strict=True):
             recipe = info.passport.recipe if info.passport else {}
             for name in COMPARED_FIELDS:
@@ -243,22 +280,36 @@ class MILDataset(Dataset):
                     said[name] = row.path, recipe.get(name)
                 differences = recipe_differences({name: value}, recipe, [name])
                 if differences:
-                    raise RecipeError(
-                        f"{row.path}: made in another way than {first} ({'; '.join(differences)}); "
-                        "extract all slides with one recipe"
-                    )
+                    faults.append(f"{row.path}: made in another way than {first} ({'; '.join(differences)})")
+                    break
+        self._refuse(RecipeError, faults, "; extract all slides with one recipe")
+
+    def _refuse(self, error: type[LiteMILError], faults: Sequence[str], remedy: str = "") -> None:
+        """Raise `error` if there are faults of feature files; of several, it counts them and names the first five."""
+        if len(faults) > 1:
+            more = f"; and {len(faults) - _MOST_FAULTS} more (utils.audit names all)" if faults[_MOST_FAULTS:] else ""
+            shown = "; ".join(faults[:_MOST_FAULTS])
+            raise error(f"{len(faults)} of {len(self)} feature files cannot be used: {shown}{more}{remedy}")
+        if faults:
+            raise error(f"{faults[0]}{remedy}")
 
     def _look(self, packed: Path | None) -> list[BagInfo]:
         """What each feature file holds, without its features; from the packed file where it is there."""
         paths = [row.path for row in self.rows]
-        opened = None if packed is None else open_packed(packed, paths)
-        bar = progress(paths, "Looking at feature files", unit="slide", leave=False)
-        return [(opened.info(path) if opened else None) or peek_bag(path, self.feat_type) for path in bar]
+        opened = None if packed is None else open_packed(packed, paths, self.features_dir)
+        info, faults = [], []
+        for path in progress(paths, "Looking at feature files", unit="slide", leave=False):
+            try:
+                info.append((opened.info(path) if opened else None) or peek_bag(path, self.feat_type))
+            except FeatureFileError as error:
+                faults.append(str(error))
+        self._refuse(FeatureFileError, faults)
+        return info
 
     def _open_features(
         self, cache: str | Path | None, packed: Path | None
     ) -> FileFeatures | MemoryFeatures | PackedFeatures:
-        files = FileFeatures([row.path for row in self.rows], self.info, self.feat_type)
+        files = FileFeatures([row.path for row in self.rows], self.info, self.feat_type, self.features_dir)
         size = f"{len(self)} slides, {sum(info.nbytes for info in self.info) / 1e9:.2f} GB of features"
         if packed is not None:
             features = pack(packed, files)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.bags.labels import LabelRow, account, class_counts, classes_in, classes_of, find_features, group_cases
+from utils.bags.labels import LabelRow, account, class_counts, classes_in, classes_of, group_cases
 from utils.bags.table import read_table, several_names
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
@@ -424,17 +424,3 @@ def test_groups_that_cannot_be_kept_together(table, rows, column, reason):
     table.write(*rows, header="case_id,wsi_id,label,center")
     with pytest.raises(LabelsError, match=reason):
         grouped(table, column)
-
-
-# The file of a slide
-
-
-def test_the_feature_file_of_a_slide_is_found_by_any_of_our_endings(tmp_path):
-    for name in ("a.h5", "b.hdf5", "c.pt", "d.pth", "e.npy", "f.x.h5"):
-        (tmp_path / name).touch()
-    found = {slide: find_features(tmp_path, slide) for slide in ("a", "b", "c", "d", "e", "f", "f.x")}
-    names = {slide: path and path.name for slide, path in found.items()}
-    assert names == {"a": "a.h5", "b": "b.hdf5", "c": "c.pt", "d": "d.pth", "e": None, "f": None, "f.x": "f.x.h5"}
-    (tmp_path / "a.pt").touch()
-    with pytest.raises(LabelsError, match=r"slide a has a\.h5 and a\.pt; keep one of them"):
-        find_features(tmp_path, "a")

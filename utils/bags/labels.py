@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from utils.bags.spelling import NearIds, classes_alike, is_placeholder, plain_class, why_missed
-from utils.bags.store import FEATURE_EXTENSIONS, is_feature_file
 from utils.bags.table import LabelTable, OneInSeveral, Row, several_names, unknown_patients
 from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, counted, meant, named
@@ -233,23 +232,6 @@ def _group(row: LabelRow, column: str) -> str:
     if column in row.columns:
         return row.columns[column]
     return tcga_site(row.case_id) or tcga_site(row.wsi_id) or ""
-
-
-def find_features(features_dir: Path, wsi_id: str) -> Path | None:
-    """The slide's feature file, `<wsi_id>.h5`, `.hdf5`, `.pt` or `.pth`; LabelsError when there are two."""
-    # The id may hold dots of its own, so the ending is appended, never replaced.
-    found = [path for ending in FEATURE_EXTENSIONS if (path := features_dir / f"{wsi_id}{ending}").is_file()]
-    if len(found) > 1:
-        names = " and ".join(path.name for path in found)
-        raise LabelsError(f"{features_dir}: slide {wsi_id} has {names}; keep one of them")
-    return found[0] if found else None
-
-
-def feature_ids(features_dir: Path) -> list[str]:
-    """Return the ids that have a feature file in the folder, sorted."""
-    return sorted(
-        path.name[: -len(path.suffix)] for path in features_dir.iterdir() if is_feature_file(path) and path.is_file()
-    )
 
 
 def _renamed(rows: Sequence[Row], label_names: Mapping[str, str]) -> list[Row]:

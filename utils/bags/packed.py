@@ -41,10 +41,15 @@ _SPARE_BYTES = 2**26
 
 
 class FileFeatures:
-    """Each slide's features are read when they are asked for; nothing is kept but where they lie."""
+    """Each slide's features are read when they are asked for; nothing is kept but where they lie. `home` is the folder
+    that holds the files, if need be in subfolders (default: the first file's).
+    """
 
-    def __init__(self, paths: Sequence[Path], info: Sequence[BagInfo], feat_type: str) -> None:
+    def __init__(
+        self, paths: Sequence[Path], info: Sequence[BagInfo], feat_type: str, home: Path | None = None
+    ) -> None:
         self.paths, self.info, self.feat_type = paths, info, feat_type
+        self.home = home or paths[0].parent
         self._maps: dict[int, RowMap] = {}
 
     def __call__(self, slide: int) -> Tensor:
@@ -69,8 +74,8 @@ class MemoryFeatures:
     def __init__(self, files: FileFeatures) -> None:
         self.files = files
         sizes = np.array([-(-info.nbytes // _PAGE) * _PAGE for info in files.info])
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._block = torch.frombuffer(mmap.mmap(-1, int(self._starts[-1])), dtype=torch.uint8)
+        self._starts = np.cumsum(sizes) - sizes  # one for each slide, so that one index serves all tables
+        self._block = torch.frombuffer(mmap.mmap(-1, int(sizes.sum())), dtype=torch.uint8)
         self._is_there = torch.frombuffer(mmap.mmap(-1, len(sizes)), dtype=torch.bool)
 
     def __call__(self, slide: int) -> Tensor:
@@ -82,7 +87,7 @@ class MemoryFeatures:
         return room
 
     def __reduce__(self) -> tuple[Callable[..., FileFeatures], tuple[Any, ...]]:
-        return FileFeatures, (self.files.paths, self.files.info, self.files.feat_type)
+        return FileFeatures, (self.files.paths, self.files.info, self.files.feat_type, self.files.home)
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ class PackedFeatures:
     It is an HDF5 file with the flat arrays `float16` and `float32`, and an `index` of what they hold.
     """
 
-    def __init__(self, packed: Path, paths: Sequence[Path]) -> None:
-        self.packed, self.paths = packed, paths
+    def __init__(self, packed: Path, paths: Sequence[Path], home: Path | None = None) -> None:
+        self.packed, self.paths, self.home = packed, paths, home
         with h5py.File(packed, "r") as file:
             self.index = _read_index(file)
             self._offsets = _offsets(file)
@@ -135,14 +140,14 @@ class PackedFeatures:
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def __call__(self, slide: int) -> Tensor:
-        return self.of(self.index[self.paths[slide].name])
+        return self.of(self.index[_name_in(self.home, self.paths[slide])])
 
-    def __reduce__(self) -> tuple[type["PackedFeatures"], tuple[Path, Sequence[Path]]]:
-        return PackedFeatures, (self.packed, self.paths)
+    def __reduce__(self) -> tuple[type["PackedFeatures"], tuple[Path, Sequence[Path], Path | None]]:
+        return PackedFeatures, (self.packed, self.paths, self.home)
 
     def info(self, path: Path) -> BagInfo | None:
         """What a feature file holds; None unless it was packed and has not changed since."""
-        entry = self.index.get(path.name)
+        entry = self.index.get(_name_in(self.home, path))
         return entry.info() if entry is not None and entry.is_of(path) else None
 
     def of(self, entry: _Entry) -> Tensor:
@@ -162,12 +167,17 @@ def packed_path(folder: Path, features_dir: Path, feat_type: str) -> Path:
     return folder / f"{name}-{digest(home, feat_type)[:8]}.packed"
 
 
-def open_packed(packed: Path, paths: Sequence[Path]) -> PackedFeatures | None:
+def _name_in(home: Path | None, path: Path) -> str:
+    """Return what a packed file calls a feature file of the folder `home`, without which it is the file's name."""
+    return path.name if home is None else path.relative_to(home).as_posix()
+
+
+def open_packed(packed: Path, paths: Sequence[Path], home: Path | None = None) -> PackedFeatures | None:
     """The packed file, opened; None where there is none, or only a damaged one (said aloud)."""
     if not packed.is_file():
         return None
     try:
-        return PackedFeatures(packed, paths)
+        return PackedFeatures(packed, paths, home)
     except (OSError, KeyError, ValueError, TypeError) as failure:
         log.warning("%s: not readable as a packed file (%s); it is made anew", packed, failure)
         return None
@@ -179,13 +189,13 @@ def pack(packed: Path, files: FileFeatures) -> PackedFeatures:
     A packing that was killed goes on where it was. Raises FeatureFileError for a feature file that is damaged, and
     where the packed file cannot be written.
     """
-    opened = open_packed(packed, files.paths)
+    opened = open_packed(packed, files.paths, files.home)
     if _holds(opened, files):
         return opened
     try:
         packed.parent.mkdir(parents=True, exist_ok=True)
         with _alone(packed):
-            opened = open_packed(packed, files.paths)  # another process may have just written it
+            opened = open_packed(packed, files.paths, files.home)  # another process may have just written it
             if _holds(opened, files):
                 return opened
             _write(packed, files, opened)
@@ -193,7 +203,7 @@ def pack(packed: Path, files: FileFeatures) -> PackedFeatures:
         raise FeatureFileError(
             f"{packed}: cannot be written ({failure.strerror or failure}); give --cache another folder, or off"
         ) from failure
-    return PackedFeatures(packed, files.paths)
+    return PackedFeatures(packed, files.paths, files.home)
 
 
 def _holds(opened: PackedFeatures | None, files: FileFeatures) -> TypeGuard[PackedFeatures]:
@@ -206,7 +216,7 @@ def _holds(opened: PackedFeatures | None, files: FileFeatures) -> TypeGuard[Pack
 
 def _write(packed: Path, files: FileFeatures, old: PackedFeatures | None) -> None:
     """What `old` holds of files that are unchanged is copied, the rest read."""
-    home, slides = files.paths[0].parent, {path.name: slide for slide, path in enumerate(files.paths)}
+    home, slides = files.home, {_name_in(files.home, path): slide for slide, path in enumerate(files.paths)}
     kept = {name: entry for name, entry in old.index.items() if entry.is_of(home / name)} if old else {}
     index = _index(files, kept)
     part = packed.with_name(f"{packed.name}.part")
@@ -236,7 +246,7 @@ def _write(packed: Path, files: FileFeatures, old: PackedFeatures | None) -> Non
 
 def _index(files: FileFeatures, kept: dict[str, _Entry]) -> dict[str, _Entry]:
     """What the packed file is to hold: what is kept of the old one, and these files."""
-    known = {path.name: info for path, info in zip(files.paths, files.info, strict=True)}
+    known = {_name_in(files.home, path): info for path, info in zip(files.paths, files.info, strict=True)}
     known = {name: entry.info() for name, entry in kept.items()} | known
     ends = dict.fromkeys(_TORCH, 0)
     index = {}
