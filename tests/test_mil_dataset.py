@@ -302,8 +302,10 @@ def test_recipe_and_mpp_are_those_recorded_or_unknown(tmp_path, cohort):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "chunk"}, "mode 'chunk' is unknown"),
-        ({"chunk_size": 0}, "chunk_size 0 is too small"),
+        ({"mode": "chunk"}, "--mode 'chunk': expected one of chunked, full; did you mean chunked"),
+        ({"chunk_size": 0}, "--chunk_size 0: out of range"),
+        ({"class_names": [0, 1]}, r"--class_names \[0, 1\]: expected a list of text"),
+        ({"allow": "missing"}, "--allow 'missing': expected a list"),
         ({"mode": "full", "sequential": True}, "--sequential: whole slides are not cut"),
     ],
 )

@@ -833,7 +833,7 @@ class TestRefusals:
             NestedCrossValidation(small, dataset, names, tmp_path)
 
     @pytest.mark.parametrize(
-        "setting", [{"n_outer": 1}, {"epochs": 0}, {"lr": -1}, {"lr": math.nan}, {"batch_size": 0}]
+        "setting", [{"n_outer": 1}, {"epochs": 0}, {"lr": -1}, {"lr": 0}, {"lr": math.nan}, {"batch_size": 0}]
     )
     def test_settings_out_of_range(self, setting, dataset, tmp_path):
         with pytest.raises(ConfigError, match=f"--{next(iter(setting))}"):
@@ -883,7 +883,7 @@ class TestGrid:
     @pytest.mark.parametrize(
         ("grid", "message"),
         [
-            ("lr=-1", "--lr -1"),
+            ("lr=-1", "--grid lr=-1"),
             ("num_heads=3", "--grid num_heads=3: LiteMIL"),
             ("temperature=1", "--grid temperature: no hyperparameter"),
         ],
@@ -1225,9 +1225,36 @@ class TestDryRun:
 
 
 class TestKeywords:
-    def test_an_unknown_setting_is_a_type_error(self, dataset, tmp_path):
-        with pytest.raises(TypeError, match="no setting learning_rate"):
-            make_cv(dataset, tmp_path, learning_rate=1e-3)
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"learning_rate": 1e-3}, "NestedCrossValidation: no setting learning_rate"),
+            ({"finall": "best"}, "NestedCrossValidation: no setting finall; did you mean final"),
+            ({"final": "Ensemble"}, "--final 'Ensemble': .* did you mean ensemble"),
+            ({"epochs": "2"}, "--epochs '2': expected a whole number"),
+            ({"patience": None}, "--patience None: expected a whole number"),
+            ({"output_dir": None}, "output_dir None"),
+            ({"model_factory": "LiteMIL"}, "model_factory 'LiteMIL': expected a function"),
+        ],
+    )
+    def test_what_cannot_be_is_one_line(self, settings, message, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=message):
+            make_cv(dataset, **({"output_dir": tmp_path} | settings))
+
+    def test_class_names_that_are_numbers_are_told(self, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=r"--class_names \[0, 1\]: expected a list of text"):
+            NestedCrossValidation(small, dataset, [0, 1], tmp_path)
+
+    def test_what_means_the_same_is_the_same_run(self, dataset, tmp_path):
+        plain, other = (
+            make_cv(dataset, tmp_path, **settings)
+            for settings in (
+                {"monitor": "slide_auc", "epochs": 3, "device": "cpu"},
+                {"monitor": "auc", "epochs": np.int64(3), "device": torch.device("cpu")},
+            )
+        )
+        assert other.protocol == plain.protocol
+        assert other.training == plain.training
 
 
 class TestKinds:

@@ -57,8 +57,8 @@ class MILDataset(Dataset):
     Slides are counted from 0 in the table's order, negative numbers from the end; one that is not there raises
     IndexError. `dataset[3:6]` is a list of three items.
 
-    Raises LabelsError for a table that does not account for every slide, FeatureFileError for a damaged file or files
-    of different widths, RecipeError for files made in different ways.
+    Raises ConfigError for settings that cannot be, LabelsError for a table that does not account for every slide,
+    FeatureFileError for a damaged file or files of different widths, RecipeError for files made in different ways.
     """
 
     def __init__(
@@ -78,18 +78,23 @@ class MILDataset(Dataset):
         allow: Collection[str] = (),
         no_patients: bool = False,
     ) -> None:
-        _check_settings(mode, chunk_size, sequential)
+        asked = Cohort(
+            dataset="", labels_csv=csv_path, features_dir=features_dir, class_names=class_names, mode=mode,  # type: ignore[arg-type]
+            chunk_size=chunk_size, feat_type=feat_type, sequential=sequential, group_column=group_column,
+            cache=None if cache is None else str(cache), allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
+        )  # fmt: skip
         self.features_dir = Path(features_dir)
         folder = FeatureFolder(self.features_dir)
         table = read_table(csv_path)
         for note in table.notes:
             log.info("%s: %s", csv_path, note)
-        self.class_names = tuple(class_names or labels.classes_of(table, label_names=label_names, left_out=left_out))
+        self.class_names = asked.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
         if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
             raise LabelsError(
                 f"{csv_path}: classes {', '.join(self.class_names)}; a classifier needs two different ones"
             )
-        self.mode, self.chunk_size, self.sequential, self.feat_type = mode, chunk_size, sequential, feat_type
+        self.mode, self.chunk_size, self.sequential = asked.mode, asked.chunk_size, asked.sequential
+        self.feat_type = feat_type
         unknown_patients = labels.missing_patients(table, no_patients)
         if unknown_patients:
             log.warning(unknown_patients)
@@ -105,7 +110,7 @@ class MILDataset(Dataset):
         if "spelling" not in allow:
             labels.check_names(table, self.rows, groups, group_column)
         self.groups = np.array(groups)
-        self.group_column, self.allow = group_column, tuple(allow)
+        self.group_column, self.allow = group_column, asked.allow
         log.info("Classes: %s", self._class_counts())
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
         self.info = self._look(packed)
@@ -327,15 +332,6 @@ class MILDataset(Dataset):
 
     def _fits(self, free: int | None, share: float) -> bool:
         return free is None or sum(info.nbytes for info in self.info) <= free * share
-
-
-def _check_settings(mode: str, chunk_size: int, sequential: bool) -> None:
-    if mode not in ("chunked", "full"):
-        raise ConfigError(f"MILDataset: mode {mode!r} is unknown; use 'chunked' or 'full'")
-    if chunk_size < 1:
-        raise ConfigError(f"MILDataset: chunk_size {chunk_size} is too small; give at least 1")
-    if sequential and mode == "full":
-        raise ConfigError("--sequential: whole slides are not cut; leave it out, or give --mode chunked")
 
 
 def _why_not_there(name: str, home: Path) -> str:

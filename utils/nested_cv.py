@@ -21,7 +21,7 @@ import torch
 from MILS import ModelError
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
-from utils.core.config import Cluster, Protocol, Running, Training
+from utils.core.config import Cluster, CohortFiles, Protocol, Running, Training, check_names
 from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata
 from utils.core.engine import Engine, Lost, Processes, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, EngineError, TrainingError, counted
@@ -94,23 +94,26 @@ class NestedCrossValidation:
         dataset_name: str | None = None,
         **settings: Any,
     ) -> None:
-        if tuple(class_names) != dataset.class_names:
+        names = CohortFiles(class_names=class_names).class_names or ()  # type: ignore[arg-type]
+        if names != dataset.class_names:
             raise ConfigError(
-                f"class_names {', '.join(class_names)}: the dataset's are {', '.join(dataset.class_names)}; pass those"
+                f"class_names {', '.join(names)}: the dataset's are {', '.join(dataset.class_names)}; pass those"
             )
         settings |= {"n_outer": n_outer, "n_inner": n_inner, "batch_size": batch_size, "epochs": epochs}
-        settings |= {"patience": patience, "use_amp": use_amp, "device": device, "output_dir": Path(output_dir)}
+        settings |= {"patience": patience, "use_amp": use_amp, "device": str(device), "output_dir": output_dir}
         kinds = Training, Protocol, Running, Cluster
         self.training, self.protocol, self.running, self.cluster = _configs(settings, *kinds)
         self.dataset, self.dataset_name = dataset, dataset_name
-        self.output_dir = Path(output_dir).absolute()
-        self.device = resolve_device(device)
+        if self.running.output_dir is None:
+            raise ConfigError("output_dir None: expected the folder for the results")
+        self.output_dir = self.running.output_dir.absolute()
+        self.device = resolve_device(self.running.device)
         amp_dtype(self.training.amp_precision, self.device)
         self.spec = _spec_of(model_factory)
         for name, expected in (("input_dim", dataset.input_dim), ("num_classes", len(dataset.class_names))):
             if self.spec.get(name, expected) != expected:
                 raise ConfigError(f"model_factory: its models' {name} is {self.spec[name]}, the dataset's {expected}")
-        grid = read_grid(grid, self.spec["name"]) if isinstance(grid, str) else dict(grid or {})
+        grid = read_grid(grid, self.spec["name"]) if isinstance(grid, str) else grid or {}
         self.settings = grid_settings(grid, self.spec["name"])
         self.trainer = Trainer(
             model_factory,
@@ -472,10 +475,8 @@ class NestedCrossValidation:
 
 def _configs(settings: Mapping[str, Any], *kinds: type) -> list[Any]:
     """The settings as config classes, each with the fields that are its own."""
-    names = [{part.name for part in fields(kind)} for kind in kinds]
-    unknown = settings.keys() - set().union(*names)
-    if unknown:
-        raise TypeError(f"NestedCrossValidation has no setting {', '.join(sorted(unknown))}")
+    names = [[part.name for part in fields(kind)] for kind in kinds]
+    check_names("NestedCrossValidation", settings, [name for known in names for name in known])
     return [
         kind(**{name: value for name, value in settings.items() if name in known})
         for kind, known in zip(kinds, names, strict=True)
@@ -495,6 +496,8 @@ def _spec_of(model_factory: ModelFactory) -> dict[str, Any]:
     """The spec of the factory's models; refuses a factory whose models share weights (they would carry training from
     fold to fold, into test data) or cannot be rebuilt from a checkpoint.
     """
+    if not callable(model_factory):
+        raise ConfigError(f"model_factory {model_factory!r}: expected a function that makes a model (build_mil)")
     first, second = model_factory(), model_factory()
     shared = {parameter.data_ptr() for parameter in first.parameters()} & {p.data_ptr() for p in second.parameters()}
     if first is second or shared:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from utils.core.errors import ConfigError, TrainingError
@@ -25,6 +26,11 @@ class TestGrid:
         assert settings[1] == Setting({"lr": 1e-4}, {"hidden_dim": 256})
         assert settings[1].values == {"lr": 1e-4, "hidden_dim": 256}
 
+    def test_values_of_numpy_are_numbers_like_others(self):
+        (low, high) = grid_settings({"lr": np.array([0.25, 0.5])}, "LiteMIL")
+        assert (str(low), str(high)) == ("lr=0.25", "lr=0.5")
+        assert grid_settings({"epochs": [np.int64(3)]}, "LiteMIL") == [Setting({"epochs": 3})]
+
     def test_no_grid_is_one_setting_that_changes_nothing(self):
         assert grid_settings({}, "LiteMIL") == [Setting({}, {})]
         assert str(Setting()) == ""
@@ -35,10 +41,16 @@ class TestGrid:
             ("", "empty"),
             ("lr", "--grid lr: not understood"),
             ("lr=1e-4 lr=1e-3", "--grid lr=1e-3: not understood; write each name once"),
-            ("lr=abc", "--grid lr=abc: not a number"),
-            ("lr=", "--grid lr=: not a number"),
-            ("hidden_dim=1.5", "--grid hidden_dim=1.5: not a whole number"),
-            ("gated=maybe", "--grid gated=maybe: not true or false"),
+            ("lr=abc", "--grid lr='abc': expected a number"),
+            ("lr=", "--grid lr='': expected a number"),
+            ("lr=1e-3,1e10", "--grid lr=10000000000.0: out of range; give a number from 1e-08 to 1"),
+            ("lr=0", "--grid lr=0.0: out of range"),
+            ("dropout=0.5,2", "--grid dropout=2.0: out of range"),
+            ("hidden_dim=1000000000", "--grid hidden_dim=1000000000: out of range"),
+            ("batch_size=0", "--grid batch_size=0: out of range"),
+            ("hidden_dim=1.5", "--grid hidden_dim='1.5': expected a whole number"),
+            ("gated=maybe", "--grid gated='maybe': expected True or False"),
+            ("epoch=3", "--grid epoch: no hyperparameter of .*; did you mean epochs"),
             (
                 "num_queries=1,4",
                 "--grid num_queries: no hyperparameter of training or ABMIL; these are: epochs, .*gated",
@@ -49,7 +61,7 @@ class TestGrid:
     )
     def test_what_is_no_grid(self, text, message):
         with pytest.raises(ConfigError, match=message):
-            read_grid(text, "ABMIL")
+            grid_settings(read_grid(text, "ABMIL"), "ABMIL")
 
     @pytest.mark.parametrize(
         ("grid", "message"),
@@ -58,11 +70,11 @@ class TestGrid:
             ({"lr": 1e-3}, "--grid lr: give a list of values, at least one; found 0.001"),
             ({"lr": "1e-3"}, "--grid lr: give a list of values"),
             ({"lr": (1e-4, 1e-4)}, "--grid lr: give each value once"),
-            ({"lr": ["1e-3"]}, "--grid lr='1e-3': not a number"),
-            ({"lr": [None]}, "--grid lr=None: not a number"),
-            ({"lr": [[1]]}, r"--grid lr=\[1\]: not a number"),
-            ({"epochs": [2.5]}, "--grid epochs=2.5: not a whole number"),
-            ({"epochs": [True]}, "--grid epochs=True: not a whole number"),
+            ({"lr": ["1e-3"]}, "--grid lr='1e-3': expected a number"),
+            ({"lr": [None]}, "--grid lr=None: expected a number"),
+            ({"lr": [[1]]}, r"--grid lr=\[1\]: expected a number"),
+            ({"epochs": [2.5]}, "--grid epochs=2.5: expected a whole number"),
+            ({"epochs": [True]}, "--grid epochs=True: expected a whole number"),
         ],
     )
     def test_values_from_python_that_cannot_be(self, grid, message):

@@ -9,7 +9,7 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
         inner = typing.get_args(inner)[0]
     if typing.get_origin(inner) is typing.Literal:
         words = typing.get_args(inner)
-        return settings | {"type": _one_of(words), "metavar": f"{{{','.join(words)}}}"}
+        return settings | {"type": _one_of(words, field.metadata["also"]), "metavar": f"{{{','.join(words)}}}"}
     names = {int: "N", float: "X", str: "NAME", Path: "PATH"}
     kind, words = _kind_and_words(inner)
     metavar = field.metadata["metavar"] or "|".join((names[kind], *words))
@@ -148,9 +148,9 @@ def _number_or_word(kind: Callable[[str], Any], words: tuple[str, ...]) -> Calla
     return read
 
 
-def _one_of(words: Sequence[str]) -> Callable[[str], str]:
+def _one_of(words: Sequence[str], also: Mapping[str, str]) -> Callable[[str], str]:
     def read(text: str) -> str:
-        if text not in words:
+        if text not in words and text not in also:
             listed = ", ".join(map(repr, words))
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {listed}){meant(text, words)}")
         return text

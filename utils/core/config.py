@@ -1,18 +1,24 @@
 """Every setting and its default, once. The command line is made from these classes (`core/cli.py`).
 
-A field made with `option` is also a flag; its help, limits and other spellings stand beside its default. Numbers out
-of range raise ConfigError naming the flag, the value and the limits.
+A field made with `option` is also a flag; its help, limits and other spellings stand beside its default. Values of
+another type, unknown words and numbers out of range raise ConfigError naming the flag, the value and what is expected,
+whether they come from a command line or from Python.
 """
 
 import dataclasses
+import functools
 import math
+import os
 import re
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from utils.core.errors import ConfigError
+from utils.core.errors import ConfigError, meant
 
 REQUIRED: Any = dataclasses.MISSING
 
@@ -27,13 +33,14 @@ def option(
     alias: str | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    also: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory; a `positional` one is given
-    by its place, not by a name.
+    by its place, not by a name. `also` maps other words for a choice to the choice.
     """
     metadata = {
         "help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar,
-        "positional": positional,
+        "positional": positional, "also": also or {},
     }  # fmt: skip
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata)
@@ -47,18 +54,91 @@ def flag_of(field: dataclasses.Field) -> str:
     return field.metadata.get("flag") or f"--{field.name}"
 
 
+_EXPECTED = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+_EXPECTED_LISTS = {str: "a list of text", Path: "a list of paths"}
+
+
+def converted(kind: Any, value: Any) -> Any:
+    """Return `value` as the type `kind` of a setting: NumPy's numbers become Python's, text becomes a path, a list a
+    tuple. Raises ValueError, which says what is expected, where that would change what was meant.
+    """
+    if getattr(value, "shape", None) == ():  # a number of NumPy or PyTorch
+        value = value.item()
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _converted_to_one_of(parts, value)
+    if origin is Literal:
+        if isinstance(value, str) and value in parts:
+            return value
+        raise ValueError(f"one of {', '.join(parts)}{meant(str(value), parts)}")
+    if origin is tuple:
+        if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
+            raise ValueError(_EXPECTED_LISTS.get(parts[0], "a list of words"))
+        try:
+            return tuple(converted(parts[0], item) for item in value)
+        except ValueError as error:
+            raise ValueError(_EXPECTED_LISTS.get(parts[0], str(error))) from None
+    fitting: tuple[type, ...] = {float: (int, float), Path: (str, os.PathLike)}.get(kind, (kind,))
+    if not isinstance(value, fitting) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(_EXPECTED[kind])
+    return value if kind is float else kind(value)
+
+
+def _converted_to_one_of(kinds: Iterable[Any], value: Any) -> Any:
+    expected = []
+    for kind in kinds:
+        if kind is not type(None):
+            try:
+                return converted(kind, value)
+            except ValueError as error:
+                expected.append(str(error))
+        elif value is None:
+            return None
+    raise ValueError(" or ".join(expected))
+
+
+def checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
+    """Return the value of a setting in its type, once it is known to be one of its words or within its limits. Raises
+    ConfigError, which begins with `name` and the value.
+    """
+    also = field.metadata["also"]
+    try:
+        value = converted(kind, also.get(value, value) if isinstance(value, str) else value)
+    except ValueError as error:
+        raise ConfigError(f"{name}{value!r}: expected {error}") from None
+    least, most = field.metadata["least"], field.metadata["most"]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not (math.isfinite(value) and least <= value <= most):
+        limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ConfigError(f"{name}{value}: out of range; give a number {limits}")
+    return value
+
+
+def check_names(owner: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise ConfigError, with the nearest known name, where a setting is none."""
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(f"{owner}: no setting {', '.join(unknown)}{meant(unknown[0], known)}")
+
+
+@functools.cache
+def kinds_of(config: type) -> dict[str, Any]:
+    """Return the type of each setting of a config class."""
+    return typing.get_type_hints(config)
+
+
 class _Checked:
-    """Checks each number against its field's limits when the dataclass is made."""
+    """Checks names, types, words and limits of its settings when the dataclass is made."""
+
+    def __new__(cls, **settings: Any) -> Self:
+        check_names(cls.__name__, settings, [field.name for field in dataclasses.fields(cls)])  # type: ignore[arg-type]
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if not field.metadata or isinstance(value, bool | str) or not isinstance(value, int | float):
-                continue
-            least, most = field.metadata["least"], field.metadata["most"]
-            if not (math.isfinite(value) and least <= value <= most):
-                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise ConfigError(f"{flag_of(field)} {value}: out of range; give a number {limits}")
+            if field.metadata:
+                kind, value = kinds_of(type(self))[field.name], getattr(self, field.name)
+                object.__setattr__(self, field.name, checked(field, kind, value, f"{flag_of(field)} "))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +286,11 @@ class Cohort(CohortFiles):
         metavar="off|ram|DIR",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequential and self.mode == "full":
+            raise ConfigError("--sequential: whole slides are not cut; leave it out, or give --mode chunked")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model(_Checked):
@@ -213,9 +298,9 @@ class Model(_Checked):
 
     mil: str = option(REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool")
     input_dim: int | None = option(None, "feature width (default: read off the features)", least=1)
-    hidden_dim: int | None = option(None, "hidden width", least=1)
-    num_heads: int | None = option(None, "attention heads", least=1)
-    num_queries: int | None = option(None, "learnable queries", least=1)
+    hidden_dim: int | None = option(None, "hidden width", least=1, most=65536)
+    num_heads: int | None = option(None, "attention heads", least=1, most=65536)
+    num_queries: int | None = option(None, "learnable queries", least=1, most=65536)
     dropout: float | None = option(None, "dropout probability", least=0, most=1)
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -233,12 +318,12 @@ class Training(_Checked):
     batch_size: int | Literal["auto"] = option(
         "auto", "chunks (or whole slides) per step; auto: 128, or so few that an epoch has 8 steps", least=1
     )
-    lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
-    weight_decay: float = option(0.01, "weight decay of AdamW", least=0)
+    lr: float = option(1e-4, "peak learning rate of AdamW", least=1e-8, most=1)
+    weight_decay: float = option(0.01, "weight decay of AdamW", least=0, most=10)
     warmup_epochs: int = option(
         5, "epochs in which the learning rate rises, a quarter of --epochs at the most; then a cosine", least=0
     )
-    final_lr: float = option(1e-6, "learning rate at the cosine's end", least=0)
+    final_lr: float = option(1e-6, "learning rate at the cosine's end", least=0, most=1)
     clip_norm: float = option(1.0, "greatest norm of a step's gradient", least=1e-12)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "of training: auto is bf16 on a CUDA device that has it, else fp16 there; fp32 elsewhere"
@@ -275,7 +360,11 @@ class Protocol(_Checked):
         'settings to choose from in the inner loop, such as "lr=1e-4,3e-4 hidden_dim=128,256": any hyperparameter of '
         "training or model; they take the place of the flags",
     )
-    monitor: Monitor = option("slide_auc", "what inner validation compares epochs, settings and models by")
+    monitor: Monitor = option(
+        "slide_auc",
+        "what inner validation compares epochs, settings and models by",
+        also={name.removeprefix("slide_"): name for name in typing.get_args(Monitor)},
+    )
     final: Final = option(
         "best",
         "the model that is tested: the best inner one of the chosen setting, the mean of its inner models (ensemble), "

@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from MILS import mil_options
-from utils.core.config import Training
-from utils.core.errors import ConfigError, TrainingError
+from utils.core.config import Model, Training, checked, converted, kinds_of
+from utils.core.errors import ConfigError, TrainingError, meant
 
-_EXPECTED = {int: "a whole number", bool: "true or false"}
 Validation = Mapping[str, float | None]
-Grid = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,9 @@ class Setting:
 
 
 def read_grid(text: str, model: str) -> dict[str, tuple[Any, ...]]:
-    """ "lr=1e-4,3e-4 hidden_dim=128,256" as names and values. Raises ConfigError for what `model` has no grid of."""
+    """ "lr=1e-4,3e-4 hidden_dim=128,256" as names and values, which are not checked yet. Raises ConfigError for names
+    that `model` has no grid of.
+    """
     grid: dict[str, tuple[Any, ...]] = {}
     kinds = _kinds(model)
     for part in text.split():
@@ -48,29 +48,31 @@ def read_grid(text: str, model: str) -> dict[str, tuple[Any, ...]]:
                 f'--grid {part}: not understood; write each name once, as in "lr=1e-4,3e-4 dropout=0,0.25"'
             )
         _check_name(name, kinds, model)
-        grid[name] = tuple(_value(name, value, kinds[name]) for value in listed.split(","))
+        grid[name] = tuple(_value(value, kinds[name]) for value in listed.split(","))
     if not grid:
         raise ConfigError('--grid: empty; write names and values, as in "lr=1e-4,3e-4 dropout=0,0.25"')
     return grid
 
 
-def grid_settings(grid: Grid, model: str) -> list[Setting]:
-    """Every combination of the grid's values, the last name's moving fastest; one empty setting without a grid."""
+def grid_settings(grid: Mapping[str, Any], model: str) -> list[Setting]:
+    """Every combination of the grid's values, the last name's moving fastest; one empty setting without a grid. Values
+    are checked as those of flags are.
+    """
     if not grid:
         return [Setting()]
-    kinds = _kinds(model)
+    kinds, valid = _kinds(model), {}
     for name, values in grid.items():
         _check_name(name, kinds, model)
+        values = values.tolist() if hasattr(values, "tolist") else values
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise ConfigError(f"--grid {name}: give a list of values, at least one; found {values!r}")
-        for value in values:
-            _check_kind(name, value, kinds[name])
-        if len(set(values)) < len(values):
+        valid[name] = [_checked(name, value, kinds[name]) for value in values]
+        if len(set(valid[name])) < len(values):
             raise ConfigError(f"--grid {name}: give each value once; found {list(values)}")
     of_training = _training_names()
     settings = []
-    for combination in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, combination, strict=True))
+    for combination in itertools.product(*valid.values()):
+        chosen = dict(zip(valid, combination, strict=True))
         training = {name: value for name, value in chosen.items() if name in of_training}
         settings.append(Setting(training, {name: value for name, value in chosen.items() if name not in of_training}))
     return settings
@@ -106,9 +108,8 @@ def refit_epochs(epochs: Sequence[int]) -> int:
 
 
 def _training_names() -> dict[str, type]:
-    hints = typing.get_type_hints(Training)
-    fields = [part.name for part in dataclasses.fields(Training)]
-    kinds = {name: (typing.get_args(hints[name]) or (hints[name],))[0] for name in fields}  # of int | "auto", int
+    # Of int | "auto", int.
+    kinds = {name: (typing.get_args(kind) or (kind,))[0] for name, kind in kinds_of(Training).items()}
     return {name: kind for name, kind in kinds.items() if kind in (int, float)}
 
 
@@ -119,18 +120,29 @@ def _kinds(model: str) -> dict[str, type]:
 
 def _check_name(name: str, kinds: Mapping[str, type], model: str) -> None:
     if name not in kinds:
-        raise ConfigError(f"--grid {name}: no hyperparameter of training or {model}; these are: {', '.join(kinds)}")
+        near = meant(name, kinds)
+        raise ConfigError(
+            f"--grid {name}: no hyperparameter of training or {model}; these are: {', '.join(kinds)}{near}"
+        )
 
 
-def _check_kind(name: str, value: Any, kind: type) -> None:
-    fits = (int, float) if kind is float else kind
-    if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"--grid {name}={value!r}: not {_EXPECTED.get(kind, 'a number')}")
+def _checked(name: str, value: Any, kind: type) -> Any:
+    """Return a value in its type; where a flag has the name, within the flag's limits, too."""
+    try:
+        value = converted(kind, value)
+    except ValueError as error:
+        raise ConfigError(f"--grid {name}={value!r}: expected {error}") from None
+    for config in (Training, Model):
+        field = next((part for part in dataclasses.fields(config) if part.name == name), None)
+        if field is not None:
+            checked(field, kind, value, f"--grid {name}=")
+    return value
 
 
-def _value(name: str, text: str, kind: type) -> Any:
+def _value(text: str, kind: type) -> Any:
+    """Return the number or truth that a grid's text means; other text as it is, which is then refused."""
     truths = {"true": True, "false": False}
     try:
         return truths[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError) as failure:
-        raise ConfigError(f"--grid {name}={text}: not {_EXPECTED.get(kind, 'a number')}") from failure
+    except (ValueError, KeyError):
+        return text
