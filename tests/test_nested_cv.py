@@ -692,7 +692,7 @@ class TestWorkersThatDie:
             def run(self, work, tasks, hear) -> None:
                 for times in range(1, self.deaths + 1):
                     hear(tasks[0], {"epoch": 1, "lr": 0.1})
-                    hear(tasks[0], Lost(times, self.for_good and times == self.deaths, "node7", 321))
+                    hear(tasks[0], Lost(times, self.for_good and times == self.deaths, "node7", 321, left=3))
                 super().run(work, tasks[self.for_good :], hear)
 
         monkeypatch.setattr(nested_cv, "open_engine", lambda *_: nullcontext(Mortal()))
@@ -701,7 +701,7 @@ class TestWorkersThatDie:
     def test_the_training_is_done_again_aloud(self, engine, dataset, tmp_path, unfitted, aloud, capsys):
         cv = make_cv(dataset, tmp_path)
         cv.run()
-        told = [message for message in aloud.messages if "it is trained again" in message]
+        told = [message for message in aloud.messages if "it is trained again, 3 at a time" in message]
         assert len(told) == 2
         assert "its worker process on node7 was lost (2 times now)" in told[1]
         epochs = TRAININGS * EPOCHS
@@ -713,7 +713,7 @@ class TestWorkersThatDie:
         monkeypatch.setattr(engine, "for_good", True)
         with pytest.raises(
             EngineError,
-            match=r"^fold_1_setting_1_inner_1: .*\(2 times now\).*again with fewer --actors \(what is fin",
+            match=r"^fold_1_setting_1_inner_1: .*\(2 times now\).*it needs more memory, .* \(what is finished",
         ):
             make_cv(dataset, tmp_path).run()
         assert len(list((tmp_path / "resume").glob("fold_*.pt"))) == TRAININGS - 1

@@ -261,7 +261,8 @@ class NestedCrossValidation:
                 if isinstance(row, Lost):
                     if row.for_good:
                         lost.append(f"{unit.name}: {row}")
-                    log.warning("%s: %s; it is %s", unit.name, row, "given up" if row.for_good else "trained again")
+                    again = f"trained again, {row.left} at a time" if row.left else "trained again"
+                    log.warning("%s: %s; it is %s", unit.name, row, "given up" if row.for_good else again)
                     steps, told, done[unit.name] = -done[unit.name], {}, 0
                 elif row is None:  # it has ended, perhaps before its last epoch
                     ended += 1
@@ -276,7 +277,10 @@ class NestedCrossValidation:
             engine.run(trainer, missing, show)
         if lost:
             others = f" (and {counted(len(lost) - 1, 'other training')})" if lost[1:] else ""
-            raise EngineError(f"{lost[0]}{others}; give the same again with fewer --actors (what is finished is kept)")
+            remedy = "give the same again with fewer --actors"
+            if not self.cluster.is_asked_for:  # then it was the only one in the end
+                remedy = "it needs more memory, or a smaller --batch_size, --chunk_size or --hidden_dim"
+            raise EngineError(f"{lost[0]}{others}; {remedy} (what is finished is kept)")
 
     def _monitor(self, fold: OuterFold) -> str:
         num_classes, monitor = len(self.dataset.class_names), self.protocol.monitor

@@ -80,9 +80,27 @@ def test_an_error_stops_the_other_threads():
     assert stop.is_set()
 
 
-def test_a_process_that_dies_is_an_error_not_a_wait():
-    with pytest.raises(EngineError, match=r"a worker process ended unexpectedly.*fewer --jobs"):
-        Processes(2).run(work.die_at_two, [1, 2, 3, 4], lambda *_: None)
+def test_a_task_whose_process_dies_is_tried_again_with_fewer_at_a_time(tmp_path):
+    """Two kills its first process, three each of them; all others are done, and none of them twice."""
+    heard: dict[int, list] = {number: [] for number in range(1, 6)}
+    tasks = [(number, tmp_path) for number in heard]
+    Processes(2).run(work.outlive, tasks, lambda task, told: heard[task[0]].append(told))
+    assert not multiprocessing.active_children()
+    losses = {number: [told for told in heard[number] if isinstance(told, Lost)] for number in heard}
+    assert {number: len(lost) for number, lost in losses.items()} == {1: 0, 2: 1, 3: 2, 4: 0, 5: 0}
+    assert [lost.for_good for lost in losses[3]] == [False, True]
+    assert [told for told in heard[2] if told not in losses[2]] == ["begun", "half", "begun", "half", "ended"]
+    assert all(heard[number] == ["begun", "half", "ended"] for number in (1, 4, 5))
+    assert {lost.left for number in (2, 3) for lost in losses[number] if not lost.for_good} == {1}
+    assert str(losses[2][0]) == "its worker process was killed (signal 9), as when memory runs out"
+    assert str(losses[3][1]).endswith("as when memory runs out (2 times now)")
+
+
+def test_processes_that_all_die_are_not_begun_again_and_again():
+    heard = []
+    Processes(2).run(work.die, [1, 2, 3, 4, 5], lambda task, told: heard.append(told))
+    assert [lost.for_good for lost in heard] in ([False, True], [False, False, True])
+    assert "ended unexpectedly (exit code 7)" in str(heard[0])
 
 
 def without_process(told):

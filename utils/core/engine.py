@@ -17,11 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +32,7 @@ import torch
 
 from utils.core.config import Cluster
 from utils.core.errors import ConfigError, EngineError, LiteMILError, counted
+from utils.core.processes import Lost, Pool, sendable
 from utils.core.runtime import log, processors, share_processors
 
 Task = TypeVar("Task")
@@ -42,22 +41,6 @@ Work = Callable[[Task, Tell], None]
 Hear = Callable[[Task, Any], None]
 
 _SECONDS_BETWEEN_LOOKS = 0.1
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Heard of a task whose worker, at last `process` on `node`, died `times` times: it is done again, elsewhere where
-    there is another node, unless that was `for_good`.
-    """
-
-    times: int
-    for_good: bool
-    node: str
-    process: int
-
-    def __str__(self) -> str:
-        how_often = "" if self.times == 1 else f" ({self.times} times now)"
-        return f"its worker process on {self.node} was lost{how_often}, as when memory runs out or a node goes down"
 
 
 class Engine(Protocol):
@@ -128,8 +111,8 @@ def open_engine(cluster: Cluster, otherwise: Engine, device: str = "auto") -> It
 @dataclass(frozen=True)
 class Processes:
     """With one job everything happens in this process, otherwise in new ones of as many threads as this one has at the
-    time. When this process ends, in whatever way, so do they. Raises EngineError when one dies; work and tasks must be
-    what pickle takes.
+    time. When this process ends, in whatever way, so do they. The task of one that dies is done again, with fewer at a
+    time until it is alone; then once more. `Lost` is heard of it each time. Work and tasks must be what pickle takes.
     """
 
     jobs: int = 1
@@ -143,7 +126,12 @@ class Processes:
             for task in tasks:
                 work(task, partial(hear, task))
         elif tasks:
-            _side_by_side(work, tasks, min(self.jobs, len(tasks)), hear)
+            with tempfile.TemporaryDirectory() as folder:
+                # Through a file: a process that ends before it has read the first 64 kB of what it begins with is
+                # waited for for ever.
+                parcel = Path(folder) / "work.pickle"
+                parcel.write_bytes(pickle.dumps(work))
+                Pool(parcel, tasks, hear).run(min(self.jobs, len(tasks)))
 
 
 # Which of an engine's workers in this process this thread is.
@@ -196,77 +184,6 @@ class Threads:
             except BaseException:
                 self.stop.set()
                 raise
-
-
-def _side_by_side(work: Work[Task], tasks: Sequence[Task], jobs: int, hear: Hear[Task]) -> None:
-    context = multiprocessing.get_context("spawn")
-    messages = context.SimpleQueue()
-    # Held by this process alone: when it is closed, by us or by our end, whoever listens at the other end stops.
-    lifeline, held = context.Pipe(duplex=False)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            # Through a file: a process that ends before it has read the first 64 kB of what it is sent is waited for
-            # for ever.
-            parcel = Path(folder) / "work.pickle"
-            parcel.write_bytes(pickle.dumps(work))
-            begin = (parcel, lifeline, messages, torch.get_num_threads())
-            with ProcessPoolExecutor(jobs, context, _begin, begin) as pool:
-                try:
-                    with _deaf_to_ctrl_c():
-                        waiting = {pool.submit(_do, number, task) for number, task in enumerate(tasks)}
-                    while waiting:
-                        done, waiting = wait(waiting, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
-                        while not messages.empty():
-                            number, told = messages.get()
-                            hear(tasks[number], told)
-                        for one in done:
-                            one.result()
-                except BaseException:
-                    held.close()  # else the pool would wait for what is being done
-                    raise
-    except BrokenProcessPool as failure:
-        raise EngineError(
-            "a worker process ended unexpectedly, as when memory runs out; give fewer --jobs (what is finished is "
-            'kept), and let a script of your own begin with: if __name__ == "__main__"'
-        ) from failure
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started meanwhile leave Ctrl-C to this one, from their very beginning; this one hears it afterwards."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# The work of this process and where it tells, when it is one of the several.
-_work: Callable[[Any, Tell], None] | None = None
-_messages: Any = None
-
-
-def _begin(parcel: Path, lifeline: Any, messages: Any, count: int) -> None:
-    global _work, _messages
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a mask is not inherited
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    torch.set_num_threads(count)
-    _work, _messages = pickle.loads(parcel.read_bytes()), messages  # noqa: S301 - written by the process that began us
-
-
-def _end_with(lifeline: Any) -> None:
-    try:
-        lifeline.recv()
-    except EOFError:
-        os._exit(1)
-
-
-def _do(number: int, task: Any) -> None:
-    assert _work is not None  # noqa: S101 - for the type checker: a process begins before it works
-    _work(task, lambda told: _messages.put((number, told)))
 
 
 # What Ray would otherwise do by itself: run each worker by `uv run` in a copy of the folder; report on its users; print
@@ -613,7 +530,7 @@ class _Actor:
         except LiteMILError as failure:
             yield "error", EngineError(f"--ray: a worker cannot begin on {node}: {failure}")
         except Exception as failure:  # noqa: BLE001 - raised again by the process that asked
-            yield "error", _to_send(failure)
+            yield "error", sendable(failure)
         yield "ended", []
 
     def do(self, task: Any) -> Iterator[tuple[str, Any]]:
@@ -640,20 +557,10 @@ class _Actor:
         try:
             self.work(task, lambda told: messages.put(("told", [told])))
         except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
-            messages.put(("error", _to_send(failure)))
+            messages.put(("error", sendable(failure)))
         finally:
             log.removeHandler(handler)
             messages.put(None)
-
-
-def _to_send(failure: BaseException) -> BaseException:
-    """With its node and traceback as a note, for neither is sent; its text alone where pickle cannot have it."""
-    try:
-        sent = pickle.loads(pickle.dumps(failure))  # noqa: S301 - made here
-    except Exception:  # noqa: BLE001 - its class's own code
-        sent = RuntimeError(f"{type(failure).__name__}: {failure}")
-    sent.add_note(f"on {platform.node()}:\n{''.join(traceback.format_exception(failure))}")
-    return sent
 
 
 class _Forwarding(logging.Handler):

@@ -1,0 +1,201 @@
+"""Worker processes of this machine, fed one task at a time by the process that began them.
+
+A worker that dies takes its task's try with it and nothing else: the others go on. As it may have died of too little
+memory, it is not replaced while another is left, so that its task is tried again with fewer at a time.
+"""
+
+import multiprocessing
+import os
+import pickle
+import platform
+import signal
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from utils.core.errors import EngineError
+from utils.core.runtime import log
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Heard of a task whose worker, at last `process` on `node`, died `times` times: it is done again, elsewhere where
+    there is another node, unless that was `for_good`. Of a process of this machine, `how` it ended is known, and with
+    how many workers the work goes on (`left`).
+    """
+
+    times: int
+    for_good: bool
+    node: str
+    process: int
+    how: str = ""
+    left: int = 0
+
+    def __str__(self) -> str:
+        how_often = "" if self.times == 1 else f" ({self.times} times now)"
+        if self.how:
+            return f"its worker process {self.how}{how_often}"
+        return f"its worker process on {self.node} was lost{how_often}, as when memory runs out or a node goes down"
+
+
+class Pool:
+    """Worker processes that do `tasks` with the pickled work in the file `parcel`; what they tell, `hear` hears."""
+
+    def __init__(self, parcel: Path, tasks: Sequence[Any], hear: Callable[[Any, Any], None]) -> None:
+        self.parcel, self.tasks, self.hear = parcel, tasks, hear
+        self.waiting = deque(range(len(tasks)))
+        self.deaths: Counter[int] = Counter()
+        self.workers: dict[Connection, _Worker] = {}
+        self.has_begun = self.has_ended_one = False
+
+    def run(self, jobs: int) -> None:
+        """Do all tasks, `jobs` at a time. Raises what a task raises; EngineError where no worker can begin."""
+        try:
+            for _ in range(jobs):
+                self._start()
+            while self.workers:
+                for connection in wait(list(self.workers)):
+                    self._receive(self.workers[connection])  # type: ignore[index]
+        finally:
+            for worker in self.workers.values():
+                worker.process.kill()
+                worker.process.join()
+
+    def _start(self) -> None:
+        worker = _Worker.start(self.parcel)
+        self.workers[worker.connection] = worker
+
+    def _receive(self, worker: "_Worker") -> None:
+        try:
+            kind, content = worker.connection.recv()
+        except (EOFError, OSError):
+            self._on_death(worker)
+            return
+        if kind == "error":
+            raise content
+        if kind == "told":
+            self.hear(self.tasks[worker.task], content)
+            return
+        self.has_begun = True
+        self.has_ended_one |= kind == "ended"
+        if self.waiting:
+            worker.task = self.waiting.popleft()
+            worker.connection.send(self.tasks[worker.task])
+        else:
+            self._dismiss(worker)
+
+    def _dismiss(self, worker: "_Worker") -> None:
+        del self.workers[worker.connection]
+        worker.connection.close()  # it then ends by itself
+        worker.process.join()
+
+    def _on_death(self, worker: "_Worker") -> None:
+        self._dismiss(worker)
+        if worker.task < 0:
+            self._on_death_at_the_beginning(worker)
+            return
+        self.deaths[worker.task] += 1
+        times = self.deaths[worker.task]
+        was_alone = all(other.task < 0 for other in self.workers.values())
+        is_for_good = times > 1 and was_alone
+        if not is_for_good:  # the others first, unless it was the only one
+            (self.waiting.appendleft if was_alone else self.waiting.append)(worker.task)
+        elif not self.has_ended_one:  # the others would go the same way
+            self.waiting.clear()
+        if self.waiting and not self.workers:
+            self._start()
+        process = worker.process.pid or 0
+        lost = Lost(times, is_for_good, platform.node(), process, worker.how_it_ended, len(self.workers))
+        self.hear(self.tasks[worker.task], lost)
+
+    def _on_death_at_the_beginning(self, worker: "_Worker") -> None:
+        if not self.has_begun:
+            raise EngineError(
+                f"a worker process ended as it began: it {worker.how_it_ended}; give fewer --jobs, and let a script of "
+                'your own begin with: if __name__ == "__main__"'
+            )
+        log.warning("a worker process %s as it began; %d go on", worker.how_it_ended, len(self.workers))
+        if self.waiting and not self.workers:
+            raise EngineError(f"a worker process {worker.how_it_ended} as it began; give fewer --jobs")
+
+
+@dataclass
+class _Worker:
+    """A process, the connection to it, and the number of the task that it was given, -1 while it begins."""
+
+    process: Any
+    connection: Connection
+    task: int = -1
+
+    @classmethod
+    def start(cls, parcel: Path) -> "_Worker":
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, parcel, torch.get_num_threads()))
+        with _sigint_blocked():
+            process.start()
+        theirs.close()  # so that we are told when the process ends
+        return cls(process, ours)
+
+    @property
+    def how_it_ended(self) -> str:
+        code = self.process.exitcode
+        if code == -signal.SIGKILL:
+            return "was killed (signal 9), as when memory runs out"
+        return f"ended unexpectedly ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Processes started meanwhile leave Ctrl-C to this one, from their very beginning; this one hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(connection: Connection, parcel: Path, threads: int) -> None:
+    """Do in this process what the one that began it sends, until that closes the connection or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a mask is not inherited
+    tasks: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_fetch, args=(connection, tasks), daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        work = pickle.loads(parcel.read_bytes())  # noqa: S301 - written by the process that began us
+        connection.send(("ready", None))
+        while True:
+            work(tasks.get(), lambda content: connection.send(("told", content)))
+            connection.send(("ended", None))
+    except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
+        connection.send(("error", sendable(failure)))
+
+
+def _fetch(connection: Connection, tasks: SimpleQueue) -> None:
+    try:
+        while True:
+            tasks.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def sendable(failure: BaseException) -> BaseException:
+    """With its node and traceback as a note, for neither is sent; its text alone where pickle cannot have it."""
+    try:
+        sent = pickle.loads(pickle.dumps(failure))  # noqa: S301 - made here
+    except Exception:  # noqa: BLE001 - its class's own code
+        sent = RuntimeError(f"{type(failure).__name__}: {failure}")
+    sent.add_note(f"on {platform.node()}:\n{''.join(traceback.format_exception(failure))}")
+    return sent
