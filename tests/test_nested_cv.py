@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ from tests.cohort import write_cohort
 from utils import nested_cv
 from utils.core.config import Protocol, Training
 from utils.core.engine import Lost, Processes, threads
-from utils.core.errors import ConfigError, EngineError, SplitError, TrainingError
+from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
 from utils.learning import results as results_module
 from utils.learning import units
@@ -898,10 +899,55 @@ class TestGrid:
         make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2").run()
         assert "held another run (grid differs)" in aloud.text
 
-    def test_a_setting_that_diverges_is_named(self, dataset, tmp_path, no_figures):
-        with pytest.raises(TrainingError, match=r"outer fold 1, inner fold 1 with lr=1e\+30: .* lower --lr"):
-            make_cv(dataset, tmp_path / "run", grid="lr=1e-2,1e30").run()
-        assert len(list((tmp_path / "run" / "resume").glob("*.pt"))) == 2
+    def test_a_setting_that_diverges_loses_and_the_others_go_on(self, dataset, tmp_path, no_figures, aloud):
+        """A decay of 10 at a rate of 1 multiplies each weight by -9 in every step."""
+        changes = {"weight_decay": 10, "epochs": 12, "n_outer": 2, "grid": "lr=1e-2,1"}
+        results = make_cv(dataset, tmp_path / "run", **changes).run()
+        for fold in results["fold_results"]:
+            assert fold["selection"]["setting"] == {"lr": 0.01}
+            kept, lost = fold["selection"]["settings"]
+            assert lost == {"diverged": True, **dict.fromkeys(kept), "setting": {"lr": 1.0}}
+            assert "diverged" not in kept
+        assert strict_json(tmp_path / "run" / "outputs.json") == results
+        told = r"outer fold 1, inner fold 1 with lr=1\.0: .* lower --lr; this setting is not chosen"
+        assert [bool(re.search(told, message)) for message in aloud.messages].count(True) == 1
+        assert set(pd.read_csv(tmp_path / "run" / "history.csv")["setting"]) == {"lr=0.01"}
+
+    @pytest.fixture
+    def bursting(self, monkeypatch, unfitted):
+        """Trainings at the rates in it diverge."""
+        rates: set[float] = set()
+
+        def fit(factory, dataset, train, val, settings, **named):
+            if settings.lr in rates:
+                raise DivergedError("the loss of epoch 1 is nan; lower --lr")
+            return unfitted(factory, dataset, train, val, settings, **named)
+
+        monkeypatch.setattr(units, "fit", fit)
+        return rates
+
+    def test_that_a_setting_diverged_is_kept_over_a_kill(self, dataset, tmp_path, bursting, monkeypatch, aloud):
+        bursting.add(1e-2)
+        grid = {"grid": "lr=1e-3,1e-2"}
+        make_cv(dataset, tmp_path / "whole", **grid).run()
+        leave_unfinished(make_cv(dataset, tmp_path / "run", **grid))
+        monkeypatch.setattr(units, "fit", None)
+        aloud.clear()
+        make_cv(dataset, tmp_path / "run", **grid).run()
+        assert_same(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+        assert aloud.text.count("this setting is not chosen") == N_OUTER
+
+    def test_where_all_settings_diverge_the_run_ends(self, dataset, tmp_path, bursting):
+        bursting |= {1e-3, 1e-2}
+        told = r"outer fold 1, inner fold 1 with lr=0\.001: .* leave this setting out"
+        with pytest.raises(TrainingError, match=told):
+            make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2").run()
+
+    def test_without_a_grid_a_training_that_diverges_ends_the_run(self, dataset, tmp_path, bursting):
+        bursting.add(1e-2)
+        with pytest.raises(TrainingError, match=r"outer fold 1, inner fold 1: the loss of epoch 1 is nan; lower --lr$"):
+            make_cv(dataset, tmp_path / "run").run()
+        assert not list((tmp_path / "run" / "resume").glob("*.pt"))
 
 
 class TestMonitor:

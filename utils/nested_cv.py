@@ -10,7 +10,7 @@ import pickle
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,33 +29,16 @@ from utils.core.files import appeared, digest, read_json, write_json
 from utils.core.runtime import log, progress, progress_bar, versions
 from utils.learning import plan, results
 from utils.learning.aggregation import SlideFeed
-from utils.learning.calibration import fitted_temperature
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
-from utils.learning.metrics import auc_is_defined, fitted_threshold
+from utils.learning.choice import Choice, choose, mean_validation
+from utils.learning.metrics import auc_is_defined
 from utils.learning.results import FoldResult, Pooled
 from utils.learning.run_folder import RunFolder
-from utils.learning.selection import best_of, grid_settings, mean_rank, rank, read_grid, refit_epochs
+from utils.learning.selection import best_of, grid_settings, rank, read_grid, refit_epochs
 from utils.learning.splits import OuterFold, few_patients, given_splits, repeated_splits
-from utils.learning.training import Bags, Fitted, predict_slides
+from utils.learning.training import Bags, Diverged, Fitted, predict_slides
 from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What inner validation chose for an outer fold: the setting (from 1), its inner models, the best of them, and the
-    decision threshold and temperature that fit them.
-    """
-
-    fold: OuterFold
-    monitor: str
-    setting: int
-    fitted: list[Fitted]
-    best: int
-    threshold: float | None
-    temperature: float | None
-    scores: list[dict[str, Any]]
-    history: list[dict[str, Any]]
 
 
 class NestedCrossValidation:
@@ -293,28 +276,16 @@ class NestedCrossValidation:
         )
         return "slide_loss"
 
-    def _choice(self, fold: OuterFold, units: Sequence[Unit]) -> _Choice:
-        trained: list[list[Fitted]] = [[] for _ in self.settings]
+    def _choice(self, fold: OuterFold, units: Sequence[Unit]) -> Choice:
+        trained: list[list[Fitted | Diverged]] = [[] for _ in self.settings]
         history = []
         for unit in units:
-            fitted = self._fitted(unit)
+            fitted = self._kept(unit)
             trained[unit.setting - 1].append(fitted)
             history += self._history(unit, fitted)
-        monitor = units[0].monitor
-        setting = best_of([mean_rank([one.validation for one in inner], monitor) for inner in trained])
-        chosen = trained[setting]
-        scores = [
-            {"setting": self.settings[index].values, **_mean_validation(inner)} for index, inner in enumerate(trained)
-        ]
-        best = best_of([rank(one.validation, monitor) for one in chosen])
-        # All inner validation slides, each as the model that left it out saw it.
-        labels = self.dataset.labels[np.concatenate([inner.val for inner in fold.inner])]
-        seen = np.concatenate([one.val_probabilities.numpy() for one in chosen])
-        threshold = fitted_threshold(labels, seen[:, 1]) if len(self.dataset.class_names) == 2 else None
-        temperature = fitted_temperature(labels, seen)
-        return _Choice(fold, monitor, setting + 1, chosen, best, threshold, temperature, scores, history)
+        return choose(fold, units[0].monitor, self.settings, trained, self.dataset.labels, history)
 
-    def _refit_unit(self, choice: _Choice) -> Unit:
+    def _refit_unit(self, choice: Choice) -> Unit:
         epochs = refit_epochs([fitted.epoch for fitted in choice.fitted])
         return Unit(choice.fold, choice.setting, 0, epochs, choice.monitor)
 
@@ -323,7 +294,7 @@ class NestedCrossValidation:
         longest = max(units, key=lambda unit: unit.epochs)
         return replace(longest, fold=fold, inner=0)
 
-    def _fitted(self, unit: Unit) -> Fitted:
+    def _kept(self, unit: Unit) -> Fitted | Diverged:
         if self.cluster.is_asked_for:
             appeared(self.trainer.path(unit))
         fitted = self.trainer.kept(unit)
@@ -331,11 +302,13 @@ class NestedCrossValidation:
             raise TrainingError(f"{self.trainer.path(unit)}: was removed or damaged meanwhile; give the command again")
         return fitted
 
-    def _history(self, unit: Unit, fitted: Fitted) -> list[dict[str, Any]]:
+    def _history(self, unit: Unit, fitted: Fitted | Diverged) -> list[dict[str, Any]]:
+        if isinstance(fitted, Diverged):
+            return []
         head = {"fold": unit.fold.number, "setting": str(self.settings[unit.setting - 1]), "inner": unit.inner}
         return [head | row for row in fitted.history]
 
-    def _tested(self, choice: _Choice, dataset: Bags) -> FoldResult:
+    def _tested(self, choice: Choice, dataset: Bags) -> FoldResult:
         """Test the fold's model, as `final` makes it, on its test slides, and keep it."""
         final, history = self.protocol.final, choice.history
         best = choice.fitted[choice.best]
@@ -355,11 +328,12 @@ class NestedCrossValidation:
             record |= {"epoch": None, "epochs": [fitted.epoch for fitted in choice.fitted]}
         if final == "refit":
             unit = self._refit_unit(choice)
-            refitted = self._fitted(unit)
+            refitted = self._kept(unit)
+            assert isinstance(refitted, Fitted)  # noqa: S101 - for the type checker: one that diverges ends the run
             states, history = [refitted.state_dict], history + self._history(unit, refitted)
             record |= {"epoch": refitted.epoch}
         if final != "best":
-            record |= _mean_validation(choice.fitted)
+            record |= mean_validation(choice.fitted)
         model = self._model(choice.setting, states)
         outputs = predict_slides(model.to(self.device), dataset, choice.fold.test, self.trainer.feed)
         record |= {"threshold": choice.threshold, "settings": choice.scores}
@@ -485,15 +459,6 @@ def _configs(settings: Mapping[str, Any], *kinds: type) -> list[Any]:
         kind(**{name: value for name, value in settings.items() if name in known})
         for kind, known in zip(kinds, names, strict=True)
     ]
-
-
-def _mean_validation(fitted: Sequence[Fitted]) -> dict[str, float | None]:
-    """The inner models' mean validation figures; None where one of them is undefined."""
-    means: dict[str, float | None] = {}
-    for name in fitted[0].validation:
-        values = [value for one in fitted if (value := one.validation[name]) is not None]
-        means[name] = float(np.mean(values)) if len(values) == len(fitted) else None
-    return means
 
 
 def _spec_of(model_factory: ModelFactory) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class TrainingError(LiteMILError):
     """A training that cannot go on, such as a loss that is not finite."""
 
 
+class DivergedError(TrainingError):
+    """A training whose loss or answers are no finite numbers any more."""
+
+
 class EngineError(LiteMILError):
     """Work sent to other processes that did not come back."""
 

@@ -14,7 +14,7 @@ from MILS.pooling import BagModel, evaluating
 from utils.bags.collate import Batch
 from utils.core.config import Training
 from utils.core.device import amp_dtype, seed_everything
-from utils.core.errors import TrainingError
+from utils.core.errors import DivergedError
 from utils.core.runtime import ahead, derive_seed
 from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features
 from utils.learning.metrics import balanced_class_weights, classification_metrics, log_loss
@@ -47,6 +47,13 @@ class Fitted:
     history: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Diverged:
+    """A training that ended without a model, and why."""
+
+    reason: str
+
+
 class ModelTraining:
     """A fresh model in training on some slides, one epoch after the other.
 
@@ -76,7 +83,7 @@ class ModelTraining:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
 
     def epoch(self, number: int) -> dict[str, Any]:
-        """Train for one epoch, the `number`-th from 1; its row of history. Raises TrainingError at a loss that is not
+        """Train for one epoch, the `number`-th from 1; its row of history. Raises DivergedError at a loss that is not
         finite.
         """
         rate = learning_rate(number, self.settings)
@@ -86,10 +93,8 @@ class ModelTraining:
         seed_everything(epoch_seed)
         loss = self._steps(self._fed(epoch_seed))
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of epoch {number} is {loss} at learning rate {rate:.3g}; "
-                "lower --lr, or give --precision fp32"
-            )
+            remedy = "lower --lr" + (", or give --precision fp32" if self.amp_dtype is not None else "")
+            raise DivergedError(f"the loss of epoch {number} is {loss} at learning rate {rate:.3g}; {remedy}")
         return {"epoch": number, "train_loss": loss, "lr": rate}
 
     def _fed(self, seed: int) -> Iterable[Batch]:
@@ -145,7 +150,7 @@ def fit(
     """Train a fresh model on the slides `train`, keep the epoch that does best on the slides `val`.
 
     `monitor` says by which slide-level figure (see `selection.rank`); a training without a better one for
-    `settings.patience` epochs ends. `on_epoch` hears each epoch's row of history. Raises TrainingError at a loss or an
+    `settings.patience` epochs ends. `on_epoch` hears each epoch's row of history. Raises DivergedError at a loss or an
     answer that is not finite.
     """
     training = ModelTraining(model_factory, dataset, train, settings, seed, device)
@@ -208,9 +213,11 @@ def validate(
 
 
 def predict_slides(model: BagModel, dataset: Bags, slides: np.ndarray, feed: SlideFeed) -> list[SlideOutput]:
-    """The model's answer for each slide. Raises TrainingError at one that is not finite."""
+    """The model's answer for each slide. Raises DivergedError at one that is not finite."""
     with evaluating(model):  # once, and not for each slide again
         outputs = [predict_features(model, dataset.features(int(slide)), feed) for slide in slides]
     if not all(np.isfinite(output.probabilities).all() for output in outputs):
-        raise TrainingError("the model's answer for a slide is not finite; lower --lr, or give --precision fp32")
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        remedy = "lower --lr" + ("" if on_cpu else ", or give --precision fp32")  # which is on already on a CPU
+        raise DivergedError(f"the model's answer for a slide is not finite; {remedy}")
     return outputs

@@ -12,13 +12,13 @@ from MILS import build_mil
 from MILS.pooling import BagModel
 from utils.core.config import Training
 from utils.core.engine import Tell
-from utils.core.errors import TrainingError
+from utils.core.errors import DivergedError, TrainingError
 from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.core.tensors import load_tensors, save_tensors
 from utils.learning.aggregation import SlideFeed
 from utils.learning.selection import Setting
 from utils.learning.splits import OuterFold
-from utils.learning.training import Bags, Fitted, fit, refit
+from utils.learning.training import Bags, Diverged, Fitted, fit, refit
 
 ModelFactory = Callable[[], BagModel]
 
@@ -62,9 +62,12 @@ class Trainer:
             part = f"inner fold {unit.inner}" if unit.inner else "refit"
             setting = str(self.settings[unit.setting - 1])
             at_setting = f" with {setting}" if setting else ""
-            remedy = "; or leave this setting out of --grid" if setting else ""
-            raise TrainingError(f"outer fold {unit.fold.number}, {part}{at_setting}: {error}{remedy}") from error
-        save_tensors(self.path(unit), {part.name: getattr(fitted, part.name) for part in fields(Fitted)})
+            reason = f"outer fold {unit.fold.number}, {part}{at_setting}: {error}"
+            if not (isinstance(error, DivergedError) and unit.inner and len(self.settings) > 1):
+                remedy = "; or leave this setting out of --grid" if setting else ""
+                raise TrainingError(f"{reason}{remedy}") from error
+            fitted = Diverged(reason)  # the other settings may do
+        save_tensors(self.path(unit), {part.name: getattr(fitted, part.name) for part in fields(fitted)})
         tell(None)
 
     def _train(self, unit: Unit, tell: Tell) -> Fitted:
@@ -89,13 +92,14 @@ class Trainer:
     def path(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.pt"
 
-    def kept(self, unit: Unit) -> Fitted | None:
+    def kept(self, unit: Unit) -> Fitted | Diverged | None:
         """The unit as an earlier run, or another process, ended it; None where there is none that can be read."""
         path = self.path(unit)
         if not path.is_file():
             return None
         try:
-            return Fitted(**load_tensors(path, TrainingError, "resume state"))
+            content = load_tensors(path, TrainingError, "resume state")
+            return Diverged(**content) if "reason" in content else Fitted(**content)
         except (TrainingError, TypeError):
             log.warning("%s: damaged resume state; this training is done again", path)
             path.unlink()
