@@ -35,6 +35,8 @@ STREAMED_ROWS = defaultdict(lambda: 2**16, cpu=4096)
 GROUPED_ROWS = 2**14
 # A bag of more instances keeps nothing of their embeddings for the way back.
 SAVED_ROWS = 2**18
+# The buffers of a model that standardises its features.
+_SCALE = ("feature_mean", "feature_std")
 
 
 class BagModel(nn.Module):
@@ -45,8 +47,12 @@ class BagModel(nn.Module):
     is and which bags share the batch change nothing.
 
     A subclass hands its hyperparameters to `super().__init__`, which checks and remembers them: `model.spec` rebuilds
-    the model with `build_mil(**model.spec)`.
+    the model with `build_mil(**model.spec)`. Its forward takes x through `cast`, which also standardises features where
+    that was set (`set_feature_scale`): the map is part of the weights, and needs no word where the model is used.
     """
+
+    feature_mean: Tensor | None
+    feature_std: Tensor | None
 
     def __init__(self, input_dim: int, num_classes: int, **hyperparameters: Any) -> None:
         super().__init__()
@@ -56,6 +62,22 @@ class BagModel(nn.Module):
         self.input_dim = input_dim
         self.num_classes = num_classes
         self.hyperparameters = hyperparameters
+        for name in _SCALE:
+            self.register_buffer(name, None)
+
+    def set_feature_scale(self, mean: Tensor | None, std: Tensor | None) -> None:
+        """Standardise features from here on, `(x - mean) / std`, each (D,); None for both leaves them as they are."""
+        like = next(self.parameters())
+        for name, values in zip(_SCALE, (mean, std), strict=True):
+            setattr(self, name, None if values is None else values.to(like.device, like.dtype))
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is handed on
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        for name in _SCALE:
+            stored = state_dict.get(prefix + name)
+            setattr(self, name, None if stored is None else torch.empty_like(stored))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -119,7 +141,11 @@ class BagModel(nn.Module):
         return torch.stack([logits[i] for i in order]), {key: [found[i] for i in order] for key, found in aux.items()}
 
     def cast(self, x: Tensor) -> Tensor:
-        """x in the type the first layer wants: the parameters' own, or left to autocast where that is on."""
+        """x standardised, where that was set, in the type the first layer wants: the parameters' own, or left to
+        autocast where that is on.
+        """
+        if self.feature_mean is not None and self.feature_std is not None:
+            x = (x.to(torch.promote_types(x.dtype, self.feature_mean.dtype)) - self.feature_mean) / self.feature_std
         if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
             return x
         return x.to(self.dtype)
@@ -267,7 +293,7 @@ class MergeableModel(BagModel, Generic[S]):
         return self.summarise_product(self.product(self.prepared(x, mask)), mask)
 
     def prepared(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, n, D) as the first layer takes it."""
+        """x (B, n, D) as the first layer takes it, standardised where that was set."""
         if mask is not None:
             # Weight 0 alone would not do: 0 x NaN is NaN, in the sum and in the gradients of the first layer.
             x = x.masked_fill(mask.unsqueeze(-1), 0)

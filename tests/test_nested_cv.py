@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,8 @@ import torch
 from MILS import build_mil, list_mils
 from tests.cohort import write_cohort
 from utils import nested_cv
+from utils.bags.inventory import FileRecord
+from utils.bags.store import read_bag, write_bag
 from utils.core.config import Protocol, Training
 from utils.core.engine import Lost, Processes, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
@@ -35,6 +37,7 @@ from utils.learning.checkpoint import id_digests, load_checkpoint
 from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, fitted_threshold
 from utils.learning.results import NO_PATIENTS, closing_words, results_table
 from utils.learning.run_folder import RunFolder
+from utils.learning.scale import feature_scale
 from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Fitted
 from utils.mil_dataset import MILDataset
@@ -168,7 +171,7 @@ class TestOutputs:
         assert {path.name for path in finished.folder.iterdir()} == {
             *(f"fold_{k}_best.pth" for k in range(1, N_OUTER + 1)),
             "all_folds_best.pth", "outputs.json", "splits.json", "predictions.csv", "history.csv", "run.json",
-            "gallery.csv", "roc.png", "confusion_matrix.png", "calibration.png", "learning_curves.png",
+            "features.csv", "gallery.csv", "roc.png", "confusion_matrix.png", "calibration.png", "learning_curves.png",
         }  # fmt: skip
 
     def test_predictions_have_one_out_of_fold_row_per_slide_in_table_order(self, finished, dataset):
@@ -781,6 +784,48 @@ class TestFolder:
         make_cv(MILDataset(csv_path, features, chunk_size=20), tmp_path / "run").run()
         assert (tmp_path / "run.1" / "outputs.json").is_file()
 
+    def test_changed_features_are_named(self, tmp_path, unfitted, aloud):
+        csv_path, features = write_cohort(tmp_path / "cohort", patches=(20, 20))
+        make_cv(MILDataset(csv_path, features, chunk_size=20), tmp_path / "run").run()
+        path = sorted(features.iterdir())[3]
+        path.write_bytes((write_cohort(tmp_path / "other", patches=(20, 20), seed=1)[1] / path.name).read_bytes())
+        make_cv(MILDataset(csv_path, features, chunk_size=20), tmp_path / "run").run()
+        assert f"held another run (features of {path.stem} differs)" in aloud.text
+
+    @pytest.mark.parametrize("is_finished", [True, False])
+    def test_files_that_were_only_touched_leave_a_run_what_it_is(
+        self, is_finished, tmp_path, unfitted, monkeypatch, aloud
+    ):
+        csv_path, features = write_cohort(tmp_path / "cohort", patches=(5, 50))
+        cv = make_cv(MILDataset(csv_path, features, chunk_size=20), tmp_path / "run")
+        cv.run() if is_finished else leave_unfinished(cv)
+        for path in features.iterdir():
+            os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
+        monkeypatch.setattr(units, "fit", None)
+        read = FileRecord.of
+        reads: list[str] = []
+        monkeypatch.setattr(FileRecord, "of", lambda wsi_id, *rest: reads.append(wsi_id) or read(wsi_id, *rest))
+        for times in (1, 2):
+            make_cv(MILDataset(csv_path, features, chunk_size=20), tmp_path / "run").run()
+            assert len(reads) == 24, f"read in run {times}"
+        assert not (tmp_path / "run.1").exists()
+
+    @pytest.mark.parametrize("is_finished", [True, False])
+    def test_a_run_of_an_earlier_version_goes_on(self, is_finished, dataset, tmp_path, unfitted, monkeypatch, aloud):
+        """It knew the feature files by size and time, and nothing of standardising."""
+        cv = make_cv(dataset, tmp_path / "run")
+        cv.run() if is_finished else leave_unfinished(cv)
+        record = read_json(tmp_path / "run" / "run.json")
+        del record["identity"]["features"], record["identity"]["standardized"]
+        record["identity"]["slides"] = cv._slides_by_time()
+        write_text(tmp_path / "run" / "run.json", json.dumps(record))
+        (tmp_path / "run" / "features.csv").unlink()
+        monkeypatch.setattr(units, "fit", None)
+        monkeypatch.setattr(FileRecord, "of", None)
+        make_cv(dataset, tmp_path / "run").run()
+        assert not (tmp_path / "run.1").exists()
+        assert read_json(tmp_path / "run" / "run.json")["identity"] == record["identity"]
+
     def test_a_folder_that_is_not_a_run_is_left_alone(self, dataset, tmp_path, unfitted):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.txt").write_text("years of work")
@@ -948,6 +993,64 @@ class TestGrid:
         with pytest.raises(TrainingError, match=r"outer fold 1, inner fold 1: the loss of epoch 1 is nan; lower --lr$"):
             make_cv(dataset, tmp_path / "run").run()
         assert not list((tmp_path / "run" / "resume").glob("*.pt"))
+
+
+class TestStandardize:
+    def scaled(self, folder: Path, factor: float) -> MILDataset:
+        """The cohort of the other tests, its features so many times as large."""
+        csv_path, features = write_cohort(folder, patches=(5, 50), dtype="float32")
+        for path in features.iterdir():
+            bag = read_bag(path)
+            write_bag(path, replace(bag, features=bag.features * np.float32(factor)))
+        return MILDataset(csv_path, features, chunk_size=20)
+
+    def test_features_of_usual_scale_are_left_alone(self, finished, dataset, tmp_path):
+        assert finished.results["standardize"] | {"rms": None} == {"asked": "auto", "folds": [], "rms": None}
+        make_cv(dataset, tmp_path / "run", standardize="off").run()
+        found, expected = contents(tmp_path / "run"), contents(finished.folder)
+        assert [name for name in expected if found[name] != expected[name]] == ["outputs.json"]
+        assert "feature_mean" not in load_checkpoint(finished.folder / "all_folds_best.pth").state_dict
+
+    def test_the_decision_is_no_other_run_where_it_decides_the_same(self, finished, dataset):
+        assert make_cv(dataset, finished.folder, standardize="off").run() == finished.results
+
+    @pytest.mark.parametrize("final", ["best", "ensemble", "refit"])
+    def test_features_of_another_scale_are_standardised_as_a_part_of_the_model(
+        self, final, tmp_path, aloud, no_figures
+    ):
+        data = self.scaled(tmp_path / "cohort", 1e4)
+        cv = make_cv(data, tmp_path / "run", final=final)
+        results = cv.run()
+        assert results["standardize"]["folds"] == [1, 2, 3]
+        assert aloud.text.count("each feature is standardised (--standardize off leaves them as they are)") == 1
+        predictions = pd.read_csv(tmp_path / "run" / "predictions.csv")
+        for number, fold in enumerate(cv.folds(), start=1):
+            model = load_checkpoint(tmp_path / "run" / f"fold_{number}_best.pth").build()
+            for slide in fold.test.tolist():
+                output = predict_features(model, data.features(slide), SlideFeed(20, "mean"))
+                assert predictions["prob_malignant"][slide] == pytest.approx(output.probabilities[1], abs=1e-6)
+            inner = results["fold_results"][number - 1]["selection"]["inner_fold"] or 1
+            used = fold.train if final == "refit" else fold.inner[inner - 1].train
+            mean, _ = feature_scale(data.features, used)
+            stored = load_checkpoint(tmp_path / "run" / f"fold_{number}_best.pth").state_dict
+            assert torch.equal(stored["members.0.feature_mean" if final == "ensemble" else "feature_mean"], mean)
+
+    def test_a_killed_run_goes_on_standardising(self, tmp_path, no_figures, monkeypatch):
+        data = self.scaled(tmp_path / "cohort", 1e-4)
+        make_cv(data, tmp_path / "whole", n_outer=2).run()
+        leave_unfinished(make_cv(data, tmp_path / "run", n_outer=2))
+        monkeypatch.setattr(units, "fit", None)
+        make_cv(data, tmp_path / "run", n_outer=2).run()
+        assert_same(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+
+    def test_asked_for_or_not_it_is_another_run(self, dataset, tmp_path, unfitted, aloud):
+        make_cv(dataset, tmp_path / "run").run()
+        make_cv(dataset, tmp_path / "run", standardize="on").run()
+        assert "held another run (standardized differs)" in aloud.text
+
+    def test_turned_off_it_says_what_that_costs(self, tmp_path, unfitted, aloud):
+        make_cv(self.scaled(tmp_path / "cohort", 1e4), tmp_path / "run", standardize="off").run()
+        assert "they may learn little; give --standardize auto" in aloud.text
 
 
 class TestMonitor:

@@ -18,13 +18,14 @@ from torch.utils.data import Dataset
 
 from utils.bags import labels
 from utils.bags.collate import Batch, Chunk, collate, cut_chunks, num_chunks
-from utils.bags.feature_folder import FeatureFolder
+from utils.bags.feature_folder import FeatureFolder, refuse
+from utils.bags.inventory import FileRecord, take_inventory
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
 from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
 from utils.bags.table import read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.config import Cohort
-from utils.core.errors import ConfigError, FeatureFileError, LabelsError, LiteMILError, RecipeError, meant
+from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant
 from utils.core.passport import COMPARED_FIELDS, recipe_differences
 from utils.core.runtime import available_memory, log, progress
 
@@ -34,8 +35,6 @@ SHUFFLE_WINDOW = 2**18
 _MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
 # Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
 _MEMORY_SHARE = 0.25
-# Of several faulty feature files so many are named.
-_MOST_FAULTS = 5
 
 
 class MILDataset(Dataset):
@@ -192,6 +191,12 @@ class MILDataset(Dataset):
         """`(N, D)`, float16 or float32 as stored; it may be the cache itself, so copy it before you change it."""
         return self._features(self._number(slide))
 
+    def inventory(self, known: Mapping[str, FileRecord]) -> list[FileRecord]:
+        """Return what each slide's feature file holds, in the table's order; only files that are not `known`, or have
+        changed since, are read. Raises FeatureFileError, naming all files that cannot be read.
+        """
+        return take_inventory(self.rows, self.info, self._features, known)
+
     def batches(
         self, slides: Sequence[int] | np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
     ) -> Iterator[Batch]:
@@ -272,7 +277,7 @@ class MILDataset(Dataset):
             for row, info in zip(self.rows, self.info, strict=True)
             if info.dim != width
         ]
-        self._refuse(FeatureFileError, faults, "; extract all slides with one backbone")
+        refuse(FeatureFileError, faults, len(self), "; extract all slides with one backbone")
 
     def _check_recipes(self) -> None:
         said: dict[str, tuple[Path, Any]] = {}  # by the first file that records the field: some record only a part
@@ -287,16 +292,7 @@ class MILDataset(Dataset):
                 if differences:
                     faults.append(f"{row.path}: made in another way than {first} ({'; '.join(differences)})")
                     break
-        self._refuse(RecipeError, faults, "; extract all slides with one recipe")
-
-    def _refuse(self, error: type[LiteMILError], faults: Sequence[str], remedy: str = "") -> None:
-        """Raise `error` if there are faults of feature files; of several, it counts them and names the first five."""
-        if len(faults) > 1:
-            more = f"; and {len(faults) - _MOST_FAULTS} more (utils.audit names all)" if faults[_MOST_FAULTS:] else ""
-            shown = "; ".join(faults[:_MOST_FAULTS])
-            raise error(f"{len(faults)} of {len(self)} feature files cannot be used: {shown}{more}{remedy}")
-        if faults:
-            raise error(f"{faults[0]}{remedy}")
+        refuse(RecipeError, faults, len(self), "; extract all slides with one recipe")
 
     def _look(self, packed: Path | None) -> list[BagInfo]:
         """What each feature file holds, without its features; from the packed file where it is there."""
@@ -308,7 +304,7 @@ class MILDataset(Dataset):
                 info.append((opened.info(path) if opened else None) or peek_bag(path, self.feat_type))
             except FeatureFileError as error:
                 faults.append(str(error))
-        self._refuse(FeatureFileError, faults)
+        refuse(FeatureFileError, faults, len(self))
         return info
 
     def _open_features(

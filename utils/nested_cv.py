@@ -8,7 +8,7 @@ results = cv.run()
 import json
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -21,11 +21,12 @@ import torch
 from MILS import ModelError
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
+from utils.bags.inventory import read_inventory
 from utils.core.config import Cluster, CohortFiles, Protocol, Running, Training, check_names
 from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata
 from utils.core.engine import Engine, Lost, Processes, open_engine, refuse_rerun, threads
-from utils.core.errors import ConfigError, EngineError, TrainingError, counted
-from utils.core.files import appeared, digest, read_json, write_json
+from utils.core.errors import ConfigError, EngineError, TrainingError, counted, named
+from utils.core.files import appeared, digest, read_json, write_json, write_records
 from utils.core.runtime import log, progress, progress_bar, versions
 from utils.learning import plan, results
 from utils.learning.aggregation import SlideFeed
@@ -34,11 +35,15 @@ from utils.learning.choice import Choice, choose, mean_validation
 from utils.learning.metrics import auc_is_defined
 from utils.learning.results import FoldResult, Pooled
 from utils.learning.run_folder import RunFolder
+from utils.learning.scale import Standardization
 from utils.learning.selection import best_of, grid_settings, rank, read_grid, refit_epochs
 from utils.learning.splits import OuterFold, few_patients, given_splits, repeated_splits
 from utils.learning.training import Bags, Diverged, Fitted, predict_slides
 from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
+
+# What the features were, beside the results.
+INVENTORY = "features.csv"
 
 
 class NestedCrossValidation:
@@ -115,10 +120,10 @@ class NestedCrossValidation:
         """Train what is not trained yet, write every result, return the content of `outputs.json`."""
         refuse_rerun()
         folds = self.folds()
-        folder = RunFolder(self.output_dir, self._identity(folds))
+        folder = RunFolder(self.output_dir)
         with self._engine() as engine, folder.held():
             with threads(engine.threads):
-                begun = folder.take(self._record(engine))
+                begun, standardization = self._begin(folder, folds, engine)
             if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
             else:
@@ -126,13 +131,37 @@ class NestedCrossValidation:
                 self._warn_of_few_patients(folds)
                 write_json(self.output_dir / "splits.json", self._splits_content(folds))
                 with threads(self._threads_of(begun, engine)):
-                    self._write_results(self._run_folds(folds, engine))
+                    self._write_results(self._run_folds(folds, engine, standardization), standardization)
                     seconds = round(time.time() - started, 1)
                     # On Ray others than this process needed it.
                     memory = None if self.cluster.is_asked_for else peak_memory(self.device)
                     folder.finish(self._record(engine) | {"seconds": seconds, "peak_memory": memory})
             folder.clear_leftovers()
         return read_json(self.output_dir / "outputs.json")
+
+    def _begin(
+        self, folder: RunFolder, folds: list[OuterFold], engine: Engine
+    ) -> tuple[dict[str, Any], Standardization]:
+        """Take the folder; return its run.json, and in which folds models standardise features."""
+        asked, there = self.training.standardize, folder.record()
+        known = {} if there is None else there["identity"]
+        earlier = self._identity(folds) | {"slides": self._slides_by_time()}
+        if asked != "on" and "features" not in known and all(known.get(name) == earlier[name] for name in earlier):
+            return folder.take(earlier, {}), Standardization(asked)  # of a version that did not look at features
+        before = read_inventory(self.output_dir / INVENTORY)
+        records = self.dataset.inventory(before)
+        standardization = Standardization.decide(asked, folds, np.array([record.rms for record in records]))
+        identity = self._identity(folds) | {
+            "slides": digest(*(f"{row.wsi_id}\t{row.case_id}\t{row.label}" for row in self.dataset.rows)),
+            "features": digest(*(record.sha256 for record in records)),
+            "standardized": list(standardization.folds),
+        }
+        changed = [one.wsi_id for one in records if one.wsi_id in before and before[one.wsi_id].sha256 != one.sha256]
+        details = {"features": f"features of {named(changed)}"} if changed else {}
+        begun = folder.take(identity, self._record(engine), details)
+        if records != list(read_inventory(self.output_dir / INVENTORY).values()):
+            write_records(self.output_dir / INVENTORY, records)
+        return begun, standardization
 
     @property
     def _is_sent_away(self) -> bool:
@@ -203,10 +232,10 @@ class NestedCrossValidation:
         if warning:
             log.warning(warning)
 
-    def units(self, folds: Sequence[OuterFold]) -> list[Unit]:
-        """The inner trainings, in their order."""
+    def units(self, folds: Sequence[OuterFold], standardized: Collection[int] = ()) -> list[Unit]:
+        """The inner trainings, in their order; in folds of the numbers `standardized` models standardise features."""
         return [
-            Unit(fold, setting, inner, self._training_of(setting).epochs, monitor)
+            Unit(fold, setting, inner, self._training_of(setting).epochs, monitor, fold.number in standardized)
             for fold in folds
             for monitor in [self._monitor(fold)]
             for setting in range(1, len(self.settings) + 1)
@@ -216,13 +245,13 @@ class NestedCrossValidation:
     def _training_of(self, setting: int) -> Training:
         return replace(self.training, **self.settings[setting - 1].training)
 
-    def _run_folds(self, folds: list[OuterFold], engine: Engine) -> list[FoldResult]:
+    def _run_folds(self, folds: list[OuterFold], engine: Engine, standardization: Standardization) -> list[FoldResult]:
         trainer = self.trainer
         if self._is_sent_away:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
             told = counted(engine.jobs, "training"), counted(torch.get_num_threads(), "thread")
             log.info("%s at a time, on %s each", *told)
-        units = self.units(folds)
+        units = self.units(folds, standardization.folds)
         self._train(trainer, units, engine)
         choices = [self._choice(fold, [unit for unit in units if unit.fold is fold]) for fold in folds]
         if self.protocol.final == "refit":
@@ -287,7 +316,8 @@ class NestedCrossValidation:
 
     def _refit_unit(self, choice: Choice) -> Unit:
         epochs = refit_epochs([fitted.epoch for fitted in choice.fitted])
-        return Unit(choice.fold, choice.setting, 0, epochs, choice.monitor)
+        standardizes = "feature_mean" in choice.fitted[0].state_dict
+        return Unit(choice.fold, choice.setting, 0, epochs, choice.monitor, standardizes)
 
     def _longest_refit(self, units: Sequence[Unit], fold: OuterFold) -> Unit:
         """The refit of the setting with the most epochs."""
@@ -369,7 +399,7 @@ class NestedCrossValidation:
             ),
         )
 
-    def _write_results(self, folds: list[FoldResult]) -> None:
+    def _write_results(self, folds: list[FoldResult], standardization: Standardization) -> None:
         data, seed = self.dataset, self.protocol.seed
         self._save_best(folds)
         pooled = Pooled.of(folds, data)
@@ -378,7 +408,7 @@ class NestedCrossValidation:
         history = pd.DataFrame([row for fold in folds for row in fold.history])
         results.write_table(self.output_dir / "history.csv", history)
         results.draw_figures(self.output_dir, pooled, history, data.class_names, seed)
-        head = {"model": self.spec, "dataset": self.dataset_name}
+        head = {"model": self.spec, "dataset": self.dataset_name, "standardize": standardization.as_dict()}
         write_json(self.output_dir / "outputs.json", head | results.outputs_content(folds, pooled, data, seed))
 
     def _save_best(self, folds: list[FoldResult]) -> None:
@@ -409,16 +439,13 @@ class NestedCrossValidation:
         }
 
     def _identity(self, folds: list[OuterFold]) -> dict[str, Any]:
-        """What makes two runs the same: with it unchanged, finished parts are kept."""
-        files = [(row.wsi_id, row.case_id, row.label, row.path.stat()) for row in self.dataset.rows]
-        slides = "\n".join(
-            f"{wsi}\t{case}\t{label}\t{stat.st_size}\t{stat.st_mtime_ns}" for wsi, case, label, stat in files
-        )
+        """What makes two runs the same, the slides aside: with it unchanged, finished parts are kept."""
         protocol = {name: value for name, value in asdict(self.protocol).items() if name != "grid"}
+        training = {name: value for name, value in asdict(self.training).items() if name != "standardize"}
         given = json.dumps(self._splits_content(folds)) if self.protocol.splits else None
         return {
             "model": self.spec,
-            "training": asdict(self.training),
+            "training": training,
             **protocol,
             "splits": given and digest(given),
             "grid": [str(setting) for setting in self.settings],
@@ -426,9 +453,14 @@ class NestedCrossValidation:
             "device": self.device.type,
             "feat_type": self.dataset.feat_type,
             "class_names": list(self.dataset.class_names),
-            "slides": digest(slides),
             "groups": digest(*self.dataset.groups),
         }
+
+    def _slides_by_time(self) -> str:
+        """Return the digest of ids, labels, file sizes and times, by which earlier versions knew the slides."""
+        files = [(row, row.path.stat()) for row in self.dataset.rows]
+        lines = [(row.wsi_id, row.case_id, row.label, stat.st_size, stat.st_mtime_ns) for row, stat in files]
+        return digest("\n".join("\t".join(map(str, line)) for line in lines))
 
     def _record(self, engine: Engine) -> dict[str, Any]:
         return {"dataset": self.dataset_name, "jobs": engine.jobs, **run_metadata(self.device)}

@@ -196,6 +196,32 @@ def test_only_what_is_new_or_changed_is_read_again(files, store, paths, reads):
     assert same(features, more)
 
 
+def test_files_that_were_only_touched_are_compared_and_not_packed_again(files, store, paths, reads):
+    pack(store, files)
+    inode = store.stat().st_ino
+    for path in paths[:3]:
+        os.utime(path, ns=(path.stat().st_mtime_ns + 10**9,) * 2)
+    touched = files_of(paths)
+    reads.clear()
+    features = pack(store, touched)
+    assert reads == ["S0.h5", "S1.h5", "S2.h5"]
+    assert store.stat().st_ino == inode, "it was written anew"
+    assert same(features, touched)
+    reads.clear()
+    pack(store, touched)
+    assert reads == [], "the new times were not kept"
+
+
+def test_a_file_of_the_same_size_and_other_features_is_packed_again(store, paths):
+    pack(store, files_of(paths))
+    before = paths[0].stat()
+    write_bag(paths[0], synthetic_bag("S0", np.ones((LENGTHS[0], 5), "f4"), np.random.default_rng(0)))
+    os.utime(paths[0], ns=(1, before.st_mtime_ns + 10**9))
+    assert paths[0].stat().st_size == before.st_size
+    changed = files_of(paths)
+    assert same(pack(store, changed), changed)
+
+
 def test_tables_that_share_some_slides_share_the_packed_file(store, paths, reads):
     pack(store, files_of(paths[:3]))
     pack(store, files_of(paths[2:]))
@@ -204,7 +230,7 @@ def test_tables_that_share_some_slides_share_the_packed_file(store, paths, reads
     pack(store, files_of(paths[:3]))
     assert reads == []
     paths[0].unlink()
-    os.utime(paths[1], ns=(1, 1))
+    write_bag(paths[1], Bag(np.full((9, 5), 7, "f4")))
     pack(store, files_of(paths[1:]))
     assert reads == ["S1.h5"]
     assert set(open_packed(store, paths).index) == {"S1.h5", "S2.h5", "S3.pt"}, "a file that is gone is kept"

@@ -10,7 +10,7 @@ from utils.learning.run_folder import RunFolder
 
 
 def hold(path: Path, ready, go) -> None:
-    with RunFolder(path, {}).held():
+    with RunFolder(path).held():
         ready.set()
         go.wait(30)
         os._exit(1)  # without letting go of anything
@@ -24,14 +24,14 @@ def test_another_process_is_kept_out_until_it_ends(tmp_path):
     assert ready.wait(30)
     with (
         pytest.raises(ConfigError, match="another process is training into this folder"),
-        RunFolder(tmp_path / "a" / "run", {}).held(),
+        RunFolder(tmp_path / "a" / "run").held(),
     ):
         pytest.fail("was let in")
-    with RunFolder(tmp_path / "a" / "other", {}).held():
+    with RunFolder(tmp_path / "a" / "other").held():
         pass
     go.set()
     process.join(30)
-    with RunFolder(tmp_path / "a" / "run", {}).held():
+    with RunFolder(tmp_path / "a" / "run").held():
         pass
     assert not list((tmp_path / "a").iterdir())
 
@@ -41,7 +41,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
-    with RunFolder(tmp_path / "run", {}).held():
+    with RunFolder(tmp_path / "run").held():
         pass
 
 
@@ -49,7 +49,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match=r"cannot be written .*give another --output_dir"),
-        RunFolder(tmp_path / "file" / "run", {}).held(),
+        RunFolder(tmp_path / "file" / "run").held(),
     ):
         pytest.fail("was let in")
 
@@ -57,16 +57,16 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_a_record_that_is_none(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(ConfigError, match="not the record of a training run"):
-        RunFolder(tmp_path, {}).take({})
+        RunFolder(tmp_path).take({}, {})
 
 
 def test_finished_says_so_to_the_next(tmp_path):
-    folder = RunFolder(tmp_path / "run", {"seed": 1})
+    folder = RunFolder(tmp_path / "run")
     fresh = {"identity": {"seed": 1}, "argv": ["train.py"], "finished": False}
-    assert folder.take({"argv": ["train.py"]}) == fresh
-    assert RunFolder(tmp_path / "run", {"seed": 1}).take({"argv": ["again.py"]}) == fresh
+    assert folder.take({"seed": 1}, {"argv": ["train.py"]}) == fresh
+    assert RunFolder(tmp_path / "run").take({"seed": 1}, {"argv": ["again.py"]}) == fresh
     folder.finish({"argv": ["train.py"]})
-    assert RunFolder(tmp_path / "run", {"seed": 1}).take({})["finished"]
+    assert RunFolder(tmp_path / "run").take({"seed": 1}, {})["finished"]
     assert read_json(tmp_path / "run" / "run.json") == {"identity": {"seed": 1}, "argv": ["train.py"], "finished": True}
-    assert not RunFolder(tmp_path / "run", {"seed": 2}).take({})["finished"]
+    assert not RunFolder(tmp_path / "run").take({"seed": 2}, {})["finished"]
     assert read_json(tmp_path / "run.1" / "run.json")["identity"] == {"seed": 1}

@@ -1,10 +1,13 @@
 """The feature files of a folder and its subfolders, by the ids of their slides."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils.bags.store import is_feature_file
-from utils.core.errors import FeatureFileError, LabelsError, counted, named
+from utils.core.errors import FeatureFileError, LabelsError, LiteMILError, counted, named
+
+# Of several faulty feature files so many are named.
+_MOST_FAULTS = 5
 
 
 class FeatureFolder:
@@ -42,3 +45,13 @@ class FeatureFolder:
 
     def _is_hidden(self, file: Path) -> bool:
         return any(part.startswith(".") for part in file.relative_to(self.path).parts)
+
+
+def refuse(error: type[LiteMILError], faults: Sequence[str], total: int, remedy: str = "") -> None:
+    """Raise `error` if there are faults of feature files, of `total`; of several, count them and name the first."""
+    if len(faults) > 1:
+        more = f"; and {len(faults) - _MOST_FAULTS} more (utils.audit names all)" if faults[_MOST_FAULTS:] else ""
+        shown = "; ".join(faults[:_MOST_FAULTS])
+        raise error(f"{len(faults)} of {total} feature files cannot be used: {shown}{more}{remedy}")
+    if faults:
+        raise error(f"{faults[0]}{remedy}")

@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -196,6 +196,8 @@ def pack(packed: Path, files: FileFeatures) -> PackedFeatures:
         packed.parent.mkdir(parents=True, exist_ok=True)
         with _alone(packed):
             opened = open_packed(packed, files.paths, files.home)  # another process may have just written it
+            if not _holds(opened, files):
+                opened = _with_new_times(opened, files)
             if _holds(opened, files):
                 return opened
             _write(packed, files, opened)
@@ -212,6 +214,29 @@ def _holds(opened: PackedFeatures | None, files: FileFeatures) -> TypeGuard[Pack
         return False
     found = [opened.info(path) for path in files.paths]
     return all(one and one.fingerprint == info.fingerprint for one, info in zip(found, files.info, strict=True))
+
+
+def _with_new_times(opened: PackedFeatures | None, files: FileFeatures) -> PackedFeatures | None:
+    """Return the packed file, its index brought up to date for feature files that were only touched: of another time,
+    but with the features that are packed.
+    """
+    if opened is None:
+        return None
+    index = dict(opened.index)
+    for slide, (path, info) in enumerate(zip(files.paths, files.info, strict=True)):
+        name = _name_in(files.home, path)
+        entry = index.get(name)
+        if entry is None or info.fingerprint is None or entry.info() != info or entry.size != info.fingerprint.size:
+            continue
+        if entry.mtime_ns != info.fingerprint.mtime_ns and torch.equal(opened.of(entry), files(slide)):
+            index[name] = replace(entry, mtime_ns=info.fingerprint.mtime_ns)
+    text = _index_text(index)
+    with h5py.File(opened.packed, "r+") as file:
+        room = file["index"].shape[0]  # type: ignore[union-attr]
+        if index == opened.index or len(text) > room:
+            return opened
+        file["index"][...] = np.frombuffer(text.ljust(room), np.uint8)  # type: ignore[index]
+    return open_packed(opened.packed, files.paths, files.home)
 
 
 def _write(packed: Path, files: FileFeatures, old: PackedFeatures | None) -> None:
@@ -261,7 +286,7 @@ def _index(files: FileFeatures, kept: dict[str, _Entry]) -> dict[str, _Entry]:
 
 def _prepare(part: Path, index: dict[str, _Entry]) -> tuple[dict[str, int], np.ndarray]:
     """The file to fill: where its arrays begin, and which slides an earlier, killed packing has written already."""
-    text = json.dumps({name: asdict(entry) for name, entry in index.items()}).encode()
+    text = _index_text(index)
     found = _begun(part, text)
     if found is None:
         part.unlink(missing_ok=True)
@@ -271,6 +296,10 @@ def _prepare(part: Path, index: dict[str, _Entry]) -> tuple[dict[str, int], np.n
     else:
         log.info("%s: goes on after %d of %d slides", part, int(found[1].sum()), len(index))
     return found
+
+
+def _index_text(index: dict[str, _Entry]) -> bytes:
+    return json.dumps({name: asdict(entry) for name, entry in index.items()}).encode()
 
 
 def _begun(part: Path, text: bytes) -> tuple[dict[str, int], np.ndarray] | None:

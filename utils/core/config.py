@@ -329,6 +329,11 @@ class Training(_Checked):
         "auto", "of training: auto is bf16 on a CUDA device that has it, else fp16 there; fp32 elsewhere"
     )
     use_amp: bool = option(True, "the same as --precision fp32", flag="--no_amp")
+    standardize: Literal["auto", "on", "off"] = option(
+        "auto",
+        "standardise each feature over a training's slides, as a part of the model; auto: where the features' scale is "
+        "far from what models are initialised for, such as 1e4 times larger or L2-normalised",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -176,6 +176,7 @@ def _randomised_attention(
         for model in models:
             for member in model.models if isinstance(model, Ensemble) else [model]:
                 fresh = build_mil(**member.spec).to(next(member.parameters()).device)
+                fresh.set_feature_scale(member.feature_mean, member.feature_std)  # of the features, not of the weights
                 outputs.append(predict_features(fresh, features, _WHOLE, attention=True))
     attention = mean_output(outputs).attention
     assert attention is not None  # noqa: S101 - for the type checker: every model attends

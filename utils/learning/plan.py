@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ class Trial:
 def trial(trainer: Trainer, unit: Unit, sizes: np.ndarray) -> Trial:
     """Time an epoch of the unit on some of its slides, after another that fills caches."""
     setting, inner = trainer.settings[unit.setting - 1], unit.fold.inner[unit.inner - 1]
-    settings, data = replace(trainer.training, **setting.training), trainer.dataset
+    settings, data = trainer.training_of(unit), trainer.dataset
     train, val = (_some(part, sizes, data.labels) for part in (inner.train, inner.val))
     training = ModelTraining(trainer.factory(setting), data, train, settings, trainer.seed, trainer.device)
     spent = []

@@ -14,14 +14,14 @@ from utils.core.runtime import log
 
 
 class RunFolder:
-    """`identity` is what makes two runs the same: with it unchanged, finished parts are kept.
+    """A run's `identity` is what makes two runs the same: with it unchanged, finished parts are kept.
 
     `run.json` holds it, and whether the run is finished; `resume/` what an unfinished run needs to go on.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path, self.identity = path, identity
-        self.resume = path / "resume"
+    def __init__(self, path: Path) -> None:
+        self.path, self.resume = path, path / "resume"
+        self.identity: Mapping[str, Any] = {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -53,17 +53,30 @@ class RunFolder:
                 lock_file.unlink()
             lock.release()
 
-    def take(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the folder this run's, and return its run.json: that of an earlier session, finished or not, or else a
-        new one with `record`. Another run's folder is moved aside; ConfigError for one that holds something else.
-        """
+    def record(self) -> dict[str, Any] | None:
+        """Return the folder's run.json, None where there is none. Raises ConfigError for one that is no run's."""
         path = self.path / "run.json"
-        if path.is_file():
-            found = read_json(path)
-            if not isinstance(found, dict) or "finished" not in found:
-                raise ConfigError(f"{path}: not the record of a training run; give another --output_dir")
-            known = found.get("identity", {})
-            changed = sorted(name for name, value in self.identity.items() if known.get(name) != value)
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        if not isinstance(found, dict) or "finished" not in found:
+            raise ConfigError(f"{path}: not the record of a training run; give another --output_dir")
+        return {"identity": {}} | found
+
+    def take(
+        self, identity: Mapping[str, Any], record: Mapping[str, Any], details: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Make the folder that of the run with this identity, and return its run.json: that of an earlier session,
+        finished or not, or else a new one with `record`. Another run's folder is moved aside, said with the parts of
+        the identity that differ; `details` tells more of a part than its name. Raises ConfigError for a folder that
+        holds something else.
+        """
+        self.identity = identity
+        found = self.record()
+        if found is not None:
+            known = found["identity"]
+            differing = sorted(name for name, value in identity.items() if known.get(name) != value)
+            changed = [(details or {}).get(name, name) for name in differing]
             if not changed:
                 if not found["finished"]:
                     done = len(list(self.resume.glob("*.pt")))

@@ -18,6 +18,7 @@ from utils.core.errors import DivergedError
 from utils.core.runtime import ahead, derive_seed
 from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features
 from utils.learning.metrics import balanced_class_weights, classification_metrics, log_loss
+from utils.learning.scale import feature_scale, standardize
 from utils.learning.selection import rank
 
 
@@ -55,7 +56,8 @@ class Diverged:
 
 
 class ModelTraining:
-    """A fresh model in training on some slides, one epoch after the other.
+    """A fresh model in training on some slides, one epoch after the other. It standardises features, by those of these
+    slides, where `settings.standardize` is "on"; what "auto" means is decided before (`learning.scale`).
 
     Everything random derives from `seed`, each epoch on its own.
     """
@@ -71,6 +73,8 @@ class ModelTraining:
     ) -> None:
         seed_everything(seed)
         self.model = model_factory().to(device)
+        if settings.standardize == "on":
+            standardize(self.model, *feature_scale(dataset.features, train))
         self.dataset, self.train, self.settings, self.seed, self.device = dataset, train, settings, seed, device
         self.class_weights = balanced_class_weights(dataset.labels[train], len(dataset.class_names))
         self.optimizer = torch.optim.AdamW(

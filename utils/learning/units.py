@@ -26,7 +26,7 @@ ModelFactory = Callable[[], BagModel]
 @dataclass(frozen=True)
 class Unit:
     """One training, the unit of resume: with which setting (from 1), on which inner fold (from 1; 0 is the refit on the
-    whole outer training set), for at most how many epochs, compared by what.
+    whole outer training set), for at most how many epochs, compared by what; whether its model standardises features.
     """
 
     fold: OuterFold
@@ -34,6 +34,7 @@ class Unit:
     inner: int
     epochs: int
     monitor: str
+    standardize: bool = False
 
     @property
     def name(self) -> str:
@@ -77,13 +78,18 @@ class Trainer:
             "device": self.device,
             "on_epoch": tell,
         }
-        factory, training = self.factory(setting), replace(self.training, **setting.training)
+        factory, training = self.factory(setting), self.training_of(unit)
         if not unit.inner:
             return refit(factory, self.dataset, unit.fold.train, training, epochs=unit.epochs, **common)
         inner = unit.fold.inner[unit.inner - 1]
         return fit(
             factory, self.dataset, inner.train, inner.val, training, monitor=unit.monitor, feed=self.feed, **common
         )
+
+    def training_of(self, unit: Unit) -> Training:
+        """The unit's settings of training."""
+        standardize = "on" if unit.standardize else "off"
+        return replace(self.training, **self.settings[unit.setting - 1].training, standardize=standardize)
 
     def factory(self, setting: Setting) -> ModelFactory:
         """What makes the setting's models: the given factory, or its models with other hyperparameters."""
@@ -99,7 +105,8 @@ class Trainer:
             return None
         try:
             content = load_tensors(path, TrainingError, "resume state")
-            return Diverged(**content) if "reason" in content else Fitted(**content)
+            kind = Diverged if isinstance(content, dict) and "reason" in content else Fitted
+            return kind(**content)
         except (TrainingError, TypeError):
             log.warning("%s: damaged resume state; this training is done again", path)
             path.unlink()

@@ -1,0 +1,152 @@
+"""Features of any scale reach a model as those it is initialised for, by a map that is part of the model."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from MILS import build_mil, list_mils
+from MILS.ensemble import Ensemble
+from MILS.pooling import BagModel, MergeableModel, evaluating
+from utils.core.errors import ConfigError
+from utils.learning.faithfulness import measure_faithfulness
+from utils.learning.scale import Standardization, feature_scale, is_usual, standardize
+from utils.learning.splits import InnerFold, OuterFold
+
+DIM = 12
+
+
+def small(name: str) -> BagModel:
+    torch.manual_seed(0)
+    heads = {"num_heads": 2} if name in ("LiteMIL", "TransMIL", "ABMIL_Multihead") else {}
+    return build_mil(name, input_dim=DIM, num_classes=2, hidden_dim=16, **heads)
+
+
+@pytest.fixture(params=list_mils())
+def pair(request) -> tuple[BagModel, BagModel]:
+    """A model, and the same one that standardises."""
+    plain, other = small(request.param), small(request.param)
+    standardize(other, *scale())
+    return plain.eval(), other.eval()
+
+
+def scale() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return 1e4 * torch.randn(DIM, generator=rng), 1e3 * (torch.rand(DIM, generator=rng) + 0.5)
+
+
+def far(x: torch.Tensor) -> torch.Tensor:
+    mean, std = scale()
+    return x * std + mean
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_every_way_through_a_model_standardises(pair):
+    plain, other = pair
+    x = torch.randn(2, 30, DIM)
+    mask = torch.arange(30).expand(2, 30) >= torch.tensor([[30], [20]])
+    with torch.no_grad():
+        for answer, expected in zip(other(far(x), mask), plain(x, mask), strict=True):
+            found = (answer, expected) if isinstance(answer, torch.Tensor) else (answer["attn"], expected["attn"])
+            assert close(*found)
+        bags = [x[0], x[1, :20]]
+        assert close(other.forward_bags([far(bag) for bag in bags])[0], plain.forward_bags(bags)[0])
+        if isinstance(plain, MergeableModel):
+            blocks = other.forward_blocks(far(x[0]).split(7))
+            assert close(blocks[0], plain.forward_blocks(x[0].split(7))[0])
+
+
+def test_long_bags_have_the_gradients_of_standardised_ones(monkeypatch):
+    monkeypatch.setattr("MILS.pooling.BLOCK_ROWS", {"cpu": 8})
+    x, grads = torch.randn(1, 30, DIM), []
+    for is_far in (False, True):
+        model = small("ABMIL").eval()
+        if is_far:
+            standardize(model, *scale())
+        model(far(x) if is_far else x)[0].sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(close(*both) for both in zip(*grads, strict=True))
+
+
+def test_half_precision_features_are_standardised_in_single(pair):
+    plain, other = pair
+    other.set_feature_scale(torch.full((DIM,), 1000.0), torch.full((DIM,), 0.5))
+    x = (1000 + torch.randn(1, 9, DIM)).half()
+    with torch.no_grad():
+        assert close(other(x)[0], plain((x.float() - 1000) / 0.5)[0])
+
+
+def test_the_map_is_kept_with_the_weights(pair):
+    _, other = pair
+    state = other.state_dict()
+    assert {"feature_mean", "feature_std"} <= state.keys()
+    for again in (small(other.spec["name"]), Ensemble([small(other.spec["name"]), small(other.spec["name"])])):
+        names = [""] if not isinstance(again, Ensemble) else ["members.0.", "members.1."]
+        again.load_state_dict({name + key: value for name in names for key, value in state.items()})
+        with torch.no_grad(), evaluating(again):
+            x = far(torch.randn(1, 5, DIM))
+            assert close(again(x)[0].softmax(-1), other(x)[0].softmax(-1))
+    again = small(other.spec["name"])
+    again.load_state_dict(state)
+    again.load_state_dict(small(other.spec["name"]).state_dict())
+    assert again.feature_mean is None, "weights without a map are those of a model without one"
+
+
+def test_random_weights_of_faithfulness_see_standardised_features():
+    plain, other = small("LiteMIL").eval(), small("LiteMIL").eval()
+    standardize(other, *scale())
+    x = torch.randn(40, DIM)
+    with torch.no_grad():
+        attention = plain(x[None])[1]["attn"][0].mean(dim=0).numpy()
+    found = measure_faithfulness([other], far(x), attention, 0)
+    expected = measure_faithfulness([plain], x, attention, 0)
+    assert found.randomised == pytest.approx(expected.randomised, rel=1e-3)
+    assert found.deletion.most_first == pytest.approx(expected.deletion.most_first, rel=1e-3)
+
+
+def test_slides_weigh_alike_and_an_offset_costs_no_digits():
+    rng = np.random.default_rng(0)
+    slides = [1e6 + k + rng.standard_normal((count, 3)) for k, count in enumerate((5, 5000, 9000))]
+    mean, std = feature_scale(lambda slide: torch.from_numpy(slides[slide]), [0, 1, 2])
+    repeated = [np.resize(slide, (45_000, 3)) for slide in slides]
+    assert mean.numpy() == pytest.approx(np.concatenate(repeated).mean(axis=0), rel=1e-6)
+    assert std.numpy() == pytest.approx(np.concatenate(repeated).std(axis=0), rel=1e-4)
+
+
+def test_a_constant_feature_is_left_at_nought():
+    features = torch.cat([torch.full((50, 1), 0.1), torch.randn(50, 1), torch.zeros(50, 1)], dim=1)
+    mean, std = feature_scale(lambda _: features, [0, 0])
+    assert std[[0, 2]].tolist() == [1, 1]
+    assert ((features - mean) / std)[:, [0, 2]].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("rms", [1e4, 1e-4, 1 / np.sqrt(512), 1 / np.sqrt(2560)])
+def test_scales_that_are_unusual(rms):
+    assert not is_usual(rms)
+
+
+def test_each_fold_decides_by_its_own_training_slides():
+    slides = np.arange(9)
+    inner = [(InnerFold(np.setdiff1d(slides, test), test[:0]),) for test in np.split(slides, 3)]
+    folds = [OuterFold(k + 1, test, inner[k]) for k, test in enumerate(np.split(slides, 3))]
+    rms = np.array([1e4, 1e4, 1e4, 1e4, 1, 1, 1e4, 1, 1])  # of the first fold's training slides, only two are large
+    assert Standardization.decide("auto", folds, rms).folds == (2, 3)
+    assert Standardization.decide("on", folds, rms).folds == (1, 2, 3)
+    assert Standardization.decide("off", folds, rms).folds == ()
+    assert Standardization.decide("auto", folds, np.ones(9)).as_dict() == {"asked": "auto", "folds": [], "rms": 1.0}
+
+
+def test_a_model_that_takes_features_as_they_are_is_refused():
+    class Raw(BagModel):
+        def __init__(self) -> None:
+            super().__init__(DIM, 2)
+            self.layer = nn.Linear(DIM, 2)
+
+        def forward(self, x, mask=None):
+            return self.layer(x.mean(dim=1)), {"attn": None}
+
+    with pytest.raises(ConfigError, match=r"Raw: does not standardise .* begin it with x = self\.cast\(x\), or give"):
+        standardize(Raw(), *scale())

@@ -1,0 +1,95 @@
+"""What the feature files of a cohort hold, so that a later run knows files again that were only touched.
+
+A file is the same while its size and time are; where one of them differs, its features are read and compared.
+"""
+
+import csv
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.bags.feature_folder import refuse
+from utils.bags.labels import LabelRow
+from utils.bags.rows import Fingerprint
+from utils.bags.store import BagInfo
+from utils.core.errors import FeatureFileError
+from utils.core.runtime import progress
+
+# Features are looked at in pieces of so many rows: a slide's need not fit in memory twice.
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A slide's feature file: its size and time, the digest of its features (type, shape and values) and their root
+    mean square.
+    """
+
+    wsi_id: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    rms: float
+
+    @classmethod
+    def of(cls, wsi_id: str, fingerprint: Fingerprint, features: Tensor) -> "FileRecord":
+        """Return the record of a slide with `features (N, D)`."""
+        content = hashlib.sha256(f"{features.dtype} {tuple(features.shape)}\n".encode())
+        squares = 0.0
+        for part in features.split(_ROWS):
+            content.update(part.numpy().data)
+            squares += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+        rms = (squares / features.numel()) ** 0.5
+        return cls(wsi_id, fingerprint.size, fingerprint.mtime_ns, content.hexdigest(), rms)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.bytes, self.mtime_ns)
+
+
+def take_inventory(
+    rows: Sequence[LabelRow],
+    info: Sequence[BagInfo],
+    features: Callable[[int], Tensor],
+    known: Mapping[str, FileRecord],
+) -> list[FileRecord]:
+    """Return each slide's record: the known one of its `wsi_id` while size and time are the same, else a new one from
+    the slide's `features (N, D)`. Raises FeatureFileError, naming all files that cannot be read.
+    """
+    records = {row.wsi_id: known[row.wsi_id] for row in rows if row.wsi_id in known}
+    fresh = [
+        slide
+        for slide, row in enumerate(rows)
+        if row.wsi_id not in known or known[row.wsi_id].fingerprint != info[slide].fingerprint
+    ]
+    faults = []
+    for slide in progress(fresh, "Reading features", unit="slide", leave=False) if fresh else ():
+        wsi_id, fingerprint = rows[slide].wsi_id, info[slide].fingerprint
+        assert fingerprint is not None  # noqa: S101 - for the type checker: whoever looked at a file knows it
+        try:
+            records[wsi_id] = FileRecord.of(wsi_id, fingerprint, features(slide))
+        except FeatureFileError as error:
+            faults.append(str(error))
+    refuse(FeatureFileError, faults, len(rows))
+    return [records[row.wsi_id] for row in rows]
+
+
+def read_inventory(path: Path) -> dict[str, FileRecord]:
+    """Return the records that `write_records` wrote to `path`, by slide; none where they cannot be read, for then the
+    features tell.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        return {
+            line["wsi_id"]: FileRecord(
+                line["wsi_id"], int(line["bytes"]), int(line["mtime_ns"]), line["sha256"], float(line["rms"])
+            )
+            for line in lines
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
