@@ -45,7 +45,8 @@ def main() -> None:
         print(audited(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
     output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
-    settings = asdict(training) | asdict(protocol) | asdict(cluster) | {"device": running.device, "jobs": running.jobs}
+    where = {name: getattr(running, name) for name in ("device", "jobs", "figure_format")}
+    settings = asdict(training) | asdict(protocol) | asdict(cluster) | where
     factory = model_factory(name, model, dataset)
     cv = NestedCrossValidation(
         factory, dataset, dataset.class_names, output_dir, dataset_name=cohort.dataset, **settings

@@ -12,12 +12,15 @@ import pytest
 from PIL import Image
 
 from tests.cohort import write_cohort
-from utils.compare import Difference, check_metrics, compare, read_runs, report
+from utils.compare import Difference, check_metrics, compare, folder_name, read_runs, report
 from utils.core.errors import LiteMILError
 from utils.core.files import write_json
+from utils.core.plots import save_figure
 from utils.learning.comparison import holm, nadeau_bengio
-from utils.learning.figures import comparison_figure, save_figure
+from utils.learning.comparison_figures import comparison_figure, runs_roc_figure
+from utils.learning.finished import read_run
 from utils.learning.metrics import classification_metrics
+from utils.learning.predictions import Predictions
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
 
 CLASSES = ["benign", "malignant"]
@@ -368,7 +371,7 @@ def test_the_report_and_its_files(runs, tmp_path, script):
     folder = tmp_path / "comparison"
     outcome = script("utils.compare", *runs, "--output_dir", folder)
     assert outcome.code == 0
-    assert f"{folder}: comparison.md, comparison.csv and comparison.png written" in outcome.err
+    assert f"{folder}: comparison.md, comparison.csv, comparison.png, roc.png written" in outcome.err
     text = (folder / "comparison.md").read_text()
     assert outcome.out == text + "\n"
     assert len(re.findall(r"^\| \w+/mine - \w+/mine ", text, re.MULTILINE)) == 9
@@ -381,9 +384,115 @@ def test_the_report_and_its_files(runs, tmp_path, script):
     assert re.search(r"\| LiteMIL/mine +\| meanPool \| +38,018 \|", text)
     table = pd.read_csv(folder / "comparison.csv")
     assert table.groupby("metric").size().to_dict() == {"auc": 3, "balanced_accuracy": 3, "f1_macro": 3}
-    with Image.open(folder / "comparison.png") as picture:
-        assert min(picture.size) > 600
-    assert sorted(path.name for path in folder.iterdir()) == ["comparison.csv", "comparison.md", "comparison.png"]
+    for name in ("comparison.png", "roc.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 600
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "comparison.csv", "comparison.json", "comparison.md", "comparison.png", "roc.png",
+    ]  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_comparison_has_a_folder_that_is_called_after_its_runs(runs, tmp_path, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ("outputs/LiteMIL/mine", "outputs/ABMIL/mine", "--metrics", "brier")
+    assert script("utils.compare", *given).code == 0
+    folder = Path("outputs/comparison/LiteMIL_mine_vs_ABMIL_mine")
+    first = files(folder)
+    assert script("utils.compare", *given[:1], "outputs/meanPool/mine", *given[2:]).code == 0
+    again = script("utils.compare", *given)
+    assert "moved" not in again.err
+    assert files(folder) == first
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "LiteMIL_mine_vs_meanPool_mine"]
+
+
+def test_another_comparison_in_the_folder_is_moved_aside_and_that_is_said(runs, tmp_path, script):
+    folder = tmp_path / "comparison"
+    where = ("--metrics", "brier", "--output_dir", folder)
+    script("utils.compare", *runs[:2], *where)
+    (folder / "mine.txt").write_text("the user's own")
+    first = files(folder)
+    cases = [
+        ((*runs[1:], *where), "of LiteMIL/mine, ABMIL/mine"),
+        ((*runs[1:], "--metrics", "ece", *where[2:]), "in brier"),
+    ]
+    for number, (given, reason) in enumerate(cases, start=1):
+        outcome = script("utils.compare", *given)
+        assert f"warning: {folder} held another comparison ({reason}); it was moved to {folder}.{number}" in outcome.err
+    aside = files(tmp_path / "comparison.1")
+    assert aside == {name: content for name, content in first.items() if name != "mine.txt"}
+    change_json(runs[1] / "outputs.json", lambda content: content.update(model=SPEC | {"hidden_dim": 8}))
+    assert "(the runs have changed since)" in script("utils.compare", *cases[1][0]).err
+    (folder / "comparison.json").unlink()
+    assert "(it does not say of which runs)" in script("utils.compare", *cases[1][0]).err
+    assert (folder / "mine.txt").read_text() == "the user's own"
+    assert not (tmp_path / "comparison.4" / "comparison.json").exists()
+
+
+def test_a_refused_comparison_moves_nothing(runs, tmp_path, script):
+    folder = tmp_path / "comparison"
+    script("utils.compare", *runs[:2], "--metrics", "brier", "--output_dir", folder)
+    before = files(folder)
+    assert script("utils.compare", *runs[1:], "--metrics", "mcc", "--output_dir", folder).code == 1
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["LiteMIL/mine", "ABMIL/mine"], "LiteMIL_mine_vs_ABMIL_mine"),
+        (["a b/ü", ".hidden", "x:y"], "a_b_ü_vs_hidden_vs_x_y"),
+        (["x" * 300, "y"], f"{'x' * 50}_vs_1_other_"),
+        ([f"model_{number}/mine" for number in range(12)], "model_0_mine_vs_11_others_"),
+        (["ü" * 300, "y" * 300], f"{'ü' * 25}_vs_1_other_"),
+    ],
+)
+def test_the_name_of_a_folder_is_plain_and_short(names, expected):
+    found = folder_name(names)
+    assert len(found.encode()) <= 100
+    assert "/" not in found
+    if expected.endswith("_"):
+        assert re.fullmatch(f"{expected}[0-9a-f]{{8}}", found)
+        assert folder_name([*names[:-1], "z"]) != found
+    else:
+        assert found == expected
+    assert folder_name(names) == found
+
+
+def test_the_roc_curves_of_several_runs_stand_in_one_figure(runs):
+    found = read_runs(runs)
+    figure = runs_roc_figure({run.name: run.answers for run in found})
+    (axes,) = figure.axes
+    assert "positive: malignant" in axes.get_title()
+    curves = [line for line in axes.lines if "/mine" in str(line.get_label())]
+    assert len({line.get_color() for line in curves}) == len(curves) == 3
+    for run, line in zip(found, curves, strict=True):
+        auc, (low, high) = run.pooled["auc"], run.answers.rankings[1].auc_interval
+        assert line.get_label() == f"{run.name}: AUC {auc:.3f} ({low:.3f} to {high:.3f})"
+        assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(auc)
+
+
+@pytest.mark.parametrize("num_classes", [3, 7])
+def test_of_more_classes_each_has_a_plot(num_classes, tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(42) % num_classes
+    labels[labels == num_classes - 1] = 0  # a class without a slide
+    answers = {
+        name: Predictions(
+            labels, rng.dirichlet(np.ones(num_classes), 42), [f"class {k}" for k in range(num_classes)],
+            np.arange(42).astype(str), np.ones(42), 0,
+        )
+        for name in ("$a$", "b")
+    }  # fmt: skip
+    figure = runs_roc_figure(answers)
+    plots = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title() for axes in plots] == [f"class {k}" for k in range(num_classes)]
+    for axes in plots:
+        assert [text.get_text().split(":")[0] for text in axes.get_legend().get_texts()] == [r"\$a\$", "b"]
+    assert plots[-1].get_legend().get_texts()[1].get_text() == "b: AUC -"
+    save_figure(figure, tmp_path / "roc.svg")
 
 
 def test_two_runs_need_no_holm_and_a_refusal_writes_nothing(runs, tmp_path, script):
@@ -444,7 +553,14 @@ def test_runs_of_train_py(tmp_path, script):
     for folder in folders:
         assert script("train", "--mil", folder.name, *given, *protocol, "--output_dir", folder).code == 0
     outcome = script(
-        "utils.compare", *folders, "--metrics", "auc", "ece", "specificity_benign", "--output_dir", tmp_path
-    )
+        "utils.compare", *folders, "--metrics", "auc", "ece", "specificity_benign", "--output_dir", tmp_path,
+        "--figure_format", "pdf", "svg",
+    )  # fmt: skip
     assert outcome.code == 0, outcome.err
+    assert {path.name for path in tmp_path.glob("*.*")} == {
+        "comparison.md", "comparison.csv", "comparison.json", "comparison.pdf", "comparison.svg", "roc.pdf", "roc.svg",
+    }  # fmt: skip
+    run = read_run(folders[0], "meanPool")
+    interval = json.loads((folders[0] / "outputs.json").read_text())["intervals_95"]["auc"]
+    assert list(run.answers.rankings[1].auc_interval) == pytest.approx(interval)  # the same patients, drawn alike
     assert "12 slides of 12 patients, tested in 4 folds" in outcome.out

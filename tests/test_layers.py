@@ -18,7 +18,10 @@ LIBRARIES = {
     "timm": {"utils/slides/backbones.py"},
     "huggingface_hub": {"utils/slides/backbones.py"},
     "sklearn": {"utils/learning"},
-    "matplotlib": {"utils/pictures", "utils/learning/figures.py", "utils/slides/preview.py"},
+    "matplotlib": {
+        "utils/pictures", "utils/core/plots.py", "utils/learning/figures.py", "utils/learning/learning_curves.py",
+        "utils/learning/comparison_figures.py", "utils/slides/preview.py",
+    },
     "argparse": {"utils/core/cli.py"},
     "ray": set(),  # the engine imports it when it is asked for
 }  # fmt: skip

@@ -78,9 +78,11 @@ def make_cv(dataset, output_dir, model_factory: Callable = small, **changes) -> 
 
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
-    for name in ("roc_figure", "confusion_figure", "calibration_figure", "learning_figure"):
-        monkeypatch.setattr(results_module.figures, name, lambda *_: None)
-    monkeypatch.setattr(results_module.figures, "save_figure", lambda figure, path: write_text(path, "a figure"))
+    def write(folder, *_):
+        for name in results_module.FIGURES:
+            write_text(folder / f"{name}.png", "a figure")
+
+    monkeypatch.setattr(results_module, "draw_figures", write)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -171,7 +173,8 @@ class TestOutputs:
         assert {path.name for path in finished.folder.iterdir()} == {
             *(f"fold_{k}_best.pth" for k in range(1, N_OUTER + 1)),
             "all_folds_best.pth", "outputs.json", "splits.json", "predictions.csv", "history.csv", "run.json",
-            "features.csv", "gallery.csv", "roc.png", "confusion_matrix.png", "calibration.png", "learning_curves.png",
+            "features.csv", "gallery.csv", "roc.png", "precision_recall.png", "confusion_matrix.png",
+            "calibration.png", "learning_curves.png",
         }  # fmt: skip
 
     def test_predictions_have_one_out_of_fold_row_per_slide_in_table_order(self, finished, dataset):

@@ -79,7 +79,8 @@ def test_a_folder_is_predicted_scored_and_kept(cohort, models, predict, tmp_path
     assert "Slides" in outcome.err  # the bar
     names = {path.name for path in out.iterdir()}
     assert names >= {
-        "predictions.csv", "scores.json", "roc.png", "confusion_matrix.png", "calibration.png", "prediction_report.csv",
+        "predictions.csv", "scores.json", "roc.png", "precision_recall.png", "confusion_matrix.png", "calibration.png",
+        "prediction_report.csv",
     }  # fmt: skip
     labels = pd.read_csv(labels_csv)
     table = pd.read_csv(out / "predictions.csv")

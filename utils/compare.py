@@ -2,8 +2,10 @@
 
 uv run python -m utils.compare outputs/LiteMIL/mine outputs/ABMIL/mine
 uv run python -m utils.compare outputs/*/mine --metrics auc brier --output_dir outputs/comparison/mine
+uv run python -m utils.compare outputs/*/mine --figure_format pdf svg
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -11,72 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from MILS import ModelError, build_mil, list_mils
 from utils.core import cli
 from utils.core.config import Comparison
-from utils.core.errors import ConfigError, counted, named
-from utils.core.files import read_json, write_records, write_text
+from utils.core.errors import ConfigError, LiteMILError, counted
+from utils.core.files import digest, next_free, read_json, write_json, write_records, write_text
+from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress
 from utils.learning.comparison import LOWER_IS_BETTER, holm, nadeau_bengio, paired_interval
-from utils.learning.figures import comparison_figure, save_figure
+from utils.learning.comparison_figures import comparison_figure, runs_roc_figure
+from utils.learning.finished import Run, read_runs
 from utils.learning.metrics import classification_metrics, metric_names
-from utils.learning.splits import PARTS, NamedSplit, read_splits
-from utils.learning.statistics import bootstrap_draws, pooled_metrics
+from utils.learning.statistics import bootstrap_draws
 
 RESAMPLES = 5000
 # With fewer patients, percentile intervals are known to be too narrow.
 _FEW_PATIENTS = 50
-_SLIDE = ["wsi_id", "label", "case_id"]
-_FILES = ("run.json", "outputs.json", "predictions.csv", "splits.json")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished training run: the content of its `outputs.json`, its out-of-fold predictions by repeat and slide, its
-    splits. `name` is what tells it apart from the other runs.
-    """
-
-    path: Path
-    name: str
-    outputs: dict[str, Any]
-    predictions: pd.DataFrame
-    splits: list[NamedSplit]
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.outputs["class_names"]
-
-    def reported(self, metric: str) -> tuple[float | None, Sequence[float] | None]:
-        """The pooled figure and its 95% interval as `outputs.json` has them; ConfigError where it lacks them."""
-        try:
-            return self.outputs["pooled"][metric], self.outputs["intervals_95"][metric]
-        except (KeyError, TypeError) as failure:
-            raise ConfigError(
-                f"{self.path / 'outputs.json'}: no pooled {metric} with its interval; train the run again, or leave it "
-                "out of --metrics"
-            ) from failure
-
-    @property
-    def pooled(self) -> dict[str, float | None]:
-        """Every metric of the predictions."""
-        return pooled_metrics(self.labels, self.probabilities, self.repeats, self.class_names)
-
-    @property
-    def repeats(self) -> np.ndarray:
-        """`(n,)` int"""
-        return self.predictions["repeat"].to_numpy()
-
-    @property
-    def labels(self) -> np.ndarray:
-        """`(n,)` int"""
-        return self.predictions["label"].map(self.class_names.index).to_numpy()
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """`(n, C)`"""
-        return self.predictions[[f"prob_{name}" for name in self.class_names]].to_numpy()
+_FOLDER, _LONGEST_NAME = Path("outputs/comparison"), 100  # bytes
+_RECORD, _TABLES, _FIGURES = "comparison.json", ("comparison.md", "comparison.csv"), ("comparison", "roc")
 
 
 @dataclass(frozen=True)
@@ -110,138 +65,73 @@ def main() -> None:
     check_metrics(runs, settings.metrics)
     differences = compare(runs, settings.metrics)
     text = report(runs, differences)
-    folder = settings.output_dir
-    write_text(folder / "comparison.md", text)
-    write_records(folder / "comparison.csv", differences)
-    save_figure(comparison_figure(_intervals(differences)), folder / "comparison.png")
+    folder = settings.output_dir or _FOLDER / folder_name([run.name for run in runs])
+    record = _record(runs, settings.metrics)
+    _make_way(folder, record)
+    write_json(folder / _RECORD, record)
+    write_text(folder / _TABLES[0], text)
+    write_records(folder / _TABLES[1], differences)
+    drawn = comparison_figure(_intervals(differences)), runs_roc_figure({run.name: run.answers for run in runs})
+    figures = write_figures(folder, dict(zip(_FIGURES, drawn, strict=True)), settings.figure_format)
     print(text)
-    log.info("%s: comparison.md, comparison.csv and comparison.png written", folder)
+    log.info("%s: %s written", folder, ", ".join([*_TABLES, *(path.name for path in figures)]))
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The finished runs in the folders `paths`, at least two, on the same slides and splits.
-
-    Raises ConfigError for a folder that holds no finished run, one given twice, and runs that differ in classes,
-    slides, patients, labels or splits.
+def folder_name(names: Sequence[str]) -> str:
+    """Return what the folder of a comparison of runs with these names is called, such as LiteMIL_mine_vs_ABMIL_mine;
+    of many or long ones the first, how many others there are, and a digest of all.
     """
-    places = [path.resolve() for path in paths]
-    twice = [str(path) for path, place in zip(paths, places, strict=True) if places.count(place) > 1]
-    if twice:
-        raise ConfigError(f"{twice[0]}: given twice; name each run once")
-    names = _distinguishing(places)
-    first, *others = [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
-    for other in others:
-        _check_same_slides(first, other)
-        _check_same_splits(first, other)
-    return [first, *others]
+    plain = [re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "run" for name in names]
+    joined = "_vs_".join(plain)
+    if len(joined.encode()) <= _LONGEST_NAME:
+        return joined
+    start = plain[0].encode()[: _LONGEST_NAME // 2].decode(errors="ignore")
+    return f"{start}_vs_{counted(len(names) - 1, 'other').replace(' ', '_')}_{digest(*names)[:8]}"
 
 
-def _distinguishing(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
-    for length in range(1, max(len(place.parts) for place in places) + 1):
-        names = ["/".join(place.parts[-length:]) for place in places]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError("equal paths")
-
-
-def _read_run(path: Path, name: str) -> Run:
-    for file in _FILES:
-        if not (path / file).is_file():
-            raise ConfigError(f"{path}: no finished training run ({file} is missing); give a folder that train.py made")
-    record = read_json(path / "run.json", ConfigError)
-    if not isinstance(record, dict) or record.get("finished") is not True:
-        raise ConfigError(f"{path}: this run is not finished; give its train.py command again to finish it")
-    outputs = read_json(path / "outputs.json", ConfigError)
-    classes = outputs.get("class_names") if isinstance(outputs, dict) else None
-    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(one, str) for one in classes):
-        raise ConfigError(f"{path / 'outputs.json'}: no class_names, as train.py writes them; train the run again")
-    predictions = _read_predictions(path / "predictions.csv", classes)
-    splits = read_splits(path / "splits.json", set(predictions["wsi_id"]))
-    tested = {(split.fold, wsi_id) for split in splits for wsi_id in split.parts["test"]}
-    strangers = sorted(tested ^ set(zip(predictions["fold"], predictions["wsi_id"], strict=True)))
-    if strangers:
-        told = named([f"{wsi_id} of fold {fold}" for fold, wsi_id in strangers])
-        raise ConfigError(f"{path}: predictions.csv and splits.json are not of one run ({told}); train it again")
-    return Run(path, name, outputs, predictions, splits)
-
-
-def _read_predictions(path: Path, classes: Sequence[str]) -> pd.DataFrame:
-    """The table in an order that does not depend on the run's."""
-    probabilities = [f"prob_{name}" for name in classes]
-    kinds = {"wsi_id": str, "case_id": str, "label": str, "fold": int, "repeat": int}
-    kinds |= dict.fromkeys(probabilities, float)
-    try:
-        texts = pd.read_csv(path, usecols=list(kinds), dtype=str, keep_default_na=False)
-        table = pd.DataFrame({name: texts[name].astype(kind) for name, kind in kinds.items()})
-    except (OSError, ValueError) as failure:
-        raise ConfigError(
-            f"{path}: no predictions as train.py writes them ({failure}); train the run again"
-        ) from failure
-    values = table[probabilities].to_numpy()
-    faults = {
-        "no slide in it": table.empty,
-        "a probability that is no number from 0 to 1": not ((values >= 0) & (values <= 1)).all(),
-        "a label that is no class": not set(table["label"]) <= set(classes),
-        "a slide twice in one repeat": table.duplicated(["repeat", "wsi_id"]).any(),
-        "a slide with two labels or patients": len(table[_SLIDE].drop_duplicates()) > len(_slides(table)),
+def _record(runs: Sequence[Run], metrics: Sequence[str]) -> dict[str, Any]:
+    """What makes two comparisons the same: the runs as they are now, and the metrics."""
+    contents = [
+        digest(*((run.path / name).read_bytes() for name in ("outputs.json", "predictions.csv", "splits.json")))
+        for run in runs
+    ]
+    return {
+        "runs": [{"name": run.name, "digest": content} for run, content in zip(runs, contents, strict=True)],
+        "metrics": list(metrics),
     }
-    for fault, is_there in faults.items():
-        if is_there:
-            raise ConfigError(f"{path}: {fault}; train the run again")
-    return table.sort_values(["repeat", "wsi_id"], ignore_index=True)
 
 
-def _slides(table: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """Each slide's label and patient."""
-    rows = table[_SLIDE].itertuples(index=False, name=None)
-    return {wsi_id: {"label": label, "case_id": case_id} for wsi_id, label, case_id in rows}
+def _make_way(folder: Path, record: dict[str, Any]) -> None:
+    """Move the files of another comparison out of the folder, and say so; those of the same one will be replaced."""
+    figures = [path for name in _FIGURES for path in figure_paths(folder / name, FORMATS)]
+    there = [path for path in (folder / _RECORD, *(folder / name for name in _TABLES), *figures) if path.exists()]
+    known = _known_record(folder)
+    if not there or known == record:
+        return
+    aside = next_free(folder.resolve())
+    aside.mkdir()
+    for path in there:
+        path.rename(aside / path.name)
+    log.warning("%s held another comparison (%s); it was moved to %s", folder, _difference(known, record), aside)
 
 
-def _check_same_slides(first: Run, other: Run) -> None:
-    if first.class_names != other.class_names:
-        raise ConfigError(
-            f"{other.path}: classes {', '.join(other.class_names)}, those of {first.path} are "
-            f"{', '.join(first.class_names)}; train both with the same --class_names"
-        )
-    both = f"{first.path} and {other.path}"
-    mine, theirs = _slides(first.predictions), _slides(other.predictions)
-    for alone, run in ((mine.keys() - theirs, first), (theirs.keys() - mine, other)):
-        if alone:
-            raise ConfigError(
-                f"{both}: {counted(len(alone), 'slide')} in {run.path} alone: {named(sorted(alone))}; train both on "
-                "the same labels.csv and splits"
-            )
-    for column, what in (("label", "label"), ("case_id", "patient")):
-        differing = [wsi_id for wsi_id in sorted(mine) if mine[wsi_id][column] != theirs[wsi_id][column]]
-        if differing:
-            told = [f"{wsi_id} ({mine[wsi_id][column]}, {theirs[wsi_id][column]})" for wsi_id in differing]
-            raise ConfigError(
-                f"{both}: {counted(len(differing), 'slide')} with another {what}: {named(told)}; train both on the "
-                "same labels.csv"
-            )
+def _known_record(folder: Path) -> dict[str, Any]:
+    try:
+        known = read_json(folder / _RECORD)
+    except LiteMILError:
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
-def _check_same_splits(first: Run, other: Run) -> None:
-    remedy = f"train it with --splits {first.path / 'splits.json'}"
-    for mine, theirs in zip(first.splits, other.splits, strict=False):
-        for part in PARTS:
-            moved = sorted(set(mine.parts[part]) ^ set(theirs.parts[part]))
-            if moved:
-                raise ConfigError(
-                    f"{other.path}: not the splits of {first.path}: the {part} part of {theirs.name} differs in "
-                    f"{counted(len(moved), 'slide')}: {named(moved)}; {remedy}"
-                )
-        if (mine.fold, mine.repeat) != (theirs.fold, theirs.repeat):
-            raise ConfigError(
-                f"{other.path}: not the splits of {first.path}: {theirs.name} is of repeat {theirs.repeat}, where "
-                f"{mine.name} is of repeat {mine.repeat}; {remedy}"
-            )
-    if len(first.splits) != len(other.splits):
-        raise ConfigError(
-            f"{other.path}: not the splits of {first.path}: {len(other.splits)} inner folds in all, there "
-            f"{len(first.splits)}; {remedy}"
-        )
+def _difference(known: dict[str, Any], record: dict[str, Any]) -> str:
+    """How a comparison that is there differs from the one that is to be written."""
+    try:
+        names, metrics = [run["name"] for run in known["runs"]], ", ".join(known["metrics"])
+    except (KeyError, TypeError):
+        return "it does not say of which runs"
+    if names != [run["name"] for run in record["runs"]]:
+        return f"of {', '.join(names)}"
+    return f"in {metrics}" if known["metrics"] != record["metrics"] else "the runs have changed since"
 
 
 def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ from utils.learning import plan, results
 from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
 from utils.learning.choice import Choice, choose, mean_validation
+from utils.learning.finished import draw_missing
 from utils.learning.metrics import auc_is_defined
 from utils.learning.results import FoldResult, Pooled
 from utils.learning.run_folder import RunFolder
@@ -126,6 +127,7 @@ class NestedCrossValidation:
                 begun, standardization = self._begin(folder, folds, engine)
             if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
+                draw_missing(self.output_dir, self.running.figure_format)
             else:
                 started = time.time()
                 self._warn_of_few_patients(folds)
@@ -407,7 +409,10 @@ class NestedCrossValidation:
         results.write_table(self.output_dir / "gallery.csv", results.gallery_table(pooled, data))
         history = pd.DataFrame([row for fold in folds for row in fold.history])
         results.write_table(self.output_dir / "history.csv", history)
-        results.draw_figures(self.output_dir, pooled, history, data.class_names, seed)
+        results.draw_figures(
+            self.output_dir, pooled.predictions(data.class_names, seed), history,
+            {fold.fold.number: fold.selection["monitor"] for fold in folds}, self.running.figure_format,
+        )  # fmt: skip
         head = {"model": self.spec, "dataset": self.dataset_name, "standardize": standardization.as_dict()}
         write_json(self.output_dir / "outputs.json", head | results.outputs_content(folds, pooled, data, seed))
 

@@ -125,7 +125,7 @@ def predict_files(
     if not records:
         return statuses, counts
     answers = Answers(records, rows, predictor.checkpoint.class_names)
-    told = [answers.write(asked.output_dir, work.threshold, work.settings)]
+    told = [answers.write(asked.output_dir, work.threshold, work.settings, asked.figure_format)]
     return statuses, "\n".join(filter(None, [*told, f"{counts}; results are in {asked.output_dir}"]))
 
 

@@ -3,24 +3,17 @@ import warnings
 from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import binomtest
 
-from utils.learning.figures import (
-    COLOURS,
-    STYLES,
-    calibration_figure,
-    confusion_figure,
-    learning_figure,
-    roc_figure,
-    save_figure,
-)
+from utils.core.plots import COLOURS, STYLES, save_figure
+from utils.learning.figures import calibration_figure, confusion_figure, precision_recall_figure, roc_figure
+from utils.learning.predictions import Predictions
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
 
 LONG = ("Clear cell renal cell carcinoma", "Papillary renal cell carcinoma type 2", "Chromophobe renal cell carcinoma")
@@ -40,28 +33,42 @@ def cohort(num_classes: int, count: int = 40) -> tuple[np.ndarray, np.ndarray, t
     return labels, probabilities, tuple(f"class_{i}" for i in range(num_classes))
 
 
-def roc(labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...], folds=None, repeats=None) -> Figure:
+def predictions(labels, probabilities, names, folds=None, repeats=None, **more) -> Predictions:
     """Each slide of a patient of its own, in three folds, once."""
     count = len(labels)
     folds = np.arange(count) // len(names) % 3 + 1 if folds is None else folds
     repeats = np.ones(count, dtype=int) if repeats is None else repeats
     cases = np.array([f"P{index % (count // len(np.unique(repeats)))}" for index in range(count)])
-    return roc_figure(labels, probabilities, names, folds, cases, repeats, 0)
+    return Predictions(labels, probabilities, names, cases, repeats, 0, folds, **more)
+
+
+def roc(*answers, **more) -> Figure:
+    return roc_figure(predictions(*answers, **more))
+
+
+def confusion(*answers, **more) -> Figure:
+    return confusion_figure(predictions(*answers, **more))
+
+
+def calibration(*answers, **more) -> Figure:
+    return calibration_figure(predictions(*answers, **more))
 
 
 def texts(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
-def entries(legend: Legend | None) -> list[str]:
-    return [] if legend is None else [text.get_text() for text in legend.get_texts()]
+def entries(figure: Figure) -> list[str]:
+    """Of the legend, each in one line."""
+    return [" ".join(text.get_text().split()) for legend in figure.legends for text in legend.get_texts()]
 
 
 @pytest.mark.parametrize(("num_classes", "curves"), [(2, 1), (3, 3), (9, 9)])
 def test_roc_has_a_curve_per_class(num_classes, curves):
     """With a band and a curve of each fold, but not for nine classes."""
-    axes = roc(*cohort(num_classes, 81)).axes[0]
-    assert len(entries(axes.get_legend())) == curves
+    figure = roc(*cohort(num_classes, 81))
+    axes = figure.axes[0]
+    assert len(entries(figure)) == curves
     assert len(axes.lines) == curves * (4 if curves <= 3 else 1) + 1  # folds, pooled; the diagonal
     assert len(axes.collections) == (curves if curves <= 3 else 0)
     assert ("left out" in axes.get_title()) == (curves > 3)
@@ -79,18 +86,17 @@ def test_roc_names_the_pooled_auc_and_its_interval():
     cases, repeats = np.array([f"P{index}" for index in range(40)]), np.ones(40)
     auc = pooled_metrics(labels, probabilities, repeats)["auc"]
     low, high = bootstrap_intervals(labels, probabilities, cases, 0)["auc"]
-    found = entries(roc(labels, probabilities, names).axes[0].get_legend())
-    assert found == [f"class_1: AUC {auc:.3f} (95% CI {low:.3f} to {high:.3f})"]
+    assert entries(roc(labels, probabilities, names)) == [f"class_1: AUC {auc:.3f} (95% CI {low:.3f} to {high:.3f})"]
 
 
 def test_roc_of_repeats_is_their_mean():
     labels, positive = np.array([0, 1, 0, 1] * 2), np.array([0.1, 0.9, 0.2, 0.8, 0.9, 0.1, 0.8, 0.2])
     answers = (labels, np.stack([1 - positive, positive], axis=1), ("no", "yes"))
-    axes = roc(*answers, folds=np.repeat([1, 2], 4), repeats=np.repeat([1, 2], 4)).axes[0]
-    mean = axes.lines[2]
+    figure = roc(*answers, folds=np.repeat([1, 2], 4), repeats=np.repeat([1, 2], 4))
+    mean = figure.axes[0].lines[2]
     assert set(mean.get_ydata()[1:-1]) == {0.5}  # one repeat ranks all rightly, the other all wrongly
-    assert "AUC 0.500" in entries(axes.get_legend())[0]
-    assert "mean of 2 repeats" in axes.get_title()
+    assert "AUC 0.500" in entries(figure)[0]
+    assert "mean of 2 repeats" in figure.axes[0].get_title()
 
 
 def test_roc_leaves_out_folds_of_one_class():
@@ -108,7 +114,7 @@ def test_roc_of_one_class_alone_says_so():
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_confusion_counts_slides(num_classes):
     labels, probabilities, names = cohort(num_classes)
-    axes = confusion_figure(labels, probabilities, names).axes[0]
+    axes = confusion(labels, probabilities, names).axes[0]
     predicted = probabilities.argmax(axis=1)
     for text in axes.texts:
         column, row = text.get_position()
@@ -119,7 +125,7 @@ def test_confusion_counts_slides(num_classes):
 
 
 def test_confusion_of_a_class_without_slides():
-    assert texts(confusion_figure(np.array([0, 0]), np.array([[0.9, 0.1], [0.2, 0.8]]), ("no", "yes")).axes[0]) == [
+    assert texts(confusion(np.array([0, 0]), np.array([[0.9, 0.1], [0.2, 0.8]]), ("no", "yes")).axes[0]) == [
         "1\n50%",
         "1\n50%",
         "0\n0%",
@@ -129,7 +135,7 @@ def test_confusion_of_a_class_without_slides():
 
 def test_confusion_counts_every_repeat():
     labels, probabilities, names = cohort(2)
-    twice = confusion_figure(np.tile(labels, 2), np.tile(probabilities, (2, 1)), names, np.repeat([1, 2], 40)).axes[0]
+    twice = confusion(np.tile(labels, 2), np.tile(probabilities, (2, 1)), names, repeats=np.repeat([1, 2], 40)).axes[0]
     assert "slides x 2 repeats" in twice.get_title()
     assert sum(int(text.split("\n")[0]) for text in texts(twice)) == 80
 
@@ -139,7 +145,7 @@ def test_long_class_names_do_not_overlap(count):
     """Unrotated labels by their boxes; slanted ones by the distance of the parallel lines they stand on."""
     names = tuple(f"{LONG[index % 3]} {index}" for index in range(count))
     labels, probabilities, _ = cohort(count, 45)
-    figure = confusion_figure(labels, probabilities, names)
+    figure = confusion(labels, probabilities, names)
     figure.draw_without_rendering()
     axes = figure.axes[0]
     for ticks, side in ((axes.get_xticklabels(), 0), (axes.get_yticklabels(), 1)):
@@ -153,94 +159,112 @@ def test_long_class_names_do_not_overlap(count):
             assert all(end <= start for (_, end), (start, _) in pairwise(boxes))
 
 
+def marks(figure: Figure, marker: str = "o") -> list[Line2D]:
+    """Those of the bins."""
+    return [line for line in figure.axes[0].lines if line.get_marker() == marker and len(line.get_xdata()) == 1]
+
+
 def test_calibration_of_two_classes_by_hand():
     """Four slides at 0.1 and 0.2 (an edge belongs to the bin below), one at 0.95."""
     positive, labels = np.array([0.05, 0.15, 0.2, 0.2, 0.95]), np.array([0, 0, 1, 0, 1])
-    figure = calibration_figure(labels, np.stack([1 - positive, positive], axis=1), ("no", "yes"))
+    figure = calibration(labels, np.stack([1 - positive, positive], axis=1), ("no", "yes"))
     axes, below = figure.axes
-    points = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() == "o"]
+    points = [(*line.get_xdata(), *line.get_ydata()) for line in marks(figure)]
     assert points == [pytest.approx(point) for point in [(0.05, 0), (0.55 / 3, 1 / 3), (0.95, 1)]]
-    intervals = [line.get_ydata() for line in axes.lines if line.get_marker() != "o"][1:]
+    intervals = [line.get_ydata() for line in axes.lines if len(line.get_xdata()) == 2][1:]
     for interval, (hits, count) in zip(intervals, [(0, 1), (1, 3), (1, 1)], strict=True):
         expected = binomtest(hits, count).proportion_ci(method="wilson")
         assert list(interval) == pytest.approx([expected.low, expected.high])
     assert [bar.get_height() for bar in below.patches] == [1, 3, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert [text for text in texts(below) if text] == ["1", "3", "1"]
     figures = pooled_metrics(labels, np.stack([1 - positive, positive], axis=1), np.ones(5))
     assert f"Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}" in axes.get_title()
 
 
+def test_bins_of_few_slides_are_drawn_hollow_and_the_legend_says_so():
+    positive = np.array([0.05] * 9 + [0.55] * 10)
+    scaled = np.clip(positive, 0.15, 1)
+    figure = calibration(
+        np.arange(19) % 2, np.stack([1 - positive, positive], axis=1), ("no", "yes"),
+        calibrated=np.stack([1 - scaled, scaled], axis=1),
+    )  # fmt: skip
+    for marker in ("o", "s"):
+        assert [line.get_markerfacecolor() == "white" for line in marks(figure, marker)] == [True, False]
+    assert entries(figure) == [
+        "perfect calibration", "as predicted, 95% interval", "temperature-scaled, 95% interval",
+        "hollow: fewer than 10 slides",
+    ]  # fmt: skip
+    figure.draw_without_rendering()
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
 def test_calibration_beyond_two_classes_is_of_the_predicted_one():
     labels, probabilities, names = np.array([0, 1, 2]), np.array([[0.75, 0.2, 0.05]] * 3), ("a", "b", "c")
-    axes = calibration_figure(labels, probabilities, names).axes[0]
-    (point,) = [line for line in axes.lines if line.get_marker() == "o"]
+    figure = calibration(labels, probabilities, names)
+    (point,) = marks(figure)
     assert (point.get_xdata()[0], point.get_ydata()[0]) == pytest.approx((0.75, 1 / 3))
-    assert axes.get_ylabel() == "Accuracy"
+    assert figure.axes[0].get_ylabel() == "Accuracy"
 
 
 def test_repeats_do_not_make_calibration_surer():
     labels, probabilities, names = cohort(2)
-    once = calibration_figure(labels, probabilities, names)
-    twice = calibration_figure(np.tile(labels, 2), np.tile(probabilities, (2, 1)), names, np.repeat([1, 2], 40))
+    once = calibration(labels, probabilities, names)
+    twice = calibration(np.tile(labels, 2), np.tile(probabilities, (2, 1)), names, repeats=np.repeat([1, 2], 40))
     for first, second in zip(once.axes[0].lines, twice.axes[0].lines, strict=True):
         assert second.get_ydata() == pytest.approx(first.get_ydata())
     assert [bar.get_height() for bar in twice.axes[1].patches] == [bar.get_height() for bar in once.axes[1].patches]
 
 
-def history(lengths: list[int], setting: object = np.nan, scale: float = 1.0) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {"fold": 1, "setting": setting, "inner": inner, "epoch": epoch, "train_loss": scale * inner / epoch}
-            | {"val_loss": scale}
-            for inner, length in enumerate(lengths, start=1)
-            for epoch in range(1, length + 1)
-        ]
-    )
+def test_the_positive_class_is_named_on_the_curves():
+    for draw in (roc_figure, precision_recall_figure):
+        title = draw(predictions(*cohort(2))).axes[0].get_title()
+        assert "positive: class_1" in title
+        title = draw(predictions(*cohort(3, 42))).axes[0].get_title()
+        assert "each class against the rest" in title
 
 
-@pytest.mark.parametrize("setting", [np.nan, None, "", "lr=0.1"])
-def test_a_single_setting_has_its_trainings_drawn(setting):
-    axes = learning_figure(history([3, 3], setting)).axes[0]
-    assert len(axes.lines) == 2 * (2 + 1)
-    assert axes.get_title() == "2 inner trainings"
+@pytest.mark.parametrize("num_classes", [2, 3, 9])
+def test_precision_and_recall_stand_over_chance(num_classes):
+    labels, probabilities, names = cohort(num_classes, 81)
+    figure = precision_recall_figure(predictions(labels, probabilities, names))
+    shown = [1] if num_classes == 2 else range(num_classes)
+    curves = [line for line in figure.axes[0].lines if line.get_label().startswith("class_")]
+    for index, line, entry in zip(shown, curves, entries(figure), strict=True):
+        truth, scores = (labels == index).astype(int), probabilities[:, index]
+        found = pooled_metrics(truth, np.stack([1 - scores, scores], axis=1), np.ones(81))["average_precision"]
+        assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(found)
+        assert entry.startswith(f"class_{index}: AP {found:.3f} (95% CI ")
+        assert entry.endswith(f"chance {truth.mean():.3f}")
+    levels = [line.get_ydata()[0] for line in figure.axes[0].lines if len(set(line.get_ydata())) == 1]
+    assert levels == pytest.approx([(labels == index).mean() for index in shown] if num_classes < 9 else [])
 
 
-def test_refits_are_left_out():
-    refit = history([5]).assign(inner=0, train_loss=100.0, val_loss=np.nan)
-    axes = learning_figure(pd.concat([refit, history([2, 2])])).axes[0]
-    assert max(line.get_ydata().max() for line in axes.lines) == 2
-    assert len(axes.lines) == 2 * (2 + 1)
+def test_precision_of_one_class_alone_is_said_to_be_undefined():
+    _, probabilities, names = cohort(2)
+    axes = precision_recall_figure(predictions(np.zeros(40, dtype=int), probabilities, names)).axes[0]
+    assert not axes.lines
+    assert "undefined" in axes.get_title()
 
 
-@pytest.mark.parametrize("count", [2, 8])
-def test_settings_are_compared_by_their_means(count):
-    """The six of lowest validation loss, in the same colours on both sides."""
-    figure = learning_figure(pd.concat([history([2, 4], f"lr={index}", count - index) for index in range(count)]))
-    drawn = min(count, 6)
-    for axes in figure.axes:
-        assert len(axes.lines) == drawn
-    expected = [f"lr={index}" for index in reversed(range(count))][:drawn]
-    assert entries(figure.legends[0]) == expected
-    assert [line.get_ydata()[0] for line in figure.axes[1].lines] == list(range(1, drawn + 1))
-    assert ("of 8 those" in figure.get_suptitle()) == (count == 8)
-
-
-def test_learning_curves_stop_their_mean_where_most_trainings_have_ended():
-    axes = learning_figure(history([2, 4, 4, 9])).axes[0]
-    mean = next(line for line in axes.lines if line.get_label() == "training (mean)")
-    assert list(mean.get_xdata()) == [1, 2, 3, 4]
-    assert list(mean.get_ydata()) == pytest.approx([2.5, 1.25, 1.0, 0.75])
-    assert len(axes.lines) == 2 * (4 + 1)
-
-
-def test_a_single_epoch_draws(tmp_path):
-    save_figure(learning_figure(history([1])), tmp_path / "curves.png")
+@pytest.mark.parametrize("draw", [roc_figure, precision_recall_figure])
+@pytest.mark.parametrize("count", [2, 9])
+def test_a_legend_of_long_names_is_not_over_the_curves(draw, count, tmp_path):
+    labels, probabilities, _ = cohort(count, 45)
+    figure = draw(predictions(labels, probabilities, tuple(f"{LONG[index % 3]} {index}" for index in range(count))))
+    save_figure(figure, tmp_path / "figure.png", dpi=int(figure.dpi))
+    axes, legend = figure.axes[0], figure.legends[0].get_window_extent()
+    assert legend.y1 < axes.xaxis.label.get_window_extent().y0
+    assert 0 < legend.x0 < legend.x1 < figure.bbox.width
+    assert axes.get_window_extent().width > 3 * figure.dpi  # inches
 
 
 def test_saved_figures_are_pictures_and_nothing_stays_open(tmp_path):
     labels, probabilities, names = cohort(3)
     save_figure(roc(labels, probabilities, names), tmp_path / "a.png")
-    save_figure(confusion_figure(labels, probabilities, names), tmp_path / "b.png")
-    save_figure(calibration_figure(labels, probabilities, names), tmp_path / "c.png")
+    save_figure(confusion(labels, probabilities, names), tmp_path / "b.png")
+    save_figure(calibration(labels, probabilities, names), tmp_path / "c.png")
     for name in ("a.png", "b.png", "c.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 600
@@ -249,21 +273,14 @@ def test_saved_figures_are_pictures_and_nothing_stays_open(tmp_path):
     assert pyplot is None or not pyplot.get_fignums()
 
 
-def test_equal_figures_are_equal_bytes(tmp_path):
-    for name in ("a.png", "b.png"):
-        save_figure(roc(*cohort(2)), tmp_path / name)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
 def test_no_text_is_small_nor_a_formula(tmp_path):
     labels, probabilities, _ = cohort(9, 81)
     names = tuple(f"$x_{index}$ $" for index in range(9))
-    grid = pd.concat([history([2], f"lr=$\\{index}$") for index in range(2)])
     figures = [
         roc(labels, probabilities, names),
-        confusion_figure(labels, probabilities, names),
-        calibration_figure(labels % 2, probabilities[:, :2], names[:2]),
-        learning_figure(grid),
+        precision_recall_figure(predictions(labels, probabilities, names)),
+        confusion(labels, probabilities, names),
+        calibration(labels % 2, probabilities[:, :2], names[:2]),
     ]
     for number, figure in enumerate(figures):
         save_figure(figure, tmp_path / f"{number}.png")

@@ -6,6 +6,7 @@ from utils.learning.metrics import METRICS, classification_metrics
 from utils.learning.statistics import (
     bootstrap_draws,
     bootstrap_intervals,
+    mean_precision,
     mean_roc,
     pooled_metrics,
     roc_band,
@@ -178,34 +179,69 @@ def test_draws_of_two_models_are_pairs():
 def test_the_roc_band_holds_the_curve_and_its_corners():
     labels = np.arange(80) % 2
     scores = noisy_answers(np.random.default_rng(0), labels, 0.7)[:, 1]
-    rate, mean, low, high = roc_band(labels == 1, scores, np.arange(80).astype(str), 0)
-    for curve in (mean, low, high):
+    rate, low, high = roc_band(labels == 1, scores, np.arange(80).astype(str), 0)
+    for curve in (low, high):
         assert curve.shape == rate.shape
         assert (curve[0], curve[-1]) == (0, 1)
         assert (np.diff(curve) >= 0).all()
     assert (rate[0], rate[-1]) == (0, 1)
-    assert (low <= mean).all()
-    assert (mean <= high).all()
+    middle = np.interp(rate[1:], *mean_roc(labels == 1, scores))
+    assert (low[1:] <= middle + 1e-9).all()
+    assert (middle <= high[1:] + 1e-9).all()
     assert (high - low).max() > 0.1
 
 
-def test_the_roc_curve_is_scikit_learns_between_its_points():
+def area(curve: tuple[np.ndarray, np.ndarray]) -> float:
+    return float(np.trapezoid(curve[1], curve[0]))
+
+
+def is_stepped(curve: tuple[np.ndarray, np.ndarray]) -> bool:
+    """Whether every line of it is level or upright."""
+    return bool((np.diff(curve, axis=1) == 0).any(axis=0).all())
+
+
+@pytest.mark.parametrize("decimals", [1, 17])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_area_below_the_curves_is_the_figure_beside_them(decimals, several):
+    """Drawn through a grid of false positive rates, it would not be."""
+    labels, probabilities, _, repeats = repeated(3)
+    repeats = repeats if several else np.arange(len(labels)) * 0
+    scores = probabilities[:, 1].round(decimals)
+    figures = pooled_metrics(labels, np.stack([1 - scores, scores], axis=1), repeats)
+    roc, precision = mean_roc(labels == 1, scores, repeats), mean_precision(labels == 1, scores, repeats)
+    assert area(roc) == pytest.approx(figures["auc"], abs=1e-12)
+    assert area(precision) == pytest.approx(figures["average_precision"], abs=1e-12)
+    assert is_stepped(precision)
+    assert is_stepped(roc) == (decimals == 17)  # slides of both kinds with one score: a slanted line, which counts half
+
+
+@pytest.mark.parametrize("decimals", [1, 17])
+def test_the_roc_curve_is_scikit_learns(decimals):
     labels = np.arange(40) % 2
-    scores = noisy_answers(np.random.default_rng(0), labels)[:, 1].round(1)
-    rate, curve = mean_roc(labels == 1, scores)
-    false, true, _ = roc_curve(labels, scores)
-    assert curve[1:] == pytest.approx(np.interp(rate[1:], false, true))
+    scores = noisy_answers(np.random.default_rng(0), labels)[:, 1].round(decimals)
+    points = list(zip(*np.round(roc_curve(labels, scores, drop_intermediate=False)[:2], 9), strict=True))
+    found = list(zip(*np.round(mean_roc(labels == 1, scores), 9), strict=True))
+    assert set(found) <= set(points)
+    for rate, height in points:  # those left out lie on an upright line
+        there = [other for at, other in found if at == rate]
+        assert min(there) <= height <= max(there)
 
 
 def test_a_curve_rises_from_the_corner_before_its_first_false_positive():
     rate, curve = mean_roc(np.array([False, False, True]), np.array([0.1, 0.4, 0.8]))
-    assert list(rate[:2]) == [0, 0]
-    assert list(curve[:2]) == [0, 1]
+    assert (list(rate), list(curve)) == ([0, 0, 0.5, 1], [0, 1, 1, 1])
+
+
+def test_precision_by_hand():
+    """Two of the class, at the first and the third place: precisions 1 and 2/3."""
+    recall, precision = mean_precision(np.array([True, False, True, False]), np.array([0.9, 0.8, 0.7, 0.1]))
+    assert list(recall) == [0, 0.5, 0.5, 1]
+    assert list(precision) == pytest.approx([1, 1, 2 / 3, 2 / 3])
 
 
 def test_the_roc_band_agrees_with_a_brute_force():
     labels, probabilities, cases, repeats = repeated(2)
-    rate, mean, low, high = roc_band(labels == 1, probabilities[:, 1], cases, 4, repeats=repeats, resamples=50)
+    rate, low, high = roc_band(labels == 1, probabilities[:, 1], cases, 4, repeats=repeats, resamples=50)
 
     def curve(labels, probabilities, repeats):
         curves = []
@@ -218,13 +254,12 @@ def test_the_roc_band_agrees_with_a_brute_force():
 
     drawn = [curve(*part) for part in brute_force(labels, probabilities, cases, repeats, 4, 50)]
     expected = np.percentile([one for one in drawn if one is not None], [2.5, 97.5], axis=0)
-    assert mean[1:] == pytest.approx(curve(labels, probabilities, repeats))
     assert np.stack([low, high])[:, 1:] == pytest.approx(expected)
 
 
 def test_an_undefined_roc_band():
     scores, cases = np.array([0.1, 0.9]), np.array(["a", "b"])
-    assert mean_roc(np.array([True, True]), scores) is None
+    assert mean_roc(np.array([True, True]), scores) is mean_precision(np.array([True, True]), scores) is None
     assert roc_band(np.array([True, True]), scores, cases, 0) is None
     # Of two patients, half the resamples hold one class; by seed 2 more than half do.
     assert roc_band(np.array([False, True]), scores, cases, 2, resamples=101) is None

@@ -141,6 +141,13 @@ class _Checked:
                 object.__setattr__(self, field.name, checked(field, kind, value, f"{flag_of(field)} "))
 
 
+FigureFormat = Literal["png", "pdf", "svg"]
+
+
+def _figure_format() -> Any:
+    return option(("png",), "file format of the figures, one or several of png, pdf and svg (default: png)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Extraction(_Checked):
     """The feature recipe, and how it is computed."""
@@ -390,6 +397,7 @@ class Running(_Checked):
     output_dir: Path | None = option(None, "results (default: outputs/<mil>/<dataset>)")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     jobs: int = option(1, "trainings side by side, each in a process of its own with its share of the threads", least=1)
+    figure_format: tuple[FigureFormat, ...] = _figure_format()
 
 
 def _is_address(text: str) -> bool:
@@ -471,6 +479,7 @@ class Prediction(_Checked):
         False, "measure whether the attention matters: remove and add patches in its order, and in random ones"
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    figure_format: tuple[FigureFormat, ...] = _figure_format()
     allow_mismatch: bool = option(False, "predict although the features were made in another way than the model's")
     # What the checkpoint says already, but for some of the first version's; a flag that contradicts it is an error.
     mil: str | None = option(None, "architecture the checkpoint must hold")
@@ -604,7 +613,10 @@ class Comparison(_Checked):
         "figures to compare, the primary one first (default: auc balanced_accuracy f1_macro)",
         metavar="NAME",
     )
-    output_dir: Path = option(Path("outputs/comparison"), "where the tables and the figure go")
+    output_dir: Path | None = option(
+        None, "where the tables and the figures go (default: outputs/comparison/<run>_vs_<run>)"
+    )
+    figure_format: tuple[FigureFormat, ...] = _figure_format()
 
     def __post_init__(self) -> None:
         super().__post_init__()

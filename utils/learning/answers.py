@@ -1,5 +1,6 @@
 """Many slides predicted: which inputs, where each answer goes and whether it is there, the table and the scores."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from utils.core.config import Prediction, Protocol
 from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, counted
 from utils.core.files import check_distinct, read_json, write_json
 from utils.core.passport import recipe_differences
+from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.learning import figures
 from utils.learning.metrics import decision_metrics
+from utils.learning.predictions import Predictions
 from utils.learning.results import (
     calibration_figures,
     class_table,
@@ -36,7 +39,7 @@ from utils.slides.wsi import find_slides, is_slide_file, one_per_series
 
 REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json"
 FAITHFULNESS = "{}_faithfulness.png"
-_FIGURES = ("roc.png", "confusion_matrix.png", "calibration.png")
+_FIGURES = ("roc", "precision_recall", "confusion_matrix", "calibration")
 _ENDING = "_prediction.json"
 
 
@@ -233,37 +236,45 @@ class Answers:
             "pooled_calibrated": None if calibrated is None else calibration_figures(truth, calibrated, once),
         }
 
-    def draw(self, folder: Path) -> None:
-        """ROC, confusion matrix and calibration of the labelled slides."""
+    def draw(self, folder: Path, formats: Sequence[str]) -> None:
+        """ROC, precision and recall, confusion matrix and calibration of the labelled slides."""
         scored = [record for record in self.records if record["slide"] in self.rows]
-        answers = self._labels(scored), self._probabilities(scored), self.class_names
         seen = sum(record["seen_in_training"] is True for record in scored)
         title = f"{counted(len(scored), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else "")
-        once = np.zeros(len(scored))
+        predictions = Predictions(
+            self._labels(scored), self._probabilities(scored), self.class_names, self._cases(scored),
+            np.zeros(len(scored)), _SEED, calibrated=self._calibrated(scored), title=title,
+        )  # fmt: skip
         drawn = [
-            figures.roc_figure(*answers, None, self._cases(scored), once, _SEED, title),
-            figures.confusion_figure(*answers, once, title),
-            figures.calibration_figure(*answers, once, self._calibrated(scored), title),
+            figures.roc_figure(predictions),
+            figures.precision_recall_figure(predictions),
+            figures.confusion_figure(predictions),
+            figures.calibration_figure(predictions),
         ]
-        for name, figure in zip(_FIGURES, drawn, strict=True):
-            figures.save_figure(figure, folder / name)
+        write_figures(folder, dict(zip(_FIGURES, drawn, strict=True)), formats)
 
-    def write(self, folder: Path, threshold: float | None, settings: Mapping[str, Any]) -> str:
-        """Write `predictions.csv` and, with labels, `scores.json` and the figures; the closing words.
+    def write(
+        self, folder: Path, threshold: float | None, settings: Mapping[str, Any], formats: Sequence[str] = ("png",)
+    ) -> str:
+        """Write `predictions.csv` and, with labels, `scores.json` and figures in these `formats`; the closing words.
 
-        Without labels, scores that are there are removed, with their figures, if they were made with other `settings`.
+        Figures of other scores are removed, in whatever format; without labels, so are scores that are there, if they
+        were made with other `settings`.
         """
         write_table(folder / TABLE, self.table())
+        earlier = _record_at(folder / SCORES)
         if not self.rows:
-            if _record_at(folder / SCORES).get("settings") != settings:
-                for name in (SCORES, *_FIGURES):
-                    (folder / name).unlink(missing_ok=True)
+            if earlier.get("settings") != settings:
+                _clear(folder, SCORES)
             seen = sum(record["seen_in_training"] is True for record in self.records)
             return _seen_words(seen) if seen else ""
         scores = self.scores(threshold)
         checkpoint = self.records[0]["checkpoint"]
-        write_json(folder / SCORES, {"checkpoint": checkpoint, "settings": dict(settings), **scores})
-        self.draw(folder)
+        content = {"checkpoint": checkpoint, "settings": dict(settings), **scores}
+        if earlier != json.loads(json.dumps(content)):
+            _clear(folder)
+        write_json(folder / SCORES, content)
+        self.draw(folder, formats)
         return scores_text(scores)
 
     def _labels(self, scored: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -280,6 +291,13 @@ class Answers:
         if None in each:
             return None
         return np.array([[one[name] for name in self.class_names] for one in each])
+
+
+def _clear(folder: Path, *names: str) -> None:
+    """Remove the figures of scores, and the files called `names`."""
+    figures_there = [path for name in _FIGURES for path in figure_paths(folder / name, FORMATS)]
+    for path in [*figures_there, *(folder / name for name in names)]:
+        path.unlink(missing_ok=True)
 
 
 _SEED = derive_seed(Protocol.seed, "bootstrap")

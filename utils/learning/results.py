@@ -11,15 +11,19 @@ import pandas as pd
 
 from utils.bags.labels import LabelRow
 from utils.core.files import write_text
+from utils.core.plots import write_figures
 from utils.core.runtime import derive_seed
 from utils.learning import figures
 from utils.learning.aggregation import SlideOutput
 from utils.learning.calibration import mean_calibrated
+from utils.learning.learning_curves import learning_figure
 from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, mean_and_std
+from utils.learning.predictions import Predictions
 from utils.learning.splits import OuterFold
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
 
 GALLERY_SIZE = 10
+FIGURES = ("roc", "precision_recall", "confusion_matrix", "calibration", "learning_curves")
 # Beyond so many folds the closing table leaves them to outputs.json.
 _MOST_FOLDS_SHOWN = 20
 _SHOWN = METRICS
@@ -101,6 +105,13 @@ class Pooled:
             repeats[order],
         )
 
+    def predictions(self, class_names: Sequence[str], seed: int) -> Predictions:
+        """The same as figures take it; the run's `seed` draws the patients of their intervals."""
+        return Predictions(
+            self.labels, self.probabilities, class_names, self.cases, self.repeats, derive_seed(seed, "bootstrap"),
+            self.folds, self.calibrated,
+        )  # fmt: skip
+
 
 def predictions_table(pooled: Pooled, data: Slides) -> pd.DataFrame:
     names, rows = np.array(data.class_names), [data.rows[slide] for slide in pooled.slides]
@@ -175,16 +186,27 @@ def outputs_content(results: Sequence[FoldResult], pooled: Pooled, data: Slides,
     return summary | {"pooled_thresholded": at_threshold, "pooled_calibrated": scaled, "fold_results": fold_results}
 
 
-def draw_figures(folder: Path, pooled: Pooled, history: pd.DataFrame, names: Sequence[str], seed: int) -> None:
-    answers, draws = (pooled.labels, pooled.probabilities, names), derive_seed(seed, "bootstrap")
-    drawn = {
-        "roc.png": figures.roc_figure(*answers, pooled.folds, pooled.cases, pooled.repeats, draws),
-        "confusion_matrix.png": figures.confusion_figure(*answers, pooled.repeats),
-        "calibration.png": figures.calibration_figure(*answers, pooled.repeats, pooled.calibrated),
-        "learning_curves.png": figures.learning_figure(history),
-    }
-    for name, figure in drawn.items():
-        figures.save_figure(figure, folder / name)
+def draw_figures(
+    folder: Path,
+    predictions: Predictions,
+    history: pd.DataFrame,
+    monitors: Mapping[int, str],
+    formats: Sequence[str],
+    *,
+    missing_only: bool = False,
+) -> list[Path]:
+    """Write the figures of a run in each of the formats, or those alone that are not there; return what was written.
+
+    `monitors` says by outer fold what chose its epochs.
+    """
+    drawn = [
+        figures.roc_figure(predictions),
+        figures.precision_recall_figure(predictions),
+        figures.confusion_figure(predictions),
+        figures.calibration_figure(predictions),
+        learning_figure(history, monitors),
+    ]
+    return write_figures(folder, dict(zip(FIGURES, drawn, strict=True)), formats, missing_only=missing_only)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

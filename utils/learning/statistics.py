@@ -7,7 +7,7 @@ import numpy as np
 from utils.learning.metrics import metric_names, plain_figures, weighted_metrics
 
 RESAMPLES = 1000
-# False positive rates; 0 comes twice, since a curve starts at (0, 0) and may rise before its first false positive.
+# False positive rates of the band; 0 comes twice, since a curve may rise before its first false positive.
 _GRID = np.append(0, np.arange(201) / 200)
 _BLOCK_VALUES = 1 << 20
 
@@ -68,13 +68,44 @@ def bootstrap_draws(
 def mean_roc(
     is_class: np.ndarray, scores: np.ndarray, repeats: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The ROC curve of `scores (n,)` for `is_class (n,)` bool, averaged over repeats at equal false positive rates.
+    """Return the ROC curve of `scores (n,)` for `is_class (n,)` bool, point by point: its false positive rates and its
+    true ones, both `(m,)`, from (0, 0) to (1, 1).
 
-    Returns the false positive rates and the true ones, both `(G,)`, from (0, 0) to (1, 1), linear between the curve's
-    points; None where a class is missing.
+    Straight lines between the points are the curve: a step for each slide, and a slanted line only where slides of
+    both kinds share a score, so that the area below is the AUC. Of several repeats it is the mean at equal false
+    positive rates. None where a class is missing.
     """
-    (curve,) = _curves(is_class, scores, np.ones((1, len(scores))), repeats)
-    return None if np.isnan(curve).any() else (_GRID, curve)
+    curves = [_roc(is_class[rows], scores[rows]) for rows in _rows_of_or_all(scores, repeats)]
+    known = [curve for curve in curves if curve is not None]
+    if not known:
+        return None
+    rates = np.unique(np.concatenate([alarms for alarms, _ in known]))
+    heights = np.mean([_heights(rates, *curve) for curve in known], axis=0)
+    points = np.stack([np.repeat(rates, 2), heights.ravel()])
+    alarms, hits = points[:, np.append(True, (np.diff(points) != 0).any(axis=0))]
+    return alarms, hits
+
+
+def mean_precision(
+    is_class: np.ndarray, scores: np.ndarray, repeats: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the precision-recall curve of `scores (n,)` for `is_class (n,)` bool, point by point: recalls and
+    precisions, both `(m,)`, from recall 0 to 1.
+
+    It is level between the recalls that occur, so that the area below is the average precision. Of several repeats it
+    is the mean at equal recall. None where a class is missing.
+    """
+    curves = []
+    for rows in _rows_of_or_all(scores, repeats):
+        (hits,), (alarms,) = _cumulative(is_class[rows], scores[rows], np.ones((1, len(rows))))
+        if hits[-1] > 0 and alarms[-1] > 0:
+            rising = np.diff(hits, prepend=0) > 0
+            curves.append((hits[rising] / hits[-1], (hits / (hits + alarms))[rising]))
+    if not curves:
+        return None
+    recalls = np.unique(np.concatenate([recall for recall, _ in curves]))
+    precisions = np.mean([precision[np.searchsorted(recall, recalls)] for recall, precision in curves], axis=0)
+    return np.append(0, np.repeat(recalls, 2)[:-1]), np.repeat(precisions, 2)
 
 
 def roc_band(
@@ -85,20 +116,17 @@ def roc_band(
     *,
     repeats: np.ndarray | None = None,
     resamples: int = RESAMPLES,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """`mean_roc` and, at each of its false positive rates, the 95% percentile interval over resampled patients.
-
-    Returns false positive rate, mean, low and high, each `(G,)`; None where the curve is undefined, or is so in more
-    than half of the resamples.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return the 95% percentile interval of the ROC curve over resampled patients: false positive rates, low and high,
+    each `(G,)`. None where the curve is undefined, or is so in more than half of the resamples.
     """
-    curve = mean_roc(is_class, scores, repeats)
     blocks = [_curves(is_class, scores, weights, repeats) for weights in _resampled(cases, seed, resamples)]
     drawn = np.concatenate(blocks)
     known = drawn[~np.isnan(drawn).any(axis=1)]
-    if curve is None or len(known) < resamples / 2:
+    if mean_roc(is_class, scores, repeats) is None or len(known) < resamples / 2:
         return None
     low, high = np.percentile(known, [2.5, 97.5], axis=0)
-    return *curve, low, high
+    return _GRID, low, high
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | None:
@@ -121,17 +149,48 @@ def _pooled(
 
 def _curves(is_class: np.ndarray, scores: np.ndarray, weights: np.ndarray, repeats: np.ndarray | None) -> np.ndarray:
     """True positive rates at `_GRID` under each row of `weights (B, n)`: `(B, G)`, NaN where a class has no weight."""
-    repeats = np.zeros(len(scores)) if repeats is None else repeats
-    curves = np.full((len(np.unique(repeats)), len(weights), len(_GRID)), np.nan)
-    for part, rows in zip(curves, _rows_of(repeats), strict=True):
-        order = rows[np.argsort(-scores[rows], kind="stable")]
-        last_of_ties = np.append(np.diff(scores[order]) != 0, True)
-        for curve, weight in zip(part, weights[:, order], strict=True):
-            hits, alarms = ((weight * kind[order]).cumsum()[last_of_ties] for kind in (is_class, ~is_class))
+    parts = _rows_of_or_all(scores, repeats)
+    curves = np.full((len(parts), len(weights), len(_GRID)), np.nan)
+    for part, rows in zip(curves, parts, strict=True):
+        for curve, hits, alarms in zip(part, *_cumulative(is_class[rows], scores[rows], weights[:, rows]), strict=True):
             if hits[-1] > 0 and alarms[-1] > 0:
                 curve[0] = 0
                 curve[1:] = np.interp(_GRID[1:], np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1]))
     return _known_mean(curves)
+
+
+def _cumulative(is_class: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Under each row of `weights (B, n)`, the weight of the class, and of the others, that scores at least as high as
+    each score that occurs, the highest first: `(B, k)` each.
+    """
+    order = np.argsort(-scores, kind="stable")
+    last_of_ties = np.append(np.diff(scores[order]) != 0, True)
+    hits, alarms = ((weights * kind)[:, order].cumsum(axis=1)[:, last_of_ties] for kind in (is_class, ~is_class))
+    return hits, alarms
+
+
+def _roc(is_class: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    (hits,), (alarms,) = _cumulative(is_class, scores, np.ones((1, len(scores))))
+    if not (hits[-1] > 0 and alarms[-1] > 0):
+        return None
+    return np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1])
+
+
+def _heights(rates: np.ndarray, alarms: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """`(m, 2)`: where a curve arrives, and where it leaves, at each of the `rates (m,)`; different where it rises."""
+    known = np.unique(alarms)
+    arrives = hits[np.searchsorted(alarms, known, "left")]
+    leaves = hits[np.searchsorted(alarms, known, "right") - 1]
+    before = np.searchsorted(known, rates, "right") - 1
+    after = np.minimum(before + 1, len(known) - 1)
+    share = (rates - known[before]) / np.maximum(known[after] - known[before], np.finfo(float).tiny)
+    between = leaves[before] + share * (arrives[after] - leaves[before])
+    is_known = known[before] == rates
+    return np.stack([np.where(is_known, arrives[before], between), np.where(is_known, leaves[before], between)], axis=1)
+
+
+def _rows_of_or_all(scores: np.ndarray, repeats: np.ndarray | None) -> list[np.ndarray]:
+    return _rows_of(np.zeros(len(scores)) if repeats is None else repeats)
 
 
 def _rows_of(repeats: np.ndarray) -> list[np.ndarray]:

@@ -1,0 +1,83 @@
+"""Figures of several training runs: their differences, and their ROC curves side by side."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from textwrap import fill
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from utils.core.plots import COLOURS, LEGEND, STYLES, bare, bare_axes, legend_below
+from utils.core.text import literal
+from utils.learning.figures import chance_line, pooled_title, with_interval
+from utils.learning.predictions import Predictions
+from utils.learning.statistics import mean_roc
+
+_COLUMNS = 3
+
+
+def comparison_figure(differences: Mapping[str, Mapping[tuple[str, str], tuple[float, float, float]]]) -> Figure:
+    """Forest plot of pairs of runs, metric by metric: `(difference, low, high)`, of the first minus the second."""
+    pairs = list(dict.fromkeys(pair for by_pair in differences.values() for pair in by_pair))
+    names: list[str] = []
+    figure, axes = bare_axes(6, 4)
+    bare(axes, "Difference, first minus second (95% interval)")
+    for (metric, by_pair), colour, marker in zip(differences.items(), cycle(COLOURS), cycle("osD^vP"), strict=False):
+        if len(pairs) > 1:
+            names.append(metric)
+        for (first, second), (difference, low, high) in by_pair.items():
+            row = len(names)
+            names.append(f"{first}\n- {second}" if len(pairs) > 1 else metric)
+            axes.plot([low, high], [row, row], color=colour, lw=2, solid_capstyle="butt")
+            axes.plot(difference, row, marker, color=colour, ms=6)
+            text = f"{difference:+z.3f} ({low:+z.3f} to {high:+z.3f})"
+            axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.axvline(0, color="black", lw=0.8, ls="--", zorder=0)
+    axes.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=9)
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if len(pairs) > 1 and name in differences else "normal")
+    if len(pairs) < 2:
+        axes.set_title(literal(" - ".join(pairs[0])) if pairs else "No difference is defined", fontsize=10)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    figure.set_figheight(0.9 + 0.38 * max(1, len(names)))
+    return figure
+
+
+def runs_roc_figure(runs: Mapping[str, Predictions]) -> Figure:
+    """Draw the ROC curves of runs on the same slides, by their names, each with its AUC and the 95% interval over
+    patients: of two classes that of the positive one, beyond a plot for each class against the rest.
+    """
+    first = next(iter(runs.values()))
+    title = f"{pooled_title(first)}; AUC with its 95% interval over patients"
+    if len(first.ranked_classes) == 1:
+        figure, axes = bare_axes(5, 4.8)
+        _draw_runs(axes, runs, first.ranked_classes[0], width=60)
+        legend_below(figure)
+        axes.set_title(f"{title}\n{fill(f'positive: {literal(first.class_names[1])}', 60)}", fontsize=10)
+        return figure
+    columns = min(_COLUMNS, len(first.ranked_classes))
+    rows = -(-len(first.ranked_classes) // columns)
+    figure = Figure(figsize=(3.7 * columns, rows * (3.9 + 0.2 * len(runs))), layout="constrained")
+    plots: Sequence[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, index in zip(plots, first.ranked_classes, strict=False):
+        _draw_runs(axes, runs, index, width=44)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), **LEGEND | {"handlelength": 2.5})
+        axes.set_title(fill(literal(first.class_names[index]), 40), fontsize=9)
+    for axes in plots[len(first.ranked_classes) :]:
+        axes.set_axis_off()
+    figure.suptitle(f"{title}\neach class against the rest", fontsize=10)
+    return figure
+
+
+def _draw_runs(axes: Axes, runs: Mapping[str, Predictions], index: int, width: int) -> None:
+    """Draw a curve of one class for each run, where it has one; an entry of the legend has lines of `width`."""
+    bare(axes, "False positive rate (1 - specificity)", "True positive rate (sensitivity)")
+    axes.set_box_aspect(1)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    chance_line(axes)
+    for (name, predictions), colour, style in zip(runs.items(), cycle(COLOURS), cycle(STYLES), strict=False):
+        ranking = predictions.rankings[index]
+        label = fill(f"{literal(name)}: AUC {with_interval(ranking.auc, ranking.auc_interval, '')}", width)
+        curve = mean_roc(*predictions.one_against_rest(index), predictions.repeats)
+        axes.plot(*(curve or ([], [])), color=colour, ls=style, lw=1.6, label=label)

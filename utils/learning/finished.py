@@ -1,0 +1,228 @@
+"""A finished training run, read back from its folder: to be compared with others, or drawn anew."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from utils.core.config import Protocol
+from utils.core.errors import ConfigError, counted, named
+from utils.core.files import read_json
+from utils.core.plots import figure_paths
+from utils.core.runtime import derive_seed, log
+from utils.learning.predictions import Predictions
+from utils.learning.results import FIGURES, draw_figures
+from utils.learning.splits import PARTS, NamedSplit, read_splits
+from utils.learning.statistics import pooled_metrics
+
+_SLIDE = ["wsi_id", "label", "case_id"]
+_FILES = ("run.json", "outputs.json", "predictions.csv", "splits.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run: the content of its `outputs.json`, its out-of-fold predictions by repeat and slide, its
+    splits, its seed. `name` is what tells it apart from the other runs.
+    """
+
+    path: Path
+    name: str
+    outputs: dict[str, Any]
+    predictions: pd.DataFrame
+    splits: list[NamedSplit]
+    seed: int
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.outputs["class_names"]
+
+    def reported(self, metric: str) -> tuple[float | None, Sequence[float] | None]:
+        """The pooled figure and its 95% interval as `outputs.json` has them; ConfigError where it lacks them."""
+        try:
+            return self.outputs["pooled"][metric], self.outputs["intervals_95"][metric]
+        except (KeyError, TypeError) as failure:
+            raise ConfigError(
+                f"{self.path / 'outputs.json'}: no pooled {metric} with its interval; train the run again, or leave it "
+                "out of --metrics"
+            ) from failure
+
+    @property
+    def pooled(self) -> dict[str, float | None]:
+        """Every metric of the predictions."""
+        return pooled_metrics(self.labels, self.probabilities, self.repeats, self.class_names)
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """`(n,)` int"""
+        return self.predictions["repeat"].to_numpy()
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`(n,)` int"""
+        return self.predictions["label"].map(self.class_names.index).to_numpy()
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """`(n, C)`"""
+        return self.predictions[[f"prob_{name}" for name in self.class_names]].to_numpy()
+
+    @cached_property
+    def answers(self) -> Predictions:
+        """What its figures are drawn from."""
+        table, scaled = self.predictions, [f"calibrated_{name}" for name in self.class_names]
+        return Predictions(
+            self.labels, self.probabilities, self.class_names, table["case_id"].to_numpy(), self.repeats,
+            derive_seed(self.seed, "bootstrap"), table["fold"].to_numpy(),
+            table[scaled].to_numpy() if set(scaled) <= set(table) else None,
+        )  # fmt: skip
+
+    @property
+    def monitors(self) -> dict[int, str]:
+        """By outer fold, what chose its epochs."""
+        return {fold["fold"]: fold["selection"]["monitor"] for fold in self.outputs["fold_results"]}
+
+
+def draw_missing(folder: Path, formats: Sequence[str]) -> None:
+    """Draw those figures of a finished run that are not there in these formats. Raises ConfigError where its tables
+    cannot be read.
+    """
+    if all(path.exists() for name in FIGURES for path in figure_paths(folder / name, formats)):
+        return
+    run = read_run(folder, folder.name)
+    history = pd.read_csv(folder / "history.csv")
+    written = draw_figures(folder, run.answers, history, run.monitors, formats, missing_only=True)
+    log.info("%s: drawn from its tables: %s", folder, ", ".join(path.name for path in written))
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The finished runs in the folders `paths`, at least two, on the same slides and splits.
+
+    Raises ConfigError for a folder that holds no finished run, one given twice, and runs that differ in classes,
+    slides, patients, labels or splits.
+    """
+    places = [path.resolve() for path in paths]
+    twice = [str(path) for path, place in zip(paths, places, strict=True) if places.count(place) > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]}: given twice; name each run once")
+    names = _distinguishing(places)
+    first, *others = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+    for other in others:
+        _check_same_slides(first, other)
+        _check_same_splits(first, other)
+    return [first, *others]
+
+
+def _distinguishing(places: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ."""
+    for length in range(1, max(len(place.parts) for place in places) + 1):
+        names = ["/".join(place.parts[-length:]) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("equal paths")
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Return the finished run in a folder. Raises ConfigError where there is none, or its files do not go together."""
+    for file in _FILES:
+        if not (path / file).is_file():
+            raise ConfigError(f"{path}: no finished training run ({file} is missing); give a folder that train.py made")
+    record = read_json(path / "run.json", ConfigError)
+    if not isinstance(record, dict) or record.get("finished") is not True:
+        raise ConfigError(f"{path}: this run is not finished; give its train.py command again to finish it")
+    outputs = read_json(path / "outputs.json", ConfigError)
+    classes = outputs.get("class_names") if isinstance(outputs, dict) else None
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(one, str) for one in classes):
+        raise ConfigError(f"{path / 'outputs.json'}: no class_names, as train.py writes them; train the run again")
+    predictions = _read_predictions(path / "predictions.csv", classes)
+    splits = read_splits(path / "splits.json", set(predictions["wsi_id"]))
+    tested = {(split.fold, wsi_id) for split in splits for wsi_id in split.parts["test"]}
+    strangers = sorted(tested ^ set(zip(predictions["fold"], predictions["wsi_id"], strict=True)))
+    if strangers:
+        told = named([f"{wsi_id} of fold {fold}" for fold, wsi_id in strangers])
+        raise ConfigError(f"{path}: predictions.csv and splits.json are not of one run ({told}); train it again")
+    identity = record.get("identity")
+    seed = identity.get("seed", Protocol.seed) if isinstance(identity, dict) else Protocol.seed
+    return Run(path, name, outputs, predictions, splits, seed)
+
+
+def _read_predictions(path: Path, classes: Sequence[str]) -> pd.DataFrame:
+    """The table in an order that does not depend on the run's."""
+    probabilities = [f"prob_{name}" for name in classes]
+    kinds = {"wsi_id": str, "case_id": str, "label": str, "fold": int, "repeat": int}
+    kinds |= dict.fromkeys(probabilities, float)
+    try:
+        texts = pd.read_csv(path, dtype=str, keep_default_na=False)
+        kinds |= dict.fromkeys({f"calibrated_{name}" for name in classes} & set(texts), float)
+        table = pd.DataFrame({name: texts[name].astype(kind) for name, kind in kinds.items()})
+    except (OSError, ValueError, KeyError) as failure:
+        raise ConfigError(
+            f"{path}: no predictions as train.py writes them ({failure}); train the run again"
+        ) from failure
+    values = table[probabilities].to_numpy()
+    faults = {
+        "no slide in it": table.empty,
+        "a probability that is no number from 0 to 1": not ((values >= 0) & (values <= 1)).all(),
+        "a label that is no class": not set(table["label"]) <= set(classes),
+        "a slide twice in one repeat": table.duplicated(["repeat", "wsi_id"]).any(),
+        "a slide with two labels or patients": len(table[_SLIDE].drop_duplicates()) > len(_slides(table)),
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise ConfigError(f"{path}: {fault}; train the run again")
+    return table.sort_values(["repeat", "wsi_id"], ignore_index=True)
+
+
+def _slides(table: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Each slide's label and patient."""
+    rows = table[_SLIDE].itertuples(index=False, name=None)
+    return {wsi_id: {"label": label, "case_id": case_id} for wsi_id, label, case_id in rows}
+
+
+def _check_same_slides(first: Run, other: Run) -> None:
+    if first.class_names != other.class_names:
+        raise ConfigError(
+            f"{other.path}: classes {', '.join(other.class_names)}, those of {first.path} are "
+            f"{', '.join(first.class_names)}; train both with the same --class_names"
+        )
+    both = f"{first.path} and {other.path}"
+    mine, theirs = _slides(first.predictions), _slides(other.predictions)
+    for alone, run in ((mine.keys() - theirs, first), (theirs.keys() - mine, other)):
+        if alone:
+            raise ConfigError(
+                f"{both}: {counted(len(alone), 'slide')} in {run.path} alone: {named(sorted(alone))}; train both on "
+                "the same labels.csv and splits"
+            )
+    for column, what in (("label", "label"), ("case_id", "patient")):
+        differing = [wsi_id for wsi_id in sorted(mine) if mine[wsi_id][column] != theirs[wsi_id][column]]
+        if differing:
+            told = [f"{wsi_id} ({mine[wsi_id][column]}, {theirs[wsi_id][column]})" for wsi_id in differing]
+            raise ConfigError(
+                f"{both}: {counted(len(differing), 'slide')} with another {what}: {named(told)}; train both on the "
+                "same labels.csv"
+            )
+
+
+def _check_same_splits(first: Run, other: Run) -> None:
+    remedy = f"train it with --splits {first.path / 'splits.json'}"
+    for mine, theirs in zip(first.splits, other.splits, strict=False):
+        for part in PARTS:
+            moved = sorted(set(mine.parts[part]) ^ set(theirs.parts[part]))
+            if moved:
+                raise ConfigError(
+                    f"{other.path}: not the splits of {first.path}: the {part} part of {theirs.name} differs in "
+                    f"{counted(len(moved), 'slide')}: {named(moved)}; {remedy}"
+                )
+        if (mine.fold, mine.repeat) != (theirs.fold, theirs.repeat):
+            raise ConfigError(
+                f"{other.path}: not the splits of {first.path}: {theirs.name} is of repeat {theirs.repeat}, where "
+                f"{mine.name} is of repeat {mine.repeat}; {remedy}"
+            )
+    if len(first.splits) != len(other.splits):
+        raise ConfigError(
+            f"{other.path}: not the splits of {first.path}: {len(other.splits)} inner folds in all, there "
+            f"{len(first.splits)}; {remedy}"
+        )
