@@ -169,7 +169,7 @@ def test_what_the_pictures_say_of_a_prediction():
     assert caption.answer == "b (70.0%)"
     assert dict(caption.facts) == {
         "model": "LiteMIL (num_heads 4)", "checkpoint": "model.pth", "backbone": "uni", "weights_digest": "a" * 16,
-        "fed": "in chunks of 1000, their probabilities averaged", "um/px of the patches": "0.5",
+        "fed": "in chunks of 1000, their probabilities averaged", "µm/px of the patches": "0.5",
     }  # fmt: skip
     assert caption.notes == ["The model was trained on this slide: its prediction proves nothing."]
     unknown = Caption.of(RECORD | {"recipe": None, "slide_record": None, "seen_in_training": None, "mode": "full"})

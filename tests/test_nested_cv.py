@@ -1464,6 +1464,20 @@ class TestKinds:
         ]
         assert [key for key in identities[0] if identities[0][key] != identities[1][key]] == ["groups"]
 
+    def test_figures_come_in_other_formats_without_another_training(self, dataset, tmp_path, caplog):
+        """The format is nothing that a run depends on: an unfinished one goes on, a finished one draws what lacks."""
+        make_cv(dataset, tmp_path / "run", figure_format=("svg",)).run()
+        before = contents(tmp_path / "run")
+        assert {Path(name).stem for name in before if name.endswith(".svg")} == set(results_module.FIGURES)
+        (tmp_path / "run" / "roc.svg").unlink()
+        with caplog.at_level("INFO"):
+            make_cv(dataset, tmp_path / "run", figure_format=("svg", "pdf")).run()
+        assert "nothing is trained" in caplog.text
+        assert "drawn from its tables: roc.svg, roc.pdf, precision_recall.pdf" in caplog.text
+        after = contents(tmp_path / "run")
+        assert {name: after[name] for name in before} == before
+        assert {name for name in after if name not in before} == {f"{name}.pdf" for name in results_module.FIGURES}
+
     def test_three_classes(self, tmp_path):
         names = ("CCRCC", "CHRCC", "PRCC")
         cohort = write_cohort(tmp_path / "cohort", classes=names, slides_per_patient=1, signal=4)

@@ -488,6 +488,39 @@ def test_a_run_killed_while_drawing_leaves_no_picture_beside_another_answer(
     assert (out / "slide_report.html").exists()
 
 
+def test_pictures_and_figures_come_in_other_formats_of_the_same_answer(drawable, cohort, models, predict, tmp_path):
+    flags, drawn = drawable("LiteMIL")
+    predict(*flags, *drawn, "--faithfulness")
+    out, first = tmp_path / "out", of(tmp_path / "out", "slide")
+    shown = predict(*flags, *drawn, "--faithfulness", "--figure_format", "pdf", "svg").out
+    names = [f"slide_{part}" for part in ("heatmap", "detailed", "patch_grid", "faithfulness")]
+    for name in names:
+        assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert "<svg" in (out / f"{name}.svg").read_text(encoding="utf-8")[:2000]
+        assert (out / f"{name}.png").exists()  # it shows the same
+        assert f"{name}.svg" in shown
+    second = of(out, "slide")
+    assert second["request"] == first["request"]
+    assert set(second["pictures"]["files"]) > set(first["pictures"]["files"])
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    predict(*flags, *drawn, "--faithfulness")  # all of it is there
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    predict("--checkpoint", models[1], *flags[2:], *drawn, "--overwrite", "--faithfulness")
+    assert sorted(path.name for path in out.iterdir() if path.suffix in (".pdf", ".svg", ".png")) == sorted(
+        f"{name}.png" for name in names
+    )
+
+    labels_csv, features = cohort
+    given = ("--input_dir", features, "--labels_csv", labels_csv)
+    predict("--checkpoint", models[0], *given, output="scored")
+    predict("--checkpoint", models[0], *given, "--figure_format", "svg", output="scored")
+    assert {(tmp_path / "scored" / f"roc.{kind}").exists() for kind in ("png", "svg")} == {True}
+    predict("--checkpoint", models[1], *given, "--figure_format", "pdf", "--overwrite", output="scored")
+    assert sorted(path.name for path in (tmp_path / "scored").glob("*.???") if path.suffix != ".csv") == [
+        "calibration.pdf", "confusion_matrix.pdf", "precision_recall.pdf", "roc.pdf",
+    ]  # fmt: skip
+
+
 def test_overwriting_removes_what_it_does_not_renew(drawable, cohort, models, predict, tmp_path):
     flags, drawn = drawable("LiteMIL")
     predict(*flags, *drawn, "--faithfulness")

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.bags.store import Bag, StoredBag, is_feature_file
-from utils.core.config import Pictures, PredictionRecipe
+from utils.core.config import Pictures, Prediction, PredictionRecipe
 from utils.core.errors import ConfigError, FeatureFileError, SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
 from utils.core.passport import recipe_differences
+from utils.core.plots import figure_paths
 from utils.learning.answers import PredictionFiles
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.caption import Caption, title_of
@@ -41,9 +42,10 @@ _OVERVIEW = 2000
 # More than this is no figure any more; `extract_top_patches` has no limit.
 _GRID_PATCHES = 50
 _TABLE = "patches.csv"
-_SET = (
-    "heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson", "report.html",
-)  # fmt: skip
+_FIGURES, _OTHERS = (
+    ("heatmap", "detailed", "patch_grid"),
+    ("top_patches", "attention.npz", "attention.geojson", "report.html"),
+)
 
 
 @dataclass(frozen=True)
@@ -187,26 +189,32 @@ class AttentionVisualizer:
         record: Mapping[str, Any],
         *,
         top_k: int = Pictures.top_k,
+        formats: Sequence[str] = Prediction.figure_format,
     ) -> list[Path]:
-        """Write `<slide>_heatmap.png`, `_detailed.png`, `_patch_grid.png`, `_top_patches/`, `_attention.npz` (the
-        arguments, the per-head attention `(H, N)` among them, and the prediction), `_attention.geojson` and
-        `_report.html`. Returns the files.
+        """Write `<slide>_heatmap`, `_detailed` and `_patch_grid` in each of the `formats`, `_top_patches/`,
+        `_attention.npz` (the arguments, the per-head attention `(H, N)` among them, and the prediction),
+        `_attention.geojson` and `_report.html`. Returns the files.
 
         Here `attention` is `(H, N)`; the pictures show its mean over heads. `record` is what
         `<slide>_prediction.json` holds.
         """
         caption = Caption.of(record)
         name, title = record["slide"], title_of(record)
-        heatmap, detailed, grid, top_patches, data, tiles, page = set_paths(Path(output_dir), name)
+        *paths, top_patches, data, tiles, page = set_paths(Path(output_dir), name, formats)
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
             picture = _overview(slide, (record["slide_record"] or {}).get("mpp"))
             top, least = (_patches(slide, shown, few) for few in (shown.top(top_k), shown.lowest(top_k)))
             told = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"]}
             write_attention(tiles, shown, slide, self.look.cmap, told)
-        save_picture(heatmap_figure(picture, shown, self.look, title=title, top_k=top_k), heatmap)
-        save_picture(self._detailed(picture, shown, caption, title, top_k), detailed)
-        save_picture(_grid(shown, top[:_GRID_PATCHES], least[:_GRID_PATCHES], title), grid)
+        figures = [
+            heatmap_figure(picture, shown, self.look, title=title, top_k=top_k),
+            self._detailed(picture, shown, caption, title, top_k),
+            _grid(shown, top[:_GRID_PATCHES], least[:_GRID_PATCHES], title),
+        ]
+        for part, figure in zip(_FIGURES, figures, strict=True):
+            for path in figure_paths(Path(output_dir) / f"{name}_{part}", formats):
+                save_picture(figure, path)
         patches = _write_patches(top_patches, shown, top, least, record["seen_in_training"])
         with whole_file(data) as part, part.open("wb") as file:
             np.savez(
@@ -220,7 +228,7 @@ class AttentionVisualizer:
             page, picture, shown, self.look, slide=name, answer=caption.answer, probabilities=caption.probabilities,
             notes=caption.notes, facts=caption.facts, top=top, least=least,
         )  # fmt: skip
-        return [heatmap, detailed, grid, *patches, data, tiles, page]
+        return [*paths, *patches, data, tiles, page]
 
     def _detailed(self, picture: Picture, shown: AttentionMap, caption: Caption, title: str, top_k: int) -> Figure:
         return detailed_figure(
@@ -237,6 +245,7 @@ class PredictionPictures:
 
     def __init__(self, asked: Pictures, files: PredictionFiles, recipe: PredictionRecipe, device: torch.device) -> None:
         self.asked, self.recipe, self.allow_renamed = asked, recipe, files.asked.allow_mismatch
+        self.formats = files.asked.figure_format
         self.visualizer = AttentionVisualizer(asked.cmap, asked.alpha, asked.scale, device)
         wsi, one = asked.wsi, files.asked.input is not None
         self._slides: dict[str, Path] | None = None
@@ -282,7 +291,7 @@ class PredictionPictures:
         )
 
     def paths(self, folder: Path, name: str) -> list[Path]:
-        return set_paths(folder, name)
+        return set_paths(folder, name, self.formats)
 
     def save(
         self,
@@ -295,13 +304,15 @@ class PredictionPictures:
     ) -> list[Path]:
         """Write the whole set of a slide's record; its files."""
         return self.visualizer.save_set(
-            self.slide_of(source), folder, coords, attention, size_level0, record, top_k=self.asked.top_k
+            self.slide_of(source), folder, coords, attention, size_level0, record, top_k=self.asked.top_k,
+            formats=self.formats,
         )  # fmt: skip
 
 
-def set_paths(folder: Path, name: str) -> list[Path]:
-    """Where `AttentionVisualizer.save_set` writes."""
-    return [Path(folder) / f"{name}_{part}" for part in _SET]
+def set_paths(folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+    """Where `AttentionVisualizer.save_set` writes, the figures first."""
+    figures = [path for part in _FIGURES for path in figure_paths(Path(folder) / f"{name}_{part}", formats)]
+    return [*figures, *(Path(folder) / f"{name}_{part}" for part in _OTHERS)]
 
 
 def _attention_map(slide: Slide, coords: NDArray[np.int64], attention: NDArray, size_level0: int) -> AttentionMap:

@@ -18,6 +18,7 @@ from utils.core.device import resolve_device
 from utils.core.engine import Threads, open_engine
 from utils.core.errors import ConfigError
 from utils.core.files import appeared, clear_parts, digest, read_json, write_json
+from utils.core.plots import figure_paths
 from utils.core.runtime import log, versions
 from utils.inference import SEEN, SlidePrediction, SlidePredictor, extractPredict, recipe_asked
 from utils.learning.answers import (
@@ -173,7 +174,7 @@ class _Work:
             found = self._measured(source, prediction)
             if asked.faithfulness:
                 record["faithfulness"] = found and found.as_dict()
-            if drawing is not None:
+            if drawing is not None and not self._is_drawn_alike(record, source):
                 record.pop("pictures", None)
             clear_pictures(target, record)
             # Before the pictures: a killed run must not leave them beside another answer.
@@ -184,7 +185,8 @@ class _Work:
                 assert prediction.coords is not None and prediction.attention is not None  # noqa: S101, PT018 - checked
                 files = drawing.save(source, folder, prediction.coords, prediction.attention, size, record)
                 names = [file.relative_to(folder).as_posix() for file in files]
-                record["pictures"] = self._shown(source, record) | {"files": names}
+                names += record.get("pictures", {}).get("files", [])  # in formats that are not asked for now
+                record["pictures"] = self._shown(source, record) | {"files": list(dict.fromkeys(names))}
                 write_json(target, record)
         return record
 
@@ -215,7 +217,8 @@ class _Work:
             maps = [map_of(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
         cmap = Pictures.cmap if self.drawing is None else self.drawing.cmap
         figure = faithfulness_figure(record["faithfulness"], maps, cmap, title_of(record), prediction.predicted_class)
-        save_picture(figure, _faithfulness_path(self.asked.output_dir, prediction.slide))
+        for path in self._faithfulness_paths(self.asked.output_dir, prediction.slide):
+            save_picture(figure, path)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -246,6 +249,11 @@ class _Work:
         assert self.drawing is not None  # noqa: S101 - for the type checker: asked only of what is drawn
         return {"look": self.drawing.settings(source), "faithfulness": record.get("faithfulness")}
 
+    def _is_drawn_alike(self, record: Mapping[str, Any], source: Path) -> bool:
+        """Whether the pictures that a record names show what pictures drawn now would."""
+        drawn = record.get("pictures") or {}
+        return {name: value for name, value in drawn.items() if name != "files"} == self._shown(source, record)
+
     def _is_complete(self, record: Mapping[str, Any], source: Path) -> bool:
         """Whether nothing is asked for that an earlier run was not asked for or did not know, or that is gone."""
         folder, slide = self.asked.output_dir, record["slide"]
@@ -253,12 +261,11 @@ class _Work:
         if self.asked.faithfulness:
             if "faithfulness" not in record:
                 return False
-            wanted += [_faithfulness_path(folder, slide)] if record["faithfulness"] else []
+            wanted += self._faithfulness_paths(folder, slide) if record["faithfulness"] else []
         if self.drawing is not None:
-            drawn = dict(record.get("pictures") or {})
-            wanted += [folder / name for name in drawn.pop("files", [])]
-            if drawn != self._shown(source, record):
+            if not self._is_drawn_alike(record, source):
                 return False
+            wanted += [folder / name for name in record["pictures"]["files"]] + self.drawing.paths(folder, slide)
         knows_patient = record["seen_as"] == self.predictor.seen_as(slide, self._case_of(source))
         return knows_patient and all(path.exists() for path in wanted)
 
@@ -268,9 +275,8 @@ class _Work:
         kept = [target.parent / f"{source.stem}.h5"] if self.recipe.save_features else []
         drawn = self.drawing.paths(target.parent, record["slide"]) if self.drawing else []
         if self.asked.faithfulness and record["faithfulness"]:
-            drawn.append(_faithfulness_path(target.parent, record["slide"]))
+            drawn += self._faithfulness_paths(target.parent, record["slide"])
         return "\n".join([title_of(record), *(f"  {path}" for path in [*kept, *drawn, target])])
 
-
-def _faithfulness_path(folder: Path, slide: str) -> Path:
-    return folder / FAITHFULNESS.format(slide)
+    def _faithfulness_paths(self, folder: Path, slide: str) -> list[Path]:
+        return figure_paths(folder / FAITHFULNESS.format(slide), self.asked.figure_format)

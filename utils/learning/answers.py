@@ -38,7 +38,7 @@ from utils.slides.batch import PREVIEWS
 from utils.slides.wsi import find_slides, is_slide_file, one_per_series
 
 REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json"
-FAITHFULNESS = "{}_faithfulness.png"
+FAITHFULNESS = "{}_faithfulness"
 _FIGURES = ("roc", "precision_recall", "confusion_matrix", "calibration")
 _ENDING = "_prediction.json"
 
@@ -156,7 +156,9 @@ def _check_request(target: Path, request: Mapping[str, Any], known: Mapping[str,
 def clear_pictures(target: Path, record: Mapping[str, Any]) -> None:
     """Remove the pictures of the answer at `target` that the `record`, which takes its place, does not keep."""
     earlier, folder = _record_at(target), target.parent.resolve()
-    stale = [FAITHFULNESS.format(record["slide"])] if "faithfulness" in earlier and "faithfulness" not in record else []
+    stale: list[str] = []
+    if earlier.get("faithfulness") != record.get("faithfulness"):
+        stale = [path.name for path in figure_paths(folder / FAITHFULNESS.format(record["slide"]), FORMATS)]
     if "pictures" in earlier and "pictures" not in record:
         stale += earlier["pictures"]["files"]
     for name in stale:

@@ -61,7 +61,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
     facts += [(name, _short(str(recipe[name]))) for name in _RECIPE if recipe.get(name) is not None]
     delivered = (record["slide_record"] or {}).get("mpp_delivered")
-    return facts if delivered is None else [*facts, ("um/px of the patches", f"{delivered:.4g}")]
+    return facts if delivered is None else [*facts, ("µm/px of the patches", f"{delivered:.4g}")]
 
 
 def _notes(record: Mapping[str, Any]) -> list[str]:

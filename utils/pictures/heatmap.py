@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from utils.core.config import Pictures
 from utils.core.errors import ConfigError, meant
-from utils.core.files import whole_file
+from utils.core.plots import save_figure
 from utils.core.text import literal
 from utils.pictures.attention_map import AttentionMap
 
@@ -254,7 +254,6 @@ def _fact_lines(facts: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def save_picture(figure: Figure, path: str | Path | None) -> None:
-    """Write the figure as PNG, where a path is given."""
+    """Write the figure, where a path is given, in the format of its ending: .png, .pdf or .svg."""
     if path is not None:
-        with whole_file(Path(path)) as part:
-            figure.savefig(part, format="png", dpi=200)
+        save_figure(figure, path, dpi=200, tight=False)
