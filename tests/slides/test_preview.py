@@ -1,18 +1,13 @@
-"""The pictures of an extraction: what they show where, how large they get, and the page that links to them."""
+"""The pictures of an extraction: what they show where, and how large they get."""
 
-import re
-import shutil
-import subprocess
 import time
-from html.parser import HTMLParser
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from utils.core.geometry import covered_fraction, patch_grid
-from utils.slides.preview import LITTLE_TISSUE, MAX_SIDE, SheetRow, draw_preview, write_contact_sheet, write_preview
+from utils.slides.preview import LITTLE_TISSUE, MAX_SIDE, _font, draw_preview, write_preview
 from utils.slides.quality import REASONS
 
 SIZE, PATCH = (8000, 6000), 400
@@ -73,11 +68,20 @@ def test_each_reason_has_a_colour_of_its_own_and_fills_its_patches():
     assert (240, 240, 240) not in middles
 
 
-def test_patches_with_little_tissue_are_the_bare_grid():
-    grid = patch_grid(*SIZE, PATCH, PATCH)
-    image = drawn(dropped={LITTLE_TISSUE: grid})
-    assert tuple(image[TOP + 20, 20]) == (240, 240, 240)
-    assert tuple(image[TOP + 20, 40]) != (240, 240, 240)
+def test_patches_with_little_tissue_are_shaded_faintly_but_for_what_was_kept():
+    grid = patch_grid(*SIZE, PATCH, PATCH // 2)
+    kept = grid[(grid == 2000).all(axis=1)]
+    image = drawn(dropped={LITTLE_TISSUE: grid[~(grid == 2000).all(axis=1)]}, kept=kept)
+    assert 200 < image[TOP + 310, 310].mean() < 240  # between the lines of the grid
+    assert (image[TOP + 201 : TOP + 240, 201:240] == 240).all()
+    assert changed(drawn(dropped={LITTLE_TISSUE: grid[:1]}, kept=NONE)).sum() == 41 * 41  # all of it
+
+
+def test_names_and_units_are_written_in_letters_that_the_font_has():
+    missing = _font().getmask("\ufffe")
+    for letter in "µéüßłΩЖ":
+        mask = _font().getmask(letter)
+        assert (mask.size, bytes(mask)) != (missing.size, bytes(missing))
 
 
 def test_small_patches_are_drawn_as_their_union():
@@ -151,116 +155,3 @@ def test_the_file_stays_small_even_for_noise(tmp_path):
     assert (tmp_path / "new" / "noise.jpg").stat().st_size < 300_000
     assert Image.open(tmp_path / "new" / "noise.jpg").size == preview.size
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["noise.jpg"]
-
-
-# The page.
-
-
-class Page(HTMLParser):
-    """The table's cells as text, line by line, and all links."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.lines, self.links, self._cell = [], [], None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        named = dict(attrs)
-        self.links += [named[name] for name in ("src", "href") if name in named]
-        if tag == "tr":
-            self.lines.append([])
-        elif tag == "td":
-            self._cell = ""
-
-    def handle_endtag(self, tag):
-        if tag == "td":
-            self.lines[-1].append(self._cell)
-            self._cell = None
-
-    def handle_data(self, data):
-        if self._cell is not None:
-            self._cell += data
-
-
-def sheet(tmp_path, rows):
-    write_contact_sheet(tmp_path / "contact_sheet.html", rows)
-    return (tmp_path / "contact_sheet.html").read_text(encoding="utf-8")
-
-
-def test_the_page_tells_all_and_links_beside_itself(tmp_path):
-    rows = [
-        SheetRow("a.svs", "done", "", 1234, 0.49912, tmp_path / "previews" / "sub" / "a #1%.jpg"),
-        SheetRow("b.svs", "failed", "b.svs: damaged"),
-    ]
-    page = Page(sheet(tmp_path, rows))
-    assert page.lines[1:] == [
-        ["", "a.svs", "done", "1234", "0.4991", ""],
-        ["no picture", "b.svs", "failed", "", "", "b.svs: damaged"],
-    ]
-    assert {unquote(link) for link in page.links} == {"previews/sub/a #1%.jpg"}
-    assert not any("#" in link or ":" in link for link in page.links)
-
-
-def test_nothing_a_name_says_becomes_code(tmp_path):
-    bad = """<script>alert(1)</script> "' & $rows ${count}"""
-    text = sheet(tmp_path, [SheetRow(bad, bad, bad, 1, 0.5, tmp_path / f"{bad.replace('/', '')}.jpg")])
-    assert text.count("<script>") == 1  # our own
-    page = Page(text)
-    assert page.lines[1][1:3] == [bad, bad]
-    assert page.lines[1][5] == bad
-    assert {unquote(link) for link in page.links} == {f"{bad.replace('/', '')}.jpg"}
-
-
-def test_ten_thousand_slides_are_a_small_page_that_loads_lazily(tmp_path):
-    rows = [SheetRow(f"slide_{n}", "done", "", n, 0.5, tmp_path / f"slide_{n}.jpg") for n in range(10_000)]
-    text = sheet(tmp_path, rows)
-    assert len(text) < 3_000_000
-    assert text.count('loading="lazy"') == 10_000
-    assert "data:" not in text
-    assert not re.search(r"https?://", text)
-
-
-def test_a_page_of_nothing_is_a_page(tmp_path):
-    assert "0 of 0 slides" in sheet(tmp_path, [])
-
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = """<script>
-const lines = () => [...document.querySelectorAll("tbody tr")].filter(line => !line.hidden);
-const seen = () => lines().map(line => line.cells[1].textContent);
-const found = [];
-for (const index of [0, 2, 2, 3]) {
-  document.querySelectorAll("th button")[index].click();
-  found.push(seen().join(","));
-}
-const box = document.getElementById("filter");
-box.value = "DONE s1"; box.dispatchEvent(new Event("input"));
-found.push(seen().join(","), document.getElementById("shown").textContent);
-document.title = found.join("|");
-</script></body>"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-def test_sorting_and_filtering_in_a_browser(tmp_path):
-    rows = [
-        SheetRow("s10", "done", "", 9, 0.5),
-        SheetRow("s2", "done", "", 100, 0.25),
-        SheetRow("s1", "failed", "why"),
-        SheetRow("s1b", "done", "", 20, 1.0),
-    ]
-    text = sheet(tmp_path, rows)
-    (tmp_path / "driven.html").write_text(text.replace("</body>", DRIVER))
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path}/user"]
-    dom = subprocess.run(
-        [*command, (tmp_path / "driven.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    title = re.search("<title>(.*?)</title>", dom)
-    assert title
-    assert title[1].split("|") == [
-        "s1,s1b,s2,s10",
-        "s10,s1b,s2,s1",  # unknown last, whichever way
-        "s2,s1b,s10,s1",
-        "s2,s10,s1b,s1",
-        "s10,s1b",
-        "2 of 4 slides",
-    ]

@@ -16,8 +16,8 @@ from utils.core.engine import Engine, Lost, Tell, threads
 from utils.core.errors import BackboneError, ConfigError, LiteMILError, NoTissueError, SlideError
 from utils.core.files import check_distinct, check_writable, clear_parts, clear_parts_of, write_records
 from utils.core.runtime import log, progress_bar
+from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 from utils.slides.contours import ContourFile
-from utils.slides.preview import SheetRow, write_contact_sheet
 from utils.slides.wsi import find_slides, one_per_series, read_slides_csv, slide_bytes
 
 REPORT, SHEET = "extraction_report", "contact_sheet"

@@ -1,24 +1,19 @@
-"""A look at an extraction: one small picture per slide, and one page for a folder of them.
+"""A look at an extraction: one small picture per slide, with the patches that were kept and dropped.
 
-Colours are Okabe and Ito's, told apart in the common kinds of colour blindness. The page holds no picture itself: it
-links to those beside it, works from a disk, and loads only what is looked at.
+Colours are Okabe and Ito's, told apart in the common kinds of colour blindness.
 """
 
-import html
 import io
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from string import Template
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from utils.core.files import write_bytes, write_text
+from utils.core.files import write_bytes
 
 LITTLE_TISSUE = "little tissue"
 
@@ -30,10 +25,17 @@ _QUALITIES = (85, 75, 60, 45, 30, 15)
 _KEPT, _CONTOUR = "#0072B2", "#009E73"
 _COLOURS = {LITTLE_TISSUE: "#999999", "blurred": "#E69F00", "white": "#F0E442", "pen": "#000000"}
 _OTHER_COLOUR = "#CC79A7"
+# What a picture shows: its name, its colour, and whether it is shaded.
+SHOWN_COLOURS = (
+    ("patch kept", _KEPT, False),
+    ("tissue", _CONTOUR, False),
+    *((f"dropped: {reason}", colour, True) for reason, colour in _COLOURS.items()),
+    ("dropped: another reason", _OTHER_COLOUR, True),
+)
 _OUTLINED = 6  # px on the picture from which patches are outlined one by one; smaller ones are drawn as their union
-_LINE, _FILL, _FAINT = 0.8, 0.45, 0.25  # opacities
+_LINE, _FILL, _FAINT = 0.8, 0.45, 0.25  # opacities: of outlines, of what was dropped, and of little tissue
 _CONTOUR_WIDTH = 2
-_MARGIN, _STRIP, _FONT = 10, 24, 14  # px; a strip is a line of text
+_MARGIN, _STRIP, _FONT = 10, 24, 13  # px; a strip is a line of text
 
 Box = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -55,7 +57,7 @@ def draw_preview(
         thumbnail: (h, w, 3) uint8 over the whole slide.
         size: the slide's width and height in level-0 px.
         kept: (N, 2) top-left corners (x, y) in level-0 px.
-        dropped: such corners by the reason why; those for `LITTLE_TISSUE` are shown as the bare grid.
+        dropped: such corners by the reason why, which are shaded; those for `LITTLE_TISSUE` faintly.
         size_level0: side of a patch in level-0 px.
         mask: tissue over the whole slide, of any resolution.
         mpp: um per level-0 px; None leaves the scale bar out.
@@ -73,9 +75,16 @@ def draw_preview(
     picture = _fitted(thumbnail, MAX_SIDE - _STRIP * (2 + len(legend)))
     pixels = np.array(picture)
     scale = np.array([picture.width / size[0], picture.height / size[1]])
-    for reason in sorted(groups, key=lambda reason: reason != LITTLE_TISSUE):
-        _draw_patches(pixels, groups[reason], size_level0, scale, _colour(reason), filled=reason != LITTLE_TISSUE)
-    _draw_patches(pixels, kept, size_level0, scale, _KEPT, filled=False)
+    if LITTLE_TISSUE in groups:
+        plain = pixels.copy()
+        _draw_patches(pixels, groups[LITTLE_TISSUE], size_level0, scale, _colour(LITTLE_TISSUE), _FAINT)
+        if len(kept):  # where patches overlap, what was kept is not shaded
+            shown = _union([_box(kept, size_level0, scale)], pixels.shape[:2])
+            pixels[shown] = plain[shown]
+    for reason, corners in groups.items():
+        if reason != LITTLE_TISSUE:
+            _draw_patches(pixels, corners, size_level0, scale, _colour(reason), _FILL)
+    _draw_patches(pixels, kept, size_level0, scale, _KEPT)
     if mask is not None:
         _blend(pixels, _outline_of(mask, pixels.shape[:2]), _CONTOUR, 1.0)
     return _framed(Image.fromarray(pixels), title, legend, mpp / scale[0] if mpp else None)
@@ -91,27 +100,6 @@ def write_preview(path: Path, preview: Image.Image) -> None:
         if len(content) < _MAX_BYTES:
             break
     write_bytes(path, content)
-
-
-@dataclass(frozen=True)
-class SheetRow:
-    """A slide on the contact sheet: what became of it and why; `preview` is its picture, None where there is none.
-
-    `patches` and their `mpp` are None where they are not known.
-    """
-
-    slide: str
-    status: str
-    reason: str = ""
-    patches: int | None = None
-    mpp: float | None = None
-    preview: Path | None = None
-
-
-def write_contact_sheet(path: Path, rows: Sequence[SheetRow]) -> None:
-    """Write a page of all slides of a folder, with links to their pictures: to be sorted, filtered, and looked at."""
-    lines = "\n".join(_sheet_line(row, Path(path).parent) for row in rows)
-    write_text(path, Template(_SHEET).substitute(rows=lines, count=len(rows)))
 
 
 def _fitted(thumbnail: NDArray[np.uint8], most: int) -> Image.Image:
@@ -131,19 +119,23 @@ def _draw_patches(
     size_level0: int,
     scale: NDArray[np.float64],
     colour: str,
-    *,
-    filled: bool,
+    fill: float = 0,
 ) -> None:
+    """Outline the patches, or tint the area of those too small for that; shade them with the opacity `fill`."""
     if not len(corners):
         return
-    # Rounded once each, so that neighbours share an edge; what is smaller than a pixel still shows.
-    low = np.rint(corners * scale).astype(np.int64)
-    high = np.maximum(np.rint((corners + size_level0) * scale).astype(np.int64), low + 1)
+    low, high = _box(corners, size_level0, scale)
     outlined = size_level0 * scale.min() >= _OUTLINED
-    if filled or not outlined:
-        _blend(pixels, _union([(low, high)], pixels.shape[:2]), colour, _FILL if filled else _FAINT)
+    if fill or not outlined:
+        _blend(pixels, _union([(low, high)], pixels.shape[:2]), colour, fill or _FAINT)
     if outlined:
         _blend(pixels, _union(_sides(low, high), pixels.shape[:2]), colour, _LINE)
+
+
+def _box(corners: NDArray[np.integer], size_level0: int, scale: NDArray[np.float64]) -> Box:
+    """Patches in px of the picture: rounded once each, so that neighbours share an edge, and one pixel at the least."""
+    low = np.rint(corners * scale).astype(np.int64)
+    return low, np.maximum(np.rint((corners + size_level0) * scale).astype(np.int64), low + 1)
 
 
 def _sides(low: NDArray[np.int64], high: NDArray[np.int64]) -> list[Box]:
@@ -198,7 +190,7 @@ def _framed(
     picture: Image.Image, title: str, legend: Sequence[tuple[str, str]], um_per_pixel: float | None
 ) -> Image.Image:
     """The picture with its title above, its legend below, and a scale bar."""
-    font = ImageFont.load_default(size=_FONT)
+    font = _font()
     width = max(picture.width, _MIN_SIDE)
     lines: list[list[tuple[str, str]]] = [[]]
     x = _MARGIN
@@ -228,7 +220,15 @@ def _framed(
     return framed
 
 
-def _entry_width(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """Matplotlib's own; Pillow's has no µ, nor the letters beyond English that slides may be named by."""
+    import matplotlib  # slow, and not needed before the first picture
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT)
+
+
+def _entry_width(text: str, font: ImageFont.FreeTypeFont) -> int:
     return round(font.getlength(text)) + 18 + 2 * _MARGIN
 
 
@@ -237,7 +237,7 @@ def _draw_scale_bar(
     middle: int,
     um_per_pixel: float,
     width: int,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    font: ImageFont.FreeTypeFont,
 ) -> None:
     """A bar of 1, 2 or 5 times a power of ten um, at most a quarter of the picture's width."""
     most = width / 4 * um_per_pixel
@@ -245,91 +245,12 @@ def _draw_scale_bar(
     length = max(factor * power for factor in (1, 2, 5) if factor * power <= most)
     right = _MARGIN + round(length / um_per_pixel)
     draw.rectangle((_MARGIN, middle - 2, right, middle + 2), "black")
-    name = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
+    name = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
     draw.text((right + 8, middle), name, "black", font, anchor="lm")
 
 
-def _shortened(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     if font.getlength(text) <= width:
         return text
     fitting = bisect_right(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))
     return text[: max(0, fitting - 1)] + "..."
-
-
-def _sheet_line(row: SheetRow, folder: Path) -> str:
-    picture = "no picture"
-    if row.preview is not None:
-        link = quote(Path(os.path.relpath(row.preview, folder)).as_posix())
-        picture = f'<a href="{link}"><img src="{link}" loading="lazy" alt=""></a>'
-    patches = "" if row.patches is None else str(row.patches)
-    mpp = "" if row.mpp is None else f"{row.mpp:.4g}"
-    slide, status, reason = (html.escape(text) for text in (row.slide, row.status, row.reason))
-    return (
-        f"<tr><td>{picture}</td><td>{slide}</td><td>{status}</td><td>{patches}</td><td>{mpp}</td><td>{reason}</td></tr>"
-    )
-
-
-_SHEET = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$count slides</title>
-<style>
-body { font: 14px/1.4 sans-serif; margin: 1em; color: #222; }
-input { font: inherit; width: 24em; max-width: 60%; padding: 0.3em; }
-table { border-collapse: collapse; table-layout: fixed; width: 100%; margin-top: 1em; }
-th, td { text-align: left; vertical-align: top; padding: 0.4em; border-bottom: 1px solid #ddd; }
-td { overflow-wrap: anywhere; }
-th { position: sticky; top: 0; background: #fff; border-bottom: 2px solid #222; }
-th button { all: unset; cursor: pointer; font-weight: bold; }
-th button:focus-visible { outline: 2px solid #0072b2; }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-img { width: 100%; height: 180px; object-fit: contain; }
-</style>
-</head>
-<body>
-<input id="filter" type="search" placeholder="Filter: part of a name, a status, a reason" aria-label="Filter">
-<span id="shown">$count of $count slides</span>
-<table>
-<colgroup><col style="width: 260px"><col style="width: 26%"><col style="width: 7em"><col style="width: 6em">
-<col style="width: 6em"><col></colgroup>
-<thead><tr><th>picture</th><th><button>slide</button></th><th><button>status</button></th>
-<th><button>patches</button></th><th><button>um/px</button></th><th><button>reason</button></th></tr></thead>
-<tbody>
-$rows
-</tbody>
-</table>
-<script>
-const body = document.querySelector("tbody"), heads = [...document.querySelectorAll("th")];
-const rows = [...body.rows].map(line => ({line, cells: [...line.cells].map(cell => cell.textContent)}));
-for (const row of rows) row.text = row.cells.slice(1).join(" ").toLowerCase();
-const order = new Intl.Collator(undefined, {numeric: true}), numeric = new Set([3, 4]);
-function compare(a, b, column) {
-  return numeric.has(column) ? a - b : order.compare(a, b);
-}
-heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => {
-  const falling = head.getAttribute("aria-sort") === "ascending";
-  heads.forEach(other => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", falling ? "descending" : "ascending");
-  rows.sort((a, b) => {
-    const [x, y] = [a.cells[column], b.cells[column]];
-    if (x === "" || y === "") return (x === "") - (y === "");
-    return falling ? compare(y, x, column) : compare(x, y, column);
-  });
-  body.append(...rows.map(row => row.line));
-}));
-document.getElementById("filter").addEventListener("input", event => {
-  const words = event.target.value.toLowerCase().split(/\\s+/);
-  let shown = 0;
-  for (const row of rows) {
-    row.line.hidden = !words.every(word => row.text.includes(word));
-    shown += !row.line.hidden;
-  }
-  document.getElementById("shown").textContent = `$${shown} of $${rows.length} slides`;
-});
-</script>
-</body>
-</html>
-"""
