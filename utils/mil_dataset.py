@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.bags import labels
-from utils.bags.collate import Batch, Chunk, collate, cut_chunks, num_chunks
+from utils.bags.collate import Batch, Chunk, chunks_per_step, collate, cut_chunks, num_chunks
 from utils.bags.feature_folder import FeatureFolder, refuse
 from utils.bags.inventory import FileRecord, take_inventory
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
@@ -32,7 +32,6 @@ from utils.core.runtime import available_memory, log, progress
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
 SHUFFLE_WINDOW = 2**18
-_MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
 # Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
 _MEMORY_SHARE = 0.25
 
@@ -210,7 +209,7 @@ class MILDataset(Dataset):
         chunks = sum(num_chunks(self.info[slide].num_instances, self.largest_chunk) for slide in slides)
         per_slide = len(slides) / chunks
         if batch_size == "auto":
-            batch_size = min(_MOST_IN_BATCH, -(-chunks // _LEAST_STEPS))
+            batch_size = chunks_per_step(chunks)
         waiting: list[Chunk] = []
         for window in self._windows(rng.permutation(slides)):
             fresh = [chunk for slide in window for chunk in self._chunks(slide, rng, per_slide)]
@@ -221,6 +220,11 @@ class MILDataset(Dataset):
             waiting = waiting[whole:]
         if waiting:
             yield collate(waiting, pin_memory)
+
+    @property
+    def window(self) -> int:
+        """Patches whose features are read from their files, and held, at a time."""
+        return SHUFFLE_WINDOW if isinstance(self._features, FileFeatures) else 0
 
     @property
     def is_in_memory(self) -> bool:

@@ -131,6 +131,7 @@ class NestedCrossValidation:
             else:
                 started = time.time()
                 self._warn_of_few_patients(folds)
+                plan.tell_large_steps(self.trainer, self.units(folds)[0], self._sizes, self.dataset.input_dim)
                 write_json(self.output_dir / "splits.json", self._splits_content(folds))
                 with threads(self._threads_of(begun, engine)):
                     self._write_results(self._run_folds(folds, engine, standardization), standardization)
@@ -192,12 +193,12 @@ class NestedCrossValidation:
         if self.protocol.final == "refit":
             units += [self._longest_refit(units, fold) for fold in folds]
             head += f", {len(folds)} refits"
-        sizes = np.array([info.num_instances for info in data.info])
+        sizes = self._sizes
         with self._engine() as engine, threads(engine.threads):
             jobs = engine.jobs
             first = {unit.setting: unit for unit in reversed(units)}
             bar = progress(sorted(first), "Trying each setting", unit="setting", leave=False)
-            trials = [plan.trial(self.trainer, first[setting], sizes) for setting in bar]
+            trials = [plan.trial(self.trainer, first[setting], sizes, data.window) for setting in bar]
         members = len(folds[0].inner) if self.protocol.final == "ensemble" else 1
         in_memory = sum(info.nbytes for info in data.info) if data.is_in_memory else 0
         found = plan.estimate(
@@ -206,6 +207,11 @@ class NestedCrossValidation:
         )  # fmt: skip
         table = plan.splits_table(folds, data, data.cases)
         return f"{table}\n\n{head}\n{found.text(jobs, self.output_dir)}"
+
+    @property
+    def _sizes(self) -> np.ndarray:
+        """The patches of each slide."""
+        return np.array([info.num_instances for info in self.dataset.info])
 
     def folds(self) -> list[OuterFold]:
         """The outer folds of all repeats, dealt from the seed or read from the `splits` file."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Which patches of a slide a chunk holds: a range of places costs no copy, a tensor of places one.
 Cut = range | Tensor
+_MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Batch:
             part.to(device, non_blocking=True) for part in (self.labels, self.weights, self.slides)
         )
         return Batch(bags, labels, weights, slides)
+
+
+def chunks_per_step(chunks: int) -> int:
+    """Return the size of automatic batches for an epoch of so many chunks."""
+    return min(_MOST_IN_BATCH, -(-chunks // _LEAST_STEPS))
 
 
 def num_chunks(num_instances: int, chunk_size: int | None) -> int:

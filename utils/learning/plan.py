@@ -1,22 +1,32 @@
-"""What a training run would take, from its folds and a short trial."""
+"""What a training run would take, from its folds and a short trial; and its largest step, from a shorter one."""
 
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from MILS.pooling import BagModel
+from utils.bags.collate import chunks_per_step, num_chunks
 from utils.core.device import peak_memory
-from utils.core.runtime import duration, file_size
+from utils.core.errors import DivergedError, counted
+from utils.core.runtime import available_memory, duration, file_size, log
 from utils.learning.splits import OuterFold
 from utils.learning.training import Bags, ModelTraining, validate
 from utils.learning.units import Trainer, Unit
 
 # A trial trains on so many patches, or one batch if that is more, and validates on as many.
 _TRIAL_PATCHES = 30_000
+# A forecast goes by bags of so many patches.
+_FORECAST_ROWS = 2048, 4096
+# What a step keeps for the way back, and what passes on that way, in units of what it keeps.
+_WAY_BACK = 1.5
+# Steps of fewer patches take little, whatever the model.
+_MANY_PATCHES = 50_000
 # Beyond so many folds their table is cut.
 _MOST_FOLDS_SHOWN = 20
 
@@ -37,8 +47,10 @@ class Trial:
         return unit.epochs * (self.training * sizes[inner.train].sum() + self.validation * sizes[inner.val].sum())
 
 
-def trial(trainer: Trainer, unit: Unit, sizes: np.ndarray) -> Trial:
-    """Time an epoch of the unit on some of its slides, after another that fills caches."""
+def trial(trainer: Trainer, unit: Unit, sizes: np.ndarray, window: int) -> Trial:
+    """Time an epoch of the unit on some of its slides, after another that fills caches; then take the largest step that
+    the run will, for the sake of its memory: `window` patches are held beside the batch.
+    """
     setting, inner = trainer.settings[unit.setting - 1], unit.fold.inner[unit.inner - 1]
     settings, data = trainer.training_of(unit), trainer.dataset
     train, val = (_some(part, sizes, data.labels) for part in (inner.train, inner.val))
@@ -46,12 +58,82 @@ def trial(trainer: Trainer, unit: Unit, sizes: np.ndarray) -> Trial:
     spent = []
     for epoch in (1, 2):
         began = time.perf_counter()
-        training.epoch(epoch)
+        with suppress(DivergedError):  # which takes no less time
+            training.epoch(epoch)
         trained = time.perf_counter()
-        validate(training.model, data, val, training.class_weights, trainer.feed)
+        with suppress(DivergedError):
+            validate(training.model, data, val, training.class_weights, trainer.feed)
         spent = [trained - began, time.perf_counter() - trained]
+    slides, batch_size = largest_step(trainer, unit, sizes)
+    held = int(np.searchsorted(np.sort(sizes)[::-1].cumsum(), window)) + 1
+    training.step(np.argsort(-sizes, kind="stable")[: max(len(slides), held)], batch_size)
     weights = sum(tensor.nbytes for tensor in training.model.state_dict().values())
     return Trial(spent[0] / sizes[train].sum(), spent[1] / sizes[val].sum(), weights)
+
+
+def largest_step(trainer: Trainer, unit: Unit, sizes: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the cohort's largest slides that fill a batch together, and the size of a batch of the unit."""
+    chunks = np.array([num_chunks(int(size), trainer.feed.chunk_size) for size in sizes])
+    batch_size = trainer.training_of(unit).batch_size
+    if batch_size == "auto":
+        batch_size = chunks_per_step(int(chunks[unit.fold.inner[unit.inner - 1].train].sum()))
+    order = np.argsort(-sizes, kind="stable")
+    enough = int(np.searchsorted(chunks[order].cumsum(), batch_size)) + 1
+    return order[:enough], batch_size
+
+
+def tell_large_steps(trainer: Trainer, unit: Unit, sizes: np.ndarray, input_dim: int) -> None:
+    """Log what the run's largest training step would take where whole slides make it large, from two short ones."""
+    slides, _ = largest_step(trainer, unit, sizes)
+    patches = int(sizes[slides].sum())
+    if trainer.feed.mode != "full" or patches < _MANY_PATCHES:
+        return
+    seconds, memory = _forecast(trainer, unit, input_dim, patches)
+    an_epoch = seconds / patches * sizes.mean() * len(unit.fold.inner[unit.inner - 1].train)
+    text = (
+        f"{trainer.spec['name']} on whole slides: the largest training step ({counted(len(slides), 'slide')}, "
+        f"{patches:,} patches) takes about {duration(seconds)} and {file_size(memory)} of memory, an epoch about "
+        f"{duration(an_epoch)}; --mode chunked and a smaller --batch_size take less memory"
+    )
+    free = _free_memory(trainer.device)
+    if free is not None and memory > free:
+        log.warning("%s (%s free)", text, file_size(free))
+    else:
+        log.info(text)
+
+
+def _forecast(trainer: Trainer, unit: Unit, input_dim: int, patches: int) -> tuple[float, float]:
+    """Return seconds and bytes of a step on slides of `patches` in all, by two small ones of random features."""
+    torch.manual_seed(0)
+    model = trainer.factory(trainer.settings[unit.setting - 1])().to(trainer.device)
+    bags = [torch.randn(rows, input_dim, device=trainer.device) for rows in _FORECAST_ROWS]
+    _measured(model, bags[0])  # what is new to a library costs it time
+    few, many = (_measured(model, bag) for bag in bags)
+    reach = (patches - _FORECAST_ROWS[0]) / (_FORECAST_ROWS[1] - _FORECAST_ROWS[0])
+    seconds, memory = (low + reach * max(0, high - low) for low, high in zip(few, many, strict=True))
+    return seconds, _WAY_BACK * memory
+
+
+def _free_memory(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def _measured(model: BagModel, bag: torch.Tensor) -> tuple[float, int]:
+    """Seconds of a step on one bag, and the bytes that it keeps for the way back."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    began = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits, _ = model.forward_bags([bag])
+    logits.sum().backward()
+    if bag.device.type == "cuda":
+        torch.cuda.synchronize(bag.device)
+    return time.perf_counter() - began, sum(kept.values())
 
 
 def _some(slides: np.ndarray, sizes: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """One training: AdamW, warm-up and cosine, class-balanced loss, early stopping on slide-level validation."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -100,6 +101,10 @@ class ModelTraining:
             remedy = "lower --lr" + (", or give --precision fp32" if self.amp_dtype is not None else "")
             raise DivergedError(f"the loss of epoch {number} is {loss} at learning rate {rate:.3g}; {remedy}")
         return {"epoch": number, "train_loss": loss, "lr": rate}
+
+    def step(self, slides: np.ndarray, batch_size: int) -> None:
+        """Train for one step, on the first batch of an epoch over `slides`."""
+        self._steps(itertools.islice(self.dataset.batches(slides, batch_size, self.seed), 1))
 
     def _fed(self, seed: int) -> Iterable[Batch]:
         """An epoch's batches; for a GPU in page-locked memory, each made while the GPU works on the one before."""
