@@ -83,6 +83,25 @@ def test_a_clean_cohort(clean):
     assert as_text(findings).endswith("\n\n0 errors, 0 warnings")
 
 
+@pytest.mark.parametrize("factor", [1e4, 1e-4])
+def test_features_of_another_scale(cohort, factor):
+    assert "root mean square is 1." in cohort.found("ok", "scale")
+    for path in cohort.features_dir.iterdir():
+        cohort.change(path.stem, features=read_bag(path).features.astype("f4") * np.float32(factor))
+    told = cohort.found("warning", "scale")
+    assert "models are initialised for 0.1 to 10; train standardises them unless told --standardize off" in told
+    assert "median of 14 slides" in told
+
+
+def test_a_column_of_train_and_test_is_named(cohort, tmp_path):
+    rows = cohort.labels_csv.read_text().splitlines()
+    parts = ["subset", *("train" if number % 3 else "test" for number in range(len(rows) - 1))]
+    cohort.labels_csv.write_text("\n".join(f"{row},{part}" for row, part in zip(rows, parts, strict=True)))
+    assert "the column subset (test 10, train 18) is not used" in cohort.found("info", "splits")
+    splits = write_split(tmp_path / "splits_0.csv", ["P000-S1"], ["P002-S1"], ["P001-S1"])
+    assert not any("the column subset" in line for line in lines(cohort.audit(splits=splits)))
+
+
 def test_bag_sizes_are_told_per_class(clean):
     (told,) = [finding for finding in clean.audit() if finding.details.get("class") == "malignant"]
     sizes = [len(read_bag(clean.file(f"P{k:03d}-S{s}")).features) for k in range(1, 14, 2) for s in (1, 2)]

@@ -29,8 +29,8 @@ from utils.core.config import Protocol, Training
 from utils.core.engine import Lost, Processes, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
+from utils.learning import plan, units
 from utils.learning import results as results_module
-from utils.learning import units
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.calibration import scale_probabilities
 from utils.learning.checkpoint import id_digests, load_checkpoint
@@ -1374,6 +1374,43 @@ class TestDryRun:
         assert "memory: about" in said
         refit = make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2", epochs=7, final="refit").dry_run()
         assert "12 inner trainings of at most 7 epochs, 3 refits" in refit
+
+    def test_the_largest_step_of_the_run_is_taken(self, cohort, tmp_path, monkeypatch):
+        steps = []
+        monkeypatch.setattr(plan.ModelTraining, "step", lambda _, *step: steps.append(step))
+        data = MILDataset(*cohort, mode="full", cache="ram")
+        make_cv(data, tmp_path / "run", batch_size=3).dry_run()
+        sizes = np.array([info.num_instances for info in data.info])
+        (slides, batch_size), *_ = steps
+        assert batch_size == 3
+        assert sorted(sizes[slides]) == sorted(sizes)[-3:]
+        make_cv(MILDataset(*cohort, mode="full", cache="off"), tmp_path / "run", batch_size=3).dry_run()
+        assert len(steps[1][0]) == len(data), "what is read from files beside the batch"
+
+    def test_a_setting_that_diverges_is_tried_all_the_same(self, dataset, tmp_path, monkeypatch):
+        monkeypatch.setattr("utils.learning.training.learning_rate", lambda *_: 1e30)
+        assert "12 inner trainings" in make_cv(dataset, tmp_path / "run", grid="lr=1e-2,1").dry_run()
+
+
+class TestLargeSlides:
+    @pytest.mark.parametrize(("free", "level"), [(10**12, "INFO"), (10**5, "WARNING")])
+    def test_what_their_step_takes_is_said_at_the_start(
+        self, free, level, cohort, tmp_path, unfitted, monkeypatch, aloud
+    ):
+        monkeypatch.setattr(plan, "_MANY_PATCHES", 100)
+        monkeypatch.setattr(plan, "_FORECAST_ROWS", (32, 64))
+        monkeypatch.setattr(plan, "available_memory", lambda: free)
+        make_cv(MILDataset(*cohort, mode="full"), tmp_path / "run", lambda: small("TransMIL")).run()
+        (record,) = [record for record in aloud.records if "TransMIL on whole slides" in record.getMessage()]
+        assert re.search(r"\(8 slides, \d+ patches\) takes about \d+ seconds and 0?\.?\d+.* MB", record.getMessage())
+        assert record.levelname == level
+        assert ("MB free)" in record.getMessage()) is (level == "WARNING")
+
+    def test_chunks_and_small_slides_need_no_word(self, dataset, cohort, tmp_path, unfitted, monkeypatch, aloud):
+        make_cv(MILDataset(*cohort, mode="full"), tmp_path / "full").run()
+        monkeypatch.setattr(plan, "_MANY_PATCHES", 1)
+        make_cv(dataset, tmp_path / "chunked").run()
+        assert "on whole slides" not in aloud.text
 
 
 class TestKeywords:

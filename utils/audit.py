@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 
 from utils.bags import labels
 from utils.bags.feature_folder import FeatureFolder
+from utils.bags.inventory import root_mean_square
 from utils.bags.labels import is_plain
 from utils.bags.spelling import is_placeholder
 from utils.bags.store import BagInfo, peek_bag, read_bag
@@ -28,13 +30,16 @@ from utils.core.files import digest
 from utils.core.passport import COMPARED_FIELDS, MPP_TOLERANCE, Passport
 from utils.core.runtime import progress
 from utils.learning.confounding import Confounding, Value, confounding, values_per_class
-from utils.learning.splits import NamedSplit, read_splits, shared_cases
+from utils.learning.scale import USUAL, is_usual
+from utils.learning.splits import NamedSplit, read_splits, shared_cases, unused_split
 
 Level = Literal["error", "warning", "info", "ok"]
 
 # Columns of a label table that say where or how a slide was made.
 ORIGIN_COLUMNS = ("site", "scanner", "center", "centre", "hospital", "institution", "batch")
 SMALL_BAG = 10
+# The scale of features is told by so many slides.
+_SCALE_SLIDES = 20
 # A field is a warning when so few shuffled cohorts reach its AUC, and it stands so far above their median.
 _RARE, _NOTABLE = 0.01, 0.1
 _GIVEN_AWAY = 0.9
@@ -158,12 +163,15 @@ def audit(
     case_of = {row["wsi_id"]: row["case_id"] for row in rows}
     if splits is not None:
         findings += _check_splits(read_splits(splits, case_of), case_of, [slide.wsi_id for slide in slides])
+    elif note := unused_split([slide.row for slide in slides]):
+        findings.append(Finding("info", "splits", note))
     bags: list[_Bag] = []
     if folder is None:
         findings.append(Finding("info", "files", "no features folder: what needs files is skipped (--features_dir)"))
     else:
         more, bags = _check_files(slides, folder, feat_type, case_of.keys())
         findings += more + _check_content(bags, feat_type, classes)
+        findings += [finding for finding in _check_scale(bags, feat_type) if finding not in findings]
         findings += _check_bags(bags, classes) + _check_recipes(bags)
     return findings + _check_confounding(slides, bags, classes)
 
@@ -360,6 +368,25 @@ def _content_digest(path: Path, feat_type: str) -> str:
         half = features.astype(np.float16)
     told = half if np.isfinite(half).all() else features
     return digest(str(features.shape), told.tobytes())
+
+
+def _check_scale(bags: Sequence[_Bag], feat_type: str) -> list[Finding]:
+    """Whether the features of some slides are of the scale that models are initialised for."""
+    findings, squares = [], []
+    for bag in bags[:: -(-len(bags) // _SCALE_SLIDES) or 1]:
+        try:
+            squares.append(root_mean_square(torch.from_numpy(read_bag(bag.path, feat_type).features)))
+        except FeatureFileError as error:
+            findings.append(Finding("error", "files", str(error), {"slide": bag.wsi_id}))
+    if not squares:
+        return findings
+    median = float(np.median(squares))
+    message = f"the features' root mean square is {median:.3g} (median of {counted(len(squares), 'slide')})"
+    details = {"rms": median, "read": len(squares)}
+    if is_usual(median):
+        return [*findings, Finding("ok", "scale", f"{message}, as models expect", details)]
+    message += f", and models are initialised for {USUAL[0]:g} to {USUAL[1]:g}; train standardises them unless told"
+    return [*findings, Finding("warning", "scale", f"{message} --standardize off", details)]
 
 
 def _check_bags(bags: Sequence[_Bag], classes: Sequence[str]) -> list[Finding]:

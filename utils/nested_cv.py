@@ -38,7 +38,7 @@ from utils.learning.results import FoldResult, Pooled
 from utils.learning.run_folder import RunFolder
 from utils.learning.scale import Standardization
 from utils.learning.selection import best_of, grid_settings, rank, read_grid, refit_epochs
-from utils.learning.splits import OuterFold, few_patients, given_splits, repeated_splits
+from utils.learning.splits import OuterFold, few_patients, given_splits, repeated_splits, unused_split
 from utils.learning.training import Bags, Diverged, Fitted, predict_slides
 from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
@@ -217,6 +217,8 @@ class NestedCrossValidation:
         """The outer folds of all repeats, dealt from the seed or read from the `splits` file."""
         data, protocol, unit = self.dataset, self.protocol, self.dataset.group_column or "patient"
         if protocol.splits is None:
+            if note := unused_split([row.columns for row in data.rows]):
+                log.info(note)
             return repeated_splits(
                 data.labels, data.groups, data.class_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
                 protocol.seed, unit,

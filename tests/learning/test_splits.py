@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from utils.core.errors import SplitError
 from utils.core.files import write_json
-from utils.learning.splits import OuterFold, few_patients, given_splits, nested_splits, read_splits, shared_cases
+from utils.learning.splits import (
+    OuterFold,
+    few_patients,
+    given_splits,
+    nested_splits,
+    read_splits,
+    shared_cases,
+    unused_split,
+)
 from utils.nested_cv import NestedCrossValidation
 
 GLAS = Path(__file__).parents[2].parent / "shared" / "data" / "glas" / "labels.csv"
@@ -329,3 +337,19 @@ def test_patients_in_two_parts_are_named():
         "x": ["train", "test"],
     }
     assert shared_cases({"train": ["a1", "a2"], "test": ["b1"]}, case_of) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (["train", "test", "train"], "the column subset (test 1, train 2) is not used"),
+        (["Training", "Validation", ""], "the column subset (training 1, validation 1) is not used"),
+        (["train", "train", "train"], ""),
+        (["train", "test", "tumour"], ""),
+        (["val", "test", "test"], ""),
+    ],
+)
+def test_a_column_that_parts_slides_into_train_and_test_is_named(values, told):
+    message = unused_split([{"wsi_id": f"S{k}", "subset": value} for k, value in enumerate(values)])
+    assert message.startswith(told)
+    assert bool(message) is bool(told)

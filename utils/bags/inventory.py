@@ -39,16 +39,20 @@ class FileRecord:
     def of(cls, wsi_id: str, fingerprint: Fingerprint, features: Tensor) -> "FileRecord":
         """Return the record of a slide with `features (N, D)`."""
         content = hashlib.sha256(f"{features.dtype} {tuple(features.shape)}\n".encode())
-        squares = 0.0
         for part in features.split(_ROWS):
             content.update(part.numpy().data)
-            squares += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-        rms = (squares / features.numel()) ** 0.5
+        rms = root_mean_square(features)
         return cls(wsi_id, fingerprint.size, fingerprint.mtime_ns, content.hexdigest(), rms)
 
     @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(self.bytes, self.mtime_ns)
+
+
+def root_mean_square(features: Tensor) -> float:
+    """Return the root mean square of all values of `features (N, D)`."""
+    squares = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in features.split(_ROWS))
+    return (squares / features.numel()) ** 0.5
 
 
 def take_inventory(

@@ -5,6 +5,7 @@ Slides are indices; a fold's test, train and validation parts are sorted index a
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ from utils.core.files import read_json
 from utils.core.runtime import derive_seed, log
 
 PARTS = ("train", "val", "test")
+# What columns call the parts of a split.
+_PART_WORDS = {"train", "training", "val", "valid", "validation", "dev", "tune", "tuning", "test", "testing", "holdout"}
 _SHUFFLES = 10
 _SPLIT_FILE = "a splits.json of ours, a splits_<k>.csv with the columns train,val,test, or a folder of those"
 
@@ -182,6 +185,22 @@ def given_splits(
         known = folds.setdefault(place, OuterFold(split.fold, found["test"], (), place[0]))
         folds[place] = replace(known, inner=(*known.inner, inner))
     return _with_repeats(path, list(folds.values()), all(split.repeat is not None for split in splits))
+
+
+def unused_split(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return what to say of a column of a label table that parts its slides into train and test, which folds that are
+    dealt do not heed; empty where no column does.
+    """
+    for name in rows[0] if rows else ():
+        counts = Counter(row[name].strip().lower() for row in rows)
+        parts = counts.keys() - {""}
+        if len(parts) > 1 and parts <= _PART_WORDS and parts & {"train", "training"}:
+            found = ", ".join(f"{part} {counts[part]}" for part in sorted(parts))
+            return (
+                f"the column {name} ({found}) is not used: folds are dealt anew over all slides; for given ones write "
+                "tables train,val,test of ids and give --splits"
+            )
+    return ""
 
 
 def few_patients(folds: Sequence[OuterFold], labels: np.ndarray, cases: np.ndarray, class_names: Sequence[str]) -> str:
