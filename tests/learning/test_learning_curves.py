@@ -161,6 +161,17 @@ def test_settings_are_drawn_in_the_order_in_which_inner_validation_puts_them():
     assert not dots(figure.axes[0])
 
 
+def test_a_setting_of_which_trainings_diverged_comes_last_and_says_so():
+    """They have no history; what is left of the setting is better than all others, and was chosen nowhere."""
+    good, steady = (history(flat([3] * 4, [loss] * 4), name, 2) for name, loss in (("lr=1", 0.1), ("lr=0.1", 0.5)))
+    partly = good[(good["fold"] == 1) & (good["inner"] == 1)]
+    figure = drawn(pd.concat([partly, steady]))
+    assert entries(figure) == [
+        "lr=0.1, mean (chosen in 2 of 2 folds)",
+        "lr=1, mean (chosen in 0 of 2 folds, without the 3 of 4 trainings that diverged)",
+    ]
+
+
 @pytest.mark.parametrize("settings", [1, 2])
 def test_a_single_epoch_and_a_single_training_draw(settings, tmp_path):
     for lengths in ([1], [1, 1], [7]):

@@ -98,17 +98,22 @@ def _trainings(history: pd.DataFrame, monitors: Mapping[int, str]) -> list[_Trai
 
 
 def _choices(trainings: Sequence[_Training]) -> dict[int, list[str]]:
-    """By outer fold, the settings as inner validation orders them, the chosen one first."""
+    """By outer fold, the settings as inner validation orders them, the chosen one first; those of which a training
+    diverged, and has no history, last.
+    """
     choices = {}
+    settings = list(dict.fromkeys(training.setting for training in trainings))
     for fold in dict.fromkeys(training.fold for training in trainings):
-        validations: dict[str, list[dict[str, Any]]] = {}
+        validations: dict[str, list[dict[str, Any]]] = {setting: [] for setting in settings}
         for training in trainings:
             if training.fold == fold:
                 kept = training.rows.iloc[training.kept].to_dict()
-                validations.setdefault(training.setting, []).append(kept)
+                validations[training.setting].append(kept)
         monitor = next(training.monitor for training in trainings if training.fold == fold)
-        ranks = {setting: mean_rank(each, monitor) for setting, each in validations.items()}
-        choices[fold] = sorted(ranks, key=lambda setting, ranks=ranks: ranks[setting], reverse=True)
+        most = max(map(len, validations.values()))
+        ranks = {setting: mean_rank(each, monitor) for setting, each in validations.items() if len(each) == most}
+        best_first = sorted(ranks, key=lambda setting, ranks=ranks: ranks[setting], reverse=True)
+        choices[fold] = best_first + [setting for setting in settings if setting not in ranks]
     return choices
 
 
@@ -134,11 +139,16 @@ def _panels_of_settings(trainings: Sequence[_Training], shown: Sequence[str]) ->
     """A plot for each loss, and for what the epochs were compared by, with a curve for each setting."""
     orders = _choices(trainings).values()
     chosen = Counter(order[0] for order in orders)
+    finished = Counter(training.setting for training in trainings)
+    most = max(finished.values())
     columns = [("Training loss", "train_loss", trainings), ("Validation loss", "val_loss", trainings)]
     panels: dict[str, list[_Curve]] = {}
     for name, column, some in [*columns, *_scores(trainings)]:
         for number, setting in enumerate(shown):
-            label = f"{literal(setting)}, mean (chosen in {chosen[setting]} of {counted(len(orders), 'fold')})"
+            remarks = [f"chosen in {chosen[setting]} of {counted(len(orders), 'fold')}"]
+            if finished[setting] < most:
+                remarks.append(f"without the {most - finished[setting]} of {most} trainings that diverged")
+            label = f"{literal(setting)}, mean ({', '.join(remarks)})"
             label = label if column == "train_loss" else None  # one entry for all plots
             curve = _Curve([one for one in some if one.setting == setting], column, number, label)
             panels.setdefault(name, []).append(curve)
