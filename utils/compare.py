@@ -4,6 +4,13 @@ uv run python -m utils.compare outputs/LiteMIL/mine outputs/ABMIL/mine
 uv run python -m utils.compare outputs/*/mine --metrics auc brier --output_dir outputs/comparison/mine
 """
 
+from utils.core import cli
+from utils.core.config import Comparison
+
+_FLAGS = {"comparison": Comparison}
+if __name__ == "__main__":
+    cli.begin(str(__doc__), _FLAGS)
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -14,8 +21,6 @@ import numpy as np
 import pandas as pd
 
 from MILS import ModelError, build_mil, list_mils
-from utils.core import cli
-from utils.core.config import Comparison
 from utils.core.errors import ConfigError, counted, named
 from utils.core.files import read_json, write_records, write_text
 from utils.core.runtime import derive_seed, log, progress
@@ -105,7 +110,7 @@ class Difference:
 
 
 def main() -> None:
-    (settings,) = cli.parse(str(__doc__), {"comparison": Comparison})
+    (settings,) = cli.parse(str(__doc__), _FLAGS)
     runs = read_runs(settings.runs)
     check_metrics(runs, settings.metrics)
     differences = compare(runs, settings.metrics)
