@@ -110,7 +110,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def begin(description: str, groups: dict[str, type]) -> None:
     """Answer `--help` and refuse what `parse` would refuse, before a command imports what takes seconds."""
-    run(lambda: parse(description, groups) and None)
+
+    def check() -> None:
+        parse(description, groups)
+
+    run(check)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ class Epochs:
 
     def __init__(self, most: Mapping[str, int], ended: Mapping[str, int]) -> None:
         self.most = most
-        self.done = dict.fromkeys(most, 0) | ended
+        self.done = dict.fromkeys(most, 0) | dict(ended)
         self.ended = set(ended)
 
     def step(self, name: str) -> None:
