@@ -5,22 +5,25 @@ uv run train.py --mil LiteMIL --dataset mine --features_dir features/ --labels_c
 uv run train.py --mil TransMIL --dataset breast --mode full --batch_size 16
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets.demo import make_demo, next_command
-from MILS import ModelError, build_mil, list_mils, mil_name, mil_options
-from MILS.pooling import BagModel
-from utils.audit import as_text, audit_cohort
 from utils.core import cli
 from utils.core.config import Audit, Cluster, Cohort, CohortFiles, Model, Protocol, Rehearsal, Running, Training
-from utils.core.engine import check_engine
 from utils.core.errors import ConfigError
-from utils.learning.results import closing_words
-from utils.mil_dataset import MILDataset
-from utils.nested_cv import NestedCrossValidation
+from utils.core.model_help import model_help
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from MILS.pooling import BagModel
+    from utils.mil_dataset import MILDataset
+
+# What takes seconds to import is imported where it is used, so that --help and a mistyped flag are answered at once.
 
 
 def main() -> None:
@@ -33,9 +36,14 @@ def main() -> None:
         "beyond one machine": Cluster,
         "before a long run": Rehearsal,
     }
-    cohort, model, training, protocol, running, cluster, rehearsal = cli.parse(
-        str(__doc__), groups, epilog=model_help()
-    )
+    epilog = model_help(Path(__file__).parent / "MILS")
+    cohort, model, training, protocol, running, cluster, rehearsal = cli.parse(str(__doc__), groups, epilog=epilog)
+    from datasets.demo import make_demo, next_command
+    from utils.core.engine import check_engine
+    from utils.learning.results import closing_words
+    from utils.mil_dataset import MILDataset
+    from utils.nested_cv import NestedCrossValidation
+
     name = checked_name(model)
     check_engine(cluster, running.jobs, running.device)
     is_demo = cohort.dataset == "demo" and cohort.labels_csv is None
@@ -68,11 +76,16 @@ def main() -> None:
 
 def audited(cohort: Cohort, protocol: Protocol) -> str:
     """What an audit finds about the cohort."""
+    from utils.audit import as_text, audit_cohort
+
     shared = {field.name: getattr(cohort, field.name) for field in fields(CohortFiles)}
     return as_text(audit_cohort(Audit(**shared, dataset=cohort.dataset, splits=protocol.splits)))
 
 
 def checked_name(model: Model) -> str:
+    """Return the model's own name for `--mil`, which may be an alias. Raise ConfigError for an unknown one."""
+    from MILS import ModelError, mil_name
+
     try:
         return mil_name(model.mil)
     except ModelError as error:
@@ -81,6 +94,8 @@ def checked_name(model: Model) -> str:
 
 def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], BagModel]:
     """What makes a fresh model for each training; the settings are tried once here, so that they fail early."""
+    from MILS import ModelError, build_mil
+
     if model.input_dim not in (None, dataset.input_dim):
         raise ConfigError(
             f"--input_dim {model.input_dim}: the features are {dataset.input_dim} wide; leave the flag out"
@@ -94,15 +109,6 @@ def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], 
     except ModelError as error:
         raise ConfigError(f"--mil {name}: {error}") from error
     return make
-
-
-def model_help() -> str:
-    """Which flags each model takes, and its own defaults, for --help."""
-    lines = ["each model's hyperparameters and their defaults:"]
-    for name in list_mils():
-        flags = {option: default for option, default in mil_options(name).items() if option in vars(Model)}
-        lines.append(f"  {name:16} " + "  ".join(f"--{option} {default}" for option, default in flags.items()))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,20 @@ black, a pixel per 16 level-0 pixels), `labels.csv`, and `stain-texture` feature
 of other patients, to predict. The same versions of the packages draw the same pixels.
 """
 
+from utils.core import cli
+from utils.core.config import Demo
+
+_FLAGS = {"demo": Demo}
+if __name__ == "__main__":
+    cli.begin(str(__doc__), _FLAGS)
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from datasets.synthetic import MPP, PATTERNS, SITES, Patient, draw_slide, write_slide
-from utils.core import cli
-from utils.core.config import Demo, Extraction, ExtractionFiles
+from utils.core.config import Extraction, ExtractionFiles
 from utils.core.engine import Processes, Tell, threads
 from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
@@ -120,7 +126,7 @@ def _extract(files: ExtractionFiles) -> None:
 
 def main() -> None:
     """Make the cohort, or the test slide."""
-    (asked,) = cli.parse(str(__doc__), {"demo": Demo})
+    (asked,) = cli.parse(str(__doc__), _FLAGS)
     if asked.test_slide:
         make_test_slide()
     else:

@@ -8,6 +8,13 @@ The features are Zenodo record 10563985 (Keshvarikhojasteh et al. 2024, https://
 tells sizes and MD5; the labels are the study's own tables at a fixed commit. Interrupted, the same command goes on.
 """
 
+from utils.core import cli
+from utils.core.config import Download
+
+_FLAGS = {"download": Download}
+if __name__ == "__main__":
+    cli.begin(str(__doc__), _FLAGS)
+
 import csv
 import errno
 import hashlib
@@ -26,9 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.core import cli
 from utils.core.cohorts import KNOWN_COHORTS, KnownCohort
-from utils.core.config import Download
 from utils.core.errors import DownloadError, counted
 from utils.core.files import whole_file, write_json, write_text
 from utils.core.runtime import file_size, log, progress, progress_bar
@@ -299,7 +304,7 @@ def _size(path: Path) -> int:
 
 def main() -> None:
     """Fetch what is asked for, and say what to do with it."""
-    (asked,) = cli.parse(str(__doc__), {"download": Download})
+    (asked,) = cli.parse(str(__doc__), _FLAGS)
     if asked.name == "test-slide":
         target = (asked.output_dir or Path("testSlides")) / TEST_SLIDE.rsplit("/", 1)[1]
         fetch(TEST_SLIDE, target, algorithm="sha256", expected=TEST_SLIDE_SHA256, size=TEST_SLIDE_BYTES)

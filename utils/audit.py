@@ -4,6 +4,13 @@ uv run python -m utils.audit --dataset lung
 uv run python -m utils.audit --labels_csv labels.csv --features_dir features/ --splits splits/ --json
 """
 
+from utils.core import cli
+from utils.core.config import Audit
+
+_FLAGS = {"cohort": Audit}
+if __name__ == "__main__":
+    cli.begin(str(__doc__), _FLAGS)
+
 import json
 import sys
 from collections import Counter, defaultdict
@@ -22,9 +29,8 @@ from utils.bags.labels import is_plain
 from utils.bags.spelling import is_placeholder
 from utils.bags.store import BagInfo, peek_bag, read_bag
 from utils.bags.table import LabelTable, Row, read_table, several_names
-from utils.core import cli
 from utils.core.cohorts import cohort_classes, tcga_case, tcga_site
-from utils.core.config import Audit, Protocol
+from utils.core.config import Protocol
 from utils.core.errors import FeatureFileError, LabelsError, counted, named
 from utils.core.files import digest
 from utils.core.passport import COMPARED_FIELDS, MPP_TOLERANCE, Passport
@@ -97,7 +103,7 @@ class _Field:
 
 
 def main() -> None:
-    (settings,) = cli.parse(str(__doc__), {"cohort": Audit})
+    (settings,) = cli.parse(str(__doc__), _FLAGS)
     findings = audit_cohort(settings)
     print(as_json(findings) if settings.json else f"{as_text(findings)}\n{closing_words(settings, findings)}")
     if any(finding.level == "error" for finding in findings):

@@ -5,6 +5,13 @@ uv run python -m utils.compare outputs/*/mine --metrics auc brier --output_dir o
 uv run python -m utils.compare outputs/*/mine --figure_format pdf svg
 """
 
+from utils.core import cli
+from utils.core.config import Comparison
+
+_FLAGS = {"comparison": Comparison}
+if __name__ == "__main__":
+    cli.begin(str(__doc__), _FLAGS)
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +22,6 @@ from typing import Any
 import numpy as np
 
 from MILS import ModelError, build_mil, list_mils
-from utils.core import cli
-from utils.core.config import Comparison
 from utils.core.errors import ConfigError, LiteMILError, counted
 from utils.core.files import digest, next_free, read_json, write_json, write_records, write_text
 from utils.core.plots import FORMATS, figure_paths, write_figures
@@ -60,7 +65,7 @@ class Difference:
 
 
 def main() -> None:
-    (settings,) = cli.parse(str(__doc__), {"comparison": Comparison})
+    (settings,) = cli.parse(str(__doc__), _FLAGS)
     runs = read_runs(settings.runs)
     check_metrics(runs, settings.metrics)
     differences = compare(runs, settings.metrics)

@@ -5,6 +5,13 @@ uv run python -m utils.convert slide.pt slide.h5 --dtype float16
 uv run python -m utils.convert stamp/ converted/ --slides_dir slides/
 """
 
+from utils.core import cli
+from utils.core.config import Conversion
+
+_FLAGS = {"conversion": Conversion}
+if __name__ == "__main__":
+    cli.begin(str(__doc__), _FLAGS)
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +29,6 @@ from utils.bags.store import (
     read_bag,
     write_bag,
 )
-from utils.core import cli
-from utils.core.config import Conversion
 from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, named
 from utils.core.files import check_distinct, write_records
 from utils.core.passport import Passport, recipe_differences
@@ -251,7 +256,7 @@ def _reason(status: FileStatus) -> str:
 
 
 def main() -> None:
-    (conversion,) = cli.parse(str(__doc__), {"conversion": Conversion})
+    (conversion,) = cli.parse(str(__doc__), _FLAGS)
     statuses = convert(conversion)
     print(f"{summary(statuses)}\nThey are in {conversion.output} (took {cli.took()}).")
     failed = sum(status.status == "failed" for status in statuses)

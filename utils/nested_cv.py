@@ -32,6 +32,7 @@ from utils.learning import plan, results
 from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
 from utils.learning.choice import Choice, choose, mean_validation
+from utils.learning.epochs import Epochs
 from utils.learning.finished import draw_missing
 from utils.learning.metrics import auc_is_defined
 from utils.learning.results import FoldResult, Pooled
@@ -39,6 +40,7 @@ from utils.learning.run_folder import RunFolder
 from utils.learning.scale import Standardization
 from utils.learning.selection import best_of, grid_settings, rank, read_grid, refit_epochs
 from utils.learning.splits import OuterFold, few_patients, given_splits, repeated_splits, unused_split
+from utils.learning.threads import THREADS, ThreadChoice, choose_threads
 from utils.learning.training import Bags, Diverged, Fitted, predict_slides
 from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
@@ -123,8 +125,7 @@ class NestedCrossValidation:
         folds = self.folds()
         folder = RunFolder(self.output_dir)
         with self._engine() as engine, folder.held():
-            with threads(engine.threads):
-                begun, standardization = self._begin(folder, folds, engine)
+            begun, standardization = self._begin(folder, folds, engine)
             if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
                 draw_missing(self.output_dir, self.running.figure_format)
@@ -133,12 +134,15 @@ class NestedCrossValidation:
                 self._warn_of_few_patients(folds)
                 plan.tell_large_steps(self.trainer, self.units(folds)[0], self._sizes, self.dataset.input_dim)
                 write_json(self.output_dir / "splits.json", self._splits_content(folds))
-                with threads(self._threads_of(begun, engine)):
+                if not folder.is_new:
+                    self._tell_resumed(begun, engine)
+                with threads(begun["threads"]):
                     self._write_results(self._run_folds(folds, engine, standardization), standardization)
                     seconds = round(time.time() - started, 1)
                     # On Ray others than this process needed it.
                     memory = None if self.cluster.is_asked_for else peak_memory(self.device)
-                    folder.finish(self._record(engine) | {"seconds": seconds, "peak_memory": memory})
+                    record = self._record(engine) | {name: begun[name] for name in THREADS if name in begun}
+                    folder.finish(record | {"seconds": seconds, "peak_memory": memory})
             folder.clear_leftovers()
         return read_json(self.output_dir / "outputs.json")
 
@@ -150,7 +154,7 @@ class NestedCrossValidation:
         known = {} if there is None else there["identity"]
         earlier = self._identity(folds) | {"slides": self._slides_by_time()}
         if asked != "on" and "features" not in known and all(known.get(name) == earlier[name] for name in earlier):
-            return folder.take(earlier, {}), Standardization(asked)  # of a version that did not look at features
+            return folder.take(earlier, dict), Standardization(asked)  # of a version that did not look at features
         before = read_inventory(self.output_dir / INVENTORY)
         records = self.dataset.inventory(before)
         standardization = Standardization.decide(asked, folds, np.array([record.rms for record in records]))
@@ -161,7 +165,11 @@ class NestedCrossValidation:
         }
         changed = [one.wsi_id for one in records if one.wsi_id in before and before[one.wsi_id].sha256 != one.sha256]
         details = {"features": f"features of {named(changed)}"} if changed else {}
-        begun = folder.take(identity, self._record(engine), details)
+
+        def record() -> dict[str, Any]:
+            return self._record(engine) | self._chosen_threads(engine, folds).as_dict()
+
+        begun = folder.take(identity, record, details)
         if records != list(read_inventory(self.output_dir / INVENTORY).values()):
             write_records(self.output_dir / INVENTORY, records)
         return begun, standardization
@@ -174,15 +182,27 @@ class NestedCrossValidation:
     def _engine(self) -> AbstractContextManager[Engine]:
         return open_engine(self.cluster, Processes(self.running.jobs), str(self.device))
 
-    def _threads_of(self, begun: Mapping[str, Any], engine: Engine) -> int:
-        """The threads that the run was begun with: what is trained now must fit what is kept."""
-        now = engine.threads
-        if begun["threads"] != now:
+    def _chosen_threads(self, engine: Engine, folds: Sequence[OuterFold]) -> ThreadChoice:
+        """Choose on how many threads each training of a new run computes, and say it."""
+        slides = folds[0].inner[0].train
+        choice = choose_threads(
+            self.trainer.factory(self.settings[0]),
+            self.dataset.batches(slides, self._training_of(1).batch_size, self.protocol.seed),
+            engine.threads,
+            self.device,
+            may_try=not self.cluster.is_asked_for,
+        )
+        if engine.threads > 1:
+            log.info("%s", choice)
+        return choice
+
+    def _tell_resumed(self, begun: Mapping[str, Any], engine: Engine) -> None:
+        """Say that a run goes on as it began: what is trained now must fit what is kept."""
+        if begun["threads"] != engine.threads:
             log.info("each training goes on with %s, as the run began", counted(begun["threads"], "thread"))
         torch_then = begun["versions"]["torch"]
         if torch_then != versions()["torch"]:
             log.warning("the run was begun with PyTorch %s; its last digits may differ", torch_then)
-        return begun["threads"]
 
     def dry_run(self) -> str:
         """What a run would do and take: the folds, and an estimate from a short trial of every setting."""
@@ -194,7 +214,7 @@ class NestedCrossValidation:
             units += [self._longest_refit(units, fold) for fold in folds]
             head += f", {len(folds)} refits"
         sizes = self._sizes
-        with self._engine() as engine, threads(engine.threads):
+        with self._engine() as engine, threads(self._chosen_threads(engine, folds).threads):
             jobs = engine.jobs
             first = {unit.setting: unit for unit in reversed(units)}
             bar = progress(sorted(first), "Trying each setting", unit="setting", leave=False)
@@ -270,33 +290,31 @@ class NestedCrossValidation:
 
     def _train(self, trainer: Trainer, units: Sequence[Unit], engine: Engine) -> None:
         """Train those units that are not kept yet, and show it."""
-        missing = [unit for unit in units if trainer.kept(unit) is None]
-        done = {unit.name: 0 for unit in missing}
-        ended = len(units) - len(missing)
-        kept = sum(unit.epochs for unit in units if unit.name not in done)
+        ended = {unit.name: found for unit in units if (found := trainer.epochs_of_kept(unit)) is not None}
+        epochs = Epochs({unit.name: unit.epochs for unit in units}, ended)
         lost: list[str] = []
         name = "Refitting" if units and units[0].inner == 0 else "Training"
-        with progress_bar(name, sum(unit.epochs for unit in units), unit="epoch", initial=kept) as bar:
+        with progress_bar(name, epochs.expected, unit="epoch", initial=epochs.count) as bar:
 
             def show(unit: Unit, row: dict[str, Any] | Lost | None) -> None:
-                nonlocal ended
+                steps, told = 0, {}
                 if isinstance(row, Lost):
                     if row.for_good:
                         lost.append(f"{unit.name}: {row}")
                     again = f"trained again, {row.left} at a time" if row.left else "trained again"
                     log.warning("%s: %s; it is %s", unit.name, row, "given up" if row.for_good else again)
-                    steps, told, done[unit.name] = -done[unit.name], {}, 0
+                    steps = -epochs.restart(unit.name)
                 elif row is None:  # it has ended, perhaps before its last epoch
-                    ended += 1
-                    steps, told = unit.epochs - done[unit.name], {}
+                    epochs.end(unit.name)
                 else:
-                    done[unit.name] += 1
+                    epochs.step(unit.name)
                     score = row.get(unit.monitor.replace("slide_", "val_"))
                     steps, told = 1, {unit.monitor: "-" if score is None else f"{score:.3f}"}
-                bar.set_postfix({"trainings": f"{ended}/{len(units)}"} | told, refresh=False)
+                bar.total = epochs.expected
+                bar.set_postfix({"trainings": f"{len(epochs.ended)}/{len(units)}"} | told, refresh=False)
                 bar.update(steps)
 
-            engine.run(trainer, missing, show)
+            engine.run(trainer, [unit for unit in units if unit.name not in ended], show)
         if lost:
             others = f" (and {counted(len(lost) - 1, 'other training')})" if lost[1:] else ""
             remedy = "give the same again with fewer --actors"

@@ -145,11 +145,12 @@ def test_every_kind_of_flag():
 )
 def test_what_cannot_be_used_is_refused_with_argparses_code(capsys, argv):
     message = refused(capsys, parse, "--name", "x", *argv)
-    assert "error: " in message
+    assert re.fullmatch(r"error: .+ \(see --help\)\n", message), "one line that says what, and where the rest is"
 
 
-def test_a_required_flag_is_required(capsys):
-    assert "--name" in refused(capsys, parse)
+def test_a_required_flag_is_required_and_one_that_is_mistyped_is_told_first(capsys):
+    assert refused(capsys, parse) == "error: the following arguments are required: --name (see --help)\n"
+    assert "unrecognized arguments: --nmae; did you mean --name?" in refused(capsys, parse, "--nmae", "x")
 
 
 def test_what_is_given_by_its_place(capsys):
@@ -239,6 +240,27 @@ def test_help_names_every_flag_and_every_default(capsys, script):
     assert "default: ()" not in text
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_begins_with_what_is_required(capsys, script):
+    text = help_of(capsys, script)
+    required = [field for cls in SCRIPTS[script].values() for field in cli._options(cls) if field.default is REQUIRED]
+    first = text.partition("required:")[2].partition(f"{next(iter(SCRIPTS[script]))}:")[0] if required else ""
+    for field in required:
+        assert (field.name if field.metadata["positional"] else flag_of(field)) in first or flag_of(field) in first
+        assert flag_of(field) in text.partition(" [options]")[0], "the usage line names it"
+    assert (required != []) == ("required:" in text)
+
+
+def test_help_says_what_a_flag_takes(capsys):
+    text = help_of(capsys, "train") + help_of(capsys, "extractFeatures") + help_of(capsys, "predict")
+    takes = {
+        "labels_csv": "FILE", "features_dir": "DIR", "splits": "FILE|DIR", "mil": "MODEL", "group_column": "COLUMN",
+        "mpp": "UM", "patch_size": "PX", "device": "DEVICE", "slides_csv": "FILE", "weights": "FILE", "n_outer": "N",
+        "batch_size": "N|auto", "tissue_threshold": "X", "wsi": "FILE|DIR", "extensions": "EXT [EXT ...]",
+    }  # fmt: skip
+    assert not [flag for flag, value in takes.items() if f"--{flag} {value} " not in text]
+
+
 def test_a_default_of_zero_is_told(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
@@ -325,16 +347,16 @@ def test_log_lines_go_to_stderr_with_their_level_and_once(kept_logging, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--name", "a", "--cuont", "3"), "unrecognized arguments: --cuont 3; did you mean --count?"),
-        (("--name", "a", "--cuont=3"), "unrecognized arguments: --cuont=3; did you mean --count?"),
-        (("--name", "a", "--zzz"), "unrecognized arguments: --zzz\n"),
+        (("--name", "a", "--cuont", "3"), "unrecognized arguments: --cuont; did you mean --count?"),
+        (("--name", "a", "--cuont=3"), "unrecognized arguments: --cuont; did you mean --count?"),
+        (("--name", "a", "--zzz"), "unrecognized arguments: --zzz (see --help)\n"),
         (("--name", "a", "stray"), "unrecognized arguments: stray"),
         (("--name", "a", "--shape", "squar"), "(choose from 'round', 'square'); did you mean square?"),
         (
             ("--name", "a", "--marks", "red", "bleu"),
             "invalid choice: 'bleu' (choose from 'red', 'blue'); did you mean blue?",
         ),
-        (("--name", "a", "--maybe", "perhaps"), "(choose from 'yes', 'no')\n"),
+        (("--name", "a", "--maybe", "perhaps"), "(choose from 'yes', 'no') (see --help)\n"),
     ],
 )
 def test_what_is_unknown_is_answered_with_the_nearest_that_is_known(capsys, argv, message):

@@ -171,6 +171,94 @@ def test_the_tightest_bound_counts(monkeypatch):
     assert available_memory() is None
 
 
+def write_quota(group: Path, **files: str) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (group / name.replace("__", ".")).write_text(content + "\n")
+
+
+def test_a_containers_share_of_the_processors_is_found(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/kubepods/pod_1/box\n")
+    mount = tmp_path / "sys/fs/cgroup"
+    write_quota(mount / "kubepods/pod_1/box", cpu__max="250000 100000")
+    write_quota(mount / "kubepods/pod_1", cpu__max="max 100000")
+    write_quota(mount / "kubepods", cpu__max="600000 50000")
+    assert runtime._shares_of_processors(tmp_path) == [2.5, 12]
+
+
+@pytest.mark.parametrize("line", ["5:cpu,cpuacct:/docker/abc", "5:cpu:/docker/abc", "5:cpuacct,cpu:/docker/abc"])
+def test_a_share_is_found_in_the_first_version_of_cgroups_too(tmp_path, line):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"7:cpuset:/other\n{line}\n0::/\n")
+    mount = tmp_path / "sys/fs/cgroup/cpu"
+    write_quota(mount / "docker/abc", cpu__cfs_quota_us="150000", cpu__cfs_period_us="100000")
+    write_quota(mount, cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
+    assert runtime._shares_of_processors(tmp_path) == [1.5]
+
+
+def test_no_more_processors_are_used_than_the_share_fills(monkeypatch):
+    monkeypatch.setattr(runtime, "visible_processors", lambda: 64)
+    monkeypatch.setattr(runtime, "_most_processors", None)
+    for shares, count in (([], 64), ([2.5, 12.0], 2), ([0.5], 1), ([100.0], 64)):
+        monkeypatch.setattr(runtime, "_shares_of_processors", lambda shares=shares: shares)
+        assert runtime.processors() == count
+    runtime.share_processors(3)
+    assert runtime.processors() == 3
+
+
+@pytest.fixture
+def environment(monkeypatch) -> pytest.MonkeyPatch:
+    """The environment of a user who has said nothing about threads, and put back afterwards."""
+    for name in (*runtime._WAITING, "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(runtime, "_thread_limit", None)
+    return monkeypatch
+
+
+def test_threads_wait_asleep_unless_the_user_says_otherwise(environment):
+    assert not runtime.threads_wait_asleep()
+    runtime.prepare_threads()
+    assert runtime.threads_wait_asleep()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["KMP_BLOCKTIME"]) == ("PASSIVE", "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "9"), ("KMP_BLOCKTIME", "1")]
+)
+def test_how_the_user_lets_threads_wait_stays(environment, name, value):
+    environment.setenv(name, value)
+    runtime.prepare_threads()
+    assert {one: os.environ[one] for one in runtime._WAITING if one in os.environ} == {name: value}
+    assert not runtime.threads_wait_asleep()
+
+
+def test_a_container_gets_as_many_threads_as_its_share_fills(environment):
+    environment.setattr(runtime, "visible_processors", lambda: 64)
+    environment.setattr(runtime, "_shares_of_processors", lambda: [4.0])
+    environment.setattr(runtime, "_most_processors", None)
+    runtime.prepare_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert not runtime.threads_are_given(), "that is ours"
+    environment.setenv("OMP_NUM_THREADS", "7")
+    runtime.prepare_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert runtime.threads_are_given()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP, which PyTorch brings on Linux")
+def test_pytorchs_openmp_takes_it_over():
+    script = "from utils.core import cli\ndef main():\n    import torch\n    torch.ones(9)\ncli.run(main)"
+    clean = {name: value for name, value in os.environ.items() if name not in runtime._WAITING}
+    answer = subprocess.run(
+        [sys.executable, "-c", script], env=clean | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in answer.stderr
+    assert "GOMP_SPINCOUNT = '0'" in answer.stderr
+
+
 def test_a_log_is_not_flooded_by_a_progress_bar(capsys):
     assert list(progress(range(5000), "Reading", unit="slide")) == list(range(5000))
     error = capsys.readouterr().err

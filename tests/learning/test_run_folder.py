@@ -57,16 +57,16 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_a_record_that_is_none(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(ConfigError, match="not the record of a training run"):
-        RunFolder(tmp_path).take({}, {})
+        RunFolder(tmp_path).take({}, dict)
 
 
 def test_finished_says_so_to_the_next(tmp_path):
     folder = RunFolder(tmp_path / "run")
     fresh = {"identity": {"seed": 1}, "argv": ["train.py"], "finished": False}
-    assert folder.take({"seed": 1}, {"argv": ["train.py"]}) == fresh
-    assert RunFolder(tmp_path / "run").take({"seed": 1}, {"argv": ["again.py"]}) == fresh
+    assert folder.take({"seed": 1}, lambda: {"argv": ["train.py"]}) == fresh
+    assert RunFolder(tmp_path / "run").take({"seed": 1}, lambda: {"argv": ["again.py"]}) == fresh
     folder.finish({"argv": ["train.py"]})
-    assert RunFolder(tmp_path / "run").take({"seed": 1}, {})["finished"]
+    assert RunFolder(tmp_path / "run").take({"seed": 1}, dict)["finished"]
     assert read_json(tmp_path / "run" / "run.json") == {"identity": {"seed": 1}, "argv": ["train.py"], "finished": True}
-    assert not RunFolder(tmp_path / "run").take({"seed": 2}, {})["finished"]
+    assert not RunFolder(tmp_path / "run").take({"seed": 2}, dict)["finished"]
     assert read_json(tmp_path / "run.1" / "run.json")["identity"] == {"seed": 1}

@@ -20,6 +20,13 @@ from utils.core.errors import LiteMILError, meant
 _started = time.monotonic()
 
 
+_REQUIRED_TITLE = "required"
+_TAKES = {
+    "_dir": "DIR", "_csv": "FILE", "_column": "COLUMN", "device": "DEVICE", "mpp": "UM", "patch_size": "PX",
+    "stride": "PX",
+}  # fmt: skip
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Help with each flag's default, and the description's line breaks kept."""
 
@@ -31,28 +38,38 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return text + " (default: %(default)s)"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, where argparse prints the whole usage first."""
+
+    def refuse_unknown(self, words: Sequence[str]) -> None:
+        """Refuse a flag that is none, with the nearest that is one: before what is missing, of which it may be the
+        reason.
+        """
+        known = [spelling for action in self._actions for spelling in action.option_strings]
+        flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+        unknown = next((flag for flag in flags if flag not in known), None)
+        if unknown is not None:
+            self.error(f"unrecognized arguments: {unknown}{meant(unknown, known)}")
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
 def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None = None, epilog: str = "") -> list[Any]:
     """Parse a command line into one frozen config per group, in the groups' order.
 
-    `groups` maps a title of the help text to a config class; no two classes may share a flag.
+    `groups` maps a title of the help text to a config class; no two classes may share a flag. What is mistyped ends the
+    process with one line on stderr and exit code 2.
     """
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"LiteMIL {runtime.versions()['litemil']}")
-    parser.add_argument("-q", "--quiet", action="store_true", help="only results, warnings and errors: no progress")
-    known = ["--help", "--version", "--quiet"]
-    for title, config in groups.items():
-        group = parser.add_argument_group(title)
-        hints = typing.get_type_hints(config)
-        for field in _options(config):
-            group.add_argument(*_spellings(field), **_argument(field, hints[field.name]))
-            known += _spellings(field)
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = next((one for one in unknown if one.startswith("-")), unknown[0])
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant(flag.partition('=')[0], known)}")
-    values = vars(found)
+    parser = _Parser(
+        _program(), description=description, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False,
+        add_help=False,
+    )  # fmt: skip
+    _add_flags(parser, groups)
+    _add_common(parser)
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser.refuse_unknown(words)
+    values = vars(parser.parse_args(words))
     if values["quiet"]:
         runtime.be_quiet()
     return [
@@ -60,12 +77,54 @@ def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None 
     ]
 
 
+def _add_flags(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None:
+    """Add the flags of all groups, the required ones first and in the usage line."""
+    sections = {title: parser.add_argument_group(title) for title in (_REQUIRED_TITLE, *groups)}
+    usage = [parser.prog]
+    for title, config in groups.items():
+        hints = typing.get_type_hints(config)
+        for field in _options(config):
+            argument = _argument(field, hints[field.name])
+            if field.default is dataclasses.MISSING:
+                title_of, name = _REQUIRED_TITLE, "" if field.metadata["positional"] else flag_of(field)
+                usage.append(f"{name} {argument['metavar']}{' ...' if 'nargs' in argument else ''}".strip())
+            else:
+                title_of = title
+            sections[title_of].add_argument(*_spellings(field), **argument)
+    parser.usage = " ".join([*usage, "[options]"]).replace("%", "%%")
+
+
+def _program() -> str:
+    """Return how the command is called: `train.py`, or `python -m utils.audit`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("every command")
+    group.add_argument("-q", "--quiet", action="store_true", help="only results, warnings and errors: no progress")
+    version = f"LiteMIL {runtime.version_of('litemil')}"
+    group.add_argument("--version", action="version", version=version, help="print the version and stop")
+    group.add_argument("-h", "--help", action="help", help="print this text and stop")
+
+
+def begin(description: str, groups: dict[str, type]) -> None:
+    """Answer `--help` and refuse what `parse` would refuse, before a command imports what takes seconds."""
+
+    def check() -> None:
+        parse(description, groups)
+
+    run(check)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a LiteMILError becomes one line on stderr and exit code 1, Ctrl-C becomes 130, and the
-    end that a batch system asks for (SIGTERM) 143.
+    """Run a script's `main`, which imports PyTorch itself: the environment of its threads is set before. A LiteMILError
+    becomes one line on stderr and exit code 1, Ctrl-C becomes 130, and the end that a batch system asks for (SIGTERM)
+    143.
     """
     global _started
     _started = time.monotonic()
+    runtime.prepare_threads()
     runtime.start_logging()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
@@ -116,10 +175,15 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     if typing.get_origin(inner) is typing.Literal:
         words = typing.get_args(inner)
         return settings | {"type": _one_of(words, field.metadata["also"]), "metavar": f"{{{','.join(words)}}}"}
-    names = {int: "N", float: "X", str: "NAME", Path: "PATH"}
     kind, words = _kind_and_words(inner)
-    metavar = field.metadata["metavar"] or "|".join((names[kind], *words))
+    metavar = field.metadata["metavar"] or "|".join((_takes(field.name, kind), *words))
     return settings | {"type": _number_or_word(kind, words) if words else kind, "metavar": metavar}
+
+
+def _takes(name: str, kind: type) -> str:
+    """Return what stands for a flag's value in the help text: what its name says, else its type."""
+    by_name = (word for ending, word in _TAKES.items() if name.endswith(ending))
+    return next(by_name, {int: "N", float: "X", str: "NAME", Path: "FILE"}[kind])
 
 
 def _without_none(hint: Any) -> Any:

@@ -157,12 +157,16 @@ class Extraction(_Checked):
     )
     weights: Path | None = option(None, "local weights (.pth, .bin, .safetensors) instead of a download")
     patch_size: int = option(256, "patch edge in pixels, at the resolution asked for", least=1)
-    stride: int | None = option(None, "step between patches in pixels of theirs (default: the patch size)", least=1)
+    stride: int | None = option(
+        None,
+        "distance between patch corners, in pixels at the resolution read (default: the patch size)",
+        least=1,
+    )
     level: int | None = option(
         None, "pyramid level, read as it is (default: 0, the finest, unless --mpp or --magnification is given)", least=0
     )
     mpp: float | None = option(
-        None, "um per pixel of the patches, resampled from the nearest finer level", least=0.05, most=40
+        None, "um per pixel of the patches, resampled from the nearest finer level: 0.5 is 20x", least=0.05, most=40
     )
     magnification: float | None = option(None, "the same as --mpp 10/X: 20 is 0.5 um/px", least=0.25, most=200)
     allow_upsample: bool = option(False, "enlarge slides that are coarser than --mpp or --magnification by over 5%%")
@@ -194,8 +198,8 @@ class Extraction(_Checked):
 class ExtractionFiles(_Checked):
     """Which slides `extractFeatures.py` reads and where it writes."""
 
-    input: Path | None = option(None, "one slide")
-    input_dir: Path | None = option(None, "a folder of slides, searched with its subfolders")
+    input: Path | None = option(None, "one slide; give this or --input_dir")
+    input_dir: Path | None = option(None, "a folder of slides, searched with its subfolders; give this or --input")
     output: Path | None = option(None, "feature file for --input (default: beside the slide, <stem>.h5)")
     output_dir: Path | None = option(None, "folder for the feature files (required with --input_dir)")
     format: Literal["h5", "pt"] | None = option(None, "feature file format (default: h5, or as --output ends)")
@@ -303,7 +307,9 @@ class Cohort(CohortFiles):
 class Model(_Checked):
     """Which model; a hyperparameter that is not given is the model's own default, one that it lacks is an error."""
 
-    mil: str = option(REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool")
+    mil: str = option(
+        REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool", metavar="MODEL"
+    )
     input_dim: int | None = option(None, "feature width (default: read off the features)", least=1)
     hidden_dim: int | None = option(None, "hidden width", least=1, most=65536)
     num_heads: int | None = option(None, "attention heads", least=1, most=65536)
@@ -365,12 +371,15 @@ class Protocol(_Checked):
     n_inner: int = option(4, "inner folds: they choose epoch, setting and model", least=2)
     repeats: int = option(1, "how often the whole is repeated, on other folds", least=1)
     splits: Path | None = option(
-        None, "take the folds from a file: our splits.json, or a splits_<k>.csv of CLAM, or a folder of those"
+        None,
+        "take the folds from a file: our splits.json, or a splits_<k>.csv of CLAM, or a folder of those",
+        metavar="FILE|DIR",
     )
     grid: str | None = option(
         None,
         'settings to choose from in the inner loop, such as "lr=1e-4,3e-4 hidden_dim=128,256": any hyperparameter of '
         "training or model; they take the place of the flags",
+        metavar="NAME=V,V...",
     )
     monitor: Monitor = option(
         "slide_auc",
@@ -457,8 +466,10 @@ class Prediction(_Checked):
     checkpoint: tuple[Path, ...] = option(
         REQUIRED, "trained model (.pth), which says architecture, classes and recipe; several answer as their mean"
     )
-    input: Path | None = option(None, "feature file (.h5, .pt, .pth) or raw slide")
-    input_dir: Path | None = option(None, "a folder of feature files or, where it holds none, of slides")
+    input: Path | None = option(None, "feature file (.h5, .pt, .pth) or raw slide; give this or --input_dir")
+    input_dir: Path | None = option(
+        None, "a folder of feature files or, where it holds none, of slides; give this or --input"
+    )
     extensions: tuple[str, ...] | None = option(
         None, "of --input_dir, only slides with these endings, e.g. .svs .ndpi", metavar="EXT"
     )
@@ -469,7 +480,9 @@ class Prediction(_Checked):
         (), "leave out rows of --labels_csv without a slide, with a label that is no class, or that repeat a wsi_id"
     )
     output_dir: Path = option(Path("outputs/inference"), "where the results go", alias="--output")
-    overwrite: bool = option(False, "replace predictions that were made otherwise: by another model, of another file")
+    overwrite: bool = option(
+        False, "overwrite existing predictions made by another model, with other settings or from another input"
+    )
     mode: Literal["full", "chunked"] | None = option(
         None, "how the slide is fed (default: as in the model's evaluation)"
     )
@@ -515,7 +528,7 @@ class PredictionRecipe(_Checked):
     backbone: str | None = option(None, "backbone, where the checkpoint records none")
     weights: Path | None = option(None, "the backbone's local weights instead of a download")
     patch_size: int | None = option(None, "patch edge in pixels, at the resolution asked for", least=1)
-    stride: int | None = option(None, "step between patches in pixels of theirs", least=1)
+    stride: int | None = option(None, "distance between patch corners, in pixels at the resolution read", least=1)
     level: int | None = option(None, "pyramid level read", least=0)
     mpp: float | None = option(None, "um per pixel of the patches", least=0.05, most=40)
     tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
@@ -532,7 +545,9 @@ class Pictures(_Checked):
 
     visualize: bool = option(False, "draw the attention: heatmap, report page, patches, QuPath tiles and .npz")
     wsi: Path | None = option(
-        None, "the slide the feature file was made from, with --input_dir their folder (needed with --visualize)"
+        None,
+        "the slide the feature file was made from, with --input_dir their folder (needed with --visualize)",
+        metavar="FILE|DIR",
     )
     top_k: int = option(10, "how many of the most attended patches are shown", least=1)
     scale: Literal["attention", "percentile"] = option("percentile", "what colour shows: attention, or its percentile")
@@ -593,7 +608,9 @@ class Audit(CohortFiles):
 
     dataset: str | None = option(None, "name of the cohort, as for train.py (not needed with --labels_csv)")
     splits: Path | None = option(
-        None, "splits to check: our splits.json, a splits_<k>.csv of CLAM or MAD-MIL, or a folder of those"
+        None,
+        "splits to check: our splits.json, a splits_<k>.csv of CLAM or MAD-MIL, or a folder of those",
+        metavar="FILE|DIR",
     )
     json: bool = option(False, "print one JSON object instead of text")
 

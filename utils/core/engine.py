@@ -33,7 +33,7 @@ import torch
 from utils.core.config import Cluster
 from utils.core.errors import ConfigError, EngineError, LiteMILError, counted
 from utils.core.processes import Lost, Pool, sendable
-from utils.core.runtime import log, processors, share_processors
+from utils.core.runtime import log, processors, share_processors, threads_are_given
 
 Task = TypeVar("Task")
 Tell = Callable[[Any], None]
@@ -60,8 +60,11 @@ class Engine(Protocol):
 
 
 def threads_each(jobs: int) -> int:
-    """The threads of this process, shared out among `jobs` processes."""
-    return max(1, torch.get_num_threads() // jobs)
+    """The threads of this process, no more than it has processors unless the user says so, shared out among `jobs`
+    processes.
+    """
+    count = torch.get_num_threads()
+    return max(1, (count if threads_are_given() else min(count, processors())) // jobs)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where and how a process runs: device, seeds, threads, log lines, progress bars, and the record of all that."""
+"""How a process runs: its share of the machine, threads, log lines, progress bars, versions. No slow imports."""
 
 import ctypes
 import hashlib
@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,14 @@ _MEMORY_LIMITS = (
     (r"^0::(/.*)$", "sys/fs/cgroup", "memory.max", "memory.current"),
     (r"^\d+:memory:(/.*)$", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
+# Where they tell how much of the processors: the line, the mount, and the files of quota and period in microseconds.
+_PROCESSOR_LIMITS = (
+    (r"^0::(/.*)$", "sys/fs/cgroup", ("cpu.max",)),
+    (r"^\d+:(?:\S+,)?cpu(?:,\S+)?:(/.*)$", "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
+)
+# What says how OpenMP's threads wait, of GNU's and LLVM's libraries; and what we say where the user has not.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+_ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 # What malloc.h calls the settings.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Where output is not a terminal (a log, a batch system), a bar prints a line at this interval instead of redrawing.
@@ -34,6 +42,7 @@ _SECONDS_BETWEEN_LOG_LINES = 30
 
 _quiet = threading.Event()
 _most_processors: int | None = None
+_thread_limit: str | None = None
 # Each process has its own bars; tqdm's own lock is shared with forked ones and stays taken when one is killed.
 tqdm.set_lock(threading.RLock())
 
@@ -46,21 +55,53 @@ def derive_seed(*parts: int | str) -> int:
 
 def versions() -> dict[str, str]:
     """LiteMIL's, Python's and the packages' versions that can change a number."""
-    found = {"litemil": _version("litemil"), "python": platform.python_version()}
-    return found | {name: _version(name) for name in _RECORDED_PACKAGES}
+    found = {"litemil": version_of("litemil"), "python": platform.python_version()}
+    return found | {name: version_of(name) for name in _RECORDED_PACKAGES}
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed package, "not installed" where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
+def prepare_threads() -> None:
+    """Say, in the environment, how threads are to wait and how many there may be; before PyTorch is loaded, which reads
+    it then. What the user has set stays.
+
+    OpenMP's threads would spin while they wait for each other, and so take from each other, and from everyone else on
+    a busy machine, the time that they wait for; and it knows nothing of a container's share of the processors.
+    """
+    global _thread_limit
+    if not any(name in os.environ for name in _WAITING):
+        os.environ |= _ASLEEP
+    if "OMP_NUM_THREADS" not in os.environ and processors() < visible_processors():
+        _thread_limit = os.environ["OMP_NUM_THREADS"] = str(processors())
+
+
+def threads_are_given() -> bool:
+    """Whether the user has set the number of threads, by OMP_NUM_THREADS."""
+    return os.environ.get("OMP_NUM_THREADS", _thread_limit) != _thread_limit
+
+
+def threads_wait_asleep() -> bool:
+    """Whether OpenMP's threads were told to sleep while they wait."""
+    return os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" or os.environ.get("GOMP_SPINCOUNT") == "0"
+
+
+def visible_processors() -> int:
+    """Return on how many processors this process may be run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processors() -> int:
-    """How many this process may use, which on a cluster is fewer than there are."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(there, _most_processors or there)
+    """Return how many processors this process may use: of those it may be run on, as many as its share of them fills in
+    a batch job or a container, at least 1.
+    """
+    shares = [visible_processors(), *_shares_of_processors()]
+    return max(1, min(int(min(shares)), _most_processors or shares[0]))
 
 
 def share_processors(count: int) -> None:
@@ -109,17 +150,38 @@ def _system_memory() -> int | None:
 
 def _left_of_limits(root: Path = Path("/")) -> list[int]:
     """The bytes left of each memory limit that a batch system or a container sets on this process."""
+    lefts = (
+        _left_of(group, limit, used)
+        for line, mount, limit, used in _MEMORY_LIMITS
+        for group in _groups(root, line, mount)
+    )
+    return [left for left in lefts if left is not None]
+
+
+def _shares_of_processors(root: Path = Path("/")) -> list[float]:
+    """The processors, or parts of one, that each limit of a batch system or a container allows this process."""
+    shares = (
+        _share_of(group, files) for line, mount, files in _PROCESSOR_LIMITS for group in _groups(root, line, mount)
+    )
+    return [share for share in shares if share is not None]
+
+
+def _groups(root: Path, line: str, mount: str) -> list[Path]:
+    """The folders of the cgroups that this process is in, and of those above them, by their `line` of its cgroups."""
     try:
         membership = (root / "proc/self/cgroup").read_text()
     except OSError:
         return []
-    groups = [
-        (root / mount / level.relative_to("/"), limit, used)
-        for line, mount, limit, used in _MEMORY_LIMITS
-        for group in re.findall(line, membership, re.MULTILINE)
-        for level in (Path(group), *Path(group).parents)
-    ]
-    return [left for group in groups if (left := _left_of(*group)) is not None]
+    groups = [Path(group) for group in re.findall(line, membership, re.MULTILINE)]
+    return [root / mount / level.relative_to("/") for group in groups for level in (group, *group.parents)]
+
+
+def _share_of(group: Path, files: Sequence[str]) -> float | None:
+    try:
+        quota, period = " ".join((group / name).read_text() for name in files).split()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):  # a group without a limit says "max", or has no such file
+        return None
 
 
 def _left_of(group: Path, limit: str, used: str) -> int | None:

@@ -1,7 +1,7 @@
 """The folder of a training run: whose it is, what of it is finished, and what another run left there."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.resume = path, path / "resume"
         self.identity: Mapping[str, Any] = {}
+        self.is_new = False  # after `take`: whether this session began the run
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -64,12 +65,15 @@ class RunFolder:
         return {"identity": {}} | found
 
     def take(
-        self, identity: Mapping[str, Any], record: Mapping[str, Any], details: Mapping[str, str] | None = None
+        self,
+        identity: Mapping[str, Any],
+        record: Callable[[], Mapping[str, Any]],
+        details: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Make the folder that of the run with this identity, and return its run.json: that of an earlier session,
-        finished or not, or else a new one with `record`. Another run's folder is moved aside, said with the parts of
-        the identity that differ; `details` tells more of a part than its name. Raises ConfigError for a folder that
-        holds something else.
+        finished or not, or else a new one with what `record` returns. Another run's folder is moved aside, said with
+        the parts of the identity that differ; `details` tells more of a part than its name. Raises ConfigError for a
+        folder that holds something else.
         """
         self.identity = identity
         found = self.record()
@@ -87,7 +91,8 @@ class RunFolder:
             log.warning("%s held another run (%s differs); moved to %s", self.path, ", ".join(changed), aside)
         elif self.path.is_dir() and any(not item.name.startswith(".") for item in self.path.iterdir()):
             raise ConfigError(f"{self.path}: not empty and not a training run; give another --output_dir")
-        return self._write(record, finished=False)
+        self.is_new = True
+        return self._write(record(), finished=False)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         self._write(record, finished=True)

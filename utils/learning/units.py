@@ -111,3 +111,8 @@ class Trainer:
             log.warning("%s: damaged resume state; this training is done again", path)
             path.unlink()
             return None
+
+    def epochs_of_kept(self, unit: Unit) -> int | None:
+        """Return after how many epochs the kept unit ended; None where it is not kept."""
+        kept = self.kept(unit)
+        return len(kept.history) if isinstance(kept, Fitted) else None if kept is None else 0

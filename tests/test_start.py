@@ -1,0 +1,49 @@
+"""What a command does first: it answers --help, --version and a mistyped flag before it imports what takes seconds."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from MILS import list_mils, mil_options
+from utils.core.model_help import keyword_defaults
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [
+    "train.py", "predict.py", "extractFeatures.py", "-m utils.audit", "-m utils.compare", "-m utils.convert",
+    "-m utils.doctor", "-m datasets.download", "-m datasets.demo",
+]  # fmt: skip
+SLOW = {"torch", "numpy", "scipy", "pandas", "sklearn", "matplotlib", "timm", "h5py", "openslide", "PIL"}
+
+
+def started(command: str, flag: str) -> subprocess.CompletedProcess[str]:
+    """The command run with a flag, and on stderr a line for each module that it imports."""
+    words = [sys.executable, "-X", "importtime", *command.split(), flag]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--version", 0), ("--hlep", 2)])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_answers_before_it_imports_what_takes_seconds(command, flag, code):
+    answer = started(command, flag)
+    assert answer.returncode == code, answer.stderr
+    lines = answer.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+    assert "argparse" in imported, "the measure does not see what is imported"
+    assert not imported & SLOW
+    said = [line for line in lines if not line.startswith("import time:")]
+    assert said == (["error: unrecognized arguments: --hlep; did you mean --help? (see --help)"] if code else [])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_how_the_command_is_called(command):
+    program = command.replace("-m", "python -m")
+    assert re.match(rf"usage: {re.escape(program)}( .*)? \[options\]\n", started(command, "--help").stdout)
+
+
+def test_the_models_flags_in_the_help_are_the_models_own():
+    found = keyword_defaults(ROOT / "MILS", "register_mil")
+    assert found == {name: mil_options(name) for name in list_mils()}
+    assert list(found) == list_mils()

@@ -1,0 +1,31 @@
+"""Which flags each model takes, read off the models' source text: importing them, and PyTorch, takes seconds."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from utils.core.config import Model
+
+
+def model_help(folder: Path) -> str:
+    """Return, for `--help`, the flags of each model that the files in `folder` register, and its own defaults."""
+    lines = ["each model's hyperparameters and their defaults:"]
+    for name, options in keyword_defaults(folder, "register_mil").items():
+        flags = {option: default for option, default in options.items() if option in vars(Model)}
+        lines.append(f"  {name:16} " + "  ".join(f"--{option} {default}" for option, default in flags.items()))
+    return "\n".join(lines)
+
+
+def keyword_defaults(folder: Path, decorator: str) -> dict[str, dict[str, Any]]:
+    """Return the keyword-only arguments of `__init__`, with their defaults, of each class in the folder's files that
+    bears the decorator; files and classes in their order.
+    """
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {node.name: _defaults(node) for node in classes if decorator in map(ast.unparse, node.decorator_list)}
+
+
+def _defaults(node: ast.ClassDef) -> dict[str, Any]:
+    init = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
+    pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
+    return {argument.arg: ast.literal_eval(default) for argument, default in pairs if default is not None}
