@@ -432,7 +432,7 @@ def test_a_slide_that_does_not_tell_its_resolution_is_predicted_by_the_users_wor
     Image.fromarray(stained_image(384, 384, seed=99, coverage=0.9)).save("plain.png")
     Path("mpp.csv").write_text("wsi,mpp\nplain.png,0.5\n")
     flags = ("--checkpoint", "run/all_folds_best.pth", "--input", "plain.png", "--device", "cpu", "--visualize")
-    assert "give it in --slides_csv" in script("predict", *flags).errors[0]
+    assert "in --slides_csv (a table wsi,mpp)" in script("predict", *flags).errors[0]
     bars = []
     monkeypatch.setattr("utils.pictures.heatmap._scale_bar", lambda *given: bars.append(given))
     told = script("predict", *flags, "--slides_csv", "mpp.csv")

@@ -19,7 +19,7 @@ from utils.core.config import Pictures, PredictionRecipe
 from utils.core.errors import ConfigError, FeatureFileError, SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
-from utils.core.passport import recipe_differences
+from utils.core.passport import first_differences, recipe_differences
 from utils.learning.answers import PredictionFiles
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.caption import Caption, title_of
@@ -363,7 +363,7 @@ def check_drawable(
         differences = recipe_differences(made_from, found, found)
         if differences:
             raise FeatureFileError(
-                f"{wsi_path}: not the slide that {source} was made from ({'; '.join(differences)}); "
+                f"{wsi_path}: not the slide that {source} was made from ({first_differences(differences)}); "
                 f"give slide {made_from.get('name')} with --wsi"
             )
         if made_from.get("quick_hash") is None and slide.name != source.stem and not allow_renamed:

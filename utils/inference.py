@@ -20,7 +20,14 @@ from utils.core.cohorts import tcga_case
 from utils.core.config import Extraction
 from utils.core.device import resolve_device
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
-from utils.core.passport import COMPARED_FIELDS, ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
+from utils.core.passport import (
+    COMPARED_FIELDS,
+    ENCODING_FIELDS,
+    first_differences,
+    mpp_difference,
+    recipe_differences,
+    unknown_fields,
+)
 from utils.core.runtime import keep_freed_memory, log
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, mean_output, predict_features
@@ -267,7 +274,7 @@ class SlidePredictor:
             differences = recipe_differences(one.checkpoint.recipe or {}, asked, asked)
             if differences:
                 raise RecipeError(
-                    f"{one.path}: was trained on features made in another way ({'; '.join(differences)}); "
+                    f"{one.path}: was trained on features made in another way ({first_differences(differences)}); "
                     "leave those settings out, the checkpoint knows the recipe"
                 )
 
@@ -350,7 +357,7 @@ class SlidePredictor:
         for one in self.trained:
             differences = recipe_differences(one.checkpoint.recipe or {}, found, COMPARED_FIELDS)
             differences += mpp_difference(one.checkpoint.mpp_range, mpp)
-            told = "; ".join(differences)
+            told = first_differences(differences)
             if told and not self.allow_mismatch:
                 raise RecipeError(
                     f"{path}: made in another way than the features {one.path} was trained on ({told}); "
@@ -392,7 +399,7 @@ def _check_alike(trained: Sequence[_Trained]) -> None:
         if differences:
             raise RecipeError(
                 f"{other.path}: was trained on features made in another way than those of {first.path} "
-                f"({'; '.join(differences)}); give checkpoints of one recipe"
+                f"({first_differences(differences)}); give checkpoints of one recipe"
             )
 
 

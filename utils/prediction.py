@@ -34,7 +34,8 @@ from utils.learning.faithfulness import Faithfulness
 from utils.pictures.caption import title_of
 from utils.pictures.faithfulness import faithfulness_figure, map_of
 from utils.pictures.heatmap import save_picture
-from utils.slides.batch import STATUSES, SlideStatus, work_through
+from utils.slides.batch import work_through
+from utils.slides.status import STATUSES, SlideStatus
 from utils.slides.wsi import is_slide_file, read_slides_csv
 
 _CUTTING = ("backbone", "patch_size", "stride", "level", "mpp", "tissue_threshold")

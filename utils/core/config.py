@@ -197,6 +197,12 @@ class ExtractionFiles(_Checked):
     slides_csv: Path | None = option(
         None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
     )
+    slide_mpp: float | None = option(
+        None, "um per level-0 pixel of all slides, but for those in --slides_csv", least=0.05, most=40
+    )
+    write_slides_csv: Path | None = option(
+        None, "write a table for --slides_csv, with what each slide says itself, then stop", metavar="FILE"
+    )
     save_tissue: bool = option(False, "write each slide's tissue to tissue/<slide>.geojson, which QuPath edits")
     tissue: Path | None = option(
         None, "folder of <slide>.geojson, drawn or edited in QuPath, that say where the tissue is", metavar="DIR"
@@ -216,7 +222,7 @@ class ExtractionFiles(_Checked):
         super().__post_init__()
         if (self.input is None) == (self.input_dir is None):
             raise ConfigError("give exactly one of --input (one slide) and --input_dir (a folder of slides)")
-        if self.input_dir is not None and self.output_dir is None:
+        if self.input_dir is not None and self.output_dir is None and self.write_slides_csv is None:
             raise ConfigError("--input_dir needs --output_dir, the folder for the feature files")
         if self.input_dir is not None and self.output is not None:
             raise ConfigError("--output names one file and goes with --input; give --output_dir with --input_dir")
@@ -512,6 +518,9 @@ class PredictionRecipe(_Checked):
     tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
     slides_csv: Path | None = option(
         None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
+    )
+    slide_mpp: float | None = option(
+        None, "um per level-0 pixel of all slides, but for those in --slides_csv", least=0.05, most=40
     )
     batch_size: int = option(Extraction.batch_size, "patches per forward pass", least=1)
     save_features: bool = option(False, "keep the features as <output_dir>/<slide>.h5")

@@ -76,6 +76,14 @@ def check_writable(folder: Path) -> None:
         ) from failure
 
 
+def set_aside(path: Path) -> Path:
+    """Move a file out of the way, to the next free `<stem>.<number>` beside it, and return where it is now."""
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(aside)
+
+
 def clear_parts(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder: those of this machine, and of others, which cannot be
     asked, what nobody has written to for a day.

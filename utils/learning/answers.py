@@ -17,7 +17,7 @@ from utils.core.cohorts import cohort_classes
 from utils.core.config import Prediction, Protocol
 from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, counted
 from utils.core.files import check_distinct, read_json, write_json
-from utils.core.passport import recipe_differences
+from utils.core.passport import first_differences, recipe_differences
 from utils.core.runtime import derive_seed, log
 from utils.learning import figures
 from utils.learning.metrics import decision_metrics
@@ -145,9 +145,8 @@ def check_first(targets: Iterable[Path], settings: Mapping[str, Any]) -> None:
 def _check_request(target: Path, request: Mapping[str, Any], known: Mapping[str, Any], fields: Iterable[str]) -> None:
     differences = recipe_differences(request, known, fields, strict=True)
     if differences:
-        raise ConfigError(
-            f"{target}: is another prediction ({'; '.join(differences)}); give another --output_dir, or --overwrite"
-        )
+        unlike = first_differences(differences)
+        raise ConfigError(f"{target}: is another prediction ({unlike}); give another --output_dir, or --overwrite")
 
 
 def clear_pictures(target: Path, record: Mapping[str, Any]) -> None:
