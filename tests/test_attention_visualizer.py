@@ -75,7 +75,10 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
         top_k=200,
     )
     assert set(paths) == {path for path in tmp_path.rglob("*") if path.is_file()} - {slide}
-    names = ("heatmap.png", "detailed.png", "patch_grid.png", "attention.npz", "attention.geojson", "report.html")
+    names = (
+        "heatmap.png", "detailed.png", "patch_grid.png", "thumbnail.jpg", "attention.npz", "attention.geojson",
+        "report.html",
+    )  # fmt: skip
     assert [path.name for path in paths if path.parent == tmp_path] == [f"place_{name}" for name in names]
     patches = tmp_path / "place_top_patches"
     assert len(list(patches.glob("*.png"))) == len(COORDS)  # top_k larger than the slide shows what there is
@@ -169,7 +172,7 @@ def test_what_the_pictures_say_of_a_prediction():
     assert caption.answer == "b (70.0%)"
     assert dict(caption.facts) == {
         "model": "LiteMIL (num_heads 4)", "checkpoint": "model.pth", "backbone": "uni", "weights_digest": "a" * 16,
-        "fed": "in chunks of 1000, their probabilities averaged", "um/px of the patches": "0.5",
+        "fed": "in chunks of 1000, their probabilities averaged", "µm/px of the patches": "0.5",
     }  # fmt: skip
     assert caption.notes == ["The model was trained on this slide: its prediction proves nothing."]
     unknown = Caption.of(RECORD | {"recipe": None, "slide_record": None, "seen_in_training": None, "mode": "full"})

@@ -410,7 +410,7 @@ def test_bad_prediction_input_gets_one_line(trained, slide_cohort, script, tmp_p
 
 def test_wrong_usage_is_argparse_2(script):
     assert script("train", "--mil", "LiteMIL").code == 2
-    assert script("predict", "--input", "x.h5").code == 2
+    assert "give --checkpoint" in script("predict", "--input", "x.h5").errors[0]
     assert script("predict", "--inpu", "x.h5").code == 2
 
 
@@ -442,4 +442,4 @@ def test_a_slide_that_does_not_tell_its_resolution_is_predicted_by_the_users_wor
     other = script("predict", *flags, "--slides_csv", "mpp.csv")
     assert "is another prediction" in other.errors[0]
     features = script("predict", *flags[:3], "features/P00.h5", "--slides_csv", "mpp.csv")
-    assert "--slides_csv go with raw slides" in features.errors[0]
+    assert "--slides_csv goes with raw slides" in features.errors[0]

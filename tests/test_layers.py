@@ -11,7 +11,8 @@ WINGS = ["slides", "bags", "learning", "pictures"]
 BEFORE = {"slides": set(), "bags": {"slides"}, "learning": {"slides", "bags", "MILS"}, "pictures": {"slides"}}
 DOORS = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
 OPENED_DOORS = {
-    "extraction": {"feature_extractor"}, "inference": {"feature_extractor"}, "prediction": {"inference"},
+    "extraction": {"feature_extractor"}, "inference": {"feature_extractor"}, "answering": {"inference"},
+    "prediction": {"answering", "inference"},
 }  # fmt: skip
 LIBRARIES = {
     "openslide": {"utils/slides/wsi.py"},

@@ -20,7 +20,8 @@ from utils.core.errors import ConfigError, FeatureFileError, SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
 from utils.core.passport import first_differences, recipe_differences
-from utils.learning.answers import PredictionFiles
+from utils.core.text import NOTICE
+from utils.learning.prediction_files import PredictionFiles
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.caption import Caption, title_of
 from utils.pictures.geojson import write_attention
@@ -30,6 +31,7 @@ from utils.pictures.heatmap import (
     Picture,
     detailed_figure,
     heatmap_figure,
+    map_thumbnail,
     patch_grid_figure,
     save_picture,
 )
@@ -42,7 +44,8 @@ _OVERVIEW = 2000
 _GRID_PATCHES = 50
 _TABLE = "patches.csv"
 _SET = (
-    "heatmap.png", "detailed.png", "patch_grid.png", "top_patches", "attention.npz", "attention.geojson", "report.html",
+    "heatmap.png", "detailed.png", "patch_grid.png", "thumbnail.jpg", "top_patches", "attention.npz",
+    "attention.geojson", "report.html",
 )  # fmt: skip
 
 
@@ -188,25 +191,27 @@ class AttentionVisualizer:
         *,
         top_k: int = Pictures.top_k,
     ) -> list[Path]:
-        """Write `<slide>_heatmap.png`, `_detailed.png`, `_patch_grid.png`, `_top_patches/`, `_attention.npz` (the
-        arguments, the per-head attention `(H, N)` among them, and the prediction), `_attention.geojson` and
-        `_report.html`. Returns the files.
+        """Write `<slide>_heatmap.png`, `_detailed.png`, `_patch_grid.png`, `_thumbnail.jpg` (the heatmap, small),
+        `_top_patches/`, `_attention.npz` (the arguments, the per-head attention `(H, N)` among them, and the
+        prediction), `_attention.geojson` and `_report.html`. Returns the files.
 
         Here `attention` is `(H, N)`; the pictures show its mean over heads. `record` is what
         `<slide>_prediction.json` holds.
         """
         caption = Caption.of(record)
         name, title = record["slide"], title_of(record)
-        heatmap, detailed, grid, top_patches, data, tiles, page = set_paths(Path(output_dir), name)
+        heatmap, detailed, grid, small, top_patches, data, tiles, page = set_paths(Path(output_dir), name)
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
             picture = _overview(slide, (record["slide_record"] or {}).get("mpp"))
             top, least = (_patches(slide, shown, few) for few in (shown.top(top_k), shown.lowest(top_k)))
-            told = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"]}
-            write_attention(tiles, shown, slide, self.look.cmap, told)
+            about = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"], "notice": NOTICE}
+            write_attention(tiles, shown, slide, self.look.cmap, about)
         save_picture(heatmap_figure(picture, shown, self.look, title=title, top_k=top_k), heatmap)
         save_picture(self._detailed(picture, shown, caption, title, top_k), detailed)
         save_picture(_grid(shown, top[:_GRID_PATCHES], least[:_GRID_PATCHES], title), grid)
+        with whole_file(small) as part:
+            map_thumbnail(picture, shown, self.look).save(part, "JPEG", quality=75)
         patches = _write_patches(top_patches, shown, top, least, record["seen_in_training"])
         with whole_file(data) as part, part.open("wb") as file:
             np.savez(
@@ -220,7 +225,7 @@ class AttentionVisualizer:
             page, picture, shown, self.look, slide=name, answer=caption.answer, probabilities=caption.probabilities,
             notes=caption.notes, facts=caption.facts, top=top, least=least,
         )  # fmt: skip
-        return [heatmap, detailed, grid, *patches, data, tiles, page]
+        return [heatmap, detailed, grid, small, *patches, data, tiles, page]
 
     def _detailed(self, picture: Picture, shown: AttentionMap, caption: Caption, title: str, top_k: int) -> Figure:
         return detailed_figure(

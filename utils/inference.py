@@ -31,10 +31,11 @@ from utils.core.passport import (
 from utils.core.runtime import keep_freed_memory, log
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, mean_output, predict_features
-from utils.learning.answers import check_input
 from utils.learning.calibration import mean_calibrated
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint
 from utils.learning.faithfulness import Faithfulness, measure_faithfulness
+from utils.learning.finished_run import chosen_checkpoint
+from utils.learning.prediction_files import check_input
 from utils.slides.backbones import canonical_backbone
 from utils.slides.batch import Told
 from utils.slides.wsi import slide_mpp
@@ -132,7 +133,8 @@ class SlidePredictor:
     """A trained model, or several that answer as their mean, ready to predict feature files and, with a feature
     extractor, raw slides.
 
-    `model_path` is a checkpoint or several, of the same classes and made for the same features. Each says which model
+    `model_path` is a checkpoint or several, of the same classes and made for the same features; of a training run's
+    folder it is the model chosen in it. Each says which model
     it holds and how slides are fed; `model_class` (a name, a class or a factory), `class_names`, `dataset` and
     `num_heads` are only checked against it. A checkpoint of the first version may not name its classes, then `dataset`
     (a known cohort) or `class_names` does, and does not tell its heads: they are `num_heads`, else those of the model
@@ -159,7 +161,7 @@ class SlidePredictor:
         self.device = resolve_device(device)
         self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
         self.trained: list[_Trained] = []
-        for path in map(Path, paths):
+        for path in map(chosen_checkpoint, map(Path, paths)):
             checkpoint = load_checkpoint(path, class_names=names, dataset=dataset, num_heads=heads)
             one = _Trained(path, checkpoint, checkpoint.build().to(self.device))
             one.refuse("model_class", claimed.get("name"), checkpoint.model["name"])

@@ -453,10 +453,25 @@ class Prediction(_Checked):
     """What `predict.py` predicts, with which models, and where it writes."""
 
     checkpoint: tuple[Path, ...] = option(
-        REQUIRED, "trained model (.pth), which says architecture, classes and recipe; several answer as their mean"
+        (),
+        "trained model (.pth), which says architecture, classes and recipe, or the folder of a training run, whose "
+        "chosen model is taken; several answer as their mean",
+    )
+    out_of_fold: Path | None = option(
+        None,
+        "instead of --checkpoint, the folder of a training run: each slide of its cohort is predicted by the model of "
+        "the fold that did not see it",
+        metavar="RUN",
+    )
+    repeat: int | None = option(
+        None, "of the repeats of --out_of_fold, take this one (default: the first)", least=1, metavar="N"
     )
     input: Path | None = option(None, "feature file (.h5, .pt, .pth) or raw slide")
-    input_dir: Path | None = option(None, "a folder of feature files or, where it holds none, of slides")
+    input_dir: Path | None = option(
+        None,
+        "a folder of feature files or, where it holds none, of slides (with --out_of_fold: where the features are, if "
+        "not where the run found them)",
+    )
     extensions: tuple[str, ...] | None = option(
         None, "of --input_dir, only slides with these endings, e.g. .svs .ndpi", metavar="EXT"
     )
@@ -464,9 +479,13 @@ class Prediction(_Checked):
         None, "table case_id,wsi_id,label: the predictions of --input_dir are scored, as on an external cohort"
     )
     allow: tuple[Literal["missing", "unknown", "duplicate"], ...] = option(
-        (), "leave out rows of --labels_csv without a slide, with a label that is no class, or that repeat a wsi_id"
+        (),
+        "leave out rows of --labels_csv without a slide, with a label that is no class, or that repeat a wsi_id; of "
+        "--out_of_fold slides without features (missing)",
     )
-    output_dir: Path = option(Path("outputs/inference"), "where the results go", alias="--output")
+    output_dir: Path | None = option(
+        None, "where the results go (default: outputs/inference/<model>_<dataset>)", alias="--output"
+    )
     overwrite: bool = option(False, "replace predictions that were made otherwise: by another model, of another file")
     mode: Literal["full", "chunked"] | None = option(
         None, "how the slide is fed (default: as in the model's evaluation)"
@@ -492,17 +511,33 @@ class Prediction(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.input is None) == (self.input_dir is None):
+        if self.out_of_fold is not None:
+            self._check_out_of_fold()
+        elif self.repeat is not None:
+            raise ConfigError(f"--repeat {self.repeat}: goes with --out_of_fold; leave it out")
+        elif not self.checkpoint:
+            raise ConfigError(
+                "give --checkpoint (a trained model, or a training run) or --out_of_fold (a training run)"
+            )
+        elif (self.input is None) == (self.input_dir is None):
             raise ConfigError(
                 "give exactly one of --input (a feature file or slide) and --input_dir (a folder of them)"
             )
         for name in ("labels_csv", "extensions"):
             if self.input is not None and getattr(self, name):
                 raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
-        if self.allow and self.labels_csv is None:
+        if self.allow and self.labels_csv is None and self.out_of_fold is None:
             raise ConfigError(
                 f"--allow {' '.join(self.allow)}: is about rows of --labels_csv; give it, or leave --allow out"
             )
+
+    def _check_out_of_fold(self) -> None:
+        """Raise ConfigError for what contradicts a run that knows its models, slides and labels."""
+        for name in ("checkpoint", "input", "labels_csv", "extensions"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"--out_of_fold {self.out_of_fold}: knows its models, slides and labels; leave --{name} out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,12 +76,18 @@ def check_writable(folder: Path) -> None:
         ) from failure
 
 
-def set_aside(path: Path) -> Path:
-    """Move a file out of the way, to the next free `<stem>.<number>` beside it, and return where it is now."""
+def set_aside(*paths: Path) -> list[Path]:
+    """Move files out of the way, to `<stem>.<number>` beside them with the next free number, and return their new
+    places.
+    """
     number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+    while any(_numbered(path, number).exists() for path in paths):
         number += 1
-    return path.rename(aside)
+    return [path.rename(_numbered(path, number)) for path in paths]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def clear_parts(folder: Path) -> None:

@@ -84,7 +84,7 @@ def read_report(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
             raise KeyError(table.fieldnames)
         return [kind(**{name: _value(text, hints[name]) for name, text in line.items()}) for line in lines]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError):
-        log.warning("%s: not a report of this kind that can be read; moved to %s", path, set_aside(path))
+        log.warning("%s: not a report of this kind that can be read; moved to %s", path, *set_aside(path))
         return []
 
 
