@@ -48,15 +48,19 @@ def _make_predictor(
 ) -> SlidePredictor:
     """Return the predictor of some checkpoints, with a feature extractor where the inputs are raw slides."""
     cutting: dict[str, Any] = {name: getattr(recipe, name) for name in _CUTTING}
-    said: dict[str, Any] = {name: getattr(asked, name) for name in ("device", "dataset", "num_heads", "allow_mismatch")}
+    others: dict[str, Any] = {
+        name: getattr(asked, name) for name in ("device", "dataset", "num_heads", "allow_mismatch")
+    }
     if are_raw:
-        predictor = extractPredict(checkpoints, **cutting, **said, weights=recipe.weights, batch_size=recipe.batch_size)
+        predictor = extractPredict(
+            checkpoints, **cutting, **others, weights=recipe.weights, batch_size=recipe.batch_size
+        )
     else:
         unused = [f"--{name}" for name in _ONLY_RAW if getattr(recipe, name)]
         if unused:
             place = asked.input or asked.input_dir or asked.out_of_fold
             raise ConfigError(f"{place}: holds features already; {' and '.join(unused)} goes with raw slides")
-        predictor = SlidePredictor(checkpoints, **said)
+        predictor = SlidePredictor(checkpoints, **others)
         predictor.require(recipe=recipe_asked(**cutting))
     predictor.require(mil=asked.mil, input_dim=asked.input_dim)
     if predictor.feed(asked.mode, asked.chunk_size).mode == "full" and asked.chunk_size is not None:
@@ -123,7 +127,7 @@ def _predict_folder(
         statuses = work_through(targets, engine, work, folder / REPORT)
     counts = ", ".join(f"{sum(one.status == name for one in statuses)} {name}" for name in STATUSES)
     made = [targets[one.slide] for one in statuses if one.is_made]
-    words = _conclude(work, folder, made, rows) if made else []
+    words = _conclude(work, folder, made, rows, failed=len(statuses) - len(made)) if made else []
     words.append(f"{counts}; results are in {folder} (took {cli.took()})")
     if made:
         words += [NOTICE, f"Next: look at {folder / INDEX}; {_next_step(work)}"]
@@ -141,7 +145,9 @@ def _next_step(work: Answering) -> str:
     return "compare the maps with what you know of the slides"
 
 
-def _conclude(work: Answering, folder: Path, made: Sequence[Path], rows: Mapping[str, LabelRow]) -> list[str]:
+def _conclude(
+    work: Answering, folder: Path, made: Sequence[Path], rows: Mapping[str, LabelRow], failed: int
+) -> list[str]:
     """Write what there is to a folder of answers, those that are `made` and the others in it by the same settings, and
     return what is to be said of it.
     """
@@ -153,7 +159,8 @@ def _conclude(work: Answering, folder: Path, made: Sequence[Path], rows: Mapping
     everything = sorted([*records, *others], key=lambda record: record["slide"])
     answers = Answers(everything, rows, work.predictors.first.checkpoint.class_names, work.known)
     words = [answers.write(folder, work.threshold, work.settings[0], files.asked.overwrite)]
-    write_index(folder / INDEX, [_index_row(record, answers, folder) for record in everything], _about(work))
+    notes = _about(work) + ([f"{counted(failed, 'slide')} without an answer: see {REPORT}."] if failed else [])
+    write_index(folder / INDEX, [_index_row(record, answers, folder) for record in everything], notes)
     if files.run is not None:
         words.append(_out_of_fold_words(files, records))
     if others:
