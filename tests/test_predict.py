@@ -228,6 +228,7 @@ def test_a_bad_slide_does_not_stop_the_others(cohort, models, predict, tmp_path)
     assert sorted(report["status"]) == ["done"] * 3 + ["failed"] * 2
     assert report[report["status"] == "failed"]["reason"].str.contains("not a readable HDF5|8 wide").all()
     assert list(pd.read_csv(tmp_path / "out" / "predictions.csv")["wsi_id"]) == ["P000-S1", "P001-S1", "P002-S1"]
+    assert "2 slides without an answer: see prediction_report.csv." in (tmp_path / "out" / "index.html").read_text()
     (folder / "damaged.h5").unlink()
     (folder / "narrow.h5").unlink()
     assert "0 done, 3 skipped" in predict("--checkpoint", models[0], "--input_dir", folder).out

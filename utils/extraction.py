@@ -94,7 +94,8 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[li
     failed = sum(status.status == "failed" for status in statuses)
     if failed:
         cost += f"\n{failed} of {len(statuses)} slides would fail"
-    end = "Nothing was extracted: a dry run. Next: the same command without --dry_run"
+    mend = "mend what fails, then " if failed else ""
+    end = f"Nothing was extracted: a dry run. Next: {mend}the same command without --dry_run"
     return statuses, f"{status_table(statuses)}\n\n{cost}\n{end}"
 
 
@@ -120,4 +121,6 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
         command = f"predict.py --checkpoint outputs/LiteMIL/NAME --input {target}"
     if any(status.is_made for status in statuses):
         lines.append(f"Next: uv run {command}")
+    else:
+        lines.append("Next: mend what failed, as said above; feature files that are there were left as they are")
     return "\n".join(lines)
