@@ -160,7 +160,7 @@ def test_two_slides_of_one_name_have_no_template(slides, script, tmp_path):
 def test_the_end_says_where_things_are_how_long_it_took_and_what_is_next(slides, script, extract, tmp_path):
     out = tmp_path / "out"
     words = extract(*RECIPE).out.splitlines()
-    assert words[0].startswith("3 extracted (18 patches), 0 skipped, 0 no tissue, 0 failed, in ")
+    assert words[0].startswith("3 extracted (18 patches), 0 skipped, 0 no tissue, 0 failed (took ")
     assert words[1] == (
         f"Features are in {out}; report in {out / 'extraction_report.csv'}; pictures in {out / 'contact_sheet.html'}"
     )

@@ -145,7 +145,7 @@ def test_where_the_features_are_is_recorded_and_can_be_told(cohort, run, predict
     assert "3 done" in predict("--input_dir", some, "--allow", "missing", output="some_out").out
     shutil.copytree(some, some / "again")
     twice = predict("--input_dir", some, "--allow", "missing", output="some_out").errors[0]
-    assert "3 slides with two files" in twice
+    assert "3 slides with several feature files" in twice
 
 
 def test_every_slide_is_drawn_and_the_index_page_shows_them(cohort, run, predict, tmp_path, monkeypatch):

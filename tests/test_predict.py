@@ -761,11 +761,11 @@ def test_a_folder_has_an_index_page_and_an_end_that_says_what_is_next(cohort, mo
     for text in ("For research, not a diagnosis.", "Trained on synthetic slides", f"LiteMIL ({models[0]})"):
         assert text in page
     end = outcome.out.splitlines()[-3:]
-    assert end[0].startswith(f"24 done, 0 skipped, 0 no tissue, 0 failed; results are in {out}, in ")
+    assert end[0].startswith(f"24 done, 0 skipped, 0 no tissue, 0 failed; results are in {out} (took ")
     assert end[1] == "For research, not a diagnosis."
     assert end[2].startswith(f"Next: look at {out / 'index.html'}; the same command with --visualize --wsi SLIDES_DIR")
     one = predict("--checkpoint", models[0], "--input", cohort[1] / "P000-S1.h5").out.splitlines()
-    assert one[-2].startswith("For research, not a diagnosis. It took ")
+    assert one[-2].startswith("For research, not a diagnosis. (took ")
     assert one[-1].startswith("Next: the same command with --visualize --wsi SLIDE ")
 
 

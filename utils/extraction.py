@@ -104,7 +104,7 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     done = [status for status in statuses if status.status == "done"]
     patches = sum(status.patches or 0 for status in done)
     others = ", ".join(f"{sum(status.status == name for status in statuses)} {name}" for name in STATUSES[1:])
-    lines = [f"{len(done)} extracted ({patches} patches), {others}, in {took}"]
+    lines = [f"{len(done)} extracted ({patches} patches), {others} (took {took})"]
     unknown = sum(status.mpp is None for status in done)
     if unknown:
         lines.append(

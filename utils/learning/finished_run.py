@@ -2,13 +2,12 @@
 
 import csv
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from utils.bags.store import is_feature_file
+from utils.bags.feature_folder import FeatureFolder
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, counted, named
 from utils.core.files import read_json
 from utils.core.runtime import log
@@ -106,7 +105,7 @@ class OutOfFold:
     def sources(self, features_dir: Path | None, allow: Collection[str]) -> list[Path]:
         """Return the slides' feature files, from the run's own folder where none is given.
 
-        Raises FeatureFileError for slides without one, unless `allow` has "missing", and for slides with two;
+        Raises FeatureFileError for slides without one, unless `allow` has "missing", LabelsError for slides with two,
         ConfigError where no folder is known.
         """
         place = features_dir or self.features_dir
@@ -114,11 +113,10 @@ class OutOfFold:
             raise ConfigError(f"{self.folder}: does not say where its features are; give their folder with --input_dir")
         if not place.is_dir():
             raise FeatureFileError(f"{place}: no such folder; give that of the features with --input_dir")
-        files = [path for path in sorted(place.rglob("*")) if path.stem in self.slides and is_feature_file(path)]
-        twice = [wsi_id for wsi_id, times in Counter(path.stem for path in files).items() if times > 1]
-        if twice:
-            raise FeatureFileError(f"{place}: {counted(len(twice), 'slide')} with two files: {named(twice)}; keep one")
-        missing = sorted(self.slides.keys() - {path.stem for path in files})
+        folder = FeatureFolder(place)
+        folder.check_unique(self.slides)
+        files = [path for slide in sorted(self.slides) if (path := folder.find(slide)) is not None]
+        missing = sorted(self.slides.keys() - folder.files.keys())
         if missing and ("missing" not in allow or not files):
             raise FeatureFileError(
                 f"{place}: no feature file of {counted(len(missing), 'slide')} of {self.folder}: {named(missing)}; "
