@@ -15,9 +15,14 @@ def main() -> None:
     files, recipe, cluster = cli.parse(str(__doc__), groups)
     # Imported when the command line is known to be right: they take seconds.
     from utils.core.errors import ConfigError
-    from utils.feature_extractor import WSIFeatureExtractor, extract_slides, rehearse
-    from utils.slides.batch import summary
+    from utils.extraction import closing_words, extract_slides, rehearse
+    from utils.feature_extractor import WSIFeatureExtractor
+    from utils.slides.batch import SlideFiles
+    from utils.slides.slide_mpps import write_slides_csv
 
+    if files.write_slides_csv is not None:
+        print(write_slides_csv(files.write_slides_csv, SlideFiles(files).slides()))
+        return
     extractor = WSIFeatureExtractor.of_config(recipe)
     if files.dry_run and cluster.is_asked_for:
         raise ConfigError("--dry_run looks from this machine alone; leave --ray out")
@@ -25,7 +30,7 @@ def main() -> None:
         statuses, told = rehearse(extractor, files)
     else:
         statuses = extract_slides(extractor, files, cluster)
-        told = summary(statuses)
+        told = closing_words(files, statuses, cli.took())
     print(told)
     if any(status.status == "failed" for status in statuses):
         sys.exit(1)

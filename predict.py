@@ -3,6 +3,7 @@
 uv run predict.py --checkpoint outputs/LiteMIL/mine/all_folds_best.pth --input slide.h5
 uv run predict.py --checkpoint outputs/LiteMIL/mine/all_folds_best.pth --input slide.svs --visualize
 uv run predict.py --checkpoint outputs/LiteMIL/mine/fold_*_best.pth --input_dir features/ --labels_csv labels.csv
+uv run predict.py --out_of_fold outputs/LiteMIL/mine --visualize --wsi slides/
 """
 
 import sys
@@ -21,8 +22,8 @@ def main() -> None:
     asked, recipe, pictures, cluster = cli.parse(str(__doc__), groups)
     # Imported when the command line is known to be right: they take seconds, and what draws is not always needed.
     from utils.core.device import resolve_device
-    from utils.learning.answers import PredictionFiles
-    from utils.prediction import make_predictor, predict_files
+    from utils.learning.prediction_files import PredictionFiles
+    from utils.prediction import make_predictors, predict_files
 
     files = PredictionFiles(asked)
     device = resolve_device(asked.device)
@@ -31,9 +32,9 @@ def main() -> None:
         from utils.attention_visualizer import PredictionPictures
 
         drawing = PredictionPictures(pictures, files, recipe, device)
-    predictor = make_predictor(asked, recipe, files.are_raw)
-    statuses, told = predict_files(predictor, files, recipe, drawing, cluster)
-    print(told)
+    predictors = make_predictors(files, recipe)
+    statuses, words = predict_files(predictors, files, recipe, drawing, cluster)
+    print(words)
     if any(status.status == "failed" for status in statuses):
         sys.exit(1)
 

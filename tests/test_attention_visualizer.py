@@ -75,7 +75,10 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
         top_k=200,
     )
     assert set(paths) == {path for path in tmp_path.rglob("*") if path.is_file()} - {slide}
-    names = ("heatmap.png", "detailed.png", "patch_grid.png", "attention.npz", "attention.geojson", "report.html")
+    names = (
+        "heatmap.png", "detailed.png", "patch_grid.png", "thumbnail.jpg", "attention.npz", "attention.geojson",
+        "report.html",
+    )  # fmt: skip
     assert [path.name for path in paths if path.parent == tmp_path] == [f"place_{name}" for name in names]
     patches = tmp_path / "place_top_patches"
     assert len(list(patches.glob("*.png"))) == len(COORDS)  # top_k larger than the slide shows what there is

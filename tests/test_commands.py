@@ -410,7 +410,7 @@ def test_bad_prediction_input_gets_one_line(trained, slide_cohort, script, tmp_p
 
 def test_wrong_usage_is_argparse_2(script):
     assert script("train", "--mil", "LiteMIL").code == 2
-    assert script("predict", "--input", "x.h5").code == 2
+    assert "give --checkpoint" in script("predict", "--input", "x.h5").errors[0]
     assert script("predict", "--inpu", "x.h5").code == 2
 
 
@@ -432,7 +432,7 @@ def test_a_slide_that_does_not_tell_its_resolution_is_predicted_by_the_users_wor
     Image.fromarray(stained_image(384, 384, seed=99, coverage=0.9)).save("plain.png")
     Path("mpp.csv").write_text("wsi,mpp\nplain.png,0.5\n")
     flags = ("--checkpoint", "run/all_folds_best.pth", "--input", "plain.png", "--device", "cpu", "--visualize")
-    assert "give it in --slides_csv" in script("predict", *flags).errors[0]
+    assert "in --slides_csv (a table wsi,mpp)" in script("predict", *flags).errors[0]
     bars = []
     monkeypatch.setattr("utils.pictures.heatmap._scale_bar", lambda *given: bars.append(given))
     told = script("predict", *flags, "--slides_csv", "mpp.csv")
@@ -442,4 +442,4 @@ def test_a_slide_that_does_not_tell_its_resolution_is_predicted_by_the_users_wor
     other = script("predict", *flags, "--slides_csv", "mpp.csv")
     assert "is another prediction" in other.errors[0]
     features = script("predict", *flags[:3], "features/P00.h5", "--slides_csv", "mpp.csv")
-    assert "--slides_csv go with raw slides" in features.errors[0]
+    assert "--slides_csv goes with raw slides" in features.errors[0]

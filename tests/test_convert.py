@@ -320,7 +320,7 @@ def test_the_report_and_the_table_account_for_every_file(tmp_path, script):
     assert done.out.rstrip().endswith(f"utils.audit --labels_csv LABELS.csv --features_dir {tmp_path / 'out'}")
     rows = report(tmp_path / "out")
     assert list(rows) == [f"{NAME}.h5", "fourth.pt", "second.h5", "third.h5"]
-    assert list(rows["third.h5"].values())[1:] == ["done", "", "7", "4", "float16", "yes"]
+    assert list(rows["third.h5"].values())[1:7] == ["done", "", "7", "4", "float16", "yes"]
     assert rows["second.h5"]["coordinates"] == "withheld"
     assert "in um" in rows["second.h5"]["reason"]
 
@@ -363,7 +363,7 @@ def test_what_is_there_and_something_else_stays_unless_overwrite_is_given(tmp_pa
         (half, r"features: found \(\d+, 16\) float16, expected \(\d+, 16\) float32"),
         (replace(bag, features=bag.features[1:], coords=bag.coords[1:]), r"features: found"),
         (replace(bag, passport=other), "backbone: found another, expected synthetic"),
-        (replace(bag, passport=None), "backbone: found null, expected synthetic"),
+        (replace(bag, passport=None), "backbone: found none, expected synthetic"),
         (replace(bag, coords=None), "other coordinates"),
         (replace(bag, coords=bag.coords + 1), "other coordinates"),
         (None, "not a readable HDF5 file.* is in the way"),
@@ -449,3 +449,14 @@ def test_a_link_that_leads_nowhere_is_a_failed_file(tmp_path):
     statuses = convert(Conversion(input=tmp_path / "in", output=tmp_path / "out"))
     assert [(status.file.name, status.status) for status in statuses] == [("a.h5", "done"), ("b.h5", "failed")]
     assert "no such file" in statuses[1].reason
+
+
+def test_the_report_keeps_the_rows_of_files_that_are_there(tmp_path):
+    for folder, name in (("one", "a"), ("two", "b")):
+        write_bag(tmp_path / folder / f"{name}.h5", Bag(np.ones((3, 4), np.float32)))
+        run(tmp_path / folder, tmp_path / "out")
+    first = report(tmp_path / "out")
+    assert list(first) == ["a.h5", "b.h5"]
+    (refused,) = run(tmp_path / "two", tmp_path / "out", dtype="float16")
+    assert refused.status == "failed"
+    assert report(tmp_path / "out") == {"a.h5": first["a.h5"], "b.h5": first["b.h5"] | {"last_error": refused.reason}}

@@ -17,12 +17,13 @@ from PIL import Image
 from tests.conftest import BACKBONE, PATCH
 from tests.synthetic import stained_image, write_pyramid
 from tests.test_commands import ROOT, recipe
-from utils import feature_extractor
+from utils import extraction, feature_extractor
 from utils.bags.store import read_bag
 from utils.core.config import Extraction, ExtractionFiles
 from utils.core.errors import ConfigError, FeatureFileError, RecipeError, SlideError
 from utils.core.files import _machine
-from utils.feature_extractor import WSIFeatureExtractor, extract_one, extract_slides
+from utils.extraction import extract_slides
+from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.slides.batch import slide_targets
 
 THRESHOLD = ("--tissue_threshold", 0.3)
@@ -195,7 +196,7 @@ def test_a_folder_is_to_be_looked_at(slide_cohort, script, tmp_path):
     assert script("extractFeatures", *one).code == 0
     assert not (tmp_path / "one" / "previews").exists()
     assert script("extractFeatures", *one, "--overwrite", "--preview").code == 0
-    assert (tmp_path / "one" / "previews" / "P00_0.jpg").is_file()
+    assert (tmp_path / "one" / "previews" / "a.jpg").is_file()
 
 
 def test_a_slide_without_tissue_is_to_be_looked_at_too(slide_cohort, script, tmp_path):
@@ -400,7 +401,7 @@ def test_a_device_that_holds_no_patch_is_an_error(slide_cohort, extractor, monke
 
 
 def test_what_is_no_slides_fault_ends_the_batch_with_a_report(slide_cohort, extractor, monkeypatch, tmp_path):
-    original, count = feature_extractor.extract_one, []
+    original, count = extraction.extract_one, []
 
     def interrupted(*arguments):
         count.append(1)
@@ -408,7 +409,7 @@ def test_what_is_no_slides_fault_ends_the_batch_with_a_report(slide_cohort, extr
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(feature_extractor, "extract_one", interrupted)
+    monkeypatch.setattr(extraction, "extract_one", interrupted)
     files = ExtractionFiles(input_dir=slide_cohort.slides, output_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         extract_slides(extractor(), files)
@@ -422,7 +423,7 @@ def test_what_is_no_slides_fault_ends_the_batch_with_a_report(slide_cohort, extr
 
 def test_a_folder_that_cannot_be_written_is_told_before_any_slide(slide_cohort, extractor, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(feature_extractor, "extract_one", lambda *_: pytest.fail("a slide was begun"))
+    monkeypatch.setattr(extraction, "extract_one", lambda *_: pytest.fail("a slide was begun"))
     with pytest.raises(ConfigError, match=r"file/features: cannot be written .*; choose another output folder"):
         extract_slides(
             extractor(), ExtractionFiles(input_dir=slide_cohort.slides, output_dir=tmp_path / "file/features")

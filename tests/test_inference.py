@@ -86,7 +86,7 @@ def test_the_answer_as_a_dict(checkpoint, tmp_path):
     [
         ({"backbone": "phikon-v2"}, "backbone: found phikon-v2, expected uni"),
         ({"weights_digest": "b" * 64}, "weights_digest: found bbbbbbbbbbbb, expected aaaaaaaaaaaa"),
-        ({"transform": {"resize": 256}}, "transform: found"),
+        ({"transform": {"resize": 256}}, "transform.resize: found 256, expected 224"),
         ({"patch_size": 512}, "patch_size: found 512, expected 256"),
         ({"mpp": 0.5}, "mpp: found 0.5 um/px, expected 0.25 to 0.25"),
     ],

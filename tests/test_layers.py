@@ -10,7 +10,10 @@ WINGS = ["slides", "bags", "learning", "pictures"]
 # What each wing may import of the project besides core and itself; the doors come after all of them.
 BEFORE = {"slides": set(), "bags": {"slides"}, "learning": {"slides", "bags", "MILS"}, "pictures": {"slides"}}
 DOORS = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
-OPENED_DOORS = {"inference": {"feature_extractor"}, "prediction": {"inference"}}
+OPENED_DOORS = {
+    "extraction": {"feature_extractor"}, "inference": {"feature_extractor"}, "answering": {"inference"},
+    "prediction": {"answering", "inference"},
+}  # fmt: skip
 LIBRARIES = {
     "openslide": {"utils/slides/wsi.py"},
     "tifffile": {"utils/slides/tiles.py", "datasets/synthetic.py"},

@@ -1,6 +1,7 @@
 """predict.py over folders, with several models, with labels: what it writes, keeps and refuses."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.cohort import synthetic_passport, write_cohort
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag
 from utils.core.passport import Passport
+from utils.feature_extractor import WSIFeatureExtractor
 from utils.inference import SlidePredictor
 from utils.learning.aggregation import SlideFeed
 from utils.learning.calibration import scale_probabilities
@@ -105,7 +107,8 @@ def test_a_folder_is_predicted_scored_and_kept(cohort, models, predict, tmp_path
     assert {path: path.stat().st_mtime_ns for path in out.glob("*_prediction.json")} == before
     other = predict("--checkpoint", models[1], *flags[2:])
     assert (other.code, len(other.errors)) == (1, 1)
-    assert "is another prediction (checkpoint: found" in other.errors[0]
+    assert f"P000-S1_prediction.json: is another prediction, by {models[0]} (checkpoint: found " in other.errors[0]
+    assert len(other.errors[0]) < 500
     assert {path: path.stat().st_mtime_ns for path in out.glob("*_prediction.json")} == before
     assert predict("--checkpoint", models[1], *flags[2:], "--overwrite").code == 0
 
@@ -226,6 +229,7 @@ def test_a_bad_slide_does_not_stop_the_others(cohort, models, predict, tmp_path)
     assert sorted(report["status"]) == ["done"] * 3 + ["failed"] * 2
     assert report[report["status"] == "failed"]["reason"].str.contains("not a readable HDF5|8 wide").all()
     assert list(pd.read_csv(tmp_path / "out" / "predictions.csv")["wsi_id"]) == ["P000-S1", "P001-S1", "P002-S1"]
+    assert "2 slides without an answer: see prediction_report.csv." in (tmp_path / "out" / "index.html").read_text()
     (folder / "damaged.h5").unlink()
     (folder / "narrow.h5").unlink()
     assert "0 done, 3 skipped" in predict("--checkpoint", models[0], "--input_dir", folder).out
@@ -238,7 +242,7 @@ def test_an_input_that_has_changed_is_no_kept_answer(cohort, models, predict, tm
     assert predict(*flags).code == 0
     write_bag(path, read_bag(cohort[1] / "P001-S1.h5"))
     refused = predict(*flags)
-    assert "slide_prediction.json: is another prediction (input_" in refused.errors[0]
+    assert "(input_" in refused.errors[0]
     assert predict(*flags, "--overwrite").code == 0
     (tmp_path / "out" / "slide_prediction.json").write_text("{")
     assert "no prediction that can be read" in predict(*flags).errors[0]
@@ -347,7 +351,7 @@ def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_p
     flags, drawn = drawable(mil)
     outcome = predict(*flags, *drawn, "--faithfulness")
     assert outcome.code == 0, outcome.err
-    assert len(list((tmp_path / "out").iterdir())) == 9
+    assert len(list((tmp_path / "out").iterdir())) == 10
     found = of(tmp_path / "out", "slide")["faithfulness"]
     assert found["random_orders"] == (3 if mil == "TransMIL" else 10)
     assert np.isfinite(found["deletion"]["gap"])
@@ -402,7 +406,7 @@ def texts_of_figures(monkeypatch) -> dict[str, str]:
         save_picture(figure, path)
 
     monkeypatch.setattr("utils.attention_visualizer.save_picture", note)
-    monkeypatch.setattr("utils.prediction.save_picture", note)
+    monkeypatch.setattr("utils.answering.save_picture", note)
     return told
 
 
@@ -451,7 +455,7 @@ def test_a_flag_that_is_left_out_asks_for_another_answer(predict, tmp_path):
     assert of(tmp_path / "out", "slide")["num_instances"] == 225
     refused = predict(*flags)
     assert refused.code == 1
-    assert 'recipe: found {"stride": 32}, expected {"stride": 64}' in refused.errors[0]
+    assert "(recipe.stride: found 32, expected 64)" in refused.errors[0]
     assert predict(*flags, "--overwrite").code == 0
     assert of(tmp_path / "out", "slide")["num_instances"] == 64
     # Features that are asked for later are made.
@@ -639,3 +643,220 @@ def test_slides_beside_feature_files_are_not_left_out_in_silence(cohort, models,
     (folder / "previews").mkdir()
     (folder / "slide.tif").rename(folder / "previews" / "slide.tif")
     assert "left out" not in predict("--checkpoint", models[0], "--input_dir", folder).err
+
+
+# Where answers go, and what of earlier ones stays
+
+
+def test_each_model_has_a_folder_of_its_own(cohort, models, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slide = cohort[1] / "P000-S1.h5"
+    unknown = write_model(tmp_path / "kidney run" / "model.pth", 1, dataset=None)
+    torch.manual_seed(0)
+    other = build_mil("ABMIL", input_dim=16, num_classes=2, hidden_dim=16)
+    theirs = write_model(tmp_path / "b.pth", 1, model=other.spec, state_dict=other.state_dict(), dataset="a b/../c")
+    for checkpoints, name in (
+        (models[:1], "LiteMIL_demo"), ([theirs], "ABMIL_a_b_.._c"),
+        ([models[0], theirs], "LiteMIL+ABMIL_demo+a_b_.._c"),
+        ([unknown], "LiteMIL_kidney_run"),
+    ):  # fmt: skip
+        outcome = script("predict", "--checkpoint", *checkpoints, "--input", slide, "--device", "cpu")
+        assert outcome.code == 0, outcome.err
+        assert (tmp_path / "outputs" / "inference" / name / "P000-S1_prediction.json").exists()
+    # Another run of the same name into the same folder is refused by name.
+    refused = script("predict", "--checkpoint", models[1], "--input", slide, "--device", "cpu").errors[0]
+    assert f"is another prediction, by {models[0]} (checkpoint: found" in refused
+    assert len(refused) < 400
+
+
+def test_features_and_their_slide_are_told_apart_in_a_line(predict, tmp_path):
+    write_pyramid(tmp_path / "slide.tif", stained_image(512, 512), mpp=0.5)
+    torch.manual_seed(0)
+    model = build_mil("LiteMIL", input_dim=45, num_classes=2)
+    flags = ("--checkpoint", write_model(tmp_path / "m.pth", 1, model=model.spec, state_dict=model.state_dict(),
+             recipe=None, mpp_range=None), "--backbone", "stain", "--patch_size", "64")  # fmt: skip
+    assert predict(*flags, "--input", tmp_path / "slide.tif", "--save_features").code == 0
+    refused = predict(*flags, "--input", tmp_path / "out" / "slide.h5").errors[0]
+    assert "(input: found slide.tif, expected slide.h5; recipe: found {" in refused
+    assert len(refused) < 600
+
+
+def test_the_record_holds_each_thing_once_and_says_what_it_is_for(predict, tmp_path):
+    write_pyramid(tmp_path / "slide.tif", stained_image(512, 512), mpp=0.5)
+    torch.manual_seed(0)
+    model = build_mil("LiteMIL", input_dim=45, num_classes=2)
+    path = write_model(tmp_path / "m.pth", 1, model=model.spec, state_dict=model.state_dict(), recipe=None,
+                       mpp_range=None)  # fmt: skip
+    flags = ("--checkpoint", path, "--backbone", "stain", "--patch_size", "64", "--input", tmp_path / "slide.tif")
+    assert predict(*flags, "--visualize", "--faithfulness").code == 0
+    text = (tmp_path / "out" / "slide_prediction.json").read_text()
+    for name in (
+        "tissue_threshold",
+        "chunk_size",
+        "weights_digest",
+        "rank_correlation_with_random_weights",
+        "num_heads",
+    ):
+        assert text.count(f'"{name}"') == 1, name
+    record = json.loads(text)
+    assert record["notice"] == "For research, not a diagnosis."
+    assert record.keys() >= {"predicted_class", "confidence", "probabilities", "num_instances", "mode", "model",
+                             "checkpoint", "recipe"}  # fmt: skip
+    assert predict(*flags, "--visualize", "--faithfulness").code == 0
+    assert (tmp_path / "out" / "slide_prediction.json").read_text() == text
+
+
+@pytest.fixture
+def record_of_before(drawable, predict, tmp_path):
+    """Flags of a drawn prediction whose record was written as it was before: its request told everything again."""
+    flags, drawn = drawable("LiteMIL")
+    flags = (*flags, *drawn, "--faithfulness")
+    assert predict(*flags).code == 0
+    path = tmp_path / "out" / "slide_prediction.json"
+    record = json.loads(path.read_text())
+    feed = {name: record[name] for name in ("mode", "chunk_size", "aggregation", "sequential")}
+    heads = [record["model"]["num_heads"]]
+    record["request"] |= {"num_heads": heads, "class_names": list(CLASSES), "feed": feed, "recipe": None}
+    del record["request"]["input"], record["notice"], record["dataset"]
+    record["pictures"]["faithfulness"] = record["faithfulness"]
+    path.write_text(json.dumps(record))
+    return flags, path
+
+
+def test_a_record_of_before_is_known(record_of_before, models, predict):
+    flags, path = record_of_before
+    before = path.read_bytes()
+    assert predict(*flags).code == 0
+    assert path.read_bytes() == before
+    refused = predict("--checkpoint", models[1], *flags[2:]).errors[0]
+    assert "is another prediction, by" in refused
+    assert "checkpoint: found" in refused
+
+
+def test_a_part_predicted_again_leaves_the_table_whole(cohort, models, predict, tmp_path):
+    labels_csv, features = cohort
+    part = tmp_path / "part"
+    part.mkdir()
+    for name in ("P000-S1", "P001-S1"):
+        (part / f"{name}.h5").write_bytes((features / f"{name}.h5").read_bytes())
+        os.utime(part / f"{name}.h5", ns=(0, (features / f"{name}.h5").stat().st_mtime_ns))
+    flags, out = ("--checkpoint", models[0], "--input_dir"), tmp_path / "out"
+    predict(*flags, features, "--labels_csv", labels_csv)
+    names = ("predictions.csv", "scores.json", "roc.png")
+    before = {name: (out / name).read_bytes() for name in names}
+    report = pd.read_csv(out / "prediction_report.csv").set_index("output")
+    outcome = predict(*flags, part)
+    assert "2 skipped" in outcome.out
+    assert "With 22 slides of earlier commands" in outcome.out
+    assert {name: (out / name).read_bytes() for name in names} == before  # labels and patients too
+    again = pd.read_csv(out / "prediction_report.csv").set_index("output")
+    assert list(again["seconds"][report.index]) == list(report["seconds"])
+    assert (out / "index.html").read_text().count("<tr") == 25
+    # By another model the part has a table of its own, and the other one stays.
+    assert predict("--checkpoint", models[1], "--input_dir", part, "--overwrite").code == 0
+    assert len(pd.read_csv(out / "predictions.csv")) == 2
+    assert (out / "predictions.1.csv").read_bytes() == before["predictions.csv"]
+
+
+def test_scores_of_other_labels_do_not_replace_those_that_are_there(cohort, models, predict, tmp_path):
+    labels_csv, features = cohort
+    flags, out = ("--checkpoint", models[0], "--input_dir", features, "--labels_csv"), tmp_path / "out"
+    predict(*flags, labels_csv)
+    before = {name: (out / name).read_bytes() for name in ("scores.json", "roc.png")}
+    assert "scores of other" not in predict(*flags, labels_csv).err
+    swapped = {"benign": "malignant", "malignant": "benign"}
+    table = pd.read_csv(labels_csv)
+    table.assign(label=table["label"].map(swapped)).to_csv(tmp_path / "other.csv", index=False)
+    outcome = predict(*flags, tmp_path / "other.csv")
+    assert "scores.json: holds scores of other slides, labels or settings; moved to" in outcome.err
+    assert (out / "scores.1.json").read_bytes() == before["scores.json"]
+    assert (out / "roc.1.png").read_bytes() == before["roc.png"]
+    assert pd.read_csv(out / "predictions.csv")["label"][0] == swapped[table["label"][0]]
+    predict(*flags, labels_csv, "--overwrite")
+    assert not (out / "scores.2.json").exists()
+
+
+def test_what_was_known_of_a_patient_stays_known_without_the_table(cohort, predict, tmp_path):
+    labels_csv, features = cohort
+    seen = {"slide": id_digests("slide", ["none"]), "case": id_digests("case", ["P000"])}
+    flags = ("--checkpoint", write_model(tmp_path / "m.pth", 1, seen=seen), "--input_dir", features)
+    predict(*flags, "--labels_csv", labels_csv)
+    outcome = predict(*flags)
+    assert "24 skipped" in outcome.out
+    assert of(tmp_path / "out", "P000-S1")["seen_as"] == "case"
+    assert "2 slides seen in training" in outcome.out
+
+
+def test_a_folder_has_an_index_page_and_an_end_that_says_what_is_next(cohort, models, predict, tmp_path):
+    flags = ("--checkpoint", models[0], "--input_dir", cohort[1], "--labels_csv", cohort[0])
+    outcome, out = predict(*flags), tmp_path / "out"
+    page = (out / "index.html").read_text()
+    assert page.count("_prediction.json") == 24
+    for text in ("For research, not a diagnosis.", "Trained on synthetic slides", f"LiteMIL ({models[0]})"):
+        assert text in page
+    end = outcome.out.splitlines()[-3:]
+    assert end[0].startswith(f"24 done, 0 skipped, 0 no tissue, 0 failed; results are in {out} (took ")
+    assert end[1] == "For research, not a diagnosis."
+    assert end[2].startswith(f"Next: look at {out / 'index.html'}; the same command with --visualize --wsi SLIDES_DIR")
+    one = predict("--checkpoint", models[0], "--input", cohort[1] / "P000-S1.h5").out.splitlines()
+    assert one[-2].startswith("For research, not a diagnosis. (took ")
+    assert one[-1].startswith("Next: the same command with --visualize --wsi SLIDE ")
+
+
+def test_every_picture_says_what_it_is_for(drawable, predict, tmp_path, texts_of_figures):
+    flags, drawn = drawable("LiteMIL")
+    assert predict(*flags, *drawn, "--faithfulness").code == 0
+    assert len(texts_of_figures) == 4
+    for text in (*texts_of_figures.values(), *(
+        (tmp_path / "out" / f"slide_{name}").read_text()
+        for name in ("report.html", "attention.geojson", "prediction.json")
+    )):  # fmt: skip
+        assert "For research, not a diagnosis." in text
+    assert "synthetic" in texts_of_figures["slide_detailed.png"]
+
+
+# Raw slides
+
+
+def test_a_raw_slide_is_extracted_by_all_of_the_recipe(monkeypatch):
+    """Each setting of a recipe, those to come too: what is made of one has the same."""
+    made = WSIFeatureExtractor("stain-texture", 96, 48, tissue_threshold=0.25, dtype="float32", mpp=0.75, qc=True)
+    again = WSIFeatureExtractor.of_recipe(made.recipe, weights=None, batch_size=64, device="cpu")
+    assert again.recipe == made.recipe
+    leveled = WSIFeatureExtractor("stain", 96, level=1)
+    assert WSIFeatureExtractor.of_recipe(leveled.recipe, weights=None, batch_size=64, device="cpu").config.qc is False
+
+
+def test_a_raw_slide_is_predicted_from_what_qc_leaves(predict, tmp_path, monkeypatch):
+    write_pyramid(tmp_path / "slide.tif", stained_image(512, 512), mpp=0.5)
+    recipe = WSIFeatureExtractor("stain", 64, mpp=0.5, tissue_threshold=0, qc=True).recipe
+    torch.manual_seed(0)
+    model = build_mil("LiteMIL", input_dim=45, num_classes=2)
+    path = write_model(tmp_path / "m.pth", 1, model=model.spec, state_dict=model.state_dict(), recipe=recipe)
+    monkeypatch.setattr("utils.feature_extractor.judge_patches", lambda patches, _: np.array(["pen"] * 3 + [""] * 61))
+    assert predict("--checkpoint", path, "--input", tmp_path / "slide.tif").code == 0
+    assert of(tmp_path / "out", "slide")["num_instances"] == 61
+
+
+def test_the_um_per_px_of_raw_slides_can_be_told_of_all(predict, tmp_path):
+    (tmp_path / "slides").mkdir()
+    for name in "ab":
+        Image.fromarray(stained_image(256, 256)).save(tmp_path / "slides" / f"{name}.png")
+    torch.manual_seed(0)
+    model = build_mil("LiteMIL", input_dim=45, num_classes=2)
+    recipe = WSIFeatureExtractor("stain", 64, mpp=0.5, tissue_threshold=0).recipe
+    path = write_model(tmp_path / "m.pth", 1, model=model.spec, state_dict=model.state_dict(), recipe=recipe)
+    flags = ("--checkpoint", path, "--input_dir", tmp_path / "slides")
+    untold = predict(*flags)
+    assert untold.code == 1
+    assert "give it with --slide_mpp" in untold.errors[0]
+    (tmp_path / "mpp.csv").write_text("wsi,mpp\na.png,0.25\nb.pgn,0.25\n")
+    outcome = predict(*flags, "--slide_mpp", "0.5", "--slides_csv", tmp_path / "mpp.csv")
+    assert outcome.code == 0, outcome.err
+    assert "mpp.csv: 1 of 2 rows match no slide of" in outcome.err
+    assert "b.pgn" in outcome.err
+    told = {name: of(tmp_path / "out", name)["slide_record"]["mpp"] for name in "ab"}
+    assert told == {"a": 0.25, "b": 0.5}
+    assert "told_mpp: found 0.5, expected 0.4" in predict(*flags, "--slide_mpp", "0.4").err
+    one = ("--checkpoint", path, "--input", tmp_path / "slides" / "b.png", "--slide_mpp", "0.5")
+    assert "no row for b.png" in predict(*one, "--slides_csv", tmp_path / "mpp.csv", output="one").err

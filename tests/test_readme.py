@@ -138,9 +138,9 @@ def test_what_the_readme_says_that_they_write_is_there(workspace):
         "features/testSlide.h5", "features/holdout/previews", "features/holdout/contact_sheet.html",
         "features/holdout/extraction_report.csv", "datasets/mine/features/P00.h5", "outputs/ABMIL/mine/outputs.json",
         "outputs/LiteMIL/mine/all_folds_best.pth", "outputs/comparison/comparison.md", "datasets/breast/labels.csv",
-        "outputs/LiteMIL/breast/predictions.csv", *(f"outputs/inference/{name}" for name in inference),
+        "outputs/LiteMIL/breast/predictions.csv", *(f"outputs/inference/LiteMIL_demo/{name}" for name in inference),
         "outputs/holdout/scores.json", "outputs/holdout/predictions.csv", "testSlides/CMU-1-Small-Region.svs",
-        "outputs/from_features/testSlide_heatmap.png", "outputs/inference/CMU-1-Small-Region_report.html",
+        "outputs/from_features/testSlide_heatmap.png", "outputs/inference/LiteMIL_demo/CMU-1-Small-Region_report.html",
     ]  # fmt: skip
     assert not [name for name in expected if not (workspace / name).exists()]
     assert len(pd.read_csv(workspace / "outputs" / "holdout" / "predictions.csv")) == 6

@@ -19,9 +19,10 @@ from utils.core.config import Pictures, Prediction, PredictionRecipe
 from utils.core.errors import ConfigError, FeatureFileError, SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
-from utils.core.passport import recipe_differences
+from utils.core.passport import first_differences, recipe_differences
 from utils.core.plots import figure_paths
-from utils.learning.answers import PredictionFiles
+from utils.core.text import NOTICE
+from utils.learning.prediction_files import PredictionFiles
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.caption import Caption, title_of
 from utils.pictures.geojson import write_attention
@@ -31,6 +32,7 @@ from utils.pictures.heatmap import (
     Picture,
     detailed_figure,
     heatmap_figure,
+    map_thumbnail,
     patch_grid_figure,
     save_picture,
 )
@@ -44,7 +46,7 @@ _GRID_PATCHES = 50
 _TABLE = "patches.csv"
 _FIGURES, _OTHERS = (
     ("heatmap", "detailed", "patch_grid"),
-    ("top_patches", "attention.npz", "attention.geojson", "report.html"),
+    ("thumbnail.jpg", "top_patches", "attention.npz", "attention.geojson", "report.html"),
 )
 
 
@@ -191,22 +193,22 @@ class AttentionVisualizer:
         top_k: int = Pictures.top_k,
         formats: Sequence[str] = Prediction.figure_format,
     ) -> list[Path]:
-        """Write `<slide>_heatmap`, `_detailed` and `_patch_grid` in each of the `formats`, `_top_patches/`,
-        `_attention.npz` (the arguments, the per-head attention `(H, N)` among them, and the prediction),
-        `_attention.geojson` and `_report.html`. Returns the files.
+        """Write `<slide>_heatmap`, `_detailed` and `_patch_grid` in each of the `formats`, `_thumbnail.jpg` (the
+        heatmap, small), `_top_patches/`, `_attention.npz` (the arguments, the per-head attention `(H, N)` among them,
+        and the prediction), `_attention.geojson` and `_report.html`. Returns the files.
 
         Here `attention` is `(H, N)`; the pictures show its mean over heads. `record` is what
         `<slide>_prediction.json` holds.
         """
         caption = Caption.of(record)
         name, title = record["slide"], title_of(record)
-        *paths, top_patches, data, tiles, page = set_paths(Path(output_dir), name, formats)
+        *paths, small, top_patches, data, tiles, page = set_paths(Path(output_dir), name, formats)
         with open_slide(wsi_path) as slide:
             shown = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
             picture = _overview(slide, (record["slide_record"] or {}).get("mpp"))
             top, least = (_patches(slide, shown, few) for few in (shown.top(top_k), shown.lowest(top_k)))
-            told = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"]}
-            write_attention(tiles, shown, slide, self.look.cmap, told)
+            about = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"], "notice": NOTICE}
+            write_attention(tiles, shown, slide, self.look.cmap, about)
         figures = [
             heatmap_figure(picture, shown, self.look, title=title, top_k=top_k),
             self._detailed(picture, shown, caption, title, top_k),
@@ -215,6 +217,8 @@ class AttentionVisualizer:
         for part, figure in zip(_FIGURES, figures, strict=True):
             for path in figure_paths(Path(output_dir) / f"{name}_{part}", formats):
                 save_picture(figure, path)
+        with whole_file(small) as part:
+            map_thumbnail(picture, shown, self.look).save(part, "JPEG", quality=75)
         patches = _write_patches(top_patches, shown, top, least, record["seen_in_training"])
         with whole_file(data) as part, part.open("wb") as file:
             np.savez(
@@ -228,7 +232,7 @@ class AttentionVisualizer:
             page, picture, shown, self.look, slide=name, answer=caption.answer, probabilities=caption.probabilities,
             notes=caption.notes, facts=caption.facts, top=top, least=least,
         )  # fmt: skip
-        return [*paths, *patches, data, tiles, page]
+        return [*paths, small, *patches, data, tiles, page]
 
     def _detailed(self, picture: Picture, shown: AttentionMap, caption: Caption, title: str, top_k: int) -> Figure:
         return detailed_figure(
@@ -374,7 +378,7 @@ def check_drawable(
         differences = recipe_differences(made_from, found, found)
         if differences:
             raise FeatureFileError(
-                f"{wsi_path}: not the slide that {source} was made from ({'; '.join(differences)}); "
+                f"{wsi_path}: not the slide that {source} was made from ({first_differences(differences)}); "
                 f"give slide {made_from.get('name')} with --wsi"
             )
         if made_from.get("quick_hash") is None and slide.name != source.stem and not allow_renamed:

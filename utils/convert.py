@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -30,8 +30,9 @@ from utils.bags.store import (
     write_bag,
 )
 from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, named
-from utils.core.files import check_distinct, write_records
-from utils.core.passport import Passport, recipe_differences
+from utils.core.files import check_distinct
+from utils.core.passport import Passport, first_differences, recipe_differences
+from utils.core.report import update_report
 from utils.core.runtime import log, progress
 from utils.slides.wsi import find_slides, slide_mpp
 
@@ -43,7 +44,8 @@ _TOLD, _NAMED = 10, 3
 @dataclass(frozen=True)
 class FileStatus:
     """What became of one file: "done", "there already" or "failed". `coordinates` are "yes", "none" or "withheld";
-    `reason` says why it failed, or why they are withheld.
+    `reason` says why it failed, or why they are withheld. In the report, `output` is the file made of it, and
+    `last_error` why a later run could not make that file anew.
     """
 
     file: Path
@@ -53,6 +55,22 @@ class FileStatus:
     dim: int | None = None
     dtype: str | None = None
     coordinates: str | None = None
+    output: str = ""
+    last_error: str = ""
+
+    @property
+    def source(self) -> Path:
+        return self.file
+
+    @property
+    def is_made(self) -> bool:
+        return self.status != "failed"
+
+    def after(self, earlier: Self, is_there: bool) -> Self:
+        """Return this row or, where a run failed and left the file as it was, the earlier one."""
+        if self.is_made or not (earlier.is_made and is_there):
+            return self
+        return replace(earlier, output=self.output, last_error=self.reason)
 
 
 def convert(conversion: Conversion) -> list[FileStatus]:
@@ -69,7 +87,8 @@ def convert(conversion: Conversion) -> list[FileStatus]:
         _guarded(source, target, conversion, slides.get(source))
         for source, target in progress(targets.items(), "Files", unit="file")
     ]
-    write_records(conversion.output / REPORT, statuses)
+    by_target = dict(zip(targets.values(), statuses, strict=True))
+    update_report(conversion.output / REPORT, by_target, FileStatus)
     return statuses
 
 
@@ -116,7 +135,9 @@ def _there_already(source: Path, target: Path, conversion: Conversion, mpp: floa
     if target.stat().st_mtime_ns < source.stat().st_mtime_ns:
         differences.append("older than its source")
     if differences:
-        raise FeatureFileError(f"{target}: is there, from another conversion ({'; '.join(differences)}); {remedy}")
+        raise FeatureFileError(
+            f"{target}: is there, from another conversion ({first_differences(differences)}); {remedy}"
+        )
     return _status(source, "there already", wanted, places.coords, places.withheld)
 
 

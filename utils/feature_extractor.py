@@ -6,7 +6,7 @@ result = extractor.process("slide.svs", save_path="slide.h5")
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,31 +18,19 @@ import torch
 from PIL import Image
 
 from utils.bags.store import Bag, BagInfo, bag_writer, check_writable, peek_bag, write_bag
-from utils.core.config import Cluster, Extraction, ExtractionFiles
+from utils.core.config import Extraction
 from utils.core.device import amp_dtype, resolve_device
-from utils.core.engine import Threads, open_engine, worker_number
 from utils.core.errors import (
     BackboneError,
-    ConfigError,
     FeatureFileError,
     NoTissueError,
     RecipeError,
     SlideError,
 )
-from utils.core.passport import Passport, recipe_differences
-from utils.core.runtime import duration, file_size, keep_freed_memory, log, processors, progress, progress_bar, versions
+from utils.core.passport import Passport, first_differences, recipe_differences
+from utils.core.runtime import keep_freed_memory, log, processors, progress_bar, versions
 from utils.slides.backbones import Backbone, canonical_backbone, load_backbone
-from utils.slides.batch import (
-    PLANNED,
-    SlideFiles,
-    SlideStatus,
-    Told,
-    announced,
-    attempt,
-    report_path,
-    status_table,
-    work_through,
-)
+from utils.slides.batch import Told
 from utils.slides.contours import write_contours
 from utils.slides.patching import PatchPlan, choose_sampling, delivered_mpp, plan_patches, read_batches
 from utils.slides.preview import (
@@ -52,11 +40,14 @@ from utils.slides.preview import (
     write_preview,
 )
 from utils.slides.quality import QUALITY_SETTINGS, judge_patches
+from utils.slides.status import SlideStatus
 from utils.slides.tissue import TISSUE_SETTINGS
 from utils.slides.wsi import Slide, open_slide
 
 # A slide's own bar appears only when the slide takes longer than this.
 _BAR_DELAY_SECONDS = 3
+# um/px that differ by more than this factor contradict each other.
+_ALIKE = 1.05
 
 
 class WSIFeatureExtractor:
@@ -137,14 +128,15 @@ class WSIFeatureExtractor:
         extractor = cls(
             recipe["backbone"], recipe["patch_size"], recipe["stride"], recipe.get("level"), recipe["tissue_threshold"],
             batch_size, device, weights=weights, dtype=recipe["dtype"], mpp=recipe.get("mpp"),
+            qc=bool(recipe.get("qc")),
         )  # fmt: skip
         differences = recipe_differences(recipe, extractor.recipe, ("weights_digest", "transform"))
         if differences:
             raise BackboneError(
                 f"{weights or recipe['backbone']}: not the backbone of the training features "
-                f"({'; '.join(differences)}); give its weights with --weights"
+                f"({first_differences(differences)}); give its weights with --weights"
             )
-        changed = recipe_differences(recipe, extractor.recipe, ("tissue", "precision"))
+        changed = recipe_differences(recipe, extractor.recipe, ("tissue", "precision", "qc"))
         if changed:
             log.warning("the training features were made by other settings of this tool: %s", "; ".join(changed))
         return extractor
@@ -227,6 +219,15 @@ class WSIFeatureExtractor:
         Raises NoTissueError where there is none, with the preview to show it, and as `plan_patches` does.
         """
         config, told = self.config, told or Told()
+        if (
+            slide.told_mpp
+            and slide.own_mpp
+            and max(slide.told_mpp, slide.own_mpp) > _ALIKE * min(slide.told_mpp, slide.own_mpp)
+        ):
+            log.warning(
+                "%s: its own um/px, %.4g, contradicts the %.4g given for it, which is used",
+                slide.path, slide.own_mpp, slide.told_mpp,
+            )  # fmt: skip
         tissue = told.tissue.mask(slide) if told.tissue else None
         plan = plan_patches(
             slide, patch_size=config.patch_size, stride=config.stride, level=config.level, mpp=config.target_mpp,
@@ -328,7 +329,7 @@ class Extracted:
         if preview is not None:
             write_preview(preview, self.drawn(slide))
         if not len(self.coords):
-            dropped = f"{slide.path}: --qc drops all of its patches ({self.why}); leave the slide out"
+            dropped = f"{slide.path}: --qc drops all of its patches ({_by_reason(self.dropped)}); leave the slide out"
             raise NoTissueError(self.plan.shortage or dropped)
 
     @property
@@ -341,10 +342,6 @@ class Extracted:
         """How many patches, by reason."""
         names, counts = np.unique(self.reasons[self.reasons != ""], return_counts=True)
         return dict(zip(names.tolist(), counts.tolist(), strict=True))
-
-    @property
-    def why(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
 
     def drawn(self, slide: Slide) -> Image.Image:
         """The slide with its tissue, and the patches that were kept and dropped."""
@@ -365,85 +362,6 @@ class Extracted:
         )
 
 
-def _slide_files(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> SlideFiles:
-    if files.tissue is not None and extractor.config.tissue_threshold == 0:
-        raise ConfigError(f"--tissue {files.tissue}: has no meaning with --tissue_threshold 0, which keeps every patch")
-    return SlideFiles(files)
-
-
-def extract_slides(
-    extractor: WSIFeatureExtractor, files: ExtractionFiles, cluster: Cluster | None = None
-) -> list[SlideStatus]:
-    """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
-
-    For a folder, also writes its report (see `utils.slides.batch`), previews and a contact sheet. Raises for a single
-    slide that fails, ConfigError for slides that would share an output file.
-    """
-    known, cluster = _slide_files(extractor, files), cluster or Cluster()
-    targets = known.targets()
-    if files.input is not None:
-        if cluster.is_asked_for:
-            raise ConfigError("--ray shares the slides of a folder out; give --input_dir with it")
-        return [_Extraction((extractor,), known)(*pair) for pair in targets.items()]
-    here = Threads(len(extractor.devices), extractor.stop)
-    with open_engine(cluster, here, extractor.config.device) as engine:
-        extractors = [extractor]
-        if not cluster.is_asked_for:
-            extractors += [extractor.on(device) for device in extractor.devices[1:]]
-            _ = [one.backbone for one in extractors]  # one that cannot be had ends all before it begins
-        known.clear_parts(targets)
-        statuses = work_through(targets, engine, _Extraction(tuple(extractors), known), report_path(files))
-    if files.preview is not False:
-        known.write_sheet(statuses, targets)
-    return statuses
-
-
-@dataclass(frozen=True)
-class _Extraction:
-    """Makes one slide's file by the extractor that is the worker's own."""
-
-    extractors: tuple[WSIFeatureExtractor, ...]
-    known: SlideFiles
-
-    def __call__(self, slide: Path, target: Path) -> SlideStatus:
-        extractor = self.extractors[worker_number()]
-        return extract_one(extractor, slide, target, self.known.files.overwrite, self.known.told(slide, target))
-
-
-def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:
-    """What `extract_slides` would do, slide by slide, and a text of that and of what it would cost: patches are counted
-    on thumbnails, and the time is estimated from a trial on some of them. Writes nothing. Raises as `extract_slides`
-    does.
-    """
-    known = _slide_files(extractor, files)
-    targets = known.targets()
-    rates = []
-
-    def look(slide: Path, target: Path) -> SlideStatus:
-        told = known.told(slide, target)
-        if target.exists() and not files.overwrite:
-            return extract_one(extractor, slide, target, told=told)
-        with open_slide(slide, told.mpp) as opened:
-            plan = extractor.plan(opened, replace(told, preview=None))
-            if not rates:
-                rates.append(extractor.rate(opened, plan))
-        return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
-
-    _ = extractor.backbone  # a backbone that cannot be had is no slide's fault
-    bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
-    statuses = [announced(attempt(look, slide, target)) for slide, target in bar]
-    patches = sum(status.patches or 0 for status in statuses if status.status == PLANNED)
-    size = patches * extractor.backbone.dim * np.dtype(extractor.config.dtype).itemsize
-    cost = f"{patches} patches to extract, {file_size(size)} of features"
-    for rate in rates:
-        seconds = patches / rate / len(extractor.devices)
-        cost += f", about {duration(seconds)} at {rate:.0f} patches/s, as just tried on {extractor.device}"
-    failed = sum(status.status == "failed" for status in statuses)
-    if failed:
-        cost += f"\n{failed} of {len(statuses)} slides would fail"
-    return statuses, f"{status_table(statuses)}\n\n{cost}\nNothing was extracted: a dry run."
-
-
 def extract_one(
     extractor: WSIFeatureExtractor,
     slide: Path,
@@ -458,14 +376,21 @@ def extract_one(
     if target.exists() and not overwrite:
         info = _check_current(extractor, slide, target, told or Told())
         found = info.passport.slide if info.passport else {}
-        return SlideStatus(
-            slide, "skipped", f"{target} is there, of the same recipe", info.num_instances, found.get("mpp_delivered")
-        )
+        reason = f"{target} is there, of the same recipe" + _dropped_words("; ", found.get("dropped"))
+        return SlideStatus(slide, "skipped", reason, info.num_instances, found.get("mpp_delivered"))
     started = time.perf_counter()
     found = extractor.extract_to(slide, target, told)
-    reason = f"--qc dropped {found.why}" if found.dropped else ""
     seconds = round(time.perf_counter() - started, 2)
-    return SlideStatus(slide, "done", reason, len(found.coords), found.plan.mpp, seconds)
+    return SlideStatus(slide, "done", _dropped_words("", found.dropped), len(found.coords), found.plan.mpp, seconds)
+
+
+def _dropped_words(before: str, dropped: Mapping[str, int] | None) -> str:
+    """Return how many patches `--qc` dropped and why, after a few words; "" where it dropped none."""
+    return f"{before}--qc dropped {_by_reason(dropped)}" if dropped else ""
+
+
+def _by_reason(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
 
 
 def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> BagInfo:
@@ -490,9 +415,8 @@ def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
         wanted["precision"] = found.get("precision")
     differences = recipe_differences(wanted, found, wanted, strict=True)
     if differences:
-        raise RecipeError(
-            f"{target}: made with another recipe ({'; '.join(differences)}); move it, or extract with --overwrite"
-        )
+        unlike = first_differences(differences)
+        raise RecipeError(f"{target}: made with another recipe ({unlike}); move it, or extract with --overwrite")
     return info
 
 

@@ -20,14 +20,22 @@ from utils.core.cohorts import tcga_case
 from utils.core.config import Extraction
 from utils.core.device import resolve_device
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
-from utils.core.passport import COMPARED_FIELDS, ENCODING_FIELDS, mpp_difference, recipe_differences, unknown_fields
+from utils.core.passport import (
+    COMPARED_FIELDS,
+    ENCODING_FIELDS,
+    first_differences,
+    mpp_difference,
+    recipe_differences,
+    unknown_fields,
+)
 from utils.core.runtime import keep_freed_memory, log
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, mean_output, predict_features
-from utils.learning.answers import check_input
 from utils.learning.calibration import mean_calibrated
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint
 from utils.learning.faithfulness import Faithfulness, measure_faithfulness
+from utils.learning.finished_run import chosen_checkpoint
+from utils.learning.prediction_files import check_input
 from utils.slides.backbones import canonical_backbone
 from utils.slides.batch import Told
 from utils.slides.wsi import slide_mpp
@@ -125,7 +133,8 @@ class SlidePredictor:
     """A trained model, or several that answer as their mean, ready to predict feature files and, with a feature
     extractor, raw slides.
 
-    `model_path` is a checkpoint or several, of the same classes and made for the same features. Each says which model
+    `model_path` is a checkpoint or several, of the same classes and made for the same features; of a training run's
+    folder it is the model chosen in it. Each says which model
     it holds and how slides are fed; `model_class` (a name, a class or a factory), `class_names`, `dataset` and
     `num_heads` are only checked against it. A checkpoint of the first version may not name its classes, then `dataset`
     (a known cohort) or `class_names` does, and does not tell its heads: they are `num_heads`, else those of the model
@@ -152,7 +161,7 @@ class SlidePredictor:
         self.device = resolve_device(device)
         self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
         self.trained: list[_Trained] = []
-        for path in map(Path, paths):
+        for path in map(chosen_checkpoint, map(Path, paths)):
             checkpoint = load_checkpoint(path, class_names=names, dataset=dataset, num_heads=heads)
             one = _Trained(path, checkpoint, checkpoint.build().to(self.device))
             one.refuse("model_class", claimed.get("name"), checkpoint.model["name"])
@@ -267,7 +276,7 @@ class SlidePredictor:
             differences = recipe_differences(one.checkpoint.recipe or {}, asked, asked)
             if differences:
                 raise RecipeError(
-                    f"{one.path}: was trained on features made in another way ({'; '.join(differences)}); "
+                    f"{one.path}: was trained on features made in another way ({first_differences(differences)}); "
                     "leave those settings out, the checkpoint knows the recipe"
                 )
 
@@ -350,7 +359,7 @@ class SlidePredictor:
         for one in self.trained:
             differences = recipe_differences(one.checkpoint.recipe or {}, found, COMPARED_FIELDS)
             differences += mpp_difference(one.checkpoint.mpp_range, mpp)
-            told = "; ".join(differences)
+            told = first_differences(differences)
             if told and not self.allow_mismatch:
                 raise RecipeError(
                     f"{path}: made in another way than the features {one.path} was trained on ({told}); "
@@ -392,7 +401,7 @@ def _check_alike(trained: Sequence[_Trained]) -> None:
         if differences:
             raise RecipeError(
                 f"{other.path}: was trained on features made in another way than those of {first.path} "
-                f"({'; '.join(differences)}); give checkpoints of one recipe"
+                f"({first_differences(differences)}); give checkpoints of one recipe"
             )
 
 

@@ -494,7 +494,11 @@ class NestedCrossValidation:
         return digest("\n".join("\t".join(map(str, line)) for line in lines))
 
     def _record(self, engine: Engine) -> dict[str, Any]:
-        return {"dataset": self.dataset_name, "jobs": engine.jobs, **run_metadata(self.device)}
+        # Where `predict.py --out_of_fold` finds the slides again.
+        features = str(self.dataset.features_dir.resolve())
+        return {
+            "dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, **run_metadata(self.device)
+        }  # fmt: skip
 
     def _check_settings(self) -> None:
         """Try every setting, and whether the work can be sent to other processes, before anything is begun."""

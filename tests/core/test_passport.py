@@ -13,6 +13,7 @@ from utils.core.passport import (
     MPP_TOLERANCE,
     Passport,
     backbone_name,
+    first_differences,
     mpp_difference,
     recipe_differences,
     unknown_fields,
@@ -123,5 +124,18 @@ def test_a_backbone_has_one_name_whoever_wrote_it():
 
 def test_of_sets_of_settings_only_what_differs_is_told():
     left, right = {"tissue": {"a": 1, "b": 2, "c": 3}}, {"tissue": {"a": 1, "b": 5, "d": 6}}
-    (told,) = recipe_differences(left, right, ["tissue"])
-    assert told == 'tissue: found {"b": 5, "d": 6}, expected {"b": 2, "c": 3}'
+    assert recipe_differences(left, right, ["tissue"]) == [
+        "tissue.b: found 5, expected 2", "tissue.c: found none, expected 3", "tissue.d: found 6, expected none",
+    ]  # fmt: skip
+
+
+def test_a_message_names_what_differs_in_a_few_characters():
+    long = {"recipe": {"a": "0123456789abcdef" * 4, "b": list(range(1000)), "c": 1, "d": 2, "e": 3}}
+    differences = recipe_differences(long, {"recipe": {}}, ["recipe"])
+    assert len(differences) == 5
+    told = first_differences(differences)
+    assert "recipe.a: found none, expected 0123456789ab;" in told
+    assert told.endswith("; and 1 more")
+    (told,) = recipe_differences(long, {}, ["recipe"], strict=True)
+    assert told.startswith('recipe: found none, expected {"a": "0123456789abcdef')
+    assert len(told) < 120

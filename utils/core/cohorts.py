@@ -14,6 +14,8 @@ class KnownCohort:
     left_out: tuple[str, ...] = ()
 
 
+# The demo's slides are drawn by rule, not tissue of anyone.
+SYNTHETIC = "demo"
 _BREAST_RARE = ("ACBC", "BRCA", "BRCNOS", "IMMC", "MBC", "MDLC", "MPT", "PD", "SPC")
 
 KNOWN_COHORTS: Mapping[str, KnownCohort] = {

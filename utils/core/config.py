@@ -208,6 +208,12 @@ class ExtractionFiles(_Checked):
     slides_csv: Path | None = option(
         None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
     )
+    slide_mpp: float | None = option(
+        None, "um per level-0 pixel of all slides, but for those in --slides_csv", least=0.05, most=40
+    )
+    write_slides_csv: Path | None = option(
+        None, "write a table for --slides_csv, with what each slide says itself, then stop", metavar="FILE"
+    )
     save_tissue: bool = option(False, "write each slide's tissue to tissue/<slide>.geojson, which QuPath edits")
     tissue: Path | None = option(
         None, "folder of <slide>.geojson, drawn or edited in QuPath, that say where the tissue is", metavar="DIR"
@@ -227,7 +233,7 @@ class ExtractionFiles(_Checked):
         super().__post_init__()
         if (self.input is None) == (self.input_dir is None):
             raise ConfigError("give exactly one of --input (one slide) and --input_dir (a folder of slides)")
-        if self.input_dir is not None and self.output_dir is None:
+        if self.input_dir is not None and self.output_dir is None and self.write_slides_csv is None:
             raise ConfigError("--input_dir needs --output_dir, the folder for the feature files")
         if self.input_dir is not None and self.output is not None:
             raise ConfigError("--output names one file and goes with --input; give --output_dir with --input_dir")
@@ -464,11 +470,24 @@ class Prediction(_Checked):
     """What `predict.py` predicts, with which models, and where it writes."""
 
     checkpoint: tuple[Path, ...] = option(
-        REQUIRED, "trained model (.pth), which says architecture, classes and recipe; several answer as their mean"
+        (),
+        "trained model (.pth), which says architecture, classes and recipe, or the folder of a training run, whose "
+        "chosen model is taken; several answer as their mean",
+    )
+    out_of_fold: Path | None = option(
+        None,
+        "instead of --checkpoint, the folder of a training run: each slide of its cohort is predicted by the model of "
+        "the fold that did not see it",
+        metavar="RUN",
+    )
+    repeat: int | None = option(
+        None, "of the repeats of --out_of_fold, take this one (default: the first)", least=1, metavar="N"
     )
     input: Path | None = option(None, "feature file (.h5, .pt, .pth) or raw slide; give this or --input_dir")
     input_dir: Path | None = option(
-        None, "a folder of feature files or, where it holds none, of slides; give this or --input"
+        None,
+        "a folder of feature files or, where it holds none, of slides; give this or --input (with "
+        "--out_of_fold: where the features are, if not where the run found them)",
     )
     extensions: tuple[str, ...] | None = option(
         None, "of --input_dir, only slides with these endings, e.g. .svs .ndpi", metavar="EXT"
@@ -477,9 +496,13 @@ class Prediction(_Checked):
         None, "table case_id,wsi_id,label: the predictions of --input_dir are scored, as on an external cohort"
     )
     allow: tuple[Literal["missing", "unknown", "duplicate"], ...] = option(
-        (), "leave out rows of --labels_csv without a slide, with a label that is no class, or that repeat a wsi_id"
+        (),
+        "leave out rows of --labels_csv without a slide, with a label that is no class, or that repeat a wsi_id; of "
+        "--out_of_fold slides without features (missing)",
     )
-    output_dir: Path = option(Path("outputs/inference"), "where the results go", alias="--output")
+    output_dir: Path | None = option(
+        None, "where the results go (default: outputs/inference/<model>_<dataset>)", alias="--output"
+    )
     overwrite: bool = option(
         False, "overwrite existing predictions made by another model, with other settings or from another input"
     )
@@ -508,17 +531,33 @@ class Prediction(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.input is None) == (self.input_dir is None):
+        if self.out_of_fold is not None:
+            self._check_out_of_fold()
+        elif self.repeat is not None:
+            raise ConfigError(f"--repeat {self.repeat}: goes with --out_of_fold; leave it out")
+        elif not self.checkpoint:
+            raise ConfigError(
+                "give --checkpoint (a trained model, or a training run) or --out_of_fold (a training run)"
+            )
+        elif (self.input is None) == (self.input_dir is None):
             raise ConfigError(
                 "give exactly one of --input (a feature file or slide) and --input_dir (a folder of them)"
             )
         for name in ("labels_csv", "extensions"):
             if self.input is not None and getattr(self, name):
                 raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
-        if self.allow and self.labels_csv is None:
+        if self.allow and self.labels_csv is None and self.out_of_fold is None:
             raise ConfigError(
                 f"--allow {' '.join(self.allow)}: is about rows of --labels_csv; give it, or leave --allow out"
             )
+
+    def _check_out_of_fold(self) -> None:
+        """Raise ConfigError for what contradicts a run that knows its models, slides and labels."""
+        for name in ("checkpoint", "input", "labels_csv", "extensions"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"--out_of_fold {self.out_of_fold}: knows its models, slides and labels; leave --{name} out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -534,6 +573,9 @@ class PredictionRecipe(_Checked):
     tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
     slides_csv: Path | None = option(
         None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
+    )
+    slide_mpp: float | None = option(
+        None, "um per level-0 pixel of all slides, but for those in --slides_csv", least=0.05, most=40
     )
     batch_size: int = option(Extraction.batch_size, "patches per forward pass", least=1)
     save_features: bool = option(False, "keep the features as <output_dir>/<slide>.h5")

@@ -76,6 +76,20 @@ def check_writable(folder: Path) -> None:
         ) from failure
 
 
+def set_aside(*paths: Path) -> list[Path]:
+    """Move files out of the way, to `<stem>.<number>` beside them with the next free number, and return their new
+    places.
+    """
+    number = 1
+    while any(_numbered(path, number).exists() for path in paths):
+        number += 1
+    return [path.rename(_numbered(path, number)) for path in paths]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
 def clear_parts(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder: those of this machine, and of others, which cannot be
     asked, what nobody has written to for a day.

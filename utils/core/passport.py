@@ -5,7 +5,7 @@ for one slide; `software` are package versions. Two bags fit together when what 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ ENCODING_FIELDS = ("backbone", "weights_digest", "transform", "patch_size")
 COMPARED_FIELDS = (*ENCODING_FIELDS, "magnification")
 # Scanners of one nominal magnification differ by about this much (0.22 to 0.25 um/px at "40x").
 MPP_TOLERANCE = 0.15
+# Of what differs a message names so many settings, each value in so many characters.
+_MOST_DIFFERENCES, _MOST_CHARACTERS = 4, 60
 # The backbones that go by several names, in hubs and other toolkits; case, "_" and "-" make no other name.
 BACKBONE_ALIASES = {
     "resnet50": ("resnet50.tv_in1k", "timm/resnet50.tv_in1k", "resnet50_imagenet"),
@@ -68,16 +70,21 @@ def backbone_name(name: str) -> str:
 def recipe_differences(
     expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str], *, strict: bool = False
 ) -> list[str]:
-    """What differs, as 'field: found X, expected Y'; only fields known (not None) on both sides can differ, unless
-    `strict`.
+    """What differs, as 'field: found X, expected Y', of a field that is a set of settings each setting that does; only
+    fields known (not None) on both sides can differ, unless `strict`.
     """
     differences = []
     for name in fields:
         left, right = expected.get(name), found.get(name)
         if left != right and (strict or (left is not None and right is not None)):
-            left, right = _unlike(left, right)
-            differences.append(f"{name}: found {_short(right)}, expected {_short(left)}")
+            differences += _differences_of(name, left, right)
     return differences
+
+
+def first_differences(differences: Sequence[str]) -> str:
+    """Return the first few differences in a line, and how many more there are: for messages."""
+    more = len(differences) - _MOST_DIFFERENCES
+    return "; ".join(differences[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def mpp_difference(expected: tuple[float, float] | None, found: float | None) -> list[str]:
@@ -95,19 +102,22 @@ def unknown_fields(expected: Mapping[str, Any], found: Mapping[str, Any], fields
     return [name for name in fields if expected.get(name) is None or found.get(name) is None]
 
 
-def _unlike(left: Any, right: Any) -> tuple[Any, Any]:
-    """Of two sets of settings, those that differ."""
-    if not (isinstance(left, dict) and isinstance(right, dict)):
-        return left, right
-    names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
-    first, second = ({name: one[name] for name in names if name in one} for one in (left, right))
-    return first, second
+def _differences_of(name: str, expected: Any, found: Any) -> list[str]:
+    if not (isinstance(expected, dict) and isinstance(found, dict)):
+        return [f"{name}: found {_short(found)}, expected {_short(expected)}"]
+    unlike = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    return [line for key in unlike for line in _differences_of(f"{name}.{key}", expected.get(key), found.get(key))]
 
 
 def _short(value: Any) -> str:
+    """Return a value as text of a few characters: of a digest, or of what is long, the beginning."""
+    if value is None:
+        return "none"
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     is_digest = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
-    return text[:12] if is_digest else text
+    if is_digest:
+        return text[:12]
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
 
 
 def _no_number(word: str) -> None:

@@ -1,4 +1,7 @@
-"""Words of users in figures."""
+"""Words in figures and pages."""
+
+# What each prediction, its pictures and its pages carry.
+NOTICE = "For research, not a diagnosis."
 
 
 def literal(text: str) -> str:

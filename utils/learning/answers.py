@@ -1,27 +1,22 @@
-"""Many slides predicted: which inputs, where each answer goes and whether it is there, the table and the scores."""
+"""Many slides predicted: the table of their answers and, with labels, the scores and their figures."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from utils.bags import labels
 from utils.bags.labels import LabelRow
-from utils.bags.rows import Fingerprint
-from utils.bags.store import is_feature_file
-from utils.bags.table import read_table
-from utils.core.cohorts import cohort_classes
 from utils.core.config import Prediction, Protocol
-from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, counted
-from utils.core.files import check_distinct, read_json, write_json
-from utils.core.passport import recipe_differences
+from utils.core.errors import ConfigError, counted
+from utils.core.files import digest, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.learning import figures
+from utils.learning.kept_answers import ENDING, read_record
 from utils.learning.metrics import decision_metrics
 from utils.learning.predictions import Predictions
 from utils.learning.results import (
@@ -34,165 +29,58 @@ from utils.learning.results import (
     write_table,
 )
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
-from utils.slides.batch import PREVIEWS
-from utils.slides.wsi import find_slides, is_slide_file, one_per_series
 
 REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json"
-FAITHFULNESS = "{}_faithfulness"
 _FIGURES = ("roc", "precision_recall", "confusion_matrix", "calibration")
-_ENDING = "_prediction.json"
 
 
-class PredictionFiles:
-    """What `predict.py` was told about files: the inputs, in their order, and the file of each one's answer.
+@dataclass(frozen=True)
+class Known:
+    """What is known of a slide besides its answer; empty where it is not."""
 
-    The feature files of a folder and its subfolders or, where there are none, its slides. Raises ConfigError for a
-    folder with neither, and for inputs that would share an answer; FeatureFileError for a file that is neither.
+    case_id: str = ""
+    label: str = ""
+
+
+def known_slides(folder: Path) -> dict[str, Known]:
+    """Return what the table of an earlier run says of its slides; nothing where there is no such table.
+
+    Something else under the table's name is set aside.
     """
-
-    def __init__(self, asked: Prediction) -> None:
-        self.asked = asked
-        sources = [asked.input] if asked.input is not None else _inputs_of(asked)
-        for source in sources:
-            check_input(source)
-        self.targets = {source: asked.output_dir / f"{source.stem}{_ENDING}" for source in sources}
-        check_distinct(self.targets)
-        self.are_raw = not is_feature_file(sources[0])
-
-    def label_rows(self, class_names: Sequence[str], dataset: str | None) -> dict[str, LabelRow]:
-        """The rows of `labels_csv` by slide, every one accounted for as in training; none without a table."""
-        asked = self.asked
-        if asked.labels_csv is None:
-            return {}
-        classes = cohort_classes(dataset)
-        sources = {source.stem: source for source in self.targets}
-        table = read_table(asked.labels_csv)
-        found = labels.account(
-            table, class_names, sources.get, ids=sources.keys, allow=asked.allow,
-            label_names=classes.label_names, left_out=classes.left_out,
-        )  # fmt: skip
-        for note in table.notes:
-            log.info("%s: %s", table.path, note)
-        labels.warn_of_patients(table, found)
-        if len(found) < len(sources):
-            log.info(
-                "%s of %s have no label, and are not scored", counted(len(sources) - len(found), "slide"), len(sources)
-            )
-        return {row.wsi_id: row for row in found}
-
-
-def check_input(path: Path) -> None:
-    """Raise FeatureFileError unless `path` is a file that, by its ending, can be predicted."""
-    if not path.is_file():
-        raise FeatureFileError(f"{path}: no such file; give a feature file (.h5, .pt, .pth) or a slide")
-    if not is_feature_file(path) and not is_slide_file(path):
-        raise FeatureFileError(
-            f"{path}: neither a feature file (.h5, .pt, .pth) nor a slide, by its ending {path.suffix!r}"
-        )
-
-
-def _inputs_of(asked: Prediction) -> list[Path]:
-    folder, ours = asked.input_dir, asked.output_dir.resolve()
-    assert folder is not None  # noqa: S101 - for the type checker: there is an input or a folder
-    if not folder.is_dir():
-        raise ConfigError(f"--input_dir {folder}: no such folder; give a folder of feature files or of slides")
-    files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and is_feature_file(path) and not path.name.startswith(".")
-    )
-    slides = one_per_series(find_slides(folder, asked.extensions))
-    if asked.extensions is not None or not files:
-        files = slides
-    elif slides := [one for one in slides if PREVIEWS not in one.parts and not one.resolve().is_relative_to(ours)]:
-        named = " ".join(sorted({slide.suffix for slide in slides}))
-        log.warning(
-            "%s: holds feature files; left out: %s. For those give --extensions %s",
-            folder, counted(len(slides), "slide"), named,
-        )  # fmt: skip
-    if ours != folder.resolve():  # a folder may be its own output folder
-        files = [path for path in files if not path.resolve().is_relative_to(ours)]
-    if not files:
-        raise ConfigError(f"--input_dir {folder}: neither a feature file (.h5, .pt, .pth) nor a slide in it")
-    return files
-
-
-def request_of(source: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes an answer the one that was asked for: the settings, and the input as it is now."""
-    now = Fingerprint.at(source)
-    return {**settings, "input_bytes": now and now.size, "input_mtime_ns": now and now.mtime_ns}
-
-
-def kept_answer(target: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of an earlier run that was asked for the same; None where there is none.
-
-    Raises ConfigError where the file holds another answer, as far as the request goes.
-    """
-    if not target.exists():
-        return None
-    record = _record_at(target)
-    known = record.get("request")
-    if not isinstance(known, dict):
-        raise ConfigError(f"{target}: is in the way, and no prediction that can be read; move it, or give --overwrite")
-    _check_request(target, request, known, {**request, **known})
-    return record
-
-
-def check_first(targets: Iterable[Path], settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the first answer that is there and can be read was made with other settings."""
-    for target in targets:
-        known = _record_at(target).get("request")
-        if known is not None:
-            _check_request(target, settings, known, settings)
-            return
-
-
-def _check_request(target: Path, request: Mapping[str, Any], known: Mapping[str, Any], fields: Iterable[str]) -> None:
-    differences = recipe_differences(request, known, fields, strict=True)
-    if differences:
-        raise ConfigError(
-            f"{target}: is another prediction ({'; '.join(differences)}); give another --output_dir, or --overwrite"
-        )
-
-
-def clear_pictures(target: Path, record: Mapping[str, Any]) -> None:
-    """Remove the pictures of the answer at `target` that the `record`, which takes its place, does not keep."""
-    earlier, folder = _record_at(target), target.parent.resolve()
-    stale: list[str] = []
-    if earlier.get("faithfulness") != record.get("faithfulness"):
-        stale = [path.name for path in figure_paths(folder / FAITHFULNESS.format(record["slide"]), FORMATS)]
-    if "pictures" in earlier and "pictures" not in record:
-        stale += earlier["pictures"]["files"]
-    for name in stale:
-        path = folder / name
-        if path.resolve().is_relative_to(folder):  # nothing that a record names elsewhere
-            path.unlink(missing_ok=True)
-
-
-def _record_at(target: Path) -> dict[str, Any]:
-    """The record at `target`; an empty one where there is none that can be read."""
-    try:
-        record = read_json(target) if target.exists() else {}
-    except LiteMILError:
+    path = folder / TABLE
+    if not path.exists():
         return {}
-    return record if isinstance(record, dict) else {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        if rows and "seen_in_training" not in rows[0]:
+            raise ValueError("other columns")
+        return {row["wsi_id"]: Known(row.get("case_id") or "", row.get("label") or "") for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError):
+        log.warning("%s: not a table of predictions that can be read; moved to %s", path, *set_aside(path))
+        return {}
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The records of predicted slides, in their order, and the rows of a label table for those that have one."""
+    """The records of predicted slides, in their order, the rows of a label table for those that are to be scored, and
+    what is known of the slides, those of earlier runs among them.
+    """
 
     records: Sequence[Mapping[str, Any]]
     rows: Mapping[str, LabelRow]
     class_names: Sequence[str]
+    known: Mapping[str, Known] = field(default_factory=dict)
 
     def table(self) -> pd.DataFrame:
         """A row per slide, with the columns of a training's `predictions.csv` as far as they apply."""
         return pd.DataFrame([self._line(record) for record in self.records])
 
     def _line(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        row = self.rows.get(record["slide"])
         line = {"wsi_id": record["slide"]}
-        if self.rows:
-            line |= {"case_id": row and row.case_id, "label": row and self.class_names[row.label]}
+        if any(known.label or known.case_id for known in self.known.values()):
+            known = self.known.get(record["slide"], Known())
+            line |= {"case_id": known.case_id or None, "label": known.label or None}
         line["predicted"] = record["predicted_class"]
         for prefix, key in (
             ("prob", "probabilities"),
@@ -200,7 +88,8 @@ class Answers:
             ("spread", "spread"),
         ):
             line |= {f"{prefix}_{name}": value for name, value in (record.get(key) or {}).items()}
-        return line | {name: record[name] for name in ("num_instances", "seen_in_training")}
+        line |= {name: record[name] for name in ("num_instances", "seen_in_training")}
+        return line | ({"fold": record["fold"]} if "fold" in record else {})
 
     def scores(self, threshold: float | None) -> dict[str, Any]:
         """The figures of a training, of the labelled slides: under the same names, with 95% intervals over patients.
@@ -256,28 +145,48 @@ class Answers:
         write_figures(folder, dict(zip(_FIGURES, drawn, strict=True)), formats)
 
     def write(
-        self, folder: Path, threshold: float | None, settings: Mapping[str, Any], formats: Sequence[str] = ("png",)
+        self,
+        folder: Path,
+        threshold: float | None,
+        settings: Mapping[str, Any],
+        overwrite: bool,
+        formats: Sequence[str] = Prediction.figure_format,
     ) -> str:
-        """Write `predictions.csv` and, with labels, `scores.json` and figures in these `formats`; the closing words.
+        """Write `predictions.csv` and, with labels, `scores.json` and figures in these `formats`; return the closing
+        words.
 
-        Figures of other scores are removed, in whatever format; without labels, so are scores that are there, if they
-        were made with other `settings`.
+        A table with rows of slides that this one lacks, though their answers are there, is set aside, and so are
+        scores that are not those of the same slides, labels and `settings`, which `overwrite` replaces.
         """
+        self._set_table_aside(folder)
         write_table(folder / TABLE, self.table())
-        earlier = _record_at(folder / SCORES)
         if not self.rows:
-            if earlier.get("settings") != settings:
-                _clear(folder, SCORES)
+            if read_record(folder / SCORES).get("settings") != settings:
+                _clear_scores(folder, overwrite)
             seen = sum(record["seen_in_training"] is True for record in self.records)
             return _seen_words(seen) if seen else ""
-        scores = self.scores(threshold)
-        checkpoint = self.records[0]["checkpoint"]
-        content = {"checkpoint": checkpoint, "settings": dict(settings), **scores}
-        if earlier != json.loads(json.dumps(content)):
-            _clear(folder)
-        write_json(folder / SCORES, content)
+        scores = {"settings": dict(settings), "labels": self._labels_digest(), **self.scores(threshold)}
+        earlier = read_record(folder / SCORES)
+        if earlier and any(earlier.get(name) != scores[name] for name in ("settings", "labels")):
+            _clear_scores(folder, overwrite)
+        write_json(folder / SCORES, {"checkpoint": self.records[0]["checkpoint"], **scores})
         self.draw(folder, formats)
         return scores_text(scores)
+
+    def _set_table_aside(self, folder: Path) -> None:
+        ours = {record["slide"] for record in self.records}
+        lost = [slide for slide in known_slides(folder) if slide not in ours and (folder / f"{slide}{ENDING}").exists()]
+        if lost:
+            log.warning(
+                "%s: holds %s by other settings; moved to %s",
+                folder / TABLE, counted(len(lost), "slide"), *set_aside(folder / TABLE),
+            )  # fmt: skip
+
+    def _labels_digest(self) -> str:
+        """Return a digest of the slides that are scored, with their patients and labels."""
+        scored = [self.rows[record["slide"]] for record in self.records if record["slide"] in self.rows]
+        lines = sorted(f"{row.wsi_id}\t{row.case_id}\t{self.class_names[row.label]}" for row in scored)
+        return digest(*lines)
 
     def _labels(self, scored: Sequence[Mapping[str, Any]]) -> np.ndarray:
         return np.array([self.rows[record["slide"]].label for record in scored])
@@ -295,11 +204,19 @@ class Answers:
         return np.array([[one[name] for name in self.class_names] for one in each])
 
 
-def _clear(folder: Path, *names: str) -> None:
-    """Remove the figures of scores, and the files called `names`."""
-    figures_there = [path for name in _FIGURES for path in figure_paths(folder / name, FORMATS)]
-    for path in [*figures_there, *(folder / name for name in names)]:
-        path.unlink(missing_ok=True)
+def _clear_scores(folder: Path, overwrite: bool) -> None:
+    """Take scores of other slides, labels or settings, and their figures, out of the way, or away."""
+    there = [path for path in [folder / SCORES, *_figure_files(folder)] if path.exists()]
+    if overwrite:
+        for path in there:
+            path.unlink()
+    elif there:
+        aside = set_aside(*there)
+        log.warning("%s: holds scores of other slides, labels or settings; moved to %s", there[0], aside[0])
+
+
+def _figure_files(folder: Path) -> list[Path]:
+    return [path for name in _FIGURES for path in figure_paths(folder / name, FORMATS)]
 
 
 _SEED = derive_seed(Protocol.seed, "bootstrap")

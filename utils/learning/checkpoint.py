@@ -19,6 +19,7 @@ from utils.core.runtime import versions
 from utils.core.tensors import load_tensors, save_tensors
 from utils.learning import first_version
 from utils.learning.aggregation import SlideFeed
+from utils.learning.foreign_checkpoints import names_in, names_of_pickle, origin
 
 FORMAT = "litemil-checkpoint"
 VERSION = 1
@@ -81,7 +82,11 @@ def load_checkpoint(
     missing, damaged or no checkpoint of LiteMIL's.
     """
     path = Path(path)
-    content = load_tensors(path, CheckpointError, "a checkpoint written by train.py")
+    try:
+        content = load_tensors(path, CheckpointError, "a checkpoint written by train.py")
+    except CheckpointError as failure:
+        whose = origin(names_of_pickle(path))
+        raise (CheckpointError(f"{failure}{whose}") if whose else failure) from failure.__cause__
     is_first_version = first_version.is_first_version(content)
     if not is_first_version:
         _check_format(path, content)
@@ -117,7 +122,7 @@ def _check_format(path: Path, content: Any) -> None:
         names = ", ".join(map(str, found)) or "nothing" if isinstance(found, dict) else f"a {type(found).__name__}"
         raise CheckpointError(
             f"{path}: not a LiteMIL checkpoint; give a fold_<k>_best.pth or all_folds_best.pth "
-            f"(it holds {textwrap.shorten(names, 100, placeholder=' ...')})"
+            f"(it holds {textwrap.shorten(names, 100, placeholder=' ...')}){origin(names_in(content))}"
         )
     if content.get("format_version") != VERSION:
         raise CheckpointError(

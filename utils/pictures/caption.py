@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from utils.core.cohorts import SYNTHETIC
+
 _RECIPE = ("backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "precision")
 _DIGEST_LENGTH, _SHOWN = 64, 16  # a digest's beginning tells it from others
 
@@ -46,6 +48,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("models, averaged" if several else "model", _counted(map(_model_text, models))),
         ("checkpoints" if several else "checkpoint", _paths_text(checkpoints)),
+        *([("answered", f"out of fold, by the model of fold {record['fold']}")] if "fold" in record else []),
         ("fed", chunked if record["mode"] == "chunked" else "whole"),
     ]
     if record.get("member_probabilities"):
@@ -69,6 +72,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     if record["seen_in_training"]:
         what = "patient" if record.get("seen_as") == "case" else "slide"
         notes.append(f"The model was trained on this {what}: its prediction proves nothing.")
+    if record.get("dataset") == SYNTHETIC:
+        notes.append("The model was trained on synthetic slides, drawn by rule: what it says of tissue means nothing.")
     if record.get("faithfulness") and record["faithfulness"]["deletion"]["gap"] <= 0:
         notes.append(
             "Attention does not support this answer: without the most attended patches, "

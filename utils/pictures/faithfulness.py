@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from utils.core.text import literal
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.heatmap import signed
 
 _MOST, _LEAST, _RANDOM = "#d62728", "#1f77b4", "#7f7f7f"
 _MAP_SIDE = 400  # px of the longer side of a map
@@ -39,7 +40,7 @@ def faithfulness_figure(
             _draw_map(one, shown, cmap)
             one.set_title(name, fontsize=9)
     figure.suptitle(literal(title), fontsize=10)
-    return figure
+    return signed(figure)
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Any], orders: int) -> None:

@@ -15,17 +15,19 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 from utils.core.config import Pictures
 from utils.core.errors import ConfigError, meant
 from utils.core.plots import save_figure
-from utils.core.text import literal
+from utils.core.text import NOTICE, literal
 from utils.pictures.attention_map import AttentionMap
 
 # Scale bars are one of these long, in um, whichever is nearest to a fifth of the picture.
 _BAR_LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _TOP_COLOUR, _LEAST_COLOUR = "#d62728", "#1f77b4"
 _COLUMNS = 5
+_THUMBNAIL = 240  # px of the longer side
 _FACT_WIDTH = 62  # characters of a line of the detailed figure's text
 _MANY = 200  # patches, from which few of them would not show in a histogram of linear height
 
@@ -96,6 +98,17 @@ class Look:
         return colours
 
 
+def map_thumbnail(picture: Picture, attention: AttentionMap, look: Look) -> Image.Image:
+    """Return the heatmap over the slide, small: for a page of many slides."""
+    small = Image.fromarray(picture.thumbnail)
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    reduced = Picture(np.asarray(small), picture.width, picture.height, picture.mpp)
+    colours = look.paint(reduced, attention)
+    weight = look.alpha * colours[..., 3:]
+    mixed = reduced.thumbnail * (1 - weight) + 255 * colours[..., :3] * weight
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
 def heatmap_figure(picture: Picture, attention: AttentionMap, look: Look, *, title: str, top_k: int) -> Figure:
     """The overview with each patch coloured; the `top_k` most attended patches outlined and numbered."""
     h, w = picture.shape
@@ -104,7 +117,7 @@ def heatmap_figure(picture: Picture, attention: AttentionMap, look: Look, *, tit
     _draw_slide(axes, picture)
     _draw_heat(axes, picture, attention, look, top_k)
     axes.set_title(literal(title), fontsize=10)
-    return figure
+    return signed(figure)
 
 
 def detailed_figure(
@@ -138,7 +151,7 @@ def detailed_figure(
     text.set_axis_off()
     text.text(0, 1, literal("\n".join(lines)), va="top", fontsize=7.5, linespacing=1.4, transform=text.transAxes)
     figure.suptitle(literal(title), fontsize=12)
-    return figure
+    return signed(figure)
 
 
 def patch_grid_figure(
@@ -167,6 +180,12 @@ def patch_grid_figure(
             cell.imshow(patch)
             cell.set_title(caption, fontsize=8)
     figure.suptitle(literal(title), fontsize=10)
+    return signed(figure)
+
+
+def signed(figure: Figure) -> Figure:
+    """Return the figure with a line below it that no picture of a prediction goes without."""
+    figure.supxlabel(NOTICE, x=0.99, ha="right", fontsize=7, color="#555555")
     return figure
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from utils.core.files import write_text
 from utils.core.runtime import versions
+from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import Look, Picture
 
@@ -65,6 +66,7 @@ def write_report(
         "title": f"{slide}: {answer}",
         "slide": slide,
         "answer": answer,
+        "notice": NOTICE,
         "heat_alt": f"Attention by colour; {attention.half} of {len(attention)} patches hold half of it",
         "scale_low": "0",
         "scale_high": most,

@@ -14,35 +14,19 @@ from pathlib import Path
 from utils.core.config import ExtractionFiles
 from utils.core.engine import Engine, Lost, Tell, threads
 from utils.core.errors import BackboneError, ConfigError, LiteMILError, NoTissueError, SlideError
-from utils.core.files import check_distinct, check_writable, clear_parts, clear_parts_of, write_records
+from utils.core.files import check_distinct, check_writable, clear_parts, clear_parts_of
+from utils.core.remarks import alike_once
+from utils.core.report import read_report, update_report
 from utils.core.runtime import log, progress_bar
 from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 from utils.slides.contours import ContourFile
-from utils.slides.wsi import find_slides, one_per_series, read_slides_csv, slide_bytes
+from utils.slides.slide_mpps import SlideMpps
+from utils.slides.status import PLANNED, SlideStatus
+from utils.slides.wsi import find_slides, one_per_series, slide_bytes
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
 PREVIEWS, TISSUE = "previews", "tissue"  # folders beside the features
-STATUSES = ("done", "skipped", "no tissue", "failed")
-PLANNED = "to extract"
 _SECONDS_BETWEEN_REPORTS = 10
-
-
-@dataclass(frozen=True)
-class SlideStatus:
-    """What became of one slide: "done", "skipped" (its features are there), "no tissue" or "failed", and why.
-
-    `patches`, their `mpp` and the `seconds` it took are None where they are not known. `node` is the machine, `tries`
-    is above 1 where workers died over it.
-    """
-
-    slide: Path
-    status: str
-    reason: str = ""
-    patches: int | None = None
-    mpp: float | None = None
-    seconds: float | None = None
-    node: str = ""
-    tries: int = 1
 
 
 # What makes a slide's file, or raises a LiteMILError.
@@ -56,9 +40,6 @@ def slide_targets(files: ExtractionFiles) -> dict[Path, Path]:
     """
     assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
     found = _slides_of(files)
-    if not found:
-        endings = " ".join(files.extensions) if files.extensions else "a slide's ending"
-        raise ConfigError(f"{files.input_dir}: no file with {endings} in it; name the endings with --extensions")
     targets = {}
     for slide in found:
         place = slide.relative_to(files.input_dir) if files.keep_structure else Path(slide.name)
@@ -72,13 +53,23 @@ def slide_targets(files: ExtractionFiles) -> dict[Path, Path]:
 
 
 def _slides_of(files: ExtractionFiles) -> list[Path]:
-    """The slides of the folder, without what an extraction has put there itself."""
-    assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
-    ours = files.output_dir.resolve()
-    if ours == files.input_dir.resolve():
-        ours /= PREVIEWS
+    """The slides of the folder, without what an extraction has put there itself; ConfigError where there is none."""
+    assert files.input_dir is not None  # noqa: S101 - checked by the config
     found = find_slides(files.input_dir, files.extensions)
-    return one_per_series([slide for slide in found if not slide.resolve().is_relative_to(ours)])
+    if files.output_dir is not None:
+        ours = files.output_dir.resolve()
+        if ours == files.input_dir.resolve():
+            ours /= PREVIEWS
+        found = [slide for slide in found if not slide.resolve().is_relative_to(ours)]
+    if not found:
+        endings = " ".join(files.extensions) if files.extensions else "a slide's ending"
+        raise ConfigError(f"{files.input_dir}: no file with {endings} in it; name the endings with --extensions")
+    return one_per_series(found)
+
+
+def _check_slide(path: Path) -> None:
+    if not path.is_file():
+        raise SlideError(f"{path}: no such file; give a slide, or --input_dir for a folder")
 
 
 def report_path(files: ExtractionFiles) -> Path:
@@ -86,6 +77,11 @@ def report_path(files: ExtractionFiles) -> Path:
     assert files.output_dir is not None  # noqa: S101 - for the type checker
     index, count = files.part
     return files.output_dir / (f"{REPORT}_{index}_of_{count}.csv" if count > 1 else f"{REPORT}.csv")
+
+
+def sheet_path(files: ExtractionFiles) -> Path:
+    """Where the contact sheet goes, beside the reports: one for all shards."""
+    return report_path(files).with_name(f"{SHEET}.html")
 
 
 @dataclass(frozen=True)
@@ -110,41 +106,48 @@ class SlideFiles:
 
     def __init__(self, files: ExtractionFiles) -> None:
         self.files = files
-        self.mpps = read_slides_csv(files.slides_csv) if files.slides_csv else {}
+        self.mpps = SlideMpps.read(files.slides_csv, files.slide_mpp)
         if files.tissue is not None and not files.tissue.is_dir():
             raise ConfigError(f"--tissue {files.tissue}: no such folder; give that of the .geojson files")
 
     def targets(self) -> dict[Path, Path]:
         """Each slide and its feature file."""
         files = self.files
+        if self.mpps.rows:
+            self.mpps.check(self.slides(), files.input or Path(str(files.input_dir)))
         if files.input is None:
-            self._tell_of_unknown_slides()
             return slide_targets(files)
-        if not files.input.is_file():
-            raise SlideError(f"{files.input}: no such file; give a slide, or --input_dir for a folder")
+        _check_slide(files.input)
         name = f"{files.input.stem}.{files.format or 'h5'}"
         return {files.input: files.output or (files.output_dir or files.input.parent) / name}
+
+    def slides(self) -> list[Path]:
+        """Return the slide, or all those of the folder. Raises SlideError or ConfigError where there is none."""
+        if self.files.input is None:
+            return _slides_of(self.files)
+        _check_slide(self.files.input)
+        return [self.files.input]
 
     def told(self, slide: Path, target: Path) -> Told:
         """Raises SlideError where the slide's outlines are asked for and cannot be read."""
         drawn = self._beside(self.files.tissue, slide, target, ".geojson")
         saved = self._beside(self._root(target) / TISSUE, slide, target, ".geojson")
-        mpp = self.mpps.get(slide.name, self.mpps.get(slide.stem))
         return Told(
-            mpp,
+            self.mpps.of(slide),
             None if drawn is None else ContourFile.read(drawn),
             saved if self.files.save_tissue else None,
-            self.preview(slide, target),
+            self.preview(target),
         )
 
-    def preview(self, slide: Path, target: Path) -> Path | None:
+    def preview(self, target: Path) -> Path | None:
         wanted = self.files.input is None if self.files.preview is None else self.files.preview
-        return self._beside(self._root(target) / PREVIEWS, slide, target, ".jpg") if wanted else None
+        # By the features' name: of one slide there may be several, by several recipes.
+        return self._beside(self._root(target) / PREVIEWS, target, target, ".jpg") if wanted else None
 
     def clear_parts(self, targets: Mapping[Path, Path]) -> None:
         """Remove what killed runs left half-written wherever this one writes."""
         told = [
-            (self.preview(*pair), self._beside(self._root(pair[1]) / "tissue", *pair, "")) for pair in targets.items()
+            (self.preview(pair[1]), self._beside(self._root(pair[1]) / "tissue", *pair, "")) for pair in targets.items()
         ]
         beside = {path.parent for paths in told for path in paths if path is not None}
         for folder in {target.parent for target in targets.values()} | beside | {report_path(self.files).parent}:
@@ -153,31 +156,25 @@ class SlideFiles:
     def _root(self, target: Path) -> Path:
         return target.parent if self.files.input is not None else self.files.output_dir or target.parent
 
-    def _beside(self, folder: Path | None, slide: Path, target: Path, ending: str) -> Path | None:
-        """A slide's file in `folder`, under the subfolders that its features have in theirs."""
+    def _beside(self, folder: Path | None, named_by: Path, target: Path, ending: str) -> Path | None:
+        """A slide's file in `folder`, under the subfolders that its features, `target`, have in theirs."""
         if folder is None:
             return None
-        return folder / target.parent.relative_to(self._root(target)) / f"{slide.stem}{ending}"
+        return folder / target.parent.relative_to(self._root(target)) / f"{named_by.stem}{ending}"
 
-    def _tell_of_unknown_slides(self) -> None:
-        slides = _slides_of(self.files) if self.mpps else []
-        unknown = self.mpps.keys() - {name for slide in slides for name in (slide.name, slide.stem)}
-        if unknown:
-            named = ", ".join(sorted(unknown)[:4]) + (", ..." if len(unknown) > 4 else "")
-            log.warning(
-                "%s: %d of %d rows match no slide of %s by name: %s",
-                self.files.slides_csv, len(unknown), len(self.mpps), self.files.input_dir, named,
-            )  # fmt: skip
-
-    def write_sheet(self, statuses: Sequence[SlideStatus], targets: Mapping[Path, Path]) -> None:
-        """The contact sheet, beside the report."""
+    def write_sheet(self, about: Sequence[str] = ()) -> None:
+        """Write the contact sheet of all slides in the reports of all shards, with `about`, such as the recipe."""
+        folder = report_path(self.files).parent
+        reports = sorted(folder.glob(f"{REPORT}*.csv"), key=lambda path: path.stat().st_mtime_ns)
+        statuses = {status.slide: status for report in reports for status in read_report(report, SlideStatus)}
         rows = []
-        for status in statuses:
-            picture = self.preview(status.slide, targets[status.slide])
+        for slide in sorted(statuses):
+            status = statuses[slide]
+            picture = self.preview(folder / (status.output or f"{slide.stem}.h5"))
             shown = picture if picture is not None and picture.is_file() else None
-            rows.append(SheetRow(status.slide.name, status.status, status.reason, status.patches, status.mpp, shown))
-        report = report_path(self.files)
-        write_contact_sheet(report.with_name(f"{report.stem.replace(REPORT, SHEET)}.html"), rows)
+            reason = "; ".join(filter(None, [status.reason, status.last_error]))
+            rows.append(SheetRow(slide.name, status.status, reason, status.patches, status.mpp, shown))
+        write_contact_sheet(sheet_path(self.files), rows, about)
 
 
 def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, report: Path) -> list[SlideStatus]:
@@ -185,10 +182,10 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
 
     A slide that fails is logged and reported, and the others go on. What is no slide's fault, Ctrl-C too, ends all.
     Raises ConfigError where the report cannot be written.
-    `report` is written now and then, and at the end in any case.
+    `report` is written now and then, and at the end in any case; see `update_report`.
     """
     check_writable(report.parent)
-    statuses: dict[Path, SlideStatus] = {}
+    statuses: dict[Path, SlideStatus] = {}  # by slide
     tries: Counter[Path] = Counter()
     written = time.monotonic()
     pairs = list(targets.items())
@@ -202,20 +199,23 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
         if isinstance(told, Lost):
             clear_parts_of(told.node, told.process, report.parent)
             if not told.for_good:
-                log.warning("%s: %s; it is tried again", slide, told)
+                log.warning("%s", f"{slide}: {told}; it is tried again")  # each time, not once for all slides
                 return
             told = SlideStatus(slide, "failed", f"{slide}: {told}", node=told.node)
         statuses[slide] = announced(replace(told, tries=tries[slide]))
         bar.update()
         if time.monotonic() - written > _SECONDS_BETWEEN_REPORTS:
-            _write_report(report, targets, statuses)
+            write()
             written = time.monotonic()
 
+    def write() -> None:
+        update_report(report, {targets[slide]: status for slide, status in statuses.items()}, SlideStatus)
+
     try:
-        with threads(engine.threads), progress_bar("Slides", len(targets), unit="slide") as bar:
+        with threads(engine.threads), progress_bar("Slides", len(targets), unit="slide") as bar, alike_once():
             engine.run(partial(_do, work), pairs, hear)
     finally:
-        _write_report(report, targets, statuses)
+        write()
     return [statuses[slide] for slide in targets]
 
 
@@ -239,37 +239,8 @@ def attempt(work: Work, slide: Path, target: Path) -> SlideStatus:
 
 def announced(status: SlideStatus) -> SlideStatus:
     """The same, logged where it is bad news."""
-    if status.status in ("no tissue", "failed"):
-        log.log(logging.WARNING if status.status == "no tissue" else logging.ERROR, "%s", status.reason)
+    if not status.is_made and status.status != PLANNED:
+        level = logging.WARNING if status.status == "no tissue" else logging.ERROR
+        subject = status.reason.removesuffix(status.why).removesuffix(": ") or status.slide
+        log.log(level, "%s: %s", subject, status.why)
     return status
-
-
-def _write_report(report: Path, targets: Mapping[Path, Path], statuses: Mapping[Path, SlideStatus]) -> None:
-    done = [statuses[slide] for slide in targets if slide in statuses]
-    if done:
-        write_records(report, done)
-
-
-def status_table(statuses: Sequence[SlideStatus]) -> str:
-    """A line per slide."""
-    width = max(len(status.slide.name) for status in statuses)
-    lines = [f"{'slide':{width}}  {'':10}  {'patches':>8}  {'um/px':>6}"]
-    for status in statuses:
-        patches = "" if status.patches is None else status.patches
-        mpp = "" if status.mpp is None else f"{status.mpp:.4g}"
-        lines.append(f"{status.slide.name:{width}}  {status.status:10}  {patches:>8}  {mpp:>6}".rstrip())
-    return "\n".join(lines)
-
-
-def summary(statuses: Sequence[SlideStatus]) -> str:
-    """The closing lines of an extraction."""
-    counts = {name: sum(status.status == name for status in statuses) for name in STATUSES}
-    patches = sum(status.patches or 0 for status in statuses if status.status == "done")
-    lines = [
-        f"{counts['done']} extracted ({patches} patches), "
-        + ", ".join(f"{counts[name]} {name}" for name in STATUSES[1:])
-    ]
-    unknown = sum(status.status == "done" and status.mpp is None for status in statuses)
-    if unknown:
-        lines.append(f"{unknown} of the extracted slides have no known um/px; it is recorded as unknown")
-    return "\n".join(lines)

@@ -153,8 +153,8 @@ def choose_sampling(
         raise ConfigError(f"level {level} and mpp {mpp:g}: give at most one of them")
     if slide.mpp is None:
         raise SlideError(
-            f"{slide.path}: its um/px is needed and unknown ({slide.mpp_problem}); give it in --slides_csv "
-            "(columns wsi,mpp), or ask for a --level"
+            f"{slide.path}: its um/px is needed and unknown ({slide.mpp_problem}); give it with --slide_mpp (of all "
+            "slides) or in --slides_csv (a table wsi,mpp), or ask for a --level"
         )
     wanted = mpp / slide.mpp
     same = 0.5 / patch_size

@@ -140,15 +140,18 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
     except openslide.OpenSlideError as error:
         raise SlideError(_damaged(path, "cannot be opened", error)) from error
     slide.told_mpp = mpp
-    found = slide._file_resolution() if mpp is None else Resolution(mpp)
-    slide.mpp, slide.mpp_problem = found.mpp, found.problem
+    own = slide._file_resolution()
+    found = own if mpp is None else Resolution(mpp)
+    slide.mpp, slide.mpp_problem, slide.own_mpp = found.mpp, found.problem, own.mpp
     if found.doubt or found.problem not in (None, NOT_IN_FILE):
         log.warning("%s: %s", path, found.doubt or f"{found.problem}; its um/px is taken as unknown")
     return slide
 
 
 def read_slides_csv(path: Path | str) -> dict[str, float]:
-    """The um per level-0 px of slides, by file name or stem: a table with the columns `wsi,mpp`, others are ignored.
+    """The um per level-0 px of slides, by file name or stem: a table with the columns `wsi,mpp`.
+
+    Other columns are ignored, and so are rows whose mpp is empty.
 
     Raises:
         SlideError: the table cannot be read, a slide stands there twice, or a value is not plausible.
@@ -175,6 +178,8 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
             raise SlideError(
                 f"{path}, line {line}: wsi {wsi!r}; the name of a slide's file is expected, without folders"
             )
+        if row["mpp"] is not None and not row["mpp"].strip():
+            continue
         if mpp is None or not low <= mpp <= high:
             raise SlideError(
                 f"{path}, line {line}: mpp {row['mpp']!r} of {wsi}; um per level-0 px are expected, {low:g} to {high:g}"
@@ -203,6 +208,7 @@ class Slide:
         mpp: um per level-0 px, or None where the file does not say, or not plausibly.
         mpp_problem: why mpp is None, in a few words.
         told_mpp: mpp as the user told it, or None.
+        own_mpp: mpp as the file says it, or None.
         objective: nominal magnification of the objective, or None.
         vendor: OpenSlide's name for the scanner's format; "image" for a plain image.
         bounds: (x, y, width, height) of the scanned area in level-0 px, or None where the file does not say.
@@ -217,6 +223,7 @@ class Slide:
     mpp: float | None = None
     mpp_problem: str | None = NOT_IN_FILE
     told_mpp: float | None = None
+    own_mpp: float | None = None
     objective: float | None = None
     vendor: str
     bounds: tuple[int, int, int, int] | None = None

@@ -1,0 +1,170 @@
+"""extractFeatures.py over folders: what its report keeps, what is told of slides, and what it says at the end."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests.synthetic import stained_image, write_pyramid
+from utils.bags.store import read_bag
+from utils.core.config import ExtractionFiles
+from utils.core.errors import ConfigError
+
+RECIPE = ("--backbone", "stain", "--patch_size", 64, "--tissue_threshold", 0)
+
+
+@pytest.fixture
+def extract(script, tmp_path):
+    """Run extractFeatures.py on the folder `slides` into the folder `out`."""
+
+    def run(*flags: object, output: str = "out"):
+        return script("extractFeatures", "--input_dir", tmp_path / "slides", "--output_dir", tmp_path / output, *flags)
+
+    return run
+
+
+@pytest.fixture
+def slides(tmp_path) -> Path:
+    """Three slides of 0.5 um/px."""
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for number, name in enumerate("abc"):
+        write_pyramid(folder / f"{name}.tif", stained_image(192, 128, seed=number), mpp=0.5, downsamples=(1,), tile=64)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Six plain images, which say nothing of their um/px."""
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for number in range(6):
+        Image.fromarray(stained_image(192, 128, seed=number)).save(folder / f"s{number}.png")
+    return folder
+
+
+def report_of(tmp_path: Path) -> pd.DataFrame:
+    return pd.read_csv(tmp_path / "out" / "extraction_report.csv", keep_default_na=False).set_index("output")
+
+
+def test_a_mistyped_rerun_changes_neither_report_nor_contact_sheet(slides, extract, tmp_path):
+    assert extract(*RECIPE, "--mpp", 0.5).code == 0
+    first, sheet = report_of(tmp_path), (tmp_path / "out" / "contact_sheet.html").read_text()
+    mistyped = extract(*RECIPE, "--mpp", 1)
+    assert mistyped.code == 1
+    assert "3 failed" in mistyped.out
+    second = report_of(tmp_path)
+    assert second["last_error"].str.contains("made with another recipe").all()
+    columns = [name for name in first if name != "last_error"]
+    pd.testing.assert_frame_equal(second[columns], first[columns])
+    again = (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert again.count("previews/a.jpg") == sheet.count("previews/a.jpg") > 0
+    assert "made with another recipe" in again
+
+
+def test_a_rerun_on_fewer_slides_keeps_the_rows_of_the_others(slides, extract, tmp_path):
+    assert extract(*RECIPE).code == 0
+    first = report_of(tmp_path)
+    write_pyramid(slides / "d.tiff", stained_image(128, 128), mpp=0.5, downsamples=(1,), tile=64)
+    for flags, made in ((("--limit", 1), 3), (("--extensions", ".tiff"), 4), ((), 4)):
+        assert extract(*RECIPE, *flags).code == 0
+        report = report_of(tmp_path)
+        assert len(report) == made
+        assert (report["patches"] == 6).sum() == 3
+        assert list(report["seconds"][list(first.index)]) == list(first["seconds"])
+        assert (tmp_path / "out" / "contact_sheet.html").read_text().count("<tr><td>") == made
+
+
+def test_what_qc_dropped_is_told_of_slides_that_are_skipped(slides, extract, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "utils.feature_extractor.judge_patches", lambda patches, _: np.array(["pen"] + [""] * (len(patches) - 1))
+    )
+    for _ in range(2):
+        assert extract(*RECIPE, "--qc").code == 0
+        assert report_of(tmp_path)["reason"].str.endswith("--qc dropped 1 pen").all()
+        (tmp_path / "out" / "extraction_report.csv").unlink()
+
+
+def test_of_one_slide_by_two_recipes_each_has_its_preview(slides, script, tmp_path):
+    for name, size in (("one", 64), ("two", 32)):
+        flags = (*RECIPE[:2], "--patch_size", size, "--tissue_threshold", 0, "--preview")
+        assert (
+            script("extractFeatures", "--input", slides / "a.tif", "--output", tmp_path / f"{name}.h5", *flags).code
+            == 0
+        )
+    assert {path.stem for path in (tmp_path / "previews").iterdir()} == {"one", "two"}
+
+
+def test_slides_without_um_per_px_are_told_in_a_line_with_the_remedy(images, extract, tmp_path):
+    for flags in (("--dry_run",), ()):
+        outcome = extract(*RECIPE, "--mpp", 0.5, *flags)
+        assert outcome.code == 1
+        assert len(outcome.errors) == 2
+        assert "the same of 5 more (s1.png, s2.png, s3.png and 2 more): its um/px is needed" in outcome.errors[1]
+        assert "give it with --slide_mpp" in outcome.errors[1]
+    assert len(report_of(tmp_path)) == 6
+    assert extract(*RECIPE, "--mpp", 0.5, "--dry_run").out.count("failed") == 1
+
+
+def test_one_value_tells_the_um_per_px_of_all_and_the_table_wins(images, extract, tmp_path):
+    (tmp_path / "mpp.csv").write_text("wsi,mpp\ns0.png,0.25\n")
+    flags = (*RECIPE, "--mpp", 0.5, "--slide_mpp", 0.5)
+    outcome = extract(*flags, "--slides_csv", tmp_path / "mpp.csv")
+    assert outcome.code == 0, outcome.err
+    assert "mpp.csv: its rows win; --slide_mpp 0.5 holds for the slides without one" in outcome.err
+    told = [read_bag(tmp_path / "out" / f"s{number}.h5").passport.slide["mpp"] for number in range(3)]
+    assert told == [0.25, 0.5, 0.5]
+    refused = extract(*flags)
+    assert "s0.h5: made with another recipe (slide's mpp: found 0.25, expected 0.5)" in refused.errors[0]
+    assert "out of range" in extract(*RECIPE, "--slide_mpp", 250).errors[0]
+
+
+def test_slides_that_say_otherwise_themselves_are_told(slides, extract):
+    outcome = extract(*RECIPE, "--slide_mpp", 0.62)
+    assert outcome.code == 0
+    assert "a.tif: its own um/px, 0.5, contradicts the 0.62 given for it, which is used" in outcome.err
+    assert "the same of 2 more (b.tif, c.tif)" in outcome.err
+    assert "contradicts" not in extract(*RECIPE, "--slide_mpp", 0.51, output="other").err
+
+
+def test_a_template_of_the_table_is_written_filled_in_and_given_back(images, script, extract, tmp_path):
+    write_pyramid(images / "own.tif", stained_image(128, 128), mpp=0.25, downsamples=(1,), tile=64)
+    (images / "bad.svs").write_text("no slide")
+    table = tmp_path / "mpp.csv"
+    outcome = script("extractFeatures", "--input_dir", images, "--write_slides_csv", table)
+    assert outcome.code == 0, outcome.err
+    assert "8 slides, 1 with their own um/px, 7 without" in outcome.out
+    rows = pd.read_csv(table, index_col="wsi")
+    assert rows["mpp"]["own.tif"] == 0.25
+    assert rows["note"]["s0.png"] == "not in the file"
+    again = script("extractFeatures", "--input_dir", images, "--write_slides_csv", table)
+    assert "is there already, and is not written over" in again.errors[0]
+    (images / "bad.svs").unlink()
+    rows.drop("bad.svs").assign(mpp=rows["mpp"].fillna(0.5)).to_csv(table)
+    assert extract(*RECIPE, "--mpp", 0.5, "--slides_csv", table).code == 0
+    rows.assign(mpp=rows["mpp"].where(rows.index == "own.tif")).to_csv(table)
+    assert extract(*RECIPE, "--mpp", 0.5, "--slides_csv", table, "--limit", 1, output="empty").code == 0
+
+
+def test_two_slides_of_one_name_have_no_template(slides, script, tmp_path):
+    shutil.copytree(slides, slides / "site")
+    outcome = script("extractFeatures", "--input_dir", slides, "--write_slides_csv", tmp_path / "mpp.csv")
+    assert "a table knows slides by their names" in outcome.errors[0]
+    with pytest.raises(ConfigError, match="--input_dir needs --output_dir"):
+        ExtractionFiles(input_dir=slides)
+
+
+def test_the_end_says_where_things_are_how_long_it_took_and_what_is_next(slides, script, extract, tmp_path):
+    out = tmp_path / "out"
+    words = extract(*RECIPE).out.splitlines()
+    assert words[0].startswith("3 extracted (18 patches), 0 skipped, 0 no tissue, 0 failed (took ")
+    assert words[1] == (
+        f"Features are in {out}; report in {out / 'extraction_report.csv'}; pictures in {out / 'contact_sheet.html'}"
+    )
+    assert words[2].startswith(f"Next: uv run train.py --mil LiteMIL --dataset NAME --features_dir {out}")
+    one = script("extractFeatures", "--input", slides / "a.tif", "--output", tmp_path / "a.h5", *RECIPE).out
+    assert f"Features are in {tmp_path / 'a.h5'}" in one
+    assert "Next: uv run predict.py" in one

@@ -1,0 +1,127 @@
+"""What `extractFeatures.py` does: a slide or a folder of them extracted, or only looked at, and the closing words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from utils.core.config import Cluster, ExtractionFiles
+from utils.core.engine import Threads, open_engine, worker_number
+from utils.core.errors import ConfigError
+from utils.core.remarks import alike_once
+from utils.core.runtime import duration, file_size, progress
+from utils.feature_extractor import WSIFeatureExtractor, extract_one
+from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, work_through
+from utils.slides.contact_sheet import recipe_words
+from utils.slides.status import PLANNED, STATUSES, SlideStatus, status_table
+from utils.slides.wsi import open_slide
+
+
+def _slide_files(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> SlideFiles:
+    if files.tissue is not None and extractor.config.tissue_threshold == 0:
+        raise ConfigError(f"--tissue {files.tissue}: has no meaning with --tissue_threshold 0, which keeps every patch")
+    return SlideFiles(files)
+
+
+def extract_slides(
+    extractor: WSIFeatureExtractor, files: ExtractionFiles, cluster: Cluster | None = None
+) -> list[SlideStatus]:
+    """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
+
+    For a folder, also writes its report (see `utils.slides.batch`), previews and a contact sheet. Raises for a single
+    slide that fails, ConfigError for slides that would share an output file.
+    """
+    known, cluster = _slide_files(extractor, files), cluster or Cluster()
+    targets = known.targets()
+    if files.input is not None:
+        if cluster.is_asked_for:
+            raise ConfigError("--ray shares the slides of a folder out; give --input_dir with it")
+        return [_Extraction((extractor,), known)(*pair) for pair in targets.items()]
+    here = Threads(len(extractor.devices), extractor.stop)
+    with open_engine(cluster, here, extractor.config.device) as engine:
+        extractors = [extractor]
+        if not cluster.is_asked_for:
+            extractors += [extractor.on(device) for device in extractor.devices[1:]]
+            _ = [one.backbone for one in extractors]  # one that cannot be had ends all before it begins
+        known.clear_parts(targets)
+        statuses = work_through(targets, engine, _Extraction(tuple(extractors), known), report_path(files))
+    if files.preview is not False:
+        known.write_sheet([recipe_words(extractor.config)])
+    return statuses
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    """Makes one slide's file by the extractor that is the worker's own."""
+
+    extractors: tuple[WSIFeatureExtractor, ...]
+    known: SlideFiles
+
+    def __call__(self, slide: Path, target: Path) -> SlideStatus:
+        extractor = self.extractors[worker_number()]
+        return extract_one(extractor, slide, target, self.known.files.overwrite, self.known.told(slide, target))
+
+
+def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:
+    """What `extract_slides` would do, slide by slide, and a text of that and of what it would cost: patches are counted
+    on thumbnails, and the time is estimated from a trial on some of them. Writes nothing. Raises as `extract_slides`
+    does.
+    """
+    known = _slide_files(extractor, files)
+    targets = known.targets()
+    rates = []
+
+    def look(slide: Path, target: Path) -> SlideStatus:
+        told = known.told(slide, target)
+        if target.exists() and not files.overwrite:
+            return extract_one(extractor, slide, target, told=told)
+        with open_slide(slide, told.mpp) as opened:
+            plan = extractor.plan(opened, replace(told, preview=None))
+            if not rates:
+                rates.append(extractor.rate(opened, plan))
+        return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
+
+    _ = extractor.backbone  # a backbone that cannot be had is no slide's fault
+    bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
+    with alike_once():
+        statuses = [announced(attempt(look, slide, target)) for slide, target in bar]
+    patches = sum(status.patches or 0 for status in statuses if status.status == PLANNED)
+    size = patches * extractor.backbone.dim * np.dtype(extractor.config.dtype).itemsize
+    cost = f"{patches} patches to extract, {file_size(size)} of features"
+    for rate in rates:
+        seconds = patches / rate / len(extractor.devices)
+        cost += f", about {duration(seconds)} at {rate:.0f} patches/s, as just tried on {extractor.device}"
+    failed = sum(status.status == "failed" for status in statuses)
+    if failed:
+        cost += f"\n{failed} of {len(statuses)} slides would fail"
+    mend = "mend what fails, then " if failed else ""
+    end = f"Nothing was extracted: a dry run. Next: {mend}the same command without --dry_run"
+    return statuses, f"{status_table(statuses)}\n\n{cost}\n{end}"
+
+
+def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took: str) -> str:
+    """Return how many slides have which status, where what was made is, how long it took, and what may come next."""
+    done = [status for status in statuses if status.status == "done"]
+    patches = sum(status.patches or 0 for status in done)
+    others = ", ".join(f"{sum(status.status == name for status in statuses)} {name}" for name in STATUSES[1:])
+    lines = [f"{len(done)} extracted ({patches} patches), {others} (took {took})"]
+    unknown = sum(status.mpp is None for status in done)
+    if unknown:
+        lines.append(
+            f"{unknown} of the extracted slides have no known um/px; it is recorded as unknown "
+            "(--slide_mpp or --slides_csv tells it)"
+        )
+    if files.input_dir is not None:
+        sheet = [] if files.preview is False else [f"pictures in {sheet_path(files)}"]
+        lines.append("; ".join([f"Features are in {files.output_dir}", f"report in {report_path(files)}", *sheet]))
+        command = f"train.py --mil LiteMIL --dataset NAME --features_dir {files.output_dir} --labels_csv labels.csv"
+    else:
+        (target,) = SlideFiles(files).targets().values()
+        lines.append(f"Features are in {target}")
+        command = f"predict.py --checkpoint outputs/LiteMIL/NAME --input {target}"
+    if any(status.is_made for status in statuses):
+        lines.append(f"Next: uv run {command}")
+    else:
+        lines.append("Next: mend what failed, as said above; feature files that are there were left as they are")
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""A finished training run, found by its folder: the model chosen in it, and its out-of-fold answers."""
+
+import csv
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from utils.bags.feature_folder import FeatureFolder
+from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, counted, named
+from utils.core.files import read_json
+from utils.core.runtime import log
+
+RECORD, CHOSEN, PREDICTIONS = "run.json", "all_folds_best.pth", "predictions.csv"
+# What float rounding on another device makes of a probability, at the most.
+_ROUNDING = 1e-4
+
+
+def chosen_checkpoint(path: Path) -> Path:
+    """Return the file of a checkpoint, which of a training run's folder is the model chosen in it.
+
+    Raises CheckpointError for a folder that holds no run, or one that is not finished.
+    """
+    if not path.is_dir():
+        return path
+    chosen = path / CHOSEN
+    if (path / RECORD).exists() or not chosen.is_file():  # the first version's folders have no record
+        run_record(path)
+    log.info("%s: a training run; the model chosen in it is taken, %s", path, CHOSEN)
+    return chosen
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """Return what `run.json` of a finished run says. Raises CheckpointError where there is none."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no training run (it has no {RECORD}); {_instead(folder)}")
+    record = read_json(path, CheckpointError)
+    if not isinstance(record, dict) or "finished" not in record:
+        raise CheckpointError(f"{path}: not the record of a training run; give the output folder of train.py")
+    if not record["finished"]:
+        raise CheckpointError(f"{folder}: its training is not finished; give its command again, which goes on there")
+    return record
+
+
+def _instead(folder: Path) -> str:
+    """Return what could be given instead of a folder that is no run."""
+    runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
+    if runs:
+        return f"give one of the runs in it: {named(runs)}"
+    files = sorted(path.name for path in folder.glob("*.pth"))
+    return f"give one of its files: {named(files)}" if files else "give the output folder of train.py"
+
+
+@dataclass(frozen=True)
+class TestedSlide:
+    """What a run's `predictions.csv` says of a slide: the fold that tested it, and its `probabilities` by class."""
+
+    wsi_id: str
+    case_id: str
+    label: str
+    fold: int
+    repeat: int
+    probabilities: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """The slides of a finished run, each with the fold whose model has not seen it; `features_dir` is None where the
+    run does not tell. Of `repeats`, `slides` has each slide's first, or the one asked for.
+    """
+
+    folder: Path
+    slides: Mapping[str, TestedSlide]
+    repeats: int
+    features_dir: Path | None
+    feat_type: str
+
+    @classmethod
+    def read(cls, folder: Path, repeat: int | None = None) -> Self:
+        """Read a run's folder. Raises CheckpointError where it is not finished or damaged, ConfigError for a repeat
+        that it does not have.
+        """
+        record = run_record(folder)
+        rows = sorted(_read_predictions(folder / PREDICTIONS), key=lambda row: (row.repeat, row.fold))
+        repeats = max(row.repeat for row in rows)
+        if repeat is not None and repeat > repeats:
+            raise ConfigError(f"--repeat {repeat}: {folder} has {counted(repeats, 'repeat')}; give one of those")
+        slides: dict[str, TestedSlide] = {}
+        for row in rows:
+            if repeat in (None, row.repeat):
+                slides.setdefault(row.wsi_id, row)
+        feat_type = record.get("identity", {}).get("feat_type", "features")
+        return cls(folder, slides, repeats, _features_dir(record), feat_type)
+
+    @property
+    def folds(self) -> list[int]:
+        """The folds that the slides are tested by."""
+        return sorted({slide.fold for slide in self.slides.values()})
+
+    def checkpoint(self, fold: int) -> Path:
+        return self.folder / f"fold_{fold}_best.pth"
+
+    def sources(self, features_dir: Path | None, allow: Collection[str]) -> list[Path]:
+        """Return the slides' feature files, from the run's own folder where none is given.
+
+        Raises FeatureFileError for slides without one, unless `allow` has "missing", LabelsError for slides with two,
+        ConfigError where no folder is known.
+        """
+        place = features_dir or self.features_dir
+        if place is None:
+            raise ConfigError(f"{self.folder}: does not say where its features are; give their folder with --input_dir")
+        if not place.is_dir():
+            raise FeatureFileError(f"{place}: no such folder; give that of the features with --input_dir")
+        folder = FeatureFolder(place)
+        folder.check_unique(self.slides)
+        files = [path for slide in sorted(self.slides) if (path := folder.find(slide)) is not None]
+        missing = sorted(self.slides.keys() - folder.files.keys())
+        if missing and ("missing" not in allow or not files):
+            raise FeatureFileError(
+                f"{place}: no feature file of {counted(len(missing), 'slide')} of {self.folder}: {named(missing)}; "
+                "give their folder with --input_dir, or leave them out with --allow missing"
+            )
+        return files
+
+    def agreement(self, records: Sequence[Mapping[str, Any]]) -> str:
+        """Return how far the probabilities of new answers agree with the run's own; log where they do not."""
+        apart = {
+            record["slide"]: max(
+                abs(record["probabilities"].get(name, math.inf) - value)
+                for name, value in self.slides[record["slide"]].probabilities.items()
+            )
+            for record in records
+        }
+        most, table = max(apart.values()), self.folder / PREDICTIONS
+        unlike = sorted((slide for slide, value in apart.items() if value > _ROUNDING), key=lambda name: -apart[name])
+        if not unlike:
+            return f"The probabilities are those of {table} (largest difference {most:.1g})."
+        log.warning(
+            "%s: of %d of %d slides the probabilities differ by up to %.2g (%s): their features have changed since",
+            table, len(unlike), len(apart), most, named(unlike, 3),
+        )  # fmt: skip
+        return f"{len(unlike)} of {counted(len(apart), 'slide')} are not answered as in {table}."
+
+
+def _features_dir(record: Mapping[str, Any]) -> Path | None:
+    """Return where the run's features are: as it records or, of a run of before, in the cohort's usual place."""
+    if record.get("features_dir"):
+        return Path(record["features_dir"])
+    usual = Path("datasets") / str(record.get("dataset")) / "features"
+    return usual if usual.is_dir() else None
+
+
+def _read_predictions(path: Path) -> list[TestedSlide]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        slides = [
+            TestedSlide(
+                row["wsi_id"], row["case_id"], row["label"], int(row["fold"]), int(row.get("repeat", 1)),
+                {name.removeprefix("prob_"): float(row[name]) for name in row if name.startswith("prob_")},
+            )
+            for row in rows
+        ]  # fmt: skip
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError, TypeError) as failure:
+        raise CheckpointError(f"{path}: not the table of a training run ({failure}); train again") from failure
+    if not slides or not all(slide.probabilities for slide in slides):
+        raise CheckpointError(f"{path}: no predictions in it; train again")
+    return slides

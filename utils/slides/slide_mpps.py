@@ -1,0 +1,86 @@
+"""The um/px that the user tells of slides whose own is missing or wrong: by a table, or one value for all."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from utils.core.errors import ConfigError, SlideError, counted, named
+from utils.core.files import check_distinct, write_records
+from utils.core.remarks import alike_once
+from utils.core.runtime import log, progress
+from utils.slides.wsi import open_slide, read_slides_csv
+
+_NAMED = 4
+
+
+@dataclass(frozen=True)
+class SlideMpps:
+    """um per level-0 px: `rows` of the table by file name or stem, and `for_all` the slides that have none."""
+
+    rows: Mapping[str, float] = field(default_factory=dict)
+    for_all: float | None = None
+    path: Path | None = None
+
+    @classmethod
+    def read(cls, slides_csv: Path | None, slide_mpp: float | None) -> Self:
+        """Return what `--slides_csv` and `--slide_mpp` tell. Raises SlideError as `read_slides_csv` does."""
+        rows = read_slides_csv(slides_csv) if slides_csv else {}
+        if rows and slide_mpp is not None:
+            log.info("%s: its rows win; --slide_mpp %g holds for the slides without one", slides_csv, slide_mpp)
+        return cls(rows, slide_mpp, slides_csv)
+
+    def of(self, slide: Path) -> float | None:
+        """Return what was told of a slide; None where nothing was."""
+        return self.rows.get(slide.name, self.rows.get(slide.stem, self.for_all))
+
+    def check(self, slides: Collection[Path], where: Path) -> None:
+        """Log the rows that are about none of the slides in `where`; of a single slide, that there is no row for it."""
+        unused = self.rows.keys() - {name for slide in slides for name in (slide.name, slide.stem)}
+        if not unused:
+            return
+        if where.is_dir():
+            log.warning(
+                "%s: %d of %s match no slide of %s by name: %s",
+                self.path, len(unused), counted(len(self.rows), "row"), where, named(sorted(unused), _NAMED),
+            )  # fmt: skip
+        elif len(unused) == len(self.rows):
+            log.warning("%s: no row for %s; there are %s", self.path, where.name, named(sorted(unused), _NAMED))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of the table; `note` says why `mpp` is empty."""
+
+    wsi: str
+    mpp: str
+    note: str
+
+
+def write_slides_csv(path: Path, slides: Sequence[Path]) -> str:
+    """Write a table for `--slides_csv` with the um/px that each slide tells itself, empty where it is unknown; return
+    what there is to say of it.
+
+    Raises ConfigError where the file exists, or two slides have one name.
+    """
+    if path.exists():
+        raise ConfigError(f"--write_slides_csv {path}: is there already, and is not written over; give another name")
+    by_name = {slide: Path(slide.name) for slide in slides}
+    check_distinct(by_name, "a table knows slides by their names: rename one of them, or give --slide_mpp")
+    with alike_once():
+        rows = [_row(slide) for slide in progress(slides, "Looking at slides", unit="slide", leave=False)]
+    write_records(path, rows)
+    empty = sum(not row.mpp for row in rows)
+    told = f"{path}: {counted(len(rows), 'slide')}, {len(rows) - empty} with their own um/px, {empty} without"
+    fill = "fill those in, " if empty else "correct what is wrong, "
+    return f"{told}\nNext: {fill}and give it with --slides_csv {path}"
+
+
+def _row(slide: Path) -> _Row:
+    try:
+        with open_slide(slide) as opened:
+            mpp, problem = opened.mpp, opened.mpp_problem
+    except SlideError as error:
+        log.warning("%s", error)
+        return _Row(slide.name, "", "cannot be opened")
+    return _Row(slide.name, "" if mpp is None else f"{mpp:.6g}", problem or "")

@@ -1,0 +1,75 @@
+"""What became of each slide of a batch, as a row of its report, a table, and the closing line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from utils.core.errors import named
+
+STATUSES = ("done", "skipped", "no tissue", "failed")
+PLANNED = "to extract"
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class SlideStatus:
+    """What became of one slide: "done", "skipped" (its file is there), "no tissue" or "failed", and why.
+
+    `patches`, their `mpp` and the `seconds` it took are None where they are not known. `node` is the machine, `tries`
+    is above 1 where workers died over it. In the report, `output` is the slide's file, seen from there, and
+    `last_error` why a later run, which left that file as it was, failed.
+    """
+
+    slide: Path
+    status: str
+    reason: str = ""
+    patches: int | None = None
+    mpp: float | None = None
+    seconds: float | None = None
+    node: str = ""
+    tries: int = 1
+    output: str = ""
+    last_error: str = ""
+
+    @property
+    def source(self) -> Path:
+        return self.slide
+
+    @property
+    def is_made(self) -> bool:
+        return self.status in ("done", "skipped")
+
+    def after(self, earlier: Self, is_there: bool) -> Self:
+        """Return this row with what the earlier one of the same file knew: where the slide was skipped, how long its
+        file took, and where; the earlier row itself where a run failed and left the file as it was.
+        """
+        if not earlier.is_made:
+            return self
+        if self.status == "skipped" and earlier.seconds is not None:
+            return replace(self, seconds=earlier.seconds, node=earlier.node)
+        if not self.is_made and is_there:
+            return replace(earlier, output=self.output, last_error=self.reason)
+        return self
+
+    @property
+    def why(self) -> str:
+        """The reason without the file it begins with: many slides may share it."""
+        subject, colon, why = self.reason.partition(": ")
+        return why if colon and Path(subject).name.startswith(self.slide.stem) else self.reason
+
+
+def status_table(statuses: Sequence[SlideStatus]) -> str:
+    """Return a line per slide, and one for all the slides without patches that share a reason."""
+    groups: dict[tuple[str, ...], list[SlideStatus]] = {}
+    for status in statuses:
+        own = (status.slide.as_posix(),) if status.patches is not None else ()
+        groups.setdefault((status.status, status.why, *own), []).append(status)
+    names = [named([status.slide.name for status in group], _NAMED) for group in groups.values()]
+    width = max(map(len, names))
+    lines = [f"{'slide':{width}}  {'':10}  {'patches':>8}  {'um/px':>6}"]
+    for name, group in zip(names, groups.values(), strict=True):
+        patches = "" if group[0].patches is None else group[0].patches
+        mpp = "" if group[0].mpp is None else f"{group[0].mpp:.4g}"
+        lines.append(f"{name:{width}}  {group[0].status:10}  {patches:>8}  {mpp:>6}".rstrip())
+    return "\n".join(lines)
