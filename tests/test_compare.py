@@ -371,7 +371,7 @@ def test_the_report_and_its_files(runs, tmp_path, script):
     folder = tmp_path / "comparison"
     outcome = script("utils.compare", *runs, "--output_dir", folder)
     assert outcome.code == 0
-    assert f"{folder}: comparison.md, comparison.csv, comparison.png, roc.png written" in outcome.err
+    assert f"comparison.md, comparison.csv, comparison.png, roc.png are in {folder} (took " in outcome.out
     text = (folder / "comparison.md").read_text()
     assert outcome.out == text + "\n"
     assert len(re.findall(r"^\| \w+/mine - \w+/mine ", text, re.MULTILINE)) == 9

@@ -137,9 +137,11 @@ def test_what_the_readme_says_that_they_write_is_there(workspace):
     expected = [
         "features/testSlide.h5", "features/holdout/previews", "features/holdout/contact_sheet.html",
         "features/holdout/extraction_report.csv", "datasets/mine/features/P00.h5", "outputs/ABMIL/mine/outputs.json",
-        "outputs/LiteMIL/mine/all_folds_best.pth", "outputs/comparison/comparison.md", "datasets/breast/labels.csv",
+        "outputs/LiteMIL/mine/all_folds_best.pth", "datasets/breast/labels.csv",
+        "outputs/comparison/LiteMIL_mine_vs_ABMIL_mine/comparison.md",
         "outputs/LiteMIL/breast/predictions.csv", *(f"outputs/inference/LiteMIL_demo/{name}" for name in inference),
-        "outputs/holdout/scores.json", "outputs/holdout/predictions.csv", "testSlides/CMU-1-Small-Region.svs",
+        "outputs/holdout/scores.json", "outputs/holdout/predictions.csv", "outputs/holdout/index.html",
+        "outputs/inference/LiteMIL_demo_out_of_fold/index.html", "testSlides/CMU-1-Small-Region.svs",
         "outputs/from_features/testSlide_heatmap.png", "outputs/inference/LiteMIL_demo/CMU-1-Small-Region_report.html",
     ]  # fmt: skip
     assert not [name for name in expected if not (workspace / name).exists()]

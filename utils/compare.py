@@ -79,7 +79,9 @@ def main() -> None:
     drawn = comparison_figure(_intervals(differences)), runs_roc_figure({run.name: run.answers for run in runs})
     figures = write_figures(folder, dict(zip(_FIGURES, drawn, strict=True)), settings.figure_format)
     print(text)
-    log.info("%s: %s written", folder, ", ".join([*_TABLES, *(path.name for path in figures)]))
+    print(f"\n{', '.join([*_TABLES, *(path.name for path in figures)])} are in {folder} (took {cli.took()})")
+    print("\nNext, a map of each slide by the model that did not see it:\n")
+    print(f"  uv run predict.py --out_of_fold {settings.runs[0]} --wsi SLIDES_DIR --visualize")
 
 
 def folder_name(names: Sequence[str]) -> str:
