@@ -18,7 +18,7 @@ from utils.core.files import write_json
 from utils.core.plots import save_figure
 from utils.learning.comparison import holm, nadeau_bengio
 from utils.learning.comparison_figures import comparison_figure, runs_roc_figure
-from utils.learning.finished import read_run
+from utils.learning.finished_runs import read_run
 from utils.learning.metrics import classification_metrics
 from utils.learning.predictions import Predictions
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics

@@ -28,7 +28,7 @@ from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress
 from utils.learning.comparison import LOWER_IS_BETTER, holm, nadeau_bengio, paired_interval
 from utils.learning.comparison_figures import comparison_figure, runs_roc_figure
-from utils.learning.finished import Run, read_runs
+from utils.learning.finished_runs import Run, read_runs
 from utils.learning.metrics import classification_metrics, metric_names
 from utils.learning.statistics import bootstrap_draws
 

@@ -34,7 +34,7 @@ from utils.learning.aggregation import SlideFeed, mean_output, predict_features
 from utils.learning.calibration import mean_calibrated
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint
 from utils.learning.faithfulness import Faithfulness, measure_faithfulness
-from utils.learning.finished_run import chosen_checkpoint
+from utils.learning.out_of_fold import chosen_checkpoint
 from utils.learning.prediction_files import check_input
 from utils.slides.backbones import canonical_backbone
 from utils.slides.batch import Told

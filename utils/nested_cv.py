@@ -33,7 +33,7 @@ from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
 from utils.learning.choice import Choice, choose, mean_validation
 from utils.learning.epochs import Epochs
-from utils.learning.finished import draw_missing
+from utils.learning.finished_runs import draw_missing
 from utils.learning.metrics import auc_is_defined
 from utils.learning.results import FoldResult, Pooled
 from utils.learning.run_folder import RunFolder
