@@ -409,6 +409,14 @@ def test_a_comparison_has_a_folder_that_is_called_after_its_runs(runs, tmp_path,
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "LiteMIL_mine_vs_meanPool_mine"]
 
 
+def test_runs_that_differ_in_the_scale_of_their_features_are_warned_of(runs, tmp_path, script):
+    where = (*runs[:2], "--metrics", "brier", "--output_dir", tmp_path / "comparison")
+    assert "standardised" not in script("utils.compare", *where).err
+    change_json(runs[1] / "outputs.json", lambda content: content.update(standardize={"asked": "auto", "folds": [1]}))
+    told = "warning: features are standardised in ABMIL/mine and not in LiteMIL/mine: differences may be"
+    assert told in script("utils.compare", *where).err
+
+
 def test_another_comparison_in_the_folder_is_moved_aside_and_that_is_said(runs, tmp_path, script):
     folder = tmp_path / "comparison"
     where = ("--metrics", "brier", "--output_dir", folder)

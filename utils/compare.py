@@ -68,6 +68,7 @@ def main() -> None:
     (settings,) = cli.parse(str(__doc__), _FLAGS)
     runs = read_runs(settings.runs)
     check_metrics(runs, settings.metrics)
+    _warn_of_scale(runs)
     differences = compare(runs, settings.metrics)
     text = report(runs, differences)
     folder = settings.output_dir or _FOLDER / folder_name([run.name for run in runs])
@@ -160,6 +161,17 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
                     f"{run.path}: {metric} is {_figure(value)} in outputs.json and {_figure(computed[metric])} by "
                     "predictions.csv; one of them was changed, so train the run again"
                 )
+
+
+def _warn_of_scale(runs: Sequence[Run]) -> None:
+    """Warn where some runs' models standardise features and others' do not: what differs may be the scale."""
+    standardize = {run.name: bool((run.outputs.get("standardize") or {}).get("folds")) for run in runs}
+    if len(set(standardize.values())) > 1:
+        names = [", ".join(name for name in standardize if standardize[name] is does) for does in (True, False)]
+        log.warning(
+            "features are standardised in %s and not in %s: differences may be those of the features' scale, not the "
+            "models'; train all with one --standardize", *names,
+        )  # fmt: skip
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str], resamples: int = RESAMPLES) -> list[Difference]:
