@@ -25,12 +25,12 @@ from MILS.streaming import STREAMED_DEVICES, Joined, blocks_of, stream
 
 Aux = dict[str, Tensor | None]
 
-# Instances in a block, by type of device: on a CPU a block's embeddings stay in its cache, an accelerator wants few and
-# large products. Small bags are padded to each other's length while they make no more than half a block: beyond that
-# the copy costs more than the calls.
-BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=1536)
-# In a block of a bag that arrives in blocks, where nothing is kept for the way back: fewer calls count for more.
-STREAMED_ROWS = defaultdict(lambda: 2**16, cpu=4096)
+# Instances in a block, by type of device. On a CPU a block's embeddings stay in its cache, and blocks are few, for the
+# threads wait for each other at the end of each, long beside other processes. An accelerator wants few large products.
+BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=4096)
+# Small bags are padded to each other's length while they make no more than so many rows: beyond that the copy costs
+# more than the calls.
+PADDED_ROWS = defaultdict(lambda: 2**15, cpu=768)
 # Instances whose embeddings wait together to be reduced group by group: there may be many groups.
 GROUPED_ROWS = 2**14
 # A bag of more instances keeps nothing of their embeddings for the way back.
@@ -130,7 +130,7 @@ class BagModel(nn.Module):
             self.check_bags(bag.unsqueeze(0), None)
         logits: dict[int, Tensor] = {}
         aux: dict[str, dict[int, Tensor]] = defaultdict(dict)
-        for group in groups_to_pad([len(bag) for bag in bags], BLOCK_ROWS[bags[0].device.type] // 2):
+        for group in groups_to_pad([len(bag) for bag in bags], PADDED_ROWS[bags[0].device.type]):
             group_logits, group_aux = self(*padded([bags[i] for i in group]))
             for row, i in enumerate(group):
                 logits[i] = group_logits[row]
@@ -257,7 +257,7 @@ class MergeableModel(BagModel, Generic[S]):
             if block.dim() == 2 and len(block) == 0:
                 continue
             self.check_bags(block.unsqueeze(0), None)
-            for piece in block.split(STREAMED_ROWS[device.type]):
+            for piece in block.split(BLOCK_ROWS[device.type]):
                 yield piece.to(device).unsqueeze(0)
 
     def _forward_blockwise(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

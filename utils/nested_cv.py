@@ -184,10 +184,10 @@ class NestedCrossValidation:
 
     def _chosen_threads(self, engine: Engine, folds: Sequence[OuterFold]) -> ThreadChoice:
         """Choose on how many threads each training of a new run computes, and say it."""
-        slides = folds[0].inner[0].train
+        slides, size = folds[0].inner[0].train, self._training_of(1).batch_size
         choice = choose_threads(
             self.trainer.factory(self.settings[0]),
-            self.dataset.batches(slides, self._training_of(1).batch_size, self.protocol.seed),
+            lambda: next(self.dataset.batches(slides, size, self.protocol.seed)),
             engine.threads,
             self.device,
             may_try=not self.cluster.is_asked_for,

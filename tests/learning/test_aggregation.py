@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from MILS import list_mils
-from MILS.pooling import STREAMED_ROWS, BagModel
+from MILS.pooling import BLOCK_ROWS, BagModel
 from utils.bags.collate import cut_chunks
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.learning.aggregation import SlideFeed, predict_features
@@ -67,7 +67,7 @@ def test_larger_chunks_weigh_more(stirred):
 def test_merge_is_one_pass_over_the_whole_slide(name, feed, stirred, monkeypatch):
     model, features = stirred(name), bag(53)
     with monkeypatch.context() as patch:
-        patch.setitem(STREAMED_ROWS, "cpu", 7)
+        patch.setitem(BLOCK_ROWS, "cpu", 7)
         output = predict_features(model, features, feed, attention=True)
     assert output.probabilities == pytest.approx(probabilities_of(model, features), abs=1e-6)
     assert len(output.chunk_sizes) == (1 if feed is FULL else 3)
@@ -205,7 +205,7 @@ def test_features_left_in_their_file_give_the_same_answer(name, feed, stirred, t
     model, features = stirred(name), bag(53)
     write_bag(tmp_path / "slide.h5", Bag(features.numpy()))
     expected = predict_features(model, features, feed, attention=True)
-    monkeypatch.setitem(STREAMED_ROWS, "cpu", 10)
+    monkeypatch.setitem(BLOCK_ROWS, "cpu", 10)
     stored = open_bag(tmp_path / "slide.h5").features
     if name in MERGEABLE and feed is FULL:
         monkeypatch.setattr(stored, "whole", None)  # it is streamed

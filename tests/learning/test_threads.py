@@ -27,8 +27,8 @@ def batch(*patches: int, width: int = 16) -> Batch:
     return Batch(tuple(torch.ones(count, width) for count in patches), each.long(), each, each.long())
 
 
-def choose(make_model, batches, most: int = 2, device: torch.device = CPU, may_try: bool = True) -> ThreadChoice:
-    return choose_threads(make_model, batches, most, device, may_try=may_try)
+def choose(make_model, batch, most: int = 2, device: torch.device = CPU, may_try: bool = True) -> ThreadChoice:
+    return choose_threads(make_model, lambda: batch, most, device, may_try=may_try)
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def large(monkeypatch):
 
 def test_small_steps_take_one_thread_without_a_trial(make_model, monkeypatch):
     monkeypatch.setattr(chooser, "tried", None)
-    assert choose(make_model, [batch(900, 100)], most=64) == ThreadChoice(1, "its steps are small")
+    assert choose(make_model, batch(900, 100), most=64) == ThreadChoice(1, "its steps are small")
     assert chooser._SMALL_STEP == 1024 * 1024, "a thousand patches of 1024 features"
 
 
 def test_large_steps_are_tried_and_the_choice_is_written_down(make_model, large, monkeypatch):
     monkeypatch.setattr(chooser, "tried", lambda *_: {1: 0.2, 2: 0.1})
-    choice = choose(make_model, [large])
+    choice = choose(make_model, large)
     assert str(choice) == (
         "each training computes on 2 threads: fastest in a trial (a step of 200 ms on 1, 100 ms on 2); "
         "OMP_NUM_THREADS decides otherwise"
@@ -57,7 +57,7 @@ def test_large_steps_are_tried_and_the_choice_is_written_down(make_model, large,
 
 def test_a_trial_measures_each_number_of_threads(make_model, large):
     before = torch.get_num_threads()
-    choice = choose(make_model, [large])
+    choice = choose(make_model, large)
     assert set(choice.seconds) == {1, 2}
     assert all(seconds > 0 for seconds in choice.seconds.values())
     assert torch.get_num_threads() == before
@@ -66,11 +66,11 @@ def test_a_trial_measures_each_number_of_threads(make_model, large):
 def test_what_the_user_says_is_not_tried(make_model, large, monkeypatch):
     monkeypatch.setattr(chooser, "tried", None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert choose(make_model, [large], most=3) == ThreadChoice(3, "OMP_NUM_THREADS")
+    assert choose(make_model, large, most=3) == ThreadChoice(3, "OMP_NUM_THREADS")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert choose(make_model, [large], most=1).threads == 1
-    assert choose(make_model, [large], most=4, may_try=False).threads == 4, "other machines compute"
-    assert choose(make_model, [large], most=4, device=torch.device("cuda")).threads == 4
+    assert choose(make_model, large, most=1).threads == 1
+    assert choose(make_model, large, most=4, may_try=False).threads == 4, "other machines compute"
+    assert choose(make_model, large, most=4, device=torch.device("cuda")).threads == 4
 
 
 def test_one_slow_turn_decides_nothing(make_model, monkeypatch):

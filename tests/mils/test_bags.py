@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from mil_helpers import MODELS, D, bag, gradients, relative_error, small
 
 from MILS import ModelError
-from MILS.pooling import BLOCK_ROWS, groups_to_pad, padded
+from MILS.pooling import PADDED_ROWS, groups_to_pad, padded
 
 walk = pytest.mark.parametrize("name", MODELS)
-ROWS = BLOCK_ROWS["cpu"] // 2
+ROWS = PADDED_ROWS["cpu"]
 
 
 def check_against_each(model, bags, tolerance=1e-12):

@@ -6,7 +6,7 @@ from mil_helpers import MERGEABLE, D, bag, gradients, padded, relative_error, sm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from MILS import pooling
-from MILS.pooling import BLOCK_ROWS, STREAMED_ROWS
+from MILS.pooling import BLOCK_ROWS
 
 walk = pytest.mark.parametrize("name", MERGEABLE)
 KEPT_OR_NOT = pytest.mark.parametrize("saved_rows", [1000, 0], ids=["products kept", "recomputed"])
@@ -19,7 +19,6 @@ def in_blocks(monkeypatch):
     def run(function, rows=7, saved_rows=1000):
         with monkeypatch.context() as patch:
             patch.setitem(BLOCK_ROWS, "cpu", rows)
-            patch.setitem(STREAMED_ROWS, "cpu", rows)
             patch.setattr(pooling, "SAVED_ROWS", saved_rows)
             return function()
 

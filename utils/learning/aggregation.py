@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from MILS.ensemble import Ensemble
-from MILS.pooling import STREAMED_ROWS, BagModel, MergeableModel, evaluating
+from MILS.pooling import BLOCK_ROWS, BagModel, MergeableModel, evaluating
 from utils.bags.collate import Cut, cut_chunks, take
 from utils.bags.store import StoredFeatures
 
@@ -99,7 +99,7 @@ def streams(model: BagModel) -> bool:
 
 def blocks_of(features: torch.Tensor | StoredFeatures, model: BagModel) -> Iterable[torch.Tensor]:
     """The features `(N, D)` in blocks `(n, D)`, in their order, as large as the model takes them."""
-    rows = STREAMED_ROWS[next(model.parameters()).device.type]
+    rows = BLOCK_ROWS[next(model.parameters()).device.type]
     return [features] if isinstance(features, torch.Tensor) else features.blocks(rows)
 
 

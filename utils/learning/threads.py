@@ -6,7 +6,7 @@ processes. The number is part of a run, for the last digits depend on it: a run 
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,9 +47,14 @@ class ThreadChoice:
 
 
 def choose_threads(
-    make_model: Callable[[], BagModel], batches: Iterable[Batch], most: int, device: torch.device, *, may_try: bool
+    make_model: Callable[[], BagModel],
+    make_batch: Callable[[], Batch],
+    most: int,
+    device: torch.device,
+    *,
+    may_try: bool,
 ) -> ThreadChoice:
-    """Choose between one thread and `most` for trainings of such models, by the first of the `batches` of an epoch.
+    """Choose between one thread and `most` for trainings of such models on such batches.
 
     What the user has set (OMP_NUM_THREADS) is kept. A trial is made of steps on `device`, a CPU, and only where
     `may_try`: where other machines compute, this one's speed tells nothing.
@@ -58,7 +63,7 @@ def choose_threads(
         return ThreadChoice(most, "OMP_NUM_THREADS" if threads_are_given() else "it has one processor")
     if device.type != "cpu":
         return ThreadChoice(most, f"the {device.type} device computes")
-    bags = next(iter(batches)).bags
+    bags = make_batch().bags
     if sum(bag.numel() for bag in bags) < _SMALL_STEP:
         return ThreadChoice(1, "its steps are small")
     if not may_try:
