@@ -429,15 +429,18 @@ def test_another_comparison_in_the_folder_is_moved_aside_and_that_is_said(runs, 
     ]
     for number, (given, reason) in enumerate(cases, start=1):
         outcome = script("utils.compare", *given)
-        assert f"warning: {folder} held another comparison ({reason}); it was moved to {folder}.{number}" in outcome.err
-    aside = files(tmp_path / "comparison.1")
-    assert aside == {name: content for name, content in first.items() if name != "mine.txt"}
+        told = f"warning: {folder} held another comparison ({reason}); its files are now comparison.{number}.json, "
+        assert f"{told}comparison.{number}.md" in outcome.err
+    for name, content in first.items():
+        stem, dot, suffix = name.partition(".")
+        assert name == "mine.txt" or files(folder)[f"{stem}.1{dot}{suffix}"] == content
     change_json(runs[1] / "outputs.json", lambda content: content.update(model=SPEC | {"hidden_dim": 8}))
     assert "(the runs have changed since)" in script("utils.compare", *cases[1][0]).err
     (folder / "comparison.json").unlink()
     assert "(it does not say of which runs)" in script("utils.compare", *cases[1][0]).err
     assert (folder / "mine.txt").read_text() == "the user's own"
-    assert not (tmp_path / "comparison.4" / "comparison.json").exists()
+    assert (folder / "comparison.4.md").exists()
+    assert not (folder / "comparison.4.json").exists()
 
 
 def test_a_refused_comparison_moves_nothing(runs, tmp_path, script):

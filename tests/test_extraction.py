@@ -12,6 +12,7 @@ from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import read_bag
 from utils.core.config import ExtractionFiles
 from utils.core.errors import ConfigError
+from utils.slides import batch
 
 RECIPE = ("--backbone", "stain", "--patch_size", 64, "--tissue_threshold", 0)
 
@@ -63,6 +64,7 @@ def test_a_mistyped_rerun_changes_neither_report_nor_contact_sheet(slides, extra
     again = (tmp_path / "out" / "contact_sheet.html").read_text()
     assert again.count("previews/a.jpg") == sheet.count("previews/a.jpg") > 0
     assert "made with another recipe" in again
+    assert "at 0.5 µm/px" in again  # the recipe of what is there
 
 
 def test_a_rerun_on_fewer_slides_keeps_the_rows_of_the_others(slides, extract, tmp_path):
@@ -75,7 +77,45 @@ def test_a_rerun_on_fewer_slides_keeps_the_rows_of_the_others(slides, extract, t
         assert len(report) == made
         assert (report["patches"] == 6).sum() == 3
         assert list(report["seconds"][list(first.index)]) == list(first["seconds"])
-        assert (tmp_path / "out" / "contact_sheet.html").read_text().count("<tr><td>") == made
+        assert (tmp_path / "out" / "contact_sheet.html").read_text().count("<li ") == made
+
+
+def sheet_of(tmp_path: Path) -> str:
+    return (tmp_path / "out" / "contact_sheet.html").read_text(encoding="utf-8")
+
+
+def test_all_shards_have_one_contact_sheet(slides, extract, tmp_path):
+    """Rebuilt from the reports that are there; something else that is called alike is nobody's report."""
+    assert extract(*RECIPE, "--shard", "3/3").code == 0
+    assert [sheet_of(tmp_path).count(f"previews/{name}.jpg") // 2 for name in "abc"].count(1) == 1
+    assert "Shards that have reported: 3 of 3" in sheet_of(tmp_path)
+    other = tmp_path / "out" / "extraction_report_of_mine.csv"
+    other.write_text("mine")
+    for shard in ("1/3", "2/3"):
+        assert extract(*RECIPE, "--shard", shard).code == 0
+    text = sheet_of(tmp_path)
+    assert "3 slides" in text
+    assert all(text.count(f"previews/{name}.jpg") == 2 for name in "abc")
+    assert "Shards that have reported: all of 3" in text
+    assert "patches of 64 px at level 0" in text
+    assert other.read_text() == "mine"
+    assert [path.name for path in (tmp_path / "out").glob("contact_sheet*")] == ["contact_sheet.html"]
+
+
+def test_a_shard_that_reports_while_the_sheet_is_written_is_on_it(slides, extract, tmp_path, monkeypatch):
+    assert extract(*RECIPE, "--shard", "1/2").code == 0
+    report = tmp_path / "out" / "extraction_report_1_of_2.csv"
+    late = report.rename(tmp_path / "late.csv")
+    write = batch.write_contact_sheet
+
+    def write_and_let_the_other_report(*sheet):
+        write(*sheet)
+        if late.exists():
+            late.rename(report)
+
+    monkeypatch.setattr(batch, "write_contact_sheet", write_and_let_the_other_report)
+    assert extract(*RECIPE, "--shard", "2/2").code == 0
+    assert "3 slides" in sheet_of(tmp_path)
 
 
 def test_what_qc_dropped_is_told_of_slides_that_are_skipped(slides, extract, tmp_path, monkeypatch):

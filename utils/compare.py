@@ -23,7 +23,7 @@ import numpy as np
 
 from MILS import ModelError, build_mil, list_mils
 from utils.core.errors import ConfigError, LiteMILError, counted
-from utils.core.files import digest, next_free, read_json, write_json, write_records, write_text
+from utils.core.files import digest, read_json, set_aside, write_json, write_records, write_text
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress
 from utils.learning.comparison import LOWER_IS_BETTER, holm, nadeau_bengio, paired_interval
@@ -110,17 +110,14 @@ def _record(runs: Sequence[Run], metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def _make_way(folder: Path, record: dict[str, Any]) -> None:
-    """Move the files of another comparison out of the folder, and say so; those of the same one will be replaced."""
+    """Give the files of another comparison other names, and say so; those of the same one will be replaced."""
     figures = [path for name in _FIGURES for path in figure_paths(folder / name, FORMATS)]
     there = [path for path in (folder / _RECORD, *(folder / name for name in _TABLES), *figures) if path.exists()]
     known = _known_record(folder)
     if not there or known == record:
         return
-    aside = next_free(folder.resolve())
-    aside.mkdir()
-    for path in there:
-        path.rename(aside / path.name)
-    log.warning("%s held another comparison (%s); it was moved to %s", folder, _difference(known, record), aside)
+    aside = ", ".join(path.name for path in set_aside(*there))
+    log.warning("%s held another comparison (%s); its files are now %s", folder, _difference(known, record), aside)
 
 
 def _known_record(folder: Path) -> dict[str, Any]:

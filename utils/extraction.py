@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from utils.bags.store import peek_bag
 from utils.core.config import Cluster, ExtractionFiles
 from utils.core.engine import Threads, open_engine, worker_number
-from utils.core.errors import ConfigError
+from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.remarks import alike_once
 from utils.core.runtime import duration, file_size, progress
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, work_through
-from utils.slides.contact_sheet import recipe_words
 from utils.slides.status import PLANNED, STATUSES, SlideStatus, status_table
 from utils.slides.wsi import open_slide
 
@@ -47,8 +48,22 @@ def extract_slides(
         known.clear_parts(targets)
         statuses = work_through(targets, engine, _Extraction(tuple(extractors), known), report_path(files))
     if files.preview is not False:
-        known.write_sheet([recipe_words(extractor.config)])
+        known.write_sheet(_latest_recipe)
     return statuses
+
+
+def _latest_recipe(features: Sequence[Path]) -> dict[str, Any] | None:
+    """The recipe of the file that was written last, which settings that every file refused cannot change; None where
+    there is none.
+    """
+    there = [path for path in features if path.is_file()]
+    if not there:
+        return None
+    try:
+        passport = peek_bag(max(there, key=lambda path: path.stat().st_mtime_ns)).passport
+    except FeatureFileError:  # a file in the way, as its row says
+        return None
+    return passport and passport.recipe
 
 
 @dataclass(frozen=True)

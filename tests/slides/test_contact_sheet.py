@@ -8,7 +8,6 @@ from urllib.parse import unquote
 
 import pytest
 
-from utils.core.config import Extraction
 from utils.slides.contact_sheet import SheetRow, recipe_words, write_contact_sheet
 
 
@@ -64,14 +63,13 @@ def test_the_page_tells_all_and_links_beside_itself(tmp_path):
 
 
 def test_the_recipe_is_told_in_a_line():
-    assert recipe_words(Extraction(backbone="uni", mpp=0.5, qc=True)) == (
-        "Recipe: uni, patches of 256 px at 0.5 µm/px, 256 px apart, at least 50% tissue, quality control on"
+    recipe = {"backbone": "uni", "patch_size": 256, "stride": 128, "level": None, "mpp": 0.5, "tissue_threshold": 0.5}
+    assert recipe_words(recipe | {"qc": {"max_ink": 0.25}}) == (
+        "Recipe of the latest features: uni, patches of 256 px at 0.5 µm/px, 128 px apart, at least 50% tissue, "
+        "quality control on"
     )
-    plain = recipe_words(Extraction(patch_size=224, stride=112, tissue_threshold=0))
-    assert plain == (
-        "Recipe: resnet50, patches of 224 px at level 0, 112 px apart, at least 0% tissue, quality control off"
-    )
-    assert "at 0.5 µm/px" in recipe_words(Extraction(magnification=20))
+    first_version = recipe_words(recipe | {"mpp": None, "level": 0, "tissue_threshold": 0})
+    assert "at level 0, 128 px apart, at least 0% tissue, quality control off" in first_version
 
 
 def test_nothing_a_name_says_becomes_code(tmp_path):

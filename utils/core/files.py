@@ -154,14 +154,6 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
     write_text(path, table.getvalue())
 
 
-def next_free(folder: Path) -> Path:
-    """Return where a folder moves that is in the way: `<folder>.1`, or the next number that is free."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return aside
-
-
 def check_distinct(targets: Mapping[Path, Path], remedy: str = "rename one of them") -> None:
     """Raise ConfigError when two sources (the keys) would be written to one file (the values)."""
     owners: dict[Path, Path] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import filelock
 
 from utils.core.errors import ConfigError
-from utils.core.files import next_free, read_json, write_json
+from utils.core.files import read_json, write_json
 from utils.core.runtime import log
 
 
@@ -86,7 +86,7 @@ class RunFolder:
                     done = len(list(self.resume.glob("*.pt")))
                     log.info("%s: resuming; %d trainings are done", self.path, done)
                 return found
-            aside = next_free(self.path)
+            aside = _next_free(self.path)
             self.path.rename(aside)
             log.warning("%s held another run (%s differs); moved to %s", self.path, ", ".join(changed), aside)
         elif self.path.is_dir() and any(not item.name.startswith(".") for item in self.path.iterdir()):
@@ -107,3 +107,10 @@ class RunFolder:
         content = {"identity": self.identity, **record, "finished": finished}
         write_json(self.path / "run.json", content)
         return content
+
+
+def _next_free(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return aside

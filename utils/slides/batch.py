@@ -4,12 +4,14 @@ report and a contact sheet.
 
 import logging
 import platform
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from utils.core.config import ExtractionFiles
 from utils.core.engine import Engine, Lost, Tell, threads
@@ -18,13 +20,14 @@ from utils.core.files import check_distinct, check_writable, clear_parts, clear_
 from utils.core.remarks import alike_once
 from utils.core.report import read_report, update_report
 from utils.core.runtime import log, progress_bar
-from utils.slides.contact_sheet import SheetRow, write_contact_sheet
+from utils.slides.contact_sheet import SheetRow, recipe_words, write_contact_sheet
 from utils.slides.contours import ContourFile
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import PLANNED, SlideStatus
 from utils.slides.wsi import find_slides, one_per_series, slide_bytes
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
+_SHARD = re.compile(rf"{REPORT}(?:_(\d+)_of_(\d+))?\.csv")
 PREVIEWS, TISSUE = "previews", "tissue"  # folders beside the features
 _SECONDS_BETWEEN_REPORTS = 10
 
@@ -162,19 +165,46 @@ class SlideFiles:
             return None
         return folder / target.parent.relative_to(self._root(target)) / f"{named_by.stem}{ending}"
 
-    def write_sheet(self, about: Sequence[str] = ()) -> None:
-        """Write the contact sheet of all slides in the reports of all shards, with `about`, such as the recipe."""
-        folder = report_path(self.files).parent
-        reports = sorted(folder.glob(f"{REPORT}*.csv"), key=lambda path: path.stat().st_mtime_ns)
-        statuses = {status.slide: status for report in reports for status in read_report(report, SlideStatus)}
-        rows = []
-        for slide in sorted(statuses):
-            status = statuses[slide]
-            picture = self.preview(folder / (status.output or f"{slide.stem}.h5"))
-            shown = picture if picture is not None and picture.is_file() else None
-            reason = "; ".join(filter(None, [status.reason, status.last_error]))
-            rows.append(SheetRow(slide.name, status.status, reason, status.patches, status.mpp, shown))
-        write_contact_sheet(sheet_path(self.files), rows, about)
+    def write_sheet(self, recipe_of: Callable[[Sequence[Path]], Mapping[str, Any] | None]) -> None:
+        """Write the contact sheet of all slides in the reports of all shards; `recipe_of` their feature files is the
+        recipe that stands on it. It is written again where a shard reports meanwhile.
+        """
+        folder, reports = report_path(self.files).parent, None
+        while reports != (reports := _reports(folder)):
+            rows: dict[str, SlideStatus] = {}
+            for report in sorted(reports, key=reports.__getitem__):  # the latest word on a slide is the last
+                rows |= {row.output or str(row.slide): row for row in read_report(report, SlideStatus)}
+            statuses = sorted(rows.values(), key=lambda row: row.slide)
+            recipe = recipe_of([folder / row.output for row in statuses if row.is_made and row.output])
+            about = [recipe_words(recipe)] if recipe else []
+            write_contact_sheet(
+                sheet_path(self.files), [self._sheet_row(row) for row in statuses], [*about, *_shard_words(reports)]
+            )
+
+    def _sheet_row(self, status: SlideStatus) -> SheetRow:
+        picture = self.preview(report_path(self.files).parent / (status.output or f"{status.slide.stem}.h5"))
+        shown = picture if picture is not None and picture.is_file() else None
+        reason = "; ".join(filter(None, [status.reason, status.last_error]))
+        return SheetRow(status.slide.name, status.status, reason, status.patches, status.mpp, shown)
+
+
+def _reports(folder: Path) -> dict[Path, int]:
+    """The reports that are there, of the folder and of its shards, with when each was last written."""
+    found = [path for path in folder.glob(f"{REPORT}*.csv") if _SHARD.fullmatch(path.name)]
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+def _shard_words(reports: Collection[Path]) -> list[str]:
+    """Which of the shards have reported."""
+    numbers: dict[int, list[int]] = {}
+    for path in reports:
+        shard = _SHARD.fullmatch(path.name)
+        if shard and shard[1]:
+            numbers.setdefault(int(shard[2]), []).append(int(shard[1]))
+    return [
+        f"Shards that have reported: {'all' if len(found) == count else ', '.join(map(str, sorted(found)))} of {count}"
+        for count, found in sorted(numbers.items())
+    ]
 
 
 def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, report: Path) -> list[SlideStatus]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from string import Template
+from typing import Any
 from urllib.parse import quote
 
-from utils.core.config import Extraction
 from utils.core.errors import counted
 from utils.core.files import write_text
 from utils.slides.preview import SHOWN_COLOURS
@@ -59,17 +59,17 @@ def write_contact_sheet(path: Path, rows: Sequence[SheetRow], about: Sequence[st
     write_text(path, _Page(_template()).substitute(values))
 
 
-def recipe_words(config: Extraction) -> str:
+def recipe_words(recipe: Mapping[str, Any]) -> str:
     """Return how the patches were cut and encoded, in a line."""
-    resolution = f"{config.target_mpp:g} µm/px" if config.target_mpp else f"level {config.level or 0}"
+    resolution = f"level {recipe['level']}" if recipe.get("mpp") is None else f"{recipe['mpp']:g} µm/px"
     parts = [
-        config.backbone,
-        f"patches of {config.patch_size} px at {resolution}",
-        f"{config.stride or config.patch_size} px apart",
-        f"at least {config.tissue_threshold:.0%} tissue",
-        f"quality control {'on' if config.qc else 'off'}",
+        recipe["backbone"],
+        f"patches of {recipe['patch_size']} px at {resolution}",
+        f"{recipe['stride']} px apart",
+        f"at least {recipe['tissue_threshold']:.0%} tissue",
+        f"quality control {'on' if recipe.get('qc') else 'off'}",
     ]
-    return "Recipe: " + ", ".join(parts)
+    return f"Recipe of the latest features: {', '.join(parts)}"
 
 
 def _template() -> str:
