@@ -60,7 +60,8 @@ def main() -> None:
         factory, dataset, dataset.class_names, output_dir, dataset_name=cohort.dataset, **settings
     )
     if rehearsal.dry_run:
-        print(f"\n{cv.dry_run()}\n\nNothing was trained: a dry run.")
+        print(f"\n{cv.dry_run()}\n\nNothing was trained: a dry run (took {cli.took()}).")
+        print("Next: the same command without --dry_run")
         return
     results = cv.run()
     print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{closing_words(results)}\n")

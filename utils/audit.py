@@ -12,6 +12,7 @@ if __name__ == "__main__":
     cli.begin(str(__doc__), _FLAGS)
 
 import json
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -114,10 +115,8 @@ def closing_words(settings: Audit, findings: Sequence[Finding]) -> str:
     """Return how long the audit took and what to do next."""
     if any(finding.level == "error" for finding in findings):
         return f"Took {cli.took()}. Mend the errors, then audit again."
-    files = {"--labels_csv": settings.labels_csv, "--features_dir": settings.features_dir}
-    flags = "".join(f" {flag} {path}" for flag, path in files.items() if path is not None)
-    name = settings.dataset or "NAME"
-    return f"Took {cli.took()}. Next:\n\n  uv run train.py --mil LiteMIL --dataset {name}{flags} --dry_run"
+    flags = shlex.join(["--dataset", settings.dataset or "NAME", *cli.given_flags(settings, ("dataset", "json"))])
+    return f"Took {cli.took()}. Next:\n\n  uv run train.py --mil LiteMIL {flags} --dry_run"
 
 
 def audit_cohort(settings: Audit) -> list[Finding]:
@@ -134,6 +133,8 @@ def audit_cohort(settings: Audit) -> list[Finding]:
         left_out=classes.left_out,
         splits=settings.splits,
         no_patients=settings.no_patients,
+        allow=settings.allow,
+        group_column=settings.group_column,
     )
 
 
@@ -147,6 +148,8 @@ def audit(
     left_out: Collection[str] = (),
     splits: Path | None = None,
     no_patients: bool = False,
+    allow: Collection[str] = (),
+    group_column: str | None = None,
 ) -> list[Finding]:
     """Everything found about a cohort, in the order of the questions; the arguments are those of MILDataset.
 
@@ -161,10 +164,12 @@ def audit(
 
     findings = _check_columns(table, no_patients)
     more, rows = _check_ids(rows)
-    findings += more + _check_names(table, rows)
+    findings += more
+    if "spelling" not in allow:
+        findings += _check_names(table, rows, group_column)
     if not class_names and (doubts := labels.doubtful_classes(classes)):
         findings.append(Finding("error", "table", doubts))
-    more, slides = _check_labels(rows, classes, left_out)
+    more, slides = _check_labels(rows, classes, left_out, _level("unknown", allow))
     findings += more
     case_of = {row["wsi_id"]: row["case_id"] for row in rows}
     if splits is not None:
@@ -175,11 +180,16 @@ def audit(
     if folder is None:
         findings.append(Finding("info", "files", "no features folder: what needs files is skipped (--features_dir)"))
     else:
-        more, bags = _check_files(slides, folder, feat_type, case_of.keys())
+        more, bags = _check_files(slides, folder, feat_type, case_of.keys(), _level("missing", allow))
         findings += more + _check_content(bags, feat_type, classes)
         findings += [finding for finding in _check_scale(bags, feat_type) if finding not in findings]
         findings += _check_bags(bags, classes) + _check_recipes(bags)
     return findings + _check_confounding(slides, bags, classes)
+
+
+def _level(kind: str, allow: Collection[str]) -> Level:
+    """How bad rows of a kind are that training leaves out where it may."""
+    return "warning" if kind in allow else "error"
 
 
 def as_text(findings: Sequence[Finding]) -> str:
@@ -212,9 +222,10 @@ def _check_columns(table: LabelTable, no_patients: bool) -> list[Finding]:
     return [*findings, *([Finding("warning", "table", warning)] if warning else [])]
 
 
-def _check_names(table: LabelTable, rows: Sequence[Row]) -> list[Finding]:
+def _check_names(table: LabelTable, rows: Sequence[Row], group_column: str | None) -> list[Finding]:
     """Slides and patients that seem to stand in the table under several names."""
-    doubts = several_names(rows, [row["case_id"] for row in rows], table.patient_columns)
+    groups = [row.get(group_column or "", row["case_id"]) for row in rows]
+    doubts = several_names(rows, groups, table.patient_columns, group_column)
     details = {"names": [asdict(doubt) for doubt in doubts]}
     return [Finding("error", "table", labels.doubtful_names(doubts), details)] if doubts else []
 
@@ -256,7 +267,7 @@ def _disagreement(rows: Sequence[Row]) -> str:
 
 
 def _check_labels(
-    rows: Sequence[Row], classes: Sequence[str], left_out: Collection[str]
+    rows: Sequence[Row], classes: Sequence[str], left_out: Collection[str], level: Level
 ) -> tuple[list[Finding], list[_Slide]]:
     """The findings, and the slides that belong to a class."""
     rare = Counter(row["label"] for row in rows if row["label"] in left_out)
@@ -271,7 +282,7 @@ def _check_labels(
         message = f"{counted(len(unknown), 'slide')} with a label that is none of {', '.join(classes)}: {told}"
         hint = labels.label_hint(unknown.values(), classes) or "mend the table, give --class_names"
         message += f"; {hint}, or train with --allow unknown"
-        findings.append(Finding("error", "table", message, {"slides": unknown}))
+        findings.append(Finding(level, "table", message, {"slides": unknown}))
     if rare:
         message = f"{counted(rare.total(), 'slide')} left out, of the labels {', '.join(sorted(rare))}"
         findings.append(Finding("info", "table", message, {"slides": dict(sorted(rare.items()))}))
@@ -310,7 +321,7 @@ def _check_patients(slides: Sequence[_Slide], classes: Sequence[str]) -> list[Fi
 
 
 def _check_files(
-    slides: Sequence[_Slide], folder: FeatureFolder, feat_type: str, wsi_ids: Collection[str]
+    slides: Sequence[_Slide], folder: FeatureFolder, feat_type: str, wsi_ids: Collection[str], level: Level
 ) -> tuple[list[Finding], list[_Bag]]:
     """The findings, and the slides whose files open, with what those say of themselves."""
     bags, missing, damaged = [], [], {}
@@ -335,7 +346,7 @@ def _check_files(
         names = named([labels.missed_id(wsi_id, near) for wsi_id in missing])
         message = f"{counted(len(missing), 'slide')} without a feature file in {folder.path}: {names}"
         message += f"; {labels.id_hint(near) or 'extract them'}, or train with --allow missing"
-        findings.append(Finding("error", "files", message, {"slides": missing}))
+        findings.append(Finding(level, "files", message, {"slides": missing}))
     if slides and not findings:
         findings = [Finding("ok", "files", f"{counted(len(slides), 'slide')}, each with a feature file that opens")]
     rowless = [file.name for wsi_id, files in folder.files.items() if wsi_id not in wsi_ids for file in files]

@@ -30,7 +30,7 @@ def test_two_ids(first, second):
     [
         ("Tumor", "tumor"), ("0", "0.0"), ("MSI-H", "msi h"), ("MSIH", "MSI-H"), ("adenocarcinma", "adenocarcinoma"),
         ("malignent", "malignant"), ("tumor", "tumour"), ("squamos cell", "squamous cell"), ("benign", "benigne"),
-        ("stage I", "Stage_I"), ("grade 1", "grade1"),
+        ("benign", "bening"), ("myxoid", "mixoid"), ("umor", "tumor"), ("stage I", "Stage_I"), ("grade 1", "grade1"),
     ],
 )  # fmt: skip
 def test_one_class_in_two_spellings(first, second):
@@ -44,6 +44,9 @@ def test_one_class_in_two_spellings(first, second):
         ("grade 1", "grade 2"), ("G1", "G2"), ("ER+", "ER-"), ("MSI-H", "MSI-L", "MSS"), ("normal", "abnormal"),
         ("hypoplasia", "hyperplasia"), ("invasive", "noninvasive"), ("responder", "non-responder"), ("typea", "typeb"),
         ("luminal A", "luminal B"), ("positive", "negative"), ("adenoma", "adenocarcinoma"), ("IDC", "ILC"),
+        ("typical", "atypical"), ("differentiated", "undifferentiated"), ("keratinizing", "nonkeratinizing"),
+        ("sensitive", "insensitive"), ("symptomatic", "asymptomatic"), ("complete", "incomplete"),
+        ("hypermethylated", "hypomethylated"), ("anterior", "interior"), ("micropapillary", "macropapillary"),
         ("1", "10"), ("HER2", "HER2-"), ("male", "female"), ("T cell", "B cell"),
     ],
     ids=" ".join,

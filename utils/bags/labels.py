@@ -1,5 +1,6 @@
 """The rows of a label table, each accounted for: its class, its patient, its feature file."""
 
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ def doubtful_classes(classes: Sequence[str]) -> str | None:
     if not pairs:
         return None
     return (
-        f"labels that look like one class spelled in two ways: {named(pairs)}; write each class in one way, or say "
-        f"that they differ: --class_names {' '.join(classes)}"
+        f"labels that look like one class spelled in two ways: {named(pairs)}; write each class in one way, or name "
+        f"the classes if they differ: --class_names {shlex.join(classes)}"
     )
 
 

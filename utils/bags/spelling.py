@@ -23,7 +23,15 @@ _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
 # From this likeness on, two words are taken for one with a slip of the pen: "malignent" and "malignant" are at 0.89,
 # "hypoplasia" and "hyperplasia", "invasive" and "noninvasive" are not.
 _ALIKE = 0.88
-_SHORTEST_WORD = 4
+_SHORTEST_WORD, _LONG_WORD = 4, 6
+_PREFIXES = {
+    "a", "an", "un", "in", "im", "ir", "il", "non", "de", "dis", "anti", "pre", "post", "sub", "re", "endo", "exo", "peri",
+    "para", "pan",
+}  # fmt: skip
+_OPPOSITES = [
+    ("hyper", "hypo"), ("micro", "macro"), ("intra", "inter"), ("intra", "extra"), ("endo", "exo"), ("homo", "hetero"),
+    ("pre", "post"), ("super", "sub"), ("mono", "poly"), ("uni", "bi"), ("uni", "multi"),
+]  # fmt: skip
 
 
 def is_placeholder(text: str) -> bool:
@@ -82,9 +90,27 @@ def _is_long_word(word: str) -> bool:
 
 
 def _is_misspelt(first: str, second: str) -> bool:
-    if len(first) == len(second) and first[:-1] == second[:-1]:
-        return False  # "typea" and "typeb"
+    if _differ_in_prefix(first, second):
+        return False
+    if len(first) == len(second):
+        differing = [place for place, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]]
+        if len(differing) == 1:  # not at the ends: "typea" and "typeb", "anterior" and "interior"
+            return len(first) >= _LONG_WORD and 0 < differing[0] < len(first) - 1
+        if len(differing) == 2 and differing[1] == differing[0] + 1 and sorted(first) == sorted(second):
+            return True
     return max(SequenceMatcher(None, *pair).ratio() for pair in ((first, second), (second, first))) >= _ALIKE
+
+
+def _differ_in_prefix(first: str, second: str) -> bool:
+    """Whether a prefix of a meaning of its own is all that sets the words apart: typical, atypical; hyper-, hypo-."""
+    shorter, longer = sorted((first, second), key=len)
+    if longer.endswith(shorter) and longer[: len(longer) - len(shorter)] in _PREFIXES:
+        return True
+    return any(
+        one.startswith(start) and other.startswith(end) and one[len(start) :] == other[len(end) :]
+        for one, other in ((first, second), (second, first))
+        for start, end in _OPPOSITES
+    )
 
 
 def without_ending(wsi_id: str) -> str:

@@ -122,8 +122,6 @@ def run(main: Callable[[], None]) -> None:
     becomes one line on stderr and exit code 1, Ctrl-C becomes 130, and the end that a batch system asks for (SIGTERM)
     143.
     """
-    global _started
-    _started = time.monotonic()
     runtime.prepare_threads()
     runtime.start_logging()
     if threading.current_thread() is threading.main_thread():
@@ -136,6 +134,18 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         runtime.log.log(logging.ERROR, "interrupted; what was finished is kept, the same command goes on from there")
         sys.exit(130)
+
+
+def given_flags(config: Any, leave_out: Sequence[str] = ()) -> list[str]:
+    """Return the words of a command line that give a config what is not its default, without some fields."""
+    words: list[str] = []
+    for field in _options(type(config)):
+        value = getattr(config, field.name)
+        if field.name in leave_out or value == field.default:
+            continue
+        values = [] if isinstance(value, bool) else value if isinstance(value, tuple) else [value]
+        words += [flag_of(field), *map(str, values)]
+    return words
 
 
 def took() -> str:

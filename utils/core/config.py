@@ -275,6 +275,15 @@ class CohortFiles(_Checked):
     )
     feat_type: str = option("features", "name of the features inside each file")
     no_patients: bool = option(False, "take each slide as a patient of its own, where the table names no patients")
+    allow: tuple[Literal["missing", "unknown", "duplicate", "spelling"], ...] = option(
+        (),
+        "leave out rows without a feature file (missing), with a label that is no class (unknown), or that repeat a "
+        "wsi_id (duplicate); take patients whose names hardly differ as several (spelling)",
+    )
+    group_column: str | None = option(
+        None,
+        "column whose values no split divides, such as site (default: the patient; site is read off TCGA barcodes)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,18 +293,9 @@ class Cohort(CohortFiles):
     dataset: str = option(
         REQUIRED, "name of the cohort; names the default folders datasets/<name> and outputs/<mil>/<name>"
     )
-    allow: tuple[Literal["missing", "unknown", "duplicate", "spelling"], ...] = option(
-        (),
-        "leave out rows without a feature file (missing), with a label that is no class (unknown), or that repeat a "
-        "wsi_id (duplicate); take patients whose names hardly differ as several (spelling)",
-    )
     mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
     chunk_size: int = option(1000, "most patches in a chunk", least=1)
     sequential: bool = option(False, "cut slides into runs of patches that are neighbours in the file, not at random")
-    group_column: str | None = option(
-        None,
-        "column whose values no split divides, such as site (default: the patient; site is read off TCGA barcodes)",
-    )
     cache: str | None = option(
         None,
         "off, ram, or a folder for one packed file that all runs share "

@@ -25,6 +25,9 @@ import torch
 from utils.core.errors import EngineError
 from utils.core.runtime import log
 
+# So many workers may die one after the other without a task before the work is given up.
+_MOST_IDLE_DEATHS = 3
+
 
 @dataclass(frozen=True)
 class Lost:
@@ -56,6 +59,7 @@ class Pool:
         self.deaths: Counter[int] = Counter()
         self.workers: dict[Connection, _Worker] = {}
         self.has_begun = self.has_ended_one = False
+        self.idle_deaths = 0
 
     def run(self, jobs: int) -> None:
         """Do all tasks, `jobs` at a time. Raises what a task raises; EngineError where no worker can begin."""
@@ -87,11 +91,16 @@ class Pool:
             return
         self.has_begun = True
         self.has_ended_one |= kind == "ended"
-        if self.waiting:
-            worker.task = self.waiting.popleft()
-            worker.connection.send(self.tasks[worker.task])
-        else:
+        if not self.waiting:
             self._dismiss(worker)
+            return
+        try:
+            worker.connection.send(self.tasks[self.waiting[0]])
+        except OSError:  # it has died since; the task was not begun, and is another's
+            worker.task = -1
+            self._on_death(worker)
+            return
+        worker.task = self.waiting.popleft()
 
     def _dismiss(self, worker: "_Worker") -> None:
         del self.workers[worker.connection]
@@ -101,7 +110,7 @@ class Pool:
     def _on_death(self, worker: "_Worker") -> None:
         self._dismiss(worker)
         if worker.task < 0:
-            self._on_death_at_the_beginning(worker)
+            self._on_death_without_a_task(worker)
             return
         self.deaths[worker.task] += 1
         times = self.deaths[worker.task]
@@ -117,15 +126,18 @@ class Pool:
         lost = Lost(times, is_for_good, platform.node(), process, worker.how_it_ended, len(self.workers))
         self.hear(self.tasks[worker.task], lost)
 
-    def _on_death_at_the_beginning(self, worker: "_Worker") -> None:
+    def _on_death_without_a_task(self, worker: "_Worker") -> None:
         if not self.has_begun:
             raise EngineError(
                 f"a worker process ended as it began: it {worker.how_it_ended}; give fewer --jobs, and let a script of "
                 'your own begin with: if __name__ == "__main__"'
             )
-        log.warning("a worker process %s as it began; %d go on", worker.how_it_ended, len(self.workers))
+        self.idle_deaths += 1
+        log.warning("a worker process %s without a task; %d go on", worker.how_it_ended, len(self.workers))
         if self.waiting and not self.workers:
-            raise EngineError(f"a worker process {worker.how_it_ended} as it began; give fewer --jobs")
+            if self.idle_deaths > _MOST_IDLE_DEATHS:
+                raise EngineError(f"a worker process {worker.how_it_ended} without a task; give fewer --jobs")
+            self._start()
 
 
 @dataclass

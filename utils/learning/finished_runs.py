@@ -87,14 +87,18 @@ class Run:
 
 
 def draw_missing(folder: Path, formats: Sequence[str]) -> None:
-    """Draw those figures of a finished run that are not there in these formats. Raises ConfigError where its tables
-    cannot be read.
+    """Draw those figures of a finished run that are not there in these formats; log where its tables, of an earlier
+    version, do not allow that.
     """
     if all(path.exists() for name in FIGURES for path in figure_paths(folder / name, formats)):
         return
-    run = read_run(folder, folder.name)
-    history = pd.read_csv(folder / "history.csv")
-    written = draw_figures(folder, run.answers, history, run.monitors, formats, missing_only=True)
+    try:
+        run = read_run(folder, folder.name)
+        history, monitors = pd.read_csv(folder / "history.csv"), run.monitors
+    except (ConfigError, OSError, ValueError, KeyError) as failure:
+        log.warning("%s: its figures cannot be drawn anew (%s)", folder, failure)
+        return
+    written = draw_figures(folder, run.answers, history, monitors, formats, missing_only=True)
     log.info("%s: drawn from its tables: %s", folder, ", ".join(path.name for path in written))
 
 

@@ -138,7 +138,8 @@ class OutOfFold:
         if not unlike:
             return f"The probabilities are those of {table} (largest difference {most:.1g})."
         log.warning(
-            "%s: of %d of %d slides the probabilities differ by up to %.2g (%s): their features have changed since",
+            "%s: of %d of %d slides the probabilities differ by up to %.2g (%s): perhaps their "
+            "features have changed since, or the device or versions differ",
             table, len(unlike), len(apart), most, named(unlike, 3),
         )  # fmt: skip
         return f"{len(unlike)} of {counted(len(apart), 'slide')} are not answered as in {table}."
