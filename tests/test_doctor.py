@@ -47,7 +47,26 @@ def test_what_cannot_be_imported_is_told_and_the_rest_is_checked(monkeypatch, ca
     assert "BAD  slides      ImportError: libopenslide.so.1" in told
     assert "-> run `uv sync`" in told
     assert "2 of 10 checks failed" in told
-    assert "ok   processors" in told
+    assert "ok   python" in told
+
+
+@pytest.mark.parametrize(
+    ("environment", "load", "state", "words"),
+    [
+        ({}, 0.5, "ok", "each training chooses its threads; they wait asleep; load 0.5"),
+        ({"OMP_NUM_THREADS": "3"}, 0.5, "ok", "OMP_NUM_THREADS 3"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 0.5, "note", "they wait spinning"),
+        ({}, 10_000.0, "note", "load 10000.0"),
+    ],
+)
+def test_what_slows_threads_down_is_told(monkeypatch, environment, load, state, words):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    finding = found("processors")
+    assert (finding.state, words in finding.found) == (state, True), finding
 
 
 def test_a_driver_without_cuda_says_why(monkeypatch):

@@ -4,6 +4,7 @@ uv run python -m utils.doctor
 """
 
 import importlib
+import os
 import platform
 import shutil
 import subprocess
@@ -152,11 +153,22 @@ def _slides() -> Finding:
 
 
 def _processors() -> Finding:
-    import torch
+    from utils.core import runtime
 
-    from utils.core.runtime import processors
-
-    return Finding("processors", _OK, f"{processors()}, PyTorch computes on {torch.get_num_threads()}")
+    runtime.prepare_threads()  # as every command does
+    usable, visible = runtime.processors(), runtime.visible_processors()
+    share = "" if usable == visible else f" of {visible}, by this job's or container's share"
+    given = os.environ.get("OMP_NUM_THREADS") if runtime.threads_are_given() else None
+    threads = f"OMP_NUM_THREADS {given}" if given else "each training chooses its threads"
+    asleep = runtime.threads_wait_asleep()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    found = f"{usable}{share}; {threads}; they wait {'asleep' if asleep else 'spinning'}; load {load:.1f}"
+    if not asleep:
+        remedy = "unset OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME: spinning threads crawl on a busy machine"
+        return Finding("processors", _NOTE, found, remedy)
+    if load > 1.5 * usable:
+        return Finding("processors", _NOTE, found, "others compute here, too; OMP_NUM_THREADS=1 may be the fastest")
+    return Finding("processors", _OK, found)
 
 
 def _memory() -> Finding:

@@ -25,8 +25,8 @@ _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
 _ALIKE = 0.88
 _SHORTEST_WORD, _LONG_WORD = 4, 6
 _PREFIXES = {
-    "a", "an", "un", "in", "im", "ir", "il", "non", "de", "dis", "anti", "pre", "post", "sub", "re", "endo", "exo", "peri",
-    "para", "pan",
+    "a", "an", "un", "in", "im", "ir", "il", "non", "de", "dis", "anti", "pre", "post", "sub", "re", "endo", "exo",
+    "peri", "para", "pan",
 }  # fmt: skip
 _OPPOSITES = [
     ("hyper", "hypo"), ("micro", "macro"), ("intra", "inter"), ("intra", "extra"), ("endo", "exo"), ("homo", "hetero"),
