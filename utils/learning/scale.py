@@ -64,13 +64,17 @@ class Standardization:
 
 def feature_scale(features: Callable[[int], Tensor], slides: Iterable[int]) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation `(D,)`, float32, of each feature over the patches of `slides`. Each slide
-    weighs the same, as it does in the loss: a few large ones do not decide. A constant feature's deviation is 1.
+    weighs the same, as it does in the loss: a few large ones do not decide.
+
+    The deviation of a feature that varies less than half of the others do is theirs, their median: one that hardly
+    occurs in training would otherwise be blown up in slides where it does.
     """
     means, variances = zip(*(_moments(features(int(slide))) for slide in slides), strict=True)
     means, variances = torch.stack(means), torch.stack(variances)
     mean, std = means.mean(dim=0), (variances.mean(dim=0) + means.var(dim=0, correction=0)).sqrt()
-    std = torch.where(std > _CONSTANT * mean.abs(), std, 1.0)
-    return mean.float(), std.float()
+    varying = std[std > _CONSTANT * mean.abs()]
+    least = varying.median() if len(varying) else torch.ones_like(std[0])
+    return mean.float(), torch.maximum(std, least).float()
 
 
 def standardize(model: BagModel, mean: Tensor, std: Tensor) -> None:
