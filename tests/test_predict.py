@@ -406,7 +406,7 @@ def texts_of_figures(monkeypatch) -> dict[str, str]:
         save_picture(figure, path)
 
     monkeypatch.setattr("utils.attention_visualizer.save_picture", note)
-    monkeypatch.setattr("utils.answering.save_picture", note)
+    monkeypatch.setattr("utils.pictures.heatmap.save_picture", note)
     return told
 
 

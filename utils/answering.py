@@ -26,8 +26,6 @@ from utils.learning.faithfulness import Faithfulness
 from utils.learning.kept_answers import FAITHFULNESS, clear_pictures, kept_answer, recorded, request_of
 from utils.learning.prediction_files import PredictionFiles
 from utils.pictures.caption import title_of
-from utils.pictures.faithfulness import faithfulness_figure, map_of
-from utils.pictures.heatmap import save_picture
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import SlideStatus
 from utils.slides.wsi import is_slide_file
@@ -191,6 +189,10 @@ class Answering:
     def _draw_faithfulness(
         self, prediction: SlidePrediction, found: Faithfulness, record: dict[str, Any], folder: Path
     ) -> None:
+        # What draws is imported where something is drawn.
+        from utils.pictures.faithfulness import faithfulness_figure, map_of
+        from utils.pictures.heatmap import save_picture
+
         bag, maps = prediction.bag, []
         if bag.coords is not None and bag.patch_size_level0 is not None and prediction.patch_attention is not None:
             attentions = prediction.patch_attention, found.randomised

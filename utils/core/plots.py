@@ -1,15 +1,20 @@
-"""What all figures share: colours, bare axes, and files whose bytes depend on nothing but the figure."""
+"""What all figures share: colours, bare axes, and files whose bytes depend on nothing but the figure.
+
+Matplotlib is imported by what draws: who asks for the name of a figure alone does not wait for it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from utils.core.errors import ConfigError
 from utils.core.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart in the common kinds of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -39,6 +44,8 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 300, *, tight: bool
 
     `tight` cuts the margins off. Equal figures are equal files. Raises ConfigError for another ending.
     """
+    import matplotlib
+
     path = Path(path)
     kind = path.suffix[1:].lower()
     if kind not in FORMATS:
@@ -71,6 +78,8 @@ def figure_paths(path: Path, formats: Sequence[str]) -> list[Path]:
 
 def bare_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """Return a figure of one plot, `width` by `height` inches, with a frame on two sides only."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     bare(axes)

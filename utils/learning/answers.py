@@ -1,13 +1,17 @@
-"""Many slides predicted: the table of their answers and, with labels, the scores and their figures."""
+"""Many slides predicted: the table of their answers and, with labels, the scores and their figures.
+
+A single slide has neither table nor figure, so pandas and what draws are imported where they are used.
+"""
+
+from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from utils.bags.labels import LabelRow
 from utils.core.config import Prediction, Protocol
@@ -15,7 +19,6 @@ from utils.core.errors import ConfigError, counted
 from utils.core.files import digest, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
-from utils.learning import figures
 from utils.learning.kept_answers import ENDING, read_record
 from utils.learning.metrics import decision_metrics
 from utils.learning.predictions import Predictions
@@ -29,6 +32,9 @@ from utils.learning.results import (
     write_table,
 )
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json"
 _FIGURES = ("roc", "precision_recall", "confusion_matrix", "calibration")
@@ -74,6 +80,8 @@ class Answers:
 
     def table(self) -> pd.DataFrame:
         """A row per slide, with the columns of a training's `predictions.csv` as far as they apply."""
+        import pandas as pd
+
         return pd.DataFrame([self._line(record) for record in self.records])
 
     def _line(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +137,8 @@ class Answers:
 
     def draw(self, folder: Path, formats: Sequence[str]) -> None:
         """ROC, precision and recall, confusion matrix and calibration of the labelled slides."""
+        from utils.learning import figures
+
         scored = [record for record in self.records if record["slide"] in self.rows]
         seen = sum(record["seen_in_training"] is True for record in scored)
         title = f"{counted(len(scored), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else "")

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from utils.learning.aggregation import SlideOutput
 from utils.learning.metrics import auc_is_defined
@@ -18,11 +17,13 @@ _TINY = 1e-12
 
 
 def fitted_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
-    """The temperature that makes `probabilities (n, C)` most likely, of the true classes `labels (n,)`.
+    """Return the temperature that makes `probabilities (n, C)` most likely, of the true classes `labels (n,)`.
 
-    Targets are smoothed by the number of slides of each class as in Platt scaling (Platt 1999), since few slides that
-    are all told right would call for boundless sureness. None where a class is missing.
+    Targets are smoothed by the number of slides of each class as in Platt scaling (Platt 1999), because on a few slides
+    that are all classified correctly the optimal temperature would be zero. None where a class is missing.
     """
+    from scipy.optimize import minimize_scalar  # slow to import: who predicts scales by a temperature that is there
+
     num_classes = probabilities.shape[1]
     if not auc_is_defined(labels, num_classes):
         return None

@@ -5,7 +5,6 @@ that knows how much their trainings share, and corrected for many pairs.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import t as student
 
 from utils.learning.statistics import interval
 
@@ -41,6 +40,8 @@ def nadeau_bengio(
     folds, with J - 1 degrees of freedom (Nadeau and Bengio 2003, https://doi.org/10.1023/A:1024068626366). None for
     fewer than two folds, or differences that do not vary.
     """
+    from scipy.stats import t as student  # slow to import, and not always needed
+
     folds = len(differences)
     if folds < 2 or np.ptp(differences) <= _EQUAL:
         return None

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from MILS import build_mil
 from MILS.ensemble import Ensemble
@@ -185,6 +184,8 @@ def _randomised_attention(
 
 def _rank_correlation(one: NDArray, other: NDArray) -> float | None:
     """Spearman's, None where either is constant."""
+    from scipy.stats import rankdata  # slow to import, and not always needed
+
     ranks = [rankdata(values) for values in (one, other)]
     if any(np.ptp(values) == 0 for values in ranks):
         return None

@@ -1,26 +1,28 @@
 """What a nested cross-validation comes to: tables, figures and the closing words, from the folds' answers."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import pandas as pd
 
 from utils.bags.labels import LabelRow
 from utils.core.files import write_text
 from utils.core.plots import write_figures
 from utils.core.runtime import derive_seed
-from utils.learning import figures
 from utils.learning.aggregation import SlideOutput
 from utils.learning.calibration import mean_calibrated
-from utils.learning.learning_curves import learning_figure
 from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, mean_and_std
 from utils.learning.predictions import Predictions
 from utils.learning.splits import OuterFold
 from utils.learning.statistics import bootstrap_intervals, pooled_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GALLERY_SIZE = 10
 FIGURES = ("roc", "precision_recall", "confusion_matrix", "calibration", "learning_curves")
@@ -88,7 +90,7 @@ class Pooled:
     repeats: np.ndarray
 
     @classmethod
-    def of(cls, results: Sequence[FoldResult], data: Slides) -> "Pooled":
+    def of(cls, results: Sequence[FoldResult], data: Slides) -> Pooled:
         slides = np.concatenate([result.fold.test for result in results])
         repeats = np.repeat([result.fold.repeat for result in results], [len(result.fold.test) for result in results])
         order = np.lexsort((slides, repeats))
@@ -114,6 +116,9 @@ class Pooled:
 
 
 def predictions_table(pooled: Pooled, data: Slides) -> pd.DataFrame:
+    """Return a row per slide and repeat: its label, its out-of-fold answer, and the fold whose model gave it."""
+    import pandas as pd
+
     names, rows = np.array(data.class_names), [data.rows[slide] for slide in pooled.slides]
     columns: dict[str, Any] = {
         "wsi_id": [row.wsi_id for row in rows],
@@ -129,6 +134,8 @@ def predictions_table(pooled: Pooled, data: Slides) -> pd.DataFrame:
 
 def gallery_table(pooled: Pooled, data: Slides) -> pd.DataFrame:
     """The slides most worth a look: surest correct, surest wrong, most uncertain; by the mean answer of the repeats."""
+    import pandas as pd
+
     slides, row_of = np.unique(pooled.slides, return_inverse=True)
     probabilities = np.zeros((len(slides), len(data.class_names)))
     np.add.at(probabilities, row_of, pooled.probabilities)
@@ -199,6 +206,9 @@ def draw_figures(
 
     `monitors` says by outer fold what chose its epochs.
     """
+    from utils.learning import figures
+    from utils.learning.learning_curves import learning_figure
+
     drawn = [
         figures.roc_figure(predictions),
         figures.precision_recall_figure(predictions),

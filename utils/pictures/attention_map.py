@@ -6,7 +6,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +38,8 @@ class AttentionMap:
         """(N,) from 0 to 100; equal attention gives an equal percentile (all equal: 50)."""
         if len(self) == 1:
             return np.array([50.0])
+        from scipy.stats import rankdata  # slow to import, and not always needed
+
         return (rankdata(self.attention) - 1) / (len(self) - 1) * 100
 
     @property

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from utils.core.errors import SlideError
 from utils.core.files import digest, read_json, write_json
@@ -137,6 +136,8 @@ def outlines(mask: NDArray[np.bool_]) -> list[list[Ring]]:
     Pieces that touch at a corner only are apart. Rings go along the pixels' edges, do not cross or touch themselves,
     and run with the tissue on their right hand.
     """
+    from scipy import ndimage  # slow to import, and needed where a slide is read alone
+
     labels = np.empty(mask.shape, dtype=np.int32)
     ndimage.label(mask, output=labels)
     outer: dict[int, Ring] = {}

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from utils.core.errors import SlideError
 from utils.slides.wsi import Slide
@@ -230,6 +229,8 @@ def _pixels(area_um2: float, mpp: float, mask: NDArray[np.bool_], settings: Tiss
 def _dilate(mask: NDArray[np.bool_], steps: int, within: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     if steps == 0:
         return mask
+    from scipy import ndimage  # slow to import, and needed where a slide is read alone
+
     return np.asarray(ndimage.binary_dilation(mask, iterations=steps, mask=within), dtype=bool)
 
 
@@ -237,6 +238,8 @@ def _close(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
     """Binary closing that leaves the image's border alone (outside is taken to go on as the border is)."""
     if steps == 0:
         return mask
+    from scipy import ndimage
+
     padded = np.pad(mask, steps, mode="edge")
     closed = np.asarray(ndimage.binary_closing(padded, iterations=steps), dtype=bool)
     return closed[steps:-steps, steps:-steps]
@@ -244,6 +247,8 @@ def _close(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
 
 def _small_pieces(mask: NDArray[np.bool_], below_px: float) -> NDArray[np.bool_]:
     """The 8-connected pieces of a mask with fewer pixels than `below_px`."""
+    from scipy import ndimage
+
     labels = np.empty(mask.shape, dtype=np.int32)
     ndimage.label(mask, structure=np.ones((3, 3)), output=labels)
     sizes = np.bincount(labels.ravel())
