@@ -43,11 +43,12 @@ def examine() -> list[Finding]:
     checks: dict[str, Callable[[], Finding]] = {
         "python": _python,
         "litemil": _litemil,
+        "processors": _processors,
+        "threads": _threads,
         "torch": _torch,
         "device": _device,
         "packages": _packages,
         "slides": _slides,
-        "processors": _processors,
         "memory": _memory,
         "disk": _disk,
         "hub": _hub,
@@ -153,22 +154,35 @@ def _slides() -> Finding:
 
 
 def _processors() -> Finding:
-    from utils.core import runtime
+    from utils.core.runtime import processors, visible_processors
 
-    runtime.prepare_threads()  # as every command does
-    usable, visible = runtime.processors(), runtime.visible_processors()
-    share = "" if usable == visible else f" of {visible}, by this job's or container's share"
-    given = os.environ.get("OMP_NUM_THREADS") if runtime.threads_are_given() else None
-    threads = f"OMP_NUM_THREADS {given}" if given else "each training chooses its threads"
-    asleep = runtime.threads_wait_asleep()
+    usable, visible = processors(), visible_processors()
+    words = f"{usable}"
+    if usable < visible:
+        words += f" of {visible}: a limit of the batch system or container"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    found = f"{usable}{share}; {threads}; they wait {'asleep' if asleep else 'spinning'}; load {load:.1f}"
-    if not asleep:
-        remedy = "unset OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME: spinning threads crawl on a busy machine"
-        return Finding("processors", _NOTE, found, remedy)
-    if load > 1.5 * usable:
-        return Finding("processors", _NOTE, found, "others compute here, too; OMP_NUM_THREADS=1 may be the fastest")
-    return Finding("processors", _OK, found)
+    words += f"; load {load:.1f}" if load else ""
+    if load < usable:
+        return Finding("processors", _OK, words)
+    remedy = "other processes compete: what is shared takes longer; OMP_NUM_THREADS says how many threads to use"
+    return Finding("processors", _NOTE, f"{words}, as much as there is", remedy)
+
+
+def _threads() -> Finding:
+    """Before PyTorch is imported, which reads the environment then."""
+    from utils.core.runtime import WAITING, prepare_threads, threads_are_given, threads_wait_asleep
+
+    prepare_threads()
+
+    import torch
+
+    count = torch.get_num_threads()
+    whose = "as OMP_NUM_THREADS says" if threads_are_given() else "at most, training fewer where that is faster"
+    if threads_wait_asleep():
+        return Finding("threads", _OK, f"{count}, {whose}; those that wait sleep")
+    names = ", ".join(name for name in WAITING if name in os.environ)
+    remedy = f"on a busy machine they slow each other down: unset {names}"
+    return Finding("threads", _NOTE, f"{count}, {whose}; those that wait spin", remedy)
 
 
 def _memory() -> Finding:

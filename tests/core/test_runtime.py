@@ -210,7 +210,7 @@ def test_no_more_processors_are_used_than_the_share_fills(monkeypatch):
 @pytest.fixture
 def environment(monkeypatch) -> pytest.MonkeyPatch:
     """The environment of a user who has said nothing about threads, and put back afterwards."""
-    for name in (*runtime._WAITING, "OMP_NUM_THREADS"):
+    for name in (*runtime.WAITING, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.setattr(runtime, "_thread_limit", None)
@@ -230,7 +230,7 @@ def test_threads_wait_asleep_unless_the_user_says_otherwise(environment):
 def test_how_the_user_lets_threads_wait_stays(environment, name, value):
     environment.setenv(name, value)
     runtime.prepare_threads()
-    assert {one: os.environ[one] for one in runtime._WAITING if one in os.environ} == {name: value}
+    assert {one: os.environ[one] for one in runtime.WAITING if one in os.environ} == {name: value}
     assert not runtime.threads_wait_asleep()
 
 
@@ -250,7 +250,7 @@ def test_a_container_gets_as_many_threads_as_its_share_fills(environment):
 @pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP, which PyTorch brings on Linux")
 def test_pytorchs_openmp_takes_it_over():
     script = "from utils.core import cli\ndef main():\n    import torch\n    torch.ones(9)\ncli.run(main)"
-    clean = {name: value for name, value in os.environ.items() if name not in runtime._WAITING}
+    clean = {name: value for name, value in os.environ.items() if name not in runtime.WAITING}
     answer = subprocess.run(
         [sys.executable, "-c", script], env=clean | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True,
         check=True,

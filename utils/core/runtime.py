@@ -33,7 +33,7 @@ _PROCESSOR_LIMITS = (
     (r"^\d+:(?:\S+,)?cpu(?:,\S+)?:(/.*)$", "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
 )
 # What says how OpenMP's threads wait, of GNU's and LLVM's libraries; and what we say where the user has not.
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 # What malloc.h calls the settings.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -75,7 +75,7 @@ def prepare_threads() -> None:
     a busy machine, the time that they wait for; and it knows nothing of a container's share of the processors.
     """
     global _thread_limit
-    if not any(name in os.environ for name in _WAITING):
+    if not any(name in os.environ for name in WAITING):
         os.environ |= _ASLEEP
     if "OMP_NUM_THREADS" not in os.environ and processors() < visible_processors():
         _thread_limit = os.environ["OMP_NUM_THREADS"] = str(processors())
