@@ -56,8 +56,8 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
 
 
 def appeared(path: Path, seconds: float = 60) -> Path:
-    """The path, as soon as it is there, or after so many seconds: a network file system may still say for a while that
-    what another machine has just written is missing.
+    """Wait until the path exists, up to `seconds`, and return it: network file systems can take a while to show a file
+    that another machine has just written.
     """
     deadline = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < deadline:
@@ -91,8 +91,8 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def clear_parts(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder: those of this machine, and of others, which cannot be
-    asked, what nobody has written to for a day.
+    """Remove files that killed processes left half-written in a folder: those of dead processes of this machine, and
+    those of other machines that nobody has written to for a day.
     """
     for part in folder.glob(".*.part"):
         found = re.search(r"\.(\w+)-(\d+)\.[^.]*\.part$", part.name)
