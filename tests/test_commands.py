@@ -311,6 +311,17 @@ def test_prediction_equals_the_out_of_fold_row(trained, slide_cohort, script, tm
         assert answer["seen_in_training"] is False
 
 
+def test_predicting_a_feature_file_waits_for_no_library_that_it_does_not_need(trained, slide_cohort, tmp_path):
+    source = next(slide_cohort.features.glob("*.h5"))
+    command = [sys.executable, "-X", "importtime", ROOT / "predict.py", "--checkpoint", trained / "fold_1_best.pth"]
+    command += ["--input", source, "--output_dir", tmp_path, "--device", "cpu"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
+    assert "torch" in imported, "the measure does not see what is imported"
+    assert not imported & {"pandas", "matplotlib", "sklearn", "scipy", "timm"}
+
+
 def test_a_training_slide_is_said_to_be_seen(trained, slide_cohort, script, tmp_path):
     predictions = pd.read_csv(trained / "predictions.csv")
     seen = predictions[predictions["fold"] == 2].iloc[0]["wsi_id"]
