@@ -11,7 +11,6 @@ import pytest
 
 from MILS import build_mil
 from tests.cohort import write_cohort
-from tests.conftest import needs_ray
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import read_bag, write_bag
 from utils.core.errors import CheckpointError
@@ -159,14 +158,6 @@ def test_every_slide_is_drawn_and_the_index_page_shows_them(cohort, run, predict
     assert page.count("_report.html") == 2 * SLIDES
     assert "each slide by the model of the fold that did not see it" in page
     assert "out of fold, by the model of fold" in (out / "P000-S1_report.html").read_text()
-
-
-@pytest.mark.slow
-def test_on_ray_too(run, predict, tmp_path):
-    needs_ray()
-    for flags, output in (((), "here"), (("--ray", "local", "--actors", 2), "ray")):
-        assert predict(*flags, output=output).code == 0
-    assert records_of(tmp_path / "here") == records_of(tmp_path / "ray")
 
 
 @pytest.mark.parametrize(

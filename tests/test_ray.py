@@ -154,16 +154,21 @@ def test_training_gives_the_same_files_though_its_driver_and_then_its_workers_di
     assert record["peak_memory"] is None  # of machines that this one does not see
 
 
-def test_prediction_gives_the_same_files(ray, demo, script, tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [
+        (("--checkpoint", CHECKPOINT, "--input_dir", "datasets/demo/holdout/wsi", "--labels_csv",
+          "datasets/demo/holdout/labels.csv"), 6),
+        (("--out_of_fold", "outputs/LiteMIL/demo"), 48),
+    ],
+)  # fmt: skip
+def test_prediction_gives_the_same_files(ray, demo, script, tmp_path, asked, count):
     folders = []
     for name, flags in (("alone", ()), ("ray", ON_RAY)):
         folders.append(tmp_path / name)
-        outcome = script(
-            "predict", "--checkpoint", CHECKPOINT, "--input_dir", demo / "holdout/wsi",
-            "--labels_csv", demo / "holdout/labels.csv", "--output_dir", folders[-1], *flags,
-        )  # fmt: skip
+        outcome = script("predict", *asked, "--output_dir", folders[-1], *flags)
         assert outcome.code == 0, outcome.err
-        assert "6 done" in outcome.out
+        assert f"{count} done" in outcome.out
     alone, on_ray = ({path.relative_to(one) for path in one.rglob("*")} for one in folders)
     assert alone == on_ray
     for name in sorted(alone):
