@@ -388,7 +388,7 @@ def bad_inputs(trained, cohort, folder) -> list[tuple[tuple, str]]:
         (("--input", folder / "narrow.h5"), "features are 32 wide"),
         (("--input", folder / "other.h5"), "patch_size: found 96, expected 64"),
         (("--input", features, "--backbone", "uni"), "backbone: found uni, expected timm:test_vit"),
-        (("--input", features, "--save_features"), "go with raw slides"),
+        (("--input", features, "--save_features"), "--save_features goes with raw slides"),
         (("--input", features, "--mil", "ABMIL"), "was trained with mil 'LiteMIL', not 'ABMIL'"),
         (("--input", features, "--dataset", "lung"), "was trained with dataset 'stains', not 'lung'"),
         (("--input", features, "--input_dim", 1024), "was trained with input_dim 64, not 1024"),
