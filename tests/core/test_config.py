@@ -51,7 +51,7 @@ GIVEN = {
     Comparison: {"runs": (Path("a"), Path("b"))},
     Demo: {},
     Download: {"name": "breast"},
-    Prediction: {"checkpoint": (Path("a.pth"),), "input": Path("a.h5")},
+    Prediction: {"out_of_fold": Path("run")},
     PredictionRecipe: {},
     Pictures: {"visualize": True},
     Conversion: {"input": Path("in"), "output": Path("out")},
