@@ -27,7 +27,7 @@ Aux = dict[str, Tensor | None]
 
 # Instances in a block, by type of device. On a CPU a block's embeddings stay in its cache, and blocks are few, for the
 # threads wait for each other at the end of each, long beside other processes. An accelerator wants few large products.
-BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=4096)
+BLOCK_ROWS = defaultdict(lambda: 2**16, cpu=2048)
 # Small bags are padded to each other's length while they make no more than so many rows: beyond that the copy costs
 # more than the calls.
 PADDED_ROWS = defaultdict(lambda: 2**15, cpu=768)

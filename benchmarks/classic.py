@@ -35,7 +35,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_cohort(folder: Path, benchmark: Path, *, standardised: bool = True) -> tuple[Path, Path]:
-    """A benchmark as a cohort: a bag is a slide and a patient of its own, the classes are negative and positive.
+    """Write a benchmark as a cohort: each bag is one slide of one patient, the classes are negative and positive.
+
     Returns `labels.csv` and the features folder.
     """
     with np.load(benchmark, allow_pickle=False) as file:
@@ -49,9 +50,10 @@ def write_cohort(folder: Path, benchmark: Path, *, standardised: bool = True) ->
         if not target.exists():  # a run is known by its files' times
             write_bag(target, Bag(instances[index == number].astype(np.float32)))
     rows = [
-        f"{wsi_id},{'positive' if label > 0 else 'negative'}" for wsi_id, label in zip(wsi_ids, labels, strict=True)
+        f"{wsi_id},{'positive' if label > 0 else 'negative'},{wsi_id}"
+        for wsi_id, label in zip(wsi_ids, labels, strict=True)
     ]
-    write_text(folder / "labels.csv", "\n".join(["wsi_id,label", *rows]) + "\n")
+    write_text(folder / "labels.csv", "\n".join(["wsi_id,label,case_id", *rows]) + "\n")
     return folder / "labels.csv", folder / "features"
 
 
