@@ -73,6 +73,20 @@ def test_chunked_by_default_as_evaluated_and_attention_sums_to_one(checkpoint, t
     assert predictor.predict(path, mode="full", chunk_size=1000).feed == SlideFeed(None, "merge")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "whole"}, "--mode 'whole': expected one of full, chunked"),
+        ({"chunk_size": -5}, "--chunk_size -5: out of range; give a number at least 1"),
+        ({"chunk_size": 0}, "--chunk_size 0: out of range"),
+        ({"chunk_size": "10"}, "--chunk_size '10': expected a whole number"),
+    ],
+)
+def test_ways_of_feeding_that_cannot_be(checkpoint, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SlidePredictor(checkpoint, device="cpu").predict(bag_file(tmp_path, make_bag(50)), **settings)
+
+
 def test_the_answer_as_a_dict(checkpoint, tmp_path):
     answer = SlidePredictor(checkpoint, device="cpu").predict(bag_file(tmp_path, make_bag(30))).as_dict()
     assert answer["num_instances"] == 30

@@ -308,6 +308,8 @@ def test_recipe_and_mpp_are_those_recorded_or_unknown(tmp_path, cohort):
         ({"class_names": [0, 1]}, r"--class_names \[0, 1\]: expected a list of text"),
         ({"allow": "missing"}, "--allow 'missing': expected a list"),
         ({"mode": "full", "sequential": True}, "--sequential: whole slides are not cut"),
+        ({"label_names": ["benign"]}, r"label_names \['benign'\]: expected names by label"),
+        ({"left_out": "benign"}, "left_out 'benign': expected a list of labels"),
     ],
 )
 def test_settings_that_cannot_be_used(cohort, settings, message):

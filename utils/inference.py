@@ -17,7 +17,7 @@ from MILS import ModelError, mil_name
 from MILS.pooling import BagModel
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.cohorts import tcga_case
-from utils.core.config import Extraction
+from utils.core.config import Extraction, Prediction, check_setting
 from utils.core.device import resolve_device
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import (
@@ -299,7 +299,9 @@ class SlidePredictor:
         }
 
     def feed(self, mode: str | None = None, chunk_size: int | None = None) -> SlideFeed:
-        """How slides are fed: as asked, else as the checkpoints were evaluated."""
+        """How slides are fed: as asked, else as the checkpoints were evaluated. Raises ConfigError."""
+        mode = check_setting(Prediction, "mode", mode)
+        chunk_size = check_setting(Prediction, "chunk_size", chunk_size)
         feeds = [self._feed_of(one.checkpoint, mode, chunk_size) for one in self.trained]
         for one, feed in zip(self.trained, feeds, strict=True):
             if feed != feeds[0]:
@@ -324,8 +326,6 @@ class SlidePredictor:
         if mode is None or mode == trained.mode:
             is_full = trained.mode == "full"
             return trained if is_full else replace(trained, chunk_size=chunk_size or trained.chunk_size)
-        if mode not in ("full", "chunked"):
-            raise ConfigError(f"mode {mode!r} is unknown; use 'full' or 'chunked'")
         return SlideFeed.of_mode(mode, chunk_size or 1000)
 
     def _extractor_for(self, slide: Path, mpp: float | None = None) -> WSIFeatureExtractor:

@@ -81,6 +81,10 @@ class MILDataset(Dataset):
             chunk_size=chunk_size, feat_type=feat_type, sequential=sequential, group_column=group_column,
             cache=None if cache is None else str(cache), allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
         )  # fmt: skip
+        if label_names is not None and not isinstance(label_names, Mapping):
+            raise ConfigError(f"label_names {label_names!r}: expected names by label, such as {{'0': 'benign'}}")
+        if isinstance(left_out, str):
+            raise ConfigError(f"left_out {left_out!r}: expected a list of labels")
         self.features_dir = Path(features_dir)
         folder = FeatureFolder(self.features_dir)
         table = read_table(csv_path)

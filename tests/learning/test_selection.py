@@ -109,3 +109,8 @@ class TestRank:
 @pytest.mark.parametrize(("epochs", "expected"), [([3], 3), ([1, 9, 4], 4), ([3, 4], 4), ([2, 4, 6, 20], 5)])
 def test_refit_takes_the_median_epoch(epochs, expected):
     assert refit_epochs(epochs) == expected
+
+
+def test_a_grid_is_names_and_values():
+    with pytest.raises(ConfigError, match=r"--grid 'lr=1': expected names and values"):
+        grid_settings("lr=1", "LiteMIL")  # type: ignore[arg-type]

@@ -97,8 +97,10 @@ def test_an_unknown_resolution_has_no_scale_bar():
 def test_an_unknown_colour_map_is_named():
     with pytest.raises(ConfigError, match="--cmap rainbows"):
         Look("rainbows")
-    with pytest.raises(ConfigError, match="--scale rank: give attention or percentile"):
+    with pytest.raises(ConfigError, match="--scale 'rank': expected one of attention, percentile"):
         Look(scale="rank")
+    with pytest.raises(ConfigError, match="--alpha 5: out of range; give a number from 0 to 1"):
+        Look(alpha=5)
 
 
 def test_the_scale_of_attention_begins_at_nothing_and_says_so():

@@ -127,6 +127,12 @@ def kinds_of(config: type) -> dict[str, Any]:
     return typing.get_type_hints(config)
 
 
+def check_setting(config: type, name: str, value: Any) -> Any:
+    """Return `value` as the setting `name` of a config class takes it. Raises ConfigError where it does not."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    return checked(field, kinds_of(config)[name], value, f"{flag_of(field)} ")
+
+
 class _Checked:
     """Checks names, types, words and limits of its settings when the dataclass is made."""
 
@@ -137,8 +143,8 @@ class _Checked:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.metadata:
-                kind, value = kinds_of(type(self))[field.name], getattr(self, field.name)
-                object.__setattr__(self, field.name, checked(field, kind, value, f"{flag_of(field)} "))
+                value = check_setting(type(self), field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
 
 
 FigureFormat = Literal["png", "pdf", "svg"]

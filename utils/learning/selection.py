@@ -58,6 +58,8 @@ def grid_settings(grid: Mapping[str, Any], model: str) -> list[Setting]:
     """Every combination of the grid's values, the last name's moving fastest; one empty setting without a grid. Values
     are checked as those of flags are.
     """
+    if not isinstance(grid, Mapping):
+        raise ConfigError(f'--grid {grid!r}: expected names and values, such as {{"lr": [1e-4, 3e-4]}}')
     if not grid:
         return [Setting()]
     kinds, valid = _kinds(model), {}

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.config import Pictures
+from utils.core.config import Pictures, check_setting
 from utils.core.errors import ConfigError, meant
 from utils.core.plots import save_figure
 from utils.core.text import NOTICE, literal
@@ -60,7 +60,7 @@ class Look:
     """How attention becomes colour: a Matplotlib colour map over `scale`, "attention" (from 0 to the highest) or
     "percentile" (within the slide), laid over the slide with the opacity `alpha`. `device` makes the raster.
 
-    Raises ConfigError for an unknown colour map or scale.
+    Raises ConfigError for an unknown colour map or scale, or an opacity that is none.
     """
 
     cmap: str = Pictures.cmap
@@ -72,8 +72,8 @@ class Look:
         if self.cmap not in colormaps:
             near = meant(self.cmap, colormaps)
             raise ConfigError(f"--cmap {self.cmap}: Matplotlib has no such colour map{near}; try viridis or magma")
-        if self.scale not in ("attention", "percentile"):
-            raise ConfigError(f"--scale {self.scale}: give attention or percentile")
+        for name in ("alpha", "scale"):
+            check_setting(Pictures, name, getattr(self, name))
 
     def values(self, attention: AttentionMap) -> NDArray:
         """(N,) what is painted."""

@@ -6,26 +6,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from urllib.parse import quote
 
 from utils.core.errors import counted
-from utils.core.files import set_aside, write_text
+from utils.core.files import set_aside
+from utils.core.page import write_page
 from utils.core.runtime import log, versions
 from utils.core.text import NOTICE
 
 INDEX = "index.html"
+_TEMPLATE = Path(__file__).with_name("index.html")
 _MARK = '<meta name="generator" content="LiteMIL predictions">'
 # Thumbnails of so many bytes together are part of the page; of more, they are files beside it.
 _MOST_BYTES = 20_000_000
 # With so many classes each has a column; with more, only the predicted one.
 _MOST_CLASSES = 6
-
-
-class _Page(Template):
-    """Its own mark, since the page's script is full of dollar signs."""
-
-    delimiter = "@@"
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,7 @@ def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> N
         "count": str(len(rows)),
         "footer": html.escape(f"Written by LiteMIL {versions()['litemil']}."),
     }
-    template = Path(__file__).with_name("index.html").read_text(encoding="utf-8")
-    write_text(path, _Page(template).substitute(values))
+    write_page(path, _TEMPLATE, values)
 
 
 def _summary(rows: Sequence[IndexRow]) -> str:

@@ -7,29 +7,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 import numpy as np
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.files import write_text
+from utils.core.page import write_page
 from utils.core.runtime import versions
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import Look, Picture
 
+_TEMPLATE = Path(__file__).with_name("report.html")
 _TRANSPARENT = 255  # of the overlay's palette; the colours take the others
 _QUALITY = 88
 # What keeps the page one that opens at once: patches in a gallery, their px, and what both galleries' images may take.
 _PATCHES, _PATCH_SIDES, _GALLERY_BYTES = 24, (1024, 768, 512, 384, 256, 192), 8_000_000
-
-
-class _Page(Template):
-    """Its own mark, since the page's script is full of dollar signs."""
-
-    delimiter = "@@"
 
 
 @dataclass(frozen=True)
@@ -88,11 +82,7 @@ def write_report(
         "facts": _rows(facts),
         "data": _data(picture, attention),
     }
-    write_text(path, _Page(_template()).substitute(content))
-
-
-def _template() -> str:
-    return Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    write_page(path, _TEMPLATE, content)
 
 
 def _data(picture: Picture, attention: AttentionMap) -> str:

@@ -10,19 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from string import Template
 from typing import Any
 from urllib.parse import quote
 
 from utils.core.errors import counted
-from utils.core.files import write_text
+from utils.core.page import write_page
 from utils.slides.preview import SHOWN_COLOURS
 
-
-class _Page(Template):
-    """Its own mark, since the page's script is full of dollar signs."""
-
-    delimiter = "@@"
+_TEMPLATE = Path(__file__).with_name("contact_sheet.html")
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ def write_contact_sheet(path: Path, rows: Sequence[SheetRow], about: Sequence[st
         "statuses": "".join(f"<option>{html.escape(status)}</option>" for status in statuses),
         "cards": "\n".join(_card(row, Path(path).parent) for row in rows),
     }
-    write_text(path, _Page(_template()).substitute(values))
+    write_page(path, _TEMPLATE, values)
 
 
 def recipe_words(recipe: Mapping[str, Any]) -> str:
@@ -70,10 +65,6 @@ def recipe_words(recipe: Mapping[str, Any]) -> str:
         f"quality control {'on' if recipe.get('qc') else 'off'}",
     ]
     return f"Recipe of the latest features: {', '.join(parts)}"
-
-
-def _template() -> str:
-    return Path(__file__).with_name("contact_sheet.html").read_text(encoding="utf-8")
 
 
 def _totals(rows: Sequence[SheetRow], statuses: Mapping[str, int]) -> str:
