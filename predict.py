@@ -10,6 +10,7 @@ import sys
 
 from utils.core import cli
 from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
+from utils.core.errors import ConfigError
 
 
 def main() -> None:
@@ -20,6 +21,12 @@ def main() -> None:
         "beyond one machine": Cluster,
     }
     asked, recipe, pictures, cluster = cli.parse(str(__doc__), groups)
+    draws = pictures.visualize or asked.faithfulness or asked.labels_csv is not None
+    if asked.figure_format != Prediction.figure_format and not draws:
+        raise ConfigError(
+            f"--figure_format {' '.join(asked.figure_format)}: no figure is drawn; give --visualize, --faithfulness or "
+            "--labels_csv with it"
+        )
     # Imported when the command line is known to be right: they take seconds, and what draws is not always needed.
     from utils.core.device import resolve_device
     from utils.learning.prediction_files import PredictionFiles

@@ -243,12 +243,18 @@ def test_help_names_every_flag_and_every_default(capsys, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_begins_with_what_is_required(capsys, script):
     text = help_of(capsys, script)
-    required = [field for cls in SCRIPTS[script].values() for field in cli._options(cls) if field.default is REQUIRED]
+    fields = [field for cls in SCRIPTS[script].values() for field in cli._options(cls)]
+    required = [field for field in fields if field.default is REQUIRED or field.metadata["one_of"]]
     first = text.partition("required:")[2].partition(f"{next(iter(SCRIPTS[script]))}:")[0] if required else ""
     for field in required:
         assert (field.name if field.metadata["positional"] else flag_of(field)) in first or flag_of(field) in first
         assert flag_of(field) in text.partition(" [options]")[0], "the usage line names it"
     assert (required != []) == ("required:" in text)
+
+
+def test_the_usage_line_shows_of_which_flags_one_is_required(capsys):
+    assert " (--input FILE | --input_dir DIR) [options]" in help_of(capsys, "extractFeatures")
+    assert "(--checkpoint FILE|RUN ... | --out_of_fold RUN) (--input FILE" in help_of(capsys, "predict")
 
 
 def test_help_says_what_a_flag_takes(capsys):

@@ -175,11 +175,18 @@ def test_a_default_that_stands_in_a_signature_too_is_the_same():
         ({"input": "a.svs", "output": "a.h5", "output_dir": "out"}, "give one of --output"),
         ({"input": "a.svs", "output": "a.hdf"}, r"--output a\.hdf: ends in '\.hdf'"),
         ({"input": "a.svs", "output": "folder"}, "--output folder: ends in ''"),
+        ({"input_dir": "slides", "write_slides_csv": "new.csv", "limit": 2}, "leave --limit out"),
+        ({"input_dir": "slides", "write_slides_csv": "new.csv", "shard": "1/2"}, "leave --shard out"),
     ],
 )
 def test_inputs_and_outputs_that_exclude_each_other(given, message):
     with pytest.raises(ConfigError, match=message):
-        ExtractionFiles(**{name: Path(value) for name, value in given.items()})
+        ExtractionFiles(**given)
+
+
+def test_answers_out_of_fold_have_no_table_to_account_for():
+    with pytest.raises(ConfigError, match="--allow unknown: goes with --labels_csv"):
+        Prediction(out_of_fold=Path("run"), allow=("missing", "unknown"))
 
 
 @pytest.mark.parametrize(

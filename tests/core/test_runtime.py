@@ -18,7 +18,7 @@ from tqdm import tqdm
 from utils.core import runtime
 from utils.core.device import resolve_device, run_metadata, seed_everything
 from utils.core.errors import ConfigError
-from utils.core.runtime import ahead, available_memory, derive_seed, progress, progress_bar, versions
+from utils.core.runtime import ahead, available_memory, derive_seed, duration, progress, progress_bar, versions
 
 
 @pytest.fixture
@@ -340,3 +340,10 @@ def test_a_killed_child_leaves_the_bars_of_its_parent_free():
     child.join()
     assert tqdm.get_lock().acquire(timeout=5)
     tqdm.get_lock().release()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.6, "1 second"), (2.2, "2 seconds"), (89, "89 seconds"), (90, "1.5 minutes")]
+)
+def test_a_duration_in_words(seconds, words):
+    assert duration(seconds) == words

@@ -80,18 +80,19 @@ def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None 
 def _add_flags(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None:
     """Add the flags of all groups, the required ones first and in the usage line."""
     sections = {title: parser.add_argument_group(title) for title in (_REQUIRED_TITLE, *groups)}
-    usage = [parser.prog]
+    required: dict[str, list[str]] = {}
     for title, config in groups.items():
         hints = typing.get_type_hints(config)
         for field in _options(config):
-            argument = _argument(field, hints[field.name])
-            if field.default is dataclasses.MISSING:
-                title_of, name = _REQUIRED_TITLE, "" if field.metadata["positional"] else flag_of(field)
-                usage.append(f"{name} {argument['metavar']}{' ...' if 'nargs' in argument else ''}".strip())
-            else:
-                title_of = title
-            sections[title_of].add_argument(*_spellings(field), **argument)
-    parser.usage = " ".join([*usage, "[options]"]).replace("%", "%%")
+            argument, one_of = _argument(field, hints[field.name]), field.metadata["one_of"]
+            is_required = field.default is dataclasses.MISSING or one_of is not None
+            if is_required:
+                name = "" if field.metadata["positional"] else flag_of(field)
+                words = f"{name} {argument['metavar']}{' ...' if 'nargs' in argument else ''}".strip()
+                required.setdefault(one_of or field.name, []).append(words)
+            sections[_REQUIRED_TITLE if is_required else title].add_argument(*_spellings(field), **argument)
+    usage = [f"({' | '.join(words)})" if words[1:] else words[0] for words in required.values()]
+    parser.usage = " ".join([parser.prog, *usage, "[options]"]).replace("%", "%%")
 
 
 def _program() -> str:

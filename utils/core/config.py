@@ -33,14 +33,16 @@ def option(
     alias: str | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    one_of: str | None = None,
     also: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory; a `positional` one is given
-    by its place, not by a name. `also` maps other words for a choice to the choice.
+    by its place, not by a name. Of the flags that share a name in `one_of`, one has to be given. `also` maps other
+    words for a choice to the choice.
     """
     metadata = {
         "help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar,
-        "positional": positional, "also": also or {},
+        "positional": positional, "one_of": one_of, "also": also or {},
     }  # fmt: skip
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata)
@@ -204,8 +206,10 @@ class Extraction(_Checked):
 class ExtractionFiles(_Checked):
     """Which slides `extractFeatures.py` reads and where it writes."""
 
-    input: Path | None = option(None, "one slide; give this or --input_dir")
-    input_dir: Path | None = option(None, "a folder of slides, searched with its subfolders; give this or --input")
+    input: Path | None = option(None, "one slide; give this or --input_dir", one_of="slides")
+    input_dir: Path | None = option(
+        None, "a folder of slides, searched with its subfolders; give this or --input", one_of="slides"
+    )
     output: Path | None = option(None, "feature file for --input (default: beside the slide, <stem>.h5)")
     output_dir: Path | None = option(None, "folder for the feature files (required with --input_dir)")
     format: Literal["h5", "pt"] | None = option(None, "feature file format (default: h5, or as --output ends)")
@@ -247,6 +251,9 @@ class ExtractionFiles(_Checked):
             raise ConfigError("give one of --output (a file) and --output_dir (a folder)")
         if self.tissue is not None and self.save_tissue:
             raise ConfigError("--save_tissue writes what the detector finds, which --tissue replaces; give one of them")
+        for name in ("limit", "shard"):
+            if self.write_slides_csv is not None and getattr(self, name):
+                raise ConfigError(f"--{name}: --write_slides_csv writes a row of each slide; leave --{name} out")
         for name in ("limit", "extensions", "shard", "keep_structure"):
             if self.input is not None and getattr(self, name):
                 raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
@@ -479,21 +486,27 @@ class Prediction(_Checked):
         (),
         "trained model (.pth), which says architecture, classes and recipe, or the folder of a training run, whose "
         "chosen model is taken; several answer as their mean",
+        metavar="FILE|RUN",
+        one_of="models",
     )
     out_of_fold: Path | None = option(
         None,
         "instead of --checkpoint, the folder of a training run: each slide of its cohort is predicted by the model of "
         "the fold that did not see it",
         metavar="RUN",
+        one_of="models",
     )
     repeat: int | None = option(
         None, "of the repeats of --out_of_fold, take this one (default: the first)", least=1, metavar="N"
     )
-    input: Path | None = option(None, "feature file (.h5, .pt, .pth) or raw slide; give this or --input_dir")
+    input: Path | None = option(
+        None, "feature file (.h5, .pt, .pth) or raw slide; give this or --input_dir", one_of="slides"
+    )
     input_dir: Path | None = option(
         None,
         "a folder of feature files or, where it holds none, of slides; give this or --input (with "
         "--out_of_fold: where the features are, if not where the run found them)",
+        one_of="slides",
     )
     extensions: tuple[str, ...] | None = option(
         None, "of --input_dir, only slides with these endings, e.g. .svs .ndpi", metavar="EXT"
@@ -564,6 +577,11 @@ class Prediction(_Checked):
                 raise ConfigError(
                     f"--out_of_fold {self.out_of_fold}: knows its models, slides and labels; leave --{name} out"
                 )
+        of_a_table = [word for word in self.allow if word != "missing"]
+        if of_a_table:
+            raise ConfigError(
+                f"--allow {' '.join(of_a_table)}: goes with --labels_csv; leave it out with --out_of_fold"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
