@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from MILS import ModelError, build_mil, list_mils
-from utils.core.errors import ConfigError, LiteMILError, counted
-from utils.core.files import digest, read_json, set_aside, write_json, write_records, write_text
+from utils.core.errors import ConfigError, counted
+from utils.core.files import digest, read_record, set_aside, write_json, write_records, write_text
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress
 from utils.learning.comparison import LOWER_IS_BETTER, holm, nadeau_bengio, paired_interval
@@ -113,19 +113,11 @@ def _make_way(folder: Path, record: dict[str, Any]) -> None:
     """Give the files of another comparison other names, and say so; those of the same one will be replaced."""
     figures = [path for name in _FIGURES for path in figure_paths(folder / name, FORMATS)]
     there = [path for path in (folder / _RECORD, *(folder / name for name in _TABLES), *figures) if path.exists()]
-    known = _known_record(folder)
+    known = read_record(folder / _RECORD)
     if not there or known == record:
         return
     aside = ", ".join(path.name for path in set_aside(*there))
     log.warning("%s held another comparison (%s); its files are now %s", folder, _difference(known, record), aside)
-
-
-def _known_record(folder: Path) -> dict[str, Any]:
-    try:
-        known = read_json(folder / _RECORD)
-    except LiteMILError:
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _difference(known: dict[str, Any], record: dict[str, Any]) -> str:

@@ -12,12 +12,12 @@ from utils.core.config import Cluster, Prediction, PredictionRecipe
 from utils.core.device import resolve_device
 from utils.core.engine import Threads, open_engine
 from utils.core.errors import ConfigError, counted, named
-from utils.core.files import appeared, clear_parts, read_json
+from utils.core.files import appeared, clear_parts, read_json, read_record
 from utils.core.runtime import log
 from utils.core.text import NOTICE
 from utils.inference import SEEN, SlidePredictor, extractPredict, recipe_asked
 from utils.learning.answers import REPORT, Answers, Known, known_slides
-from utils.learning.kept_answers import ENDING, check_first, is_answer_to, read_record
+from utils.learning.kept_answers import ENDING, check_first, is_answer_to
 from utils.learning.prediction_files import DEFAULT_FOLDER, PredictionFiles
 from utils.pictures.caption import title_of
 from utils.pictures.index import INDEX, IndexRow, write_index

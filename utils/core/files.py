@@ -170,6 +170,15 @@ def read_json(path: Path, error: type[LiteMILError] = LiteMILError) -> Any:
         raise error(f"{path}: not readable as JSON ({failure})") from failure
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the object in the JSON file `path`; an empty one where there is none that can be read."""
+    try:
+        record = read_json(path) if path.exists() else {}
+    except LiteMILError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def digest(*parts: str | bytes) -> str:
     """The sha256 of the parts, each preceded by its length so that ("ab", "c") and ("a", "bc") differ."""
     total = hashlib.sha256()

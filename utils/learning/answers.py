@@ -16,10 +16,10 @@ import numpy as np
 from utils.bags.labels import LabelRow
 from utils.core.config import Prediction, Protocol
 from utils.core.errors import ConfigError, counted
-from utils.core.files import digest, set_aside, write_json
+from utils.core.files import digest, read_record, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
-from utils.learning.kept_answers import ENDING, read_record
+from utils.learning.kept_answers import ENDING
 from utils.learning.metrics import decision_metrics
 from utils.learning.predictions import Predictions
 from utils.learning.results import (

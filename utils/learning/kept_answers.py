@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.bags.rows import Fingerprint
-from utils.core.errors import ConfigError, LiteMILError, named
-from utils.core.files import read_json
+from utils.core.errors import ConfigError, named
+from utils.core.files import read_record
 from utils.core.passport import first_differences, recipe_differences
 from utils.core.plots import FORMATS, figure_paths
 from utils.slides.wsi import is_slide_file
@@ -115,12 +115,3 @@ def clear_pictures(target: Path, record: Mapping[str, Any]) -> None:
         path = folder / name
         if path.resolve().is_relative_to(folder):  # nothing that a record names elsewhere
             path.unlink(missing_ok=True)
-
-
-def read_record(target: Path) -> dict[str, Any]:
-    """Return the record at `target`; an empty one where there is none that can be read."""
-    try:
-        record = read_json(target) if target.exists() else {}
-    except LiteMILError:
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -15,6 +15,7 @@ from utils.bags.collate import chunks_per_step, num_chunks
 from utils.core.device import peak_memory
 from utils.core.errors import DivergedError, counted
 from utils.core.runtime import available_memory, duration, file_size, log
+from utils.core.text import aligned
 from utils.learning.splits import OuterFold
 from utils.learning.training import Bags, ModelTraining, validate
 from utils.learning.units import Trainer, Unit
@@ -155,10 +156,8 @@ def splits_table(folds: Sequence[OuterFold], data: Bags, cases: np.ndarray) -> s
         for number, inner in enumerate(fold.inner, start=1):
             parts |= {f"inner {number}: train": inner.train, f"inner {number}: validation": inner.val}
         rows += [[name, *_counts(part, data, cases)] for name, part in parts.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     more = len(folds) - _MOST_FOLDS_SHOWN
-    return "\n".join([*lines, f"and {more} folds more"] if more > 0 else lines)
+    return aligned([rows]) + (f"\nand {more} folds more" if more > 0 else "")
 
 
 def _counts(slides: np.ndarray, data: Bags, cases: np.ndarray) -> list[str]:

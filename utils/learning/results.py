@@ -14,6 +14,7 @@ from utils.bags.labels import LabelRow
 from utils.core.files import write_text
 from utils.core.plots import write_figures
 from utils.core.runtime import derive_seed
+from utils.core.text import aligned
 from utils.learning.aggregation import SlideOutput
 from utils.learning.calibration import mean_calibrated
 from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, mean_and_std
@@ -250,18 +251,6 @@ def intervals_row(intervals: Mapping[str, Sequence[float] | None]) -> list[str]:
 def text_table(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
     """Rows of the closing figures under their names, a rule between the blocks."""
     return aligned([[["", *[name.replace("_", " ") for name in _SHOWN]]], *blocks])
-
-
-def aligned(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
-    """Return blocks of rows as text, the columns flush right, with a rule between the blocks."""
-    rows = [row for block in blocks for row in block]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    texts = [
-        ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in block]
-        for block in blocks
-    ]
-    rule = "-" * len(texts[0][0])
-    return f"\n{rule}\n".join("\n".join(text) for text in texts if text)
 
 
 def closing_words(results: dict[str, Any]) -> str:
