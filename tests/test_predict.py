@@ -759,6 +759,18 @@ def test_a_part_predicted_again_leaves_the_table_whole(cohort, models, predict, 
     assert (out / "predictions.1.csv").read_bytes() == before["predictions.csv"]
 
 
+def test_a_slide_of_a_folder_predicted_again_stands_in_its_table_and_page(cohort, models, predict, tmp_path):
+    out, one = tmp_path / "out", cohort[1] / "P000-S1.h5"
+    predict("--checkpoint", models[0], "--input_dir", cohort[1])
+    before = (out / "predictions.csv").read_bytes()
+    assert "With 23 slides of earlier commands" in predict("--checkpoint", models[0], "--input", one).out
+    assert (out / "predictions.csv").read_bytes() == before
+    predict("--checkpoint", models[1], "--input", one, "--overwrite")
+    assert list(pd.read_csv(out / "predictions.csv")["wsi_id"]) == ["P000-S1"], "the others are another model's"
+    assert str(models[1]) in (out / "index.html").read_text()
+    assert (out / "predictions.1.csv").read_bytes() == before
+
+
 def test_scores_of_other_labels_do_not_replace_those_that_are_there(cohort, models, predict, tmp_path):
     labels_csv, features = cohort
     flags, out = ("--checkpoint", models[0], "--input_dir", features, "--labels_csv"), tmp_path / "out"

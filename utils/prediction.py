@@ -110,6 +110,8 @@ def _predict_one(work: Answering, source: Path, target: Path) -> tuple[list[Slid
     if record["seen_as"]:
         log.warning(SEEN, source, record["seen_as"])
     lines = [title_of(record), *(f"  {path}" for path in [*work.made_files(record, target.parent), target])]
+    if source.stem in known_slides(target.parent):  # a row of its folder's table, and of the page
+        lines += _conclude(work, target.parent, [target], {}, failed=0)
     return [status], "\n".join([*lines, f"{NOTICE} (took {cli.took()})", f"Next: {_next_step(work)}"])
 
 
