@@ -26,7 +26,7 @@ from utils.core.config import Extraction, ExtractionFiles
 from utils.core.engine import Processes, Tell, threads
 from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
-from utils.core.runtime import log, processors, progress_bar
+from utils.core.runtime import keep_freed_memory, log, processors, progress_bar
 from utils.extraction import extract_slides
 from utils.feature_extractor import WSIFeatureExtractor
 
@@ -115,6 +115,7 @@ def make_test_slide(path: Path = TEST_SLIDE) -> None:
 
 def _draw(task: tuple[DemoSlide, Path], tell: Tell) -> None:
     row, home = task
+    keep_freed_memory()
     row.draw(row.wsi(home), row.mask(home))
     tell(row.wsi_id)
 

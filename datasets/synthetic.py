@@ -177,7 +177,8 @@ class _Canvas:
 def _regions(canvas: _Canvas) -> tuple[Mask, Mask]:
     """Where there is tissue, and where in it the lesion."""
     rows, columns = np.ogrid[-1 : 1 : canvas.height * 1j, -1 : 1 : canvas.width * 1j]
-    shape = 0.35 * canvas.noise(140) - 1.6 * np.maximum(abs(rows), abs(columns)) ** 4
+    from_middle = np.square(np.maximum(abs(rows), abs(columns)))
+    shape = 0.35 * canvas.noise(140) - 1.6 * np.square(from_middle)
     tissue = shape > np.quantile(shape[::8, ::8], 1 - _TISSUE)
     place = canvas.noise(200) + 0.25 * canvas.noise(40)
     return tissue, tissue & (place > np.quantile(place[::8, ::8][tissue[::8, ::8]], 1 - _LESION))
