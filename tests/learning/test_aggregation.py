@@ -7,7 +7,7 @@ from MILS import list_mils
 from MILS.pooling import BLOCK_ROWS, BagModel
 from utils.bags.collate import cut_chunks
 from utils.bags.store import Bag, open_bag, write_bag
-from utils.learning.aggregation import SlideFeed, predict_features
+from utils.learning.aggregation import SlideFeed, predict_features, predict_probabilities
 
 FULL = SlideFeed(None, "merge")
 MODELS = list_mils()
@@ -214,3 +214,25 @@ def test_features_left_in_their_file_give_the_same_answer(name, feed, stirred, t
         assert (one is None) == (other is None)
         if one is not None:
             np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("feed", [SlideFeed(20, "mean"), FULL], ids=["chunked", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_slides_predicted_together_are_answered_as_each_alone(name, feed, stirred, monkeypatch):
+    monkeypatch.setitem(BLOCK_ROWS, "cpu", 32)
+    model, slides = stirred(name).train(), [bag(count, count) for count in (7, 19, 53, 3, 20, 21, 1)]
+    expected = np.stack([predict_features(model, slide, feed).probabilities for slide in slides])
+    passes = []
+    monkeypatch.setattr(type(model), "forward_bags", counting(type(model).forward_bags, passes))
+    np.testing.assert_allclose(predict_probabilities(model, iter(slides), feed), expected, atol=1e-6)
+    assert model.training
+    assert max(passes) > 1, "small slides share a pass"
+    assert sum(passes) < len(slides), "a large one has its own"
+
+
+def counting(forward_bags, passes):
+    def counted(self, bags):
+        passes.append(len(bags))
+        return forward_bags(self, bags)
+
+    return counted

@@ -4,6 +4,7 @@
 streamed in blocks for every model that can.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,34 @@ def predict_features(
             return SlideOutput(whole[0], each, sizes, whole[1])
         weights = _spread([weights for _, weights in chunks], cuts, len(features)) if attention else None
         return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
+
+
+@torch.inference_mode()
+def predict_probabilities(model: BagModel, slides: Iterable[torch.Tensor], feed: SlideFeed) -> np.ndarray:
+    """Probabilities `(n, C)` of slides, each `(N, D)`: those of `predict_features`, to rounding. Slides of one chunk
+    are predicted together, as many as fit in a block: each pass costs its calls, however small it is.
+    """
+    device = next(model.parameters()).device
+    most = 0 if isinstance(model, Ensemble) else min(BLOCK_ROWS[device.type], feed.chunk_size or math.inf)
+    found: list[np.ndarray] = []
+    waiting: list[torch.Tensor] = []
+
+    def predict_waiting() -> None:
+        if waiting:
+            logits, _ = model.forward_bags(waiting)
+            found.extend(torch.softmax(logits.cpu().double(), dim=1).numpy())
+            waiting.clear()
+
+    with evaluating(model):
+        for features in slides:
+            if sum(map(len, waiting)) + len(features) > BLOCK_ROWS[device.type] or len(features) > most:
+                predict_waiting()
+            if len(features) > most:
+                found.append(predict_features(model, features, feed).probabilities)
+            else:
+                waiting.append(features.to(device))
+        predict_waiting()
+    return np.stack(found)
 
 
 def streams(model: BagModel) -> bool:

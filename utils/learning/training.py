@@ -17,7 +17,7 @@ from utils.core.config import Training
 from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
 from utils.core.runtime import ahead, derive_seed
-from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features
+from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features, predict_probabilities
 from utils.learning.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.scale import feature_scale, standardize
 from utils.learning.selection import rank
@@ -78,8 +78,9 @@ class ModelTraining:
             standardize(self.model, *feature_scale(dataset.features, train))
         self.dataset, self.train, self.settings, self.seed, self.device = dataset, train, settings, seed, device
         self.class_weights = balanced_class_weights(dataset.labels[train], len(dataset.class_names))
+        self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.parameters,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),  # the same step in one piece: several times faster
@@ -134,7 +135,7 @@ class ModelTraining:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -213,8 +214,11 @@ def learning_rate(epoch: int, settings: Training) -> float:
 def validate(
     model: BagModel, dataset: Bags, slides: np.ndarray, class_weights: np.ndarray, feed: SlideFeed
 ) -> tuple[dict[str, float | None], np.ndarray]:
-    """Slide-level figures `val_loss`, `val_auc`, ... of the slides, and their probabilities `(n, C)`."""
-    probabilities = np.stack([output.probabilities for output in predict_slides(model, dataset, slides, feed)])
+    """Slide-level figures `val_loss`, `val_auc`, ... of the slides, and their probabilities `(n, C)`. Raises
+    DivergedError at an answer that is not finite.
+    """
+    probabilities = predict_probabilities(model, (dataset.features(int(slide)) for slide in slides), feed)
+    _check_finite(model, probabilities)
     labels = dataset.labels[slides]
     figures = classification_metrics(labels, probabilities)
     loss = log_loss(labels, probabilities, class_weights)
@@ -225,8 +229,12 @@ def predict_slides(model: BagModel, dataset: Bags, slides: np.ndarray, feed: Sli
     """The model's answer for each slide. Raises DivergedError at one that is not finite."""
     with evaluating(model):  # once, and not for each slide again
         outputs = [predict_features(model, dataset.features(int(slide)), feed) for slide in slides]
-    if not all(np.isfinite(output.probabilities).all() for output in outputs):
+    _check_finite(model, np.stack([output.probabilities for output in outputs]))
+    return outputs
+
+
+def _check_finite(model: BagModel, probabilities: np.ndarray) -> None:
+    if not np.isfinite(probabilities).all():
         on_cpu = next(model.parameters()).device.type == "cpu"
         remedy = "lower --lr" + ("" if on_cpu else ", or give --precision fp32")  # which is on already on a CPU
         raise DivergedError(f"the model's answer for a slide is not finite; {remedy}")
-    return outputs
