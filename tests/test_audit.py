@@ -90,8 +90,27 @@ def test_features_of_another_scale(cohort, factor):
     for path in cohort.features_dir.iterdir():
         cohort.change(path.stem, features=read_bag(path).features.astype("f4") * np.float32(factor))
     told = cohort.found("warning", "scale")
-    assert "models are initialised for 0.1 to 10; train standardises them unless told --standardize off" in told
-    assert "median of 14 slides" in told
+    assert "models are initialised for 0.1 to 10 (28 slides); train standardises them unless told --standardize" in told
+
+
+def test_all_features_are_read_for_what_cannot_be_used(cohort, monkeypatch):
+    features = read_bag(cohort.file("P003-S2")).features.copy()
+    features[4, 2] = np.nan
+    cohort.change("P003-S2", features=features)
+    assert "P003-S2.h5" in cohort.found("error", "files")
+    monkeypatch.setattr("utils.audit._MOST_READ", 1000)
+    assert "of 28, others were not read" in cohort.found("ok", "scale")
+
+
+@pytest.mark.parametrize(
+    ("column", "fault"),
+    [("site", "1 row without a site: P000-S1; fill it in"), ("Side", "no column Side to group by; found")],
+)
+def test_groups_that_training_refuses_are_errors(cohort, column, fault):
+    rows = cohort.labels_csv.read_text().splitlines()
+    sites = ["site", *("NA" if number == 0 else f"A{row[:4]}" for number, row in enumerate(rows[1:]))]
+    cohort.labels_csv.write_text("\n".join(f"{row},{site}" for row, site in zip(rows, sites, strict=True)))
+    assert fault in cohort.found("error", "table", group_column=column)
 
 
 def test_a_column_of_train_and_test_is_named(cohort, tmp_path):

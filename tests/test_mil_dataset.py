@@ -221,6 +221,17 @@ def test_all_files_that_cannot_be_used_are_told_at_once(tmp_path):
     assert "; and 1 more" in str(caught.value)
 
 
+def test_what_only_reading_shows_is_told_with_the_rest(tmp_path):
+    bags = numbered([2, 3, 4])
+    bags["S1"][1, 1] = np.nan
+    labels_csv, features_dir = make(tmp_path, bags)
+    (features_dir / "S0.h5").write_text("no features")
+    with pytest.raises(
+        FeatureFileError, match=r"2 of 3 feature files cannot be used: .*S0\.h5.*S1\.h5: 1 values are NaN"
+    ):
+        MILDataset(labels_csv, features_dir)
+
+
 def test_values_that_are_not_finite_are_found_when_they_are_read(tmp_path):
     bags = numbered([2, 3])
     bags["S1"][1, 1] = np.nan

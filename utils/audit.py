@@ -12,6 +12,7 @@ if __name__ == "__main__":
     cli.begin(str(__doc__), _FLAGS)
 
 import json
+import math
 import shlex
 import sys
 from collections import Counter, defaultdict
@@ -37,7 +38,7 @@ from utils.core.files import digest
 from utils.core.passport import COMPARED_FIELDS, MPP_TOLERANCE, Passport
 from utils.core.runtime import progress
 from utils.learning.confounding import Confounding, Value, confounding, values_per_class
-from utils.learning.scale import USUAL, is_usual
+from utils.learning.scale import why_unusual
 from utils.learning.splits import NamedSplit, read_splits, shared_cases, unused_split
 
 Level = Literal["error", "warning", "info", "ok"]
@@ -45,8 +46,8 @@ Level = Literal["error", "warning", "info", "ok"]
 # Columns of a label table that say where or how a slide was made.
 ORIGIN_COLUMNS = ("site", "scanner", "center", "centre", "hospital", "institution", "batch")
 SMALL_BAG = 10
-# The scale of features is told by so many slides.
-_SCALE_SLIDES = 20
+# The features of all slides are read, or of as many as take so many bytes.
+_MOST_READ = 4e9
 # A field is a warning when so few shuffled cohorts reach its AUC, and it stands so far above their median.
 _RARE, _NOTABLE = 0.01, 0.1
 _GIVEN_AWAY = 0.9
@@ -165,8 +166,10 @@ def audit(
     findings = _check_columns(table, no_patients)
     more, rows = _check_ids(rows)
     findings += more
+    more, groups = _check_groups(table.path, rows, group_column)
+    findings += more
     if "spelling" not in allow:
-        findings += _check_names(table, rows, group_column)
+        findings += _check_names(table, rows, groups, group_column)
     if not class_names and (doubts := labels.doubtful_classes(classes)):
         findings.append(Finding("error", "table", doubts))
     more, slides = _check_labels(rows, classes, left_out, _level("unknown", allow))
@@ -219,12 +222,22 @@ def _check_columns(table: LabelTable, no_patients: bool) -> list[Finding]:
         warning = labels.missing_patients(table, no_patients)
     except LabelsError as error:
         return [*findings, Finding("error", "table", str(error))]
-    return [*findings, *([Finding("warning", "table", warning)] if warning else [])]
+    warnings = [text for text in (warning, labels.doubted_patients(table)) if text]
+    return [*findings, *(Finding("warning", "table", text) for text in warnings)]
 
 
-def _check_names(table: LabelTable, rows: Sequence[Row], group_column: str | None) -> list[Finding]:
+def _check_groups(path: Path, rows: Sequence[Row], group_column: str | None) -> tuple[list[Finding], list[str]]:
+    """What no split divides, for each row: patients, where the column does not say."""
+    try:
+        return [], labels.group_rows(path, rows, group_column)
+    except LabelsError as error:
+        return [Finding("error", "table", str(error))], labels.group_rows(path, rows, None)
+
+
+def _check_names(
+    table: LabelTable, rows: Sequence[Row], groups: Sequence[str], group_column: str | None
+) -> list[Finding]:
     """Slides and patients that seem to stand in the table under several names."""
-    groups = [row.get(group_column or "", row["case_id"]) for row in rows]
     doubts = several_names(rows, groups, table.patient_columns, group_column)
     details = {"names": [asdict(doubt) for doubt in doubts]}
     return [Finding("error", "table", labels.doubtful_names(doubts), details)] if doubts else []
@@ -388,9 +401,10 @@ def _content_digest(path: Path, feat_type: str) -> str:
 
 
 def _check_scale(bags: Sequence[_Bag], feat_type: str) -> list[Finding]:
-    """Whether the features of some slides are of the scale that models are initialised for."""
+    """Whether features can be read, and are of the scale that models are initialised for."""
     findings, squares = [], []
-    for bag in bags[:: -(-len(bags) // _SCALE_SLIDES) or 1]:
+    every = max(1, math.ceil(sum(bag.info.nbytes for bag in bags) / _MOST_READ))
+    for bag in progress(bags[::every], "Reading features", unit="slide", leave=False):
         try:
             squares.append(root_mean_square(torch.from_numpy(read_bag(bag.path, feat_type).features)))
         except FeatureFileError as error:
@@ -398,12 +412,14 @@ def _check_scale(bags: Sequence[_Bag], feat_type: str) -> list[Finding]:
     if not squares:
         return findings
     median = float(np.median(squares))
-    message = f"the features' root mean square is {median:.3g} (median of {counted(len(squares), 'slide')})"
+    of = counted(len(squares), "slide") + (f"; of {len(bags)}, others were not read" if every > 1 else "")
     details = {"rms": median, "read": len(squares)}
-    if is_usual(median):
-        return [*findings, Finding("ok", "scale", f"{message}, as models expect", details)]
-    message += f", and models are initialised for {USUAL[0]:g} to {USUAL[1]:g}; train standardises them unless told"
-    return [*findings, Finding("warning", "scale", f"{message} --standardize off", details)]
+    why = why_unusual(np.array(squares), bags[0].info.dim)
+    if why is None:
+        message = f"the features' root mean square is {median:.3g} (median of {of}), as models expect"
+        return [*findings, Finding("ok", "scale", message, details)]
+    message = f"{why} ({of}); train standardises them unless told --standardize off"
+    return [*findings, Finding("warning", "scale", message, details)]
 
 
 def _check_bags(bags: Sequence[_Bag], classes: Sequence[str]) -> list[Finding]:

@@ -98,8 +98,9 @@ class MILDataset(Dataset):
         self.mode, self.chunk_size, self.sequential = asked.mode, asked.chunk_size, asked.sequential
         self.feat_type = feat_type
         unknown_patients = labels.missing_patients(table, no_patients)
-        if unknown_patients:
-            log.warning(unknown_patients)
+        for warning in (unknown_patients, labels.doubted_patients(table)):
+            if warning:
+                log.warning(warning)
         self.patients_from = table.patients_from
         self.rows = labels.account(
             table, self.class_names, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
@@ -108,7 +109,7 @@ class MILDataset(Dataset):
         folder.check_unique(row.wsi_id for row in self.rows)
         self.labels = np.array([row.label for row in self.rows])
         self.cases = np.array([row.case_id for row in self.rows])
-        groups = labels.group_cases(Path(csv_path), self.rows, group_column)
+        groups = labels.group_rows(Path(csv_path), [row.columns for row in self.rows], group_column)
         if "spelling" not in allow:
             labels.check_names(table, self.rows, groups, group_column)
         self.groups = np.array(groups)
@@ -312,6 +313,8 @@ class MILDataset(Dataset):
                 info.append((opened.info(path) if opened else None) or peek_bag(path, self.feat_type))
             except FeatureFileError as error:
                 faults.append(str(error))
+        if faults:  # the others may hold what only reading them shows: all is told at once
+            faults = [fault for path in paths if (fault := _fault_of(path, self.feat_type))]
         refuse(FeatureFileError, faults, len(self))
         return info
 
@@ -336,6 +339,14 @@ class MILDataset(Dataset):
 
     def _fits(self, free: int | None, share: float) -> bool:
         return free is None or sum(info.nbytes for info in self.info) <= free * share
+
+
+def _fault_of(path: Path, feat_type: str) -> str | None:
+    try:
+        read_bag(path, feat_type)
+    except FeatureFileError as error:
+        return str(error)
+    return None
 
 
 def _why_not_there(name: str, home: Path) -> str:

@@ -157,7 +157,9 @@ class NestedCrossValidation:
             return folder.take(earlier, dict), Standardization(asked)  # of a version that did not look at features
         before = read_inventory(self.output_dir / INVENTORY)
         records = self.dataset.inventory(before)
-        standardization = Standardization.decide(asked, folds, np.array([record.rms for record in records]))
+        standardization = Standardization.decide(
+            asked, folds, np.array([record.rms for record in records]), self.dataset.input_dim
+        )
         identity = self._identity(folds) | {
             "slides": digest(*(f"{row.wsi_id}\t{row.case_id}\t{row.label}" for row in self.dataset.rows)),
             "features": digest(*(record.sha256 for record in records)),
@@ -238,7 +240,7 @@ class NestedCrossValidation:
         data, protocol, unit = self.dataset, self.protocol, self.dataset.group_column or "patient"
         if protocol.splits is None:
             if note := unused_split([row.columns for row in data.rows]):
-                log.info(note)
+                log.warning(note)
             return repeated_splits(
                 data.labels, data.groups, data.class_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
                 protocol.seed, unit,

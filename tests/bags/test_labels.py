@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.bags.labels import LabelRow, account, class_counts, classes_in, classes_of, group_cases
+from utils.bags.labels import LabelRow, account, class_counts, classes_in, classes_of, group_rows
 from utils.bags.table import read_table, several_names
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
@@ -262,6 +262,12 @@ def test_a_table_of_which_nothing_is_left(table):
         ("7.0", "007", "a spreadsheet has made the ids numbers"),
         ("Mu\u0308ller", "M\u00fcller", "in two Unicode forms, composed and decomposed"),
         ("s_1", "S-1", "write the ids alike"),
+        ("s1", "S01", "write the ids alike"),
+        ("S1.ome.tiff", "S1", "write the ids without their ending .ome.tiff"),
+        ("S1.svs.h5", "S1", "write the ids without their ending .svs.h5"),
+        ("S1.qptiff", "S1", "write the ids without their ending .qptiff"),
+        ("S1", "S1.svs", "write the ids whole, with .svs"),
+        ("TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX1.ABCDEF0-1111", "write the ids whole, with .ABCDEF0-1111"),
     ],
 )
 def test_an_id_that_just_misses_a_file_is_told_with_it_and_with_the_cure(table, wsi_id, near, cure):
@@ -271,13 +277,32 @@ def test_an_id_that_just_misses_a_file_is_told_with_it_and_with_the_cure(table, 
 
 
 def test_an_id_that_is_near_nothing_is_told_alone(table):
-    message = table.write("P1,S1,benign").refusal(absent=["S1"], ids=lambda: ["S2"])
+    table.write("P1,S1,benign", "P2,S2,benign")
+    message = table.refusal(absent=["S1"], ids=lambda: ["S2"])
     assert "without a feature file: S1; mend the table, or leave them out with --allow missing" in message
+    none_left = table.refusal(absent=["S1", "S2"], ids=lambda: ["S3"])
+    assert none_left.endswith("S1, S2; mend the table"), "leaving out every row is no cure"
 
 
 @pytest.mark.parametrize(("label", "hint"), [("Benign", "another spelling"), ("malignat", "did you mean malignant")])
 def test_a_label_that_just_misses_a_class_is_told_with_it(table, label, hint):
     assert hint in table.write("P1,S1,benign", f"P2,S2,{label}").refusal()
+
+
+def test_an_id_that_may_be_several_is_told_alone(table):
+    assert "(there is" not in table.write("P1,S1,benign").refusal(absent=["S1"], ids=lambda: ["S1.a", "S1.b"])
+
+
+def test_a_path_as_an_id_is_told_with_the_name_in_it(table):
+    message = table.write("P1,/data/slides/S1.svs,benign").refusal()
+    assert message.endswith("give names without folder and ending: write S1")
+
+
+def test_a_class_that_reads_as_no_label_is_told(table):
+    table.write("P1,S1,polyp", "P2,S2,none")
+    with pytest.raises(LabelsError, match=r"'none' is taken as no label, .*: --class_names polyp none"):
+        classes_of(read_table(table.path))
+    assert ids(table.account(classes=("polyp", "none"))) == ["S1", "S2"]
 
 
 def test_classes_that_look_like_one_are_refused_until_they_are_named(table):
@@ -386,11 +411,18 @@ def test_the_real_tables_with_the_known_cohorts(name, usable, counts):
 
 
 def grouped(table: Table, column: str | None) -> list[str]:
-    return group_cases(table.path, table.account(), column)
+    return group_rows(table.path, [row.columns for row in table.account()], column)
 
 
 def test_without_a_column_cases_stay_together(table):
     assert grouped(table.write("P2,S3,malignant", "P1,S1,benign", "P1,S2,benign"), None) == ["P2", "P1", "P1"]
+
+
+def test_a_column_in_another_case_is_named(table):
+    table.write("P1,S1,benign,Oslo", "P2,S2,malignant,Oslo", header="case_id,wsi_id,label,Site")
+    for column in ("site", "SITE", "sitee"):
+        with pytest.raises(LabelsError, match="did you mean Site"):
+            grouped(table, column)
 
 
 def test_a_column_groups_its_cases(table):

@@ -10,7 +10,9 @@ from utils.bags.spelling import classes_alike, is_placeholder, plain_spelling, s
     [
         ("TCGA-1", "tcga-1"), ("3", "3.0"), ("3", "003"), ("P 1", "P1"), ("P_1", "p-1"),
         ("M\u00fcller", "Mu\u0308ller"),
-        ("P\u20131", "P-1"), ("P1\u200b", "P1"), ("\uff11\uff12", "12"),
+        ("P\u20131", "P-1"), ("P1\u200b", "P1"), ("\uff11\uff12", "12"), ("P1", "P01"), ("P1", "P-1"), ("P1", "P.1"),
+        ("Pat1", "Pat 01"), ("TCGA-AA-0001", "TCGA.AA.0001"), ("Muller", "M\u00fcller"), ("\u0410B", "AB"),
+        ("'P0", "P0"), ("1", "1.0E+0"), ("1", "1e0"),
     ],
 )  # fmt: skip
 def test_one_id_in_two_spellings(first, second):
@@ -19,7 +21,19 @@ def test_one_id_in_two_spellings(first, second):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("1-11", "11-1"), ("P1", "P10"), ("S1-11", "S11-1"), ("3.5", "35"), ("10", "1"), ("0", "00.1")],
+    [
+        ("1-11", "11-1"),
+        ("P1", "P10"),
+        ("S1-11", "S11-1"),
+        ("3.5", "35"),
+        ("10", "1"),
+        ("0", "00.1"),
+        ("1.05", "1.5"),
+        ("A100", "A10"),
+        ("TCGA-A2-A0CM", "TCGA-A2-A0CV"),
+        ("P1-S2", "P12-S"),
+        ("1e1", "1e0"),
+    ],
 )
 def test_two_ids(first, second):
     assert spelled_alike([first, second]) == []
@@ -31,6 +45,8 @@ def test_two_ids(first, second):
         ("Tumor", "tumor"), ("0", "0.0"), ("MSI-H", "msi h"), ("MSIH", "MSI-H"), ("adenocarcinma", "adenocarcinoma"),
         ("malignent", "malignant"), ("tumor", "tumour"), ("squamos cell", "squamous cell"), ("benign", "benigne"),
         ("benign", "bening"), ("myxoid", "mixoid"), ("umor", "tumor"), ("stage I", "Stage_I"), ("grade 1", "grade1"),
+        ("benign", "begnin"), ("malign", "malignant"), ("pos", "Positive"), ("neg.", "neg"), ("0", "False"),
+        ("yes", "Y"), ("1", "TRUE"), ("1", "1e0"), ("G1", "G01"),
     ],
 )  # fmt: skip
 def test_one_class_in_two_spellings(first, second):
@@ -47,12 +63,20 @@ def test_one_class_in_two_spellings(first, second):
         ("typical", "atypical"), ("differentiated", "undifferentiated"), ("keratinizing", "nonkeratinizing"),
         ("sensitive", "insensitive"), ("symptomatic", "asymptomatic"), ("complete", "incomplete"),
         ("hypermethylated", "hypomethylated"), ("anterior", "interior"), ("micropapillary", "macropapillary"),
-        ("1", "10"), ("HER2", "HER2-"), ("male", "female"), ("T cell", "B cell"),
+        ("1", "10"), ("HER2", "HER2-"), ("male", "female"), ("T cell", "B cell"), ("IDC", "IDC-mixed"), ("II", "III"),
+        ("-1", "1"), ("no", "yes"), ("0", "1"), ("tumor", "non tumor"), ("MSI", "MSS"), ("0", "no"), ("IIIA", "IIIB"),
     ],
     ids=" ".join,
 )  # fmt: skip
 def test_classes_that_mean_to_differ(classes):
     assert classes_alike(classes) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["NA", "n.d.", "Not assessed", "[Not Available]", "unkown", "pd.NA", "no data", "-999"]
+)
+def test_a_placeholder(text):
+    assert is_placeholder(text)
 
 
 @pytest.mark.parametrize("text", ["other", "0", "none left", "normal", "N", "no", "negative", "NAT", "false"])

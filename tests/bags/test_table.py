@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.bags.labels import missing_patients
+from utils.bags.labels import doubted_patients, missing_patients
 from utils.bags.table import read_table, several_names, unknown_patients
 from utils.core.errors import LabelsError
 
@@ -86,6 +86,35 @@ def test_a_table_without_patients_is_refused_until_that_is_meant(table):
         missing_patients(read, no_patients=False)
     assert "each slide is taken as a patient of its own" in (missing_patients(read, no_patients=True) or "")
     assert "look like" not in unknown_patients(table("wsi_id,label", "a1,a", "b2,b"))
+    assert "look like" not in unknown_patients(
+        table("wsi_id,label", *(f"tumor_{k},a" for k in range(20)), "normal_1,b")
+    )
+    assert "(perhaps the column study_id does)" in unknown_patients(
+        table("wsi_id,label,age,study_id", "a1,a,40,x", "b2,b,41,x", "c3,a,41,y")
+    )
+
+
+@pytest.mark.parametrize(
+    "header", ["cases.submitter_id", "cases.0.case_id", "PID", "pat_id", "MRN", "Patients", "case no"]
+)
+def test_patients_go_by_many_names(header, table):
+    assert table(f"wsi_id,label,{header}", "S1,a,P1", "S2,b,P1").patients_from == f"the column {header}"
+
+
+def test_a_patient_for_each_slide_is_doubted_where_slides_look_like_ones(table):
+    alike = table("case_id,wsi_id,label", *(f"P{p}-S{s},P{p}-S{s},a" for p in range(4) for s in range(2)))
+    assert "every slide has a patient of its own (P0-S0 and P0-S1 look like one patient's)" in (
+        doubted_patients(alike) or ""
+    )
+    assert doubted_patients(table("case_id,wsi_id,label", *(f"S{s},S{s},a" for s in range(9)))) is None
+    assert doubted_patients(table("case_id,wsi_id,label", "P0,P0-S0,a", "P0,P0-S1,a", "P1,P1-S0,b")) is None
+
+
+def test_a_table_without_our_columns_says_what_to_call_them(table):
+    with pytest.raises(
+        LabelsError, match=r"found slide_path, Dx, .*: call wsi_id the one with the names of the slides and"
+    ):
+        table("slide_path,Dx", "S1,a")
 
 
 def test_a_table_that_names_patients_needs_no_yes(table):

@@ -8,9 +8,10 @@ from torch import nn
 from MILS import build_mil, list_mils
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel, MergeableModel, evaluating
+from utils.bags.inventory import root_mean_square
 from utils.core.errors import ConfigError
 from utils.learning.faithfulness import measure_faithfulness
-from utils.learning.scale import Standardization, feature_scale, is_usual, standardize
+from utils.learning.scale import Standardization, feature_scale, standardize, why_unusual
 from utils.learning.splits import InnerFold, OuterFold
 
 DIM = 12
@@ -133,7 +134,16 @@ def test_constant_features_are_left_at_nought():
 
 @pytest.mark.parametrize("rms", [1e4, 1e-4, 1 / np.sqrt(512), 1 / np.sqrt(2560)])
 def test_scales_that_are_unusual(rms):
-    assert not is_usual(rms)
+    assert "root mean square" in (why_unusual(np.full(3, rms), 30) or "")
+
+
+@pytest.mark.parametrize("dim", [8, 32, 64, 512])
+def test_features_of_length_1_are_known_however_few_they_are(dim):
+    features = torch.nn.functional.normalize(torch.randn(3, 200, dim), dim=2)
+    rms = np.array([root_mean_square(slide.half()) for slide in features])
+    assert "have length 1" in (why_unusual(rms, dim) or "")
+    others = np.array([root_mean_square(slide) for slide in torch.randn(3, 200, dim) / dim**0.5])
+    assert "length 1" not in (why_unusual(others * [0.9, 1, 1.1], dim) or "")
 
 
 def test_each_fold_decides_by_its_own_training_slides():
@@ -141,10 +151,10 @@ def test_each_fold_decides_by_its_own_training_slides():
     inner = [(InnerFold(np.setdiff1d(slides, test), test[:0]),) for test in np.split(slides, 3)]
     folds = [OuterFold(k + 1, test, inner[k]) for k, test in enumerate(np.split(slides, 3))]
     rms = np.array([1e4, 1e4, 1e4, 1e4, 1, 1, 1e4, 1, 1])  # of the first fold's training slides, only two are large
-    assert Standardization.decide("auto", folds, rms).folds == (2, 3)
-    assert Standardization.decide("on", folds, rms).folds == (1, 2, 3)
-    assert Standardization.decide("off", folds, rms).folds == ()
-    assert Standardization.decide("auto", folds, np.ones(9)).as_dict() == {"asked": "auto", "folds": [], "rms": 1.0}
+    assert Standardization.decide("auto", folds, rms, 30).folds == (2, 3)
+    assert Standardization.decide("on", folds, rms, 30).folds == (1, 2, 3)
+    assert Standardization.decide("off", folds, rms, 30).folds == ()
+    assert Standardization.decide("auto", folds, np.ones(9), 30).as_dict() == {"asked": "auto", "folds": [], "rms": 1.0}
 
 
 def test_a_model_that_takes_features_as_they_are_is_refused():

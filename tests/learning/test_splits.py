@@ -345,11 +345,19 @@ def test_patients_in_two_parts_are_named():
         (["train", "test", "train"], "the column subset (test 1, train 2) is not used"),
         (["Training", "Validation", ""], "the column subset (training 1, validation 1) is not used"),
         (["train", "train", "train"], ""),
-        (["train", "test", "tumour"], ""),
-        (["val", "test", "test"], ""),
+        (["train", "test", "tumour"], "the column subset (test 1, train 1, tumour 1) is not used"),
+        (["0", "1", "1"], "the column subset (0 1, 1 2) is not used"),
     ],
 )
 def test_a_column_that_parts_slides_into_train_and_test_is_named(values, told):
     message = unused_split([{"wsi_id": f"S{k}", "subset": value} for k, value in enumerate(values)])
     assert message.startswith(told)
     assert bool(message) is bool(told)
+
+
+@pytest.mark.parametrize(
+    ("values", "is_told"),
+    [(["train", "test", "train"], True), (["train", "test", "tumour"], False), (["val", "test", "test"], False)],
+)
+def test_a_column_of_another_name_parts_slides_by_its_words(values, is_told):
+    assert bool(unused_split([{"wsi_id": f"S{k}", "arm": value} for k, value in enumerate(values)])) is is_told

@@ -6,8 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.bags.spelling import NearIds, classes_alike, is_placeholder, plain_class, why_missed
-from utils.bags.table import LabelTable, OneInSeveral, Row, several_names, unknown_patients
+from utils.bags.spelling import (
+    NearIds,
+    classes_alike,
+    is_placeholder,
+    plain_class,
+    why_missed,
+    without_ending,
+    without_folder,
+)
+from utils.bags.table import LabelTable, OneInSeveral, Row, doubtful_patients, several_names, unknown_patients
 from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, counted, meant, named
 from utils.core.runtime import log
@@ -37,11 +45,19 @@ def classes_in(
 
 
 def classes_of(table: LabelTable, **settings: Any) -> tuple[str, ...]:
-    """Return `classes_in` of a table. Raises LabelsError where two of them look like one."""
+    """Return `classes_in` of a table. Raises LabelsError where two of them look like one, or too few are left without
+    those that are taken as no label.
+    """
     classes = classes_in(table.rows, **settings)
     doubts = doubtful_classes(classes)
     if doubts:
         raise LabelsError(f"{table.path}: {doubts}")
+    no_labels = sorted({row["label"] for row in table.rows if is_placeholder(row["label"])} - {""})
+    if len(classes) < 2 and no_labels:
+        raise LabelsError(
+            f"{table.path}: {' and '.join(map(repr, no_labels))} is taken as no label, and too few classes are left; "
+            f"if it is a class, name all of them: --class_names {shlex.join([*classes, *no_labels])}"
+        )
     return classes
 
 
@@ -65,13 +81,19 @@ def missing_patients(table: LabelTable, no_patients: bool) -> str | None:
         raise LabelsError(f"{table.path}: {table.patients_from} tells the patients; leave --no_patients out")
     if table.patients_from is not None:
         return None
-    message = unknown_patients(table)
+    message = f"{unknown_patients(table)}; slides of one patient on both sides of a split make every figure too good"
     if not no_patients:
         raise LabelsError(
-            f"{message}; add a column case_id (patient_id, patient and submitter_id are read, too), or say that every "
-            "slide is a patient's only one with --no_patients"
+            f"{message}; call the column of patients case_id (patient_id, patient and submitter_id are read, too), or "
+            "say that every slide is a patient's only one with --no_patients"
         )
     return f"{message}; each slide is taken as a patient of its own"
+
+
+def doubted_patients(table: LabelTable) -> str | None:
+    """Return the warning for a table that names a patient for each slide, though some look like one's; else None."""
+    doubt = doubtful_patients(table.rows) if table.patients_from is not None else ""
+    return f"{table.path}: {doubt}: on both sides of a split they make every figure too good" if doubt else None
 
 
 def account(
@@ -120,7 +142,7 @@ def account(
     near = near_ids(absent, ids) if absent else {}
     _report(
         path, "missing", "wsi_id without a feature file", [missed_id(wsi_id, near) for wsi_id in absent], allow,
-        id_hint(near),
+        id_hint(near), may_leave_out=len(absent) < len(rows),
     )  # fmt: skip
     usable = [
         LabelRow(row["wsi_id"], row["case_id"], class_names.index(row["label"]), file, row)
@@ -202,37 +224,46 @@ def warn_of_patients(table: LabelTable, rows: Sequence[LabelRow]) -> None:
         log.warning("%s: names that seem to stand for one: %s; the intervals take them as several", table.path, names)
 
 
-def group_cases(csv_path: Path, rows: Sequence[LabelRow], column: str | None) -> list[str]:
+def group_rows(csv_path: Path, rows: Sequence[Row], column: str | None) -> list[str]:
     """Return what splits keep together, for each row: its patient, or the value of a column.
 
     A table without a column "site" has the tissue source site in its TCGA barcodes. Raises LabelsError for a column
     that is not there, or says nothing in a row ("NA" and its like), and for a patient that stands in two groups.
     """
-    if column is None:
-        return [row.case_id for row in rows]
-    if column != "site" and column not in rows[0].columns:
-        raise LabelsError(f"{csv_path}: no column {column} to group by; found {', '.join(rows[0].columns)}")
+    if column is None or not rows:
+        return [row["case_id"] for row in rows]
+    known = rows[0].keys()
+    if column != "site" and column not in known:
+        near = _meant_column(column, known)
+        raise LabelsError(f"{csv_path}: no column {column} to group by; found {', '.join(known)}{near}")
     groups = [_group(row, column) for row in rows]
-    unknown = [row.wsi_id for row, group in zip(rows, groups, strict=True) if is_placeholder(group)]
+    unknown = [row["wsi_id"] for row, group in zip(rows, groups, strict=True) if is_placeholder(group)]
     if unknown:
-        found = "" if column in rows[0].columns else f" (there is no column {column}, and these are no TCGA barcodes)"
+        why = f" (there is no column {column}, and these are no TCGA barcodes{_meant_column(column, known)})"
+        found = "" if column in known else why
         raise LabelsError(
             f"{csv_path}: {counted(len(unknown), 'row')} without a {column}{found}: {named(unknown)}; fill it in"
         )
     first: dict[str, str] = {}
     for row, group in zip(rows, groups, strict=True):
-        if first.setdefault(row.case_id, group) != group:
+        if first.setdefault(row["case_id"], group) != group:
             raise LabelsError(
-                f"{csv_path}: patient {row.case_id} has slides of {column} {first[row.case_id]} and {group}; "
+                f"{csv_path}: patient {row['case_id']} has slides of {column} {first[row['case_id']]} and {group}; "
                 "a patient must stay together, so give it one"
             )
     return groups
 
 
-def _group(row: LabelRow, column: str) -> str:
-    if column in row.columns:
-        return row.columns[column]
-    return tcga_site(row.case_id) or tcga_site(row.wsi_id) or ""
+def _meant_column(column: str, columns: Iterable[str]) -> str:
+    """The column that is called alike, in another case or with a slip; empty where none is."""
+    same = [name for name in columns if name.casefold() == column.casefold()]
+    return f"; did you mean {same[0]}?" if same else meant(column, columns)
+
+
+def _group(row: Row, column: str) -> str:
+    if column in row:
+        return row[column]
+    return tcga_site(row["case_id"]) or tcga_site(row["wsi_id"]) or ""
 
 
 def _renamed(rows: Sequence[Row], label_names: Mapping[str, str]) -> list[Row]:
@@ -264,15 +295,30 @@ def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:
             )
     outside = [row["wsi_id"] for row in rows if not is_plain(row["wsi_id"])]
     if outside:
-        raise LabelsError(f"{csv_path}: wsi_id {named(outside)} would leave the features folder; give plain file stems")
+        bare = without_ending(without_folder(outside[0]))
+        cure = f"write {bare}" if is_plain(bare) and bare else "give the stems of feature files"
+        raise LabelsError(
+            f"{csv_path}: wsi_id {named(outside)} would leave the features folder; give names without folder and "
+            f"ending: {cure}"
+        )
 
 
-def _report(csv_path: Path, kind: str, what: str, names: list[str], allow: Collection[str], hint: str = "") -> None:
+def _report(
+    csv_path: Path,
+    kind: str,
+    what: str,
+    names: list[str],
+    allow: Collection[str],
+    hint: str = "",
+    *,
+    may_leave_out: bool = True,
+) -> None:
     if not names:
         return
     message = f"{csv_path}: {counted(len(names), 'row')} with a {what}: {named(names)}"
     if kind not in allow:
-        raise LabelsError(f"{message}; {hint or 'mend the table'}, or leave them out with --allow {kind}")
+        instead = f", or leave them out with --allow {kind}" if may_leave_out else ""
+        raise LabelsError(f"{message}; {hint or 'mend the table'}{instead}")
     log.warning("%s; left out%s", message, f" ({hint})" if hint else "")
 
 

@@ -17,13 +17,24 @@ from utils.slides.wsi import is_slide_file
 _PLACEHOLDERS = {
     "", "-", "--", "---", ".", "?", "??", "na", "n/a", "n.a.", "n.a", "#n/a", "<na>", "nan", "none", "null", "nil",
     "unknown", "unk", "missing", "not available", "not applicable", "not reported", "not known", "not specified",
-    "not determined", "undefined", "unspecified", "tbd", "#value!", "#ref!",
+    "not determined", "undefined", "unspecified", "tbd", "#value!", "#ref!", "pd.na", "n.d.", "n.d", "no data",
+    "not assessed", "not evaluated", "not evaluable", "not done", "not tested", "not recorded", "not provided",
+    "not given", "not performed", "not collected", "unkown", "unknow", "unknwon", "unknonw", "unspecifed", "empty",
+    "undetermined", "-999", "-9999",
 }  # fmt: skip
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
+_QUOTES = "'\"`\u00b4\u2018\u2019\u201c\u201d"
+# Cyrillic letters that look as Latin ones do.
+_LOOK_ALIKES = str.maketrans("\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445", "abekmhopctyx")
+# Endings of slides and features that are read by others.
+_OTHER_ENDINGS = {".ome", ".qptiff", ".zarr", ".isyntax", ".vsi", ".jp2", ".npy", ".npz", ".pkl"}
+# Two words for one answer.
+_SAME_WORDS = [{"0", "false"}, {"1", "true"}, {"yes", "y"}, {"no", "n"}]
 # From this likeness on, two words are taken for one with a slip of the pen: "malignent" and "malignant" are at 0.89,
 # "hypoplasia" and "hyperplasia", "invasive" and "noninvasive" are not.
 _ALIKE = 0.88
 _SHORTEST_WORD, _LONG_WORD = 4, 6
+_SHORTEST_ABBREVIATION = 3
 _PREFIXES = {
     "a", "an", "un", "in", "im", "ir", "il", "non", "de", "dis", "anti", "pre", "post", "sub", "re", "endo", "exo",
     "peri", "para", "pan",
@@ -41,19 +52,22 @@ def is_placeholder(text: str) -> bool:
 
 
 def plain_spelling(name: str) -> str:
-    """Return what stays of an id when case, blanks, Unicode forms and lost zeros do not count.
+    """Return what stays of an id when case, blanks, quotes, accents, Unicode forms and lost zeros do not count.
 
-    "TCGA-1" and "tcga_1" become one, and so do "3", "3.0" and "003".
+    "TCGA-1", "tcga_1" and "TCGA.01" become one, and so do "P1" and "P-01", "3", "3.0" and "003".
     """
-    text = unicodedata.normalize("NFKC", name).translate(_DASHES).casefold()
-    text = "".join(character for character in text if unicodedata.category(character) != "Cf" and character.strip())
-    number = re.fullmatch(r"0*(\d+?)(\.0*)?", text)
-    return number[1] if number else text.replace("_", "-")
+    text = unicodedata.normalize("NFKD", name).translate(_DASHES).casefold().translate(_LOOK_ALIKES).strip(_QUOTES)
+    text = "".join(one for one in text if unicodedata.category(one) not in ("Cf", "Mn") and one.strip())
+    number = re.fullmatch(r"0*(\d+?)(\.0*)?(e[+-]?0+)?", text)
+    if number or re.fullmatch(r"\d+\.\d+", text):
+        return number[1] if number else text
+    text = re.sub(r"(?<=[^\W\d_])-(?=\d)", "", re.sub(r"[_.]", "-", text))
+    return re.sub(r"(?<!\d)0+(?=\d)", "", text)
 
 
 def plain_class(name: str) -> str:
     """Return what stays of a class name, where "MSI-H", "msi h" and "MSIH" are one, but "ER+" and "ER-" are two."""
-    return re.sub(r"(?<=[^\W\d_])-(?=\w)|(?<=\d)-(?=[^\W\d_])", "", plain_spelling(name))
+    return re.sub(r"(?<=[^\W\d_])-(?=\w)|(?<=\d)-(?=[^\W\d_])", "", plain_spelling(name.rstrip(".:;, ")))
 
 
 def spelled_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -70,9 +84,14 @@ def classes_alike(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _is_one_class(first: str, second: str) -> bool:
-    if plain_class(first) == plain_class(second):
+    plain = {plain_class(first), plain_class(second)}
+    if len(plain) == 1 or plain in _SAME_WORDS:
         return True
     first_words, second_words = (_words(name) for name in (first, second))
+    if len(first_words) == len(second_words) == 1 and _is_abbreviated(
+        *sorted((first_words[0], second_words[0]), key=len)
+    ):
+        return True
     if len(first_words) != len(second_words):
         return False
     differing = [pair for pair in zip(first_words, second_words, strict=True) if pair[0] != pair[1]]
@@ -89,6 +108,12 @@ def _is_long_word(word: str) -> bool:
     return word.isalpha() and len(word) >= _SHORTEST_WORD and not set(word) <= set("ivx")
 
 
+def _is_abbreviated(short: str, long: str) -> bool:
+    """Whether one word is the beginning of the other: "pos" and "positive", but neither "typea" nor "II" and "III"."""
+    left_out = len(long) - len(short)
+    return long.startswith(short) and min(len(short), left_out) >= _SHORTEST_ABBREVIATION and long.isalpha()
+
+
 def _is_misspelt(first: str, second: str) -> bool:
     if _differ_in_prefix(first, second):
         return False
@@ -96,7 +121,7 @@ def _is_misspelt(first: str, second: str) -> bool:
         differing = [place for place, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]]
         if len(differing) == 1:  # not at the ends: "typea" and "typeb", "anterior" and "interior"
             return len(first) >= _LONG_WORD and 0 < differing[0] < len(first) - 1
-        if len(differing) == 2 and differing[1] == differing[0] + 1 and sorted(first) == sorted(second):
+        if sorted(first) == sorted(second):  # "bening", "begnin"
             return True
     return max(SequenceMatcher(None, *pair).ratio() for pair in ((first, second), (second, first))) >= _ALIKE
 
@@ -114,37 +139,58 @@ def _differ_in_prefix(first: str, second: str) -> bool:
 
 
 def without_ending(wsi_id: str) -> str:
-    """Return the id without the ending of a slide or a feature file, and without the ".0" of a number."""
-    if _has_ending(wsi_id):
-        return wsi_id[: -len(Path(wsi_id).suffix)]
+    """Return the id without the endings of a slide and a feature file, and without the ".0" of a number."""
+    bare = wsi_id
+    while _has_ending(bare):
+        bare = bare[: -len(Path(bare).suffix)]
     # pandas writes a column of whole numbers with gaps as floats.
-    return wsi_id[:-2] if re.fullmatch(r"\d+\.0", wsi_id) else wsi_id
+    return bare[:-2] if re.fullmatch(r"\d+\.0", bare) else bare
 
 
 def _has_ending(wsi_id: str) -> bool:
-    return is_feature_file(Path(wsi_id)) or is_slide_file(wsi_id)
+    return is_feature_file(Path(wsi_id)) or is_slide_file(wsi_id) or Path(wsi_id).suffix.lower() in _OTHER_ENDINGS
+
+
+def without_folder(wsi_id: str) -> str:
+    """Return the last part of a path, whichever system wrote it."""
+    return re.split(r"[/\\]", wsi_id.rstrip("/\\"))[-1]
 
 
 class NearIds:
     """The ids that there are, to look up one that just misses them."""
 
     def __init__(self, ids: Iterable[str]) -> None:
-        self._ids: dict[str, str] = {}
+        self._ids: dict[str, set[str]] = {}
         for name in ids:
-            self._ids.setdefault(plain_spelling(name), name)
+            for spelling in _spellings(name):
+                self._ids.setdefault(spelling, set()).add(name)
 
     def of(self, wsi_id: str) -> str | None:
-        """Return the id that is meant by `wsi_id`, as far as spelling can tell; None where there is none."""
-        return self._ids.get(plain_spelling(wsi_id)) or self._ids.get(plain_spelling(without_ending(wsi_id)))
+        """Return the id that is meant by `wsi_id`, as far as spelling can tell; None where none or several may be."""
+        for spelling in _spellings(wsi_id):
+            found = self._ids.get(spelling, ())
+            if len(found) == 1:
+                return next(iter(found))
+        return None
+
+
+def _spellings(wsi_id: str) -> dict[str, None]:
+    """What an id may be known by, the likeliest first: whole, without endings, and without what follows a dot."""
+    name = without_folder(wsi_id)
+    return dict.fromkeys(plain_spelling(part) for part in (name, without_ending(name), name.partition(".")[0]) if part)
 
 
 def why_missed(wsi_id: str, near: str) -> str:
     """Return what to do about an id of a table that misses the id `near` by its spelling."""
     bare = without_ending(wsi_id)
+    if without_folder(wsi_id) != wsi_id:
+        return "write the ids without their folder and ending"
     if _has_ending(wsi_id):
-        return f"write the ids without their ending {Path(wsi_id).suffix}"
+        return f"write the ids without their ending {wsi_id[len(bare) :]}"
     if unicodedata.normalize("NFC", wsi_id) == unicodedata.normalize("NFC", near):
         return "the two hold the same letters in two Unicode forms, composed and decomposed: copy the file's name"
+    if near.startswith(f"{wsi_id}."):
+        return f"write the ids whole, with {near[len(wsi_id) :]}"
     if re.fullmatch(r"\d+(\.0*)?", bare) and bare != near:
         return "a spreadsheet has made the ids numbers and lost their zeros: format that column as text"
     return "write the ids alike"

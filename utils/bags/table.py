@@ -17,8 +17,9 @@ EXPECTED = "expected case_id,wsi_id,label"
 # Other names of our three columns, without case, blanks and separators. Of the slide's, those of the first line are
 # taken before those of the second.
 _PATIENT = (
-    "caseid case casename casesubmitterid submitterid patientid patient patientname patientno patientnumber "
-    "patientcode patientbarcode bcrpatientbarcode subjectid subject participantid participant donorid donor individual",
+    "caseid case cases caseno casenumber casename casesubmitterid submitterid patientid patient patients patientname "
+    "patientno patientnumber patientcode patientbarcode patientuid bcrpatientbarcode patid pat pid ptid ptno mrn "
+    "subjectid subject subjectno participantid participant donorid donor individual individualid person personid",
 )
 _SLIDE = (
     "wsiid wsi wsiname wsifile slideid slide slidename slidefile slidebarcode slidesubmitterid",
@@ -26,6 +27,9 @@ _SLIDE = (
 )
 _LABEL = ("label labels class classlabel slidelabel target groundtruth diagnosis subtype category oncotreecode y",)
 _ALIASES = {"case_id": _PATIENT, "wsi_id": _SLIDE, "label": _LABEL}
+# Of what is called so, or begins alike, at most so many slides each may be patients.
+_MAY_NAME_PATIENTS = re.compile(r"pat|case|subj|person|donor|indiv|mrn|(^|[\W_])(id|no|nr|number)$|id$", re.IGNORECASE)
+_MOST_SLIDES_EACH = 8
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -87,15 +91,40 @@ def read_table(csv_path: Path | str) -> LabelTable:
 
 def unknown_patients(table: LabelTable) -> str:
     """Return what to say of a table that names no patients: with slides that look like one patient's."""
+    return f"{table.path}: no column says which slides are one patient's{_look_shared(table.rows)}"
+
+
+def doubtful_patients(rows: Sequence[Row]) -> str:
+    """Return what to say of rows whose `case_id` differs in each, although slides look like one patient's; empty where
+    they do not.
+    """
+    patients = {row["case_id"] for row in rows}
+    looks = _look_shared(rows)
+    if not looks or len(patients) < len({row["wsi_id"] for row in rows}):
+        return ""
+    return f"every slide has a patient of its own{looks}"
+
+
+def _look_shared(rows: Sequence[Row]) -> str:
+    """Which slides look like one patient's, by a column or the beginning of their names; empty where none do."""
+    slides = {row["wsi_id"] for row in rows}
+    columns = {name: {row[name] for row in rows} for name in rows[0] if _MAY_NAME_PATIENTS.search(name)}
+    columns = {name: values for name, values in columns.items() if name not in _ALIASES}
+    grouping = [name for name, values in columns.items() if _are_patients(len(values), len(slides))]
+    if grouping:
+        return f" (perhaps the column {grouping[0]} does)"
     families: dict[str, list[str]] = {}
-    for row in table.rows:
-        families.setdefault(re.sub(r"[\s_.\-]*[^\s_.\-]*$", "", row["wsi_id"]), []).append(row["wsi_id"])
-    shared = [ids for family, ids in families.items() if family and len(ids) > 1]
-    looks = f" ({' and '.join(shared[0][:2])} look like one patient's)" if shared and len(families) > 1 else ""
-    return (
-        f"{table.path}: no column says which slides are one patient's{looks}; slides of one patient on both sides of a "
-        "split make every figure too good"
-    )
+    for slide in slides:
+        families.setdefault(re.sub(r"[\s_.\-]*[^\s_.\-]*$", "", slide), []).append(slide)
+    shared = [sorted(ids) for family, ids in sorted(families.items()) if family and len(ids) > 1]
+    if shared and _are_patients(len(families), len(slides)):
+        return f" ({' and '.join(shared[0][:2])} look like one patient's)"
+    return ""
+
+
+def _are_patients(groups: int, slides: int) -> bool:
+    """Whether so many groups of so many slides may be patients: a few slides each."""
+    return 1 < groups < slides <= groups * _MOST_SLIDES_EACH
 
 
 def several_names(
@@ -143,7 +172,8 @@ def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[str]:
 
 
 def _plain(header: str) -> str:
-    return re.sub(r"[\s_.\-]+", "", header).casefold()
+    """The header without case, blanks and separators, and without the "cases." of the GDC's tables."""
+    return re.sub(r"[\s_.\-]+", "", re.sub(r"^cases\.(\d+\.)?", "", header.casefold()))
 
 
 def _alias_columns(name: str, columns: Sequence[str]) -> list[str]:
@@ -180,7 +210,9 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     missing = [name for name in ("wsi_id", "label") if not _alias_columns(name, columns)]
     if missing:
         found = ", ".join(columns) or "nothing"
-        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {found}, {EXPECTED}")
+        holds = {"wsi_id": "the names of the slides", "label": "the classes"}
+        cure = " and ".join(f"{name} the one with {holds[name]}" for name in missing)
+        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {found}, {EXPECTED}: call {cure}")
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
         raise LabelsError(f"{path}: two columns are called {' and '.join(twice)}; keep one of each")

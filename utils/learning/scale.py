@@ -21,13 +21,25 @@ from utils.learning.splits import OuterFold
 USUAL = 0.1, 10.0
 # Features are looked at in pieces of so many rows.
 _ROWS = 4096
+# Features of one length per patch (L2-normalised) are known by it, but for the rounding of half precision; of fewer
+# features than these, the length is about 1 by chance too often.
+_ROUNDING, _FEWEST_OF_LENGTH_1 = 5e-3, 8
 # A feature that varies by less, relative to its mean, is constant but for rounding.
 _CONSTANT = 1e-6
 
 
-def is_usual(rms: float) -> bool:
-    """Whether features of this root mean square are of the scale that models are initialised for."""
-    return USUAL[0] <= rms <= USUAL[1]
+def why_unusual(rms: np.ndarray, dim: int) -> str | None:
+    """Return why features are not of the scale that models are initialised for; None where they are. `rms (slides,)`
+    are the slides' root mean squares, `dim` is the features' number.
+    """
+    median = float(np.median(rms))
+    if dim >= _FEWEST_OF_LENGTH_1 and bool((np.abs(rms * dim**0.5 - 1) < _ROUNDING).all()):
+        return f"each patch's features have length 1, as L2-normalised ones (root mean square {median:.3g})"
+    if USUAL[0] <= median <= USUAL[1]:
+        return None
+    return (
+        f"the features' root mean square is {median:.3g}, and models are initialised for {USUAL[0]:g} to {USUAL[1]:g}"
+    )
 
 
 @dataclass(frozen=True)
@@ -41,16 +53,16 @@ class Standardization:
     rms: float | None = None
 
     @classmethod
-    def decide(cls, asked: str, folds: Sequence[OuterFold], rms: np.ndarray) -> Self:
-        """Decide from the root mean squares `rms (slides,)`; for "auto", each outer fold by its training slides alone.
-        What is decided, or would help, is said.
+    def decide(cls, asked: str, folds: Sequence[OuterFold], rms: np.ndarray, dim: int) -> Self:
+        """Decide from the root mean squares `rms (slides,)` of `dim` features; for "auto", each outer fold by its
+        training slides alone. What is decided, or would help, is said.
         """
-        unusual = [fold.number for fold in folds if not is_usual(float(np.median(rms[fold.train])))]
+        why = {fold.number: reason for fold in folds if (reason := why_unusual(rms[fold.train], dim))}
+        unusual = list(why)
         chosen = {"auto": unusual, "off": [], "on": [fold.number for fold in folds]}[asked]
         median = float(np.median(rms))
         if unusual and asked != "on":
-            found = f"the features' root mean square is {median:.3g}, and models are initialised for {USUAL[0]:g} to "
-            found += f"{USUAL[1]:g}"
+            found = why_unusual(rms, dim) or why[unusual[0]]
             where = "" if len(unusual) == len(folds) else f" in outer fold {', '.join(map(str, unusual))}"
             if asked == "auto":
                 log.info("%s: each feature is standardised%s (--standardize off leaves them as they are)", found, where)

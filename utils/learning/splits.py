@@ -23,6 +23,8 @@ from utils.core.runtime import derive_seed, log
 PARTS = ("train", "val", "test")
 # What columns call the parts of a split.
 _PART_WORDS = {"train", "training", "val", "valid", "validation", "dev", "tune", "tuning", "test", "testing", "holdout"}
+_PART_COLUMNS = {"split", "splits", "set", "subset", "fold", "folds", "partition", "is_train", "is_test", "phase"}
+_MOST_PARTS = 20
 _SHUFFLES = 10
 _SPLIT_FILE = "a splits.json of ours, a splits_<k>.csv with the columns train,val,test, or a folder of those"
 
@@ -81,6 +83,8 @@ def read_splits(path: Path, known: Collection[str] = ()) -> list[NamedSplit]:
         return [_read_table(file, number, known) for number, file in sorted(numbered.items())]
     if not path.is_file():
         raise SplitError(f"{path}: no such file; expected {_SPLIT_FILE}")
+    if path.stem.endswith("_descriptor"):
+        raise SplitError(f"{path}: holds how many slides there are, not which; give the splits_<k>.csv beside it")
     if path.suffix.lower() == ".json":
         return _read_ours(path, known)
     number = _split_number(path)
@@ -194,7 +198,9 @@ def unused_split(rows: Sequence[Mapping[str, str]]) -> str:
     for name in rows[0] if rows else ():
         counts = Counter(row[name].strip().lower() for row in rows)
         parts = counts.keys() - {""}
-        if len(parts) > 1 and parts <= _PART_WORDS and parts & {"train", "training"}:
+        says_so = parts <= _PART_WORDS and bool(parts & {"train", "training"})
+        is_called_so = name.strip().lower() in _PART_COLUMNS and len(parts) <= _MOST_PARTS
+        if len(parts) > 1 and (says_so or is_called_so):
             found = ", ".join(f"{part} {counts[part]}" for part in sorted(parts))
             return (
                 f"the column {name} ({found}) is not used: folds are dealt anew over all slides; for given ones write "
