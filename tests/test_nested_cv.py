@@ -862,6 +862,15 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="shared model"):
             make_cv(dataset, tmp_path, factory)
 
+    def test_a_model_in_the_place_of_its_factory(self, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=r"a function that makes a model, found a LiteMIL; each .* a fresh one"):
+            make_cv(dataset, tmp_path, small())
+
+    @pytest.mark.parametrize("given", [None, ["S1"]])
+    def test_a_dataset_that_is_none(self, given, tmp_path):
+        with pytest.raises(ConfigError, match=f"dataset: expected a MILDataset, found a {type(given).__name__}"):
+            NestedCrossValidation(small, given, ("a", "b"), tmp_path)
+
     def test_models_that_cannot_be_rebuilt(self, dataset, tmp_path):
         with pytest.raises(ConfigError, match="Linear has no spec to rebuild it by"):
             make_cv(dataset, tmp_path, lambda: torch.nn.Linear(16, 2))

@@ -85,6 +85,8 @@ class NestedCrossValidation:
         dataset_name: str | None = None,
         **settings: Any,
     ) -> None:
+        if not isinstance(dataset, MILDataset):
+            raise ConfigError(f"dataset: expected a MILDataset, found a {type(dataset).__name__}")
         names = CohortFiles(class_names=class_names).class_names or ()  # type: ignore[arg-type]
         if names != dataset.class_names:
             raise ConfigError(
@@ -534,6 +536,11 @@ def _spec_of(model_factory: ModelFactory) -> dict[str, Any]:
     """
     if not callable(model_factory):
         raise ConfigError(f"model_factory {model_factory!r}: expected a function that makes a model (build_mil)")
+    if isinstance(model_factory, torch.nn.Module):
+        raise ConfigError(
+            f"model_factory: expected a function that makes a model, found a {type(model_factory).__name__}; each "
+            "training needs a fresh one: give functools.partial(build_mil, ...)"
+        )
     first, second = model_factory(), model_factory()
     shared = {parameter.data_ptr() for parameter in first.parameters()} & {p.data_ptr() for p in second.parameters()}
     if first is second or shared:
