@@ -135,8 +135,13 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
         (target,) = SlideFiles(files).targets().values()
         lines.append(f"Features are in {target}")
         command = f"predict.py --checkpoint outputs/LiteMIL/NAME --input {target}"
+    when = "Next"
+    if any(status.status == "failed" for status in statuses):
+        lines.append(
+            f"Next: mend what failed, as listed in {report_path(files)}, and give the same command again; feature files "
+            "that are there are left as they are"
+        )
+        when = "Then"
     if any(status.is_made for status in statuses):
-        lines.append(f"Next: uv run {command}")
-    else:
-        lines.append("Next: mend what failed, as said above; feature files that are there were left as they are")
+        lines.append(f"{when}: uv run {command}")
     return "\n".join(lines)
