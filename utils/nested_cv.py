@@ -321,7 +321,10 @@ class NestedCrossValidation:
             others = f" (and {counted(len(lost) - 1, 'other training')})" if lost[1:] else ""
             remedy = "give the same again with fewer --actors"
             if not self.cluster.is_asked_for:  # then it was the only one in the end
-                remedy = "it needs more memory, or a smaller --batch_size, --chunk_size or --hidden_dim"
+                less = "--batch_size, --chunk_size or --hidden_dim"
+                if self.dataset.largest_chunk is None:
+                    less = "--batch_size or --hidden_dim, or --mode chunked"
+                remedy = f"it needs more memory, or a smaller {less}"
             raise EngineError(f"{lost[0]}{others}; {remedy} (what is finished is kept)")
 
     def _monitor(self, fold: OuterFold) -> str:

@@ -29,7 +29,9 @@ from utils.slides.tiles import PROBE, TileReader
 
 # The columns of a table of um/px by their other names, without case, blanks and separators.
 _COLUMNS = {
-    "wsi": "wsi wsiid wsiname wsifile slide slideid slidename slidefile image imageid imagename imagefile file filename",
+    "wsi": (
+        "wsi wsiid wsiname wsifile slide slideid slidename slidefile image imageid imagename imagefile file filename"
+    ),
     "mpp": "mpp",
 }
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
