@@ -57,6 +57,8 @@ def test_a_mistyped_rerun_changes_neither_report_nor_contact_sheet(slides, extra
     mistyped = extract(*RECIPE, "--mpp", 1)
     assert mistyped.code == 1
     assert "3 failed" in mistyped.out
+    assert len(mistyped.errors) == 2
+    assert "the same of 2 more (b.h5, c.h5): made with another recipe" in mistyped.errors[1]
     second = report_of(tmp_path)
     assert second["last_error"].str.contains("made with another recipe").all()
     columns = [name for name in first if name != "last_error"]
@@ -208,3 +210,14 @@ def test_the_end_says_where_things_are_how_long_it_took_and_what_is_next(slides,
     one = script("extractFeatures", "--input", slides / "a.tif", "--output", tmp_path / "a.h5", *RECIPE).out
     assert f"Features are in {tmp_path / 'a.h5'}" in one
     assert "Next: uv run predict.py" in one
+
+
+def test_the_end_says_first_what_to_do_about_what_failed(slides, extract, tmp_path):
+    (slides / "bad.svs").write_text("no slide")
+    mend, then = extract(*RECIPE).out.splitlines()[-2:]
+    report = tmp_path / "out" / "extraction_report.csv"
+    assert mend.startswith(f"Next: mend what failed, as listed in {report}, and give the same command again;")
+    assert then.startswith("Then: uv run train.py")
+    assert extract(*RECIPE, "--mpp", 1).out.splitlines()[-1] == mend
+    (slides / "bad.svs").unlink()
+    assert extract(*RECIPE).out.splitlines()[-1].startswith("Next: uv run train.py")

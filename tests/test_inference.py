@@ -80,11 +80,23 @@ def test_chunked_by_default_as_evaluated_and_attention_sums_to_one(checkpoint, t
         ({"chunk_size": -5}, "--chunk_size -5: out of range; give a number at least 1"),
         ({"chunk_size": 0}, "--chunk_size 0: out of range"),
         ({"chunk_size": "10"}, "--chunk_size '10': expected a whole number"),
+        ({"feat_type": 3}, "--feat_type 3: expected text"),
     ],
 )
 def test_ways_of_feeding_that_cannot_be(checkpoint, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         SlidePredictor(checkpoint, device="cpu").predict(bag_file(tmp_path, make_bag(50)), **settings)
+
+
+@pytest.mark.parametrize("model_path", [None, 3, [None]])
+def test_a_predictor_of_no_checkpoint(model_path):
+    with pytest.raises(ConfigError, match=r"--checkpoint .*: expected a list of paths"):
+        SlidePredictor(model_path, device="cpu")
+
+
+def test_class_names_that_are_a_set(checkpoint):
+    with pytest.raises(ConfigError, match=r"--class_names .*: expected a list of text, whose order counts"):
+        SlidePredictor(checkpoint, class_names={"a", "b"}, device="cpu")
 
 
 def test_the_answer_as_a_dict(checkpoint, tmp_path):

@@ -114,6 +114,15 @@ def test_a_classifier_needs_two_classes(cohort, classes):
         MILDataset(*cohort, class_names=classes)
 
 
+def test_class_names_are_parted_by_blanks(cohort):
+    with pytest.raises(
+        LabelsError, match=r"two different ones; blanks part the names: --class_names benign malignant$"
+    ):
+        MILDataset(*cohort, class_names=["benign,malignant"])
+    with pytest.raises(LabelsError, match=r"two different ones$"):
+        MILDataset(*cohort, class_names=["benign"])
+
+
 def test_names_of_labels_and_labels_left_out_shape_the_default_classes(tmp_path):
     labels_csv, features_dir = make(tmp_path, numbered([3, 3, 3, 3]))
     labels_csv.write_text("wsi_id,label\nS0,0\nS1,1\nS2,rare\nS3,0\n")
@@ -320,12 +329,34 @@ def test_recipe_and_mpp_are_those_recorded_or_unknown(tmp_path, cohort):
         ({"allow": "missing"}, "--allow 'missing': expected a list"),
         ({"mode": "full", "sequential": True}, "--sequential: whole slides are not cut"),
         ({"label_names": ["benign"]}, r"label_names \['benign'\]: expected names by label"),
+        ({"label_names": {"benign": 1}}, r"label_names \{'benign': 1\}: expected names by label"),
+        ({"label_names": {0: "benign"}}, r"label_names \{0: 'benign'\}: expected names by label"),
         ({"left_out": "benign"}, "left_out 'benign': expected a list of labels"),
+        ({"left_out": [1]}, r"left_out \[1\]: expected a list of labels"),
+        ({"cache": 5}, "--cache 5: expected text"),
     ],
 )
 def test_settings_that_cannot_be_used(cohort, settings, message):
     with pytest.raises(ConfigError, match=message):
         MILDataset(*cohort, **settings)
+
+
+@pytest.mark.parametrize("missing", ["csv_path", "features_dir"])
+def test_a_cohort_has_a_table_and_a_folder(cohort, missing):
+    paths = dict(zip(("csv_path", "features_dir"), cohort, strict=True)) | {missing: None}
+    with pytest.raises(ConfigError, match=f"{missing} None: expected a path"):
+        MILDataset(**paths)
+
+
+@pytest.mark.parametrize("batch_size", [-1, 0, 2.5, True, None, "all"])
+def test_a_batch_holds_a_whole_number_of_chunks(cohort, batch_size):
+    with pytest.raises(ConfigError, match=f"--batch_size {batch_size!r}: (expected a whole|out of range)"):
+        next(MILDataset(*cohort).batches([0, 1], batch_size, seed=0))
+
+
+def test_an_epoch_has_slides(cohort):
+    with pytest.raises(ConfigError, match="batches of no slides; give the number of at least one"):
+        next(MILDataset(*cohort).batches([], 4, seed=0))
 
 
 def test_folders_and_tables_that_are_not_there(cohort, tmp_path):
@@ -374,7 +405,7 @@ def test_a_slide_that_is_not_there_is_an_index_error(cohort):
         for call in ways:
             with pytest.raises(IndexError, match=rf"no slide {slide}; there are 8"):
                 call(slide)
-    for slide in (1.0, "S1", None, True):
+    for slide in (1.0, "S1", None, True, np.True_, np.array(True), torch.tensor(True)):
         with pytest.raises(TypeError):
             dataset[slide]
     with pytest.raises(TypeError, match="flatnonzero"):

@@ -726,6 +726,19 @@ class TestWorkersThatDie:
             make_cv(dataset, tmp_path).run()
         assert len(list((tmp_path / "resume").glob("fold_*.pt"))) == TRAININGS - 1
 
+    def test_memory_that_runs_out_is_one_line_with_what_takes_less(self, cohort, tmp_path, unfitted, monkeypatch):
+        def run_out(*_, **__):
+            raise MemoryError
+
+        monkeypatch.setattr(units, "fit", run_out)
+        for mode, less in (
+            ("chunked", "--batch_size, --chunk_size or"),
+            ("full", "or --hidden_dim, or --mode chunked"),
+        ):
+            told = rf"^fold_1_setting_1_inner_1: it ran out of memory; it needs more memory, or a smaller .*{less}"
+            with pytest.raises(EngineError, match=told):
+                make_cv(MILDataset(*cohort, mode=mode), tmp_path / mode).run()
+
 
 class TestFolder:
     @pytest.mark.parametrize(
@@ -861,6 +874,15 @@ class TestRefusals:
 
         with pytest.raises(ConfigError, match="shared model"):
             make_cv(dataset, tmp_path, factory)
+
+    def test_a_model_in_the_place_of_its_factory(self, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=r"a function that makes a model, found a LiteMIL; each .* a fresh one"):
+            make_cv(dataset, tmp_path, small())
+
+    @pytest.mark.parametrize("given", [None, ["S1"]])
+    def test_a_dataset_that_is_none(self, given, tmp_path):
+        with pytest.raises(ConfigError, match=f"dataset: expected a MILDataset, found a {type(given).__name__}"):
+            NestedCrossValidation(small, given, ("a", "b"), tmp_path)
 
     def test_models_that_cannot_be_rebuilt(self, dataset, tmp_path):
         with pytest.raises(ConfigError, match="Linear has no spec to rebuild it by"):

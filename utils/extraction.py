@@ -14,7 +14,7 @@ from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.remarks import alike_once
 from utils.core.runtime import duration, file_size, progress
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
-from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, work_through
+from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
 from utils.slides.status import PLANNED, STATUSES, SlideStatus, status_table
 from utils.slides.wsi import open_slide
 
@@ -132,11 +132,16 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
         lines.append("; ".join([f"Features are in {files.output_dir}", f"report in {report_path(files)}", *sheet]))
         command = f"train.py --mil LiteMIL --dataset NAME --features_dir {files.output_dir} --labels_csv labels.csv"
     else:
-        (target,) = SlideFiles(files).targets().values()
+        target = target_of_one(files)
         lines.append(f"Features are in {target}")
         command = f"predict.py --checkpoint outputs/LiteMIL/NAME --input {target}"
+    when = "Next"
+    if any(status.status == "failed" for status in statuses):
+        lines.append(
+            f"Next: mend what failed, as listed in {report_path(files)}, and give the same command again; feature "
+            "files that are there are left as they are"
+        )
+        when = "Then"
     if any(status.is_made for status in statuses):
-        lines.append(f"Next: uv run {command}")
-    else:
-        lines.append("Next: mend what failed, as said above; feature files that are there were left as they are")
+        lines.append(f"{when}: uv run {command}")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from MILS import ModelError, mil_name
 from MILS.pooling import BagModel
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.cohorts import tcga_case
-from utils.core.config import Extraction, Prediction, check_setting
+from utils.core.config import CohortFiles, Extraction, Prediction, check_setting
 from utils.core.device import resolve_device
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import (
@@ -153,15 +153,16 @@ class SlidePredictor:
         num_heads: int | None = None,
         allow_mismatch: bool = False,
     ) -> None:
-        paths = [model_path] if isinstance(model_path, str | Path) else model_path
+        paths = model_path if isinstance(model_path, Iterable) and not isinstance(model_path, str) else [model_path]
+        paths = check_setting(Prediction, "checkpoint", list(paths))
         claimed = _claimed_spec(model_class)
-        names = None if class_names is None else tuple(class_names)
+        names = check_setting(CohortFiles, "class_names", class_names)
         heads = claimed.get("num_heads") if num_heads is None else num_heads
         keep_freed_memory()
         self.device = resolve_device(device)
         self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
         self.trained: list[_Trained] = []
-        for path in map(chosen_checkpoint, map(Path, paths)):
+        for path in map(chosen_checkpoint, paths):
             checkpoint = load_checkpoint(path, class_names=names, dataset=dataset, num_heads=heads)
             one = _Trained(path, checkpoint, checkpoint.build().to(self.device))
             one.refuse("model_class", claimed.get("name"), checkpoint.model["name"])
@@ -207,6 +208,7 @@ class SlidePredictor:
 
         `slide`, which the feature file was made from, gives the um/px that some files' coordinates need.
         """
+        feat_type = check_setting(Prediction, "feat_type", feat_type)
         check_input(path)
         if not is_feature_file(path):
             return self._extractor_for(path).extract(path)

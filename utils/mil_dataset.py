@@ -6,6 +6,7 @@ features, label = dataset[0]
 
 import copy
 import operator
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,7 +26,7 @@ from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open
 from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
 from utils.bags.table import read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
-from utils.core.config import Cohort
+from utils.core.config import Cohort, Training, check_setting
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant
 from utils.core.passport import COMPARED_FIELDS, recipe_differences
 from utils.core.runtime import available_memory, log, progress
@@ -79,12 +81,17 @@ class MILDataset(Dataset):
         asked = Cohort(
             dataset="", labels_csv=csv_path, features_dir=features_dir, class_names=class_names, mode=mode,  # type: ignore[arg-type]
             chunk_size=chunk_size, feat_type=feat_type, sequential=sequential, group_column=group_column,
-            cache=None if cache is None else str(cache), allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
+            cache=str(cache) if isinstance(cache, Path) else cache, allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
         )  # fmt: skip
-        if label_names is not None and not isinstance(label_names, Mapping):
+        for name, path in (("csv_path", csv_path), ("features_dir", features_dir)):
+            if path is None:
+                raise ConfigError(f"{name} None: expected a path")
+        if label_names is not None and not (
+            isinstance(label_names, Mapping) and _are_text([*label_names.keys(), *label_names.values()])
+        ):
             raise ConfigError(f"label_names {label_names!r}: expected names by label, such as {{'0': 'benign'}}")
-        if isinstance(left_out, str):
-            raise ConfigError(f"left_out {left_out!r}: expected a list of labels")
+        if not isinstance(left_out, Collection) or isinstance(left_out, str) or not _are_text(left_out):
+            raise ConfigError(f"left_out {left_out!r}: expected a list of labels, such as ['unknown']")
         self.features_dir = Path(features_dir)
         folder = FeatureFolder(self.features_dir)
         table = read_table(csv_path)
@@ -94,6 +101,7 @@ class MILDataset(Dataset):
         if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
             raise LabelsError(
                 f"{csv_path}: classes {', '.join(self.class_names)}; a classifier needs two different ones"
+                f"{_how_parted(self.class_names, {row['label'] for row in table.rows})}"
             )
         self.mode, self.chunk_size, self.sequential = asked.mode, asked.chunk_size, asked.sequential
         self.feat_type = feat_type
@@ -131,7 +139,7 @@ class MILDataset(Dataset):
         return cls(
             cohort.labels_csv or home / "labels.csv",
             cohort.features_dir or home / "features",
-            classes.class_names,
+            classes.class_names or None,
             cohort.mode,
             cohort.chunk_size,
             cohort.feat_type,
@@ -209,7 +217,10 @@ class MILDataset(Dataset):
         Chunk weights average 1 and give each slide the same share of the epoch's loss. "auto" are batches of 128, or
         smaller ones where these were fewer than 8. `pin_memory` is for a CUDA device.
         """
+        batch_size = check_setting(Training, "batch_size", batch_size)
         slides = np.array([self._number(slide) for slide in slides], dtype=np.int64)
+        if not len(slides):
+            raise ConfigError("MILDataset: batches of no slides; give the number of at least one")
         rng = np.random.default_rng(seed)
         chunks = sum(num_chunks(self.info[slide].num_instances, self.largest_chunk) for slide in slides)
         per_slide = len(slides) / chunks
@@ -250,7 +261,7 @@ class MILDataset(Dataset):
 
     def _number(self, slide: SupportsIndex) -> int:
         """Return the slide's number from 0, which is its place in every table of the cohort."""
-        if isinstance(slide, bool | np.bool_):
+        if getattr(slide, "dtype", type(slide)) in (bool, torch.bool):
             raise TypeError(f"MILDataset: slide {slide} is no number; of a mask give np.flatnonzero(mask)")
         try:
             return range(len(self))[operator.index(slide)]
@@ -347,6 +358,18 @@ def _fault_of(path: Path, feat_type: str) -> str | None:
     except FeatureFileError as error:
         return str(error)
     return None
+
+
+def _are_text(values: Collection[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _how_parted(class_names: Sequence[str], labels: Collection[str]) -> str:
+    """What to say of a single name that seems to be several."""
+    names = [name.strip() for name in ",".join(class_names).split(",")]
+    if len(class_names) > 1 or len(names) < 2 or class_names[0] in labels:
+        return ""
+    return f"; blanks part the names: --class_names {shlex.join(names)}"
 
 
 def _why_not_there(name: str, home: Path) -> str:

@@ -85,6 +85,8 @@ class NestedCrossValidation:
         dataset_name: str | None = None,
         **settings: Any,
     ) -> None:
+        if not isinstance(dataset, MILDataset):
+            raise ConfigError(f"dataset: expected a MILDataset, found a {type(dataset).__name__}")
         names = CohortFiles(class_names=class_names).class_names or ()  # type: ignore[arg-type]
         if names != dataset.class_names:
             raise ConfigError(
@@ -321,7 +323,10 @@ class NestedCrossValidation:
             others = f" (and {counted(len(lost) - 1, 'other training')})" if lost[1:] else ""
             remedy = "give the same again with fewer --actors"
             if not self.cluster.is_asked_for:  # then it was the only one in the end
-                remedy = "it needs more memory, or a smaller --batch_size, --chunk_size or --hidden_dim"
+                less = "--batch_size, --chunk_size or --hidden_dim"
+                if self.dataset.largest_chunk is None:
+                    less = "--batch_size or --hidden_dim, or --mode chunked"
+                remedy = f"it needs more memory, or a smaller {less}"
             raise EngineError(f"{lost[0]}{others}; {remedy} (what is finished is kept)")
 
     def _monitor(self, fold: OuterFold) -> str:
@@ -536,6 +541,11 @@ def _spec_of(model_factory: ModelFactory) -> dict[str, Any]:
     """
     if not callable(model_factory):
         raise ConfigError(f"model_factory {model_factory!r}: expected a function that makes a model (build_mil)")
+    if isinstance(model_factory, torch.nn.Module):
+        raise ConfigError(
+            f"model_factory: expected a function that makes a model, found a {type(model_factory).__name__}; each "
+            "training needs a fresh one: give functools.partial(build_mil, ...)"
+        )
     first, second = model_factory(), model_factory()
     shared = {parameter.data_ptr() for parameter in first.parameters()} & {p.data_ptr() for p in second.parameters()}
     if first is second or shared:

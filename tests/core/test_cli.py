@@ -69,6 +69,7 @@ class Example:
     marks: tuple[Literal["red", "blue"], ...] | None = option(None, "marks")
     shape: Literal["round", "square"] = option("round", "shape")
     maybe: Literal["yes", "no"] | None = option(None, "an answer")
+    size: Literal["size_small", "size_large"] = option("size_small", "size", also={"large": "size_large"})
     loud: bool = option(False, "say more")
     fast: bool = option(True, "be slow", flag="--no_fast", alias="-s")
     workers: int | Literal["auto"] = option("auto", "how many, or auto", least=1)
@@ -362,6 +363,8 @@ def test_log_lines_go_to_stderr_with_their_level_and_once(kept_logging, capsys):
             ("--name", "a", "--marks", "red", "bleu"),
             "invalid choice: 'bleu' (choose from 'red', 'blue'); did you mean blue?",
         ),
+        (("--name", "a", "--shape", "SQAURE"), "did you mean square?"),
+        (("--name", "a", "--size", "LAREG"), "(choose from 'size_small', 'size_large'); did you mean large?"),
         (("--name", "a", "--maybe", "perhaps"), "(choose from 'yes', 'no') (see --help)\n"),
     ],
 )

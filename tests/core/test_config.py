@@ -117,8 +117,14 @@ def test_numbers_out_of_range_are_refused_by_the_flags_name(cls, field):
         (Training, {"epoch": 3}, "Training: no setting epoch; did you mean epochs?"),
         (Protocol, {"final": "Ensemble"}, "--final 'Ensemble': expected one of best, ensemble, refit; did you"),
         (Protocol, {"monitor": "auroc"}, "--monitor 'auroc': expected one of slide_auc"),
+        (Protocol, {"monitor": "AUC"}, "--monitor 'AUC': expected one of .*; did you mean auc?"),
+        (Protocol, {"monitor": "acu"}, "did you mean auc?"),
+        (Protocol, {"monitor": "accuracy"}, "did you mean balanced_accuracy?"),
         (Protocol, {"splits": 3}, "--splits 3: expected a path"),
         (CohortFiles, {"class_names": [0, 1]}, r"--class_names \[0, 1\]: expected a list of text"),
+        (CohortFiles, {"class_names": {"a", "b"}}, "--class_names .*: expected a list of text, whose order counts"),
+        (CohortFiles, {"class_names": []}, "--class_names is empty; give at least one, or leave it out"),
+        (Running, {"figure_format": ()}, "--figure_format is empty; give at least one, or leave it out"),
         (CohortFiles, {"class_names": "ab"}, "--class_names 'ab': expected a list of text"),
         (Cohort, {"allow": ["lost"]}, r"--allow \['lost'\]: expected one of missing, unknown, duplicate"),
         (Extraction, {"patch_size": None}, "--patch_size None: expected a whole number"),
@@ -140,6 +146,7 @@ def test_what_means_the_same_becomes_the_settings_own_type():
     assert {type(value) for value in (made.epochs, made.lr, made.use_amp)} == {int, float, bool}
     files = CohortFiles(features_dir="features", class_names=np.array(["a", "b"]))
     assert files == CohortFiles(features_dir=Path("features"), class_names=("a", "b"))
+    assert CohortFiles(allow={"missing"}) == CohortFiles(allow=("missing",))
     assert Protocol(monitor="auc").monitor == "slide_auc"
     assert dataclasses.replace(made, epochs=5).epochs == 5
     assert pickle.loads(pickle.dumps(made)) == made  # noqa: S301 - made here

@@ -22,6 +22,7 @@ from tests.core import work
 from utils.core.config import Cluster
 from utils.core.engine import Lost, Processes, Threads, check_engine, open_engine, threads, threads_each, worker_number
 from utils.core.errors import ConfigError, EngineError, TrainingError
+from utils.core.processes import is_out_of_memory
 from utils.core.runtime import log, processors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +95,41 @@ def test_a_task_whose_process_dies_is_tried_again_with_fewer_at_a_time(tmp_path)
     assert {lost.left for number in (2, 3) for lost in losses[number] if not lost.for_good} == {1}
     assert str(losses[2][0]) == "its worker process was killed (signal 9), as when memory runs out"
     assert str(losses[3][1]).endswith("as when memory runs out (2 times now)")
+
+
+def test_a_task_whose_process_runs_out_of_memory_is_tried_again_with_fewer_at_a_time(tmp_path):
+    heard: dict[int, list] = {number: [] for number in range(1, 6)}
+    tasks = [(number, tmp_path) for number in heard]
+    Processes(2).run(work.run_out_of_memory, tasks, lambda task, told: heard[task[0]].append(told))
+    assert not multiprocessing.active_children()
+    assert heard[1] == heard[4] == heard[5] == ["ended"]
+    lost, ended = heard[2]
+    assert (str(lost), lost.for_good, ended) == ("its worker process ran out of memory", False, "ended")
+    assert [lost.for_good for lost in heard[3]] == [False, True]
+    assert str(heard[3][1]) == "its worker process ran out of memory (2 times now)"
+
+
+def test_memory_that_runs_out_in_this_process_ends_it_without_a_traceback(tmp_path):
+    heard = []
+    Processes().run(
+        work.run_out_of_memory, [(1, tmp_path), (3, tmp_path), (4, tmp_path)], lambda _, told: heard.append(told)
+    )
+    assert [str(told) for told in heard] == ["ended", "it ran out of memory"]
+    assert heard[1].for_good
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_so"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_whether_memory_ran_out(failure, is_so):
+    assert is_out_of_memory(failure) is is_so
 
 
 def test_processes_that_all_die_are_not_begun_again_and_again():

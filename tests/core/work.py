@@ -53,6 +53,17 @@ def outlive(task: tuple[int, Path], tell) -> None:
     tell("ended")
 
 
+def run_out_of_memory(task: tuple[int, Path], tell) -> None:
+    """Two does it once, three each time."""
+    number, folder = task
+    if number == 3:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
+    if number == 2 and not (folder / "ran_out").exists():
+        (folder / "ran_out").touch()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    tell("ended")
+
+
 def divide(task: int, tell) -> None:
     tell(1 / task)
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from MILS import build_mil
 from tests.learning.checkpoint_helpers import check_refused
+from utils.learning.checkpoint import load_checkpoint
 from utils.learning.foreign_checkpoints import names_of_pickle, origin
 
 ATTENTION = ("attention_net.0.weight", "attention_net.3.attention_a.0.weight", "attention_net.3.attention_c.bias")
@@ -20,6 +22,10 @@ THEIRS = {
     "a CLAM model": (*ATTENTION, "classifiers.0.weight", "classifiers.1.bias", "instance_classifiers.1.bias"),
     "an attention model of CLAM's": (*ATTENTION, "classifier.weight"),
     "a TransMIL model of its authors": TRANSMIL,
+    "an ABMIL of another toolkit's; .*train.py": (
+        "feature_extractor.0.weight", "attention_V.0.weight", "attention_U.0.bias", "attention_weights.weight"
+    ),
+    "an ABMIL of another": ("attention.0.weight", "attention.0.bias", "attention.2.weight", "classifier.0.weight"),
     "a DSMIL model": ("i_classifier.fc.0.weight", "b_classifier.q.weight", "b_classifier.fcc.weight"),
     "a model of torchmil's": ("pool.fc1.weight", "pool.fc1.bias", "pool.fc2.weight", "classifier.weight"),
     "a model of STAMP's": STAMP,
@@ -67,6 +73,17 @@ def test_what_cannot_be_loaded_is_looked_through_and_not_executed(tmp_path):
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(content | {"state_dict": None}))
     check_refused(tmp_path / "model.pkl", "it looks like a model of STAMP's")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_whole_model_is_told_to_be_saved_as_its_state_dict(tmp_path):
+    model = build_mil("LiteMIL", input_dim=8, num_classes=2, num_heads=4)
+    for content in (model, {"model": model, "epoch": 3}, torch.nn.Linear(2, 2)):
+        torch.save(content, tmp_path / "whole.pth")
+        check_refused(
+            tmp_path / "whole.pth", "like a whole model, pickled; of a LiteMIL save its state_dict .*train.py"
+        )
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    assert load_checkpoint(tmp_path / "weights.pth", class_names=("a", "b")).model["input_dim"] == 8
 
 
 def test_what_nobody_is_known_by_is_told_as_before(tmp_path):

@@ -128,6 +128,39 @@ def test_a_single_setting_has_both_losses_in_one_plot(setting):
     assert figure.get_suptitle() == "2 inner trainings"
 
 
+@pytest.mark.parametrize("settings", [1, 3])
+def test_a_wild_loss_leaves_the_plot_to_the_others_and_that_is_said(settings, tmp_path):
+    """The dot at the epoch kept, which is not clipped where it is in the plot, too."""
+    wild = [{"train_loss": [0.7, 1e17], "val_loss": [1e9, 1e17], "val_auc": [0.5, 0.6]}] * 2
+    tame = flat([2] * 6, [0.7] * 6)
+    if settings == 1:
+        figure = drawn(history(tame + wild))
+        losses, auc = figure.axes
+    else:
+        table = pd.concat([history(tame[:2], "lr=1e-4"), history(wild, "lr=1"), history(wild, "lr=0.5")])
+        figure = drawn(table)
+        _, losses, auc = figure.axes
+    how_many = "2 of 8" if settings == 1 else "4 of 6"
+    assert losses.get_title() == f"(cut off above: {how_many} trainings, up to 1e+17, and their mean)"
+    assert 0.7 < losses.get_ylim()[1] < 0.75
+    outside = [line for line in losses.lines if np.max(line.get_ydata()) > 1]
+    assert outside
+    assert all(line.get_clip_on() for line in outside)
+    assert auc.get_title() == ""
+    save_figure(figure, tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("losses", [[0.01, 0.7], [0.7, 5.0], [1e9, 2e9]])
+def test_a_loss_that_is_merely_larger_is_drawn_whole(losses):
+    for table in (
+        history(flat([2, 2], losses)),
+        pd.concat([history(flat([2, 2], [loss] * 2), f"lr={loss}") for loss in losses]),
+    ):
+        axes = drawn(table, "slide_loss").axes[-1]
+        assert axes.get_title() == ""
+        assert axes.get_ylim()[1] >= max(losses)
+
+
 def test_refits_are_left_out():
     table = history(flat([2, 2], [0.1, 0.2]))
     refit = pd.DataFrame({"fold": 1, "setting": "", "inner": 0, "epoch": range(1, 6), "train_loss": 100.0})

@@ -601,8 +601,10 @@ def test_a_table_of_mpps(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "its first line has the columns ''"),
-        ("wsi;mpp\na;0.5\n", "its first line has the columns 'wsi;mpp'; wsi,mpp are expected"),
+        ("", "no column wsi; found nothing: name the slide's file wsi and its um/px mpp"),
+        ("wsi:mpp\na:0.5\n", "no column wsi; found wsi:mpp: name"),
+        ("wsi,um\na,0.5\n", "no column mpp; found wsi, um: name"),
+        ("Slide ID,file,mpp\na,b,0.5\n", "the columns Slide ID, file could each be wsi; rename the right one to it"),
         ("wsi,mpp\na,0.5\nb\n", "line 3: mpp None of b"),
         ("wsi,mpp\na,half\n", "line 2: mpp 'half' of a; um per level-0 px are expected, 0.05 to 40"),
         ("wsi,mpp\na,nan\n", "line 2: mpp 'nan'"),
@@ -617,6 +619,27 @@ def test_a_table_that_cannot_be_right_is_refused_by_line(tmp_path, text, said):
     with pytest.raises(SlideError, match=rf"slides\.csv.*{said}") as error:
         read_slides_csv(slides_csv(tmp_path, text))
     assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("wsi;mpp\na;0,5\n", ["its fields are taken as separated by semicolons"]),
+        ("wsi\tmpp\na\t0.5\n", ["its fields are taken as separated by tabs"]),
+        ("WSI,MPP\na,0.5\n", ["the column WSI is taken as wsi; the column MPP is taken as mpp"]),
+        (
+            '"Slide ID";"mpp"\na;0.5\n',
+            ["the column Slide ID is taken as wsi; its fields are taken as separated by semicolons"],
+        ),
+        ("wsi,slide_id,mpp\na,b,0.5\n", []),
+        ("filename,mpp\na,0.5\n", ["the column filename is taken as wsi"]),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_under_other_names_is_read_and_that_is_told(tmp_path, caplog, text, said, encoding):
+    caplog.set_level("INFO", "litemil")
+    assert read_slides_csv(slides_csv(tmp_path, text, encoding)) == {"a": 0.5}
+    assert [message.split("slides.csv: ")[1] for message in caplog.messages] == said
 
 
 def test_a_table_that_is_not_text_or_not_there(tmp_path):

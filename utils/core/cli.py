@@ -227,7 +227,9 @@ def _one_of(words: Sequence[str], also: Mapping[str, str]) -> Callable[[str], st
     def read(text: str) -> str:
         if text not in words and text not in also:
             listed = ", ".join(map(repr, words))
-            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {listed}){meant(text, words)}")
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: {text!r} (choose from {listed}){meant(text, [*also, *words])}"
+            )
         return text
 
     return read

@@ -60,9 +60,10 @@ _EXPECTED = {bool: "True or False", int: "a whole number", float: "a number", st
 _EXPECTED_LISTS = {str: "a list of text", Path: "a list of paths"}
 
 
-def converted(kind: Any, value: Any) -> Any:
+def converted(kind: Any, value: Any, also: Iterable[str] = ()) -> Any:
     """Return `value` as the type `kind` of a setting: NumPy's numbers become Python's, text becomes a path, a list a
-    tuple. Raises ValueError, which says what is expected, where that would change what was meant.
+    tuple. Raises ValueError, which says what is expected, where that would change what was meant; `also` holds what
+    may have been meant besides the words of `kind`.
     """
     if getattr(value, "shape", None) == ():  # a number of NumPy or PyTorch
         value = value.item()
@@ -72,10 +73,12 @@ def converted(kind: Any, value: Any) -> Any:
     if origin is Literal:
         if isinstance(value, str) and value in parts:
             return value
-        raise ValueError(f"one of {', '.join(parts)}{meant(str(value), parts)}")
+        raise ValueError(f"one of {', '.join(parts)}{meant(str(value), [*also, *parts])}")
     if origin is tuple:
         if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
             raise ValueError(_EXPECTED_LISTS.get(parts[0], "a list of words"))
+        if isinstance(value, set | frozenset) and parts[0] in _EXPECTED_LISTS:
+            raise ValueError(f"{_EXPECTED_LISTS[parts[0]]}, whose order counts: a set has none")
         try:
             return tuple(converted(parts[0], item) for item in value)
         except ValueError as error:
@@ -105,9 +108,11 @@ def checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
     """
     also = field.metadata["also"]
     try:
-        value = converted(kind, also.get(value, value) if isinstance(value, str) else value)
+        value = converted(kind, also.get(value, value) if isinstance(value, str) else value, also)
     except ValueError as error:
         raise ConfigError(f"{name}{value!r}: expected {error}") from None
+    if value == () and field.default not in ((), REQUIRED):
+        raise ConfigError(f"{name}is empty; give at least one, or leave it out")
     least, most = field.metadata["least"], field.metadata["most"]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and not (math.isfinite(value) and least <= value <= most):

@@ -32,7 +32,7 @@ import torch
 
 from utils.core.config import Cluster
 from utils.core.errors import ConfigError, EngineError, LiteMILError, counted
-from utils.core.processes import Lost, Pool, sendable
+from utils.core.processes import OUT_OF_MEMORY, Lost, Pool, is_out_of_memory, sendable
 from utils.core.runtime import log, processors, share_processors, threads_are_given
 
 Task = TypeVar("Task")
@@ -114,8 +114,9 @@ def open_engine(cluster: Cluster, otherwise: Engine, device: str = "auto") -> It
 @dataclass(frozen=True)
 class Processes:
     """With one job everything happens in this process, otherwise in new ones of as many threads as this one has at the
-    time. When this process ends, in whatever way, so do they. The task of one that dies is done again, with fewer at a
-    time until it is alone; then once more. `Lost` is heard of it each time. Work and tasks must be what pickle takes.
+    time. When this process ends, in whatever way, so do they. The task of one that dies or runs out of memory is done
+    again, with fewer at a time until it is alone; then once more. `Lost` is heard of it each time. Work and tasks must
+    be what pickle takes.
     """
 
     jobs: int = 1
@@ -127,7 +128,13 @@ class Processes:
     def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
         if self.jobs == 1:
             for task in tasks:
-                work(task, partial(hear, task))
+                try:
+                    work(task, partial(hear, task))
+                except Exception as failure:
+                    if not is_out_of_memory(failure):
+                        raise
+                    hear(task, Lost(1, for_good=True, node=platform.node(), process=0, how=f"it {OUT_OF_MEMORY}"))
+                    return
         elif tasks:
             with tempfile.TemporaryDirectory() as folder:
                 # Through a file: a process that ends before it has read the first 64 kB of what it begins with is

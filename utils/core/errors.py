@@ -65,9 +65,10 @@ class CheckpointError(LiteMILError):
 
 
 def meant(found: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the nearest of the known words; nothing where none is near."""
-    near = difflib.get_close_matches(found, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """ "; did you mean ...?" with the nearest of the known words, whatever their case; nothing where none is near."""
+    plain = {word.casefold(): word for word in known}
+    near = difflib.get_close_matches(found.casefold(), plain, n=1)
+    return f"; did you mean {plain[near[0]]}?" if near else ""
 
 
 def counted(number: int, what: str) -> str:

@@ -1,7 +1,8 @@
 """Worker processes of this machine, fed one task at a time by the process that began them.
 
-A worker that dies takes its task's try with it and nothing else: the others go on. As it may have died of too little
-memory, it is not replaced while another is left, so that its task is tried again with fewer at a time.
+A worker that dies, or runs out of memory, takes its task's try with it and nothing else: the others go on. As it may
+have died of too little memory, it is not replaced while another is left, so that its task is tried again with fewer at
+a time.
 """
 
 import multiprocessing
@@ -27,13 +28,15 @@ from utils.core.runtime import log
 
 # So many workers may die one after the other without a task before the work is given up.
 _MOST_IDLE_DEATHS = 3
+OUT_OF_MEMORY = "ran out of memory"
+_OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
 class Lost:
     """Heard of a task whose worker, at last `process` on `node`, died `times` times: it is done again, elsewhere where
-    there is another node, unless that was `for_good`. Of a process of this machine, `how` it ended is known, and with
-    how many workers the work goes on (`left`).
+    there is another node, unless that was `for_good`. Of a process of this machine, it is known `how` it ended, in a
+    clause, and with how many workers the work goes on (`left`).
     """
 
     times: int
@@ -46,7 +49,7 @@ class Lost:
     def __str__(self) -> str:
         how_often = "" if self.times == 1 else f" ({self.times} times now)"
         if self.how:
-            return f"its worker process {self.how}{how_often}"
+            return f"{self.how}{how_often}"
         return f"its worker process on {self.node} was lost{how_often}, as when memory runs out or a node goes down"
 
 
@@ -82,6 +85,10 @@ class Pool:
         try:
             kind, content = worker.connection.recv()
         except (EOFError, OSError):
+            self._on_death(worker)
+            return
+        if kind == "out of memory":
+            worker.ran_out_of_memory = True
             self._on_death(worker)
             return
         if kind == "error":
@@ -123,7 +130,8 @@ class Pool:
         if self.waiting and not self.workers:
             self._start()
         process = worker.process.pid or 0
-        lost = Lost(times, is_for_good, platform.node(), process, worker.how_it_ended, len(self.workers))
+        how = f"its worker process {worker.how_it_ended}"
+        lost = Lost(times, is_for_good, platform.node(), process, how, len(self.workers))
         self.hear(self.tasks[worker.task], lost)
 
     def _on_death_without_a_task(self, worker: "_Worker") -> None:
@@ -147,6 +155,7 @@ class _Worker:
     process: Any
     connection: Connection
     task: int = -1
+    ran_out_of_memory: bool = False
 
     @classmethod
     def start(cls, parcel: Path) -> "_Worker":
@@ -161,6 +170,8 @@ class _Worker:
     @property
     def how_it_ended(self) -> str:
         code = self.process.exitcode
+        if self.ran_out_of_memory:
+            return OUT_OF_MEMORY
         if code == -signal.SIGKILL:
             return "was killed (signal 9), as when memory runs out"
         return f"ended unexpectedly ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
@@ -192,7 +203,7 @@ def _serve(connection: Connection, parcel: Path, threads: int) -> None:
             work(tasks.get(), lambda content: connection.send(("told", content)))
             connection.send(("ended", None))
     except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
-        connection.send(("error", sendable(failure)))
+        connection.send(("out of memory", None) if is_out_of_memory(failure) else ("error", sendable(failure)))
 
 
 def _fetch(connection: Connection, tasks: SimpleQueue) -> None:
@@ -201,6 +212,13 @@ def _fetch(connection: Connection, tasks: SimpleQueue) -> None:
             tasks.put(connection.recv())
     except (EOFError, OSError):
         os._exit(1)
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether there was too little memory, of the machine or of its GPU: PyTorch raises several kinds of error then."""
+    if isinstance(failure, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(failure, RuntimeError) and any(words in str(failure) for words in _OUT_OF_MEMORY_WORDS)
 
 
 def sendable(failure: BaseException) -> BaseException:

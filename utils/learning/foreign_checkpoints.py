@@ -12,6 +12,10 @@ from typing import Any
 _MOST_BYTES = 50_000_000  # of a pickle that is looked through; the tensors lie elsewhere
 _MOST_PICKLES = 5  # one after the other, as PyTorch once wrote its files
 _TRAIN = "LiteMIL predicts with models of its own: train one on the same features (train.py), or predict with {}"
+_STATE_DICT = (
+    "of a LiteMIL save its state_dict (torch.save(model.state_dict(), FILE)), of any other give the fold_<k>_best.pth "
+    "or all_folds_best.pth that train.py wrote"
+)
 _ENCODER = "a backbone encodes patches: give its weights to extractFeatures.py --weights, and train a model on that"
 
 
@@ -30,12 +34,15 @@ _KINDS = (
     _Kind("a TransMIL model of its authors", ("_fc1.", "_fc2.", "pos_layer.", "layer1.attn."), _TRAIN.format("theirs")),
     _Kind("a DSMIL model", ("i_classifier.", "b_classifier."), _TRAIN.format("DSMIL's own code")),
     _Kind("a model of torchmil's", ("pool.fc1.", "pool.fc2.", "classifier."), _TRAIN.format("torchmil")),
+    _Kind("an ABMIL of another toolkit's", ("attention_V.", "attention_U."), _TRAIN.format("its own toolkit")),
+    _Kind("an ABMIL of another toolkit's", ("attention.0.", "attention.2."), _TRAIN.format("its own toolkit")),
     _Kind("a model of STAMP's", ("stamp_version",), _TRAIN.format("STAMP")),
     _Kind("a model of STAMP's", ("class_token", "project_features.", "mlp_head."), _TRAIN.format("STAMP")),
     _Kind("the weights of a vision transformer", ("blocks.0.attn.",), _ENCODER),
     _Kind("the weights of a vision transformer", ("encoder.layer.0.attention.",), _ENCODER),
     _Kind("the weights of a ResNet", ("conv1.", "layer1.0.", "bn1."), _ENCODER),
     _Kind("a Lightning checkpoint", ("pytorch-lightning_version",), _TRAIN.format("the code that trained it")),
+    _Kind("a whole model, pickled", ("_parameters", "_buffers", "_modules"), _STATE_DICT),
 )
 
 

@@ -1,5 +1,6 @@
 """The figure of learning curves: every inner training to its end, their mean, and the epochs that were kept."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from utils.core.text import literal
 from utils.learning.selection import best_of, mean_rank, rank
 
 _MOST_SETTINGS = 6
+# A training leaves the plot where its loss rises above so many times what the tamest setting needs, or a coin's answer.
+_WILD = 10
 _FIGURES = {"slide_auc": "AUC", "slide_balanced_accuracy": "balanced accuracy", "slide_f1_macro": "macro F1"}
 _CAPTION = (
     "Bold: mean of all trainings, each carried on at its last value once it has stopped; faded where fewer than half "
@@ -77,7 +80,7 @@ def learning_figure(history: pd.DataFrame, monitors: Mapping[int, str]) -> Figur
             _draw(axes, curve)
         label, _, where = name.partition("\n")
         bare(axes, "Epoch", label)
-        axes.set_title(where, fontsize=SMALL)
+        axes.set_title(where or _cut_off(axes, curves), fontsize=SMALL)
         _end_with(axes, [training for curve in curves for training in curve.trainings])
     figure.suptitle(title, fontsize=10)
     caption = fill(_CAPTION, 60 if len(panels) == 1 else 106)
@@ -192,6 +195,28 @@ def _draw(axes: Axes, curve: _Curve) -> None:
 def _carried(values: np.ndarray, length: int) -> np.ndarray:
     """`(length,)`: the values, the last of them again and again."""
     return np.append(values, np.full(length - len(values), values[-1]))
+
+
+def _cut_off(axes: Axes, curves: Sequence[_Curve]) -> str:
+    """Let the axis of a loss end where the tame trainings do; return what to say of those that go on above, if any."""
+    if not curves[0].column.endswith("_loss"):
+        return ""
+    peaks = [[training.values(curve.column).max() for training in curve.trainings] for curve in curves]
+    every = np.concatenate(peaks)
+    tame = every[every <= _WILD * max(math.log(2), min(map(np.median, peaks)))]
+    if len(tame) == len(every):
+        return ""
+    low = min(training.values(curve.column).min() for curve in curves for training in curve.trainings)
+    top = tame.max()
+    margin = 0.05 * (top - low) or 0.01
+    axes.set_ylim(low - margin, top + margin)
+    for line in axes.lines:
+        if np.max(line.get_ydata()) > top:
+            line.set_clip_on(True)  # the dots, too
+    trainings = {training for curve in curves for training in curve.trainings}
+    wild = {one for curve in curves for one in curve.trainings if one.values(curve.column).max() > top}
+    how_many = f"{len(wild)} of {counted(len(trainings), 'training')}"
+    return f"(cut off above: {how_many}, up to {every.max():.2g}, and their mean)"
 
 
 def _end_with(axes: Axes, trainings: Sequence[_Training]) -> None:

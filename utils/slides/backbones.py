@@ -277,7 +277,8 @@ def read_weights(path: Path) -> StateDict:
     """
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
-    content = load_tensors(path, BackboneError, "weights (a .pth or .safetensors file of tensors alone)")
+    expected = "weights (tensors alone: .safetensors, or a .pth of torch.save(model.state_dict(), FILE))"
+    content = load_tensors(path, BackboneError, expected)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -70,6 +70,12 @@ def _slides_of(files: ExtractionFiles) -> list[Path]:
     return one_per_series(found)
 
 
+def target_of_one(files: ExtractionFiles) -> Path:
+    """Return the feature file of the single slide."""
+    assert files.input is not None  # noqa: S101 - checked by the caller
+    return files.output or (files.output_dir or files.input.parent) / f"{files.input.stem}.{files.format or 'h5'}"
+
+
 def _check_slide(path: Path) -> None:
     if not path.is_file():
         raise SlideError(f"{path}: no such file; give a slide, or --input_dir for a folder")
@@ -121,8 +127,7 @@ class SlideFiles:
         if files.input is None:
             return slide_targets(files)
         _check_slide(files.input)
-        name = f"{files.input.stem}.{files.format or 'h5'}"
-        return {files.input: files.output or (files.output_dir or files.input.parent) / name}
+        return {files.input: target_of_one(files)}
 
     def slides(self) -> list[Path]:
         """Return the slide, or all those of the folder. Raises SlideError or ConfigError where there is none."""

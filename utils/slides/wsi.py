@@ -9,6 +9,7 @@ import csv
 import hashlib
 import math
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,14 @@ from utils.core.runtime import derive_seed, log
 from utils.slides.resolution import NOT_IN_FILE, PLAUSIBLE_MPP, Resolution, file_resolution, number
 from utils.slides.tiles import PROBE, TileReader
 
+# The columns of a table of um/px by their other names, without case, blanks and separators.
+_COLUMNS = {
+    "wsi": (
+        "wsi wsiid wsiname wsifile slide slideid slidename slidefile image imageid imagename imagefile file filename"
+    ),
+    "mpp": "mpp",
+}
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SLIDE_EXTENSIONS = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm"}
 )
@@ -151,7 +160,8 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
 def read_slides_csv(path: Path | str) -> dict[str, float]:
     """The um per level-0 px of slides, by file name or stem: a table with the columns `wsi,mpp`.
 
-    Other columns are ignored, and so are rows whose mpp is empty.
+    The slide's column may have another of its usual names, and semicolons or tabs may separate the fields. Other
+    columns are ignored, and so are rows whose mpp is empty.
 
     Raises:
         SlideError: the table cannot be read, a slide stands there twice, or a value is not plausible.
@@ -159,21 +169,26 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, strict=True, skipinitialspace=True)
+            delimiter = _delimiter_of(file.readline())
+            file.seek(0)
+            table = csv.DictReader(file, strict=True, skipinitialspace=True, delimiter=delimiter)
             columns = [(column or "").strip() for column in table.fieldnames or ()]
-            table.fieldnames = columns
+            ours = {_column_of(path, name, columns): name for name in _COLUMNS}
+            table.fieldnames = [ours.get(column, column) for column in columns]
             rows = [(table.line_num, row) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise SlideError(
             f"{path}: not readable as a table ({reason}); give a CSV file, UTF-8, with the columns wsi,mpp"
         ) from error
-    if not {"wsi", "mpp"} <= set(columns):
-        raise SlideError(f"{path}: its first line has the columns {','.join(columns)!r}; wsi,mpp are expected")
+    notes = [f"the column {column} is taken as {name}" for column, name in ours.items() if column != name]
+    notes += [] if delimiter == "," else [f"its fields are taken as separated by {_DELIMITERS[delimiter]}"]
+    if notes:
+        log.info("%s: %s", path, "; ".join(notes))
     found: dict[str, float] = {}
     low, high = PLAUSIBLE_MPP
     for line, row in rows:
-        wsi, mpp = (row["wsi"] or "").strip(), number(row["mpp"])
+        wsi, mpp = (row["wsi"] or "").strip(), number((row["mpp"] or "").replace(",", "."))
         if not wsi or Path(wsi).name != wsi:
             raise SlideError(
                 f"{path}, line {line}: wsi {wsi!r}; the name of a slide's file is expected, without folders"
@@ -188,6 +203,31 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
             raise SlideError(f"{path}, line {line}: {wsi} stands there twice; leave one of its lines")
         found[wsi] = mpp
     return found
+
+
+def _plain(header: str) -> str:
+    return re.sub(r"[\s_.\-]+", "", header).casefold()
+
+
+def _delimiter_of(header: str) -> str:
+    """What separates the fields: a comma, unless only another mark parts off a column mpp."""
+    names = {mark: [_plain(name.strip().strip('"')) for name in header.split(mark)] for mark in _DELIMITERS}
+    return next((mark for mark in _DELIMITERS if "mpp" in names[mark]), ",")
+
+
+def _column_of(path: Path, name: str, columns: Sequence[str]) -> str:
+    """The column that is ours of this `name`. Raises SlideError where there is none, or several could be."""
+    candidates = [column for column in columns if _plain(column) in _COLUMNS[name].split()]
+    if name in columns:
+        return name
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise SlideError(
+            f"{path}: the columns {', '.join(candidates)} could each be {name}; rename the right one to it"
+        )
+    found = ", ".join(columns) or "nothing"
+    raise SlideError(f"{path}: no column {name}; found {found}: name the slide's file wsi and its um/px mpp")
 
 
 def slide_mpp(path: Path | str) -> float | None:
