@@ -10,27 +10,22 @@ from pathlib import Path
 from utils.bags.spelling import is_placeholder, spelled_alike
 from utils.core.cohorts import tcga_case
 from utils.core.errors import LabelsError, counted, named
+from utils.core.headers import DELIMITERS, SLIDE_NAMES, plain_header
 
 Row = dict[str, str]
 
 EXPECTED = "expected case_id,wsi_id,label"
-# Other names of our three columns, without case, blanks and separators. Of the slide's, those of the first line are
-# taken before those of the second.
+# Other names of our columns, without case, blanks and separators.
 _PATIENT = (
     "caseid case cases caseno casenumber casename casesubmitterid submitterid patientid patient patients patientname "
     "patientno patientnumber patientcode patientbarcode patientuid bcrpatientbarcode patid pat pid ptid ptno mrn "
     "subjectid subject subjectno participantid participant donorid donor individual individualid person personid",
 )
-_SLIDE = (
-    "wsiid wsi wsiname wsifile slideid slide slidename slidefile slidebarcode slidesubmitterid",
-    "imageid image imagename imagefile filename file",
-)
 _LABEL = ("label labels class classlabel slidelabel target groundtruth diagnosis subtype category oncotreecode y",)
-_ALIASES = {"case_id": _PATIENT, "wsi_id": _SLIDE, "label": _LABEL}
+_ALIASES = {"case_id": _PATIENT, "wsi_id": SLIDE_NAMES, "label": _LABEL}
 # Of what is called so, or begins alike, at most so many slides each may be patients.
 _MAY_NAME_PATIENTS = re.compile(r"pat|case|subj|person|donor|indiv|mrn|(^|[\W_])(id|no|nr|number)$|id$", re.IGNORECASE)
 _MOST_SLIDES_EACH = 8
-_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclass(frozen=True)
@@ -171,15 +166,10 @@ def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[str]:
     return [row[name] for row in rows]
 
 
-def _plain(header: str) -> str:
-    """The header without case, blanks and separators, and without the "cases." of the GDC's tables."""
-    return re.sub(r"[\s_.\-]+", "", re.sub(r"^cases\.(\d+\.)?", "", header.casefold()))
-
-
 def _alias_columns(name: str, columns: Sequence[str]) -> list[str]:
     """The columns that could be ours of this `name`, by their headers; of the slide, the likelier ones."""
     for aliases in _ALIASES[name]:
-        found = [column for column in columns if _plain(column) in aliases.split()]
+        found = [column for column in columns if plain_header(column) in aliases.split()]
         if found:
             return found
     return []
@@ -242,16 +232,14 @@ def _read_lines(path: Path) -> tuple[list[list[str]], list[str]]:
         raise LabelsError(f"{path}: no such file; expected a table with the columns case_id,wsi_id,label") from None
     except (OSError, UnicodeDecodeError, csv.Error) as failure:
         raise LabelsError(f"{path}: not readable as a CSV table ({failure}); save it as CSV, UTF-8") from failure
-    notes = (
-        [] if delimiter == "," else [f"its fields are taken as separated by {_DELIMITERS.get(delimiter, delimiter)}"]
-    )
+    notes = [] if delimiter == "," else [f"its fields are taken as separated by {DELIMITERS.get(delimiter, delimiter)}"]
     return [line for line in lines if any(line)], notes
 
 
 def _delimiter_of(text: str) -> str:
     """What separates the fields: a comma, unless only another mark parts the header into columns of ours."""
     header = next((line for line in text.splitlines() if line.strip()), "")
-    for delimiter in _DELIMITERS:
+    for delimiter in DELIMITERS:
         columns = [name.strip().strip('"') for name in header.split(delimiter)]
         if all(_alias_columns(name, columns) for name in ("wsi_id", "label")):
             return delimiter

@@ -9,7 +9,6 @@ import csv
 import hashlib
 import math
 import os
-import re
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -23,18 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from utils.core.errors import SlideError
+from utils.core.headers import DELIMITERS, SLIDE_NAMES, plain_header
 from utils.core.runtime import derive_seed, log
 from utils.slides.resolution import NOT_IN_FILE, PLAUSIBLE_MPP, Resolution, file_resolution, number
 from utils.slides.tiles import PROBE, TileReader
 
-# The columns of a table of um/px by their other names, without case, blanks and separators.
-_COLUMNS = {
-    "wsi": (
-        "wsi wsiid wsiname wsifile slide slideid slidename slidefile image imageid imagename imagefile file filename"
-    ),
-    "mpp": "mpp",
-}
-_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+# The columns of a table of um/px by their other names.
+_COLUMNS = {"wsi": " ".join(SLIDE_NAMES), "mpp": "mpp"}
 SLIDE_EXTENSIONS = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm"}
 )
@@ -182,7 +176,7 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
             f"{path}: not readable as a table ({reason}); give a CSV file, UTF-8, with the columns wsi,mpp"
         ) from error
     notes = [f"the column {column} is taken as {name}" for column, name in ours.items() if column != name]
-    notes += [] if delimiter == "," else [f"its fields are taken as separated by {_DELIMITERS[delimiter]}"]
+    notes += [] if delimiter == "," else [f"its fields are taken as separated by {DELIMITERS[delimiter]}"]
     if notes:
         log.info("%s: %s", path, "; ".join(notes))
     found: dict[str, float] = {}
@@ -205,19 +199,15 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
     return found
 
 
-def _plain(header: str) -> str:
-    return re.sub(r"[\s_.\-]+", "", header).casefold()
-
-
 def _delimiter_of(header: str) -> str:
     """What separates the fields: a comma, unless only another mark parts off a column mpp."""
-    names = {mark: [_plain(name.strip().strip('"')) for name in header.split(mark)] for mark in _DELIMITERS}
-    return next((mark for mark in _DELIMITERS if "mpp" in names[mark]), ",")
+    names = {mark: [plain_header(name.strip().strip('"')) for name in header.split(mark)] for mark in DELIMITERS}
+    return next((mark for mark in DELIMITERS if "mpp" in names[mark]), ",")
 
 
 def _column_of(path: Path, name: str, columns: Sequence[str]) -> str:
     """The column that is ours of this `name`. Raises SlideError where there is none, or several could be."""
-    candidates = [column for column in columns if _plain(column) in _COLUMNS[name].split()]
+    candidates = [column for column in columns if plain_header(column) in _COLUMNS[name].split()]
     if name in columns:
         return name
     if len(candidates) == 1:
