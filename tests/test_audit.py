@@ -13,7 +13,7 @@ import pytest
 from tests.cohort import write_cohort
 from utils.audit import Finding, as_json, as_text, audit
 from utils.bags.store import Bag, read_bag, write_bag
-from utils.core.errors import FeatureFileError, LabelsError, SplitError
+from utils.core.errors import ConfigError, FeatureFileError, LabelsError, SplitError
 
 
 class Cohort:
@@ -506,3 +506,18 @@ def test_the_rare_labels_of_tcga_breast_are_counted(shared_data, script):
     assert outcome.code == 0
     assert "IDC 726 slides of 694 patients; ILC 149 slides of 143 patients" in outcome.out
     assert "62 slides left out, of the labels ACBC, BRCA, BRCNOS, IMMC, MBC, MDLC, MPT, PD, SPC" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_names": "ab"}, "--class_names 'ab': expected a list of text"),
+        ({"class_names": [0, 1]}, r"--class_names \[0, 1\]: expected a list of text"),
+        ({"allow": "missing"}, "--allow 'missing': expected a list"),
+        ({"allow": ["speling"]}, r"--allow \['speling'\]: expected .* spelling"),
+        ({"feat_type": 3}, "--feat_type 3: expected text"),
+    ],
+)
+def test_settings_that_cannot_be_used(clean, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        clean.audit(**settings)

@@ -32,7 +32,7 @@ from utils.bags.spelling import is_placeholder
 from utils.bags.store import BagInfo, peek_bag, read_bag
 from utils.bags.table import LabelTable, Row, read_table, several_names
 from utils.core.cohorts import cohort_classes, tcga_case, tcga_site
-from utils.core.config import Protocol
+from utils.core.config import CohortFiles, Protocol
 from utils.core.errors import FeatureFileError, LabelsError, counted, named
 from utils.core.files import digest
 from utils.core.passport import COMPARED_FIELDS, MPP_TOLERANCE, Passport
@@ -128,7 +128,7 @@ def audit_cohort(settings: Audit) -> list[Finding]:
     return audit(
         settings.labels_csv or home / "labels.csv",
         settings.features_dir or (home / "features" if has_default else None),
-        classes.class_names,
+        classes.class_names or None,
         settings.feat_type,
         label_names=classes.label_names,
         left_out=classes.left_out,
@@ -155,11 +155,16 @@ def audit(
     """Everything found about a cohort, in the order of the questions; the arguments are those of MILDataset.
 
     Without `features_dir` what needs feature files is left out. Raises LabelsError for a table that cannot be read at
-    all, FeatureFileError for a missing folder, SplitError for unreadable splits.
+    all, FeatureFileError for a missing folder, SplitError for unreadable splits, ConfigError for settings that cannot
+    be.
     """
+    asked = CohortFiles(
+        labels_csv=labels_csv, features_dir=features_dir, class_names=class_names, feat_type=feat_type,  # type: ignore[arg-type]
+        no_patients=no_patients, allow=allow, group_column=group_column,  # type: ignore[arg-type]
+    )  # fmt: skip
     folder = None if features_dir is None else FeatureFolder(features_dir)
     table = read_table(labels_csv)
-    classes = tuple(class_names or labels.classes_in(table.rows, label_names=label_names, left_out=left_out))
+    classes = asked.class_names or labels.classes_in(table.rows, label_names=label_names, left_out=left_out)
     new_names = {old: new for old, new in (label_names or {}).items() if old not in classes}
     rows = [row | {"label": new_names.get(row["label"], row["label"])} for row in table.rows]
 
