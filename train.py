@@ -71,7 +71,8 @@ def main() -> None:
         print("\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n")
         print(f"  {next_command(chosen)}")
     else:
-        print("\nNext, a slide with its heatmap:\n")
+        print("\nNext, each slide by the model that did not see it, and a new slide, with heatmaps:\n")
+        print(f"  uv run predict.py --out_of_fold {output_dir} --visualize --wsi SLIDES_DIR")
         print(f"  uv run predict.py --checkpoint {chosen} --input SLIDE --visualize")
 
 

@@ -206,7 +206,7 @@ def test_the_end_says_where_things_are_how_long_it_took_and_what_is_next(slides,
     assert words[1] == (
         f"Features are in {out}; report in {out / 'extraction_report.csv'}; pictures in {out / 'contact_sheet.html'}"
     )
-    assert words[2].startswith(f"Next: uv run train.py --mil LiteMIL --dataset NAME --features_dir {out}")
+    assert words[2] == f"Next: uv run python -m utils.audit --features_dir {out} --labels_csv labels.csv"
     one = script("extractFeatures", "--input", slides / "a.tif", "--output", tmp_path / "a.h5", *RECIPE).out
     assert f"Features are in {tmp_path / 'a.h5'}" in one
     assert "Next: uv run predict.py" in one
@@ -216,8 +216,13 @@ def test_the_end_says_first_what_to_do_about_what_failed(slides, extract, tmp_pa
     (slides / "bad.svs").write_text("no slide")
     mend, then = extract(*RECIPE).out.splitlines()[-2:]
     report = tmp_path / "out" / "extraction_report.csv"
-    assert mend.startswith(f"Next: mend what failed, as listed in {report}, and give the same command again;")
-    assert then.startswith("Then: uv run train.py")
+    assert mend.startswith(f"Next: mend what failed, or the flags, as the reasons in {report} say, and extract again;")
+    assert then.startswith("Then: uv run python -m utils.audit")
     assert extract(*RECIPE, "--mpp", 1).out.splitlines()[-1] == mend
     (slides / "bad.svs").unlink()
-    assert extract(*RECIPE).out.splitlines()[-1].startswith("Next: uv run train.py")
+    assert extract(*RECIPE).out.splitlines()[-1].startswith("Next: uv run python -m utils.audit")
+
+
+def test_features_in_a_cohorts_own_folder_are_audited_by_its_name(slides, extract, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert extract(*RECIPE, output="datasets/mine/features").out.splitlines()[-1].endswith("utils.audit --dataset mine")

@@ -256,6 +256,7 @@ def test_an_input_that_has_changed_is_no_kept_answer(cohort, models, predict, tm
         (("--input", "a.h5", "--labels_csv", "l.csv"), "--labels_csv goes with --input_dir"),
         (("--input_dir", "b", "--allow", "missing"), "is about rows of --labels_csv"),
         (("--input_dir", "nowhere"), "--input_dir nowhere: no such folder"),
+        (("--input", "/"), "/: is a folder; give it with --input_dir"),
         (("--input", "a.h5", "--figure_format", "pdf"), "--figure_format pdf: no figure is drawn; give --visualize"),
     ],
 )

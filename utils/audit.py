@@ -363,7 +363,8 @@ def _check_files(
         near = labels.near_ids(missing, lambda: folder.files)
         names = named([labels.missed_id(wsi_id, near) for wsi_id in missing])
         message = f"{counted(len(missing), 'slide')} without a feature file in {folder.path}: {names}"
-        message += f"; {labels.id_hint(near) or 'extract them'}, or train with --allow missing"
+        message += f"; {labels.id_hint(near) or 'extract them'}"
+        message += ", or train with --allow missing" if len(missing) < len(slides) else ""
         findings.append(Finding(level, "files", message, {"slides": missing}))
     if slides and not findings:
         findings = [Finding("ok", "files", f"{counted(len(slides), 'slide')}, each with a feature file that opens")]

@@ -130,7 +130,7 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     if files.input_dir is not None:
         sheet = [] if files.preview is False else [f"pictures in {sheet_path(files)}"]
         lines.append("; ".join([f"Features are in {files.output_dir}", f"report in {report_path(files)}", *sheet]))
-        command = f"train.py --mil LiteMIL --dataset NAME --features_dir {files.output_dir} --labels_csv labels.csv"
+        command = f"python -m utils.audit {_cohort_flags(files.output_dir)}"
     else:
         target = target_of_one(files)
         lines.append(f"Features are in {target}")
@@ -138,10 +138,18 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     when = "Next"
     if any(status.status == "failed" for status in statuses):
         lines.append(
-            f"Next: mend what failed, as listed in {report_path(files)}, and give the same command again; feature "
-            "files that are there are left as they are"
+            f"Next: mend what failed, or the flags, as the reasons in {report_path(files)} say, and extract again; "
+            "feature files that are there are left as they are"
         )
         when = "Then"
     if any(status.is_made for status in statuses):
         lines.append(f"{when}: uv run {command}")
     return "\n".join(lines)
+
+
+def _cohort_flags(features_dir: Path | None) -> str:
+    """The flags that name the cohort of these features: its name alone where they are in its default folder."""
+    folder = Path(str(features_dir))
+    if folder.name == "features" and folder.parent.parent.resolve() == Path("datasets").resolve():
+        return f"--dataset {folder.parent.name}"
+    return f"--features_dir {folder} --labels_csv labels.csv"

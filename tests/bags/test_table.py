@@ -112,7 +112,7 @@ def test_a_patient_for_each_slide_is_doubted_where_slides_look_like_ones(table):
 
 def test_a_table_without_our_columns_says_what_to_call_them(table):
     with pytest.raises(
-        LabelsError, match=r"found slide_path, Dx, .*: call wsi_id the one with the names of the slides and"
+        LabelsError, match=r"found slide_path, Dx, .*; rename the column that holds the slides' names to wsi_id and"
     ):
         table("slide_path,Dx", "S1,a")
 

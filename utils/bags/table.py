@@ -200,9 +200,9 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     missing = [name for name in ("wsi_id", "label") if not _alias_columns(name, columns)]
     if missing:
         found = ", ".join(columns) or "nothing"
-        holds = {"wsi_id": "the names of the slides", "label": "the classes"}
-        cure = " and ".join(f"{name} the one with {holds[name]}" for name in missing)
-        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {found}, {EXPECTED}: call {cure}")
+        holds = {"wsi_id": "the slides' names", "label": "the classes"}
+        cure = " and ".join(f"the column that holds {holds[name]} to {name}" for name in missing)
+        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {found}, {EXPECTED}; rename {cure}")
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
         raise LabelsError(f"{path}: two columns are called {' and '.join(twice)}; keep one of each")

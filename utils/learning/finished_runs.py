@@ -187,6 +187,8 @@ def _slides(table: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 
 def _check_same_slides(first: Run, other: Run) -> None:
+    if not set(first.predictions["wsi_id"]) & set(other.predictions["wsi_id"]):
+        raise ConfigError(f"{other.path}: not one slide of {first.path}; give runs of one cohort")
     if first.class_names != other.class_names:
         raise ConfigError(
             f"{other.path}: classes {', '.join(other.class_names)}, those of {first.path} are "

@@ -79,6 +79,8 @@ class PredictionFiles:
 
 def check_input(path: Path) -> None:
     """Raise FeatureFileError unless `path` is a file that, by its ending, can be predicted."""
+    if path.is_dir():
+        raise FeatureFileError(f"{path}: is a folder; give it with --input_dir")
     if not path.is_file():
         raise FeatureFileError(f"{path}: no such file; give a feature file (.h5, .pt, .pth) or a slide")
     if not is_feature_file(path) and not is_slide_file(path):

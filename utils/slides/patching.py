@@ -154,7 +154,7 @@ def choose_sampling(
     if slide.mpp is None:
         raise SlideError(
             f"{slide.path}: its um/px is needed and unknown ({slide.mpp_problem}); give it with --slide_mpp (of all "
-            "slides) or in --slides_csv (a table wsi,mpp), or ask for a --level"
+            "slides) or in --slides_csv (a table wsi,mpp); an extraction may ask for a --level instead of --mpp"
         )
     wanted = mpp / slide.mpp
     same = 0.5 / patch_size
