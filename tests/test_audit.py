@@ -215,6 +215,12 @@ def test_files_and_rows_that_miss_each_other(cohort):
     assert cohort.found("info", "files") == "1 feature file without a row in the table: A.1.h5"
 
 
+def test_leaving_out_every_slide_is_no_cure(cohort):
+    for file in cohort.features_dir.iterdir():
+        file.rename(file.with_name(f"x{file.name}"))
+    assert "--allow missing" not in cohort.found("error", "files")
+
+
 def test_files_in_subfolders_are_found_and_two_of_one_slide_told(cohort):
     for number, file in enumerate(sorted(cohort.features_dir.iterdir())):
         place = cohort.features_dir / f"site{number % 3}" / file.name

@@ -287,6 +287,15 @@ def test_other_classes(runs):
     assert "no class_names" in refusal(runs[0], runs[1])
 
 
+def test_runs_of_two_cohorts(runs):
+    text = (runs[1] / "predictions.csv").read_text()
+    (runs[1] / "predictions.csv").write_text(text.replace("P", "Q"))
+    splits = (runs[1] / "splits.json").read_text()
+    (runs[1] / "splits.json").write_text(splits.replace('"P', '"Q'))
+    change_json(runs[1] / "outputs.json", lambda content: content.update(class_names=CLASSES[::-1]))
+    assert f"not one slide of {runs[0]}; give runs of one cohort" in refusal(runs[0], runs[1])
+
+
 def test_other_labels_and_patients(runs):
     good, relabeled, moved = runs
     slides = ["P03-1", "P05-1"]
