@@ -32,7 +32,7 @@ from utils.feature_extractor import WSIFeatureExtractor
 
 FOLDER, TEST_SLIDE = Path("datasets/demo"), Path("testSlides/testSlide.svs")
 PATIENTS, SLIDES_EACH, HELD_OUT = 24, 2, 6  # a whole number of each pattern at each site
-WIDTH, HEIGHT = 1536, 1280  # level-0 px
+SIZE, TEST_SIZE = (1152, 960), (1536, 1280)  # level-0 px: of the cohort's slides, of the test slide
 RECIPE = Extraction(backbone="stain-texture", patch_size=128, mpp=MPP)
 
 
@@ -53,11 +53,11 @@ class DemoSlide:
         """Where its lesion's mask is."""
         return folder / "masks" / f"{self.wsi_id}.png"
 
-    def draw(self, target: Path, mask: Path | None = None) -> None:
-        """Write the slide and, where asked for, its lesion's mask."""
+    def draw(self, target: Path, mask: Path | None = None, size: tuple[int, int] = SIZE) -> None:
+        """Write the slide, of so many px across and down, and, where asked for, its lesion's mask."""
         patient, slide = (int(part) for part in self.wsi_id.split("-")[1:])
         like = Patient.drawn(self.label, self.site, np.random.default_rng([patient]))
-        drawn = draw_slide(like, WIDTH, HEIGHT, np.random.default_rng([patient, slide]))
+        drawn = draw_slide(like, *size, np.random.default_rng([patient, slide]))
         if mask is not None:
             with whole_file(mask) as part:
                 drawn.lesion_image().save(part, format="png")
@@ -109,7 +109,7 @@ def next_command(checkpoint: Path, folder: Path = FOLDER) -> str:
 
 def make_test_slide(path: Path = TEST_SLIDE) -> None:
     """Draw the test slide, and extract its features beside it."""
-    DemoSlide("synthetic-99", "synthetic-99-1", PATTERNS[0], "A").draw(path)
+    DemoSlide("synthetic-99", "synthetic-99-1", PATTERNS[0], "A").draw(path, size=TEST_SIZE)
     _extract(ExtractionFiles(input=path, overwrite=True))
 
 
