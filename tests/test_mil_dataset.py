@@ -264,7 +264,7 @@ def test_all_files_of_another_width_are_told_whatever_comes_first(tmp_path):
 
 def test_all_files_of_another_recipe_are_told(tmp_path):
     bags = {"S0": recipe_bag(), "S1": recipe_bag(backbone="uni"), "S2": recipe_bag(), "S3": recipe_bag(patch_size=64)}
-    told = r"2 of 4 .*S1\.h5: made .*backbone.*; .*S3\.h5: made .*patch_size.*; extract"
+    told = r"S1\.h5: made .*backbone.*; .*S3\.h5: made .*patch_size.*; extract"
     with pytest.raises(RecipeError, match=told):
         MILDataset(*make(tmp_path, bags))
 
@@ -285,6 +285,16 @@ def test_differing_recipes_are_named(tmp_path, change):
     differs = rf"S2\.h5: made in another way than .*S1\.h5 \({name}\S*: found .*, expected"
     with pytest.raises(RecipeError, match=differs):
         MILDataset(*paths)
+
+
+def test_a_difference_that_many_files_share_is_told_once(tmp_path):
+    same = {f"A{number}": recipe_bag() for number in range(10)}
+    other = {f"S{number}": recipe_bag(patch_size=512) for number in range(7)}
+    with pytest.raises(RecipeError) as caught:
+        MILDataset(*make(tmp_path, same | other))
+    told = str(caught.value)
+    assert told.count("made in another way") == 1
+    assert "S4.h5 and 2 more: made in another way" in told
 
 
 def test_a_recipe_recorded_in_part_hides_no_difference(tmp_path):

@@ -27,7 +27,7 @@ from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
 from utils.bags.table import read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.config import Cohort, Training, check_setting
-from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant
+from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant, named
 from utils.core.passport import COMPARED_FIELDS, recipe_differences
 from utils.core.runtime import available_memory, log, progress
 
@@ -301,7 +301,7 @@ class MILDataset(Dataset):
 
     def _check_recipes(self) -> None:
         said: dict[str, tuple[Path, Any]] = {}  # by the first file that records the field: some record only a part
-        faults = []
+        faults: dict[str, list[Path]] = {}  # the files that differ in the same way
         for row, info in zip(self.rows, self.info, strict=True):
             recipe = info.passport.recipe if info.passport else {}
             for name in COMPARED_FIELDS:
@@ -310,9 +310,12 @@ class MILDataset(Dataset):
                     said[name] = row.path, recipe.get(name)
                 differences = recipe_differences({name: value}, recipe, [name])
                 if differences:
-                    faults.append(f"{row.path}: made in another way than {first} ({'; '.join(differences)})")
+                    fault = f"made in another way than {first} ({'; '.join(differences)})"
+                    faults.setdefault(fault, []).append(row.path)
                     break
-        refuse(RecipeError, faults, len(self), "; extract all slides with one recipe")
+        if faults:
+            told = [f"{named([str(path) for path in paths])}: {fault}" for fault, paths in faults.items()]
+            raise RecipeError(f"{'; '.join(told)}; extract all slides with one recipe")
 
     def _look(self, packed: Path | None) -> list[BagInfo]:
         """What each feature file holds, without its features; from the packed file where it is there."""
