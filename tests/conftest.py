@@ -79,6 +79,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """The folder of small inputs that failed once, or a skip."""
+    cases = SHARED.parent / "cases"
+    if not cases.is_dir():
+        pytest.skip(f"cases not there: {cases}")
+    return cases
+
+
+@pytest.fixture(scope="session")
 def slide_cohort(tmp_path_factory) -> SlideCohort:
     """Eight patients, ten slides: the first four patients' tissue is pink, the others' bluish; extracted at level 1."""
     home = tmp_path_factory.mktemp("slide_cohort")

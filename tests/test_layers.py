@@ -15,8 +15,8 @@ OPENED_DOORS = {
     "prediction": {"answering", "inference"},
 }  # fmt: skip
 LIBRARIES = {
-    "openslide": {"utils/slides/wsi.py"},
-    "tifffile": {"utils/slides/tiles.py", "datasets/synthetic.py"},
+    "openslide": {"utils/slides/wsi.py", "utils/slides/find.py"},
+    "tifffile": {"utils/slides/tiff.py", "utils/slides/tiles.py", "datasets/synthetic.py"},
     "h5py": {"utils/bags"},
     "timm": {"utils/slides/backbones.py"},
     "huggingface_hub": {"utils/slides/backbones.py"},

@@ -26,9 +26,9 @@ from utils.learning.faithfulness import Faithfulness
 from utils.learning.kept_answers import FAITHFULNESS, clear_pictures, kept_answer, recorded, request_of
 from utils.learning.prediction_files import PredictionFiles
 from utils.pictures.caption import title_of
+from utils.slides.find import is_slide_file
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import SlideStatus
-from utils.slides.wsi import is_slide_file
 
 
 @dataclass(frozen=True)

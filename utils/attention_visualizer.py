@@ -37,7 +37,9 @@ from utils.pictures.heatmap import (
     save_picture,
 )
 from utils.pictures.report import ShownPatch, write_report
-from utils.slides.wsi import Slide, find_slides, one_per_series, open_slide
+from utils.slides.find import find_slides, one_per_series
+from utils.slides.slide import Slide
+from utils.slides.wsi import open_slide
 
 # The longer side of the overview that is drawn on, in pixels.
 _OVERVIEW = 2000

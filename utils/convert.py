@@ -34,7 +34,8 @@ from utils.core.files import check_distinct
 from utils.core.passport import Passport, first_differences, recipe_differences
 from utils.core.report import update_report
 from utils.core.runtime import log, progress
-from utils.slides.wsi import find_slides, slide_mpp
+from utils.slides.find import find_slides
+from utils.slides.wsi import slide_mpp
 
 REPORT = "conversion_report.csv"
 # How many reasons the summary tells, and how many files it names for each.

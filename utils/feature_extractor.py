@@ -40,9 +40,10 @@ from utils.slides.preview import (
     write_preview,
 )
 from utils.slides.quality import QUALITY_SETTINGS, judge_patches
+from utils.slides.slide import Slide
 from utils.slides.status import SlideStatus
 from utils.slides.tissue import TISSUE_SETTINGS
-from utils.slides.wsi import Slide, open_slide
+from utils.slides.wsi import open_slide
 
 # A slide's own bar appears only when the slide takes longer than this.
 _BAR_DELAY_SECONDS = 3

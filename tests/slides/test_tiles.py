@@ -221,7 +221,7 @@ def test_subsampled_jpeg_2000_is_an_error_and_so_left_to_openslide(tmp_path):
     _, reader = both(write_slide(tmp_path / "a.tif", jpeg_2000, "rgb", 33005, description=APERIO))
     data = subsampled(stained_image(TILE, TILE))
     with pytest.raises(ValueError, match="subsampled"):
-        reader._levels[0].decode(data)
+        reader._levels[0].decode(0, [data])
 
 
 # Threads and memory

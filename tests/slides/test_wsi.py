@@ -15,9 +15,12 @@ from PIL import Image
 from tests.slides.conftest import PLACE_SIZE
 from tests.synthetic import place_image, place_of, stained_image, write_pyramid
 from utils.core.errors import SlideError
-from utils.slides import tiles, wsi
+from utils.slides import find, tiles, wsi
+from utils.slides import slide as slide_module
+from utils.slides.find import find_slides, is_slide_file, slide_bytes
+from utils.slides.slide_mpps import read_slides_csv
 from utils.slides.tiles import TileReader
-from utils.slides.wsi import find_slides, is_slide_file, open_slide, read_slides_csv, slide_bytes
+from utils.slides.wsi import open_slide
 
 WIDTH, HEIGHT = PLACE_SIZE
 
@@ -90,7 +93,7 @@ def test_transparent_pixels_are_white_and_half_transparent_ones_half(tmp_path, n
 def test_the_slides_own_background_colour_is_used():
     rgba = np.zeros((1, 2, 4), dtype=np.uint8)
     rgba[0, 1] = (10, 20, 30, 255)
-    assert wsi._opaque(rgba, wsi._background("E0E1E2")).tolist() == [[[224, 225, 226], [10, 20, 30]]]
+    assert slide_module.opaque(rgba, wsi._background("E0E1E2")).tolist() == [[[224, 225, 226], [10, 20, 30]]]
     assert wsi._background(None) == wsi._background("no colour") == (255, 255, 255)
 
 
@@ -123,7 +126,7 @@ def test_a_thumbnail_is_antialiased(tmp_path):
 def test_thumbnail_blocks_leave_no_seam(place_slide, monkeypatch):
     with open_slide(place_slide) as slide:
         whole = slide.thumbnail(downsample=3.3)
-        monkeypatch.setattr(wsi, "READ_BLOCK", 50)
+        monkeypatch.setattr(slide_module, "READ_BLOCK", 50)
         blocks = slide.thumbnail(downsample=3.3)
     np.testing.assert_allclose(blocks.astype(int), whole, atol=2)
 
@@ -425,7 +428,7 @@ def write_jpeg_pyramid(path, width=700, height=500, factors=(1, 2)):
 
 def by_openslide(path, x, y, level, width, height):
     with openslide.OpenSlide(path) as handle:
-        return wsi._opaque(np.asarray(handle.read_region((x, y), level, (width, height))), (255, 255, 255))
+        return slide_module.opaque(np.asarray(handle.read_region((x, y), level, (width, height))), (255, 255, 255))
 
 
 @pytest.mark.parametrize("factors", [(1, 2), (1, 2.5), (1, 4.003)])
@@ -655,8 +658,8 @@ def test_a_series_of_dicom_files_is_one_slide(tmp_path, monkeypatch):
     names = ["a_0.dcm", "a_1.dcm", "b_0.dcm", "broken.dcm", "c.svs", "other/a_0.dcm"]
     slides = [tmp_path / name for name in names]
     series = {"a_0.dcm": "1", "a_1.dcm": "1", "b_0.dcm": "2", "broken.dcm": None}
-    monkeypatch.setattr(wsi, "_series", lambda path: series[path.name])
-    kept = wsi.one_per_series([*slides, tmp_path / "broken.dcm"])
+    monkeypatch.setattr(find, "_series", lambda path: series[path.name])
+    kept = find.one_per_series([*slides, tmp_path / "broken.dcm"])
     assert [path.relative_to(tmp_path).as_posix() for path in kept] == [
         "a_0.dcm", "b_0.dcm", "broken.dcm", "c.svs", "other/a_0.dcm", "broken.dcm",
     ]  # fmt: skip
@@ -665,9 +668,9 @@ def test_a_series_of_dicom_files_is_one_slide(tmp_path, monkeypatch):
 def test_a_real_dicom_file_tells_its_series(shared_data, tmp_path):
     (found,) = (shared_data / "slides").glob("*.dcm")
     shutil.copy(found, tmp_path / "a.dcm")
-    assert wsi._series(tmp_path / "a.dcm")
+    assert find._series(tmp_path / "a.dcm")
     (tmp_path / "b.dcm").write_bytes(b"no DICOM")
-    assert wsi._series(tmp_path / "b.dcm") is None
+    assert find._series(tmp_path / "b.dcm") is None
 
 
 def test_a_closed_slide_stays_closed(shared_data):

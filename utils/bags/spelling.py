@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 
 from utils.bags.store import is_feature_file
-from utils.slides.wsi import is_slide_file
+from utils.slides.find import is_slide_file
 
 # What tables write where a value is not known, without case, brackets and quotes.
 _PLACEHOLDERS = {

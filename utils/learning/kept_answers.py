@@ -9,7 +9,7 @@ from utils.core.errors import ConfigError, named
 from utils.core.files import read_record
 from utils.core.passport import first_differences, recipe_differences
 from utils.core.plots import FORMATS, figure_paths
-from utils.slides.wsi import is_slide_file
+from utils.slides.find import is_slide_file
 
 ENDING = "_prediction.json"
 FAITHFULNESS = "{}_faithfulness"  # a figure: its endings are its formats

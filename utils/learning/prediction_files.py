@@ -15,7 +15,7 @@ from utils.core.runtime import log
 from utils.learning.kept_answers import ENDING
 from utils.learning.out_of_fold import RECORD, OutOfFold
 from utils.slides.batch import PREVIEWS
-from utils.slides.wsi import find_slides, is_slide_file, one_per_series
+from utils.slides.find import find_slides, is_slide_file, one_per_series
 
 # Where answers go unless a folder is given, each model's into a folder of its own.
 DEFAULT_FOLDER = Path("outputs/inference")

@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from utils.core.files import write_text
 from utils.pictures.attention_map import AttentionMap
 from utils.slides.contours import qupath_offset
-from utils.slides.wsi import Slide
+from utils.slides.slide import Slide
 
 # Classes of a fifth of the patches each; QuPath shows and hides them one by one.
 _STEPS = (0, 20, 40, 60, 80, 100)

@@ -22,9 +22,9 @@ from utils.core.report import read_report, update_report
 from utils.core.runtime import log, progress_bar
 from utils.slides.contact_sheet import SheetRow, recipe_words, write_contact_sheet
 from utils.slides.contours import ContourFile
+from utils.slides.find import find_slides, one_per_series, slide_bytes
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import PLANNED, SlideStatus
-from utils.slides.wsi import find_slides, one_per_series, slide_bytes
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
 _SHARD = re.compile(rf"{REPORT}(?:_(\d+)_of_(\d+))?\.csv")

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from utils.core.errors import SlideError
 from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import log
+from utils.slides.slide import Slide
 from utils.slides.tissue import TISSUE_SETTINGS, TissueMask, judged_shape
-from utils.slides.wsi import Slide
 
 CLASSIFICATION = {"name": "Tissue", "color": [0, 158, 115]}
 # Annotations of these classes are cut out: what QuPath's users call what is not to be looked at.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from utils.core.errors import ConfigError, SlideError
 from utils.core.geometry import covered_fraction, level0_size, patch_grid, usable_extent
+from utils.slides.slide import Slide
 from utils.slides.tissue import TissueMask, detect_tissue
-from utils.slides.wsi import Slide
 
 # Float rounding in the covered fraction must not cost a patch that is covered exactly as asked.
 _ROUNDING = 1e-6

@@ -16,6 +16,7 @@ _UM_AT_1X = 10.0  # a nominal 40x objective gives 0.25 um/px, a 20x one 0.5
 _ODD_FOR_OBJECTIVE, _WRONG_FOR_OBJECTIVE = 2.2, 5.0
 _UM_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
 _UM_PER_OME_UNIT = {"m": 1e6, "cm": 1e4, "mm": 1e3, "\N{MICRO SIGN}m": 1.0, "um": 1.0, "nm": 1e-3}
+_UM_PER_IMAGEJ_UNIT = {"micron": 1.0, "microns": 1.0, "pixel": None, "inch": 25_400.0, **_UM_PER_OME_UNIT}
 _SHARED = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing"
 # Of vendors whose files give um/px, or mm: the properties for x and y, and what makes um of them.
 _VENDOR_PROPERTIES = [
@@ -46,13 +47,13 @@ class Resolution:
 _Source = tuple[str, float | None, float | None]
 
 
-def file_resolution(properties: Mapping[str, str], width: int, height: int) -> Resolution:
-    """The um/px by OpenSlide's properties of a slide of (width, height) level-0 px.
+def file_resolution(properties: Mapping[str, str], width: int, height: int, *, ome_image: int = 0) -> Resolution:
+    """The um/px by OpenSlide's properties of a slide of (width, height) level-0 px, the image `ome_image` of OME-XML.
 
     Values that are not plausible are set aside where there are others. What is left has to agree: x with y, the sources
     with each other, and with the objective.
     """
-    found = _vendor_sources(properties, width, height)
+    found = _vendor_sources(properties, width, height, ome_image)
     plausible = [source for source in found if _is_plausible(source)]
     if not plausible:
         tags = [source for source in [_tiff_source(properties)] if _values(source)]
@@ -93,7 +94,7 @@ def _compared_with_objective(mpp: float, objective: float | None) -> Resolution:
     return Resolution(mpp, doubt=f"{said}; taken as it is" if factor > _ODD_FOR_OBJECTIVE else None)
 
 
-def _vendor_sources(properties: Mapping[str, str], width: int, height: int) -> list[_Source]:
+def _vendor_sources(properties: Mapping[str, str], width: int, height: int, ome_image: int) -> list[_Source]:
     found: list[_Source] = [
         (name_x, _scaled(properties.get(name_x), factor), _scaled(properties.get(name_y), factor))
         for name_x, name_y, factor in _VENDOR_PROPERTIES
@@ -103,14 +104,24 @@ def _vendor_sources(properties: Mapping[str, str], width: int, height: int) -> l
     spacing = re.findall(r"[^\s\"]+", properties.get("philips.DICOM_PIXEL_SPACING", ""))  # mm, rows first
     if len(spacing) == 2:
         found.append(("philips.DICOM_PIXEL_SPACING", _scaled(spacing[1], 1e3), _scaled(spacing[0], 1e3)))
-    found.append(_ome_source(properties.get("tiff.ImageDescription", "")))
+    description = properties.get("tiff.ImageDescription", "")
+    found += [_ome_source(description, ome_image), _imagej_source(description, properties)]
     return [source for source in found if _values(source)]
 
 
-def _ome_source(description: str) -> _Source:
-    """PhysicalSizeX and PhysicalSizeY of the first image of OME-XML, um where no unit is given."""
-    pixels = re.search(r"<(?:\w+:)?OME\b.*?<(?:\w+:)?Pixels\b([^>]*)>", description, re.DOTALL)
-    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", html.unescape(pixels[1]) if pixels else ""))
+def ome_images(description: str) -> list[str]:
+    """The `Pixels` elements of OME-XML, attributes and all, one an image; none where the description is another."""
+    if not re.search(r"<(?:\w+:)?OME\b", description):
+        return []
+    parts = re.split(r"<(?:\w+:)?Pixels\b", description)[1:]
+    return [re.split(r"</(?:\w+:)?Pixels>", part)[0] for part in parts]
+
+
+def _ome_source(description: str, image: int) -> _Source:
+    """PhysicalSizeX and PhysicalSizeY of an image of OME-XML, um where no unit is given."""
+    images = ome_images(description)
+    pixels = images[image].split(">")[0] if image < len(images) else ""
+    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", html.unescape(pixels)))
 
     def size(axis: str) -> float | None:
         unit = attributes.get(f"PhysicalSize{axis}Unit", "um").replace("\N{GREEK SMALL LETTER MU}", "\N{MICRO SIGN}")
@@ -120,12 +131,21 @@ def _ome_source(description: str) -> _Source:
     return "OME-XML", size("X"), size("Y")
 
 
+def _imagej_source(description: str, properties: Mapping[str, str]) -> _Source:
+    """ImageJ's: the resolution tags in px per the unit that its description tells."""
+    unit = re.search(r"^unit=(\S+)", description, re.MULTILINE) if description.startswith("ImageJ=") else None
+    um = _UM_PER_IMAGEJ_UNIT.get(html.unescape(unit[1]).replace("\\u00B5", "\N{MICRO SIGN}")) if unit else None
+    x, y = (number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY")
+    return "ImageJ", um / x if um and x else None, um / y if um and y else None
+
+
 def _tiff_source(properties: Mapping[str, str]) -> _Source:
     """The resolution tags, px per unit; Trestle's hold um/px."""
     x, y = (number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY")
     if properties.get("openslide.vendor") != "trestle":
         um = _UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
-        x, y = (um / value if um and value else None for value in (x, y))
+        # One px per unit is what writers put who know none.
+        x, y = (um / value if um and value and value != 1 else None for value in (x, y))
     return "TIFF resolution", x, y
 
 

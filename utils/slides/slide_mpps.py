@@ -1,5 +1,6 @@
 """The um/px that the user tells of slides whose own is missing or wrong: by a table, or one value for all."""
 
+import csv
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,10 +8,14 @@ from typing import Self
 
 from utils.core.errors import ConfigError, SlideError, counted, named
 from utils.core.files import check_distinct, write_records
+from utils.core.headers import DELIMITERS, SLIDE_NAMES, plain_header
 from utils.core.remarks import alike_once
 from utils.core.runtime import log, progress
-from utils.slides.wsi import open_slide, read_slides_csv
+from utils.slides.resolution import PLAUSIBLE_MPP, number
+from utils.slides.wsi import open_slide
 
+# The columns of the table by their other names.
+_COLUMNS = {"wsi": " ".join(SLIDE_NAMES), "mpp": "mpp"}
 _NAMED = 4
 
 
@@ -84,3 +89,72 @@ def _row(slide: Path) -> _Row:
         log.warning("%s", error)
         return _Row(slide.name, "", "cannot be opened")
     return _Row(slide.name, "" if mpp is None else f"{mpp:.6g}", problem or "")
+
+
+def read_slides_csv(path: Path | str) -> dict[str, float]:
+    """The um per level-0 px of slides, by file name or stem: a table with the columns `wsi,mpp`.
+
+    The slide's column may have another of its usual names, and semicolons or tabs may separate the fields. Other
+    columns are ignored, and so are rows whose mpp is empty.
+
+    Raises:
+        SlideError: the table cannot be read, a slide stands there twice, or a value is not plausible.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            delimiter = _delimiter_of(file.readline())
+            file.seek(0)
+            table = csv.DictReader(file, strict=True, skipinitialspace=True, delimiter=delimiter)
+            columns = [(column or "").strip() for column in table.fieldnames or ()]
+            ours = {_column_of(path, name, columns): name for name in _COLUMNS}
+            table.fieldnames = [ours.get(column, column) for column in columns]
+            rows = [(table.line_num, row) for row in table]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise SlideError(
+            f"{path}: not readable as a table ({reason}); give a CSV file, UTF-8, with the columns wsi,mpp"
+        ) from error
+    notes = [f"the column {column} is taken as {name}" for column, name in ours.items() if column != name]
+    notes += [] if delimiter == "," else [f"its fields are taken as separated by {DELIMITERS[delimiter]}"]
+    if notes:
+        log.info("%s: %s", path, "; ".join(notes))
+    found: dict[str, float] = {}
+    low, high = PLAUSIBLE_MPP
+    for line, row in rows:
+        wsi, mpp = (row["wsi"] or "").strip(), number((row["mpp"] or "").replace(",", "."))
+        if not wsi or Path(wsi).name != wsi:
+            raise SlideError(
+                f"{path}, line {line}: wsi {wsi!r}; the name of a slide's file is expected, without folders"
+            )
+        if row["mpp"] is not None and not row["mpp"].strip():
+            continue
+        if mpp is None or not low <= mpp <= high:
+            raise SlideError(
+                f"{path}, line {line}: mpp {row['mpp']!r} of {wsi}; um per level-0 px are expected, {low:g} to {high:g}"
+            )
+        if wsi in found:
+            raise SlideError(f"{path}, line {line}: {wsi} stands there twice; leave one of its lines")
+        found[wsi] = mpp
+    return found
+
+
+def _delimiter_of(header: str) -> str:
+    """What separates the fields: a comma, unless only another mark parts off a column mpp."""
+    names = {mark: [plain_header(name.strip().strip('"')) for name in header.split(mark)] for mark in DELIMITERS}
+    return next((mark for mark in DELIMITERS if "mpp" in names[mark]), ",")
+
+
+def _column_of(path: Path, name: str, columns: Sequence[str]) -> str:
+    """The column that is ours of this `name`. Raises SlideError where there is none, or several could be."""
+    candidates = [column for column in columns if plain_header(column) in _COLUMNS[name].split()]
+    if name in columns:
+        return name
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise SlideError(
+            f"{path}: the columns {', '.join(candidates)} could each be {name}; rename the right one to it"
+        )
+    found = ", ".join(columns) or "nothing"
+    raise SlideError(f"{path}: no column {name}; found {found}: name the slide's file wsi and its um/px mpp")

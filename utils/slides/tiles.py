@@ -25,27 +25,50 @@ from numpy.typing import NDArray
 from utils.core.errors import SlideError
 
 # A row of patches of 1024 px touches six rows of 240-px tiles at most, one of 256 px three: of a slide 120,000 px wide
-# these three take the 256 MiB.
-CACHE_ROWS = 6
+# these three take the 256 MiB. Strips may be lower than tiles: then it is more rows of them.
+CACHE_ROWS, CACHE_HEIGHT = 6, 1024
 CACHE_BYTES = 256 * 2**20
+MOST_TILE_PIXELS = 2**28  # 1 GB; a level that is a single strip stays below
 PROBE = 96  # px: side of the regions that are compared with OpenSlide's
 
 _WHITE = (255, 255, 255)
 _JPEG = 7
 _JPEG_2000 = {33003: "ycbcr", 33005: "rgb"}  # Aperio's compressions
 _COLOUR_SPACES = {2: "rgb", 6: "ycbcr"}  # TIFF's photometric interpretations
+_SEPARATE = 2  # TIFF's planar configuration of colours that are stored apart
 _SOS, _EOI, _RST = b"\xff\xda", b"\xff\xd9", 0xD0  # JPEG's markers of a scan, the end, and restarts
 # What damaged or odd files make tifffile raise, besides what it raises on purpose.
-_TIFF_FAILURES = (tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, struct.error, OverflowError)
+TIFF_FAILURES = (tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, struct.error, OverflowError)
 _DECODING_FAILURES = (imagecodecs.Jpeg8Error, imagecodecs.Jpeg2kError, ValueError, MemoryError)
 
 # tifffile's remarks on odd tags are not for the reader of our log lines: what matters of them is said by our errors.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
+# A tile's number and the bytes of its planes, of which there is one where the colours are stored together, to
+# (tile_height, tile_width, 3) uint8 RGB.
+Decoder = Callable[[int, Sequence[bytes]], NDArray[np.uint8]]
+
+
+Page = tifffile.TiffPage | tifffile.TiffFrame
+
+
+def keyframe(page: Page) -> tifffile.TiffPage:
+    """Return the page that says how this one is stored: itself, or the first of those that are alike."""
+    assert page.keyframe is not None  # noqa: S101 - for the type checker: every page has one once the file is read
+    return page.keyframe
+
+
+def tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
+    """Return (width, height) of a page's tiles; a strip is a tile as wide as the page."""
+    if page.is_tiled:
+        return page.tilewidth, page.tilelength
+    return page.imagewidth, min(page.rowsperstrip, page.imagelength)
+
+
 @dataclass(frozen=True, eq=False)
-class _Level:
-    """One page of the file: where its tiles lie, and how one becomes (tile_height, tile_width, 3) uint8 RGB."""
+class Level:
+    """A level of the slide: where the tiles of its planes lie in the file, (planes, tiles), and how one is decoded."""
 
     width: int
     height: int
@@ -53,7 +76,21 @@ class _Level:
     tile_height: int
     offsets: NDArray[np.int64]
     byte_counts: NDArray[np.int64]
-    decode: Callable[[bytes], NDArray[np.uint8]]
+    decode: Decoder
+
+    @classmethod
+    def of_pages(cls, pages: Sequence[Page], decode: Decoder) -> Self | None:
+        """Return the level whose colours are in these pages; None where their tiles are not all told of."""
+        page = keyframe(pages[0])
+        (width, height), (tile_width, tile_height) = (page.imagewidth, page.imagelength), tile_size(page)
+        planes = len(pages) * (page.samplesperpixel if page.planarconfig == _SEPARATE else 1)
+        tiles = -(-width // tile_width) * -(-height // tile_height)
+        offsets = np.array([offset for page in pages for offset in page.dataoffsets], dtype=np.int64)
+        byte_counts = np.array([count for page in pages for count in page.databytecounts], dtype=np.int64)
+        if not len(offsets) == len(byte_counts) == planes * tiles:
+            return None
+        places = offsets.reshape(planes, tiles), byte_counts.reshape(planes, tiles)
+        return cls(width, height, tile_width, tile_height, *places, decode)
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:
@@ -63,13 +100,23 @@ class _Level:
     def tiles_across(self) -> int:
         return -(-self.width // self.tile_width)
 
+    @property
+    def bytes_to_keep(self) -> int:
+        """Of the rows of tiles that a row of patches touches."""
+        rows = max(CACHE_ROWS, 1 + -(-CACHE_HEIGHT // self.tile_height))
+        return rows * self.tiles_across * math.prod(self.tile_shape)
+
+    def is_there(self, index: int) -> bool:
+        """Whether the file holds this tile."""
+        return bool(self.byte_counts[:, index].all())
+
     def whole_tile(self, left: int, top: int, right: int, bottom: int) -> int | None:
-        """The number of the one tile that is this region, if there is one, and it is not missing."""
-        if left % self.tile_width or top % self.tile_height:
+        """The number of the one tile of several that is this region, if there is one, and it is not missing."""
+        if left % self.tile_width or top % self.tile_height or self.offsets.shape[1] == 1:
             return None
         index = top // self.tile_height * self.tiles_across + left // self.tile_width
         is_whole = (bottom - top, right - left, 3) == self.tile_shape
-        return index if is_whole and self.byte_counts[index] else None
+        return index if is_whole and self.is_there(index) else None
 
 
 class _Tile:
@@ -152,14 +199,13 @@ class TileReader:
     that is asked for whole, and not kept yet, goes straight to who asked: patches that are tiles do not share them.
     """
 
-    def __init__(self, path: Path, levels: Sequence[_Level], background: tuple[int, int, int]) -> None:
+    def __init__(self, path: Path, levels: Sequence[Level], background: tuple[int, int, int] = _WHITE) -> None:
         self.path = path
         self._levels = levels
         self._background = background
         self._file = path.open("rb", buffering=0)
         self._file_lock = threading.Lock()
-        rows = (page.tiles_across * math.prod(page.tile_shape) * CACHE_ROWS for page in levels)
-        self._cache = _Cache(min(max(rows), CACHE_BYTES))
+        self._cache = _Cache(min(max(page.bytes_to_keep for page in levels), CACHE_BYTES))
 
     @classmethod
     def open(
@@ -187,7 +233,7 @@ class TileReader:
             if len(found) < len(levels) or (makes_up and any((level.byte_counts == 0).any() for level in found)):
                 return None
             return cls(path, found, background)
-        except _TIFF_FAILURES:
+        except TIFF_FAILURES:
             return None
 
     def close(self) -> None:
@@ -218,7 +264,7 @@ class TileReader:
                 first, last = max(left, tile_x), min(right, tile_x + page.tile_width)
                 index = row * page.tiles_across + column
                 place = region[upper - y : lower - y, first - x : last - x]
-                if page.byte_counts[index]:
+                if page.is_there(index):
                     with self._cache.tile((level, index), page.tile_shape, self._fill) as tile:
                         place[...] = tile[upper - tile_y : lower - tile_y, first - tile_x : last - tile_x]
                 else:
@@ -233,7 +279,7 @@ class TileReader:
         found = []
         for number, page in enumerate(self._levels):
             for _ in range(1 if number else 2):
-                index = max(rng.integers(len(page.offsets), size=8), key=lambda index: page.byte_counts[index])
+                index = max(rng.integers(page.offsets.shape[1], size=8), key=lambda index: page.byte_counts[0, index])
                 row, column = divmod(int(index), page.tiles_across)
                 corner = (column + 1) * page.tile_width, (row + 1) * page.tile_height
                 found.append((number, min(corner[0], page.width), min(corner[1], page.height)))
@@ -246,13 +292,9 @@ class TileReader:
 
     def _decoded(self, level: int, index: int) -> NDArray[np.uint8]:
         page = self._levels[level]
-        offset, count = int(page.offsets[index]), int(page.byte_counts[index])
+        places = zip(page.offsets[:, index].tolist(), page.byte_counts[:, index].tolist(), strict=True)
         try:
-            missing = offset + count - os.fstat(self._file.fileno()).st_size
-            if missing > 0:
-                raise ValueError(f"the file ends {missing} bytes before the tile does")
-            data = self._bytes(offset, count)
-            tile = page.decode(data)
+            tile = page.decode(index, [self._bytes(*place) for place in places])
             if tile.shape != page.tile_shape or tile.dtype != np.uint8:
                 raise ValueError(f"it holds {tile.shape} {tile.dtype}, not {page.tile_shape} uint8")
         except (*_DECODING_FAILURES, OSError) as error:
@@ -267,6 +309,9 @@ class TileReader:
         return tile
 
     def _bytes(self, offset: int, count: int) -> bytes:
+        missing = offset + count - os.fstat(self._file.fileno()).st_size
+        if missing > 0:
+            raise ValueError(f"the file ends {missing} bytes before the tile does")
         if hasattr(os, "pread"):
             return os.pread(self._file.fileno(), count, offset)
         with self._file_lock:  # Windows
@@ -274,29 +319,18 @@ class TileReader:
             return self._file.read(count)
 
 
-def _level(pages: tifffile.TiffPages, width: int, height: int) -> _Level | None:
+def _level(pages: tifffile.TiffPages, width: int, height: int) -> Level | None:
     """The level that the one tiled page of this size is, or None where there is none, or one we do not decode."""
     tiled = [page for page in pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
     fitting = [page for page in tiled if (page.imagewidth, page.imagelength) == (width, height)]
     if len(fitting) != 1:
         return None
-    page = fitting[0]
-    decode = _decoder(page)
-    tiles = -(-width // page.tilewidth) * -(-height // page.tilelength)
-    if decode is None or not len(page.dataoffsets) == len(page.databytecounts) == tiles:
-        return None
-    return _Level(
-        width,
-        height,
-        page.tilewidth,
-        page.tilelength,
-        np.asarray(page.dataoffsets, dtype=np.int64),
-        np.asarray(page.databytecounts, dtype=np.int64),
-        decode,
-    )
+    decode = fast_decoder(fitting[0])
+    return None if decode is None else Level.of_pages(fitting, decode)
 
 
-def _decoder(page: tifffile.TiffPage) -> Callable[[bytes], NDArray[np.uint8]] | None:
+def fast_decoder(page: tifffile.TiffPage) -> Decoder | None:
+    """Return what decodes a page's tiles as OpenSlide does; None for tiles that are not JPEG or Aperio's JPEG 2000."""
     plain = (page.bitspersample, page.samplesperpixel, page.sampleformat, page.planarconfig, page.tiledepth)
     if plain != (8, 3, 1, 1, 1) or page.imagedepth != 1 or page.fillorder != 1 or page.predictor != 1:
         return None
@@ -307,7 +341,8 @@ def _decoder(page: tifffile.TiffPage) -> Callable[[bytes], NDArray[np.uint8]] | 
     return None if space is None else partial(_decode_jpeg_2000, space=space)
 
 
-def _decode_jpeg(data: bytes, tables: bytes | None, space: str) -> NDArray[np.uint8]:
+def _decode_jpeg(_: int, planes: Sequence[bytes], tables: bytes | None, space: str) -> NDArray[np.uint8]:
+    (data,) = planes
     # The decoder fills what it lacks with grey and says nothing, so damage that shows in the markers is looked for.
     body = data.rstrip(b"\0")
     if not body.endswith(_EOI):
@@ -319,7 +354,8 @@ def _decode_jpeg(data: bytes, tables: bytes | None, space: str) -> NDArray[np.ui
     return imagecodecs.jpeg8_decode(data, tables=tables, colorspace=space, outcolorspace="rgb")
 
 
-def _decode_jpeg_2000(data: bytes, space: str) -> NDArray[np.uint8]:
+def _decode_jpeg_2000(_: int, planes: Sequence[bytes], space: str) -> NDArray[np.uint8]:
+    (data,) = planes
     # Three components begin at byte 42 of the codestream, each with its depth and its steps in x and y.
     if data[43:45] + data[46:48] + data[49:51] != bytes([1] * 6):
         raise ValueError("a JPEG 2000 stream with subsampled colours, which only OpenSlide decodes as it does")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.core.errors import SlideError
-from utils.slides.wsi import Slide
+from utils.slides.slide import Slide
 
 
 @dataclass(frozen=True)

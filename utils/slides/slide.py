@@ -1,0 +1,213 @@
+"""`Slide`, what every reader of slides offers, and what the readers share.
+
+Positions are level-0 px of a top-left corner, or px of a level where that is said; sizes are px of the level read.
+Whatever goes wrong with a file, at opening or later, is a SlideError of one line.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from utils.core.errors import SlideError
+from utils.slides.resolution import NOT_IN_FILE, Resolution
+
+READ_BLOCK = 4096  # px of a level read at once for a thumbnail: 50 MB, whatever the slide's size
+WHITE = (255, 255, 255)
+
+_HASHED_BYTES = 2**20
+
+
+class Slide:
+    """A slide open for reading; made by `utils.slides.wsi.open_slide`.
+
+    Attributes:
+        path, name: the file, and its name without the extension.
+        width, height: level-0 px.
+        level_dimensions: (width, height) of each level, in its own px.
+        level_downsamples: level-0 px per px of each level: a whole number wherever that explains the level's size, its
+            last column and row being rounded, and else what its pixels agree with; inf for a level that does not show
+            what level 0 shows (see `utils.slides.levels`).
+        mpp: um per level-0 px, or None where the file does not say, or not plausibly.
+        mpp_problem: why mpp is None, in a few words.
+        told_mpp: mpp as the user told it, or None.
+        own_mpp: mpp as the file says it, or None.
+        objective: nominal magnification of the objective, or None.
+        vendor: OpenSlide's name for the scanner's format; "image" for a plain image.
+        bounds: (x, y, width, height) of the scanned area in level-0 px, or None where the file does not say.
+        opened_by: the function of path and told_mpp that opens it again.
+    """
+
+    path: Path
+    name: str
+    width: int
+    height: int
+    level_dimensions: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    mpp: float | None = None
+    mpp_problem: str | None = NOT_IN_FILE
+    told_mpp: float | None = None
+    own_mpp: float | None = None
+    objective: float | None = None
+    vendor: str
+    bounds: tuple[int, int, int, int] | None = None
+    opened_by: Callable[..., "Slide"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __reduce__(self):
+        # A worker process gets the path and opens its own handle.
+        return self.opened_by, (self.path, self.told_mpp)
+
+    def close(self) -> None:
+        """Give the file handle back; reading afterwards is a SlideError."""
+        raise NotImplementedError
+
+    def read_region(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read (height, width, 3) uint8 RGB of a level.
+
+        Args:
+            x, y: top-left corner in level-0 px.
+            level: pyramid level, 0 the finest.
+            width, height: px of that level.
+
+        Unscanned and transparent pixels, and those beyond the edge, show the slide's background colour.
+
+        Raises:
+            SlideError: the level does not exist, or the file cannot be read there.
+        """
+        self._check_region(level, width, height)
+        return self._read(int(x), int(y), level, int(width), int(height))
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read (height, width, 3) uint8 RGB whose top-left corner is px (x, y) of a level; otherwise as `read_region`.
+
+        Where OpenSlide has to be asked, it is for the nearest level-0 px: less than half a px of the level off.
+        """
+        self._check_region(level, width, height)
+        return self._read_level(level, int(x), int(y), int(width), int(height))
+
+    def check_level(self, level: int) -> None:
+        """Raise a SlideError that lists the levels unless `level` is one of them."""
+        is_there = 0 <= level < len(self.level_dimensions)
+        if is_there and math.isfinite(self.level_downsamples[level]):
+            return
+        levels = ", ".join(
+            f"{index} ({width} x {height}, downsample {downsample:.4g})"
+            for index, ((width, height), downsample) in enumerate(
+                zip(self.level_dimensions, self.level_downsamples, strict=True)
+            )
+            if math.isfinite(downsample)
+        )
+        problem = f"level {level} does not show what level 0 shows" if is_there else f"there is no level {level}"
+        raise SlideError(f"{self.path}: {problem}; choose one of {levels}")
+
+    def thumbnail(self, *, downsample: float | None = None, max_side: int | None = None) -> NDArray[np.uint8]:
+        """The whole slide, smaller: (h, w, 3) uint8 RGB.
+
+        Args: exactly one of
+            downsample: level-0 px per thumbnail px, at least 1.
+            max_side: px of the thumbnail's longer side; a smaller slide comes as it is.
+
+        It is averaged down (a box filter over every pixel) from the nearest finer level, block by block, so that memory
+        is bounded by the thumbnail and one block.
+        """
+        width, height = self._thumbnail_size(downsample, max_side)
+        wanted = min(self.width / width, self.height / height)
+        finer = [level for level, factor in enumerate(self.level_downsamples) if factor <= wanted * (1 + 1e-6)]
+        level = max(finer, key=lambda level: self.level_downsamples[level], default=0)
+
+        level_width, level_height = self.level_dimensions[level]
+        scale_x, scale_y = level_width / width, level_height / height
+        step_x, step_y = max(1, int(READ_BLOCK / scale_x)), max(1, int(READ_BLOCK / scale_y))
+        thumbnail = np.empty((height, width, 3), dtype=np.uint8)
+        for top in range(0, height, step_y):
+            bottom = min(top + step_y, height)
+            for left in range(0, width, step_x):
+                right = min(left + step_x, width)
+                box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+                thumbnail[top:bottom, left:right] = self._averaged(level, box, (right - left, bottom - top))
+        return thumbnail
+
+    def quick_hash(self) -> str:
+        """A cheap digest of the content: sha256 over the file's size and its first and last MiB, in hexadecimal.
+
+        Of a slide of several files (MIRAX, VMS, DICOM) only the one that was opened is looked at.
+        """
+        digest = hashlib.sha256()
+        try:
+            size = self.path.stat().st_size
+            digest.update(f"{size}\n".encode())
+            with self.path.open("rb") as file:
+                digest.update(file.read(_HASHED_BYTES))
+                file.seek(max(size - _HASHED_BYTES, 0))
+                digest.update(file.read(_HASHED_BYTES))
+        except OSError as error:
+            raise SlideError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return digest.hexdigest()
+
+    def _check_region(self, level: int, width: int, height: int) -> None:
+        self.check_level(level)
+        if width < 1 or height < 1:
+            raise SlideError(f"{self.path}: a region of {width} x {height} px asked for; at least 1 x 1 is needed")
+
+    def file_resolution(self) -> Resolution:
+        return Resolution(None, NOT_IN_FILE)
+
+    def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def _thumbnail_size(self, downsample: float | None, max_side: int | None) -> tuple[int, int]:
+        if downsample is None and max_side is not None:
+            downsample = max(self.width, self.height) / max_side
+        elif downsample is None or max_side is not None:
+            raise ValueError("thumbnail: give exactly one of downsample and max_side")
+        downsample = max(downsample, 1.0)
+        return max(1, round(self.width / downsample)), max(1, round(self.height / downsample))
+
+    def _averaged(self, level: int, box: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """A box of a level, in its (fractional) px, averaged down to `size` (width, height)."""
+        left, top = math.floor(box[0]), math.floor(box[1])
+        right = min(math.ceil(box[2] - 1e-9), self.level_dimensions[level][0])
+        bottom = min(math.ceil(box[3] - 1e-9), self.level_dimensions[level][1])
+        pixels = self._read_level(level, left, top, right - left, bottom - top)
+        inside = (
+            box[0] - left,
+            box[1] - top,
+            min(box[2], right) - left,
+            min(box[3], bottom) - top,
+        )
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX, box=inside))
+
+
+def opaque(rgba: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Compose (H, W, 4) straight-alpha pixels on a colour: (H, W, 3) uint8."""
+    alpha = rgba[..., 3]
+    rgb = np.ascontiguousarray(rgba[..., :3])
+    unclear = alpha != 255
+    if unclear.any():
+        weight = alpha[unclear][:, None].astype(np.float32) / 255
+        mixed = rgb[unclear] * weight + np.asarray(background, dtype=np.float32) * (1 - weight)
+        rgb[unclear] = np.rint(mixed).astype(np.uint8)
+    return rgb
+
+
+def damaged(path: Path, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"{path}: {what} ({reason}); the file is damaged, incomplete or of an unsupported kind, get it again"
+
+
+def closed(path: Path) -> str:
+    return f"{path}: cannot be read, it was closed; open it again"
