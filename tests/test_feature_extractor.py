@@ -133,17 +133,60 @@ def test_tissue_goes_out_and_comes_back_edited(slide_cohort, script, tmp_path):
     np.testing.assert_array_equal(one.coords, two.coords)
     square = [[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]
     drawn.write_text(json.dumps([{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [square]}}]))
-    stale = script("extractFeatures", *flags, "--output_dir", tmp_path / "two", "--tissue", drawn.parent)
-    assert "slide's tissue: found" in stale.errors[0]
-    again = script("extractFeatures", *flags, "--output_dir", tmp_path / "two", "--tissue", drawn.parent, "--overwrite")
+    again = script("extractFeatures", *flags, "--output_dir", tmp_path / "two", "--tissue", drawn.parent)
     assert again.code == 0, again.err
+    assert "1 extracted" in again.out
     assert read_bag(tmp_path / "two" / "a.h5").coords.tolist() == [[0, 0], [128, 0], [0, 128], [128, 128]]
+
+
+def test_of_many_slides_only_those_with_mended_outlines_are_extracted_anew(script, tmp_path):
+    slides, features = tmp_path / "slides", tmp_path / "features"
+    slides.mkdir()
+    for number in range(12):
+        write_pyramid(slides / f"s{number}.tif", stained_image(320, 256, seed=number), mpp=0.5, downsamples=(1, 2))
+    flags = ("--input_dir", slides, "--output_dir", features, "--backbone", "stain", "--patch_size", 32)
+    assert script("extractFeatures", *flags, "--save_tissue").code == 0
+    times = {path.stem: path.stat().st_mtime_ns for path in features.glob("*.h5")}
+    drawn = features / "tissue"
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]]}
+    mended = [drawn / "s3.geojson", drawn / "s7.tif.geojson"]
+    for path in mended:
+        path.write_text(json.dumps([{"type": "Feature", "geometry": square}]))
+    (drawn / "s7.geojson").unlink()
+    (drawn / "s8.geojson").unlink()
+
+    planned = script("extractFeatures", *flags, "--tissue", drawn, "--dry_run")
+    assert planned.out.count("to extract") >= 2
+    done = script("extractFeatures", *flags, "--tissue", drawn)
+    assert done.code == 0, done.err
+    assert "2 extracted" in done.out
+    assert "10 skipped" in done.out
+    assert f"Tissue by {drawn} in 2 of 12 slides, else detected" in done.out
+    assert {stem for stem, time in times.items() if (features / f"{stem}.h5").stat().st_mtime_ns != time} == {
+        "s3",
+        "s7",
+    }
+    report = (features / "extraction_report.csv").read_text()
+    assert report.count("its outlines have changed") == 2
+
+    for given in (("--tissue", drawn), ()):  # the same command again, and the plain one
+        again = script("extractFeatures", *flags, *given)
+        assert again.code == 0, again.err
+        assert "0 extracted" in again.out
+        assert "12 skipped" in again.out
+    assert "2 slides made from outlines, which stay" in again.out
+    assert (features / "extraction_report.csv").read_text().count("made from outlines, which stay") == 2
+    both = drawn / "s3.tif.geojson"
+    both.write_bytes(mended[0].read_bytes())
+    failed = script("extractFeatures", *flags, "--tissue", drawn)
+    assert "which are the outlines of" in failed.err
 
 
 def test_a_slide_whose_tissue_nobody_drew_fails(slide_cohort, script, tmp_path):
     flags = ("--input", slide_cohort.slides / "P00_0.tif", "--output", tmp_path / "a.h5", *recipe(slide_cohort))
-    done = script("extractFeatures", *flags, "--tissue", tmp_path)
+    done = script("extractFeatures", *flags, "--tissue", tmp_path, "--tissue_strict")
     assert "P00_0.geojson: not there; draw the slide's tissue" in done.errors[0]
+    assert "--tissue_strict goes with --tissue" in script("extractFeatures", *flags, "--tissue_strict").errors[0]
     done = script("extractFeatures", *flags, "--tissue", tmp_path / "nowhere")
     assert "no such folder" in done.errors[0]
 

@@ -10,12 +10,12 @@ import numpy as np
 from utils.bags.store import peek_bag
 from utils.core.config import Cluster, ExtractionFiles
 from utils.core.engine import Threads, open_engine, worker_number
-from utils.core.errors import ConfigError, FeatureFileError
+from utils.core.errors import ConfigError, FeatureFileError, counted
 from utils.core.remarks import alike_once
 from utils.core.runtime import duration, file_size, progress
-from utils.feature_extractor import WSIFeatureExtractor, extract_one
+from utils.feature_extractor import WSIFeatureExtractor, current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
-from utils.slides.status import PLANNED, STATUSES, SlideStatus, status_table
+from utils.slides.status import OUTLINES, PLANNED, STATUSES, SlideStatus, status_table
 from utils.slides.wsi import open_slide
 
 
@@ -89,8 +89,11 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[li
 
     def look(slide: Path, target: Path) -> SlideStatus:
         told = known.told(slide, target)
+        current = None
         if target.exists() and not files.overwrite:
-            return extract_one(extractor, slide, target, told=told)
+            current = current_status(extractor, slide, target, told)
+        if current is not None:
+            return current
         with open_slide(slide, told.mpp) as opened:
             plan = extractor.plan(opened, replace(told, preview=None))
             if not rates:
@@ -126,6 +129,13 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
         lines.append(
             f"{unknown} of the extracted slides have no known um/px; it is recorded as unknown "
             "(--slide_mpp or --slides_csv tells it)"
+        )
+    outlined = sum(status.tissue == OUTLINES for status in statuses)
+    if files.tissue is not None:
+        lines.append(f"Tissue by {files.tissue} in {outlined} of {counted(len(statuses), 'slide')}, else detected")
+    elif outlined:
+        lines.append(
+            f"{counted(outlined, 'slide')} made from outlines, which stay; --tissue compares them with a folder"
         )
     if files.input_dir is not None:
         sheet = [] if files.preview is False else [f"pictures in {sheet_path(files)}"]

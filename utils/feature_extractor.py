@@ -41,7 +41,7 @@ from utils.slides.preview import (
 )
 from utils.slides.quality import QUALITY_SETTINGS, judge_patches
 from utils.slides.slide import Slide
-from utils.slides.status import SlideStatus
+from utils.slides.status import OUTLINES, SlideStatus
 from utils.slides.tissue import TISSUE_SETTINGS
 from utils.slides.wsi import open_slide
 
@@ -211,7 +211,7 @@ class WSIFeatureExtractor:
                     reasons.append(why_not)
                 found = Extracted.of(plan, reasons)
                 found.conclude(slide, told.preview)
-                writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found, told))
+                writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found))
         return found
 
     def plan(self, slide: Slide, told: Told | None = None) -> PatchPlan:
@@ -229,10 +229,10 @@ class WSIFeatureExtractor:
                 "%s: its own um/px, %.4g, contradicts the %.4g given for it, which is used",
                 slide.path, slide.own_mpp, slide.told_mpp,
             )  # fmt: skip
-        tissue = told.tissue.mask(slide) if told.tissue else None
+        tissue = told.outlined(slide)
         plan = plan_patches(
             slide, patch_size=config.patch_size, stride=config.stride, level=config.level, mpp=config.target_mpp,
-            allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold, tissue=tissue,
+            allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold, outlined=tissue,
         )  # fmt: skip
         if not len(plan):
             Extracted.of(plan, []).conclude(slide, told.preview)
@@ -249,8 +249,8 @@ class WSIFeatureExtractor:
         with open_slide(wsi_path, mpp) as slide:
             return delivered_mpp(slide, choose_sampling(slide, *asked), config.target_mpp)
 
-    def passport(self, slide: Slide, found: "Extracted", told: Told | None = None) -> Passport:
-        record = _slide_record(slide, found.plan) | {"tissue": told.tissue_digest if told else None}
+    def passport(self, slide: Slide, found: "Extracted") -> Passport:
+        record = _slide_record(slide, found.plan)
         if self.config.qc:
             record["dropped"] = found.dropped
         return Passport(self.recipe, record, versions())
@@ -370,33 +370,59 @@ def extract_one(
     overwrite: bool = False,
     told: Told | None = None,
 ) -> SlideStatus:
-    """Make sure that `target` holds the features of `slide`: extract them unless they are there, by the same recipe.
+    """Make sure that `target` holds the features of `slide`: extract them unless they are there, by the same recipe and
+    of the same tissue.
 
     Raises SlideError, NoTissueError, and RecipeError when `target` holds something else and `overwrite` is not given.
     """
+    told, is_mended = told or Told(), False
     if target.exists() and not overwrite:
-        info = _check_current(extractor, slide, target, told or Told())
-        found = info.passport.slide if info.passport else {}
-        reason = f"{target} is there, of the same recipe" + _dropped_words("; ", found.get("dropped"))
-        return SlideStatus(slide, "skipped", reason, info.num_instances, found.get("mpp_delivered"))
+        current = current_status(extractor, slide, target, told)
+        if current is not None:
+            return current
+        is_mended = True
     started = time.perf_counter()
     found = extractor.extract_to(slide, target, told)
     seconds = round(time.perf_counter() - started, 2)
-    return SlideStatus(slide, "done", _dropped_words("", found.dropped), len(found.coords), found.plan.mpp, seconds)
+    reasons = ["extracted anew: its outlines have changed"] if is_mended else []
+    reasons += [_dropped_words(found.dropped)] if found.dropped else []
+    tissue = OUTLINES if found.plan.outlines_digest else ""
+    return SlideStatus(slide, "done", "; ".join(reasons), len(found.coords), found.plan.mpp, seconds, tissue=tissue)
 
 
-def _dropped_words(before: str, dropped: Mapping[str, int] | None) -> str:
-    """Return how many patches `--qc` dropped and why, after a few words; "" where it dropped none."""
-    return f"{before}--qc dropped {_by_reason(dropped)}" if dropped else ""
+def current_status(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> SlideStatus | None:
+    """The status of a slide whose features are there; None where they are of other tissue than is told.
+
+    Raises RecipeError where `target` holds something else.
+    """
+    info, is_same_tissue = _check_current(extractor, slide, target, told)
+    if not is_same_tissue:
+        return None
+    record = info.passport.slide if info.passport else {}
+    reasons = [f"{target} is there, of the same recipe"]
+    if record.get("tissue") and told.tissue is None:
+        reasons.append("made from outlines, which stay")
+    reasons += [_dropped_words(record["dropped"])] if record.get("dropped") else []
+    return SlideStatus(
+        slide, "skipped", "; ".join(reasons), info.num_instances, record.get("mpp_delivered"),
+        tissue=OUTLINES if record.get("tissue") else "",
+    )  # fmt: skip
+
+
+def _dropped_words(dropped: Mapping[str, int]) -> str:
+    """Return how many patches `--qc` dropped, and why."""
+    return f"--qc dropped {_by_reason(dropped)}"
 
 
 def _by_reason(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
 
 
-def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> BagInfo:
-    """Raise RecipeError unless `target` holds this slide's features by this recipe: since our own files are whole,
-    anything else is somebody's, and not overwritten unasked.
+def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> tuple[BagInfo, bool]:
+    """What `target` holds, and whether it is of the tissue that is told, if any is.
+
+    Raises RecipeError unless it is this slide's features by this recipe: since our own files are whole, anything else
+    is somebody's, and not overwritten unasked.
     """
     try:
         info = peek_bag(target)
@@ -406,9 +432,11 @@ def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
         raise RecipeError(
             f"{target}: was made by something else (it holds no recipe); move it, or extract with --overwrite"
         )
-    known = {name: info.passport.slide.get(name) for name in ("quick_hash", "mpp", "tissue")}
+    known = {name: info.passport.slide.get(name) for name in ("quick_hash", "mpp")}
+    tissue = info.passport.slide.get("tissue")
     with open_slide(slide, told.mpp) as opened:
-        now = {"quick_hash": opened.quick_hash(), "mpp": opened.mpp, "tissue": told.tissue_digest}
+        now = {"quick_hash": opened.quick_hash(), "mpp": opened.mpp}
+        outlined = told.outlined(opened)
     found, wanted = ({f"slide's {name}": value for name, value in one.items()} for one in (known, now))
     found, wanted = info.passport.recipe | found, extractor.recipe | wanted
     if extractor.config.precision == "auto":
@@ -418,7 +446,7 @@ def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
     if differences:
         unlike = first_differences(differences)
         raise RecipeError(f"{target}: made with another recipe ({unlike}); move it, or extract with --overwrite")
-    return info
+    return info, told.tissue is None or tissue == (outlined and outlined.digest)
 
 
 def _slide_record(slide: Slide, plan: PatchPlan) -> dict[str, Any]:
@@ -434,4 +462,5 @@ def _slide_record(slide: Slide, plan: PatchPlan) -> dict[str, Any]:
         "quick_hash": slide.quick_hash(),
         "patch_size_level0": plan.patch_size_level0,
         "stride_level0": plan.stride_level0,
+        "tissue": plan.outlines_digest,
     }

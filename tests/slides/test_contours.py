@@ -1,5 +1,6 @@
 """A mask's outlines are rings that a geometry library takes, and give the mask back."""
 
+import dataclasses
 import json
 import time
 
@@ -13,7 +14,7 @@ from scipy import ndimage
 from tests.synthetic import stained_image, write_pyramid
 from utils.core.errors import SlideError
 from utils.slides.contours import ContourFile, fill, outlines, write_contours
-from utils.slides.tissue import TissueMask, detect_tissue
+from utils.slides.tissue import TISSUE_SETTINGS, TissueMask, detect_tissue
 from utils.slides.wsi import open_slide
 
 
@@ -222,13 +223,123 @@ def test_a_file_of_a_slide_of_another_size_is_refused(tmp_path, place):
         read(tmp_path / "a.geojson", slide)
 
 
-def test_the_digest_is_that_of_what_was_read(tmp_path, place):
+def test_the_digest_tells_which_tissue_it_is_and_not_how_it_was_told(tmp_path, place):
+    path, found = tmp_path / "a.geojson", detect_tissue(place)
+    write_contours(path, found, place)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content["features"][::-1], indent=7))
+    assert read(path, place).digest == found.digest
+    path.write_text(json.dumps(content["features"][1:]))
+    assert read(path, place).digest != found.digest
+
+
+def test_outlines_are_the_detectors_until_somebody_edits_them(tmp_path, place, monkeypatch):
     path = tmp_path / "a.geojson"
     write_contours(path, detect_tissue(place), place)
-    drawn = ContourFile.read(path)
-    before = drawn.digest
-    path.write_text("{}")
-    assert drawn.digest == before != ContourFile.read(path).digest
+    assert ContourFile.read(path).is_as_detected(place)
+    assert not ContourFile.read(path, ["Tumor"]).is_as_detected(place)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"features": content["features"][1:]}))
+    assert not ContourFile.read(path).is_as_detected(place)
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(place, "mpp", 0.25)  # the detector would look at it by another thumbnail
+    assert not ContourFile.read(path).is_as_detected(place)
+    monkeypatch.undo()
+    other = dataclasses.replace(TISSUE_SETTINGS, min_chroma=0.5)
+    monkeypatch.setattr("utils.slides.contours.TISSUE_SETTINGS", other)
+    assert not ContourFile.read(path).is_as_detected(place)
+
+
+OF_IGNORE = [
+    {"name": "Ignore*"},
+    {"name": "Tumor: Ignore*"},
+    {"names": ["Ignore*", "Fold"]},
+    {"names": ["Fold", "ignore"]},
+    {"name": "Fold", "parentClass": {"name": "Ignore*"}, "colorRGB": -1},
+    {"name": "Exclude"},
+    "Artefact: Pen",
+    "Pen: artifact",
+]
+
+
+@pytest.mark.parametrize("classification", OF_IGNORE, ids=str)
+def test_what_is_ignored_is_cut_out_however_qupath_says_it(slide, tmp_path, classification):
+    hole = feature([HOLE])
+    hole["properties"]["classification"] = classification
+    inside = feature([SQUARE])
+    inside["properties"]["childObjects"] = [hole]
+    beside = feature([SQUARE]) | {"childObjects": [hole]}
+    for content in ([feature([SQUARE]), hole], [inside], [beside]):
+        (tmp_path / "a.geojson").write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())  # with a byte order mark
+        mask = read(tmp_path / "a.geojson", slide).mask
+        assert mask[15, 15]
+        assert not mask[25, 25]
+
+
+def test_missing_cores_of_a_microarray_are_no_tissue(slide, tmp_path):
+    core, missing = feature([SQUARE]), feature([[[900, 160], [1500, 160], [1500, 800], [900, 800]]])
+    core["properties"] = {"objectType": "tmaCore", "isMissing": False}
+    missing["properties"] = {"objectType": "tmaCore", "isMissing": True, "childObjects": [feature([HOLE])]}
+    (tmp_path / "a.geojson").write_text(json.dumps([core, missing]))
+    mask = read(tmp_path / "a.geojson", slide).mask
+    assert mask[15, 15]
+    assert not mask[30, 70]
+    assert not mask[25, 25]  # drawn inside the missing core
+
+
+def test_only_the_classes_that_are_wanted_are_tissue(slide, tmp_path):
+    left = feature([SQUARE], name="Tumor: Invasive")
+    right = feature([[[900, 160], [1500, 160], [1500, 800], [900, 800]]], name="Stroma")
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps([left, right, feature([HOLE], name="Ignore*")]))
+    for classes in (["tumor"], ["Tumor: Invasive"], ["Tumor", "Necrosis"]):
+        mask = ContourFile.read(path, classes).mask(slide).mask
+        assert mask[15, 15]
+        assert not mask[25, 25]
+        assert not mask[30, 70]
+    refused = "no area of --tissue_classes Necrosis in it; there are ignore\\*, stroma, tumor invasive"
+    with pytest.raises(SlideError, match=refused):
+        ContourFile.read(path, ["Necrosis"]).mask(slide)
+
+
+@pytest.mark.parametrize(("bounds", "corner"), [((300, 200, 1200, 900), 0), ((300, 200, 1200, 900), 1)])
+def test_pixels_of_the_whole_slide_are_told_by_where_they_lie(slide, tmp_path, monkeypatch, caplog, bounds, corner):
+    monkeypatch.setattr(slide, "bounds", bounds)
+    x, y = bounds[:2] if corner else (0, 0)  # absolute, or counted from the scanned area
+    square = [[x + 10, y + 10], [x + 1190, y + 10], [x + 1190, y + 890], [x + 10, y + 890]]
+    (tmp_path / "a.geojson").write_text(json.dumps([feature([square])]))
+    with caplog.at_level("INFO"):
+        mask = read(tmp_path / "a.geojson", slide).mask
+    assert ("taken as px of the whole slide" in caplog.text) == bool(corner)
+    expected = np.zeros_like(mask)
+    expected[13:68, 19:93] = True
+    assert (mask != expected).mean() < 0.02
+
+
+CASES = {  # of a slide of 1024 x 768 px: the share of it that is tissue
+    "plain": 480, "bom": 480, "xyz": None, "nan_measure": 480, "null_geometry": 480, "point": 480, "necrosis": 480,
+    "properties_missing": 480, "unlocked_props_null": 480,
+    "ignore_name": 420, "ignore_old_colorRGB": 420, "ignore_derived_names": 420, "artefact_derived_string": 420,
+    "parentClass_old": 420, "child_ignore": 420, "tma_missing": 90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "thousands"), CASES.items())
+def test_the_cases(shared_cases, name, thousands):
+    with open_slide(shared_cases / "slides" / "slide.svs") as slide:
+        mask = read(shared_cases / "slides" / "geojson" / f"{name}.geojson", slide)
+    if thousands:
+        assert mask.fraction * 1024 * 768 == pytest.approx(1000 * thousands, rel=0.05)
+
+
+@pytest.mark.parametrize("folder", ["mirax_relative", "mirax_absolute"])
+def test_the_cases_of_a_frame(shared_cases, folder):
+    with open_slide(shared_cases / "slides" / "mirax" / "one.mrxs") as slide:
+        mask = read(shared_cases / "slides" / folder / "one.geojson", slide).mask
+        rows, columns = np.nonzero(mask)
+        scale = slide.width / mask.shape[1]
+    assert columns.min() * scale == pytest.approx(3428, abs=20)
+    assert rows.min() * scale == pytest.approx(7524, abs=20)
 
 
 def test_the_recorded_offset_counts_and_not_the_slides_own(tmp_path, place):

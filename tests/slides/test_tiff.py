@@ -1,4 +1,4 @@
-"""TIFFs that OpenSlide refuses or shows in part: which image is the slide, its pixels, its um/px, and what is refused."""
+"""TIFFs that OpenSlide refuses or shows in part: which image is the slide, its pixels and um/px, what is refused."""
 
 import numpy as np
 import pytest
@@ -127,7 +127,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("images, match", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("images", "match"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_told_or_read_is_refused_by_name(tmp_path, images, match):
     path = write(tmp_path / "a.tif", *images)
     with pytest.raises(SlideError, match=match) as caught:

@@ -231,7 +231,14 @@ class ExtractionFiles(_Checked):
     )
     save_tissue: bool = option(False, "write each slide's tissue to tissue/<slide>.geojson, which QuPath edits")
     tissue: Path | None = option(
-        None, "folder of <slide>.geojson, drawn or edited in QuPath, that say where the tissue is", metavar="DIR"
+        None,
+        "folder of <slide>.geojson, drawn or edited in QuPath, that say where the tissue is; the detector looks at "
+        "slides without one",
+        metavar="DIR",
+    )
+    tissue_strict: bool = option(False, "a slide without a file in --tissue fails, instead of being detected")
+    tissue_classes: tuple[str, ...] | None = option(
+        None, "only the areas of these classes of --tissue are tissue, such as Tumor (default: all)", metavar="CLASS"
     )
     preview: bool | None = option(
         None,
@@ -256,6 +263,11 @@ class ExtractionFiles(_Checked):
             raise ConfigError("give one of --output (a file) and --output_dir (a folder)")
         if self.tissue is not None and self.save_tissue:
             raise ConfigError("--save_tissue writes what the detector finds, which --tissue replaces; give one of them")
+        for name in ("tissue_strict", "tissue_classes"):
+            if self.tissue is None and getattr(self, name):
+                raise ConfigError(
+                    f"--{name} goes with --tissue, the folder of outlines; give it, or leave --{name} out"
+                )
         for name in ("limit", "shard"):
             if self.write_slides_csv is not None and getattr(self, name):
                 raise ConfigError(f"--{name}: --write_slides_csv writes a row of each slide; leave --{name} out")

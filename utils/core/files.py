@@ -165,7 +165,7 @@ def check_distinct(targets: Mapping[Path, Path], remedy: str = "rename one of th
 
 def read_json(path: Path, error: type[LiteMILError] = LiteMILError) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as failure:
         raise error(f"{path}: not readable as JSON ({failure})") from failure
 

@@ -23,8 +23,10 @@ from utils.core.runtime import log, progress_bar
 from utils.slides.contact_sheet import SheetRow, recipe_words, write_contact_sheet
 from utils.slides.contours import ContourFile
 from utils.slides.find import find_slides, one_per_series, slide_bytes
+from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import PLANNED, SlideStatus
+from utils.slides.tissue import TissueMask
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
 _SHARD = re.compile(rf"{REPORT}(?:_(\d+)_of_(\d+))?\.csv")
@@ -104,10 +106,11 @@ class Told:
     save_tissue: Path | None = None
     preview: Path | None = None
 
-    @property
-    def tissue_digest(self) -> str | None:
-        """Of the outlines; None where the detector is to look."""
-        return None if self.tissue is None else self.tissue.digest
+    def outlined(self, slide: Slide) -> TissueMask | None:
+        """The tissue by the outlines; None where the detector is to look, or would find just that."""
+        if self.tissue is None or self.tissue.is_as_detected(slide):
+            return None
+        return self.tissue.mask(slide)
 
 
 class SlideFiles:
@@ -138,37 +141,53 @@ class SlideFiles:
 
     def told(self, slide: Path, target: Path) -> Told:
         """Raises SlideError where the slide's outlines are asked for and cannot be read."""
-        drawn = self._beside(self.files.tissue, slide, target, ".geojson")
-        saved = self._beside(self._root(target) / TISSUE, slide, target, ".geojson")
+        drawn = self.outlines(slide, target)
+        saved = self._beside(self._root(target) / TISSUE, f"{slide.stem}.geojson", target)
         return Told(
             self.mpps.of(slide),
-            None if drawn is None else ContourFile.read(drawn),
+            None if drawn is None else ContourFile.read(drawn, self._tissue_classes),
             saved if self.files.save_tissue else None,
             self.preview(target),
         )
 
+    def outlines(self, slide: Path, target: Path) -> Path | None:
+        """The file with a slide's outlines; None where there is none, or none is asked for.
+
+        Raises SlideError where there are two, or --tissue_strict asks for one that is not there.
+        """
+        folder = self.files.tissue
+        if folder is None:
+            return None
+        paths = [self._beside(folder, f"{name}.geojson", target) for name in (slide.stem, slide.name)]
+        found = [path for path in paths if path.is_file()]
+        if len(found) > 1:
+            raise SlideError(f"{found[0]} and {found[1]}: which are the outlines of {slide}? Move one of them away")
+        if not found and self.files.tissue_strict:
+            raise SlideError(f"{paths[0]}: not there; draw the slide's tissue, or leave --tissue_strict out")
+        return found[0] if found else None
+
+    @property
+    def _tissue_classes(self) -> list[str]:
+        return [name for names in self.files.tissue_classes or () for name in names.split(",") if name.strip()]
+
     def preview(self, target: Path) -> Path | None:
         wanted = self.files.input is None if self.files.preview is None else self.files.preview
         # By the features' name: of one slide there may be several, by several recipes.
-        return self._beside(self._root(target) / PREVIEWS, target, target, ".jpg") if wanted else None
+        return self._beside(self._root(target) / PREVIEWS, f"{target.stem}.jpg", target) if wanted else None
 
     def clear_parts(self, targets: Mapping[Path, Path]) -> None:
         """Remove what killed runs left half-written wherever this one writes."""
-        told = [
-            (self.preview(pair[1]), self._beside(self._root(pair[1]) / "tissue", *pair, "")) for pair in targets.items()
-        ]
-        beside = {path.parent for paths in told for path in paths if path is not None}
-        for folder in {target.parent for target in targets.values()} | beside | {report_path(self.files).parent}:
+        files = [*targets.values(), *(self.preview(target) for target in targets.values())]
+        files += [self._beside(self._root(target) / TISSUE, "", target) / "any" for target in targets.values()]
+        for folder in {file.parent for file in files if file is not None} | {report_path(self.files).parent}:
             clear_parts(folder)
 
     def _root(self, target: Path) -> Path:
         return target.parent if self.files.input is not None else self.files.output_dir or target.parent
 
-    def _beside(self, folder: Path | None, named_by: Path, target: Path, ending: str) -> Path | None:
+    def _beside(self, folder: Path, name: str, target: Path) -> Path:
         """A slide's file in `folder`, under the subfolders that its features, `target`, have in theirs."""
-        if folder is None:
-            return None
-        return folder / target.parent.relative_to(self._root(target)) / f"{named_by.stem}{ending}"
+        return folder / target.parent.relative_to(self._root(target)) / name
 
     def write_sheet(self, recipe_of: Callable[[Sequence[Path]], Mapping[str, Any] | None]) -> None:
         """Write the contact sheet of all slides in the reports of all shards; `recipe_of` their feature files is the

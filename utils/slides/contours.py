@@ -6,7 +6,8 @@ own corner. What lies between is the offset, which our files record.
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,14 +15,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.core.errors import SlideError
+from utils.core.errors import SlideError, named
 from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import log
 from utils.slides.slide import Slide
 from utils.slides.tissue import TISSUE_SETTINGS, TissueMask, judged_shape
 
 CLASSIFICATION = {"name": "Tissue", "color": [0, 158, 115]}
-# Annotations of these classes are cut out: what QuPath's users call what is not to be looked at.
+# Annotations of a class with such a part are cut out: what QuPath's users call what is not to be looked at.
 LEFT_OUT = ("ignore", "exclude", "artefact", "artifact", "hole")
 # Rounding of coordinates in level-0 px: far below a pixel of the mask.
 _DECIMALS = 2
@@ -55,28 +56,37 @@ def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
     ]
     frame = {
         "slide": slide.name, "offset": offset.tolist(), "width": slide.width, "height": slide.height,
-        "digest": _digest_of(features),
+        "digest": _digest_of(features), **_detector(slide),
     }  # fmt: skip
     write_json(path, {"type": "FeatureCollection", "features": features, "litemil": frame})
 
 
 @dataclass(frozen=True)
 class ContourFile:
-    """A GeoJSON file of a slide's tissue, ours or QuPath's, as it was when it was read."""
+    """A GeoJSON file of a slide's tissue, ours or QuPath's, as it was when it was read.
+
+    Of its areas those of the `classes` are the tissue, all where none are named; case does not matter.
+    """
 
     path: Path
     content: Any
+    classes: Collection[str] = ()
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Raises SlideError where there is none, or no JSON in it."""
-        if not path.is_file():
-            raise SlideError(f"{path}: not there; draw the slide's tissue, or leave --tissue out")
-        return cls(path, read_json(path, SlideError))
+    def read(cls, path: Path, classes: Collection[str] = ()) -> Self:
+        """Raises SlideError where there is no JSON in it."""
+        return cls(path, read_json(path, SlideError), classes)
 
-    @property
-    def digest(self) -> str:
-        return _digest_of(self.content)
+    def is_as_detected(self, slide: Slide) -> bool:
+        """Whether these are the outlines that today's detector wrote of the slide, and nobody has edited them."""
+        frame = self._frame
+        return (
+            frame is not None
+            and frame.get("digest") == _digest_of(self.content.get("features"))
+            and {name: frame.get(name) for name in _detector(slide)} == _detector(slide)
+            and (frame.get("slide"), frame.get("width"), frame.get("height")) == (slide.name, slide.width, slide.height)
+            and not self.classes
+        )
 
     def mask(self, slide: Slide) -> TissueMask:
         """The mask of its polygons at the resolution the tissue is judged at.
@@ -87,28 +97,43 @@ class ContourFile:
         Raises:
             SlideError: not GeoJSON, no polygon in it, polygons that lie beside the slide, or another slide's.
         """
-        offset = self._offset(slide)
+        areas = _areas(self.content, self.path)
+        tissue = [area for area in areas if not area.is_left_out and area.is_of(self.classes)]
+        if not tissue:
+            raise SlideError(f"{self.path}: {self._shortage(areas)}")
         shape = judged_shape(slide)
         to_mask = np.array([shape[1] / slide.width, shape[0] / slide.height])
+        offset = self._offset(slide, tissue)
         mask, left_out = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-        found = 0
-        for feature in _features(self.content, self.path):
-            target = left_out if _is_left_out(feature) else mask
-            for polygon in _polygons(feature.get("geometry"), self.path):
+        for area in (*tissue, *(area for area in areas if area.is_left_out)):
+            for polygon in area.polygons:
                 rings = [(ring + offset) * to_mask for ring in polygon]
                 _check_place(rings, shape, self.path, slide)
-                fill(target, rings)
-                found += 1
-        if not found:
-            raise SlideError(f"{self.path}: no polygon in it; draw the tissue as areas, or leave --tissue out")
+                fill(left_out if area.is_left_out else mask, rings)
         mpp = slide.mpp / to_mask.mean() if slide.mpp else None
         return TissueMask(mask & ~left_out, mpp, TISSUE_SETTINGS)
 
-    def _offset(self, slide: Slide) -> NDArray[np.float64]:
-        """What the file says of it, where it says so, and else the slide's."""
+    def _shortage(self, areas: Sequence["_Area"]) -> str:
+        """Why there is no tissue in it, and what to do."""
+        if self.classes and areas:
+            known = sorted({" ".join(area.classes) or "no class" for area in areas})
+            wanted = ",".join(self.classes)
+            return f"no area of --tissue_classes {wanted} in it; there are {named(known)}"
+        return "no polygon in it; draw the tissue as areas, or move the file away"
+
+    @property
+    def _frame(self) -> Mapping[str, Any] | None:
+        """What a file that we wrote says of its slide."""
         frame = self.content.get("litemil") if isinstance(self.content, Mapping) else None
-        if not isinstance(frame, Mapping):
-            return qupath_offset(slide)
+        return frame if isinstance(frame, Mapping) else None
+
+    def _offset(self, slide: Slide, areas: Sequence["_Area"]) -> NDArray[np.float64]:
+        """What the file says of it, where it says so, and else the slide's, unless the areas lie in the slide's own
+        pixels.
+        """
+        frame = self._frame
+        if frame is None:
+            return _offset_by_place(slide, areas, self.path)
         size = frame.get("width", slide.width), frame.get("height", slide.height)
         if size != (slide.width, slide.height):
             raise SlideError(
@@ -118,6 +143,34 @@ class ContourFile:
         if frame.get("slide", slide.name) != slide.name:
             log.warning("%s: says that it is of slide %s, used for %s", self.path, frame["slide"], slide.path)
         return np.array(frame.get("offset", qupath_offset(slide)), dtype=float)
+
+
+def _detector(slide: Slide) -> dict[str, Any]:
+    """What the detector's outlines of a slide depend on, besides its pixels."""
+    return {"tissue": TISSUE_SETTINGS.as_dict(), "mpp": slide.mpp}
+
+
+def _offset_by_place(slide: Slide, areas: Sequence["_Area"], path: Path) -> NDArray[np.float64]:
+    """The corner of the scanned area, at which QuPath begins to count, or none where the areas lie better so: then they
+    are in the slide's own pixels.
+    """
+    offset = qupath_offset(slide)
+    if slide.bounds is None or not offset.any():
+        return offset
+    corners = np.concatenate([ring for area in areas for polygon in area.polygons for ring in polygon])
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    size = np.array(slide.bounds[2:])
+    within = _share_within(low, high, np.zeros(2), size)
+    if within >= _share_within(low, high, offset, offset + size):
+        return offset
+    log.info("%s: lies beyond the scanned area when counted from its corner; taken as px of the whole slide", path)
+    return np.zeros(2)
+
+
+def _share_within(low: NDArray, high: NDArray, first: NDArray, last: NDArray) -> float:
+    """The share of a box (low, high) that lies in another."""
+    overlap = np.maximum(np.minimum(high, last) - np.maximum(low, first), 0)
+    return float(np.prod(overlap) / max(np.prod(high - low), 1e-9))
 
 
 def _digest_of(content: Any) -> str:
@@ -282,11 +335,51 @@ def _polygons(geometry: Any, path: Path) -> Iterator[list[Ring]]:
         log.warning("%s: %s is no area; left out", path, kind or "an empty geometry")
 
 
-def _is_left_out(feature: Mapping[str, Any]) -> bool:
-    properties = feature.get("properties") or {}
-    classification = properties.get("classification") or {}
-    name = classification.get("name") if isinstance(classification, Mapping) else classification
-    return str(name or "").lower().startswith(LEFT_OUT)
+@dataclass(frozen=True)
+class _Area:
+    """An annotation: its polygons, each a list of rings, and the parts of its class, in small letters."""
+
+    polygons: Sequence[Sequence[Ring]]
+    classes: Sequence[str]
+    is_missing: bool = False
+
+    @property
+    def is_left_out(self) -> bool:
+        return self.is_missing or any(part.startswith(LEFT_OUT) for part in self.classes)
+
+    def is_of(self, classes: Collection[str]) -> bool:
+        """Whether it has one of the classes, or none are named."""
+        wanted = {name.strip().lower() for name in classes}
+        return not wanted or bool(wanted & {*self.classes, ": ".join(self.classes)})
+
+
+def _areas(content: Any, path: Path) -> list[_Area]:
+    """All annotations of a file that have an area, those inside others among them. Raises SlideError."""
+    areas = []
+    waiting = deque((feature, False) for feature in _features(content, path))
+    while waiting:
+        feature, is_missing = waiting.popleft()
+        properties = feature.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        # A core of a tissue microarray that is missing is empty, whatever is drawn in it.
+        is_missing = is_missing or properties.get("isMissing", feature.get("isMissing")) is True
+        polygons = list(_polygons(feature.get("geometry"), path))
+        if polygons:
+            areas.append(_Area(polygons, _class_parts(properties.get("classification")), is_missing))
+        inside = [*(properties.get("childObjects") or ()), *(feature.get("childObjects") or ())]
+        waiting += [(child, is_missing) for child in inside if isinstance(child, Mapping)]
+    return areas
+
+
+def _class_parts(classification: Any) -> list[str]:
+    """The parts of a class, in small letters: QuPath tells a derived one as "Tumor: Fold", as `names`, or, of old, as a
+    name with a `parentClass`.
+    """
+    if isinstance(classification, str):
+        return [part.strip().lower() for part in classification.split(":") if part.strip()]
+    if isinstance(classification, Mapping):
+        return [part for key in ("parentClass", "name", "names") for part in _class_parts(classification.get(key))]
+    return [part for name in classification for part in _class_parts(name)] if isinstance(classification, list) else []
 
 
 def _check_place(rings: Sequence[Ring], shape: tuple[int, int], path: Path, slide: Slide) -> None:

@@ -54,6 +54,8 @@ class PatchPlan:
         sampling: what is read.
         mpp: um per px of the patches, or None where the slide's mpp is unknown.
         tissue: the mask that chose among them, or None at threshold 0.
+        outlines_digest: of that mask, where it is of given outlines, and not the detector's.
+        shortage: why there is no patch, "" where there are.
     """
 
     coords: NDArray[np.int64]
@@ -64,6 +66,7 @@ class PatchPlan:
     sampling: Sampling
     mpp: float | None
     tissue: TissueMask | None = None
+    outlines_digest: str | None = None
     shortage: str = ""
 
     def __len__(self) -> int:
@@ -79,7 +82,7 @@ def plan_patches(
     mpp: float | None = None,
     allow_upsample: bool = False,
     tissue_threshold: float = 0.5,
-    tissue: TissueMask | None = None,
+    outlined: TissueMask | None = None,
 ) -> PatchPlan:
     """Lay a grid over a slide and keep the patches with enough tissue.
 
@@ -90,7 +93,7 @@ def plan_patches(
         allow_upsample: take slides that are coarser than `mpp` too.
         tissue_threshold: least fraction of a patch's footprint that is tissue, 0 to 1; 0 keeps every patch of the grid
             and does not run the detector.
-        tissue: where the tissue is, instead of what the detector finds.
+        outlined: where the tissue is, instead of what the detector finds.
 
     Raises:
         ConfigError: a size, stride or threshold that makes no sense.
@@ -105,9 +108,9 @@ def plan_patches(
     size_level0, stride_level0 = (level0_size(pixels, sampling.downsample) for pixels in (patch_size, stride))
     grid = _grid(slide, sampling, patch_size, stride_level0)
 
-    coords, shortage = grid, ""
+    coords, shortage, tissue = grid, "", None
     if tissue_threshold > 0:
-        tissue = tissue or detect_tissue(slide)
+        tissue = outlined or detect_tissue(slide)
         fraction = covered_fraction(tissue.mask, grid, size_level0, slide.width, slide.height)
         coords = grid[fraction >= tissue_threshold - _ROUNDING]
         if not len(coords):
@@ -126,6 +129,7 @@ def plan_patches(
         sampling=sampling,
         mpp=delivered_mpp(slide, sampling, mpp),
         tissue=tissue,
+        outlines_digest=None if outlined is None else outlined.digest,
         shortage=shortage,
     )
 

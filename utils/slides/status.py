@@ -7,6 +7,7 @@ from typing import Self
 
 from utils.core.errors import named
 
+OUTLINES = "outlines"  # what a slide's tissue was told by, where not by the detector
 STATUSES = ("done", "skipped", "no tissue", "failed")
 PLANNED = "to extract"
 _NAMED = 3
@@ -17,8 +18,9 @@ class SlideStatus:
     """What became of one slide: "done", "skipped" (its file is there), "no tissue" or "failed", and why.
 
     `patches`, their `mpp` and the `seconds` it took are None where they are not known. `node` is the machine, `tries`
-    is above 1 where workers died over it. In the report, `output` is the slide's file, seen from there, and
-    `last_error` why a later run, which left that file as it was, failed.
+    is above 1 where workers died over it. `tissue` is "outlines" where those told it, not the detector. In the
+    report, `output` is the slide's file, seen from there, and `last_error` why a later run, which left that file as it
+    was, failed.
     """
 
     slide: Path
@@ -31,6 +33,7 @@ class SlideStatus:
     tries: int = 1
     output: str = ""
     last_error: str = ""
+    tissue: str = ""
 
     @property
     def source(self) -> Path:

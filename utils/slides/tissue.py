@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.core.errors import SlideError
+from utils.core.files import digest
 from utils.slides.slide import Slide
 
 
@@ -79,6 +80,11 @@ class TissueMask:
     def fraction(self) -> float:
         """The share of the slide that is tissue."""
         return float(self.mask.mean())
+
+    @property
+    def digest(self) -> str:
+        """Which tissue it is, whoever told it."""
+        return digest(str(self.mask.shape), np.packbits(self.mask).tobytes())
 
 
 def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> TissueMask:
