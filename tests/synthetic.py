@@ -81,3 +81,24 @@ def stained_image(width: int, height: int, seed: int = 0, coverage: float = 0.35
     density = tissue[..., None] * (eosin * 0.7 + nuclei[..., None] * haematoxylin)
     image = 244 * 10**-density + rng.normal(0, 1.5, (height, width, 1))
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def with_stroke(
+    image: NDArray[np.uint8],
+    colour: tuple[int, int, int],
+    start: tuple[int, int],
+    length: int = 150,
+    width: float = 33,
+    bend: float = 4,
+) -> NDArray[np.uint8]:
+    """(h, w, 3) uint8: the image with a marker's stroke from `start` (x, y) downwards, all in px of the image.
+
+    Along a wave of amplitude `bend`, a little streaky as felt tips are, and blurred at the rim.
+    """
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]]
+    middle = start[0] + bend * np.sin((y - start[1]) * 2 * np.pi / 80)
+    where = (np.abs(x - middle) < width / 2) & (y >= start[1]) & (y < start[1] + length)
+    streaks = ndimage.gaussian_filter1d(np.random.default_rng(0).standard_normal(image.shape[1]), 1)
+    ink = -np.log10((np.array(colour) + 1) / 256)
+    amount = ndimage.gaussian_filter(where.astype(np.float64), 1.2) * (1 + 0.1 * streaks)
+    return np.clip(np.rint(image * 10 ** -(amount[..., None] * ink)), 0, 255).astype(np.uint8)

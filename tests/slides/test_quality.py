@@ -111,12 +111,19 @@ def test_glass_is_white_and_half_a_patch_of_tissue_is_not():
     assert judge_patches(edge, MPP).tolist() == [""]
 
 
-@pytest.mark.parametrize("ink", [(220, 25, 50), GREEN_INK, (35, 55, 160), (15, 15, 15)], ids=str)
+@pytest.mark.parametrize(
+    "ink", [(220, 25, 50), GREEN_INK, (35, 55, 160), (15, 15, 15), (240, 135, 45), (238, 225, 85)], ids=str
+)
 def test_ink_on_glass_and_on_tissue_is_pen(ink):
     for ground in (plain(GLASS), all_patches(tissue_image())[:1]):
         stroke = ground.copy()
         stroke[:, :100] = ink
         assert judge_patches(stroke, MPP).tolist() == [PEN]
+
+
+@pytest.mark.parametrize("colour", [(190, 130, 50), (235, 195, 150), (245, 235, 205), (150, 105, 70)], ids=str)
+def test_brown_stain_saffron_and_yellowed_glass_are_no_ink(colour):
+    assert PEN not in judge_patches(plain(colour), MPP)
 
 
 def test_a_little_ink_on_glass_is_no_tissue():

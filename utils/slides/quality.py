@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.slides.tissue import TISSUE_SETTINGS, find_ink, is_stained, optical_density
+from utils.slides.colour import optical_density
+from utils.slides.tissue import TISSUE_SETTINGS, find_ink, is_stained
 
 
 @dataclass(frozen=True)

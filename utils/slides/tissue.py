@@ -2,9 +2,11 @@
 
 Stains absorb more light in one channel than in another; glass, dust, slide edges and unscanned borders absorb all
 alike. So tissue is where the optical densities of the channels differ (chroma), whatever the brightness.
-Nothing is fitted to the image but a tint of its glass: a picture full of tissue stays tissue, an empty slide empty.
+Nothing is fitted to the image but the tint of its glass (see glass.py where that is strong, or only on part of it): a
+picture full of tissue stays tissue, an empty slide empty.
 Inks are told from stains by hue and density, in the hue-saturation-density plane of van der Laak et al. (2000,
 Cytometry 39:275-284): `u` is how much more red light is absorbed than on average, `v` how much more green than blue.
+Inks of a stain's hue are told by their shape (strokes.py).
 Made for H&E and for brown or blue immunohistochemistry; a green counterstain (trichrome) would be taken for ink.
 """
 
@@ -16,12 +18,17 @@ from numpy.typing import NDArray
 
 from utils.core.errors import SlideError
 from utils.core.files import digest
+from utils.slides.colour import chroma, hue, least_density, mean_density, optical_density
+from utils.slides.glass import find_smear, tint_of_border
 from utils.slides.slide import Slide
+from utils.slides.strokes import find_strokes
 
 
 @dataclass(frozen=True)
 class TissueSettings:
-    """Every number the detector uses; part of the recipe of the features."""
+    """The detector's numbers; part of the recipe of the features. Those of strokes and of glass that a first look takes
+    for tissue are constants of their modules: they decide nothing where there is neither.
+    """
 
     mpp: float = 8.0  # um/px of the thumbnail that is judged
     assumed_mpp: float = 0.5  # um/px of a slide that does not say: the usual 20x
@@ -52,10 +59,11 @@ class TissueSettings:
 
 TISSUE_SETTINGS = TissueSettings()
 
-_WHITE = 255.0
 _PALE = 205  # of 255, the least of the three channels of glass
 _GLASS_SPREAD = 4  # grey levels around the glass's colour within which it lies
 _GLASS_SHARE = 0.1  # of the image, the least that is glass
+_YELLOW_DENSITY, _ORANGE_DENSITY = 0.12, 0.25  # mean density from which they are ink,
+_YELLOW_RIM = -0.5, -0.4  # and highest u and v of its rim
 # Fluorescence: a slide that over half its area is darker than this or lacks a colour, and is not bright elsewhere.
 _DARK, _BRIGHT = 40.0, 130.0  # mean of the three channels, of 255
 _DIM = 120.0  # the brightest twentieth of a brightfield image, even if dense tissue fills it, is over 160
@@ -133,19 +141,29 @@ def tissue_mask(
     """
     mpp = mpp or settings.mpp
     density = np.maximum(optical_density(rgb) - _tint_of_glass(rgb, settings), 0)
-    ink = _whole_ink(density, mpp, settings)
+    mask = _tissue_of(density, mpp, settings)
+    # A second look, where the glass itself was taken for tissue.
+    tint = tint_of_border(rgb, mask, mpp)
+    if tint is not None:
+        density = np.maximum(optical_density(rgb) - tint, 0)
+        mask = _tissue_of(density, mpp, settings)
+    film = find_smear(density, mask, mpp)
+    return mask if film is None else _tissue_of(np.maximum(density - film, 0), mpp, settings)
 
-    tissue = is_stained(density, settings) & ~ink
+
+def _tissue_of(density: NDArray[np.float32], mpp: float, settings: TissueSettings) -> NDArray[np.bool_]:
+    """(h, w) bool: the tissue on glass that has no tint."""
+    ink = _whole_ink(density, mpp, settings)
+    stained = is_stained(density, settings) & ~ink
+    strokes = find_strokes(density, stained, mpp)
+    if strokes.any():
+        ink |= _dilate(strokes, _steps(settings.halo_um, mpp, ink, settings))
+
+    tissue = stained & ~ink
     tissue = _close(tissue, _steps(settings.closing_um, mpp, tissue, settings))
     tissue |= _small_pieces(~tissue, _pixels(settings.max_hole_um2, mpp, tissue, settings))
     tissue &= ~ink
     return tissue & ~_small_pieces(tissue, _pixels(settings.min_area_um2, mpp, tissue, settings))
-
-
-def optical_density(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(h, w, 3) optical density to base 10 against white: 0 is clear, 1 lets a tenth of the light through."""
-    table = -np.log10((np.arange(256) + 1) / (_WHITE + 1))
-    return table.astype(np.float32)[rgb]
 
 
 def _tint_of_glass(rgb: NDArray[np.uint8], settings: TissueSettings) -> NDArray[np.float32]:
@@ -169,13 +187,13 @@ def _tint_of_glass(rgb: NDArray[np.uint8], settings: TissueSettings) -> NDArray[
 
 def is_stained(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SETTINGS) -> NDArray[np.bool_]:
     """(h, w) bool: where the channels' densities differ as in stained tissue, or in ink."""
-    chroma = density.max(axis=-1) - density.min(axis=-1)
-    return (chroma > settings.min_chroma) & (chroma > settings.min_saturation * density.mean(axis=-1))
+    strength = chroma(density)
+    return (strength > settings.min_chroma) & (strength > settings.min_saturation * mean_density(density))
 
 
 def find_ink(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SETTINGS) -> NDArray[np.bool_]:
-    """(h, w) bool: what is surely red, green or blue ink, and whatever is black in all channels."""
-    u, v, mean = _hue(density)
+    """(h, w) bool: what is surely red, green, blue, orange or yellow ink, and whatever is black in all channels."""
+    u, v, mean = hue(density)
     # Stains measured: H&E u -0.8..0.1, v 0.1..1; haematoxylin with DAB u -0.5..0.25, v -0.35..0.3. Ink lies beside.
     green = ((u > 0.2) & (v < 0.1)) | ((u > 0.0) & (v < -0.2))
     blue = (u > 0.35) & (v >= 0.1)
@@ -184,8 +202,15 @@ def find_ink(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SET
         (green & (mean > settings.ink_density))
         | (blue & (mean > settings.blue_ink_density))
         | (red & (mean > settings.red_ink_density))
-        | (density.min(axis=-1) > settings.black_density)
+        | _is_yellow(u, v, mean)
+        | (least_density(density) > settings.black_density)
     )
+
+
+def _is_yellow(u: NDArray[np.float32], v: NDArray[np.float32], mean: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(h, w) bool: what is surely yellow ink or, where it is dense, orange: thin saffron has nearly that hue."""
+    # Golden brown diaminobenzidine: u -0.66 or more, v -0.63 or more.
+    return ((u < -0.5) & (v < -0.9) & (mean > _YELLOW_DENSITY)) | ((u < -0.7) & (v < -0.65) & (mean > _ORANGE_DENSITY))
 
 
 def _whole_ink(density: NDArray[np.float32], mpp: float, settings: TissueSettings) -> NDArray[np.bool_]:
@@ -194,21 +219,14 @@ def _whole_ink(density: NDArray[np.float32], mpp: float, settings: TissueSetting
     ink &= ~_small_pieces(ink, _pixels(settings.min_ink_um2, mpp, ink, settings))
     if not ink.any():
         return ink
-    u, v, mean = _hue(density)
+    u, v, mean = hue(density)
     tinted = ((u < 0) & (v > -0.1) & (v < 0.2)) | ((u > 0.1) & (v < 0.15)) | (u > 0.35)
     reach = max(1, round(settings.ink_reach_um / mpp))
+    if (ink & _is_yellow(u, v, mean)).any():
+        tinted |= (u < _YELLOW_RIM[0]) & (v < _YELLOW_RIM[1])
     rim = tinted & (mean > settings.tint_density)
     ink = _dilate(ink, reach, within=ink | rim)
     return _dilate(ink, _steps(settings.halo_um, mpp, ink, settings))
-
-
-def _hue(density: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """(u, v, mean density), each (h, w): hue and saturation independent of how much stain there is."""
-    mean = density.mean(axis=-1)
-    floor = np.maximum(mean, np.float32(1e-6))
-    u = density[..., 0] / floor - 1
-    v = (density[..., 1] - density[..., 2]) / (np.float32(math.sqrt(3)) * floor)
-    return u.astype(np.float32, copy=False), v.astype(np.float32, copy=False), mean
 
 
 def _is_fluorescence(rgb: NDArray[np.uint8]) -> bool:
