@@ -97,3 +97,14 @@ def test_real_glass_and_tissue_are_left_alone(shared_data):
             image = slide.thumbnail(downsample=slide.width / tissue.mask.shape[1])
         if image.shape[:2] == tissue.mask.shape:
             assert tint_of_border(image, tissue.mask, 8.0) is None, path.name
+
+
+def test_a_drawn_section_on_pinkish_glass(shared_data):
+    folder = shared_data.parent / "cases" / "slides"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there")
+    masks = []
+    for name in ("glass_pinkish.tif", "glass_white.tif"):
+        with open_slide(folder / name) as slide:
+            masks.append(detect_tissue(slide).mask)
+    assert agreement(*masks) > 0.98

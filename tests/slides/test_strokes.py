@@ -128,3 +128,14 @@ def test_real_tissue_cut_into_bands_holds_no_stroke(shared_data):
             on_glass = glass(width + 60, band.shape[1] + 60)
             on_glass[30 : 30 + width, 30:-30] = band
             assert not strokes_of(on_glass).any(), path.name
+
+
+def test_drawn_pens_beside_tissue(shared_data):
+    """Ten markers above a section, at 8 um/px."""
+    path = shared_data.parent / "cases" / "slides" / "pens.tif"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with open_slide(path) as slide:
+        mask = detect_tissue(slide).mask
+    assert not mask[:210].any()
+    assert mask[240:320, 200:450].mean() > 0.95

@@ -10,8 +10,12 @@ _WHITE = 255.0
 
 def optical_density(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(h, w, 3) optical density to base 10 against white: 0 is clear, 1 lets a tenth of the light through."""
-    table = -np.log10((np.arange(256) + 1) / (_WHITE + 1))
-    return table.astype(np.float32)[rgb]
+    return density_of(np.arange(256))[rgb]
+
+
+def density_of(values: NDArray) -> NDArray[np.float32]:
+    """Optical density of values between 0 and 255, of any shape."""
+    return (-np.log10((values + 1) / (_WHITE + 1))).astype(np.float32)
 
 
 def hue(density: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:

@@ -7,7 +7,7 @@ Glass is told from pale tissue by being of one colour over a large part of the b
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.slides.colour import binned_density, mean_density, optical_density
+from utils.slides.colour import binned_density, density_of, mean_density, optical_density
 
 _BORDER_SHARE = 0.02  # width of the border that is looked at, of the image's shorter side
 _PALE = 185  # of 255, the least of the three channels of glass
@@ -47,7 +47,7 @@ def tint_of_border(rgb: NDArray[np.uint8], mask: NDArray[np.bool_], mpp: float) 
     colour = _most_frequent(rgb[border])
     if colour is None:
         return None
-    tint = optical_density(np.rint(colour).astype(np.uint8))
+    tint = density_of(colour)
     is_near = _near(rgb[border], colour)
     if is_near.mean() < _MIN_OF_BORDER or mask[border][is_near].mean() < _MIN_TAKEN:
         return None
