@@ -156,8 +156,8 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The error lines among stderr's."""
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+        """The error lines among stderr's; a progress bar may stand before one."""
+        return [line[line.index("error: ") :] for line in self.err.splitlines() if "error: " in line]
 
 
 def needs_ray() -> None:

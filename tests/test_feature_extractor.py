@@ -25,6 +25,7 @@ from utils.core.files import _machine
 from utils.extraction import extract_slides
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.slides.batch import slide_targets
+from utils.slides.find import find_slides
 
 THRESHOLD = ("--tissue_threshold", 0.3)
 
@@ -116,6 +117,28 @@ def test_a_table_tells_the_um_per_px_that_slides_lack(slide_cohort, script, tmp_
     (tmp_path / "mpp.csv").write_text("wsi,mpp\na,0.25\nb.tif,0.25\n")
     other = script("extractFeatures", *flags, "--slides_csv", tmp_path / "mpp.csv")
     assert "slide's mpp: found 0.5, expected 0.25" in other.errors[0]
+
+
+def test_slides_of_different_scales_are_told_apart_at_the_start_and_at_the_end(script, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name, mpp in (("a", 0.5), ("b", 0.25), ("c", 0.52), ("d", 0.5)):
+        write_pyramid(slides / f"{name}.tif", stained_image(320, 256), mpp=mpp, downsamples=(1,))
+    flags = ("--input_dir", slides, "--backbone", "stain", "--patch_size", 32)
+    told = "the patches of 1 slide have 0.25 um/px (b.tif), those of 3 0.5"
+    done = script("extractFeatures", *flags, "--output_dir", tmp_path / "out")
+    assert done.code == 0
+    assert told in done.err
+    assert told in done.out
+    assert "0.25 um/px, unlike most" in (tmp_path / "out" / "extraction_report.csv").read_text()
+    sheet = (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert told in sheet
+    assert "unlike most" in sheet
+    alike = script("extractFeatures", *flags, "--output_dir", tmp_path / "other", "--mpp", 0.5)
+    assert "the patches of" not in alike.out + alike.err
+    (slides / "b.tif").unlink()
+    alike = script("extractFeatures", *flags, "--output_dir", tmp_path / "third")
+    assert "the patches of" not in alike.out + alike.err
 
 
 # Tissue
@@ -339,7 +362,8 @@ def test_subfolders_are_kept_where_asked(slide_cohort, script, tmp_path):
 
 def test_shards_share_the_slides_out_largest_first(slide_cohort):
     def targets(**settings):
-        return list(slide_targets(ExtractionFiles(input_dir=slide_cohort.slides, output_dir=Path("out"), **settings)))
+        files = ExtractionFiles(input_dir=slide_cohort.slides, output_dir=Path("out"), **settings)
+        return list(slide_targets(files, find_slides(slide_cohort.slides)))
 
     parts = [targets(shard=f"{index}/3") for index in (1, 2, 3)]
     assert sorted(slide for part in parts for slide in part) == sorted(targets())

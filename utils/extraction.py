@@ -1,6 +1,7 @@
 """What `extractFeatures.py` does: a slide or a folder of them extracted, or only looked at, and the closing words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 from utils.bags.store import peek_bag
 from utils.core.config import Cluster, ExtractionFiles
 from utils.core.engine import Threads, open_engine, worker_number
-from utils.core.errors import ConfigError, FeatureFileError, counted
+from utils.core.errors import ConfigError, FeatureFileError, SlideError, counted
 from utils.core.remarks import alike_once
-from utils.core.runtime import duration, file_size, progress
+from utils.core.report import update_report
+from utils.core.runtime import duration, file_size, log, progress
 from utils.feature_extractor import WSIFeatureExtractor, current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
-from utils.slides.status import OUTLINES, PLANNED, STATUSES, SlideStatus, status_table
+from utils.slides.status import OUTLINES, PLANNED, STATUSES, SlideStatus, status_table, told_apart
 from utils.slides.wsi import open_slide
+
+_LOOKED_AT = 200  # slides, of many, whose um/px are compared before an extraction by level
 
 
 def _slide_files(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> SlideFiles:
@@ -46,10 +50,41 @@ def extract_slides(
             extractors += [extractor.on(device) for device in extractor.devices[1:]]
             _ = [one.backbone for one in extractors]  # one that cannot be had ends all before it begins
         known.clear_parts(targets)
+        _warn_of_scales(extractor, known, targets)
         statuses = work_through(targets, engine, _Extraction(tuple(extractors), known), report_path(files))
+    statuses = _with_scales(statuses, targets, report_path(files))
     if files.preview is not False:
         known.write_sheet(_latest_recipe)
     return statuses
+
+
+def _warn_of_scales(extractor: WSIFeatureExtractor, known: SlideFiles, targets: Mapping[Path, Path]) -> None:
+    """Log it where the slides, or some of many, would give patches of different um/px."""
+    if extractor.config.target_mpp is not None:
+        return
+    some = list(targets)[:: -(-len(targets) // _LOOKED_AT)]
+    mpps: dict[Path, float | None] = {}
+    for slide in progress(some, "Looking at resolutions", unit="slide", leave=False):
+        with suppress(SlideError):  # told when its turn comes
+            mpps[slide] = extractor.delivered_mpp(slide, known.mpps.of(slide))
+    text, _ = told_apart(mpps)
+    if text:
+        log.warning("%s: %s", known.files.input_dir, text)
+
+
+def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], report: Path) -> list[SlideStatus]:
+    """The statuses, and in the report, with a remark on slides whose patches have other um/px than most."""
+    _, others = told_apart({status.slide: status.mpp for status in statuses if status.is_made})
+    if not others:
+        return list(statuses)
+    marked = [
+        replace(status, reason="; ".join(filter(None, [status.reason, f"{status.mpp:.3g} um/px, unlike most"])))
+        if status.slide in others
+        else status
+        for status in statuses
+    ]
+    update_report(report, {targets[status.slide]: status for status in marked}, SlideStatus)
+    return marked
 
 
 def _latest_recipe(features: Sequence[Path]) -> dict[str, Any] | None:
@@ -124,6 +159,9 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     patches = sum(status.patches or 0 for status in done)
     others = ", ".join(f"{sum(status.status == name for status in statuses)} {name}" for name in STATUSES[1:])
     lines = [f"{len(done)} extracted ({patches} patches), {others} (took {took})"]
+    scales, _ = told_apart({status.slide: status.mpp for status in statuses if status.is_made})
+    if scales:
+        lines.append(f"Note: {scales}")
     unknown = sum(status.mpp is None for status in done)
     if unknown:
         lines.append(

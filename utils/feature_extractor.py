@@ -432,10 +432,11 @@ def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
         raise RecipeError(
             f"{target}: was made by something else (it holds no recipe); move it, or extract with --overwrite"
         )
-    known = {name: info.passport.slide.get(name) for name in ("quick_hash", "mpp")}
+    known = {name: info.passport.slide.get(name) for name in ("quick_hash", "mpp", "data_hash")}
     tissue = info.passport.slide.get("tissue")
     with open_slide(slide, told.mpp) as opened:
         now = {"quick_hash": opened.quick_hash(), "mpp": opened.mpp}
+        now["data_hash"] = known["data_hash"] and opened.data_hash()  # older files do not record it
         outlined = told.outlined(opened)
     found, wanted = ({f"slide's {name}": value for name, value in one.items()} for one in (known, now))
     found, wanted = info.passport.recipe | found, extractor.recipe | wanted
@@ -460,6 +461,7 @@ def _slide_record(slide: Slide, plan: PatchPlan) -> dict[str, Any]:
         "vendor": slide.vendor,
         "bounds": list(slide.bounds) if slide.bounds else None,
         "quick_hash": slide.quick_hash(),
+        "data_hash": slide.data_hash(),
         "patch_size_level0": plan.patch_size_level0,
         "stride_level0": plan.stride_level0,
         "tissue": plan.outlines_digest,

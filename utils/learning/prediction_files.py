@@ -15,7 +15,7 @@ from utils.core.runtime import log
 from utils.learning.kept_answers import ENDING
 from utils.learning.out_of_fold import RECORD, OutOfFold
 from utils.slides.batch import PREVIEWS
-from utils.slides.find import find_slides, is_slide_file, one_per_series
+from utils.slides.find import is_slide_file, look_for_slides, one_per_series
 
 # Where answers go unless a folder is given, each model's into a folder of its own.
 DEFAULT_FOLDER = Path("outputs/inference")
@@ -97,7 +97,10 @@ def _inputs_of(asked: Prediction) -> list[Path]:
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and is_feature_file(path) and not path.name.startswith(".")
     )
-    slides = one_per_series(find_slides(folder, asked.extensions))
+    looked = look_for_slides(folder, asked.extensions)
+    slides = one_per_series(looked.slides)
+    if slides and (asked.extensions is not None or not files):
+        looked.log(folder)
     if asked.extensions is not None or not files:
         files = slides
     elif slides := [one for one in slides if PREVIEWS not in one.parts and not one.resolve().is_relative_to(ours)]:

@@ -22,10 +22,10 @@ from utils.core.report import read_report, update_report
 from utils.core.runtime import log, progress_bar
 from utils.slides.contact_sheet import SheetRow, recipe_words, write_contact_sheet
 from utils.slides.contours import ContourFile
-from utils.slides.find import find_slides, one_per_series, slide_bytes
+from utils.slides.find import look_for_slides, one_per_series, slide_bytes
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
-from utils.slides.status import PLANNED, SlideStatus
+from utils.slides.status import PLANNED, SlideStatus, told_apart
 from utils.slides.tissue import TissueMask
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
@@ -38,18 +38,21 @@ _SECONDS_BETWEEN_REPORTS = 10
 Work = Callable[[Path, Path], SlideStatus]
 
 
-def slide_targets(files: ExtractionFiles) -> dict[Path, Path]:
-    """Each slide of the folder and its feature file; of a shard, every n-th slide, the largest first.
+def slide_targets(files: ExtractionFiles, found: Sequence[Path]) -> dict[Path, Path]:
+    """Each of the slides that were found and its feature file; of a shard, every n-th slide, the largest first.
 
-    Raises ConfigError where there is none, or two slides would share a file.
+    Raises ConfigError where two slides would share a file.
     """
     assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
-    found = _slides_of(files)
     targets = {}
     for slide in found:
         place = slide.relative_to(files.input_dir) if files.keep_structure else Path(slide.name)
         targets[slide] = files.output_dir / place.with_suffix(f".{files.format or 'h5'}")
-    check_distinct(targets, "rename one of them, or give --keep_structure")
+    in_place = Counter((slide.parent, slide.stem) for slide in found)
+    remedy = (
+        "name the ending that is wanted with --extensions" if max(in_place.values()) > 1 else "give --keep_structure"
+    )
+    check_distinct(targets, f"rename one of them, or {remedy}")
     chosen = found[: files.limit]
     index, count = files.part
     if count > 1:
@@ -60,7 +63,9 @@ def slide_targets(files: ExtractionFiles) -> dict[Path, Path]:
 def _slides_of(files: ExtractionFiles) -> list[Path]:
     """The slides of the folder, without what an extraction has put there itself; ConfigError where there is none."""
     assert files.input_dir is not None  # noqa: S101 - checked by the config
-    found = find_slides(files.input_dir, files.extensions)
+    looked = look_for_slides(files.input_dir, files.extensions)
+    looked.log(files.input_dir)
+    found = looked.slides
     if files.output_dir is not None:
         ours = files.output_dir.resolve()
         if ours == files.input_dir.resolve():
@@ -125,12 +130,10 @@ class SlideFiles:
     def targets(self) -> dict[Path, Path]:
         """Each slide and its feature file."""
         files = self.files
+        slides = self.slides()
         if self.mpps.rows:
-            self.mpps.check(self.slides(), files.input or Path(str(files.input_dir)))
-        if files.input is None:
-            return slide_targets(files)
-        _check_slide(files.input)
-        return {files.input: target_of_one(files)}
+            self.mpps.check(slides, files.input or Path(str(files.input_dir)))
+        return {files.input: target_of_one(files)} if files.input is not None else slide_targets(files, slides)
 
     def slides(self) -> list[Path]:
         """Return the slide, or all those of the folder. Raises SlideError or ConfigError where there is none."""
@@ -200,7 +203,8 @@ class SlideFiles:
                 rows |= {row.output or str(row.slide): row for row in read_report(report, SlideStatus)}
             statuses = sorted(rows.values(), key=lambda row: row.slide)
             recipe = recipe_of([folder / row.output for row in statuses if row.is_made and row.output])
-            about = [recipe_words(recipe)] if recipe else []
+            scales, _ = told_apart({row.slide: row.mpp for row in statuses if row.is_made})
+            about = [words for words in (recipe_words(recipe) if recipe else "", scales) if words]
             write_contact_sheet(
                 sheet_path(self.files), [self._sheet_row(row) for row in statuses], [*about, *_shard_words(reports)]
             )

@@ -114,12 +114,7 @@ def plan_patches(
         fraction = covered_fraction(tissue.mask, grid, size_level0, slide.width, slide.height)
         coords = grid[fraction >= tissue_threshold - _ROUNDING]
         if not len(coords):
-            shortage = (
-                f"{slide.path}: none of {len(grid)} patches holds {tissue_threshold:g} tissue (the most is "
-                f"{fraction.max():.2f}, {tissue.fraction:.1%} of the slide is tissue); "
-                + ("lower --tissue_threshold, or " if fraction.max() > 0 else "draw it and give --tissue, or ")
-                + "leave the slide out"
-            )
+            shortage = _shortage(slide, tissue, fraction, tissue_threshold)
     return PatchPlan(
         coords=coords,
         grid=grid,
@@ -131,6 +126,20 @@ def plan_patches(
         tissue=tissue,
         outlines_digest=None if outlined is None else outlined.digest,
         shortage=shortage,
+    )
+
+
+def _shortage(slide: Slide, tissue: TissueMask, fraction: NDArray[np.float64], threshold: float) -> str:
+    """Why none of a grid's patches is kept, and what to do."""
+    if tissue.is_grey:
+        return (
+            f"{slide.path}: it is greyscale, and the detector knows tissue by its colour; draw it and give --tissue, keep "
+            "every patch with --tissue_threshold 0, or leave the slide out"
+        )
+    remedy = "lower --tissue_threshold, or " if fraction.max() > 0 else "draw it and give --tissue, or "
+    return (
+        f"{slide.path}: none of {len(fraction)} patches holds {threshold:g} tissue (the most is {fraction.max():.2f}, "
+        f"{tissue.fraction:.1%} of the slide is tissue); {remedy}leave the slide out"
     )
 
 

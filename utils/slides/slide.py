@@ -6,7 +6,7 @@ Whatever goes wrong with a file, at opening or later, is a SlideError of one lin
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -141,16 +141,26 @@ class Slide:
     def quick_hash(self) -> str:
         """A cheap digest of the content: sha256 over the file's size and its first and last MiB, in hexadecimal.
 
-        Of a slide of several files (MIRAX, VMS, DICOM) only the one that was opened is looked at.
+        Of a slide of several files (MIRAX, VMS, DICOM) only the one that was opened is looked at; see `data_hash`.
         """
+        return self._hash_of([self.path])
+
+    def data_hash(self) -> str | None:
+        """The same of the files in a MIRAX slide's folder, where its pixels are; None for other slides."""
+        if self.path.suffix.lower() != ".mrxs":
+            return None
+        return self._hash_of(sorted(path for path in self.path.with_suffix("").iterdir() if path.is_file()))
+
+    def _hash_of(self, files: Sequence[Path]) -> str:
         digest = hashlib.sha256()
         try:
-            size = self.path.stat().st_size
-            digest.update(f"{size}\n".encode())
-            with self.path.open("rb") as file:
-                digest.update(file.read(_HASHED_BYTES))
-                file.seek(max(size - _HASHED_BYTES, 0))
-                digest.update(file.read(_HASHED_BYTES))
+            for path in files:
+                size = path.stat().st_size
+                digest.update(f"{size}\n".encode())
+                with path.open("rb") as file:
+                    digest.update(file.read(_HASHED_BYTES))
+                    file.seek(max(size - _HASHED_BYTES, 0))
+                    digest.update(file.read(_HASHED_BYTES))
         except OSError as error:
             raise SlideError(f"{self.path}: cannot be read ({error.strerror})") from error
         return digest.hexdigest()

@@ -1,11 +1,12 @@
 """What became of each slide of a batch, as a row of its report, a table, and the closing line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from utils.core.errors import named
+from utils.core.errors import counted, named
+from utils.core.passport import MPP_TOLERANCE
 
 OUTLINES = "outlines"  # what a slide's tissue was told by, where not by the detector
 STATUSES = ("done", "skipped", "no tissue", "failed")
@@ -60,6 +61,28 @@ class SlideStatus:
         """The reason without the file it begins with: many slides may share it."""
         subject, colon, why = self.reason.partition(": ")
         return why if colon and Path(subject).name.startswith(self.slide.stem) else self.reason
+
+
+def told_apart(mpps: Mapping[Path, float | None]) -> tuple[str, dict[Path, float]]:
+    """What to say of slides whose patches have different um/px, and those that have another than most.
+
+    "" and none where they are alike, or not known.
+    """
+    known = {slide: mpp for slide, mpp in mpps.items() if mpp}
+    common = max(known.values(), key=lambda mpp: sum(_are_alike(mpp, other) for other in known.values()), default=0.0)
+    others = {slide: mpp for slide, mpp in known.items() if not _are_alike(mpp, common)}
+    if not others:
+        return "", {}
+    least, most = min(others.values()), max(others.values())
+    span = f"{least:.3g}" if _are_alike(least, most) else f"{least:.3g} to {most:.3g}"
+    names = named([slide.name for slide in others], _NAMED)
+    which = f"the patches of {counted(len(others), 'slide')} have {span} um/px ({names})"
+    rest = f"those of {len(known) - len(others)} {common:.3g}"
+    return f"{which}, {rest}: their features show different scales; --mpp cuts all at one", others
+
+
+def _are_alike(one: float, other: float) -> bool:
+    return max(one, other) <= min(one, other) * (1 + MPP_TOLERANCE)
 
 
 def status_table(statuses: Sequence[SlideStatus]) -> str:

@@ -62,6 +62,7 @@ TISSUE_SETTINGS = TissueSettings()
 _PALE = 205  # of 255, the least of the three channels of glass
 _GLASS_SPREAD = 4  # grey levels around the glass's colour within which it lies
 _GLASS_SHARE = 0.1  # of the image, the least that is glass
+_NO_COLOUR = 2  # grey levels between the channels, everywhere
 _YELLOW_DENSITY, _ORANGE_DENSITY = 0.12, 0.25  # mean density from which they are ink,
 _YELLOW_RIM = -0.5, -0.4  # and highest u and v of its rim
 # Fluorescence: a slide that over half its area is darker than this or lacks a colour, and is not bright elsewhere.
@@ -78,11 +79,13 @@ class TissueMask:
         mask: (h, w) bool, True = tissue, spanning the whole slide.
         mpp: um per mask px, or None where the slide's mpp is unknown.
         settings: how it was made.
+        is_grey: whether the slide has no colour, by which the detector knows tissue.
     """
 
     mask: NDArray[np.bool_]
     mpp: float | None
     settings: TissueSettings = field(default=TISSUE_SETTINGS)
+    is_grey: bool = False
 
     @property
     def fraction(self) -> float:
@@ -111,7 +114,8 @@ def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> T
         )
     delivered = math.sqrt(slide.width * slide.height / (thumbnail.shape[0] * thumbnail.shape[1]))
     mask = tissue_mask(thumbnail, mpp * delivered, settings)
-    return TissueMask(mask, slide.mpp * delivered if slide.mpp else None, settings)
+    is_grey = bool(np.ptp(thumbnail, axis=-1).max() <= _NO_COLOUR)
+    return TissueMask(mask, slide.mpp * delivered if slide.mpp else None, settings, is_grey)
 
 
 def judged_shape(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> tuple[int, int]:

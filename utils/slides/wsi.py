@@ -219,7 +219,8 @@ def _check_file(path: Path) -> None:
         raise SlideError(f"{path}: no such file; check the path")
     if not os.access(path, os.R_OK):
         raise SlideError(f"{path}: may not be read; check its permissions")
-    if path.stat().st_size == 0:
+    # The .mrxs of a MIRAX slide is but a thumbnail: its pixels are in the folder beside it.
+    if path.stat().st_size == 0 and path.suffix.lower() != ".mrxs":
         raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
 
 
