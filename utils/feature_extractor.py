@@ -351,13 +351,21 @@ class Extracted:
         little = plan.grid[~np.isin(places, chosen)]
         dropped = {reason: plan.coords[self.reasons == reason] for reason in self.dropped}
         resolution = "" if plan.mpp is None else f" at {plan.mpp:.3g} um/px"
+        area = slide.scanned
+        corner, size = np.array(area[:2]), np.array(area[2:])
+
+        def within(places: np.ndarray) -> np.ndarray:
+            """Corners as counted from the area's, of the patches that reach into it."""
+            moved = places - corner
+            return moved[((moved > -plan.patch_size_level0) & (moved < size)).all(axis=1)]
+
         return draw_preview(
-            slide.thumbnail(max_side=MAX_SIDE),
-            (slide.width, slide.height),
-            kept=self.coords,
-            dropped={LITTLE_TISSUE: little} | dropped,
+            slide.thumbnail(max_side=MAX_SIDE, area=area),
+            area[2:],
+            kept=within(self.coords),
+            dropped={reason: within(places) for reason, places in ({LITTLE_TISSUE: little} | dropped).items()},
             size_level0=plan.patch_size_level0,
-            mask=None if plan.tissue is None else plan.tissue.mask,
+            mask=None if plan.tissue is None else plan.tissue.within(area, (slide.width, slide.height)),
             mpp=slide.mpp,
             title=f"{slide.name}: {len(self.coords):,} patches of {plan.patch_size} px{resolution}",
         )

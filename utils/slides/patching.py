@@ -133,8 +133,8 @@ def _shortage(slide: Slide, tissue: TissueMask, fraction: NDArray[np.float64], t
     """Why none of a grid's patches is kept, and what to do."""
     if tissue.is_grey:
         return (
-            f"{slide.path}: it is greyscale, and the detector knows tissue by its colour; draw it and give --tissue, keep "
-            "every patch with --tissue_threshold 0, or leave the slide out"
+            f"{slide.path}: it is greyscale, and the detector knows tissue by its colour; draw it and give --tissue, "
+            "keep every patch with --tissue_threshold 0, or leave the slide out"
         )
     remedy = "lower --tissue_threshold, or " if fraction.max() > 0 else "draw it and give --tissue, or "
     return (

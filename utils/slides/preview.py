@@ -159,8 +159,8 @@ def _union(boxes: Sequence[Box], shape: tuple[int, ...]) -> NDArray[np.bool_]:
     height, width = shape[0], shape[1]
     limit = np.array([width, height])
     # A line on the far edge is drawn just inside it.
-    lows = np.concatenate([np.minimum(low, limit - 1) for low, _ in boxes])
-    highs = np.concatenate([np.minimum(high, limit) for _, high in boxes])
+    lows = np.concatenate([np.clip(low, 0, limit - 1) for low, _ in boxes])
+    highs = np.concatenate([np.clip(high, 0, limit) for _, high in boxes])
     steps = np.zeros((height + 1) * (width + 1), dtype=np.int64)
     for xs, ys, sign in ((lows, lows, 1), (highs, lows, -1), (lows, highs, -1), (highs, highs, 1)):
         steps += sign * np.bincount(ys[:, 1] * (width + 1) + xs[:, 0], minlength=steps.size)

@@ -19,6 +19,7 @@ from utils.slides.resolution import NOT_IN_FILE, Resolution
 
 READ_BLOCK = 4096  # px of a level read at once for a thumbnail: 50 MB, whatever the slide's size
 WHITE = (255, 255, 255)
+Area = tuple[int, int, int, int]  # x, y, width, height in level-0 px
 
 _HASHED_BYTES = 2**20
 
@@ -111,30 +112,50 @@ class Slide:
         problem = f"level {level} does not show what level 0 shows" if is_there else f"there is no level {level}"
         raise SlideError(f"{self.path}: {problem}; choose one of {levels}")
 
-    def thumbnail(self, *, downsample: float | None = None, max_side: int | None = None) -> NDArray[np.uint8]:
-        """The whole slide, smaller: (h, w, 3) uint8 RGB.
+    @property
+    def scanned(self) -> Area:
+        """The area that the scanner says it scanned, as far as it is on the slide, or the whole slide."""
+        x, y, width, height = self.bounds or (0, 0, self.width, self.height)
+        left, top = max(0, x), max(0, y)
+        right, bottom = min(self.width, x + width), min(self.height, y + height)
+        return (
+            (left, top, right - left, bottom - top)
+            if right > left and bottom > top
+            else (0, 0, self.width, self.height)
+        )
 
-        Args: exactly one of
+    def thumbnail(
+        self, *, downsample: float | None = None, max_side: int | None = None, area: Area | None = None
+    ) -> NDArray[np.uint8]:
+        """The whole slide or an area of it, smaller: (h, w, 3) uint8 RGB.
+
+        Args: `area`, (x, y, width, height) in level-0 px, and exactly one of
             downsample: level-0 px per thumbnail px, at least 1.
             max_side: px of the thumbnail's longer side; a smaller slide comes as it is.
 
         It is averaged down (a box filter over every pixel) from the nearest finer level, block by block, so that memory
         is bounded by the thumbnail and one block.
         """
-        width, height = self._thumbnail_size(downsample, max_side)
-        wanted = min(self.width / width, self.height / height)
+        x, y, area_width, area_height = area or (0, 0, self.width, self.height)
+        width, height = _thumbnail_size((area_width, area_height), downsample, max_side)
+        wanted = min(area_width / width, area_height / height)
         finer = [level for level, factor in enumerate(self.level_downsamples) if factor <= wanted * (1 + 1e-6)]
         level = max(finer, key=lambda level: self.level_downsamples[level], default=0)
 
         level_width, level_height = self.level_dimensions[level]
-        scale_x, scale_y = level_width / width, level_height / height
+        start_x, start_y = x / self.width * level_width, y / self.height * level_height
+        scale_x = area_width / self.width * level_width / width
+        scale_y = area_height / self.height * level_height / height
         step_x, step_y = max(1, int(READ_BLOCK / scale_x)), max(1, int(READ_BLOCK / scale_y))
         thumbnail = np.empty((height, width, 3), dtype=np.uint8)
         for top in range(0, height, step_y):
             bottom = min(top + step_y, height)
             for left in range(0, width, step_x):
                 right = min(left + step_x, width)
-                box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+                box = (
+                    start_x + left * scale_x, start_y + top * scale_y,
+                    start_x + right * scale_x, start_y + bottom * scale_y,
+                )  # fmt: skip
                 thumbnail[top:bottom, left:right] = self._averaged(level, box, (right - left, bottom - top))
         return thumbnail
 
@@ -179,14 +200,6 @@ class Slide:
     def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         raise NotImplementedError
 
-    def _thumbnail_size(self, downsample: float | None, max_side: int | None) -> tuple[int, int]:
-        if downsample is None and max_side is not None:
-            downsample = max(self.width, self.height) / max_side
-        elif downsample is None or max_side is not None:
-            raise ValueError("thumbnail: give exactly one of downsample and max_side")
-        downsample = max(downsample, 1.0)
-        return max(1, round(self.width / downsample)), max(1, round(self.height / downsample))
-
     def _averaged(self, level: int, box: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
         """A box of a level, in its (fractional) px, averaged down to `size` (width, height)."""
         left, top = math.floor(box[0]), math.floor(box[1])
@@ -200,6 +213,15 @@ class Slide:
             min(box[3], bottom) - top,
         )
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX, box=inside))
+
+
+def _thumbnail_size(size: tuple[int, int], downsample: float | None, max_side: int | None) -> tuple[int, int]:
+    if downsample is None and max_side is not None:
+        downsample = max(size) / max_side
+    elif downsample is None or max_side is not None:
+        raise ValueError("thumbnail: give exactly one of downsample and max_side")
+    downsample = max(downsample, 1.0)
+    return max(1, round(size[0] / downsample)), max(1, round(size[1] / downsample))
 
 
 def opaque(rgba: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArray[np.uint8]:

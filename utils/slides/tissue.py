@@ -92,6 +92,13 @@ class TissueMask:
         """The share of the slide that is tissue."""
         return float(self.mask.mean())
 
+    def within(self, area: tuple[int, int, int, int], size: tuple[int, int]) -> NDArray[np.bool_]:
+        """The part of the mask that spans an area (x, y, width, height) of a slide of (width, height) level-0 px."""
+        (rows, columns), (x, y, width, height) = self.mask.shape, area
+        left, right = math.floor(x / size[0] * columns), math.ceil((x + width) / size[0] * columns)
+        top, bottom = math.floor(y / size[1] * rows), math.ceil((y + height) / size[1] * rows)
+        return self.mask[top:bottom, left:right]
+
     @property
     def digest(self) -> str:
         """Which tissue it is, whoever told it."""
