@@ -1,5 +1,6 @@
 """Extraction of folders: which slides, at which resolution, past interruptions and full devices."""
 
+import errno
 import json
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -141,6 +143,53 @@ def test_slides_of_different_scales_are_told_apart_at_the_start_and_at_the_end(s
     assert "the patches of" not in alike.out + alike.err
 
 
+# Damage
+
+
+def damage_tile(path, number):
+    """Make a tile of level 0 unreadable."""
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        place, count = page.dataoffsets[number], page.databytecounts[number]
+    content = bytearray(path.read_bytes())
+    content[place + 2 : place + count] = bytes(count - 2)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "zlib"])  # read past OpenSlide, and by it
+def test_patches_that_cannot_be_read_are_dropped_and_counted_when_asked(script, tmp_path, compression):
+    slides, pixels = tmp_path / "slides", np.full((512, 512, 3), (225, 150, 190), np.uint8)
+    slides.mkdir()
+    tifffile.imwrite(slides / "a.tif", pixels, tile=(128, 128), photometric="rgb", compression=compression,
+                     metadata=None, resolution=(20000, 20000), resolutionunit="CENTIMETER")  # fmt: skip
+    damage_tile(slides / "a.tif", 5)  # of 4 x 4 tiles
+    flags = ("--input_dir", slides, "--output_dir", tmp_path / "out", "--backbone", "stain", "--patch_size", 64)
+    assert script("extractFeatures", *flags).code == 1
+    done = script("extractFeatures", *flags, "--skip_damaged")
+    assert done.code == 0, done.err
+    assert "a.tif: 4 of 64 patches cannot be read, and are dropped; the first: level 0" in done.err
+    bag = read_bag(tmp_path / "out" / "a.h5")
+    assert bag.passport.slide["dropped"] == {"damaged": 4}
+    corners = {tuple(corner) for corner in bag.coords.tolist()}
+    assert corners == {(x, y) for x in range(0, 512, 64) for y in range(0, 512, 64)} - {
+        (x, y) for x in (128, 192) for y in (128, 192)
+    }
+    assert np.isfinite(bag.features).all()
+    assert "4 cannot be read" in (tmp_path / "out" / "extraction_report.csv").read_text()
+
+
+def test_a_full_disk_ends_the_batch_at_once(slide_cohort, script, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.bags.store._HDF5Writer._append", full)
+    done = script("extractFeatures", "--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out",
+                  "--backbone", "stain", "--patch_size", 64, "--no-preview")  # fmt: skip
+    assert done.code == 1
+    assert len(done.errors) == 1
+    assert "No space left on device" in done.errors[0]
+
+
 # Tissue
 
 
@@ -239,7 +288,7 @@ def test_quality_control_drops_patches_and_tells_why(slide_cohort, script, tmp_p
     done = script("extractFeatures", *flags, "--overwrite")
     assert done.code == 0
     assert "1 no tissue" in done.out
-    assert "--qc drops all of its patches" in done.err
+    assert "which is all; leave the slide out" in done.err
     plain = [flag for flag in flags if flag != "--qc"]
     assert "qc: found {" in script("extractFeatures", *plain).errors[0]
 

@@ -39,7 +39,7 @@ from utils.slides.preview import (
     draw_preview,
     write_preview,
 )
-from utils.slides.quality import QUALITY_SETTINGS, judge_patches
+from utils.slides.quality import DAMAGED, QUALITY_SETTINGS, judge_patches
 from utils.slides.slide import Slide
 from utils.slides.status import OUTLINES, SlideStatus
 from utils.slides.tissue import TISSUE_SETTINGS
@@ -187,7 +187,7 @@ class WSIFeatureExtractor:
 
     def extract(self, wsi_path: Path) -> Bag:
         """One slide's bag, with coordinates and passport."""
-        with open_slide(wsi_path) as slide:
+        with self._opened(wsi_path) as slide:
             plan = self.plan(slide)
             parts, reasons = zip(*self.encode(slide, plan), strict=True)
             found = Extracted.of(plan, reasons)
@@ -200,7 +200,7 @@ class WSIFeatureExtractor:
         Raises as `process` does.
         """
         told = told or Told()
-        with open_slide(wsi_path, told.mpp) as slide:
+        with self._opened(wsi_path, told.mpp) as slide:
             plan = self.plan(slide, told)
             if told.save_tissue is not None and plan.tissue is not None:
                 write_contours(told.save_tissue, plan.tissue, slide)
@@ -213,6 +213,11 @@ class WSIFeatureExtractor:
                 found.conclude(slide, told.preview)
                 writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found))
         return found
+
+    def _opened(self, wsi_path: Path, mpp: float | None = None) -> Slide:
+        slide = open_slide(wsi_path, mpp)
+        slide.reads_past_damage = self.config.skip_damaged
+        return slide
 
     def plan(self, slide: Slide, told: Told | None = None) -> PatchPlan:
         """Which patches of a slide to read.
@@ -251,7 +256,7 @@ class WSIFeatureExtractor:
 
     def passport(self, slide: Slide, found: "Extracted") -> Passport:
         record = _slide_record(slide, found.plan)
-        if self.config.qc:
+        if self.config.qc or found.dropped:
             record["dropped"] = found.dropped
         return Passport(self.recipe, record, versions())
 
@@ -262,12 +267,19 @@ class WSIFeatureExtractor:
         config, on_gpu = self.config, self.device.type == "cuda"
         workers = processors() if config.num_workers == "auto" else config.num_workers
         bar = progress_bar(slide.name, len(plan), unit="patch", leave=False, delay=_BAR_DELAY_SECONDS)
-        batches = read_batches(slide, plan, config.batch_size, workers=workers, pin_memory=on_gpu)
+        damage: dict[int, SlideError] = {}
+        batches = read_batches(
+            slide, plan, config.batch_size, workers=workers, pin_memory=on_gpu,
+            on_damage=damage.__setitem__ if config.skip_damaged else None,
+        )  # fmt: skip
+        start = 0
         with bar, closing(batches):
             for patches in batches:
                 if self.stop.is_set():
                     raise KeyboardInterrupt
-                reasons = judge_patches(patches.numpy(), plan.mpp) if config.qc else np.full(len(patches), "")
+                reasons = judge_patches(patches.numpy(), plan.mpp) if config.qc else np.full(len(patches), "", "<U8")
+                reasons[[number - start for number in list(damage) if start <= number < start + len(patches)]] = DAMAGED
+                start += len(patches)
                 kept = patches[torch.from_numpy(reasons == "")] if reasons.any() else patches
                 features = self._embed(kept).cpu().numpy().astype(config.dtype)
                 if not np.isfinite(features).all():
@@ -279,6 +291,10 @@ class WSIFeatureExtractor:
                     bar.set_postfix_str(f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB", refresh=False)
                 bar.update(len(patches))
                 yield features, reasons
+        if damage:
+            first = damage[min(damage)]
+            log.warning("%s: %d of %d patches cannot be read, and are dropped; the first: %s", slide.path, len(damage),
+                        len(plan), str(first).removeprefix(f"{slide.path}: "))  # fmt: skip
 
     def rate(self, slide: Slide, plan: PatchPlan) -> float:
         """Patches per second, tried on two batches of a slide; the first is not counted."""
@@ -330,7 +346,7 @@ class Extracted:
         if preview is not None:
             write_preview(preview, self.drawn(slide))
         if not len(self.coords):
-            dropped = f"{slide.path}: --qc drops all of its patches ({_by_reason(self.dropped)}); leave the slide out"
+            dropped = f"{slide.path}: {_dropped_words(self.dropped)}, which is all; leave the slide out"
             raise NoTissueError(self.plan.shortage or dropped)
 
     @property
@@ -418,8 +434,10 @@ def current_status(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
 
 
 def _dropped_words(dropped: Mapping[str, int]) -> str:
-    """Return how many patches `--qc` dropped, and why."""
-    return f"--qc dropped {_by_reason(dropped)}"
+    """Return how many patches `--qc` dropped and why, and how many could not be read."""
+    judged = {reason: count for reason, count in dropped.items() if reason != DAMAGED}
+    parts = [f"--qc dropped {_by_reason(judged)}"] if judged else []
+    return "; ".join([*parts, *([f"{dropped[DAMAGED]} cannot be read"] if DAMAGED in dropped else [])])
 
 
 def _by_reason(dropped: Mapping[str, int]) -> str:

@@ -314,7 +314,7 @@ def test_a_truncated_pyramid_fails_by_name(tmp_path):
     assert one_line(error)
 
 
-def test_damage_inside_a_tile_is_an_error_for_good(tmp_path):
+def test_damage_inside_a_tile_is_an_error_there_and_nowhere_else(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
     path = write_pyramid(tmp_path / "a.tiff", noise, downsamples=(1,), tile=64)
     with tifffile.TiffFile(path) as file:
@@ -325,8 +325,7 @@ def test_damage_inside_a_tile_is_an_error_for_good(tmp_path):
     with open_slide(path) as slide:
         with pytest.raises(SlideError, match=r"a\.tiff: level 0 cannot be read at \(0, 0\)"):
             slide.read_region(0, 0, 0, 256, 256)
-        with pytest.raises(SlideError, match=r"a\.tiff"):
-            slide.read_region(200, 200, 0, 10, 10)
+        np.testing.assert_allclose(slide.read_region(200, 200, 0, 10, 10), noise[200:210, 200:210], atol=60)
 
 
 def test_the_bad_slides_each_give_one_clear_line(shared_data):

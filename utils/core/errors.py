@@ -16,6 +16,10 @@ class ConfigError(LiteMILError):
     """A setting, or a combination of settings, that cannot be used."""
 
 
+class DiskFullError(LiteMILError):
+    """No space, or no quota, left for a file: no fault of the one that was being made, and the next would fail too."""
+
+
 class SlideError(LiteMILError):
     """A slide that cannot be opened or read, or not at the resolution asked for."""
 

@@ -20,9 +20,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from utils.core.errors import ConfigError, LiteMILError
+from utils.core.errors import ConfigError, DiskFullError, LiteMILError
 
 _SECONDS_TO_BE_FORGOTTEN = 24 * 3600
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
 @contextmanager
@@ -36,7 +37,8 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
         owner = f"{_machine()}-{os.getpid()}"
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.{owner}.", suffix=".part", dir=path.parent)
     except OSError as failure:
-        raise error(f"{path}: cannot be written ({failure.strerror}); choose another output folder") from failure
+        kind = _kind_of(failure, error)
+        raise kind(f"{path}: cannot be written ({failure.strerror}); choose another output folder") from failure
     part = Path(name)
     try:
         os.close(handle)
@@ -49,10 +51,14 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
             os.fsync(written.fileno())
         part.replace(path)
     except OSError as failure:
-        reason = failure.strerror or failure
-        raise error(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from failure
+        reason, kind = failure.strerror or failure, _kind_of(failure, error)
+        raise kind(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from failure
     finally:
         part.unlink(missing_ok=True)
+
+
+def _kind_of(failure: OSError, error: type[LiteMILError]) -> type[LiteMILError]:
+    return DiskFullError if failure.errno in _NO_SPACE else error
 
 
 def appeared(path: Path, seconds: float = 60) -> Path:

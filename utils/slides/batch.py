@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.core.config import ExtractionFiles
 from utils.core.engine import Engine, Lost, Tell, threads
-from utils.core.errors import BackboneError, ConfigError, LiteMILError, NoTissueError, SlideError
+from utils.core.errors import BackboneError, ConfigError, DiskFullError, LiteMILError, NoTissueError, SlideError
 from utils.core.files import check_distinct, check_writable, clear_parts, clear_parts_of
 from utils.core.remarks import alike_once
 from utils.core.report import read_report, update_report
@@ -286,7 +286,7 @@ def attempt(work: Work, slide: Path, target: Path) -> SlideStatus:
     started = time.perf_counter()
     try:
         status = work(slide, target)
-    except BackboneError:  # no slide's fault
+    except (BackboneError, DiskFullError):  # not specific to one slide
         raise
     except LiteMILError as error:
         seconds = round(time.perf_counter() - started, 2)

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.core.errors import ConfigError, SlideError
 from utils.core.geometry import covered_fraction, level0_size, patch_grid, usable_extent
-from utils.slides.slide import Slide
+from utils.slides.slide import WHITE, Slide
 from utils.slides.tissue import TissueMask, detect_tissue
 
 # Float rounding in the covered fraction must not cost a patch that is covered exactly as asked.
@@ -234,28 +234,42 @@ def _grid(slide: Slide, sampling: Sampling, patch_size: int, stride_level0: int)
 
 
 def read_batches(
-    slide: Slide, plan: PatchPlan, batch_size: int, *, workers: int = 1, pin_memory: bool = False
+    slide: Slide,
+    plan: PatchPlan,
+    batch_size: int,
+    *,
+    workers: int = 1,
+    pin_memory: bool = False,
+    on_damage: Callable[[int, SlideError], None] | None = None,
 ) -> Generator[Tensor]:
     """The plan's patches in their order, (B, P, P, 3) uint8, read ahead by `workers` threads; memory is that of a few
     batches. `pin_memory` is for a CUDA device.
+
+    Of a patch that cannot be read `on_damage`, where it is given, gets the number and the error; its pixels are white.
 
     Raises:
         SlideError: a patch cannot be read; nothing is put in its place.
     """
 
-    def fill(places: NDArray[np.uint8], corners: NDArray[np.integer]) -> None:
-        for place, corner in zip(places, corners, strict=True):
-            place[...] = read_patch(slide, plan, corner)
+    def fill(places: NDArray[np.uint8], numbers: NDArray[np.integer]) -> None:
+        for place, number in zip(places, numbers.tolist(), strict=True):
+            try:
+                place[...] = read_patch(slide, plan, plan.coords[number])
+            except SlideError as error:
+                if on_damage is None:
+                    raise
+                place[...] = WHITE
+                on_damage(number, error)
 
     waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
     with ThreadPoolExecutor(workers) as readers:
         try:
             for start in range(0, len(plan), batch_size):
-                corners = plan.coords[start : start + batch_size]
-                shape = (len(corners), plan.patch_size, plan.patch_size, 3)
+                numbers = np.arange(start, min(start + batch_size, len(plan)))
+                shape = (len(numbers), plan.patch_size, plan.patch_size, 3)
                 batch = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
                 # Runs of neighbours: threads that read one patch each in turn would wait for each other's tiles.
-                runs = zip(*(np.array_split(part, workers) for part in (batch.numpy(), corners)), strict=True)
+                runs = zip(*(np.array_split(part, workers) for part in (batch.numpy(), numbers)), strict=True)
                 waiting.append((batch, [readers.submit(fill, *run) for run in runs]))
                 if len(waiting) > _BATCHES_AHEAD:
                     yield _filled(*waiting.popleft())

@@ -40,6 +40,7 @@ QUALITY_SETTINGS = QualitySettings()
 
 PEN, WHITE, BLURRED = "pen", "white", "blurred"
 REASONS = (PEN, WHITE, BLURRED)
+DAMAGED = "damaged"  # why a patch that cannot be read is dropped
 
 _COARSE = 4  # px of the focus scale
 _AT_ONCE = 16  # patches: what is computed of them stays in the processor's cache
@@ -58,7 +59,7 @@ def judge_patches(
         (B,) the first of `REASONS` that holds, "" for a patch that is fine.
     """
     mpp = mpp or settings.assumed_mpp
-    reasons = np.full(len(patches), "", dtype=f"<U{max(map(len, REASONS))}")
+    reasons = np.full(len(patches), "", dtype=f"<U{max(map(len, (*REASONS, DAMAGED)))}")
     for start in range(0, len(patches), _AT_ONCE):
         part = patches[start : start + _AT_ONCE]
         inked, stained = _colour_shares(part, mpp, settings)

@@ -19,9 +19,11 @@ from utils.slides.resolution import NOT_IN_FILE, Resolution
 
 READ_BLOCK = 4096  # px of a level read at once for a thumbnail: 50 MB, whatever the slide's size
 WHITE = (255, 255, 255)
+Colour = tuple[int, int, int]
 Area = tuple[int, int, int, int]  # x, y, width, height in level-0 px
 
 _HASHED_BYTES = 2**20
+_SMALL_PIECE = 64  # px, the side of what is left white around damage
 
 
 class Slide:
@@ -42,6 +44,7 @@ class Slide:
         vendor: OpenSlide's name for the scanner's format; "image" for a plain image.
         bounds: (x, y, width, height) of the scanned area in level-0 px, or None where the file does not say.
         opened_by: the function of path and told_mpp that opens it again.
+        reads_past_damage: whether thumbnails show white where the slide cannot be read, instead of a SlideError.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Slide:
     vendor: str
     bounds: tuple[int, int, int, int] | None = None
     opened_by: Callable[..., "Slide"]
+    reads_past_damage: bool = False
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +129,12 @@ class Slide:
         )
 
     def thumbnail(
-        self, *, downsample: float | None = None, max_side: int | None = None, area: Area | None = None
+        self,
+        *,
+        downsample: float | None = None,
+        max_side: int | None = None,
+        area: Area | None = None,
+        where_damaged: Colour = WHITE,
     ) -> NDArray[np.uint8]:
         """The whole slide or an area of it, smaller: (h, w, 3) uint8 RGB.
 
@@ -133,8 +142,9 @@ class Slide:
             downsample: level-0 px per thumbnail px, at least 1.
             max_side: px of the thumbnail's longer side; a smaller slide comes as it is.
 
-        It is averaged down (a box filter over every pixel) from the nearest finer level, block by block, so that memory
-        is bounded by the thumbnail and one block.
+        `where_damaged` is the colour of what cannot be read, if the slide `reads_past_damage`. The thumbnail is averaged
+        down (a box filter over every pixel) from the nearest finer level, block by block, so that memory is bounded by
+        the thumbnail and one block.
         """
         x, y, area_width, area_height = area or (0, 0, self.width, self.height)
         width, height = _thumbnail_size((area_width, area_height), downsample, max_side)
@@ -156,7 +166,9 @@ class Slide:
                     start_x + left * scale_x, start_y + top * scale_y,
                     start_x + right * scale_x, start_y + bottom * scale_y,
                 )  # fmt: skip
-                thumbnail[top:bottom, left:right] = self._averaged(level, box, (right - left, bottom - top))
+                thumbnail[top:bottom, left:right] = self._averaged(
+                    level, box, (right - left, bottom - top), where_damaged
+                )
         return thumbnail
 
     def quick_hash(self) -> str:
@@ -200,12 +212,14 @@ class Slide:
     def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         raise NotImplementedError
 
-    def _averaged(self, level: int, box: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
+    def _averaged(
+        self, level: int, box: tuple[float, float, float, float], size: tuple[int, int], where_damaged: Colour
+    ) -> NDArray[np.uint8]:
         """A box of a level, in its (fractional) px, averaged down to `size` (width, height)."""
         left, top = math.floor(box[0]), math.floor(box[1])
         right = min(math.ceil(box[2] - 1e-9), self.level_dimensions[level][0])
         bottom = min(math.ceil(box[3] - 1e-9), self.level_dimensions[level][1])
-        pixels = self._read_level(level, left, top, right - left, bottom - top)
+        pixels = self._read_leniently(level, left, top, right - left, bottom - top, where_damaged)
         inside = (
             box[0] - left,
             box[1] - top,
@@ -213,6 +227,26 @@ class Slide:
             min(box[3], bottom) - top,
         )
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX, box=inside))
+
+    def _read_leniently(
+        self, level: int, x: int, y: int, width: int, height: int, where_damaged: Colour
+    ) -> NDArray[np.uint8]:
+        """A region of a level; past damage in ever smaller pieces, of one colour where even small ones are damaged."""
+        try:
+            return self._read_level(level, x, y, width, height)
+        except SlideError:
+            if not self.reads_past_damage:
+                raise
+        if max(width, height) <= _SMALL_PIECE:
+            return np.full((height, width, 3), where_damaged, dtype=np.uint8)
+        if width >= height:
+            half = width // 2
+            pieces = [(x, y, half, height), (x + half, y, width - half, height)]
+        else:
+            half = height // 2
+            pieces = [(x, y, width, half), (x, y + half, width, height - half)]
+        read = [self._read_leniently(level, *piece, where_damaged) for piece in pieces]
+        return np.concatenate(read, axis=1 if width >= height else 0)
 
 
 def _thumbnail_size(size: tuple[int, int], downsample: float | None, max_side: int | None) -> tuple[int, int]:

@@ -62,7 +62,9 @@ TISSUE_SETTINGS = TissueSettings()
 _PALE = 205  # of 255, the least of the three channels of glass
 _GLASS_SPREAD = 4  # grey levels around the glass's colour within which it lies
 _GLASS_SHARE = 0.1  # of the image, the least that is glass
-_NO_COLOUR = 2  # grey levels between the channels, everywhere
+# Greyscale: no more grey levels between the channels anywhere, and so many between the places, where glass has few.
+_NO_COLOUR, _SOMETHING = 2, 60
+_EOSIN = (225, 150, 190)
 _YELLOW_DENSITY, _ORANGE_DENSITY = 0.12, 0.25  # mean density from which they are ink,
 _YELLOW_RIM = -0.5, -0.4  # and highest u and v of its rim
 # Fluorescence: a slide that over half its area is darker than this or lacks a colour, and is not bright elsewhere.
@@ -112,7 +114,9 @@ def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> T
         SlideError: the slide cannot be read, or is dark as fluorescence is.
     """
     mpp = slide.mpp or settings.assumed_mpp
-    thumbnail = slide.thumbnail(downsample=judging_downsample(slide.width, slide.height, mpp, settings))
+    downsample = judging_downsample(slide.width, slide.height, mpp, settings)
+    # What cannot be read may be tissue: its patches are tried, and counted.
+    thumbnail = slide.thumbnail(downsample=downsample, where_damaged=_EOSIN)
     if _is_fluorescence(thumbnail):
         raise SlideError(
             f"{slide.path}: mostly black, or colours on black (mean {thumbnail.mean():.0f} of 255), as fluorescence "
@@ -121,7 +125,7 @@ def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> T
         )
     delivered = math.sqrt(slide.width * slide.height / (thumbnail.shape[0] * thumbnail.shape[1]))
     mask = tissue_mask(thumbnail, mpp * delivered, settings)
-    is_grey = bool(np.ptp(thumbnail, axis=-1).max() <= _NO_COLOUR)
+    is_grey = bool(np.ptp(thumbnail, axis=-1).max() <= _NO_COLOUR and np.ptp(thumbnail) >= _SOMETHING)
     return TissueMask(mask, slide.mpp * delivered if slide.mpp else None, settings, is_grey)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 from numpy.typing import NDArray
+from PIL import Image
 
 from utils.core.errors import SlideError
 from utils.core.runtime import derive_seed, log
@@ -202,14 +203,27 @@ class _OpenSlideSlide(Slide):
         return True
 
     def _read_by_openslide(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
-        if self._handle is None:
+        handle = self._handle
+        if handle is None:
             raise SlideError(closed(self.path))
         try:
-            region = self._handle.read_region((x, y), level, (width, height))
-        except openslide.OpenSlideError as error:
-            # OpenSlide refuses every later read of this handle too: the slide as a whole has failed.
-            raise SlideError(damaged(self.path, f"level {level} cannot be read at ({x}, {y})", error)) from error
+            region = handle.read_region((x, y), level, (width, height))
+        except openslide.OpenSlideError:
+            region = self._read_anew(handle, x, y, level, width, height)
         return opaque(np.asarray(region), self._background)
+
+    def _read_anew(
+        self, failed: openslide.OpenSlide, x: int, y: int, level: int, width: int, height: int
+    ) -> Image.Image:
+        """Read by a handle of its own: OpenSlide refuses every read of one that has failed anywhere, in any thread."""
+        with self._lock:
+            if self._handle is failed:
+                self._handle = openslide.OpenSlide(self.path)
+        try:
+            with openslide.OpenSlide(self.path) as handle:
+                return handle.read_region((x, y), level, (width, height))
+        except openslide.OpenSlideError as error:
+            raise SlideError(damaged(self.path, f"level {level} cannot be read at ({x}, {y})", error)) from error
 
 
 def _check_file(path: Path) -> None:
