@@ -142,9 +142,9 @@ class Slide:
             downsample: level-0 px per thumbnail px, at least 1.
             max_side: px of the thumbnail's longer side; a smaller slide comes as it is.
 
-        `where_damaged` is the colour of what cannot be read, if the slide `reads_past_damage`. The thumbnail is averaged
-        down (a box filter over every pixel) from the nearest finer level, block by block, so that memory is bounded by
-        the thumbnail and one block.
+        `where_damaged` is the colour of what cannot be read, if the slide `reads_past_damage`. It is averaged down (a
+        box filter over every pixel) from the nearest finer level, block by block, so that memory is bounded by the
+        thumbnail and one block.
         """
         x, y, area_width, area_height = area or (0, 0, self.width, self.height)
         width, height = _thumbnail_size((area_width, area_height), downsample, max_side)
