@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tests.conftest import BACKBONE, PATCH
 from tests.synthetic import stained_image, write_pyramid
 from tests.test_commands import ROOT, recipe
 from utils import extraction, feature_extractor
-from utils.bags.store import read_bag
+from utils.bags.store import read_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
 from utils.core.errors import ConfigError, FeatureFileError, RecipeError, SlideError
 from utils.core.files import _machine
@@ -188,6 +189,59 @@ def test_a_full_disk_ends_the_batch_at_once(slide_cohort, script, tmp_path, monk
     assert done.code == 1
     assert len(done.errors) == 1
     assert "No space left on device" in done.errors[0]
+
+
+def test_a_kept_edge_is_part_of_the_recipe(script, tmp_path):
+    slides, features = tmp_path / "slides", tmp_path / "features"
+    slides.mkdir()
+    Image.fromarray(stained_image(155, 104)).save(slides / "a.png")
+    flags = ("--input_dir", slides, "--backbone", "stain", "--patch_size", 50, "--tissue_threshold", 0)
+    flags += ("--output_dir", features)
+    kept = (*flags, "--edge", "keep")
+    assert script("extractFeatures", *kept).code == 0
+    bag = read_bag(features / "a.h5")
+    assert bag.coords.tolist() == [[x, y] for y in (0, 50, 54) for x in (0, 50, 100, 105)]
+    assert bag.passport.recipe["edge"] == "keep"
+    assert "edges kept" in (features / "contact_sheet.html").read_text()
+    assert "1 skipped" in script("extractFeatures", *kept).out
+    refused = script("extractFeatures", *flags)
+    assert refused.code == 1
+    assert "made with another recipe (edge: found keep, expected none)" in refused.errors[0]
+    assert script("extractFeatures", *flags, "--overwrite").code == 0
+    assert len(read_bag(features / "a.h5").coords) == 6
+    refused = script("extractFeatures", *kept)
+    assert "made with another recipe (edge: found none, expected keep)" in refused.errors[0]
+
+
+def test_files_that_do_not_record_the_edge_are_of_the_recipe_that_drops_it(script, tmp_path):
+    Image.fromarray(stained_image(155, 104)).save(tmp_path / "a.png")
+    target = tmp_path / "a.h5"
+    flags = ("--input", tmp_path / "a.png", "--output", target, "--backbone", "stain", "--patch_size", 50)
+    assert script("extractFeatures", *flags, "--tissue_threshold", 0).code == 0
+    bag = read_bag(target)
+    older = {name: value for name, value in bag.passport.recipe.items() if name != "edge"}
+    write_bag(target, replace(bag, passport=replace(bag.passport, recipe=older)))
+    assert "edge" not in read_bag(target).passport.recipe
+    for given in ((), ("--edge", "drop")):
+        assert "1 skipped" in script("extractFeatures", *flags, "--tissue_threshold", 0, *given).out
+    assert "edge: found none, expected keep" in script(
+        "extractFeatures", *flags, "--tissue_threshold", 0, "--edge", "keep"
+    ).errors[0]  # fmt: skip
+
+
+def test_new_slides_keep_their_edge_where_the_training_features_did(tmp_path):
+    Image.fromarray(stained_image(155, 104)).save(tmp_path / "a.png")
+    made = WSIFeatureExtractor("stain", 50, tissue_threshold=0, edge="keep")
+    again = WSIFeatureExtractor.of_recipe(made.recipe, weights=None, batch_size=64, device="cpu")
+    np.testing.assert_array_equal(
+        again.process(tmp_path / "a.png")["coords"], made.process(tmp_path / "a.png")["coords"]
+    )
+    dropped = WSIFeatureExtractor("stain", 50, tissue_threshold=0).recipe
+    older = {name: value for name, value in dropped.items() if name != "edge"}
+    for made_by in (dropped, older):
+        extractor = WSIFeatureExtractor.of_recipe(made_by, weights=None, batch_size=64, device="cpu")
+        assert extractor.config.edge == "drop"
+        assert len(extractor.process(tmp_path / "a.png")["coords"]) == 6
 
 
 # Tissue

@@ -24,6 +24,7 @@ from utils.learning.calibration import scale_probabilities
 from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
 from utils.learning.metrics import classification_metrics
 from utils.learning.statistics import bootstrap_intervals
+from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import save_picture
 
 CLASSES = ("benign", "malignant")
@@ -834,7 +835,8 @@ def test_every_picture_says_what_it_is_for(drawable, predict, tmp_path, texts_of
 
 def test_a_raw_slide_is_extracted_by_all_of_the_recipe(monkeypatch):
     """Each setting of a recipe, those to come too: what is made of one has the same."""
-    made = WSIFeatureExtractor("stain-texture", 96, 48, tissue_threshold=0.25, dtype="float32", mpp=0.75, qc=True)
+    made = WSIFeatureExtractor("stain-texture", 96, 48, tissue_threshold=0.25, dtype="float32", mpp=0.75, qc=True,
+                               edge="keep")  # fmt: skip
     again = WSIFeatureExtractor.of_recipe(made.recipe, weights=None, batch_size=64, device="cpu")
     assert again.recipe == made.recipe
     leveled = WSIFeatureExtractor("stain", 96, level=1)
@@ -850,6 +852,27 @@ def test_a_raw_slide_is_predicted_from_what_qc_leaves(predict, tmp_path, monkeyp
     monkeypatch.setattr("utils.feature_extractor.judge_patches", lambda patches, _: np.array(["pen"] * 3 + [""] * 61))
     assert predict("--checkpoint", path, "--input", tmp_path / "slide.tif").code == 0
     assert of(tmp_path / "out", "slide")["num_instances"] == 61
+
+
+def test_a_raw_slide_keeps_its_edge_and_is_painted_up_to_it(predict, tmp_path):
+    Image.fromarray(stained_image(155, 104)).save(tmp_path / "slide.png")
+    recipe = WSIFeatureExtractor("stain", 50, tissue_threshold=0, edge="keep").recipe
+    torch.manual_seed(0)
+    model = build_mil("LiteMIL", input_dim=45, num_classes=2)
+    path = write_model(tmp_path / "m.pth", 1, model=model.spec, state_dict=model.state_dict(), recipe=recipe)
+    outcome = predict("--checkpoint", path, "--input", tmp_path / "slide.png", "--visualize", "--save_features")
+    assert outcome.code == 0, outcome.err
+    out = tmp_path / "out"
+    assert of(out, "slide")["num_instances"] == 12
+    assert (out / "slide_heatmap.png").exists()
+    assert '<th scope="row">edge</th><td>keep</td>' in (out / "slide_report.html").read_text()
+    coords = np.load(out / "slide_attention.npz")["coords"]
+    assert coords.tolist() == [[x, y] for y in (0, 50, 54) for x in (0, 50, 100, 105)]
+    tiles = json.loads((out / "slide_attention.geojson").read_text())["features"]
+    corners = np.array([corner for tile in tiles for corner in tile["geometry"]["coordinates"][0]])
+    assert corners.max(axis=0).tolist() == [155, 104]
+    attention = AttentionMap(coords, np.full(12, 1 / 12), 50)
+    assert not np.isnan(attention.raster(attention.attention, (155, 104), (104, 155))).any()
 
 
 def test_the_um_per_px_of_raw_slides_can_be_told_of_all(predict, tmp_path):

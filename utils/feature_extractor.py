@@ -129,7 +129,7 @@ class WSIFeatureExtractor:
         extractor = cls(
             recipe["backbone"], recipe["patch_size"], recipe["stride"], recipe.get("level"), recipe["tissue_threshold"],
             batch_size, device, weights=weights, dtype=recipe["dtype"], mpp=recipe.get("mpp"),
-            qc=bool(recipe.get("qc")),
+            qc=bool(recipe.get("qc")), edge=recipe.get("edge") or Extraction.edge,
         )  # fmt: skip
         differences = recipe_differences(recipe, extractor.recipe, ("weights_digest", "transform"))
         if differences:
@@ -164,6 +164,7 @@ class WSIFeatureExtractor:
             "tissue_threshold": config.tissue_threshold,
             "tissue": TISSUE_SETTINGS.as_dict(),
             "qc": QUALITY_SETTINGS.as_dict() if config.qc else None,
+            "edge": None if config.edge == "drop" else config.edge,  # older files do not record it
         }
 
     def process(self, wsi_path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
@@ -238,6 +239,7 @@ class WSIFeatureExtractor:
         plan = plan_patches(
             slide, patch_size=config.patch_size, stride=config.stride, level=config.level, mpp=config.target_mpp,
             allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold, outlined=tissue,
+            keep_edge=config.edge == "keep",
         )  # fmt: skip
         if not len(plan):
             Extracted.of(plan, []).conclude(slide, told.preview)

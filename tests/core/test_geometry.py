@@ -25,6 +25,22 @@ def test_the_grid_is_every_multiple_of_the_stride_that_fits(width, height, size,
     assert [tuple(corner) for corner in grid.tolist()] == expected
 
 
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 120), st.integers(1, 120))
+@settings(max_examples=60, deadline=None)
+def test_a_kept_edge_adds_one_place_along_each_axis_where_something_is_left(width, height, size, stride):
+    regular, kept = patch_grid(width, height, size, stride), patch_grid(width, height, size, stride, 1)
+    if not len(regular):
+        assert not len(kept)
+        return
+    places = [sorted({*regular[:, axis].tolist(), (width, height)[axis] - size}) for axis in (0, 1)]
+    assert kept.tolist() == [[x, y] for y in places[1] for x in places[0]]
+
+
+def test_a_remainder_below_the_least_is_none():
+    assert patch_grid(203, 200, 100, 100, 4).tolist() == patch_grid(203, 200, 100, 100).tolist()
+    assert patch_grid(204, 200, 100, 100, 4).tolist() == [[x, y] for y in (0, 100) for x in (0, 100, 104)]
+
+
 def test_a_slide_of_exactly_one_patch_has_one_and_a_smaller_one_none():
     assert patch_grid(256, 256, 256, 256).tolist() == [[0, 0]]
     assert patch_grid(255, 256, 256, 256).shape == (0, 2)

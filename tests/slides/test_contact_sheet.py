@@ -68,6 +68,7 @@ def test_the_recipe_is_told_in_a_line():
         "Recipe of the latest features: uni, patches of 256 px at 0.5 µm/px, 128 px apart, at least 50% tissue, "
         "quality control on"
     )
+    assert recipe_words(recipe | {"edge": "keep"}).endswith("quality control off, edges kept")
     first_version = recipe_words(recipe | {"mpp": None, "level": 0, "tissue_threshold": 0})
     assert "at level 0, 128 px apart, at least 0% tissue, quality control off" in first_version
 

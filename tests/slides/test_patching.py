@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.slides.conftest import PLACE_SIZE
 from tests.synthetic import place_image, place_of, stained_image, write_pyramid
@@ -172,6 +173,88 @@ def test_neighbours_differ_by_exactly_the_stride(place_slide):
     assert plan.stride_level0 == 28  # 11 * 2.5015 rounded once, never accumulated
     assert set(np.diff(np.unique(plan.coords[:, 0]))) == {28}
     assert set(np.diff(np.unique(plan.coords[:, 1]))) == {28}
+
+
+def test_a_kept_edge_is_one_more_column_and_row_that_end_there(tmp_path):
+    Image.fromarray(place_image(775, 522)).save(tmp_path / "small.png")
+    with open_slide(tmp_path / "small.png") as slide:
+        dropped = plan_patches(slide, patch_size=256, tissue_threshold=0)
+        plan = plan_patches(slide, patch_size=256, tissue_threshold=0, keep_edge=True)
+        patches, image = all_patches(slide, plan), slide.read_region(0, 0, 0, 775, 522)
+    assert dropped.coords.tolist() == [[x, y] for y in (0, 256) for x in (0, 256, 512)]
+    assert plan.coords.tolist() == [[x, y] for y in (0, 256, 266) for x in (0, 256, 512, 519)]
+    for patch, (x, y) in zip(patches, plan.coords.tolist(), strict=True):
+        np.testing.assert_array_equal(patch, image[y : y + 256, x : x + 256])
+    assert covered(dropped, 775, 522).mean() < 0.98
+    assert covered(plan, 775, 522).all()
+
+
+def covered(plan, width, height):
+    """(h, w), whether a patch shows each level-0 px."""
+    seen = np.zeros((height, width), dtype=bool)
+    for x, y in plan.coords.tolist():
+        seen[y : y + plan.patch_size_level0, x : x + plan.patch_size_level0] = True
+    return seen
+
+
+@pytest.mark.parametrize("stride", [None, 30, 60])
+def test_nothing_is_added_where_the_grid_ends_at_the_edge(tmp_path, stride):
+    path = write_pyramid(tmp_path / "even.tiff", place_image(720, 480), mpp=0.5, downsamples=(1, 2, 4))
+    with open_slide(path) as slide:
+        for resolution in ({}, {"level": 1}, {"level": 2}, {"mpp": 0.5}, {"mpp": 1.0}, {"mpp": 2.0}):
+            asked = {"patch_size": 60, "stride": stride, "tissue_threshold": 0, **resolution}
+            dropped, kept = (plan_patches(slide, **asked, keep_edge=keep) for keep in (False, True))
+            np.testing.assert_array_equal(kept.coords, dropped.coords)
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS, ids=str)
+@pytest.mark.parametrize("stride", [None, 30])
+def test_a_kept_edge_lies_inside_the_level_at_every_resolution(place_slide, resolution, stride):
+    asked = {"patch_size": 23, "stride": stride, "tissue_threshold": 0, **resolution}
+    with open_slide(place_slide) as slide:
+        dropped, plan = (plan_patches(slide, **asked, keep_edge=keep) for keep in (False, True))
+        patches = all_patches(slide, plan)
+        level_downsample = slide.level_downsamples[plan.sampling.level]
+        level_size = np.array(slide.level_dimensions[plan.sampling.level])
+    places, regular = ([tuple(place) for place in one.coords.tolist()] for one in (plan, dropped))
+    assert len(set(places)) == len(places)
+    assert set(regular) < set(places)
+    assert places == sorted(places, key=lambda place: place[::-1])
+    far = plan.coords.max(axis=0) + 23 * plan.sampling.downsample
+    level_end = level_size * level_downsample
+    # Whole level-0 px: one is lost to where the patch begins and one to where the level ends, at the most.
+    assert (far <= level_end + 1e-6).all()
+    assert (level_end - far < max(2, level_downsample + 1)).all()
+    assert np.abs(patches[..., 2].astype(int) - 77).max() <= 2
+    for axis, seen in enumerate(place_of(patches, WIDTH, HEIGHT)):
+        off = seen.mean(axis=(1, 2)) - (plan.coords[:, axis] + 11.5 * plan.sampling.downsample)
+        assert np.abs(off).max() <= 0.5 * plan.sampling.downsample + 0.4
+
+
+def test_a_kept_edge_stays_inside_a_level_that_was_cut(tmp_path):
+    path = write_pyramid(tmp_path / "cut.tiff", place_image(300, 250), mpp=0.5, downsamples=(1, 8))
+    with open_slide(path) as slide:
+        plan = plan_patches(slide, patch_size=10, level=1, tissue_threshold=0, keep_edge=True)
+        patches = all_patches(slide, plan)
+    assert plan.coords.tolist() == [[x, y] for y in (0, 80, 160, 168) for x in (0, 80, 160, 216)]
+    assert np.abs(patches[..., 2].astype(int) - 77).max() <= 1
+
+
+def test_a_kept_edge_needs_tissue_like_any_other_patch(stained):
+    with open_slide(stained) as slide:
+        plan = plan_patches(slide, patch_size=300, keep_edge=True)
+        dropped = plan_patches(slide, patch_size=300)
+    assert set(np.unique(plan.grid[:, 0])) == {0, 300, 600, 900, 1200, 1300}
+    assert 0 < len(plan) < len(plan.grid)
+    known = {tuple(place) for place in plan.coords.tolist()}
+    assert {tuple(place) for place in dropped.coords.tolist()} == {place for place in known if place[0] != 1300}
+
+
+def test_a_patch_larger_than_the_slide_stays_refused_with_a_kept_edge(place_slide):
+    with open_slide(place_slide) as slide:
+        assert len(plan_patches(slide, patch_size=408, tissue_threshold=0, keep_edge=True)) == 2
+        with pytest.raises(SlideError, match="larger than the slide"):
+            plan_patches(slide, patch_size=409, tissue_threshold=0, keep_edge=True)
 
 
 def test_the_threshold_is_the_least_fraction_of_tissue(stained):

@@ -186,6 +186,11 @@ class Extraction(_Checked):
     tissue_threshold: float = option(0.5, "least fraction of tissue in a patch (0 keeps every patch)", least=0, most=1)
     qc: bool = option(False, "drop patches that are out of focus, nearly white, or inked by a pen")
     skip_damaged: bool = option(False, "drop the patches that cannot be read, instead of the slide; they are counted")
+    edge: Literal["drop", "keep"] = option(
+        "drop",
+        "what the grid leaves over at the right and bottom edge: drop it, or keep it in one last column and row of "
+        "patches that end at the edge and overlap the ones before",
+    )
     batch_size: int = option(64, "patches per forward pass", least=1)
     num_workers: int | Literal["auto"] = option("auto", "threads that read patches; auto: one per processor", least=1)
     device: str = option("auto", "auto, cpu, mps, cuda, cuda:N, or several: cuda:0,cuda:1 share the slides out")

@@ -19,12 +19,16 @@ def usable_extent(extent_level0: int, extent_level: int, downsample: float) -> i
     return min(extent_level0, int(extent_level * downsample + 1e-6))
 
 
-def patch_grid(width: int, height: int, size_level0: int, stride_level0: int) -> NDArray[np.int64]:
+def patch_grid(
+    width: int, height: int, size_level0: int, stride_level0: int, least_remainder: float | None = None
+) -> NDArray[np.int64]:
     """Top-left corners (x, y) of every patch of a regular grid that lies inside the slide.
 
     Args:
         width, height: the slide in level-0 px.
         size_level0, stride_level0: side of a patch and distance between neighbours, in level-0 px, both >= 1.
+        least_remainder: where the grid leaves so many level-0 px at the right or bottom edge, above 0, one more column
+            or row ends at that edge and overlaps the one before; None leaves the remainder out.
 
     Returns:
         (M, 2) int64 in level-0 px, row by row; M = 0 where the slide is smaller than one patch.
@@ -34,12 +38,19 @@ def patch_grid(width: int, height: int, size_level0: int, stride_level0: int) ->
     """
     if size_level0 < 1 or stride_level0 < 1:
         raise ValueError(f"patch_grid: {size_level0=} and {stride_level0=} must be at least 1 level-0 px")
-    xs = np.arange(0, width - size_level0 + 1, stride_level0, dtype=np.int64)
-    ys = np.arange(0, height - size_level0 + 1, stride_level0, dtype=np.int64)
+    xs, ys = (_starts(extent - size_level0, stride_level0, least_remainder) for extent in (width, height))
     grid = np.empty((len(ys), len(xs), 2), dtype=np.int64)
     grid[..., 0] = xs[None, :]
     grid[..., 1] = ys[:, None]
     return grid.reshape(-1, 2)
+
+
+def _starts(last: int, stride: int, least_remainder: float | None) -> NDArray[np.int64]:
+    """Where patches start along one axis, `last` being the last place for one; none where that is below 0."""
+    starts = np.arange(0, last + 1, stride, dtype=np.int64)
+    if least_remainder is None or not len(starts) or last - starts[-1] < least_remainder:
+        return starts
+    return np.append(starts, last)
 
 
 def covered_fraction(

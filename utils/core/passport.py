@@ -34,7 +34,8 @@ BACKBONE_ALIASES = {
 @dataclass(frozen=True)
 class Passport:
     """`recipe`: backbone, weights_digest, transform, precision, dtype, patch_size (px at the level read), stride,
-    level, tissue_threshold, tissue. `slide`: name, width, height, mpp, mpp_delivered, patch_size_level0, quick_hash.
+    level, tissue_threshold, tissue, edge (None where it was dropped). `slide`: name, width, height, mpp,
+    mpp_delivered, patch_size_level0, quick_hash.
     """
 
     recipe: dict[str, Any]

@@ -8,7 +8,9 @@ from typing import Any, Self
 
 from utils.core.cohorts import SYNTHETIC
 
-_RECIPE = ("backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "precision")
+_RECIPE = (
+    "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
+)  # fmt: skip
 _DIGEST_LENGTH, _SHOWN = 64, 16  # a digest's beginning tells it from others
 
 

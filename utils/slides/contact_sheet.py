@@ -63,6 +63,7 @@ def recipe_words(recipe: Mapping[str, Any]) -> str:
         f"{recipe['stride']} px apart",
         f"at least {recipe['tissue_threshold']:.0%} tissue",
         f"quality control {'on' if recipe.get('qc') else 'off'}",
+        *(["edges kept"] if recipe.get("edge") == "keep" else []),
     ]
     return f"Recipe of the latest features: {', '.join(parts)}"
 

@@ -47,7 +47,8 @@ class PatchPlan:
 
     Attributes:
         coords: (N, 2) int64, top-left corners (x, y) in level-0 px, row by row.
-        grid: (M, 2) int64, those of all patches before the tissue was looked at.
+        grid: (M, 2) int64, those of all patches before the tissue was looked at; regular but for a last column and row
+            at the edge, where those were asked for.
         patch_size: side in px of the patch.
         patch_size_level0: side in level-0 px, rounded.
         stride_level0: distance between neighbours of the grid in level-0 px, rounded.
@@ -83,6 +84,7 @@ def plan_patches(
     allow_upsample: bool = False,
     tissue_threshold: float = 0.5,
     outlined: TissueMask | None = None,
+    keep_edge: bool = False,
 ) -> PatchPlan:
     """Lay a grid over a slide and keep the patches with enough tissue.
 
@@ -94,6 +96,8 @@ def plan_patches(
         tissue_threshold: least fraction of a patch's footprint that is tissue, 0 to 1; 0 keeps every patch of the grid
             and does not run the detector.
         outlined: where the tissue is, instead of what the detector finds.
+        keep_edge: where the grid leaves a px or more of the level that is read at the right or bottom edge, add one
+            column or row that ends at the edge and overlaps the one before.
 
     Raises:
         ConfigError: a size, stride or threshold that makes no sense.
@@ -106,7 +110,7 @@ def plan_patches(
     _check_settings(patch_size, stride, tissue_threshold)
     sampling = choose_sampling(slide, patch_size, level, mpp, allow_upsample)
     size_level0, stride_level0 = (level0_size(pixels, sampling.downsample) for pixels in (patch_size, stride))
-    grid = _grid(slide, sampling, patch_size, stride_level0)
+    grid = _grid(slide, sampling, patch_size, stride_level0, keep_edge)
 
     coords, shortage, tissue = grid, "", None
     if tissue_threshold > 0:
@@ -213,7 +217,7 @@ def _check_settings(patch_size: int, stride: int, tissue_threshold: float) -> No
         raise ConfigError(f"tissue_threshold {tissue_threshold:g}: a fraction from 0 to 1 is expected")
 
 
-def _grid(slide: Slide, sampling: Sampling, patch_size: int, stride_level0: int) -> NDArray[np.int64]:
+def _grid(slide: Slide, sampling: Sampling, patch_size: int, stride_level0: int, keep_edge: bool) -> NDArray[np.int64]:
     """The grid whose patches lie inside the level that is read, and so inside the slide."""
     downsample = slide.level_downsamples[sampling.level]
     level_width, level_height = slide.level_dimensions[sampling.level]
@@ -224,6 +228,8 @@ def _grid(slide: Slide, sampling: Sampling, patch_size: int, stride_level0: int)
         usable_extent(slide.height, level_height, downsample),
         reach,
         stride_level0,
+        # A part of a px is none: the patch would be the one before once more.
+        downsample if keep_edge else None,
     )
     if not len(grid):
         raise SlideError(
