@@ -17,7 +17,7 @@ from utils.core.report import update_report
 from utils.core.runtime import duration, file_size, log, progress
 from utils.feature_extractor import WSIFeatureExtractor, current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
-from utils.slides.status import OUTLINES, PLANNED, STATUSES, SlideStatus, status_table, told_apart
+from utils.slides.status import OUTLINES, PLANNED, STATUSES, SlideStatus, status_table, unlike_scales
 from utils.slides.wsi import open_slide
 
 _LOOKED_AT = 200  # slides, of many, whose um/px are compared before an extraction by level
@@ -67,14 +67,14 @@ def _warn_of_scales(extractor: WSIFeatureExtractor, known: SlideFiles, targets: 
     for slide in progress(some, "Looking at resolutions", unit="slide", leave=False):
         with suppress(SlideError):  # told when its turn comes
             mpps[slide] = extractor.delivered_mpp(slide, known.mpps.of(slide))
-    text, _ = told_apart(mpps)
+    text, _ = unlike_scales(mpps)
     if text:
         log.warning("%s: %s", known.files.input_dir, text)
 
 
 def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], report: Path) -> list[SlideStatus]:
     """The statuses, and in the report, with a remark on slides whose patches have other um/px than most."""
-    _, others = told_apart({status.slide: status.mpp for status in statuses if status.is_made})
+    _, others = unlike_scales({status.slide: status.mpp for status in statuses if status.is_made})
     if not others:
         return list(statuses)
     marked = [
@@ -159,7 +159,7 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     patches = sum(status.patches or 0 for status in done)
     others = ", ".join(f"{sum(status.status == name for status in statuses)} {name}" for name in STATUSES[1:])
     lines = [f"{len(done)} extracted ({patches} patches), {others} (took {took})"]
-    scales, _ = told_apart({status.slide: status.mpp for status in statuses if status.is_made})
+    scales, _ = unlike_scales({status.slide: status.mpp for status in statuses if status.is_made})
     if scales:
         lines.append(f"Note: {scales}")
     unknown = sum(status.mpp is None for status in done)

@@ -25,7 +25,7 @@ from utils.slides.contours import ContourFile
 from utils.slides.find import look_for_slides, one_per_series, slide_bytes
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
-from utils.slides.status import PLANNED, SlideStatus, told_apart
+from utils.slides.status import PLANNED, SlideStatus, unlike_scales
 from utils.slides.tissue import TissueMask
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
@@ -203,7 +203,7 @@ class SlideFiles:
                 rows |= {row.output or str(row.slide): row for row in read_report(report, SlideStatus)}
             statuses = sorted(rows.values(), key=lambda row: row.slide)
             recipe = recipe_of([folder / row.output for row in statuses if row.is_made and row.output])
-            scales, _ = told_apart({row.slide: row.mpp for row in statuses if row.is_made})
+            scales, _ = unlike_scales({row.slide: row.mpp for row in statuses if row.is_made})
             about = [words for words in (recipe_words(recipe) if recipe else "", scales) if words]
             write_contact_sheet(
                 sheet_path(self.files), [self._sheet_row(row) for row in statuses], [*about, *_shard_words(reports)]

@@ -63,7 +63,7 @@ class SlideStatus:
         return why if colon and Path(subject).name.startswith(self.slide.stem) else self.reason
 
 
-def told_apart(mpps: Mapping[Path, float | None]) -> tuple[str, dict[Path, float]]:
+def unlike_scales(mpps: Mapping[Path, float | None]) -> tuple[str, dict[Path, float]]:
     """What to say of slides whose patches have different um/px, and those that have another than most.
 
     "" and none where they are alike, or not known.
