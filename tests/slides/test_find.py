@@ -76,6 +76,15 @@ def test_formats_that_are_not_read_are_named_and_other_files_are_not(tmp_path, c
     assert found(folder, extensions=[".qptiff"]) == ["b.qptiff"]
 
 
+def test_endings_that_nobody_knows_are_counted(tmp_path, caplog):
+    folder = fill(tmp_path, "a.svs", "IM0001", "b.abc", "b.csv", "a/Data0000.dat")
+    assert reasons(folder) == {"files whose endings tell nothing": ["IM0001", "b.abc"]}
+    with caplog.at_level("INFO"):
+        look_for_slides(folder).log(folder)
+    assert "left out files whose endings tell nothing (2: IM0001, b.abc)" in caplog.text
+    assert caplog.records[0].levelname == "INFO"
+
+
 PICTURES = [
     "masks/a.tif", "a_mask.tif", "a-thumbnail.png", "thumb.jpg", "previews/a.jpg", "x/Labels/a.png", "macro.png",
     "out/s_heatmap.png", "out/s_top_patches/top_1.png",

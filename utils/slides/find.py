@@ -24,6 +24,12 @@ FOREIGN_EXTENSIONS = frozenset(
      ".zvi", ".oir", ".afi", ".jp2", ".ets", ".dyqx", ".btf", ".tf8"}
 )  # fmt: skip
 
+# Files that lie beside slides and are none, of which nothing needs to be said.
+_NO_SLIDES = frozenset(
+    {".csv", ".tsv", ".txt", ".md", ".json", ".geojson", ".xml", ".html", ".pdf", ".xls", ".xlsx", ".docx", ".yaml",
+     ".yml", ".toml", ".ini", ".dat", ".db", ".log", ".py", ".ipynb", ".h5", ".hdf5", ".pt", ".pth", ".npy", ".npz",
+     ".zip", ".gz", ".tar", ".ndpa", ".ndpis", ".opt", ".sha256", ".md5", ".part", ".qpdata", ".qpproj", ".svg"}
+)  # fmt: skip
 # Files and folders that are named so are pictures of slides: masks, thumbnails, what we drew ourselves.
 _PICTURES = re.compile(
     r"(^|[_\-. ])(masks?|thumb(nail)?s?|previews?|labels?|macros?|overview|segmentations?|annotations?|heatmap|detailed"
@@ -33,7 +39,7 @@ _PICTURES = re.compile(
 _OF_A_NAS = frozenset({"@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found", "__MACOSX"})
 _NAMED = 4
 # Why something was left out; a slide may be among the suspect.
-_FOREIGN = "files of formats that are not read"
+_FOREIGN, _UNKNOWN = "files of formats that are not read", "files whose endings tell nothing"
 _DANGLING, _CLOSED = "links that lead nowhere", "what may not be read"
 _PICTURE, _BESIDE = "masks and pictures by their name", "files beside a slide of the same name"
 _SUSPECT = frozenset({_FOREIGN, _DANGLING, _CLOSED, _BESIDE})
@@ -93,6 +99,8 @@ def look_for_slides(folder: Path | str, extensions: Iterable[str] | None = None)
         return FoundSlides(sorted(_readable(slides, left_out)), dict(left_out))
     slides = [path for path in files if path.suffix.lower() in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS]
     left_out[_FOREIGN] += [path for path in files if path.suffix.lower() in FOREIGN_EXTENSIONS]
+    known = SLIDE_EXTENSIONS | IMAGE_EXTENSIONS | FOREIGN_EXTENSIONS | _NO_SLIDES
+    left_out[_UNKNOWN] += [path for path in files if path.suffix.lower() not in known]
     slides = _without_pictures(folder, _readable(slides, left_out), left_out)
     return FoundSlides(sorted(slides), {reason: sorted(paths) for reason, paths in left_out.items() if paths})
 
