@@ -177,6 +177,27 @@ def ray():
 
 
 @pytest.fixture
+def claimed_elsewhere() -> Iterator[Callable[[Path], subprocess.Popen]]:
+    """Let another process claim a file, until it is killed."""
+    script = (
+        "import sys, time; from pathlib import Path; from utils.core.files import claimed\n"
+        "with claimed(Path(sys.argv[1])) as other: print(other, flush=True); time.sleep(600)"
+    )
+    holders = []
+
+    def hold(path: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", script, str(path)]
+        holders.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]))
+        assert holders[-1].stdout.readline() == "\n"
+        return holders[-1]
+
+    yield hold
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
+
+
+@pytest.fixture
 def script(monkeypatch, capsys) -> Callable[..., Outcome]:
     """Run a script as its `__main__` does, in this process: `script("train", "--mil", "LiteMIL", ...)`."""
 

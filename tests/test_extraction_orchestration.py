@@ -1,6 +1,11 @@
 """extractFeatures.py over folders: what its report keeps, what is told of slides, and what it says at the end."""
 
+import platform
+import re
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +14,13 @@ import pytest
 from PIL import Image
 
 from tests.synthetic import stained_image, write_pyramid
+from utils import extraction
 from utils.bags.store import read_bag
 from utils.core.config import ExtractionFiles
 from utils.core.errors import ConfigError
 from utils.slides import batch
 
+ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ("--backbone", "stain", "--patch_size", 64, "--tissue_threshold", 0)
 
 
@@ -226,3 +233,110 @@ def test_the_end_says_first_what_to_do_about_what_failed(slides, extract, tmp_pa
 def test_features_in_a_cohorts_own_folder_are_audited_by_its_name(slides, extract, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert extract(*RECIPE, output="datasets/mine/features").out.splitlines()[-1].endswith("utils.audit --dataset mine")
+
+
+def test_two_processes_on_one_folder_share_the_slides(tmp_path):
+    (tmp_path / "slides").mkdir()
+    for number in range(8):
+        image = stained_image(1024, 768, seed=number)
+        write_pyramid(tmp_path / "slides" / f"{number}.tif", image, mpp=0.5, downsamples=(1,), tile=256)
+    command = [sys.executable, ROOT / "extractFeatures.py", "--input_dir", tmp_path / "slides", "--output_dir",
+               tmp_path / "out", *RECIPE]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([str(part) for part in command], **pipes) for _ in range(2)]
+    ends = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert "warning" not in ends[0][1] + ends[1][1]
+    counts = [int(re.search(r"(\d+) extracted", out)[1]) for out, _ in ends]
+    assert sum(counts) == 8, ends
+    report = report_of(tmp_path)
+    assert sorted(report.index) == [f"{number}.h5" for number in range(8)]
+    assert set(report["status"]) <= {"done", "skipped"}
+    assert (report["seconds"] != "").all()
+    assert (tmp_path / "out" / "contact_sheet.html").read_text().count("<li data-status") == 8
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(".")]
+
+
+def test_what_another_process_is_at_is_done_last_and_waited_for(
+    slides, extract, tmp_path, monkeypatch, claimed_elsewhere
+):
+    holder, waited = claimed_elsewhere(tmp_path / "out" / "a.h5"), []
+    original = batch._free_again
+
+    def free_again(left):
+        waited.append({target.name for _, target in left})
+        assert sorted(path.name for path in (tmp_path / "out").glob("*.h5")) == ["b.h5", "c.h5"]
+        threading.Timer(0.3, lambda: (holder.kill(), holder.wait())).start()
+        return original(left)
+
+    monkeypatch.setattr(batch, "_free_again", free_again)
+    monkeypatch.setattr(batch, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    ended = extract(*RECIPE)
+    assert (ended.code, waited) == (0, [{"a.h5"}])
+    said = f"{tmp_path / 'out' / 'a.h5'}: process {holder.pid} on {platform.node()} is extracting it; waiting for that"
+    assert said in ended.err
+    assert report_of(tmp_path)["status"].tolist() == ["done"] * 3
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_waiting_for_another_process_can_be_interrupted(slides, extract, tmp_path, monkeypatch, claimed_elsewhere):
+    claimed_elsewhere(tmp_path / "out" / "a.h5")
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "_free_again", interrupt)
+    assert extract(*RECIPE).code == 130
+    assert sorted(report_of(tmp_path).index) == ["b.h5", "c.h5"]
+
+
+def test_a_dead_process_is_not_waited_for(slides, extract, tmp_path, claimed_elsewhere):
+    holder = claimed_elsewhere(tmp_path / "out" / "a.h5")
+    holder.kill()
+    holder.wait()
+    ended = extract(*RECIPE)
+    assert (ended.code, "waiting" in ended.err) == (0, False)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_single_slide_that_another_process_is_at_is_one_line(slides, script, tmp_path, claimed_elsewhere):
+    target = tmp_path / "out" / "a.h5"
+    holder = claimed_elsewhere(target)
+    ended = script("extractFeatures", "--input", slides / "a.tif", "--output", target, *RECIPE)
+    assert ended.code == 1
+    (line,) = ended.errors
+    assert f"{target}: process {holder.pid} on {platform.node()} is extracting it; wait" in line
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_process_made_since_the_run_began_is_made(slides, extract, tmp_path, monkeypatch, overwrite):
+    """Files of before are made anew by --overwrite, once."""
+    if overwrite:
+        assert extract(*RECIPE).code == 0
+    begin = extraction._Extraction.of
+
+    def begin_and_let_another_run_pass(*arguments):
+        work = begin(*arguments)
+        monkeypatch.undo()
+        assert extract(*RECIPE, "--overwrite", "--limit", 2).code == 0
+        return work
+
+    monkeypatch.setattr(extraction._Extraction, "of", begin_and_let_another_run_pass)
+    assert extract(*RECIPE, *(["--overwrite"] if overwrite else [])).code == 0
+    report = report_of(tmp_path)
+    assert report["status"].to_dict() == {"a.h5": "skipped", "b.h5": "skipped", "c.h5": "done"}
+    assert report["reason"].str.startswith("made by another process meanwhile; ").tolist() == [True, True, False]
+    assert (report["seconds"] != "").all()
+
+
+def test_why_a_slide_failed_outlives_runs_on_others(slides, extract, tmp_path):
+    (slides / "z.tif").write_bytes(b"II*\0 no slide")
+    assert extract(*RECIPE).code == 1
+    why = report_of(tmp_path).loc["z.h5", "reason"]
+    assert "z.tif" in why
+    for flags in (("--limit", 1), ("--limit", 2, "--overwrite")):
+        assert extract(*RECIPE, *flags).code == 0
+        report = report_of(tmp_path)
+        assert (report.loc["z.h5", "status"], report.loc["z.h5", "reason"]) == ("failed", why)
+        assert len(report) == 4
+    assert (tmp_path / "out" / "contact_sheet.html").read_text().count("<li data-status") == 4

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,12 +12,13 @@ from utils.bags.store import peek_bag
 from utils.core.config import Cluster, ExtractionFiles
 from utils.core.engine import Threads, open_engine, worker_number
 from utils.core.errors import ConfigError, FeatureFileError, SlideError, counted
+from utils.core.files import claimed
 from utils.core.remarks import alike_once
-from utils.core.report import update_report
+from utils.core.report import read_report, update_report
 from utils.core.runtime import duration, file_size, log, progress
 from utils.feature_extractor import WSIFeatureExtractor, current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
-from utils.slides.status import OUTLINES, PLANNED, STATUSES, SlideStatus, status_table, unlike_scales
+from utils.slides.status import CLAIMED, OUTLINES, PLANNED, STATUSES, SlideStatus, status_table, unlike_scales
 from utils.slides.wsi import open_slide
 
 _LOOKED_AT = 200  # slides, of many, whose um/px are compared before an extraction by level
@@ -42,7 +43,11 @@ def extract_slides(
     if files.input is not None:
         if cluster.is_asked_for:
             raise ConfigError("--ray shares the slides of a folder out; give --input_dir with it")
-        return [_Extraction((extractor,), known)(*pair) for pair in targets.items()]
+        (pair,) = targets.items()
+        status = _Extraction.of((extractor,), known, targets)(*pair)
+        if status.status == CLAIMED:
+            raise SlideError(f"{status.reason}; wait for that, or give another --output")
+        return [status]
     here = Threads(len(extractor.devices), extractor.stop)
     with open_engine(cluster, here, extractor.config.device) as engine:
         extractors = [extractor]
@@ -50,8 +55,9 @@ def extract_slides(
             extractors += [extractor.on(device) for device in extractor.devices[1:]]
             _ = [one.backbone for one in extractors]  # one that cannot be had ends all before it begins
         known.clear_parts(targets)
+        work = _Extraction.of(extractors, known, targets)
         _warn_of_scales(extractor, known, targets)
-        statuses = work_through(targets, engine, _Extraction(tuple(extractors), known), report_path(files))
+        statuses = work_through(targets, engine, work, report_path(files))
     statuses = _with_scales(statuses, targets, report_path(files))
     if files.preview is not False:
         known.write_sheet(_latest_recipe)
@@ -73,9 +79,9 @@ def _warn_of_scales(extractor: WSIFeatureExtractor, known: SlideFiles, targets: 
 
 
 def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], report: Path) -> list[SlideStatus]:
-    """The statuses, and in the report, with a remark on slides whose patches have other um/px than most."""
-    _, others = unlike_scales({status.slide: status.mpp for status in statuses if status.is_made})
-    if not others:
+    """The statuses, and in the report, with a remark on slides whose patches have other um/px than most in there."""
+    _, others = unlike_scales({row.slide: row.mpp for row in read_report(report, SlideStatus) if row.is_made})
+    if not others.keys() & {status.slide for status in statuses}:
         return list(statuses)
     marked = [
         replace(status, reason="; ".join(filter(None, [status.reason, f"{status.mpp:.3g} um/px, unlike most"])))
@@ -103,14 +109,36 @@ def _latest_recipe(features: Sequence[Path]) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _Extraction:
-    """Makes one slide's file by the extractor that is the worker's own."""
+    """Makes one slide's file by the extractor that is the worker's own, unless another process is at it.
+
+    `before` is when each file that was there as the run began had been written.
+    """
 
     extractors: tuple[WSIFeatureExtractor, ...]
     known: SlideFiles
+    before: Mapping[Path, int | None]
+
+    @classmethod
+    def of(cls, extractors: Sequence[WSIFeatureExtractor], known: SlideFiles, targets: Mapping[Path, Path]) -> Self:
+        return cls(tuple(extractors), known, {target: _written(target) for target in targets.values()})
 
     def __call__(self, slide: Path, target: Path) -> SlideStatus:
-        extractor = self.extractors[worker_number()]
-        return extract_one(extractor, slide, target, self.known.files.overwrite, self.known.told(slide, target))
+        extractor, told = self.extractors[worker_number()], self.known.told(slide, target)
+        with claimed(target) as other:
+            if other:
+                return SlideStatus(slide, CLAIMED, f"{target}: {other} is extracting it")
+            is_new = _written(target) not in (None, self.before[target])
+            status = extract_one(extractor, slide, target, self.known.files.overwrite and not is_new, told)
+        if is_new and status.status == "skipped":
+            status = replace(status, reason=f"made by another process meanwhile; {status.reason}")
+        return status
+
+
+def _written(path: Path) -> int | None:
+    """When a file was written; None where there is none."""
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
 
 
 def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:

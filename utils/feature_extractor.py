@@ -41,7 +41,7 @@ from utils.slides.preview import (
 )
 from utils.slides.quality import DAMAGED, QUALITY_SETTINGS, judge_patches
 from utils.slides.slide import Slide
-from utils.slides.status import OUTLINES, SlideStatus
+from utils.slides.status import ANEW, OUTLINES, SlideStatus
 from utils.slides.tissue import TISSUE_SETTINGS
 from utils.slides.wsi import open_slide
 
@@ -410,7 +410,7 @@ def extract_one(
     started = time.perf_counter()
     found = extractor.extract_to(slide, target, told)
     seconds = round(time.perf_counter() - started, 2)
-    reasons = ["extracted anew: its outlines have changed"] if is_mended else []
+    reasons = [ANEW] if is_mended else []
     reasons += [_dropped_words(found.dropped)] if found.dropped else []
     tissue = OUTLINES if found.plan.outlines_digest else ""
     return SlideStatus(slide, "done", "; ".join(reasons), len(found.coords), found.plan.mpp, seconds, tissue=tissue)

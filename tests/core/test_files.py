@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import random
 import stat
 import subprocess
@@ -18,13 +19,18 @@ import numpy as np
 import pytest
 import torch
 
+from utils.core import files
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, LiteMILError
 from utils.core.files import (
     appeared,
     check_distinct,
     check_writable,
+    claim_on,
+    claimed,
     clear_parts,
+    clear_parts_of,
     digest,
+    is_free,
     read_json,
     whole_file,
     write_bytes,
@@ -72,6 +78,58 @@ def test_what_a_killed_process_left_is_cleared_and_no_other(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "mine.h5", ".notes.part", ".old.part", ".theirs.h5.other_machine-1.abc.part",
     }  # fmt: skip
+
+
+def test_a_file_is_one_process_s_to_make_at_a_time(tmp_path, claimed_elsewhere):
+    path = tmp_path / "new" / "a.h5"
+    with claimed(path) as other, claimed(path) as second, claimed(tmp_path / "b.h5") as third:
+        assert (other, second, third) == ("", f"process {os.getpid()} on {platform.node()}", "")
+    assert list(path.parent.iterdir()) == []
+    holder = claimed_elsewhere(path)
+    with claimed(path) as other:
+        assert other == f"process {holder.pid} on {platform.node()}"
+    clear_parts(path.parent)
+    assert not is_free(claim_on(path))
+    kill(holder)
+    with claimed(path) as other:
+        assert other == ""
+    assert list(path.parent.iterdir()) == []
+
+
+def test_the_claims_of_the_dead_are_cleared(tmp_path, claimed_elsewhere):
+    for clear in (lambda _: clear_parts(tmp_path), lambda process: clear_parts_of("", process, tmp_path.parent)):
+        holder, other = claimed_elsewhere(tmp_path / "a.h5"), claimed_elsewhere(tmp_path / "b.h5")
+        kill(holder)
+        assert (tmp_path / ".a.h5.claim").exists()
+        clear(holder.pid)
+        assert [path.name for path in tmp_path.iterdir()] == [".b.h5.claim"]
+        kill(other)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 60])
+def test_another_machines_claim_is_taken_over_without_a_sign_of_life(tmp_path, claimed_elsewhere, monkeypatch, seconds):
+    monkeypatch.setattr(files, "_SECONDS_WITHOUT_A_SIGN", seconds)
+    file = tmp_path / ".a.h5.claim"
+    text = f"filelock/2\npid=1\nhost=node7\nmode=lease\ntoken=x\nduration={float(seconds)}\n"
+    file.write_text(text)
+    claim = claim_on(tmp_path / "a.h5")
+    assert not is_free(claim)
+    time.sleep(0.3)
+    assert is_free(claim) == (seconds < 1)
+    assert file.exists() == (seconds > 1)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_where_nothing_can_be_written_nothing_is_claimed(tmp_path):
+    tmp_path.chmod(0o500)
+    with claimed(tmp_path / "a.h5") as other:
+        assert other == ""
+    assert is_free(claim_on(tmp_path / "a.h5"))
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

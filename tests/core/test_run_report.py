@@ -1,12 +1,31 @@
 """A batch's report keeps the rows of files that are there, whatever a later run makes of them."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from utils.core.report import read_report, update_report
+from utils.slides.status import ANEW, SlideStatus
+
+ROOT = Path(__file__).resolve().parents[2]
+# Adds rows one by one, each of a file that is there, once the other process has begun too.
+UPDATES = """
+import sys, time
+from pathlib import Path
+from utils.core.report import update_report
 from utils.slides.status import SlideStatus
+folder, number = Path(sys.argv[1]), sys.argv[2]
+(folder / f"begun{number}").touch()
+while not (folder / "begun0").exists() or not (folder / "begun1").exists():
+    time.sleep(0.01)
+for i in range(40):
+    file = folder / f"{number}_{i}.h5"
+    file.touch()
+    update_report(folder / "report.csv", {file: SlideStatus(file, "done")}, SlideStatus)
+"""
 
 
 @pytest.fixture
@@ -54,6 +73,23 @@ def test_what_a_file_took_is_kept_where_it_is_skipped(batch):
     _, update, _ = batch
     found = update(a=SlideStatus(Path(), "skipped", "is there", 7, 0.5, node="node2"))["a"]
     assert (found.status, found.reason, found.seconds, found.node) == ("skipped", "is there", 12.5, "node1")
+
+
+def test_what_a_file_was_made_anew_for_is_kept_where_it_is_skipped(batch):
+    _, update, _ = batch
+    update(a=SlideStatus(Path(), "done", f"{ANEW}; --qc dropped 3 pen", 7))
+    for _ in range(2):
+        assert update(a=SlideStatus(Path(), "skipped", "is there", 7))["a"].reason == f"is there; {ANEW}"
+
+
+def test_processes_that_update_one_report_lose_no_rows(tmp_path):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", UPDATES, str(tmp_path), str(number)], cwd=ROOT) for number in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    rows = read_report(tmp_path / "report.csv", SlideStatus)
+    assert sorted(row.output for row in rows) == sorted(f"{n}_{i}.h5" for n in range(2) for i in range(40))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_rows_of_files_that_are_gone_go(batch, tmp_path):

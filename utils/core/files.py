@@ -20,9 +20,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from utils.core.errors import ConfigError, DiskFullError, LiteMILError
 
 _SECONDS_TO_BE_FORGOTTEN = 24 * 3600
+_SECONDS_WITHOUT_A_SIGN = 600  # after which a claim of another machine's process is taken over
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
@@ -61,6 +64,52 @@ def _kind_of(failure: OSError, error: type[LiteMILError]) -> type[LiteMILError]:
     return DiskFullError if failure.errno in _NO_SPACE else error
 
 
+@contextmanager
+def claimed(path: Path, seconds: float = 0.1) -> Iterator[str]:
+    """Yield "" while it is this process that may make a file, or else, after so many seconds, the one that may.
+
+    A claim is a hidden file beside it, which network file systems keep as well. A dead process's is taken over: at once
+    on its own machine, elsewhere when it has shown no sign of life for ten minutes. Where no claim can be written, nor
+    can the file, which is left to tell.
+    """
+    claim, other = claim_on(path), ""
+    try:
+        claim.acquire(timeout=seconds)
+    except filelock.Timeout:
+        owner = claim.owner
+        other = f"process {owner.pid} on {_node(owner)}" if owner else "another process"
+    except OSError:
+        pass
+    try:
+        yield other
+    finally:
+        claim.release()
+
+
+def claim_on(path: Path) -> filelock.SoftFileLease:
+    """A claim on making a file, not taken yet; only one that goes on looking learns of a death on another machine."""
+    return _claim(path.with_name(f".{path.name}.claim"))
+
+
+def is_free(claim: filelock.SoftFileLease) -> bool:
+    """Whether nobody alive holds it."""
+    try:
+        with claim.acquire(blocking=False):
+            return True
+    except filelock.Timeout:
+        return False
+    except OSError:  # as in `claimed`
+        return True
+
+
+def _claim(file: Path) -> filelock.SoftFileLease:
+    return filelock.SoftFileLease(file, lease_duration=_SECONDS_WITHOUT_A_SIGN)
+
+
+def _node(owner: filelock.OwnerRecord) -> str:
+    return owner.hostname.partition("?")[0]  # a container's has more to it
+
+
 def appeared(path: Path, seconds: float = 60) -> Path:
     """Wait until the path exists, up to `seconds`, and return it: network file systems can take a while to show a file
     that another machine has just written.
@@ -97,9 +146,11 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def clear_parts(folder: Path) -> None:
-    """Remove files that killed processes left half-written in a folder: those of dead processes of this machine, and
-    those of other machines that nobody has written to for a day.
+    """Remove files that killed processes left half-written in a folder, and their claims: those of dead processes of
+    this machine; of other machines, files that nobody has written to for a day.
     """
+    for claim in folder.glob(".*.claim"):
+        is_free(_claim(claim))
     for part in folder.glob(".*.part"):
         found = re.search(r"\.(\w+)-(\d+)\.[^.]*\.part$", part.name)
         if found is None:
@@ -115,7 +166,11 @@ def _is_forgotten(part: Path) -> bool:
 
 
 def clear_parts_of(node: str, process: int, folder: Path) -> None:
-    """Remove what a dead process of a machine left half-written anywhere below a folder."""
+    """Remove what a dead process of a machine left half-written, or claimed, anywhere below a folder."""
+    for claim in map(_claim, folder.rglob(".*.claim")):
+        owner = claim.owner
+        if owner and (_machine(_node(owner)), owner.pid) == (_machine(node), process):
+            claim.break_lock()
     for part in folder.rglob(f".*.{_machine(node)}-{process}.*.part"):
         part.unlink(missing_ok=True)
 

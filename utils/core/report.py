@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Protocol, Self, TypeVar
 
-from utils.core.files import set_aside, write_records
+from utils.core.files import claimed, set_aside, write_records
 from utils.core.runtime import log
 
 
@@ -41,14 +41,20 @@ class Row(Protocol):
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
+_SECONDS_TO_WAIT = 60
 
 
 def update_report(path: Path, rows: Mapping[Path, AnyRow], kind: type[AnyRow]) -> list[AnyRow]:
     """Write the rows, by the files they tell of, and those of an earlier report that still hold; return all of them,
-    in the order of their sources.
+    in the order of their sources. Of several processes one at a time does so.
 
     Something else under the report's name is set aside first.
     """
+    with claimed(path, _SECONDS_TO_WAIT):  # after that, better a row too few than none at all
+        return _updated(path, rows, kind)
+
+
+def _updated(path: Path, rows: Mapping[Path, AnyRow], kind: type[AnyRow]) -> list[AnyRow]:
     folder = path.parent
     earlier = read_report(path, kind)
     by_output = {row.output: row for row in earlier if row.output}

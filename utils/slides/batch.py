@@ -16,7 +16,7 @@ from typing import Any
 from utils.core.config import ExtractionFiles
 from utils.core.engine import Engine, Lost, Tell, threads
 from utils.core.errors import BackboneError, ConfigError, DiskFullError, LiteMILError, NoTissueError, SlideError
-from utils.core.files import check_distinct, check_writable, clear_parts, clear_parts_of
+from utils.core.files import check_distinct, check_writable, claim_on, clear_parts, clear_parts_of, is_free
 from utils.core.remarks import alike_once
 from utils.core.report import read_report, update_report
 from utils.core.runtime import log, progress_bar
@@ -25,17 +25,19 @@ from utils.slides.contours import ContourFile
 from utils.slides.find import look_for_slides, one_per_series, slide_bytes
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
-from utils.slides.status import PLANNED, SlideStatus, unlike_scales
+from utils.slides.status import CLAIMED, PLANNED, SlideStatus, unlike_scales
 from utils.slides.tissue import TissueMask
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
 _SHARD = re.compile(rf"{REPORT}(?:_(\d+)_of_(\d+))?\.csv")
 PREVIEWS, TISSUE = "previews", "tissue"  # folders beside the features
 _SECONDS_BETWEEN_REPORTS = 10
+_SECONDS_BETWEEN_LOOKS = 1
 
 
 # What makes a slide's file, or raises a LiteMILError.
 Work = Callable[[Path, Path], SlideStatus]
+_Pair = tuple[Path, Path]  # a slide and its file
 
 
 def slide_targets(files: ExtractionFiles, found: Sequence[Path]) -> dict[Path, Path]:
@@ -238,21 +240,26 @@ def _shard_words(reports: Collection[Path]) -> list[str]:
 def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, report: Path) -> list[SlideStatus]:
     """Do every slide, side by side the largest first; the statuses are in the slides' order.
 
-    A slide that fails is logged and reported, and the others go on. What is no slide's fault, Ctrl-C too, ends all.
+    A slide that fails is logged and reported, and the others go on; one that another process is at is come back to at
+    the end, and that process waited for. What is no slide's fault, Ctrl-C too, ends all.
     Raises ConfigError where the report cannot be written.
     `report` is written now and then, and at the end in any case; see `update_report`.
     """
     check_writable(report.parent)
     statuses: dict[Path, SlideStatus] = {}  # by slide
     tries: Counter[Path] = Counter()
+    left: dict[_Pair, str] = {}  # to other processes, and to which
     written = time.monotonic()
     pairs = list(targets.items())
     if engine.jobs > 1:
         pairs.sort(key=lambda pair: -slide_bytes(pair[0]))
 
-    def hear(pair: tuple[Path, Path], told: SlideStatus | Lost) -> None:
+    def hear(pair: _Pair, told: SlideStatus | Lost) -> None:
         nonlocal written
         slide, _ = pair
+        if isinstance(told, SlideStatus) and told.status == CLAIMED:
+            left[pair] = told.reason
+            return
         tries[slide] += 1
         if isinstance(told, Lost):
             clear_parts_of(told.node, told.process, report.parent)
@@ -272,12 +279,30 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
     try:
         with threads(engine.threads), progress_bar("Slides", len(targets), unit="slide") as bar, alike_once():
             engine.run(partial(_do, work), pairs, hear)
+            while left:
+                free = _free_again(left)
+                for pair in free:
+                    del left[pair]
+                engine.run(partial(_do, work), free, hear)
     finally:
         write()
     return [statuses[slide] for slide in targets]
 
 
-def _do(work: Work, pair: tuple[Path, Path], tell: Tell) -> None:
+def _free_again(left: Mapping[_Pair, str]) -> list[_Pair]:
+    """Wait until a slide that was left to another process is let go, whether it is made or not; return all such."""
+    claims = {pair: claim_on(pair[1]) for pair in left}
+    said = False
+    while not (free := [pair for pair, claim in claims.items() if is_free(claim)]):
+        if not said:
+            for reason in sorted(set(left.values())):
+                log.info("%s; waiting for that, Ctrl-C ends it", reason)
+            said = True
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return free
+
+
+def _do(work: Work, pair: _Pair, tell: Tell) -> None:
     tell(attempt(work, *pair))
 
 

@@ -11,6 +11,8 @@ from utils.core.passport import MPP_TOLERANCE
 OUTLINES = "outlines"  # what a slide's tissue was told by, where not by the detector
 STATUSES = ("done", "skipped", "no tissue", "failed")
 PLANNED = "to extract"
+CLAIMED = "claimed"  # another process is at it: never a slide's last status
+ANEW = "extracted anew: its outlines have changed"
 _NAMED = 3
 
 
@@ -46,12 +48,16 @@ class SlideStatus:
 
     def after(self, earlier: Self, is_there: bool) -> Self:
         """Return this row with what the earlier one of the same file knew: where the slide was skipped, how long its
-        file took, and where; the earlier row itself where a run failed and left the file as it was.
+        file took, and where, and what it was made anew for; the earlier row itself where a run failed and left the
+        file as it was.
         """
         if not earlier.is_made:
             return self
-        if self.status == "skipped" and earlier.seconds is not None:
-            return replace(self, seconds=earlier.seconds, node=earlier.node)
+        if self.status == "skipped":
+            row = self
+            if ANEW in earlier.reason and ANEW not in self.reason:
+                row = replace(row, reason="; ".join(filter(None, [self.reason, ANEW])))
+            return row if earlier.seconds is None else replace(row, seconds=earlier.seconds, node=earlier.node)
         if not self.is_made and is_there:
             return replace(earlier, output=self.output, last_error=self.reason)
         return self
