@@ -144,6 +144,17 @@ def test_slides_of_different_scales_are_told_apart_at_the_start_and_at_the_end(s
     assert "the patches of" not in alike.out + alike.err
 
 
+def test_what_is_wrong_with_the_um_per_px_of_many_slides_is_told_once(script, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name in "abcd":
+        write_pyramid(slides / f"{name}.tif", stained_image(320, 256), mpp=300, downsamples=(1,))
+    done = script("extractFeatures", "--input_dir", slides, "--output_dir", tmp_path / "out", "--backbone", "stain",
+                  "--patch_size", 32)  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.err.count("um/px in the file is not plausible") == 2  # the first, and the number of the others
+
+
 # Damage
 
 

@@ -56,8 +56,9 @@ def extract_slides(
             _ = [one.backbone for one in extractors]  # one that cannot be had ends all before it begins
         known.clear_parts(targets)
         work = _Extraction.of(extractors, known, targets)
-        _warn_of_scales(extractor, known, targets)
-        statuses = work_through(targets, engine, work, report_path(files))
+        with alike_once():  # of what is wrong with a slide's um/px the first look would speak, and its extraction
+            _warn_of_scales(extractor, known, targets)
+            statuses = work_through(targets, engine, work, report_path(files))
     statuses = _with_scales(statuses, targets, report_path(files))
     if files.preview is not False:
         known.write_sheet(_latest_recipe)

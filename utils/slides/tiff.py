@@ -17,7 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.errors import SlideError
+from utils.core.errors import SlideError, named
 from utils.core.runtime import log
 from utils.slides.levels import Size, fit_levels, log_fits, whole_downsample
 from utils.slides.resolution import Resolution, file_resolution, ome_images
@@ -144,8 +144,7 @@ def choose_image(path: Path, images: Sequence[TiffImage]) -> TiffImage:
 
 
 def _listed(images: Sequence[TiffImage]) -> str:
-    more = f" and {len(images) - _MOST_LISTED} more" if len(images) > _MOST_LISTED else ""
-    return ", ".join(map(str, images[:_MOST_LISTED])) + more
+    return named([str(image) for image in images], _MOST_LISTED)
 
 
 class TiffSlide(Slide):
