@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+COLOUR_STEP = 4  # grey levels of the histogram in which a colour is found
 _WHITE = 255.0
 
 
@@ -40,6 +41,13 @@ def least_density(density: NDArray[np.float32]) -> NDArray[np.float32]:
 def chroma(density: NDArray[np.float32]) -> NDArray[np.float32]:
     """(h, w) largest minus smallest of the channels' densities."""
     return np.maximum(np.maximum(density[..., 0], density[..., 1]), density[..., 2]) - least_density(density)
+
+
+def most_frequent_colour(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(3,) the middle of the cube of `COLOUR_STEP` grey levels in which most of pixels (n, 3) lie, n at least 1."""
+    codes = (pixels // COLOUR_STEP).astype(np.int32) @ np.array([64**2, 64, 1], dtype=np.int32)
+    code = int(np.bincount(codes).argmax())
+    return np.array([code // 64**2, code // 64 % 64, code % 64]) * COLOUR_STEP + COLOUR_STEP / 2
 
 
 def binned_density(density: NDArray[np.float32], width: int) -> NDArray[np.float32]:

@@ -7,11 +7,10 @@ Glass is told from pale tissue by being of one colour over a large part of the b
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.slides.colour import binned_density, density_of, mean_density, optical_density
+from utils.slides.colour import binned_density, density_of, mean_density, most_frequent_colour, optical_density
 
 _BORDER_SHARE = 0.02  # width of the border that is looked at, of the image's shorter side
 _PALE = 185  # of 255, the least of the three channels of glass
-_STEP = 4  # grey levels of the histogram in which its colour is found
 _SPREAD = 8  # grey levels around its colour within which glass lies: noise of 3, light that falls off by 2%
 _MIN_OF_BORDER = 0.5  # share of the border that is glass; the rest may be tissue that was cut by it, or pens
 _MIN_OF_IMAGE = 0.1  # share of the image
@@ -69,10 +68,7 @@ def _most_frequent(pixels: NDArray[np.uint8]) -> NDArray[np.float64] | None:
     pale = pixels[pixels.min(axis=-1) >= _PALE]
     if not len(pale):
         return None
-    codes = (pale // _STEP).astype(np.int32) @ np.array([64**2, 64, 1], dtype=np.int32)
-    code = int(np.bincount(codes).argmax())
-    middle = np.array([code // 64**2, code // 64 % 64, code % 64]) * _STEP + _STEP / 2
-    return pale[_near(pale, middle)].mean(axis=0)
+    return pale[_near(pale, most_frequent_colour(pale))].mean(axis=0)
 
 
 def _near(pixels: NDArray[np.uint8], colour: NDArray[np.float64]) -> NDArray[np.bool_]:

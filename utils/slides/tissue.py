@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from utils.core.errors import SlideError
 from utils.core.files import digest
-from utils.slides.colour import chroma, hue, least_density, mean_density, optical_density
+from utils.slides.colour import chroma, hue, least_density, mean_density, most_frequent_colour, optical_density
 from utils.slides.glass import find_smear, tint_of_border
 from utils.slides.slide import Slide
 from utils.slides.strokes import find_strokes
@@ -189,10 +189,7 @@ def _tint_of_glass(rgb: NDArray[np.uint8], settings: TissueSettings) -> NDArray[
     pale = rgb[rgb.min(axis=-1) >= _PALE]
     if not len(pale):
         return none
-    codes = (pale // _GLASS_SPREAD).astype(np.int32) @ np.array([64**2, 64, 1], dtype=np.int32)
-    code = int(np.bincount(codes).argmax())
-    middle = np.array([code // 64**2, code // 64 % 64, code % 64]) * _GLASS_SPREAD + _GLASS_SPREAD / 2
-    near = pale[(np.abs(pale - middle) <= _GLASS_SPREAD).all(axis=-1)]
+    near = pale[(np.abs(pale - most_frequent_colour(pale)) <= _GLASS_SPREAD).all(axis=-1)]
     tint = optical_density(np.rint(near.mean(axis=0)).astype(np.uint8))
     tint -= tint.min()
     # Eosin and haematoxylin take most from green; warm light and yellowed glass do not.
