@@ -47,6 +47,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 def _by_onednn(*tensors: Tensor) -> bool:
     return (
         _ONEDNN_PAYS
+        and not torch.compiler.is_compiling()  # which takes the private product with constant weights only
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and all(t.dtype is torch.float32 and t.device.type == "cpu" and t.numel() > 0 for t in tensors)

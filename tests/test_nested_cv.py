@@ -20,7 +20,8 @@ import pandas as pd
 import pytest
 import torch
 
-from MILS import build_mil, list_mils
+from MILS import build_mil, list_mils, registry
+from MILS.pooling import BagModel
 from tests.cohort import write_cohort
 from utils import nested_cv
 from utils.bags.inventory import FileRecord
@@ -887,6 +888,40 @@ class TestRefusals:
     def test_models_that_cannot_be_rebuilt(self, dataset, tmp_path):
         with pytest.raises(ConfigError, match="Linear has no spec to rebuild it by"):
             make_cv(dataset, tmp_path, lambda: torch.nn.Linear(16, 2))
+
+    def test_a_model_that_is_not_registered(self, dataset, tmp_path):
+        class Mine(BagModel):
+            """Known to nobody."""
+
+            def __init__(self, input_dim, num_classes):
+                super().__init__(input_dim, num_classes)
+                self.head = torch.nn.Linear(input_dim, num_classes)
+
+        with pytest.raises(ConfigError, match=r"checkpoint of Mine .*unknown model 'Mine'.*decorate.*register_mil"):
+            make_cv(dataset, tmp_path, lambda: Mine(16, 2))
+
+    def test_a_model_whose_spec_leaves_out_a_hyperparameter(self, dataset, tmp_path, monkeypatch):
+        class Forgetful(BagModel):
+            """Whose width does not reach its spec."""
+
+            def __init__(self, input_dim, num_classes, *, width=4):
+                super().__init__(input_dim, num_classes)
+                self.map = torch.nn.Linear(input_dim, width)
+
+        monkeypatch.setitem(registry._MILS, "Forgetful", Forgetful)
+        with pytest.raises(ConfigError, match=r"spec of Forgetful makes another model .they differ in map.weight"):
+            make_cv(dataset, tmp_path, lambda: Forgetful(16, 2, width=8))
+
+    def test_a_model_of_another_s_name(self, dataset, tmp_path):
+        class LiteMIL(BagModel):
+            """Not the one that is registered."""
+
+            def __init__(self, input_dim, num_classes):
+                super().__init__(input_dim, num_classes)
+                self.map = torch.nn.Linear(input_dim, num_classes)
+
+        with pytest.raises(ConfigError, match="LiteMIL is the name of another model; rename the class"):
+            make_cv(dataset, tmp_path, lambda: LiteMIL(16, 2))
 
     @pytest.mark.parametrize(
         ("option", "message"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from MILS import build_mil, list_mils
+from MILS import build_mil, list_mils, registry
 from MILS.ensemble import Ensemble
+from MILS.pooling import BagModel
 from tests.cohort import synthetic_passport, write_cohort
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag
+from utils.core.errors import CheckpointError
 from utils.core.passport import Passport
 from utils.feature_extractor import WSIFeatureExtractor
 from utils.inference import SlidePredictor
@@ -24,6 +27,8 @@ from utils.learning.calibration import scale_probabilities
 from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
 from utils.learning.metrics import classification_metrics
 from utils.learning.statistics import bootstrap_intervals
+from utils.mil_dataset import MILDataset
+from utils.nested_cv import NestedCrossValidation
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import save_picture
 
@@ -897,3 +902,52 @@ def test_the_um_per_px_of_raw_slides_can_be_told_of_all(predict, tmp_path):
     assert "told_mpp: found 0.5, expected 0.4" in predict(*flags, "--slide_mpp", "0.4").err
     one = ("--checkpoint", path, "--input", tmp_path / "slides" / "b.png", "--slide_mpp", "0.5")
     assert "no row for b.png" in predict(*one, "--slides_csv", tmp_path / "mpp.csv", output="one").err
+
+
+class Silent(BagModel):
+    """A model of one's own that gives no attention: the mean of the patches, classified."""
+
+    def __init__(self, input_dim, num_classes):
+        super().__init__(input_dim, num_classes)
+        self.head = torch.nn.Linear(input_dim, num_classes)
+
+    def forward(self, x, mask=None):
+        self.check_bags(x, mask)
+        kept = torch.ones(x.shape[:2]) if mask is None else (~mask).to(x)
+        mean = (self.cast(x) * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
+        return self.head(mean), {"attn": None}
+
+
+@pytest.fixture
+def silent(monkeypatch) -> type[BagModel]:
+    monkeypatch.setitem(registry._MILS, "Silent", Silent)
+    return Silent
+
+
+def test_a_model_without_attention_predicts_and_its_maps_are_refused(cohort, predict, tmp_path, silent):
+    spec = silent(16, 2).spec
+    model = write_model(tmp_path / "silent.pth", 1, model=spec, state_dict=silent(16, 2).state_dict())
+    flags = ("--checkpoint", model, "--input_dir", cohort[1])
+    assert predict(*flags).code == 0
+    for needing, said in (
+        (("--visualize", "--wsi", tmp_path), "leave --visualize out"),
+        (("--faithfulness",), "leave --faithfulness out"),
+    ):
+        outcome = predict(*flags, *needing)
+        assert outcome.errors == [f"error: {model}: its model gives no attention; {said}"]
+    predictor = SlidePredictor(model, device="cpu")
+    prediction = predictor.predict(next(cohort[1].glob("*.h5")))
+    assert prediction.attention is None
+    with pytest.raises(CheckpointError, match=r"silent.pth: its model gives no attention, so there is no faithfulness"):
+        predictor.faithfulness(prediction)
+
+
+def test_a_model_of_one_s_own_is_trained_tested_and_predicts(cohort, tmp_path, silent):
+    dataset = MILDataset(*cohort)
+    cv = NestedCrossValidation(
+        partial(silent, 16, 2), dataset, dataset.class_names, tmp_path / "run", n_outer=2, n_inner=2, epochs=1,
+        device="cpu", dataset_name="mine",
+    )  # fmt: skip
+    assert cv.run()["model"] == {"name": "Silent", "input_dim": 16, "num_classes": 2}
+    best = tmp_path / "run" / "all_folds_best.pth"
+    assert isinstance(SlidePredictor(best, device="cpu").models[0], silent)

@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from MILS import list_mils, mil_options
+from utils.core.config import Model
 from utils.core.model_help import keyword_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,3 +49,14 @@ def test_the_models_flags_in_the_help_are_the_models_own():
     found = keyword_defaults(ROOT / "MILS", "register_mil")
     assert found == {name: mil_options(name) for name in list_mils()}
     assert list(found) == list_mils()
+
+
+def test_every_hyperparameter_of_a_model_is_a_flag():
+    flags = {field.name for field in fields(Model)}
+    options = {name for model in list_mils() for name in mil_options(model)}
+    assert options == flags - {"mil", "input_dim"}
+
+
+def test_gated_attention_can_be_given_and_left():
+    assert Model(mil="ABMIL", gated=False, attention_dim=64).hyperparameters() == {"gated": False, "attention_dim": 64}
+    assert Model(mil="ABMIL").hyperparameters() == {}

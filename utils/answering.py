@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from utils.bags.store import Bag, StoredBag
 from utils.core.config import Pictures, PredictionRecipe
-from utils.core.errors import ConfigError, LiteMILError
+from utils.core.errors import LiteMILError
 from utils.core.files import digest, write_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import log, versions
@@ -124,10 +124,6 @@ class Answering:
             bag = predictor.bag(features, self.files.feat_type, slide)
             size = None if drawing is None else drawing.check(source, bag)
             prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, self._case_of(source))
-            if drawing is not None and prediction.attention is None:
-                raise ConfigError(
-                    f"{source}: the model tells no attention, so nothing can be drawn; leave --visualize out"
-                )
             record = self._record(prediction, predictor, request)
             if earlier.get("seen_as") == record["seen_as"]:
                 record |= {name: earlier[name] for name in ("faithfulness", "pictures") if name in earlier}
@@ -142,7 +138,7 @@ class Answering:
             if found is not None:
                 self._draw_faithfulness(prediction, found, record, folder)
             if drawing is not None and size is not None and prediction.coords is not None:
-                assert prediction.attention is not None  # noqa: S101 - for the type checker: refused above
+                assert prediction.attention is not None  # noqa: S101 - for the type checker: tried at the start
                 files = drawing.save(source, folder, prediction.coords, prediction.attention, size, record)
                 names = [file.relative_to(folder).as_posix() for file in files]
                 names += record.get("pictures", {}).get("files", [])  # in formats that are not asked for now

@@ -251,10 +251,17 @@ class SlidePredictor:
         """Whether the prediction's attention matters: what the models say, of the slide fed whole, as patches are taken
         away and added in its order and in random ones, and the map of the same models with random weights.
         """
-        assert prediction.patch_attention is not None  # noqa: S101 - for the type checker: every model attends
+        if prediction.patch_attention is None:
+            raise CheckpointError(f"{self.path}: its model gives no attention, so there is no faithfulness to measure")
         features = _features_of(prediction.bag)
         answer = int(prediction.probabilities.argmax())
         return measure_faithfulness(self.models, features, prediction.patch_attention, answer)
+
+    def gives_attention(self) -> bool:
+        """Whether every model gives the attention it pays, tried on a bag of two patches."""
+        bag = torch.zeros(2, self.checkpoint.model["input_dim"])
+        feed = SlideFeed.of_mode("full", 2)
+        return all(predict_features(model, bag, feed, attention=True).attention is not None for model in self.models)
 
     def require(
         self,

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from MILS import ModelError
+from MILS import ModelError, build_mil
 from MILS.ensemble import Ensemble
 from MILS.pooling import BagModel
 from utils.bags.inventory import read_inventory
@@ -555,4 +555,26 @@ def _spec_of(model_factory: ModelFactory) -> dict[str, Any]:
     spec = getattr(first, "spec", None)
     if not isinstance(spec, dict):
         raise ConfigError(f"{type(first).__name__} has no spec to rebuild it by; make it with MILS.register_mil")
+    _check_rebuilt(first, spec)
     return spec
+
+
+def _check_rebuilt(model: torch.nn.Module, spec: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless `build_mil` makes the same model of its spec, as a checkpoint is loaded."""
+    name = type(model).__name__
+    try:
+        rebuilt = build_mil(**spec)
+    except (ModelError, TypeError) as error:
+        raise ConfigError(
+            f"model_factory: a checkpoint of {name} could not be loaded ({error}); decorate the class with "
+            "MILS.register_mil, and hand every hyperparameter to super().__init__"
+        ) from error
+    if type(rebuilt) is not type(model):
+        raise ConfigError(f"model_factory: {name} is the name of another model; rename the class, and register it")
+    own, again = ({key: value.shape for key, value in one.state_dict().items()} for one in (model, rebuilt))
+    if own != again:
+        unlike = next(key for key in own | again if own.get(key) != again.get(key))
+        raise ConfigError(
+            f"model_factory: the spec of {name} makes another model (they differ in {unlike}); hand every "
+            "hyperparameter to super().__init__"
+        )

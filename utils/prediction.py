@@ -87,6 +87,7 @@ def predict_files(
     and a report. Returns what became of each slide and the closing words. Raises for a single slide that fails.
     """
     asked, folder, cluster = files.asked, output_folder(files, predictors), cluster or Cluster()
+    _check_attention(predictors, {"--visualize": drawing is not None, "--faithfulness": asked.faithfulness})
     first = predictors.first.checkpoint
     rows = files.label_rows(first.class_names, asked.dataset or first.dataset)
     known = known_slides(folder) | {
@@ -102,6 +103,15 @@ def predict_files(
     if cluster.is_asked_for:
         raise ConfigError("--ray shares a folder out; give --input_dir with it")
     return _predict_one(work, asked.input, files.targets(folder)[asked.input])
+
+
+def _check_attention(predictors: Predictors, flags: Mapping[str, bool]) -> None:
+    """Raise ConfigError where a flag that is given needs attention, and a model gives none."""
+    needing = [flag for flag, is_given in flags.items() if is_given]
+    if needing:
+        for predictor in predictors.each:
+            if not predictor.gives_attention():
+                raise ConfigError(f"{predictor.path}: its model gives no attention; leave {' and '.join(needing)} out")
 
 
 def _predict_one(work: Answering, source: Path, target: Path) -> tuple[list[SlideStatus], str]:

@@ -382,7 +382,12 @@ start_logging()
 paths = sorted(Path(sys.argv[1]).iterdir())
 read = packed.FileFeatures.__call__
 def slowly(files, slide):
-    time.sleep(float(sys.argv[3]))
+    print("begun with", files.paths[slide].name, flush=True)
+    if sys.argv[3].startswith("until "):
+        while not Path(sys.argv[3].removeprefix("until ")).exists():
+            time.sleep(0.05)
+    else:
+        time.sleep(float(sys.argv[3]))
     print("read", files.paths[slide].name, flush=True)
     return read(files, slide)
 packed.FileFeatures.__call__ = slowly
@@ -393,9 +398,10 @@ packed.pack(Path(sys.argv[2]), files)
 """
 
 
-def start(paths, store, seconds: float) -> subprocess.Popen:
+def start(paths, store, wait: float | str) -> subprocess.Popen:
+    """Pack in another process, which waits before each slide: so many seconds, or "until" a file is there."""
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(paths[0].parent), str(store), str(seconds)],
+        [sys.executable, "-c", SCRIPT, str(paths[0].parent), str(store), str(wait)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -403,7 +409,7 @@ def start(paths, store, seconds: float) -> subprocess.Popen:
 def test_a_killed_packing_leaves_nothing_half(files, paths, store):
     process = start(paths, store, 0.3)
     assert process.stdout is not None
-    while "S1" not in process.stdout.readline():
+    while "read S1" not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -411,17 +417,21 @@ def test_a_killed_packing_leaves_nothing_half(files, paths, store):
     assert same(pack(store, files), files)
 
 
-def test_of_two_packings_at_once_one_waits(files, paths, store):
-    both = [start(paths, store, 4)]
-    assert both[0].stdout is not None
-    while "read" not in (line := both[0].stdout.readline()):
-        assert line, both[0].communicate()
-    both.append(start(paths, store, 0))
-    told = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert [out.count("read") for out, _ in told] == [3, 0]
-    assert "another process is packing these features; waiting" in told[1][1]
-    assert ["packing the features of" in err for _, err in told] == [True, False], "it is written twice"
+def test_of_two_packings_at_once_one_waits(files, paths, store, tmp_path):
+    other_waits = tmp_path / "the other waits"
+    first = start(paths, store, f"until {other_waits}")
+    assert first.stdout is not None
+    while "begun" not in (line := first.stdout.readline()):
+        assert line, first.communicate()
+    second = start(paths, store, 0)
+    assert second.stderr is not None
+    while "another process is packing these features; waiting" not in (line := second.stderr.readline()):
+        assert line, second.communicate()
+    other_waits.touch()
+    outputs = [process.communicate(timeout=60) for process in (first, second)]
+    assert [process.returncode for process in (first, second)] == [0, 0]
+    assert [out.count("read") for out, _ in outputs] == [4, 0]
+    assert ["packing the features of" in err for _, err in outputs] == [True, False], "it is written twice"
     assert same(pack(store, files), files)
 
 

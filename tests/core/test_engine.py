@@ -281,6 +281,11 @@ class TestRay:
         with pytest.raises(EngineError, match=r"--ray 127.0.0.1:1: no Ray cluster can be joined.*refused.*start"):
             open_engine(Cluster(ray="127.0.0.1:1"), Processes()).__enter__()
 
+    def test_a_start_that_takes_too_long(self, monkeypatch):
+        self.no_ray(monkeypatch, Exception("The current node timed out during startup"))
+        with pytest.raises(EngineError, match=r"--ray local: Ray cannot be started on this machine .*timed out.*alone"):
+            open_engine(Cluster(ray="local"), Processes()).__enter__()
+
     def test_more_workers_than_there_is_room_for(self, monkeypatch, caplog):
         self.cluster_of([{"CPU": 2}, {"CPU": 3}], monkeypatch)
         with threads(1), open_engine(Cluster(ray="auto", actors=9), Processes()):

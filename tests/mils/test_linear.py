@@ -1,5 +1,6 @@
 """The product by oneDNN is PyTorch's own, wherever it takes its place, and never the slower one."""
 
+import shutil
 import time
 
 import pytest
@@ -114,3 +115,14 @@ def test_no_product_falls_back_to_a_slow_one(monkeypatch, name):
         monkeypatch.setattr(layers, "_ONEDNN_PAYS", pays)
         taken[pays] = min(step() for _ in range(4))
     assert taken[True] < 4 * taken[False]  # it takes half the time; what falls back, a hundredfold
+
+
+@with_onednn
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_goes_without_it(monkeypatch):
+    monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
+    layer, x = layers.Linear(16, 4), torch.randn(2, 30, 16)
+    compiled = torch.compile(layer, options={"compile_threads": 1})
+    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+    compiled(x).sum().backward()
+    assert torch.allclose(layer.weight.grad, x.sum(dim=(0, 1)).expand(4, -1), atol=1e-4)

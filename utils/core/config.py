@@ -356,12 +356,14 @@ class Model(_Checked):
     hidden_dim: int | None = option(None, "hidden width", least=1, most=65536)
     num_heads: int | None = option(None, "attention heads", least=1, most=65536)
     num_queries: int | None = option(None, "learnable queries", least=1, most=65536)
+    attention_dim: int | None = option(None, "width of the attention's hidden layer", least=1, most=65536)
+    gated: bool | None = option(None, "gate the attention by a second, sigmoid branch")
     dropout: float | None = option(None, "dropout probability", least=0, most=1)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters that were given."""
-        names = ("hidden_dim", "num_heads", "num_queries", "dropout")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in ("mil", "input_dim") and value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,16 +4,19 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from utils.core.config import Model
-
 
 def model_help(folder: Path) -> str:
     """Return, for `--help`, the flags of each model that the files in `folder` register, and its own defaults."""
     lines = ["each model's hyperparameters and their defaults:"]
     for name, options in keyword_defaults(folder, "register_mil").items():
-        flags = {option: default for option, default in options.items() if option in vars(Model)}
-        lines.append(f"  {name:16} " + "  ".join(f"--{option} {default}" for option, default in flags.items()))
+        lines.append(f"  {name:16} " + "  ".join(_flag(option, default) for option, default in options.items()))
     return "\n".join(lines)
+
+
+def _flag(option: str, default: Any) -> str:
+    if isinstance(default, bool):
+        return f"--{option}" if default else f"--no-{option}"
+    return f"--{option} {default}"
 
 
 def keyword_defaults(folder: Path, decorator: str) -> dict[str, dict[str, Any]]:
