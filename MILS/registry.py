@@ -80,6 +80,9 @@ def build_mil(name: str, *, input_dim: int, num_classes: int, **hyperparameters:
 
 def check_options(cls: type[BagModel], values: dict[str, Any]) -> None:
     """Check hyperparameters against the kind of their defaults: whole numbers are sizes, floats are probabilities."""
+    missing = [key for key in class_options(cls) if key not in values]
+    if missing:
+        raise ModelError(f"{cls.__name__}: hand {', '.join(missing)} to super().__init__, which remembers them")
     for key, default in class_options(cls).items():
         value = values[key]
         if isinstance(default, bool):

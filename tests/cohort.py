@@ -12,6 +12,7 @@ import numpy as np
 from utils.bags.store import Bag, write_bag
 from utils.core.files import write_text
 from utils.core.passport import Passport
+from utils.core.recipe import Recipe
 
 PATCH_SIZE_LEVEL0 = 512  # a patch of 256 px at 0.5 um/px, on slides of 0.25 um/px
 _SIGNAL_SHARE = 1 / 3
@@ -89,4 +90,4 @@ def synthetic_passport(name: str, edge: int = 10_240, dtype: str | np.dtype = "f
         "mpp_delivered": 0.5,
         "patch_size_level0": PATCH_SIZE_LEVEL0,
     }
-    return Passport(recipe, slide, {"litemil": "synthetic"})
+    return Passport(Recipe.from_dict(recipe), slide, {"litemil": "synthetic"})

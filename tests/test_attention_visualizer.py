@@ -12,6 +12,7 @@ from utils.bags.store import Bag
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
 from utils.core.passport import Passport
+from utils.core.recipe import Recipe
 from utils.pictures.caption import Caption
 from utils.slides.wsi import open_slide
 
@@ -117,11 +118,11 @@ def test_drawing_is_checked_before_any_work(slide, tmp_path):
         check_drawable(slide, source, Bag(features, coords_withheld="its coords are in um"))
     with pytest.raises(FeatureFileError, match="but the patches reach"):
         check_drawable(slide, source, Bag(features, COORDS + 100, 50))
-    other = Passport({}, {"name": "other", "width": SIZE[0], "height": SIZE[1], "quick_hash": "0" * 64})
+    other = Passport(Recipe(), {"name": "other", "width": SIZE[0], "height": SIZE[1], "quick_hash": "0" * 64})
     with pytest.raises(FeatureFileError, match=r"that .*place\.h5 was made from \(quick_hash.*give slide other"):
         check_drawable(slide, source, Bag(features, COORDS, 50, other))
-    scanned = Passport({}, {"name": "other", "bounds": [0, 0, 100, 100]})
-    slide_of = Passport({}, {"name": "place", "width": SIZE[0], "quick_hash": quick_hash_of(slide)})
+    scanned = Passport(Recipe(), {"name": "other", "bounds": [0, 0, 100, 100]})
+    slide_of = Passport(Recipe(), {"name": "place", "width": SIZE[0], "quick_hash": quick_hash_of(slide)})
     with pytest.raises(FeatureFileError, match=r"place\.tiff: is not called as .*renamed\.h5.*or --allow_mismatch"):
         check_drawable(slide, tmp_path / "renamed.h5", Bag(features, COORDS, 50, scanned))
     assert check_drawable(slide, tmp_path / "renamed.h5", Bag(features, COORDS, 50), allow_renamed=True) == 50
@@ -134,7 +135,7 @@ def quick_hash_of(path):
 
 
 def test_a_slide_of_other_bounds_is_refused(slide, tmp_path, monkeypatch):
-    made_from = Passport({}, {"name": "place", "bounds": [10, 20, 300, 200], "width": SIZE[0], "height": SIZE[1]})
+    made_from = Passport(Recipe(), {"name": "place", "bounds": [10, 20, 300, 200], "width": SIZE[0], "height": SIZE[1]})
     bag = Bag(np.ones((len(COORDS), 4), np.float32), COORDS, 50, made_from)
     assert check_drawable(slide, tmp_path / "place.h5", bag) == 50  # bounds that are not known contradict none
     opened = open_slide(slide)

@@ -31,7 +31,9 @@ class Cohort:
     def change_passport(self, wsi_id: str, part: str, **fields: object) -> None:
         passport = read_bag(self.file(wsi_id)).passport
         assert passport is not None
-        self.change(wsi_id, passport=replace(passport, **{part: getattr(passport, part) | fields}))
+        own = getattr(passport, part)
+        changed = replace(own, **fields) if part == "recipe" else own | fields
+        self.change(wsi_id, passport=replace(passport, **{part: changed}))
 
     def add_rows(self, *rows: str) -> None:
         self.labels_csv.write_text(self.labels_csv.read_text() + "\n".join([*rows, ""]))

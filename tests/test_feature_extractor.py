@@ -25,6 +25,7 @@ from utils.bags.store import read_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
 from utils.core.errors import ConfigError, FeatureFileError, RecipeError, SlideError
 from utils.core.files import _machine
+from utils.core.recipe import Recipe
 from utils.extraction import extract_slides
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.slides.batch import slide_targets
@@ -61,8 +62,8 @@ def test_a_resolution_that_a_level_has_gives_that_levels_features(slide_cohort, 
     found, expected = read_bag(tmp_path / "a.h5"), read_bag(slide_cohort.features / "P00_0.h5")
     np.testing.assert_array_equal(found.features, expected.features)
     np.testing.assert_array_equal(found.coords, expected.coords)
-    assert found.passport.recipe["level"] is None
-    assert found.passport.recipe["mpp"] == 1.0
+    assert found.passport.recipe.level is None
+    assert found.passport.recipe.mpp == 1.0
     assert found.passport.slide["mpp_delivered"] == pytest.approx(1.0)
 
 
@@ -212,7 +213,7 @@ def test_a_kept_edge_is_part_of_the_recipe(script, tmp_path):
     assert script("extractFeatures", *kept).code == 0
     bag = read_bag(features / "a.h5")
     assert bag.coords.tolist() == [[x, y] for y in (0, 50, 54) for x in (0, 50, 100, 105)]
-    assert bag.passport.recipe["edge"] == "keep"
+    assert bag.passport.recipe.edge == "keep"
     assert "edges kept" in (features / "contact_sheet.html").read_text()
     assert "1 skipped" in script("extractFeatures", *kept).out
     refused = script("extractFeatures", *flags)
@@ -230,9 +231,9 @@ def test_files_that_do_not_record_the_edge_are_of_the_recipe_that_drops_it(scrip
     flags = ("--input", tmp_path / "a.png", "--output", target, "--backbone", "stain", "--patch_size", 50)
     assert script("extractFeatures", *flags, "--tissue_threshold", 0).code == 0
     bag = read_bag(target)
-    older = {name: value for name, value in bag.passport.recipe.items() if name != "edge"}
-    write_bag(target, replace(bag, passport=replace(bag.passport, recipe=older)))
-    assert "edge" not in read_bag(target).passport.recipe
+    older = {name: value for name, value in bag.passport.recipe.as_dict().items() if name != "edge"}
+    write_bag(target, replace(bag, passport=replace(bag.passport, recipe=Recipe.from_dict(older))))
+    assert "edge" not in read_bag(target).passport.recipe.as_dict()
     for given in ((), ("--edge", "drop")):
         assert "1 skipped" in script("extractFeatures", *flags, "--tissue_threshold", 0, *given).out
     assert "edge: found none, expected keep" in script(
@@ -248,8 +249,8 @@ def test_new_slides_keep_their_edge_where_the_training_features_did(tmp_path):
         again.process(tmp_path / "a.png")["coords"], made.process(tmp_path / "a.png")["coords"]
     )
     dropped = WSIFeatureExtractor("stain", 50, tissue_threshold=0).recipe
-    older = {name: value for name, value in dropped.items() if name != "edge"}
-    for made_by in (dropped, older):
+    older = {name: value for name, value in dropped.as_dict().items() if name != "edge"}
+    for made_by in (dropped, Recipe.from_dict(older)):
         extractor = WSIFeatureExtractor.of_recipe(made_by, weights=None, batch_size=64, device="cpu")
         assert extractor.config.edge == "drop"
         assert len(extractor.process(tmp_path / "a.png")["coords"]) == 6
@@ -346,7 +347,7 @@ def test_quality_control_drops_patches_and_tells_why(slide_cohort, script, tmp_p
     np.testing.assert_array_equal(bag.coords, whole.coords[1::3])
     np.testing.assert_allclose(bag.features, whole.features[1::3], rtol=1e-2, atol=1e-3)
     assert bag.passport.slide["dropped"] == {"pen": len(whole.coords[::3]), "white": len(whole.coords[2::3])}
-    assert bag.passport.recipe["qc"]
+    assert bag.passport.recipe.qc
     report = pd.read_csv(tmp_path / "extraction_report.csv")
     assert report["reason"][0] == f"--qc dropped {len(whole.coords[::3])} pen, {len(whole.coords[2::3])} white"
     monkeypatch.setattr(feature_extractor, "judge_patches", lambda patches, _: np.full(len(patches), "blurred"))

@@ -11,6 +11,7 @@ from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, w
 from utils.bags.store import Bag, write_bag
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import Passport
+from utils.core.recipe import Recipe
 from utils.inference import SlidePredictor, extractPredict
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
@@ -29,14 +30,25 @@ def make_checkpoint(path, mil="LiteMIL", feed=CHUNKS_OF_20, recipe=RECIPE, mpp_r
     seen = {"slide": id_digests("slide", ["trained"]), "case": id_digests("case", ["P1"])}
     names = ("benign", "malignant")
     save_checkpoint(
-        path, Checkpoint(model.spec, model.state_dict(), names, "demo", feed.as_dict(), recipe, mpp_range, {}, seen)
+        path,
+        Checkpoint(
+            model.spec,
+            model.state_dict(),
+            names,
+            "demo",
+            feed.as_dict(),
+            recipe and Recipe.from_dict(recipe),
+            mpp_range,
+            {},
+            seen,
+        ),
     )
     return model.eval()
 
 
 def make_bag(n=50, dim=16, mpp=0.25, **recipe):
     rng = np.random.default_rng(n)
-    passport = Passport(RECIPE | recipe, {"mpp_delivered": mpp, "patch_size_level0": 256})
+    passport = Passport(Recipe.from_dict(RECIPE | recipe), {"mpp_delivered": mpp, "patch_size_level0": 256})
     return Bag(rng.standard_normal((n, dim)).astype(np.float16), np.zeros((n, 2), np.int64), 256, passport)
 
 
@@ -288,7 +300,7 @@ def test_an_ensemble_tells_what_each_of_its_models_says(tmp_path):
         tmp_path / "ensemble.pth",
         Checkpoint(
             members[0].spec, Ensemble(members).state_dict(), ("benign", "malignant"), "demo", CHUNKS_OF_20.as_dict(),
-            RECIPE, (0.25, 0.25), {}, {"slide": [], "case": []},
+            Recipe.from_dict(RECIPE), (0.25, 0.25), {}, {"slide": [], "case": []},
         ),
     )  # fmt: skip
     path = bag_file(tmp_path, make_bag(50))

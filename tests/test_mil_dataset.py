@@ -16,6 +16,7 @@ from utils.bags.store import Bag, write_bag
 from utils.core.config import Cohort
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
 from utils.core.passport import Passport
+from utils.core.recipe import Recipe
 from utils.core.runtime import log
 from utils.mil_dataset import MILDataset
 
@@ -271,7 +272,10 @@ def test_all_files_of_another_recipe_are_told(tmp_path):
 
 def recipe_bag(**changes) -> Bag:
     passport = synthetic_passport("slide")
-    return Bag(np.ones((3, 2), "f4"), passport=dataclasses.replace(passport, recipe=passport.recipe | changes))
+    return Bag(
+        np.ones((3, 2), "f4"),
+        passport=dataclasses.replace(passport, recipe=dataclasses.replace(passport.recipe, **changes)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +303,7 @@ def test_a_difference_that_many_files_share_is_told_once(tmp_path):
 
 def test_a_recipe_recorded_in_part_hides_no_difference(tmp_path):
     def partial(**recipe) -> Bag:
-        return Bag(np.ones((3, 2), "f4"), passport=Passport(recipe))
+        return Bag(np.ones((3, 2), "f4"), passport=Passport(Recipe(**recipe)))
 
     bags = {"S0": partial(backbone="uni"), "S1": partial(backbone="uni", magnification=20.0)}
     assert len(MILDataset(*make(tmp_path / "one", bags))) == 2

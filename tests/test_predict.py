@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def test_checkpoints_that_do_not_go_together_are_refused(cohort, models, predict
     recipe = synthetic_passport("x").recipe
     for changes, message in (
         ({"class_names": ("malignant", "benign")}, "its classes are ('malignant', 'benign')"),
-        ({"recipe": recipe | {"backbone": "uni"}}, "backbone: found uni, expected synthetic"),
+        ({"recipe": replace(recipe, backbone="uni")}, "backbone: found uni, expected synthetic"),
         ({"feed": SlideFeed(100, "mean")}, "fed differently (whole; in chunks of 100); give --mode"),
     ):
         other = write_model(tmp_path / "other.pth", 5, **changes)

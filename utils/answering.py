@@ -213,7 +213,7 @@ class Answering:
                 "class_names": list(predictor.checkpoint.class_names),
                 "feed": predictor.feed(asked.mode, asked.chunk_size).as_dict(),
                 "feat_type": self.files.feat_type,
-                "recipe": predictor.feature_extractor and predictor.feature_extractor.recipe,
+                "recipe": predictor.feature_extractor and predictor.feature_extractor.recipe.as_dict(),
                 "litemil": versions()["litemil"],
             }
             for predictor in self.predictors.each

@@ -16,10 +16,10 @@ from PIL import Image
 
 from utils.bags.store import Bag, StoredBag, is_feature_file
 from utils.core.config import Pictures, Prediction, PredictionRecipe
+from utils.core.differences import differences, first_differences
 from utils.core.errors import ConfigError, FeatureFileError, SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
-from utils.core.passport import first_differences, recipe_differences
 from utils.core.plots import figure_paths
 from utils.core.text import NOTICE
 from utils.learning.prediction_files import PredictionFiles
@@ -377,10 +377,10 @@ def check_drawable(
             "bounds": list(slide.bounds) if slide.bounds else None,
             "quick_hash": slide.quick_hash(),
         }
-        differences = recipe_differences(made_from, found, found)
-        if differences:
+        unlike = differences(made_from, found, found)
+        if unlike:
             raise FeatureFileError(
-                f"{wsi_path}: not the slide that {source} was made from ({first_differences(differences)}); "
+                f"{wsi_path}: not the slide that {source} was made from ({first_differences(unlike)}); "
                 f"give slide {made_from.get('name')} with --wsi"
             )
         if made_from.get("quick_hash") is None and slide.name != source.stem and not allow_renamed:

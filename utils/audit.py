@@ -35,7 +35,8 @@ from utils.core.cohorts import cohort_classes, tcga_case, tcga_site
 from utils.core.config import CohortFiles, Protocol
 from utils.core.errors import FeatureFileError, LabelsError, counted, named
 from utils.core.files import digest
-from utils.core.passport import COMPARED_FIELDS, MPP_TOLERANCE, Passport
+from utils.core.passport import Passport
+from utils.core.recipe import COMPARED_FIELDS, MPP_TOLERANCE, Recipe
 from utils.core.runtime import progress
 from utils.learning.confounding import Confounding, Value, confounding, values_per_class
 from utils.learning.scale import why_unusual
@@ -453,8 +454,8 @@ def _check_recipes(bags: Sequence[_Bag]) -> list[Finding]:
         message = f"features of different widths: {_told(widths)}; extract all slides with one backbone"
         findings.append(Finding("error", "recipe", message, {"slides": widths}))
     recorded = {bag.wsi_id: bag.info.passport for bag in bags if bag.info.passport}
-    for name in _fields(passport.recipe for passport in recorded.values()):
-        values = _differing({wsi_id: passport.recipe.get(name) for wsi_id, passport in recorded.items()})
+    for name in _fields(passport.recipe.as_dict() for passport in recorded.values()):
+        values = _differing({wsi_id: passport.recipe[name] for wsi_id, passport in recorded.items()})
         if values:
             encodes = name in COMPARED_FIELDS
             remedy = "extract all slides with one recipe" if encodes else "make sure that this is meant"
@@ -597,8 +598,11 @@ def _nuisances(slides: Sequence[_Slide], bags: Sequence[_Bag]) -> list[_Field]:
     infos = [info_of.get(slide.wsi_id) for slide in slides]
     if bags:
         found.append(_Field("bag size (patches per slide)", [info.num_instances if info else None for info in infos]))
-    for part in ("recipe", "slide"):
-        records = [getattr(info.passport, part) if info and info.passport else {} for info in infos]
+    passports = [(info and info.passport) or Passport(Recipe()) for info in infos]
+    for part, records in (
+        ("recipe", [passport.recipe.as_dict() for passport in passports]),
+        ("slide", [passport.slide for passport in passports]),
+    ):
         for name in _fields(records):
             values = [record.get(name) for record in records]
             is_scalar = all(isinstance(value, str | int | float | None) for value in values)

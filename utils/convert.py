@@ -29,9 +29,10 @@ from utils.bags.store import (
     read_bag,
     write_bag,
 )
+from utils.core.differences import differences, first_differences
 from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, named
 from utils.core.files import check_distinct
-from utils.core.passport import Passport, first_differences, recipe_differences
+from utils.core.passport import Passport
 from utils.core.report import update_report
 from utils.core.runtime import log, progress
 from utils.slides.find import find_slides
@@ -130,20 +131,18 @@ def _there_already(source: Path, target: Path, conversion: Conversion, mpp: floa
     except FeatureFileError as error:
         raise FeatureFileError(f"{error}; is in the way: {remedy}") from error
     expected, found = _told(wanted), _told(held)
-    differences = recipe_differences(expected, found, expected | found, strict=True)
+    unlike = differences(expected, found, expected | found, strict=True)
     if not np.array_equal(held_coords, places.coords):
-        differences.append("other coordinates")
+        unlike.append("other coordinates")
     if target.stat().st_mtime_ns < source.stat().st_mtime_ns:
-        differences.append("older than its source")
-    if differences:
-        raise FeatureFileError(
-            f"{target}: is there, from another conversion ({first_differences(differences)}); {remedy}"
-        )
+        unlike.append("older than its source")
+    if unlike:
+        raise FeatureFileError(f"{target}: is there, from another conversion ({first_differences(unlike)}); {remedy}")
     return _status(source, "there already", wanted, places.coords, places.withheld)
 
 
 def _told(info: BagInfo) -> dict[str, Any]:
-    recipe = info.passport.recipe if info.passport else {}
+    recipe = info.passport.recipe.as_dict() if info.passport else {}
     return {"features": f"({info.num_instances}, {info.dim}) {info.dtype}"} | recipe
 
 
@@ -169,7 +168,7 @@ def _noted(passport: Passport | None, stored: np.dtype, kept: np.dtype) -> Passp
     """The passport of features that are rounded to `kept`: its `dtype` is the coarsest they have been through."""
     if passport is None or kept.itemsize >= stored.itemsize:
         return passport
-    return replace(passport, recipe=passport.recipe | {"dtype": str(kept)})
+    return replace(passport, recipe=replace(passport.recipe, dtype=str(kept)))
 
 
 def _targets(conversion: Conversion) -> dict[Path, Path]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from utils.core.config import Cluster, ExtractionFiles
 from utils.core.engine import Threads, open_engine, worker_number
 from utils.core.errors import ConfigError, FeatureFileError, SlideError, counted
 from utils.core.files import claimed
+from utils.core.recipe import Recipe
 from utils.core.remarks import alike_once
 from utils.core.report import read_report, update_report
 from utils.core.runtime import duration, file_size, log, progress
@@ -94,7 +95,7 @@ def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], 
     return marked
 
 
-def _latest_recipe(features: Sequence[Path]) -> dict[str, Any] | None:
+def _latest_recipe(features: Sequence[Path]) -> Recipe | None:
     """The recipe of the file that was written last, which settings that every file refused cannot change; None where
     there is none.
     """

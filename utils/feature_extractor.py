@@ -20,14 +20,10 @@ from PIL import Image
 from utils.bags.store import Bag, BagInfo, bag_writer, check_writable, peek_bag, write_bag
 from utils.core.config import Extraction
 from utils.core.device import amp_dtype, resolve_device
-from utils.core.errors import (
-    BackboneError,
-    FeatureFileError,
-    NoTissueError,
-    RecipeError,
-    SlideError,
-)
-from utils.core.passport import Passport, first_differences, recipe_differences
+from utils.core.differences import differences, first_differences
+from utils.core.errors import BackboneError, FeatureFileError, NoTissueError, RecipeError, SlideError
+from utils.core.passport import Passport
+from utils.core.recipe import OUR_FIELDS, Recipe
 from utils.core.runtime import keep_freed_memory, log, processors, progress_bar, versions
 from utils.slides.backbones import Backbone, canonical_backbone, load_backbone
 from utils.slides.batch import Told
@@ -113,31 +109,19 @@ class WSIFeatureExtractor:
         return cls(**vars(config))
 
     @classmethod
-    def of_recipe(cls, recipe: dict[str, Any], *, weights: Path | None, batch_size: int, device: str) -> Self:
-        """The extractor that makes features the way `recipe` (a passport's) says.
+    def of_recipe(cls, recipe: Recipe, *, weights: Path | None, batch_size: int, device: str) -> Self:
+        """Return the extractor that makes features by the recipe, whose backbone's `weights` may be a local file.
 
         Raises BackboneError when the weights at hand are not the recipe's, RecipeError for an incomplete recipe.
         """
-        needed = ("backbone", "patch_size", "stride", "level" if recipe.get("mpp") is None else "mpp",
-                  "tissue_threshold", "dtype")  # fmt: skip
-        missing = [name for name in needed if recipe.get(name) is None]
-        if missing:
-            raise RecipeError(
-                f"the training features' recipe does not say {', '.join(missing)}; give it "
-                f"({', '.join('--' + name for name in missing)}), or extract the slide yourself"
-            )
-        extractor = cls(
-            recipe["backbone"], recipe["patch_size"], recipe["stride"], recipe.get("level"), recipe["tissue_threshold"],
-            batch_size, device, weights=weights, dtype=recipe["dtype"], mpp=recipe.get("mpp"),
-            qc=bool(recipe.get("qc")), edge=recipe.get("edge") or Extraction.edge,
-        )  # fmt: skip
-        differences = recipe_differences(recipe, extractor.recipe, ("weights_digest", "transform"))
-        if differences:
+        extractor = cls(**recipe.settings(), weights=weights, batch_size=batch_size, device=device)
+        unlike = recipe.differences(extractor.recipe, ("weights_digest", "transform"))
+        if unlike:
             raise BackboneError(
-                f"{weights or recipe['backbone']}: not the backbone of the training features "
-                f"({first_differences(differences)}); give its weights with --weights"
+                f"{weights or recipe.backbone}: not the backbone of the training features "
+                f"({first_differences(unlike)}); give its weights with --weights"
             )
-        changed = recipe_differences(recipe, extractor.recipe, ("tissue", "precision", "qc"))
+        changed = recipe.differences(extractor.recipe, ("tissue", "precision", "qc"))
         if changed:
             log.warning("the training features were made by other settings of this tool: %s", "; ".join(changed))
         return extractor
@@ -148,24 +132,25 @@ class WSIFeatureExtractor:
         return amp_dtype(self.config.precision, self.device, self.backbone.precision)
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Recipe:
         """What makes features comparable; the passport's `recipe`."""
         config = self.config
-        return {
-            "backbone": self.backbone.name,
-            "weights_digest": self.backbone.weights_digest,
-            "transform": self.backbone.transform.as_dict(),
-            "precision": str(self.amp_dtype or torch.float32).removeprefix("torch."),
-            "dtype": config.dtype,
-            "patch_size": config.patch_size,
-            "stride": config.stride or config.patch_size,
-            "level": None if config.target_mpp else config.level or 0,
-            "mpp": config.target_mpp,
-            "tissue_threshold": config.tissue_threshold,
-            "tissue": TISSUE_SETTINGS.as_dict(),
-            "qc": QUALITY_SETTINGS.as_dict() if config.qc else None,
-            "edge": None if config.edge == "drop" else config.edge,  # older files do not record it
-        }
+        return Recipe(
+            backbone=self.backbone.name,
+            weights_digest=self.backbone.weights_digest,
+            transform=self.backbone.transform.as_dict(),
+            precision=str(self.amp_dtype or torch.float32).removeprefix("torch."),
+            dtype=config.dtype,
+            patch_size=config.patch_size,
+            stride=config.stride or config.patch_size,
+            level=None if config.target_mpp else config.level or 0,
+            mpp=config.target_mpp,
+            tissue_threshold=config.tissue_threshold,
+            tissue=TISSUE_SETTINGS.as_dict(),
+            qc=QUALITY_SETTINGS.as_dict() if config.qc else None,
+            edge=None if config.edge == "drop" else config.edge,  # older files do not record it
+            recorded=OUR_FIELDS,
+        )
 
     def process(self, wsi_path: str | Path, save_path: str | Path | None = None) -> dict[str, Any]:
         """Extract one slide: `features (N, D)`, `coords (N, 2)` level-0 top-left, and `metadata` (the passport).
@@ -179,7 +164,7 @@ class WSIFeatureExtractor:
             write_bag(Path(save_path), bag)
         assert bag.passport is not None  # noqa: S101 - for the type checker: `extract` makes one
         passport = bag.passport
-        metadata = {"recipe": passport.recipe, "slide": passport.slide, "software": passport.software}
+        metadata = {"recipe": passport.recipe.as_dict(), "slide": passport.slide, "software": passport.software}
         return {
             "features": bag.features,
             "coords": bag.coords,
@@ -467,14 +452,15 @@ def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
         now["data_hash"] = known["data_hash"] and opened.data_hash()  # older files do not record it
         outlined = told.outlined(opened)
     found, wanted = ({f"slide's {name}": value for name, value in one.items()} for one in (known, now))
-    found, wanted = info.passport.recipe | found, extractor.recipe | wanted
+    found, wanted = info.passport.recipe.as_dict() | found, extractor.recipe.as_dict() | wanted
     if extractor.config.precision == "auto":
         # What is each device's own: a batch that goes on elsewhere is the same batch.
         wanted["precision"] = found.get("precision")
-    differences = recipe_differences(wanted, found, wanted, strict=True)
-    if differences:
-        unlike = first_differences(differences)
-        raise RecipeError(f"{target}: made with another recipe ({unlike}); move it, or extract with --overwrite")
+    unlike = differences(wanted, found, wanted, strict=True)
+    if unlike:
+        raise RecipeError(
+            f"{target}: made with another recipe ({first_differences(unlike)}); move it, or extract with --overwrite"
+        )
     return info, told.tissue is None or tissue == (outlined and outlined.digest)
 
 

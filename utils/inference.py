@@ -4,7 +4,7 @@ predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,11 @@ from MILS import ModelError, mil_name
 from MILS.pooling import BagModel
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.cohorts import tcga_case
-from utils.core.config import CohortFiles, Extraction, Prediction, check_setting
+from utils.core.config import CohortFiles, Extraction, Prediction, PredictionRecipe, check_setting
 from utils.core.device import resolve_device
+from utils.core.differences import first_differences
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
-from utils.core.passport import (
-    COMPARED_FIELDS,
-    ENCODING_FIELDS,
-    first_differences,
-    mpp_difference,
-    recipe_differences,
-    unknown_fields,
-)
+from utils.core.recipe import ASKED_FIELDS, Recipe, mpp_difference
 from utils.core.runtime import keep_freed_memory, log
 from utils.feature_extractor import WSIFeatureExtractor, extract_one
 from utils.learning.aggregation import SlideFeed, mean_output, predict_features
@@ -270,22 +264,21 @@ class SlidePredictor:
         dataset: str | None = None,
         input_dim: int | None = None,
         num_heads: int | None = None,
-        recipe: Mapping[str, Any] | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         """Raise CheckpointError, or RecipeError for the recipe, unless the checkpoints hold what is asked, if anything.
         A checkpoint that records no recipe contradicts none.
         """
-        asked = recipe or {}
         for one in self.trained:
             model = one.checkpoint.model
             one.refuse("mil", mil and _known_name(mil), model["name"])
             one.refuse("dataset", dataset, one.checkpoint.dataset)
             one.refuse("input_dim", input_dim, model["input_dim"])
             one.refuse("num_heads", num_heads, model.get("num_heads"))
-            differences = recipe_differences(one.checkpoint.recipe or {}, asked, asked)
-            if differences:
+            contradictions = (one.checkpoint.recipe or Recipe()).contradictions(recipe or Recipe())
+            if contradictions:
                 raise RecipeError(
-                    f"{one.path}: was trained on features made in another way ({first_differences(differences)}); "
+                    f"{one.path}: was trained on features made in another way ({first_differences(contradictions)}); "
                     "leave those settings out, the checkpoint knows the recipe"
                 )
 
@@ -303,7 +296,7 @@ class SlidePredictor:
         ]
         return {
             **(each[0] if len(each) == 1 else {name: [one[name] for one in each] for name in each[0]}),
-            "recipe": passport.recipe if passport else None,
+            "recipe": passport.recipe.as_dict() if passport else None,
             "slide_record": passport.slide if passport else None,
         }
 
@@ -348,9 +341,9 @@ class SlidePredictor:
 
     def _check_bag(self, bag: Bag | StoredBag, path: Path) -> None:
         width, expected = bag.features.shape[1], self.checkpoint.model["input_dim"]
-        found = bag.passport.recipe if bag.passport else {}
+        found = bag.passport.recipe if bag.passport else Recipe()
         if width != expected:
-            made, learned = ((one or {}).get("backbone") for one in (found, self.checkpoint.recipe))
+            made, learned = found.backbone, (self.checkpoint.recipe or Recipe()).backbone
             raise FeatureFileError(
                 f"{path}: features are {width} wide ({made or 'of a backbone that is not recorded'}), the model of "
                 f"{self.path} takes {expected} ({learned or 'not recorded'}); extract the slide with the backbone that "
@@ -362,13 +355,12 @@ class SlidePredictor:
         for one in self.trained:
             self._warn_of_unknown(path, one.checkpoint, found, mpp)
 
-    def _differences(self, path: Path, found: Mapping[str, Any], mpp: float | None) -> list[str]:
+    def _differences(self, path: Path, found: Recipe, mpp: float | None) -> list[str]:
         """In what a slide's features differ from the training's, each said once; RecipeError unless that is allowed."""
         all_told = []
         for one in self.trained:
-            differences = recipe_differences(one.checkpoint.recipe or {}, found, COMPARED_FIELDS)
-            differences += mpp_difference(one.checkpoint.mpp_range, mpp)
-            told = first_differences(differences)
+            unlike = (one.checkpoint.recipe or Recipe()).differences(found)
+            told = first_differences([*unlike, *mpp_difference(one.checkpoint.mpp_range, mpp)])
             if told and not self.allow_mismatch:
                 raise RecipeError(
                     f"{path}: made in another way than the features {one.path} was trained on ({told}); "
@@ -378,8 +370,8 @@ class SlidePredictor:
                 all_told.append(told)
         return all_told
 
-    def _warn_of_unknown(self, path: Path, checkpoint: Checkpoint, found: dict[str, Any], mpp: float | None) -> None:
-        unknown = unknown_fields(checkpoint.recipe or {}, found, ENCODING_FIELDS)
+    def _warn_of_unknown(self, path: Path, checkpoint: Checkpoint, found: Recipe, mpp: float | None) -> None:
+        unknown = (checkpoint.recipe or Recipe()).unknown_fields(found)
         if mpp is None or checkpoint.mpp_range is None:
             unknown.append("mpp")
         if unknown and not self._warned:
@@ -406,11 +398,11 @@ def _check_alike(trained: Sequence[_Trained]) -> None:
                     f"{other.path}: its {what} are {another}, those of {first.path} are {one}; "
                     "give checkpoints that were trained for the same"
                 )
-        differences = recipe_differences(first.checkpoint.recipe or {}, other.checkpoint.recipe or {}, COMPARED_FIELDS)
-        if differences:
+        unlike = (first.checkpoint.recipe or Recipe()).differences(other.checkpoint.recipe or Recipe())
+        if unlike:
             raise RecipeError(
                 f"{other.path}: was trained on features made in another way than those of {first.path} "
-                f"({first_differences(differences)}); give checkpoints of one recipe"
+                f"({first_differences(unlike)}); give checkpoints of one recipe"
             )
 
 
@@ -451,46 +443,29 @@ def extractPredict(  # noqa: N802 - the first version's public name
         num_heads=num_heads,
         allow_mismatch=allow_mismatch,
     )
-    given = recipe_asked(backbone, patch_size, stride, level, mpp, tissue_threshold)
-    predictor.require(recipe=given)
-    recorded = predictor.checkpoint.recipe
-    weights = Path(weights) if weights else None
-    if recorded is None:
-        extractor = WSIFeatureExtractor(**given, weights=weights, batch_size=batch_size, device=device)
-    else:
-        extractor = WSIFeatureExtractor.of_recipe(
-            _completed(recorded, given), weights=weights, batch_size=batch_size, device=device
-        )
-    predictor.feature_extractor = extractor
+    asked = PredictionRecipe(
+        backbone=backbone, patch_size=patch_size, stride=stride, level=level, mpp=mpp, batch_size=batch_size,
+        tissue_threshold=tissue_threshold, weights=Path(weights) if weights else None,
+    )  # fmt: skip
+    predictor.feature_extractor = _training_extractor(predictor, asked, device)
     return predictor
 
 
-def recipe_asked(
-    backbone: str | None,
-    patch_size: int | None,
-    stride: int | None,
-    level: int | None,
-    mpp: float | None,
-    tissue_threshold: float | None,
-) -> dict[str, Any]:
-    """The settings that were given (are not None), as a recipe names them."""
-    settings = {
-        "backbone": canonical_backbone(backbone) if backbone else None,
-        "patch_size": patch_size,
-        "stride": stride,
-        "level": level,
-        "mpp": mpp,
-        "tissue_threshold": tissue_threshold,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
+def _training_extractor(predictor: SlidePredictor, asked: PredictionRecipe, device: str) -> WSIFeatureExtractor:
+    """Return what extracts as the training features were; what is asked for completes their recipe, or makes it."""
+    given, recorded = asked_recipe(asked), predictor.checkpoint.recipe
+    predictor.require(recipe=given)
+    running: dict[str, Any] = {"weights": asked.weights, "batch_size": asked.batch_size, "device": device}
+    if recorded is None:
+        return WSIFeatureExtractor(**given.as_dict(), **running)
+    by_default = {"tissue_threshold": Extraction.tissue_threshold, "dtype": Extraction.dtype}
+    return WSIFeatureExtractor.of_recipe(recorded.completed(given, **by_default), **running)
 
 
-def _completed(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of training features, completed: other toolkits' files record only a part of it."""
-    known = {name: value for name, value in recorded.items() if value is not None}
-    open_to_choice = {"tissue_threshold": Extraction.tissue_threshold, "dtype": Extraction.dtype}
-    completed = open_to_choice | dict(given) | known
-    return {"stride": completed.get("patch_size")} | completed
+def asked_recipe(settings: PredictionRecipe) -> Recipe:
+    """Return what the settings of `predict.py` say of the recipe. Raises BackboneError for an unknown backbone."""
+    given = Recipe(**{name: getattr(settings, name) for name in ASKED_FIELDS})
+    return given if given.backbone is None else replace(given, backbone=canonical_backbone(given.backbone))
 
 
 def _known_name(mil: str) -> str:

@@ -28,7 +28,7 @@ from utils.bags.table import read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.config import Cohort, Training, check_setting
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant, named
-from utils.core.passport import COMPARED_FIELDS, recipe_differences
+from utils.core.recipe import COMPARED_FIELDS, Recipe
 from utils.core.runtime import available_memory, log, progress
 
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
@@ -184,7 +184,7 @@ class MILDataset(Dataset):
         return self.chunk_size if self.mode == "chunked" else None
 
     @cached_property
-    def recipe(self) -> dict | None:
+    def recipe(self) -> Recipe | None:
         """How the features were made, as the first file that records it says; None where none does."""
         return next((info.passport.recipe for info in self.info if info.passport), None)
 
@@ -300,17 +300,17 @@ class MILDataset(Dataset):
         refuse(FeatureFileError, faults, len(self), "; extract all slides with one backbone")
 
     def _check_recipes(self) -> None:
-        said: dict[str, tuple[Path, Any]] = {}  # by the first file that records the field: some record only a part
+        recorded: dict[str, tuple[Path, Recipe]] = {}  # the first file that says so, by field: some record only a part
         faults: dict[str, list[Path]] = {}  # the files that differ in the same way
         for row, info in zip(self.rows, self.info, strict=True):
-            recipe = info.passport.recipe if info.passport else {}
+            recipe = info.passport.recipe if info.passport else Recipe()
             for name in COMPARED_FIELDS:
-                first, value = said.get(name, (row.path, None))
-                if value is None:
-                    said[name] = row.path, recipe.get(name)
-                differences = recipe_differences({name: value}, recipe, [name])
-                if differences:
-                    fault = f"made in another way than {first} ({'; '.join(differences)})"
+                if recipe[name] is not None:
+                    recorded.setdefault(name, (row.path, recipe))
+                first, other = recorded.get(name, (row.path, recipe))
+                unlike = other.differences(recipe, [name])
+                if unlike:
+                    fault = f"made in another way than {first} ({'; '.join(unlike)})"
                     faults.setdefault(fault, []).append(row.path)
                     break
         if faults:

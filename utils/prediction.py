@@ -13,9 +13,10 @@ from utils.core.device import resolve_device
 from utils.core.engine import Threads, open_engine
 from utils.core.errors import ConfigError, counted, named
 from utils.core.files import appeared, clear_parts, read_json, read_record
+from utils.core.recipe import ASKED_FIELDS
 from utils.core.runtime import log
 from utils.core.text import NOTICE
-from utils.inference import SEEN, SlidePredictor, extractPredict, recipe_asked
+from utils.inference import SEEN, SlidePredictor, asked_recipe, extractPredict
 from utils.learning.answers import REPORT, Answers, Known, known_slides
 from utils.learning.kept_answers import ENDING, check_first, is_answer_to
 from utils.learning.prediction_files import DEFAULT_FOLDER, PredictionFiles
@@ -25,7 +26,6 @@ from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import STATUSES, SlideStatus
 
-_CUTTING = ("backbone", "patch_size", "stride", "level", "mpp", "tissue_threshold")
 _ONLY_RAW = ("save_features", "weights", "slides_csv", "slide_mpp")
 
 
@@ -47,21 +47,19 @@ def _make_predictor(
     asked: Prediction, recipe: PredictionRecipe, are_raw: bool, checkpoints: Sequence[Path]
 ) -> SlidePredictor:
     """Return the predictor of some checkpoints, with a feature extractor where the inputs are raw slides."""
-    cutting: dict[str, Any] = {name: getattr(recipe, name) for name in _CUTTING}
     others: dict[str, Any] = {
         name: getattr(asked, name) for name in ("device", "dataset", "num_heads", "allow_mismatch")
     }
     if are_raw:
-        predictor = extractPredict(
-            checkpoints, **cutting, **others, weights=recipe.weights, batch_size=recipe.batch_size
-        )
+        asked_for = {name: getattr(recipe, name) for name in (*ASKED_FIELDS, "weights", "batch_size")}
+        predictor = extractPredict(checkpoints, **asked_for, **others)
     else:
         unused = [f"--{name}" for name in _ONLY_RAW if getattr(recipe, name)]
         if unused:
             place = asked.input or asked.input_dir or asked.out_of_fold
             raise ConfigError(f"{place}: holds features already; {' and '.join(unused)} goes with raw slides")
         predictor = SlidePredictor(checkpoints, **others)
-        predictor.require(recipe=recipe_asked(**cutting))
+        predictor.require(recipe=asked_recipe(recipe))
     predictor.require(mil=asked.mil, input_dim=asked.input_dim)
     if predictor.feed(asked.mode, asked.chunk_size).mode == "full" and asked.chunk_size is not None:
         raise ConfigError("--chunk_size has no meaning in full mode; give --mode chunked with it")

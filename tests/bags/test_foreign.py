@@ -1,5 +1,6 @@
 """Other toolkits' files, written as their owners do, come back as one kind of bag; what is wrong is refused by name."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -16,19 +17,20 @@ from tests.bags.writers import MPP, NAME, PATCH_SIZE, PATCH_SIZE_LEVEL0
 from utils.bags.store import Bag, BagInfo, peek_bag, read_bag, write_bag
 from utils.core.errors import FeatureFileError
 from utils.core.passport import Passport
+from utils.core.recipe import Recipe
 
 FEATURES, COORDS = writers.arrays()
 OTHER_FEATURES, OTHER_COORDS = writers.arrays(6)
 SLIDE = {"name": NAME, "width": 9000, "height": 8000, "objective": 40}
-TRIDENT = Passport({"backbone": "uni", "patch_size": PATCH_SIZE, "stride": PATCH_SIZE - 64, "magnification": 20}, SLIDE)
-STAMP = Passport({"backbone": "uni", "patch_size": 224}, {"mpp_delivered": 128 / 224})
-SLIDEFLOW = Passport({"backbone": "retccl", "patch_size": 299}, {"mpp_delivered": 128 / 299})
-SLIDE2VEC = Passport({"backbone": "phikon-v2", "patch_size": PATCH_SIZE}, {"mpp_delivered": 0.5})
+TRIDENT = Passport(Recipe(backbone="uni", patch_size=PATCH_SIZE, stride=PATCH_SIZE - 64, magnification=20), SLIDE)
+STAMP = Passport(Recipe(backbone="uni", patch_size=224), {"mpp_delivered": 128 / 224})
+SLIDEFLOW = Passport(Recipe(backbone="retccl", patch_size=299), {"mpp_delivered": 128 / 299})
+SLIDE2VEC = Passport(Recipe(backbone="phikon-v2", patch_size=PATCH_SIZE), {"mpp_delivered": 0.5})
 ATLASPATCH = Passport(
-    {"backbone": "uni", "patch_size": PATCH_SIZE, "stride": PATCH_SIZE, "magnification": 20},
+    Recipe(backbone="uni", patch_size=PATCH_SIZE, stride=PATCH_SIZE, magnification=20),
     {"width": 9000, "height": 8000, "objective": 40},
 )
-LITEMIL = Passport({"backbone": "phikon-v2", "patch_size": PATCH_SIZE_LEVEL0})
+LITEMIL = Passport(Recipe(backbone="phikon-v2", patch_size=PATCH_SIZE_LEVEL0))
 
 # What each layout, with all its companions, comes back as when the slide's mpp is known.
 LAYOUTS: dict[str, tuple[Callable[[Path], Path], int | None, Passport | None]] = {
@@ -165,7 +167,7 @@ def test_tridents_word_none_is_not_known(tmp_path):
     with h5py.File(path) as file:
         names = list(file["coords"].attrs)
     writers.attributes(path, "coords", **dict.fromkeys(names, "None"))
-    check(read_bag(path), COORDS, None, Passport({"backbone": "uni"}))
+    check(read_bag(path), COORDS, None, Passport(Recipe(backbone="uni")))
     writers.attributes(path, "features", encoder="None")
     check(read_bag(path), COORDS)
 
@@ -192,7 +194,7 @@ def test_stamps_older_files_say_tile_size(tmp_path):
     path = writers.stamp(
         tmp_path, FEATURES, COORDS, tile_size_um=None, tile_size_px=None, feat_type=None, tile_size=128.0
     )
-    check(read_bag(path, mpp=MPP), COORDS, PATCH_SIZE_LEVEL0, Passport({"backbone": "uni"}))
+    check(read_bag(path, mpp=MPP), COORDS, PATCH_SIZE_LEVEL0, Passport(Recipe(backbone="uni")))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_slideflows_tiles_have_a_size(tmp_path, tile_um):
 def test_a_magnification_is_no_size(tmp_path):
     path = writers.slideflow(tmp_path, FEATURES, COORDS, tile_um="20x")
     assert "bags_config.json is no help (tile_um '20x', not um)" in withheld(path, MPP)
-    assert peek_bag(path).passport == Passport({"backbone": "retccl", "patch_size": 299})
+    assert peek_bag(path).passport == Passport(Recipe(backbone="retccl", patch_size=299))
     (tmp_path / "bags_config.json").unlink()
     assert "bags_config.json is no help (not there" in withheld(path, MPP)
 
@@ -320,7 +322,7 @@ def test_of_several_encoders_one_must_be_named(tmp_path):
     for name in ("uni_v1", "features/uni_v1"):
         check(read_bag(path, name), COORDS, PATCH_SIZE_LEVEL0, ATLASPATCH)
     assert peek_bag(path, "resnet50").passport == Passport(
-        {**ATLASPATCH.recipe, "backbone": "resnet50"}, ATLASPATCH.slide
+        dataclasses.replace(ATLASPATCH.recipe, backbone="resnet50"), ATLASPATCH.slide
     )
     assert "'conch' is not in the file" in refusal(path, "conch")
 

@@ -26,6 +26,7 @@ from utils.bags.store import (
 )
 from utils.core.errors import FeatureFileError, LiteMILError
 from utils.core.passport import Passport
+from utils.core.recipe import Recipe
 
 FORMATS = ("h5", "pt")
 
@@ -309,8 +310,8 @@ def test_features_in_other_files_are_read(tmp_path):
 
 
 def test_tridents_magnification_is_kept_when_its_file_is_rewritten(tmp_path):
-    recipe = {"backbone": "uni", "magnification": 20.0}
-    write_bag(tmp_path / "slide.h5", Bag(features_of(), coords_of(), 512, Passport(recipe, {"objective": 40.0})))
+    passport = Passport(Recipe(backbone="uni", magnification=20.0), {"objective": 40.0})
+    write_bag(tmp_path / "slide.h5", Bag(features_of(), coords_of(), 512, passport))
     with h5py.File(tmp_path / "slide.h5") as file:
         attributes = dict(file["coords"].attrs)
     assert (attributes["level0_magnification"], attributes["target_magnification"]) == (40.0, 20.0)
@@ -328,7 +329,7 @@ def test_tridents_h5(tmp_path):
     path = write_h5(tmp_path / "slide.h5", features=features_of(), coords=coords_of())
     with h5py.File(path, "a") as file:
         file["coords"].attrs.update({"patch_size": 256, "patch_size_level0": 512, "level0_magnification": "None"})
-    assert same(agree(path), Bag(features_of(), coords_of(), 512, Passport({"patch_size": 256})))
+    assert same(agree(path), Bag(features_of(), coords_of(), 512, Passport(Recipe(patch_size=256))))
 
 
 @pytest.mark.parametrize(
@@ -369,7 +370,7 @@ def test_the_first_versions_dict(tmp_path, wrap, zipped):
         "coords": wrap(coords_of()),
         "metadata": {"slide": "a.svs", "patch_size": 256, "level": np.int64(0), "mpp": np.float64(0.25)},
     }
-    expected = Bag(features_of(dtype="f4"), coords_of(), 256, Passport({"patch_size": 256}))
+    expected = Bag(features_of(dtype="f4"), coords_of(), 256, Passport(Recipe(patch_size=256)))
     assert same(agree(write_pt(tmp_path / "slide.pth", content, zipped)), expected)
 
 
@@ -700,7 +701,9 @@ def test_metadata_of_others_is_no_passport(tmp_path):
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_a_passport_keeps_nested_fields_and_letters(tmp_path, ending):
-    passport = Passport({"transform": {"mean": [0.1, 0.2], "resize": None}}, {"name": "Präparat 7/µ"}, {"torch": "2"})
+    passport = Passport(
+        Recipe(transform={"mean": [0.1, 0.2], "resize": None}), {"name": "Präparat 7/µ"}, {"torch": "2"}
+    )
     write_bag(tmp_path / f"slide.{ending}", Bag(features_of(), passport=passport))
     assert agree(tmp_path / f"slide.{ending}").passport == passport
 

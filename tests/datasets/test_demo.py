@@ -48,7 +48,7 @@ def test_the_cohort_is_balanced_over_sites_and_holds_nobody_back_that_it_trains_
             assert {path.name for path in (home / kind).iterdir()} == {f"{name}.{ending}" for name in rows["wsi_id"]}
     assert all(name.startswith("synthetic-") for name in (*table["wsi_id"], *held_out["wsi_id"]))
     features = peek_bag(folder / "features" / f"{table['wsi_id'][0]}.h5")
-    assert features.passport.recipe["backbone"] == "stain-texture"
+    assert features.passport.recipe.backbone == "stain-texture"
 
 
 def test_colour_alone_does_not_tell_the_patterns(demo_home, script, tmp_path, monkeypatch):

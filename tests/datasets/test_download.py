@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from utils.bags.store import peek_bag
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.config import Cohort
 from utils.core.errors import DownloadError
-from utils.core.passport import COMPARED_FIELDS, recipe_differences
+from utils.core.recipe import Recipe
 from utils.mil_dataset import MILDataset
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
@@ -183,13 +184,13 @@ def test_the_declared_recipe_is_the_extractors_own(published, tmp_path):
     published()
     download_cohort("breast", tmp_path)
     found = peek_bag(tmp_path / "features" / f"{SLIDES[0]}.pt").passport
-    assert found.recipe == json.loads(json.dumps(RECIPE))
-    assert (found.recipe["patch_size"], found.recipe["mpp"]) == (256, 0.5)
-    transform = found.recipe["transform"]
+    assert found.recipe.as_dict() == json.loads(json.dumps(RECIPE))
+    assert (found.recipe.patch_size, found.recipe.mpp) == (256, 0.5)
+    transform = found.recipe.transform
     assert transform["resize"] is None
-    other = {"backbone": "resnet50", "patch_size": 256, "transform": transform}
-    assert not recipe_differences(found.recipe, other, COMPARED_FIELDS)
-    assert recipe_differences(found.recipe, other | {"backbone": "uni"}, COMPARED_FIELDS)
+    other = Recipe(backbone="resnet50", patch_size=256, transform=transform)
+    assert not found.recipe.differences(other)
+    assert found.recipe.differences(replace(other, backbone="uni"))
 
 
 def test_a_killed_unpacking_goes_on_and_a_broken_archive_is_named(published, server, tmp_path, monkeypatch):

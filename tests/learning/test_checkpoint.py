@@ -7,6 +7,7 @@ import torch
 from tests.learning.checkpoint_helpers import check_damage, check_refused
 from utils.core.errors import CheckpointError
 from utils.core.files import digest
+from utils.core.recipe import Recipe
 from utils.core.tensors import load_tensors, save_tensors
 from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import FORMAT, VERSION, Checkpoint, id_digests, load_checkpoint, save_checkpoint
@@ -24,7 +25,7 @@ def checkpoint(make_model) -> Checkpoint:
         class_names=("benign", "malignant"),
         dataset="demo",
         feed=SlideFeed(20, "mean").as_dict(),
-        recipe={"backbone": "resnet50", "transform": {"mean": [0.5, 0.5, 0.5]}, "patch_size": 256},
+        recipe=Recipe(backbone="resnet50", transform={"mean": [0.5, 0.5, 0.5]}, patch_size=256),
         mpp_range=(0.49, 0.51),
         selection={"monitor": "slide_auc", "val_auc": 0.9, "val_loss": None},
         seen={"slide": id_digests("slide", SLIDES), "case": id_digests("case", CASES)},

@@ -5,7 +5,7 @@ import torch
 from mil_helpers import MERGEABLE, MODELS, small
 
 from MILS import ModelError, build_mil, list_mils, mil_name, mil_options
-from MILS.pooling import MergeableModel
+from MILS.pooling import BagModel, MergeableModel
 
 
 def test_names_in_order_of_registration():
@@ -98,3 +98,14 @@ def test_unknown_hyperparameter_lists_the_known():
 def test_bad_values_are_named(name, arguments, message):
     with pytest.raises(ModelError, match=message):
         build_mil(name, **{"input_dim": 5, "num_classes": 2, **arguments})
+
+
+def test_a_hyperparameter_that_is_not_remembered_is_named():
+    class Forgetful(BagModel):
+        """Whose width does not reach its spec."""
+
+        def __init__(self, input_dim, num_classes, *, width=4):
+            super().__init__(input_dim, num_classes)
+
+    with pytest.raises(ModelError, match=r"Forgetful: hand width to super\(\).__init__"):
+        Forgetful(16, 2)

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from utils.slides.contact_sheet import SheetRow, recipe_words, write_contact_sheet
+from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 
 
 class Page(HTMLParser):
@@ -60,17 +60,6 @@ def test_the_page_tells_all_and_links_beside_itself(tmp_path):
                   "Recipe: mine. all shards", "dropped: blurred"):  # fmt: skip
         assert words in page.head
     assert " um" not in page.head
-
-
-def test_the_recipe_is_told_in_a_line():
-    recipe = {"backbone": "uni", "patch_size": 256, "stride": 128, "level": None, "mpp": 0.5, "tissue_threshold": 0.5}
-    assert recipe_words(recipe | {"qc": {"max_ink": 0.25}}) == (
-        "Recipe of the latest features: uni, patches of 256 px at 0.5 µm/px, 128 px apart, at least 50% tissue, "
-        "quality control on"
-    )
-    assert recipe_words(recipe | {"edge": "keep"}).endswith("quality control off, edges kept")
-    first_version = recipe_words(recipe | {"mpp": None, "level": 0, "tissue_threshold": 0})
-    assert "at level 0, 128 px apart, at least 0% tissue, quality control off" in first_version
 
 
 def test_nothing_a_name_says_becomes_code(tmp_path):

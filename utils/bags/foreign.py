@@ -21,7 +21,8 @@ import torch
 
 from utils.core.errors import FeatureFileError
 from utils.core.files import read_json
-from utils.core.passport import Passport, backbone_name
+from utils.core.passport import Passport
+from utils.core.recipe import Recipe, backbone_name
 
 # No slide has so many pixels a side.
 _LONGEST = 10**8
@@ -394,7 +395,7 @@ def _passport(recipe: Mapping[str, Any], slide: Mapping[str, Any] | None = None)
     known, found = (
         {name: value for name, value in part.items() if value is not None} for part in (recipe, slide or {})
     )
-    return Passport(known, found) if known else None
+    return Passport(Recipe.from_dict(known), found) if known else None
 
 
 def _backbone(value: Any) -> str | None:

@@ -23,6 +23,7 @@ from utils.bags.rows import Fingerprint, RowMap, map_rows
 from utils.core.errors import FeatureFileError
 from utils.core.files import whole_file
 from utils.core.passport import Passport
+from utils.core.recipe import Recipe
 from utils.core.tensors import load_tensors, tensor_bytes
 
 _HDF5_EXTENSIONS, _TENSOR_EXTENSIONS = (".h5", ".hdf5"), (".pt", ".pth")
@@ -431,8 +432,8 @@ def _whole_pixels(path: Path, placed: np.ndarray) -> np.ndarray:
 
 
 def _trident_feature_attributes(passport: Passport | None) -> dict[str, str]:
-    slide, recipe = (passport.slide, passport.recipe) if passport else ({}, {})
-    return {"name": str(slide.get("name")), "encoder": str(recipe.get("backbone")), "savetodir": "."}
+    slide, recipe = (passport.slide, passport.recipe) if passport else ({}, Recipe())
+    return {"name": str(slide.get("name")), "encoder": str(recipe.backbone), "savetodir": "."}
 
 
 def _magnification(mpp: float | None) -> float | None:
@@ -440,13 +441,13 @@ def _magnification(mpp: float | None) -> float | None:
 
 
 def _trident_coord_attributes(passport: Passport | None, patch_size_level0: int | None) -> dict[str, Any]:
-    slide, recipe = (passport.slide, passport.recipe) if passport else ({}, {})
-    patch_size, stride = recipe.get("patch_size"), recipe.get("stride")
+    slide, recipe = (passport.slide, passport.recipe) if passport else ({}, Recipe())
+    patch_size, stride = recipe.patch_size, recipe.stride
     values = {
         "patch_size": patch_size,
         "patch_size_level0": patch_size_level0,
         "level0_magnification": slide.get("objective"),
-        "target_magnification": recipe.get("magnification") or _magnification(slide.get("mpp_delivered")),
+        "target_magnification": recipe.magnification or _magnification(slide.get("mpp_delivered")),
         "overlap": None if patch_size is None or stride is None else patch_size - stride,
         "level0_width": slide.get("width"),
         "level0_height": slide.get("height"),

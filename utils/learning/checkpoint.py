@@ -15,6 +15,7 @@ from MILS.pooling import BagModel
 from MILS.registry import ModelError
 from utils.core.errors import CheckpointError
 from utils.core.files import digest
+from utils.core.recipe import Recipe
 from utils.core.runtime import versions
 from utils.core.tensors import load_tensors, save_tensors
 from utils.learning import first_version
@@ -41,7 +42,7 @@ class Checkpoint:
     class_names: tuple[str, ...]
     dataset: str | None
     feed: dict[str, Any]
-    recipe: dict[str, Any] | None
+    recipe: Recipe | None
     mpp_range: tuple[float, float] | None
     selection: dict[str, Any]
     seen: dict[str, list[str]]
@@ -69,6 +70,7 @@ def id_digests(kind: str, ids: Iterable[str]) -> list[str]:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Equal checkpoints give equal bytes."""
     content = {part.name: getattr(checkpoint, part.name) for part in fields(Checkpoint)}
+    content["recipe"] = checkpoint.recipe and checkpoint.recipe.as_dict()
     save_tensors(path, {"format": FORMAT, "format_version": VERSION, **content})
 
 
@@ -94,10 +96,10 @@ def load_checkpoint(
         if is_first_version:
             content = first_version.checkpoint_parts(path, content, class_names, dataset, num_heads)
         known: dict[str, Any] = {"temperature": None} | content  # which earlier files lack
+        if known["recipe"] is not None:
+            known["recipe"] = Recipe.from_dict(known["recipe"])
         checkpoint = Checkpoint(**{part.name: known[part.name] for part in fields(Checkpoint)})
-        kinds_of = {
-            "state_dict": dict, "recipe": dict | None, "mpp_range": tuple | list | None, "temperature": float | None,
-        }  # fmt: skip
+        kinds_of = {"state_dict": dict, "mpp_range": tuple | list | None, "temperature": float | None}
         for part, kinds in kinds_of.items():
             if not isinstance(getattr(checkpoint, part), kinds):
                 raise TypeError(f"{part} is no {kinds}")

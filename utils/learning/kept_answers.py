@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.bags.rows import Fingerprint
+from utils.core.differences import differences, first_differences
 from utils.core.errors import ConfigError, named
 from utils.core.files import read_record
-from utils.core.passport import first_differences, recipe_differences
 from utils.core.plots import FORMATS, figure_paths
 from utils.slides.find import is_slide_file
 
@@ -85,7 +85,7 @@ def check_first(targets: Iterable[Path], settings: Mapping[str, Any]) -> None:
 def is_answer_to(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Return whether a record was made with these settings, of whatever slide."""
     known = request_in(record)
-    return known is not None and not recipe_differences(comparable_settings(settings), known, settings, strict=True)
+    return known is not None and not differences(comparable_settings(settings), known, settings, strict=True)
 
 
 def _check_request(target: Path, record: Mapping[str, Any], request: Mapping[str, Any], *, whole: bool) -> None:
@@ -94,11 +94,11 @@ def _check_request(target: Path, record: Mapping[str, Any], request: Mapping[str
     fields = dict.fromkeys([*asked, *known] if whole else asked)
     if "input" not in known:
         fields.pop("input", None)
-    differences = recipe_differences(asked, known, fields, strict=True)
-    if differences:
+    unlike = differences(asked, known, fields, strict=True)
+    if unlike:
         paths = record["checkpoint"] if isinstance(record["checkpoint"], list) else [record["checkpoint"]]
         raise ConfigError(
-            f"{target}: is another prediction, by {named(paths, 1)} ({first_differences(differences)}); give another "
+            f"{target}: is another prediction, by {named(paths, 1)} ({first_differences(unlike)}); give another "
             "--output_dir, or --overwrite"
         )
 

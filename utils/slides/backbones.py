@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.core.errors import BackboneError
-from utils.core.passport import BACKBONE_ALIASES, backbone_name
+from utils.core.recipe import BACKBONE_ALIASES, backbone_name
 from utils.core.tensors import load_tensors
 from utils.slides.stain import VERSION as STAIN_VERSION
 from utils.slides.stain import StainDescriptor, stain_names

@@ -11,16 +11,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from utils.core.config import ExtractionFiles
 from utils.core.engine import Engine, Lost, Tell, threads
 from utils.core.errors import BackboneError, ConfigError, DiskFullError, LiteMILError, NoTissueError, SlideError
 from utils.core.files import check_distinct, check_writable, claim_on, clear_parts, clear_parts_of, is_free
+from utils.core.recipe import Recipe
 from utils.core.remarks import alike_once
 from utils.core.report import read_report, update_report
 from utils.core.runtime import log, progress_bar
-from utils.slides.contact_sheet import SheetRow, recipe_words, write_contact_sheet
+from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 from utils.slides.contours import ContourFile
 from utils.slides.find import look_for_slides, one_per_series, slide_bytes
 from utils.slides.slide import Slide
@@ -194,7 +194,7 @@ class SlideFiles:
         """A slide's file in `folder`, under the subfolders that its features, `target`, have in theirs."""
         return folder / target.parent.relative_to(self._root(target)) / name
 
-    def write_sheet(self, recipe_of: Callable[[Sequence[Path]], Mapping[str, Any] | None]) -> None:
+    def write_sheet(self, recipe_of: Callable[[Sequence[Path]], Recipe | None]) -> None:
         """Write the contact sheet of all slides in the reports of all shards; `recipe_of` their feature files is the
         recipe that stands on it. It is written again where a shard reports meanwhile.
         """
@@ -206,7 +206,7 @@ class SlideFiles:
             statuses = sorted(rows.values(), key=lambda row: row.slide)
             recipe = recipe_of([folder / row.output for row in statuses if row.is_made and row.output])
             scales, _ = unlike_scales({row.slide: row.mpp for row in statuses if row.is_made})
-            about = [words for words in (recipe_words(recipe) if recipe else "", scales) if words]
+            about = [words for words in (f"Recipe of the latest features: {recipe}" if recipe else "", scales) if words]
             write_contact_sheet(
                 sheet_path(self.files), [self._sheet_row(row) for row in statuses], [*about, *_shard_words(reports)]
             )

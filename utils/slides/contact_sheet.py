@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 from urllib.parse import quote
 
 from utils.core.errors import counted
@@ -52,20 +51,6 @@ def write_contact_sheet(path: Path, rows: Sequence[SheetRow], about: Sequence[st
         "cards": "\n".join(_card(row, Path(path).parent) for row in rows),
     }
     write_page(path, _TEMPLATE, values)
-
-
-def recipe_words(recipe: Mapping[str, Any]) -> str:
-    """Return how the patches were cut and encoded, in a line."""
-    resolution = f"level {recipe['level']}" if recipe.get("mpp") is None else f"{recipe['mpp']:g} µm/px"
-    parts = [
-        recipe["backbone"],
-        f"patches of {recipe['patch_size']} px at {resolution}",
-        f"{recipe['stride']} px apart",
-        f"at least {recipe['tissue_threshold']:.0%} tissue",
-        f"quality control {'on' if recipe.get('qc') else 'off'}",
-        *(["edges kept"] if recipe.get("edge") == "keep" else []),
-    ]
-    return f"Recipe of the latest features: {', '.join(parts)}"
 
 
 def _totals(rows: Sequence[SheetRow], statuses: Mapping[str, int]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from utils.core.errors import counted, named
-from utils.core.passport import MPP_TOLERANCE
+from utils.core.recipe import MPP_TOLERANCE
 
 OUTLINES = "outlines"  # what a slide's tissue was told by, where not by the detector
 STATUSES = ("done", "skipped", "no tissue", "failed")

@@ -1,0 +1,46 @@
+"""Compare what is there with what is asked for, and say in few words what differs."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# Of what differs a message names so many settings, each value in so many characters.
+_MOST_DIFFERENCES, _MOST_CHARACTERS = 4, 60
+
+
+def differences(
+    expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str], *, strict: bool = False
+) -> list[str]:
+    """Return what differs, as 'field: found X, expected Y'; of a field that is a set of settings, each setting that
+    does. A field that one side does not know (None) differs only if `strict`.
+    """
+    lines = []
+    for name in fields:
+        left, right = expected.get(name), found.get(name)
+        if left != right and (strict or (left is not None and right is not None)):
+            lines += _differences_of(name, left, right)
+    return lines
+
+
+def first_differences(lines: Sequence[str]) -> str:
+    """Return the first few differences in a line, and how many more there are: for messages."""
+    more = len(lines) - _MOST_DIFFERENCES
+    return "; ".join(lines[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _differences_of(name: str, expected: Any, found: Any) -> list[str]:
+    if not (isinstance(expected, dict) and isinstance(found, dict)):
+        return [f"{name}: found {_short(found)}, expected {_short(expected)}"]
+    unlike = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    return [line for key in unlike for line in _differences_of(f"{name}.{key}", expected.get(key), found.get(key))]
+
+
+def _short(value: Any) -> str:
+    """Return a value as text of a few characters: of a digest, or of what is long, the beginning."""
+    if value is None:
+        return "none"
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    is_digest = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
+    if is_digest:
+        return text[:12]
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
