@@ -20,7 +20,7 @@ from utils.core.model_help import model_help
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from MILS.pooling import BagModel
+    from MILS.bag_model import BagModel
     from utils.mil_dataset import MILDataset
 
 # What takes seconds to import is imported where it is used, so that --help and a mistyped flag are answered at once.

@@ -24,8 +24,9 @@ from torch import Tensor, empty, nn
 from torch.nn import functional
 
 from MILS.layers import Dropout, embedding, full_precision, mlp_head
-from MILS.pooling import AttentionModel, AttentionSummary, attend
+from MILS.mergeable import AttentionModel
 from MILS.registry import register_mil
+from MILS.summaries import AttentionSummary, attend
 
 
 class QueryStream(nn.Module):

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from MILS.layers import Dropout, Linear, linear_by_head
-from MILS.pooling import AttentionModel, AttentionSummary
+from MILS.mergeable import AttentionModel
 from MILS.registry import register_mil
+from MILS.summaries import AttentionSummary
 
 
 class GatedAttention(nn.Module):

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from MILS.bag_model import Aux, BagModel
 from MILS.layers import Dropout, Linear, at_least_single, full_precision, linear
-from MILS.pooling import Aux, BagModel
 from MILS.registry import register_mil
 
 PINV_ITERATIONS = 6

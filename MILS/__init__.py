@@ -3,7 +3,8 @@
 # The order of import is the order of registration, and of list_mils(); sorted, it would be another.
 # isort: off
 from MILS import LiteMIL, MABMIL, TransMIL, pool  # noqa: F401
-from MILS.registry import ModelError, build_mil, list_mils, mil_name, mil_options
+from MILS.bag_model import BagModel, ModelError
+from MILS.registry import build_mil, list_mils, mil_name, mil_options, register_mil
 # isort: on
 
-__all__ = ["ModelError", "build_mil", "list_mils", "mil_name", "mil_options"]
+__all__ = ["BagModel", "ModelError", "build_mil", "list_mils", "mil_name", "mil_options", "register_mil"]

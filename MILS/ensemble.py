@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from MILS.pooling import Aux, BagModel
+from MILS.bag_model import Aux, BagModel
 
 
 class Ensemble(BagModel):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from MILS.layers import embedding, mlp_head
-from MILS.pooling import AttentionModel, AttentionSummary, MaxSummary, MergeableModel
+from MILS.mergeable import AttentionModel, MergeableModel
 from MILS.registry import register_mil
+from MILS.summaries import AttentionSummary, MaxSummary
 
 
 @register_mil

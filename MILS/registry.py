@@ -10,20 +10,14 @@ is the only place that holds them.
 from __future__ import annotations
 
 import difflib
-import inspect
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from MILS.pooling import BagModel
+from MILS.bag_model import BagModel, ModelError, class_options
 
 _MILS: dict[str, type[BagModel]] = {}
 _ALIASES = {"MADMIL": "ABMIL_Multihead"}
 
-ModelClass = TypeVar("ModelClass", bound="type[BagModel]")
-
-
-class ModelError(ValueError):
-    """A model, a hyperparameter or a bag that cannot be used; the message says what would do."""
+ModelClass = TypeVar("ModelClass", bound=type[BagModel])
 
 
 def register_mil(cls: ModelClass) -> ModelClass:
@@ -48,12 +42,6 @@ def mil_name(name: str) -> str:
     raise ModelError(f"unknown model {name!r}, expected one of {', '.join(_MILS)}{hint}")
 
 
-def class_options(cls: type[BagModel]) -> dict[str, Any]:
-    """Hyperparameters of a model class and their defaults."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
 def mil_options(name: str) -> dict[str, Any]:
     """Hyperparameters of the model `name` and their defaults. Raises ModelError for an unknown name."""
     return class_options(_MILS[mil_name(name)])
@@ -76,24 +64,3 @@ def build_mil(name: str, *, input_dim: int, num_classes: int, **hyperparameters:
     if unknown:
         raise ModelError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes {', '.join(known)}")
     return _MILS[name](input_dim, num_classes, **hyperparameters)
-
-
-def check_options(cls: type[BagModel], values: dict[str, Any]) -> None:
-    """Check hyperparameters against the kind of their defaults: whole numbers are sizes, floats are probabilities."""
-    missing = [key for key in class_options(cls) if key not in values]
-    if missing:
-        raise ModelError(f"{cls.__name__}: hand {', '.join(missing)} to super().__init__, which remembers them")
-    for key, default in class_options(cls).items():
-        value = values[key]
-        if isinstance(default, bool):
-            fits, expected = isinstance(value, bool), "true or false"
-        elif isinstance(default, int):
-            fits, expected = is_whole(value) and value >= 1, "a whole number of at least 1"
-        else:
-            fits, expected = isinstance(value, (int, float)) and 0 <= value < 1, "in [0, 1)"
-        if not fits:
-            raise ModelError(f"{cls.__name__}: {key} must be {expected}, got {value!r}")
-
-
-def is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,14 @@ from torch.autograd.function import once_differentiable
 
 from MILS.layers import weight_gradient
 
-if TYPE_CHECKING:
-    from MILS.pooling import MergeableModel
-
 STREAMED_DEVICES = ("cpu", "cuda")  # those whose random state is known to be replayed
 
 SummaryTuple = TypeVar("SummaryTuple", bound=Any)
 
 
-def stream(
-    model: MergeableModel, x: Tensor, mask: Tensor | None, rows: int, *, keep_products: bool
-) -> tuple[Any, Tensor]:
-    """Summary and trace of bags x (B, N, D), `rows` instances at a time, with gradients for the parameters.
+def stream(model: Any, x: Tensor, mask: Tensor | None, rows: int, *, keep_products: bool) -> tuple[Any, Tensor]:
+    """Return a mergeable model's summary and trace of bags x (B, N, D), `rows` instances at a time, with gradients for
+    the parameters.
 
     `keep_products` spends memory, one (B, N, d) tensor, on not computing the first layer twice.
     """

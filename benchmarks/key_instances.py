@@ -34,7 +34,7 @@ from report import processor, table, versions
 from scipy.stats import rankdata
 
 from MILS import build_mil, list_mils
-from MILS.pooling import BagModel
+from MILS.bag_model import BagModel
 from utils.bags.store import Bag, write_bag
 from utils.core.config import Training
 from utils.core.files import write_text

@@ -31,8 +31,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from MILS import build_mil, list_mils
+from MILS.bag_model import padded
 from MILS.layers import ONEDNN_LINEAR
-from MILS.pooling import padded
 
 INPUT_DIM, NUM_CLASSES = 1024, 2
 SIZES = (1_000, 10_000, 50_000, 100_000)

@@ -26,7 +26,7 @@ from models import in_own_process, peak_of
 from report import processor, table, versions
 
 from MILS import build_mil, list_mils
-from MILS.pooling import MergeableModel
+from MILS.mergeable import MergeableModel
 from utils.bags.store import bag_writer
 from utils.inference import SlidePredictor
 from utils.learning.aggregation import SlideFeed

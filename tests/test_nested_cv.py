@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from MILS import build_mil, list_mils
-from MILS.pooling import BagModel
+from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
 from utils import nested_cv
 from utils.bags.inventory import FileRecord

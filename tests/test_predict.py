@@ -14,8 +14,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from MILS import build_mil, list_mils, registry
+from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble
-from MILS.pooling import BagModel
 from tests.cohort import synthetic_passport, write_cohort
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from MILS import ModelError, mil_name
-from MILS.pooling import BagModel
+from MILS.bag_model import BagModel
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.cohorts import tcga_case
 from utils.core.config import CohortFiles, Extraction, Prediction, PredictionRecipe, check_setting

@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 
 from MILS import ModelError, build_mil
+from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble
-from MILS.pooling import BagModel
 from utils.bags.inventory import read_inventory
 from utils.core.config import Cluster, CohortFiles, Protocol, Running, Training, check_names
 from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata

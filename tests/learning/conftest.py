@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from MILS import build_mil
-from MILS.pooling import BagModel
+from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
 from utils.mil_dataset import MILDataset
 

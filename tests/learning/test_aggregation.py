@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from MILS import list_mils
-from MILS.pooling import BLOCK_ROWS, BagModel
+from MILS.bag_model import BagModel
+from MILS.mergeable import BLOCK_ROWS
 from utils.bags.collate import cut_chunks
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.learning.aggregation import SlideFeed, predict_features, predict_probabilities

@@ -6,7 +6,7 @@ import torch
 
 from MILS import build_mil, list_mils
 from MILS.ensemble import Ensemble
-from MILS.pooling import BLOCK_ROWS
+from MILS.mergeable import BLOCK_ROWS
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.core.errors import FeatureFileError
 from utils.learning.aggregation import SlideFeed, predict_features
@@ -82,7 +82,7 @@ def test_features_in_a_file_that_come_in_blocks_give_the_same_curves(tmp_path, m
     expected = measure_faithfulness([model], features, attention, 0)
     write_bag(tmp_path / "slide.h5", Bag(features.numpy()))
     monkeypatch.setitem(BLOCK_ROWS, "cpu", 7)
-    monkeypatch.setattr("MILS.pooling.GROUPED_ROWS", 20)
+    monkeypatch.setattr("MILS.mergeable.GROUPED_ROWS", 20)
     found = measure_faithfulness([model], open_bag(tmp_path / "slide.h5").features, attention, 0)
     for curves in ("deletion", "insertion"):
         for name, curve in vars(getattr(expected, curves)).items():

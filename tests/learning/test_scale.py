@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from MILS import build_mil, list_mils
+from MILS.bag_model import BagModel, evaluating
 from MILS.ensemble import Ensemble
-from MILS.pooling import BagModel, MergeableModel, evaluating
+from MILS.mergeable import MergeableModel
 from utils.bags.inventory import root_mean_square
 from utils.core.errors import ConfigError
 from utils.learning.faithfulness import measure_faithfulness
@@ -61,7 +62,7 @@ def test_every_way_through_a_model_standardises(pair):
 
 
 def test_long_bags_have_the_gradients_of_standardised_ones(monkeypatch):
-    monkeypatch.setattr("MILS.pooling.BLOCK_ROWS", {"cpu": 8})
+    monkeypatch.setattr("MILS.mergeable.BLOCK_ROWS", {"cpu": 8})
     x, grads = torch.randn(1, 30, DIM), []
     for is_far in (False, True):
         model = small("ABMIL").eval()

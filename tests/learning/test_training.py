@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from MILS import list_mils
-from MILS.pooling import BagModel
+from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
 from utils.core.config import Training
 from utils.core.device import amp_dtype

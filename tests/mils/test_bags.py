@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mil_helpers import MODELS, D, bag, gradients, relative_error, small
 
 from MILS import ModelError
-from MILS.pooling import PADDED_ROWS, groups_to_pad, padded
+from MILS.bag_model import PADDED_ROWS, groups_to_pad, padded
 
 walk = pytest.mark.parametrize("name", MODELS)
 ROWS = PADDED_ROWS["cpu"]

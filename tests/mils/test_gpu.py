@@ -4,8 +4,8 @@ import pytest
 import torch
 from mil_helpers import MERGEABLE, MODELS, bag, gradients, padded, relative_error, small
 
-from MILS import build_mil, pooling
-from MILS.pooling import BLOCK_ROWS
+from MILS import build_mil, mergeable
+from MILS.mergeable import BLOCK_ROWS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +33,7 @@ def check_close(found, expected, tolerance):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("saved_rows", [1000, 0])
 def test_logits_attention_and_gradients(name, saved_rows, monkeypatch):
-    monkeypatch.setattr(pooling, "SAVED_ROWS", saved_rows)
+    monkeypatch.setattr(mergeable, "SAVED_ROWS", saved_rows)
     model = small(name)
     x, mask = padded([bag(9), bag(30)], 33)
     expected = answer(model, x, mask)
@@ -59,7 +59,7 @@ def test_blocks_come_from_the_cpu(name):
 @pytest.mark.parametrize("name", MERGEABLE)
 @pytest.mark.parametrize("saved_rows", [1000, 0])
 def test_the_way_back_has_the_dropout_of_the_way_there(name, saved_rows, monkeypatch):
-    monkeypatch.setattr(pooling, "SAVED_ROWS", saved_rows)
+    monkeypatch.setattr(mergeable, "SAVED_ROWS", saved_rows)
     model, x = small(name, train=True, dropout=0.4).cuda(), bag(30).cuda()
 
     def loss():

@@ -5,7 +5,8 @@ import torch
 from mil_helpers import MERGEABLE, MODELS, small
 
 from MILS import ModelError, build_mil, list_mils, mil_name, mil_options
-from MILS.pooling import BagModel, MergeableModel
+from MILS.bag_model import BagModel
+from MILS.mergeable import MergeableModel
 
 
 def test_names_in_order_of_registration():

@@ -5,8 +5,8 @@ import torch
 from mil_helpers import MERGEABLE, D, bag, gradients, padded, relative_error, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from MILS import pooling
-from MILS.pooling import BLOCK_ROWS
+from MILS import mergeable
+from MILS.mergeable import BLOCK_ROWS
 
 walk = pytest.mark.parametrize("name", MERGEABLE)
 KEPT_OR_NOT = pytest.mark.parametrize("saved_rows", [1000, 0], ids=["products kept", "recomputed"])
@@ -19,7 +19,7 @@ def in_blocks(monkeypatch):
     def run(function, rows=7, saved_rows=1000):
         with monkeypatch.context() as patch:
             patch.setitem(BLOCK_ROWS, "cpu", rows)
-            patch.setattr(pooling, "SAVED_ROWS", saved_rows)
+            patch.setattr(mergeable, "SAVED_ROWS", saved_rows)
             return function()
 
     return run
@@ -263,11 +263,11 @@ def test_a_second_derivative_is_refused(in_blocks):
 def test_bags_longer_than_a_block_are_streamed(monkeypatch):
     """The path above is the one a bag takes by its size alone."""
     called = []
-    original = pooling.stream
+    original = mergeable.stream
     monkeypatch.setattr(
-        pooling, "stream", lambda *args, **kwargs: called.append(kwargs["keep_products"]) or original(*args, **kwargs)
+        mergeable, "stream", lambda *args, **kwargs: called.append(kwargs["keep_products"]) or original(*args, **kwargs)
     )
-    monkeypatch.setattr(pooling, "SAVED_ROWS", 5000)
+    monkeypatch.setattr(mergeable, "SAVED_ROWS", 5000)
     model = small("meanPool", dtype=torch.float32)
     for instances in (BLOCK_ROWS["cpu"], BLOCK_ROWS["cpu"] + 1, 5001):
         model(torch.zeros(1, instances, D))

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from MILS.bag_model import BagModel, evaluating
 from MILS.ensemble import Ensemble
-from MILS.pooling import BLOCK_ROWS, BagModel, MergeableModel, evaluating
+from MILS.mergeable import BLOCK_ROWS, MergeableModel
 from utils.bags.collate import Cut, cut_chunks, take
 from utils.bags.store import StoredFeatures
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from MILS import build_mil
+from MILS.bag_model import BagModel, ModelError
 from MILS.ensemble import Ensemble
-from MILS.pooling import BagModel
-from MILS.registry import ModelError
 from utils.core.errors import CheckpointError
 from utils.core.files import digest
 from utils.core.recipe import Recipe

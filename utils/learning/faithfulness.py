@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from MILS import build_mil
+from MILS.bag_model import BagModel, evaluating
 from MILS.ensemble import Ensemble
-from MILS.pooling import BagModel, MergeableModel, evaluating
+from MILS.mergeable import MergeableModel
 from utils.bags.store import StoredFeatures
 from utils.core.errors import FeatureFileError
 from utils.core.runtime import derive_seed, progress

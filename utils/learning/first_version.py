@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from MILS.registry import ModelError
+from MILS.bag_model import ModelError
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import CheckpointError
 from utils.core.runtime import log

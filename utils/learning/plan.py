@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from MILS.pooling import BagModel
+from MILS.bag_model import BagModel
 from utils.bags.collate import chunks_per_step, num_chunks
 from utils.core.device import peak_memory
 from utils.core.errors import DivergedError, counted

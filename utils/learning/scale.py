@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from MILS.pooling import BagModel, evaluating
+from MILS.bag_model import BagModel, evaluating
 from utils.core.errors import ConfigError
 from utils.core.runtime import log
 from utils.learning.splits import OuterFold

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from MILS.pooling import BagModel
+from MILS.bag_model import BagModel
 from utils.bags.collate import Batch
 from utils.core.engine import threads
 from utils.core.errors import counted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own abbreviation
 
-from MILS.pooling import BagModel, evaluating
+from MILS.bag_model import BagModel, evaluating
 from utils.bags.collate import Batch
 from utils.core.config import Training
 from utils.core.device import amp_dtype, seed_everything

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from MILS import build_mil
-from MILS.pooling import BagModel
+from MILS.bag_model import BagModel
 from utils.core.config import Training
 from utils.core.engine import Tell
 from utils.core.errors import DivergedError, TrainingError

@@ -8,7 +8,8 @@ from mil_helpers import bag, relative_error, small
 from torch import nn
 
 from MILS import build_mil
-from MILS.pooling import MaxSummary, attend, evaluating
+from MILS.bag_model import evaluating
+from MILS.summaries import MaxSummary, attend
 
 
 def scored(n, scale=1.0, seed=0):
@@ -121,7 +122,7 @@ def test_groups_of_a_bag_merge_to_any_part_of_it(name, monkeypatch):
     model = build_mil(name, input_dim=12, num_classes=3).eval()
     bag = torch.randn(50, 12)
     groups = torch.stack([torch.randint(4, (50,)), torch.arange(50) // 10]).to(torch.int8)
-    monkeypatch.setattr("MILS.pooling.GROUPED_ROWS", 16)
+    monkeypatch.setattr("MILS.mergeable.GROUPED_ROWS", 16)
     found = model.summaries(bag.split(9), groups)
     assert [len(parts) for parts in found] == [4, 5]
     for row, parts in zip(groups, found, strict=True):
