@@ -40,7 +40,7 @@ def main() -> None:
     cohort, model, training, protocol, running, cluster, rehearsal = cli.parse(str(__doc__), groups, epilog=epilog)
     from datasets.demo import make_demo, next_command
     from utils.core.engine import check_engine
-    from utils.learning.results import closing_words
+    from utils.evaluation.report import closing_words
     from utils.mil_dataset import MILDataset
     from utils.nested_cv import NestedCrossValidation
 

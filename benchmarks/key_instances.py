@@ -39,9 +39,9 @@ from utils.bags.store import Bag, write_bag
 from utils.core.config import Training
 from utils.core.files import write_text
 from utils.core.runtime import derive_seed, progress
+from utils.evaluation.metrics import classification_metrics
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.faithfulness import measure_faithfulness
-from utils.learning.metrics import classification_metrics
 from utils.learning.training import fit
 from utils.mil_dataset import MILDataset
 

@@ -16,12 +16,12 @@ from utils.compare import Difference, check_metrics, compare, folder_name, read_
 from utils.core.errors import LiteMILError
 from utils.core.files import write_json
 from utils.core.plots import save_figure
-from utils.learning.comparison import holm, nadeau_bengio
-from utils.learning.comparison_figures import comparison_figure, runs_roc_figure
+from utils.evaluation.bootstrap import bootstrap_intervals, pooled_metrics
+from utils.evaluation.comparison_figures import comparison_figure, runs_roc_figure
+from utils.evaluation.metrics import classification_metrics
+from utils.evaluation.paired import holm, nadeau_bengio
+from utils.evaluation.predictions import Predictions
 from utils.learning.finished_runs import read_run
-from utils.learning.metrics import classification_metrics
-from utils.learning.predictions import Predictions
-from utils.learning.statistics import bootstrap_intervals, pooled_metrics
 
 CLASSES = ["benign", "malignant"]
 METRICS = ("auc", "balanced_accuracy", "brier")
@@ -256,7 +256,7 @@ def test_the_same_run_twice(runs, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda table: table.drop(columns="repeat"), "'repeat'"),
+        (lambda table: table.drop(columns="repeat"), "a slide twice in one repeat"),
         (lambda table: table.iloc[:0], "no slide in it"),
         (lambda table: table.replace({"label": {"benign": "normal"}}), "a label that is no class"),
         (lambda table: table.assign(prob_benign=np.nan), "could not convert"),
@@ -484,13 +484,13 @@ def test_the_name_of_a_folder_is_plain_and_short(names, expected):
 
 def test_the_roc_curves_of_several_runs_stand_in_one_figure(runs):
     found = read_runs(runs)
-    figure = runs_roc_figure({run.name: run.answers for run in found})
+    figure = runs_roc_figure({run.name: run.predictions for run in found})
     (axes,) = figure.axes
     assert "positive: malignant" in axes.get_title()
     curves = [line for line in axes.lines if "/mine" in str(line.get_label())]
     assert len({line.get_color() for line in curves}) == len(curves) == 3
     for run, line in zip(found, curves, strict=True):
-        auc, (low, high) = run.pooled["auc"], run.answers.rankings[1].auc_interval
+        auc, (low, high) = run.predictions.metrics["auc"], run.predictions.rankings[1].auc_interval
         assert line.get_label() == f"{run.name}: AUC {auc:.3f} ({low:.3f} to {high:.3f})"
         assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(auc)
 
@@ -501,8 +501,8 @@ def test_of_more_classes_each_has_a_plot(num_classes, tmp_path):
     labels[labels == num_classes - 1] = 0  # a class without a slide
     answers = {
         name: Predictions(
-            labels, rng.dirichlet(np.ones(num_classes), 42), [f"class {k}" for k in range(num_classes)],
-            np.arange(42).astype(str), np.ones(42), 0,
+            np.arange(42).astype(str), np.arange(42).astype(str), labels, rng.dirichlet(np.ones(num_classes), 42),
+            [f"class {k}" for k in range(num_classes)], np.ones(42), 0,
         )
         for name in ("$a$", "b")
     }  # fmt: skip
@@ -582,5 +582,5 @@ def test_runs_of_train_py(tmp_path, script):
     }  # fmt: skip
     run = read_run(folders[0], "meanPool")
     interval = json.loads((folders[0] / "outputs.json").read_text())["intervals_95"]["auc"]
-    assert list(run.answers.rankings[1].auc_interval) == pytest.approx(interval)  # the same patients, drawn alike
+    assert list(run.predictions.rankings[1].auc_interval) == pytest.approx(interval)  # the same patients, drawn alike
     assert "12 slides of 12 patients, tested in 4 folds" in outcome.out

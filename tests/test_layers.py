@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WINGS = ["slides", "bags", "learning", "pictures"]
+WINGS = ["slides", "bags", "evaluation", "learning", "pictures"]
 # What each wing may import of the project besides core and itself; the doors come after all of them.
-BEFORE = {"slides": set(), "bags": {"slides"}, "learning": {"slides", "bags", "MILS"}, "pictures": {"slides"}}
+BEFORE = {
+    "slides": set(), "bags": {"slides"}, "evaluation": set(), "learning": {"slides", "bags", "evaluation", "MILS"},
+    "pictures": {"slides"},
+}  # fmt: skip
 DOORS = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
 OPENED_DOORS = {
     "extraction": {"feature_extractor"}, "inference": {"feature_extractor"}, "answering": {"inference"},
@@ -22,8 +25,8 @@ LIBRARIES = {
     "huggingface_hub": {"utils/slides/backbones.py"},
     "sklearn": {"utils/learning"},
     "matplotlib": {
-        "utils/pictures", "utils/core/plots.py", "utils/learning/figures.py", "utils/learning/learning_curves.py",
-        "utils/learning/comparison_figures.py", "utils/slides/preview.py",
+        "utils/pictures", "utils/core/plots.py", "utils/evaluation/figures.py", "utils/learning/learning_curves.py",
+        "utils/evaluation/comparison_figures.py", "utils/slides/preview.py",
     },
     "argparse": {"utils/core/cli.py"},
     "ray": set(),  # the engine imports it when it is asked for
@@ -78,6 +81,11 @@ def test_a_file_imports_only_what_its_room_may(path):
     else:
         allowed = {"core", place[1], *BEFORE[place[1]]}
     assert found <= allowed, f"{path} imports {found - allowed}"
+
+
+def test_what_evaluates_predictions_needs_no_torch():
+    for path in (ROOT / "utils" / "evaluation").glob("*.py"):
+        assert "torch" not in {name.split(".")[0] for name in imports(path)}, path
 
 
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))

@@ -13,9 +13,9 @@ from tests.cohort import synthetic_bag, write_cohort
 from utils import nested_cv
 from utils.bags.store import write_bag
 from utils.core.files import read_json, write_text
-from utils.learning import results as results_module
-from utils.learning import units
-from utils.learning.metrics import classification_metrics
+from utils.evaluation import predictions as predictions_module
+from utils.evaluation.metrics import classification_metrics
+from utils.learning import run_figures, units
 from utils.learning.splits import repeated_splits
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
@@ -25,8 +25,10 @@ SHUFFLES = 10
 
 @pytest.fixture(autouse=True)
 def _quick_results(monkeypatch):
-    monkeypatch.setattr(results_module, "draw_figures", lambda *_: None)
-    monkeypatch.setattr(results_module, "bootstrap_intervals", partial(results_module.bootstrap_intervals, resamples=2))
+    monkeypatch.setattr(run_figures, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(
+        predictions_module, "bootstrap_intervals", partial(predictions_module.bootstrap_intervals, resamples=2)
+    )
 
 
 def run(dataset: MILDataset, folder: Path, mil: str = "meanPool", hidden_dim: int = 8, **changes) -> dict:

@@ -30,13 +30,13 @@ from utils.core.config import Protocol, Training
 from utils.core.engine import Lost, Processes, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
-from utils.learning import plan, units
-from utils.learning import results as results_module
+from utils.evaluation import predictions as predictions_module
+from utils.evaluation.metrics import METRICS, classification_metrics, decision_metrics, fitted_threshold
+from utils.evaluation.report import NO_PATIENTS, closing_words, results_table
+from utils.learning import plan, run_figures, units
 from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.calibration import scale_probabilities
 from utils.learning.checkpoint import id_digests, load_checkpoint
-from utils.learning.metrics import METRICS, classification_metrics, decision_metrics, fitted_threshold
-from utils.learning.results import NO_PATIENTS, closing_words, results_table
 from utils.learning.run_folder import RunFolder
 from utils.learning.scale import feature_scale
 from utils.learning.splits import InnerFold, OuterFold
@@ -80,10 +80,10 @@ def make_cv(dataset, output_dir, model_factory: Callable = small, **changes) -> 
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
     def write(folder, *_):
-        for name in results_module.FIGURES:
+        for name in run_figures.FIGURES:
             write_text(folder / f"{name}.png", "a figure")
 
-    monkeypatch.setattr(results_module, "draw_figures", write)
+    monkeypatch.setattr(run_figures, "draw_figures", write)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -427,8 +427,8 @@ def unfitted(monkeypatch, no_figures) -> Unfitted:
     """Runs in no time, where what is tested is not the training."""
     stand_in = Unfitted()
     monkeypatch.setattr(units, "fit", stand_in)
-    quick = partial(results_module.bootstrap_intervals, resamples=10)
-    monkeypatch.setattr(results_module, "bootstrap_intervals", quick)
+    quick = partial(predictions_module.bootstrap_intervals, resamples=10)
+    monkeypatch.setattr(predictions_module, "bootstrap_intervals", quick)
     return stand_in
 
 
@@ -1561,7 +1561,7 @@ class TestKinds:
         """The format is nothing that a run depends on: an unfinished one goes on, a finished one draws what lacks."""
         make_cv(dataset, tmp_path / "run", figure_format=("svg",)).run()
         before = contents(tmp_path / "run")
-        assert {Path(name).stem for name in before if name.endswith(".svg")} == set(results_module.FIGURES)
+        assert {Path(name).stem for name in before if name.endswith(".svg")} == set(run_figures.FIGURES)
         (tmp_path / "run" / "roc.svg").unlink()
         with caplog.at_level("INFO"):
             make_cv(dataset, tmp_path / "run", figure_format=("svg", "pdf")).run()
@@ -1569,7 +1569,7 @@ class TestKinds:
         assert "drawn from its tables: roc.svg, roc.pdf, precision_recall.pdf" in caplog.text
         after = contents(tmp_path / "run")
         assert {name: after[name] for name in before} == before
-        assert {name for name in after if name not in before} == {f"{name}.pdf" for name in results_module.FIGURES}
+        assert {name for name in after if name not in before} == {f"{name}.pdf" for name in run_figures.FIGURES}
 
     def test_three_classes(self, tmp_path):
         names = ("CCRCC", "CHRCC", "PRCC")

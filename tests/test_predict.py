@@ -21,13 +21,13 @@ from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag
 from utils.core.errors import CheckpointError
 from utils.core.passport import Passport
+from utils.evaluation.bootstrap import bootstrap_intervals
+from utils.evaluation.metrics import classification_metrics
 from utils.feature_extractor import WSIFeatureExtractor
 from utils.inference import SlidePredictor
 from utils.learning.aggregation import SlideFeed
 from utils.learning.calibration import scale_probabilities
 from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
-from utils.learning.metrics import classification_metrics
-from utils.learning.statistics import bootstrap_intervals
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.pictures.attention_map import AttentionMap

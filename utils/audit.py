@@ -38,7 +38,7 @@ from utils.core.files import digest
 from utils.core.passport import Passport
 from utils.core.recipe import COMPARED_FIELDS, MPP_TOLERANCE, Recipe
 from utils.core.runtime import progress
-from utils.learning.confounding import Confounding, Value, confounding, values_per_class
+from utils.evaluation.confounding import Confounding, Value, confounding, values_per_class
 from utils.learning.scale import why_unusual
 from utils.learning.splits import NamedSplit, read_splits, shared_cases, unused_split
 

@@ -26,11 +26,11 @@ from utils.core.errors import ConfigError, counted
 from utils.core.files import digest, read_record, set_aside, write_json, write_records, write_text
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress
-from utils.learning.comparison import LOWER_IS_BETTER, holm, nadeau_bengio, paired_interval
-from utils.learning.comparison_figures import comparison_figure, runs_roc_figure
+from utils.evaluation.comparison_figures import comparison_figure, runs_roc_figure
+from utils.evaluation.metrics import metric_names
+from utils.evaluation.paired import LOWER_IS_BETTER, holm, nadeau_bengio, paired_interval
+from utils.evaluation.predictions import Predictions
 from utils.learning.finished_runs import Run, read_runs
-from utils.learning.metrics import classification_metrics, metric_names
-from utils.learning.statistics import bootstrap_draws
 
 RESAMPLES = 5000
 # With fewer patients, percentile intervals are known to be too narrow.
@@ -77,7 +77,7 @@ def main() -> None:
     write_json(folder / _RECORD, record)
     write_text(folder / _TABLES[0], text)
     write_records(folder / _TABLES[1], differences)
-    drawn = comparison_figure(_intervals(differences)), runs_roc_figure({run.name: run.answers for run in runs})
+    drawn = comparison_figure(_intervals(differences)), runs_roc_figure({run.name: run.predictions for run in runs})
     figures = write_figures(folder, dict(zip(_FIGURES, drawn, strict=True)), settings.figure_format)
     print(text)
     print(f"\n{', '.join([*_TABLES, *(path.name for path in figures)])} are in {folder} (took {cli.took()})")
@@ -142,7 +142,7 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
         if metrics.count(metric) > 1:
             raise ConfigError(f"--metrics {metric}: given twice; name each once")
     for run in runs:
-        computed = run.pooled
+        computed = run.predictions.metrics
         for metric in metrics:
             value, _ = run.reported(metric)
             if (value is None) != (computed[metric] is None) or abs((value or 0) - (computed[metric] or 0)) > 1e-6:
@@ -169,15 +169,12 @@ def compare(runs: Sequence[Run], metrics: Sequence[str], resamples: int = RESAMP
     The answer for a pair does not depend on which other runs are there, but for the `_holm` p's.
     """
     first = runs[0]
-    pooled, folds, sizes = [run.pooled for run in runs], [_fold_figures(run) for run in runs], _fold_sizes(first)
-    cases = first.predictions["case_id"].to_numpy()
+    pooled = [run.predictions.metrics for run in runs]
+    folds, sizes = [_fold_figures(run.predictions) for run in runs], _fold_sizes(first)
     drawn = [
-        bootstrap_draws(
-            run.labels, run.probabilities, cases, derive_seed("comparison"), resamples,
-            repeats=run.repeats, class_names=run.class_names,
-        )
+        run.predictions.draws(derive_seed("comparison"), resamples)
         for run in progress(runs, "Resampling patients", unit="run")
-    ]  # fmt: skip
+    ]
     differences = []
     for metric in metrics:
         pairs = [
@@ -201,12 +198,10 @@ def _minus(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first - second
 
 
-def _fold_figures(run: Run) -> list[dict[str, float | None]]:
-    labels, probabilities, fold_of = run.labels, run.probabilities, run.predictions["fold"].to_numpy()
-    return [
-        classification_metrics(labels[fold_of == fold], probabilities[fold_of == fold], run.class_names)
-        for fold in np.unique(fold_of)
-    ]
+def _fold_figures(predictions: Predictions) -> list[dict[str, float | None]]:
+    folds = predictions.folds
+    assert folds is not None  # noqa: S101 - for the type checker: a run's predictions have folds
+    return [predictions.where(folds == fold).metrics for fold in np.unique(folds)]
 
 
 def _fold_sizes(run: Run) -> list[tuple[int, int]]:
@@ -294,7 +289,7 @@ def _differences_table(differences: Sequence[Difference], are_many: bool) -> str
 
 
 def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str], are_many: bool) -> str:
-    slides, patients, folds = (len(set(run.predictions[column])) for column in ("wsi_id", "case_id", "fold"))
+    slides, patients, folds = run.predictions.n_slides, run.predictions.n_cases, run.predictions.n_folds
     primary = (
         f"{metrics[0]} is the primary metric, as the first one named; no p is corrected for the number of metrics."
         if len(metrics) > 1

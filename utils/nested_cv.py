@@ -27,21 +27,22 @@ from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metada
 from utils.core.engine import Engine, Lost, Processes, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, EngineError, TrainingError, counted, named
 from utils.core.files import appeared, digest, read_json, write_json, write_records
-from utils.core.runtime import log, progress, progress_bar, versions
-from utils.learning import plan, results
+from utils.core.runtime import derive_seed, log, progress, progress_bar, versions
+from utils.evaluation import report
+from utils.evaluation.metrics import auc_is_defined
+from utils.learning import plan, run_figures
 from utils.learning.aggregation import SlideFeed
 from utils.learning.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
 from utils.learning.choice import Choice, choose, mean_validation
 from utils.learning.epochs import Epochs
 from utils.learning.finished_runs import draw_missing
-from utils.learning.metrics import auc_is_defined
-from utils.learning.results import FoldResult, Pooled
+from utils.learning.fold_results import FoldResult, pooled_predictions
 from utils.learning.run_folder import RunFolder
 from utils.learning.scale import Standardization
 from utils.learning.selection import best_of, grid_settings, rank, read_grid, refit_epochs
 from utils.learning.splits import OuterFold, few_patients, given_splits, repeated_splits, unused_split
 from utils.learning.threads import THREADS, ThreadChoice, choose_threads
-from utils.learning.training import Bags, Diverged, Fitted, predict_slides
+from utils.learning.training import Diverged, Fitted, predict_slides
 from utils.learning.units import ModelFactory, Trainer, Unit
 from utils.mil_dataset import MILDataset
 
@@ -373,7 +374,7 @@ class NestedCrossValidation:
         head = {"fold": unit.fold.number, "setting": str(self.settings[unit.setting - 1]), "inner": unit.inner}
         return [head | row for row in fitted.history]
 
-    def _tested(self, choice: Choice, dataset: Bags) -> FoldResult:
+    def _tested(self, choice: Choice, dataset: MILDataset) -> FoldResult:
         """Test the fold's model, as `final` makes it, on its test slides, and keep it."""
         final, history = self.protocol.final, choice.history
         best = choice.fitted[choice.best]
@@ -437,17 +438,17 @@ class NestedCrossValidation:
     def _write_results(self, folds: list[FoldResult], standardization: Standardization) -> None:
         data, seed = self.dataset, self.protocol.seed
         self._save_best(folds)
-        pooled = Pooled.of(folds, data)
-        results.write_table(self.output_dir / "predictions.csv", results.predictions_table(pooled, data))
-        results.write_table(self.output_dir / "gallery.csv", results.gallery_table(pooled, data))
+        predictions = pooled_predictions(folds, data, derive_seed(seed, "bootstrap"))
+        report.write_table(self.output_dir / "predictions.csv", predictions.table())
+        report.write_table(self.output_dir / "gallery.csv", report.gallery_table(predictions))
         history = pd.DataFrame([row for fold in folds for row in fold.history])
-        results.write_table(self.output_dir / "history.csv", history)
-        results.draw_figures(
-            self.output_dir, pooled.predictions(data.class_names, seed), history,
-            {fold.fold.number: fold.selection["monitor"] for fold in folds}, self.running.figure_format,
-        )  # fmt: skip
+        report.write_table(self.output_dir / "history.csv", history)
+        monitors = {fold.fold.number: fold.selection["monitor"] for fold in folds}
+        run_figures.draw_figures(self.output_dir, predictions, history, monitors, self.running.figure_format)
         head = {"model": self.spec, "dataset": self.dataset_name, "standardize": standardization.as_dict()}
-        write_json(self.output_dir / "outputs.json", head | results.outputs_content(folds, pooled, data, seed))
+        figures = [fold.figures(data) for fold in folds]
+        content = head | report.outputs_content(predictions, figures, data.patients_from)
+        write_json(self.output_dir / "outputs.json", content)
 
     def _save_best(self, folds: list[FoldResult]) -> None:
         """The model of the fold that did best on inner validation; the tests take no part."""

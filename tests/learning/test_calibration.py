@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from utils.evaluation.metrics import classification_metrics
 from utils.learning.aggregation import SlideOutput
 from utils.learning.calibration import fitted_temperature, mean_calibrated, scale_probabilities
-from utils.learning.metrics import classification_metrics
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

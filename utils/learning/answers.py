@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,9 @@ from utils.core.errors import ConfigError, counted
 from utils.core.files import digest, read_record, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
-from utils.learning.kept_answers import ENDING
-from utils.learning.metrics import decision_metrics
-from utils.learning.predictions import Predictions
-from utils.learning.results import (
-    calibration_figures,
+from utils.evaluation.predictions import Predictions
+from utils.evaluation.report import (
+    FIGURES,
     class_table,
     decision_words,
     figures_row,
@@ -31,13 +29,12 @@ from utils.learning.results import (
     text_table,
     write_table,
 )
-from utils.learning.statistics import bootstrap_intervals, pooled_metrics
+from utils.learning.kept_answers import ENDING
 
 if TYPE_CHECKING:
     import pandas as pd
 
 REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json"
-_FIGURES = ("roc", "precision_recall", "confusion_matrix", "calibration")
 
 
 @dataclass(frozen=True)
@@ -99,60 +96,55 @@ class Answers:
         line |= {name: record[name] for name in ("num_instances", "seen_in_training")}
         return line | ({"fold": record["fold"]} if "fold" in record else {})
 
+    def predictions(self, threshold: float | None = None) -> Predictions:
+        """Return what is said of the labelled slides, decided on at the `threshold` of two classes, if any.
+
+        Raises ConfigError where there is none.
+        """
+        scored = [record for record in self.records if record["slide"] in self.rows]
+        if not scored:
+            raise ConfigError("--labels_csv: none of its slides could be predicted, so there is nothing to score")
+        rows = [self.rows[record["slide"]] for record in scored]
+        seen = sum(record["seen_in_training"] is True for record in scored)
+        probabilities = self._by_class([record["probabilities"] for record in scored])
+        scaled = [record["calibrated_probabilities"] for record in scored]
+        return Predictions(
+            slides=np.array([row.wsi_id for row in rows]),
+            cases=np.array([row.case_id for row in rows]),
+            labels=np.array([row.label for row in rows]),
+            probabilities=probabilities,
+            class_names=self.class_names,
+            repeats=np.zeros(len(rows)),
+            seed=_SEED,
+            calibrated=None if None in scaled else self._by_class(scaled),
+            decisions=None if threshold is None else (probabilities[:, 1] >= threshold).astype(int),
+            title=f"{counted(len(rows), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else ""),
+        )
+
     def scores(self, threshold: float | None) -> dict[str, Any]:
         """The figures of a training, of the labelled slides: under the same names, with 95% intervals over patients.
 
         `threshold`, of two classes, is the model's own. Where a model was trained on some of the slides, `unseen` has
         the figures of the others.
         """
-        scored = [record for record in self.records if record["slide"] in self.rows]
-        if not scored:
-            raise ConfigError("--labels_csv: none of its slides could be predicted, so there is nothing to score")
-        seen = np.array([record["seen_in_training"] is True for record in scored])
-        content = self._figures(scored)
-        if threshold is not None:
-            probabilities, truth = self._probabilities(scored), self._labels(scored)
-            predicted = (probabilities[:, 1] >= threshold).astype(int)
-            content["pooled_thresholded"] = decision_metrics(truth, predicted, self.class_names)
-        unseen = [record for record in scored if record["seen_in_training"] is False]
+        predictions = self.predictions(threshold)
+        seen = {record["slide"]: record["seen_in_training"] for record in self.records}
+        is_seen, is_unseen = (np.array([seen[slide] is so for slide in predictions.slides]) for so in (True, False))
         return {
             "class_names": list(self.class_names),
-            **content,
+            **_figures(predictions),
             "threshold": threshold,
-            "n_seen_in_training": int(seen.sum()),
-            "unseen": self._figures(unseen) if seen.any() and unseen else None,
-        }
-
-    def _figures(self, scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        truth, probabilities, cases = self._labels(scored), self._probabilities(scored), self._cases(scored)
-        once, names, calibrated = np.zeros(len(scored)), self.class_names, self._calibrated(scored)
-        return {
-            "n_slides": len(scored),
-            "n_cases": len(np.unique(cases)),
-            "pooled": pooled_metrics(truth, probabilities, once, names),
-            "intervals_95": bootstrap_intervals(truth, probabilities, cases, _SEED, class_names=names),
-            "pooled_thresholded": None,
-            "pooled_calibrated": None if calibrated is None else calibration_figures(truth, calibrated, once),
+            "n_seen_in_training": int(is_seen.sum()),
+            "unseen": _figures(replace(predictions, decisions=None).where(is_unseen))
+            if is_seen.any() and is_unseen.any()
+            else None,
         }
 
     def draw(self, folder: Path, formats: Sequence[str]) -> None:
         """ROC, precision and recall, confusion matrix and calibration of the labelled slides."""
-        from utils.learning import figures
+        from utils.evaluation.figures import prediction_figures
 
-        scored = [record for record in self.records if record["slide"] in self.rows]
-        seen = sum(record["seen_in_training"] is True for record in scored)
-        title = f"{counted(len(scored), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else "")
-        predictions = Predictions(
-            self._labels(scored), self._probabilities(scored), self.class_names, self._cases(scored),
-            np.zeros(len(scored)), _SEED, calibrated=self._calibrated(scored), title=title,
-        )  # fmt: skip
-        drawn = [
-            figures.roc_figure(predictions),
-            figures.precision_recall_figure(predictions),
-            figures.confusion_figure(predictions),
-            figures.calibration_figure(predictions),
-        ]
-        write_figures(folder, dict(zip(_FIGURES, drawn, strict=True)), formats)
+        write_figures(folder, prediction_figures(self.predictions()), formats)
 
     def write(
         self,
@@ -198,20 +190,20 @@ class Answers:
         lines = sorted(f"{row.wsi_id}\t{row.case_id}\t{self.class_names[row.label]}" for row in scored)
         return digest(*lines)
 
-    def _labels(self, scored: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        return np.array([self.rows[record["slide"]].label for record in scored])
+    def _by_class(self, values: Sequence[Mapping[str, float]]) -> np.ndarray:
+        """Return `(n, C)`"""
+        return np.array([[of_slide[name] for name in self.class_names] for of_slide in values])
 
-    def _cases(self, scored: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        return np.array([self.rows[record["slide"]].case_id for record in scored])
 
-    def _probabilities(self, scored: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        return np.array([[record["probabilities"][name] for name in self.class_names] for record in scored])
-
-    def _calibrated(self, scored: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-        each = [record["calibrated_probabilities"] for record in scored]
-        if None in each:
-            return None
-        return np.array([[one[name] for name in self.class_names] for one in each])
+def _figures(predictions: Predictions) -> dict[str, Any]:
+    return {
+        "n_slides": len(predictions),
+        "n_cases": predictions.n_cases,
+        "pooled": predictions.metrics,
+        "intervals_95": predictions.intervals,
+        "pooled_thresholded": predictions.decision_metrics,
+        "pooled_calibrated": predictions.calibrated_metrics,
+    }
 
 
 def _clear_scores(folder: Path, overwrite: bool) -> None:
@@ -226,7 +218,7 @@ def _clear_scores(folder: Path, overwrite: bool) -> None:
 
 
 def _figure_files(folder: Path) -> list[Path]:
-    return [path for name in _FIGURES for path in figure_paths(folder / name, FORMATS)]
+    return [path for name in FIGURES for path in figure_paths(folder / name, FORMATS)]
 
 
 _SEED = derive_seed(Protocol.seed, "bootstrap")

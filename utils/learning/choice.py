@@ -8,8 +8,8 @@ import numpy as np
 
 from utils.core.errors import TrainingError
 from utils.core.runtime import log
+from utils.evaluation.metrics import fitted_threshold
 from utils.learning.calibration import fitted_temperature
-from utils.learning.metrics import fitted_threshold
 from utils.learning.selection import Setting, best_of, mean_rank, rank
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted

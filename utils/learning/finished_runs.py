@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,24 @@ from utils.core.errors import ConfigError, counted, named
 from utils.core.files import read_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import derive_seed, log
-from utils.learning.predictions import Predictions
-from utils.learning.results import FIGURES, draw_figures
+from utils.evaluation.predictions import Predictions
+from utils.learning.run_figures import FIGURES, draw_figures
 from utils.learning.splits import PARTS, NamedSplit, read_splits
-from utils.learning.statistics import pooled_metrics
 
-_SLIDE = ["wsi_id", "label", "case_id"]
 _FILES = ("run.json", "outputs.json", "predictions.csv", "splits.json")
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished training run: the content of its `outputs.json`, its out-of-fold predictions by repeat and slide, its
-    splits, its seed. `name` is what tells it apart from the other runs.
+    splits. `name` is what tells it apart from the other runs.
     """
 
     path: Path
     name: str
     outputs: dict[str, Any]
-    predictions: pd.DataFrame
+    predictions: Predictions
     splits: list[NamedSplit]
-    seed: int
 
     @property
     def class_names(self) -> list[str]:
@@ -49,36 +45,6 @@ class Run:
                 f"{self.path / 'outputs.json'}: no pooled {metric} with its interval; train the run again, or leave it "
                 "out of --metrics"
             ) from failure
-
-    @property
-    def pooled(self) -> dict[str, float | None]:
-        """Every metric of the predictions."""
-        return pooled_metrics(self.labels, self.probabilities, self.repeats, self.class_names)
-
-    @property
-    def repeats(self) -> np.ndarray:
-        """`(n,)` int"""
-        return self.predictions["repeat"].to_numpy()
-
-    @property
-    def labels(self) -> np.ndarray:
-        """`(n,)` int"""
-        return self.predictions["label"].map(self.class_names.index).to_numpy()
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """`(n, C)`"""
-        return self.predictions[[f"prob_{name}" for name in self.class_names]].to_numpy()
-
-    @cached_property
-    def answers(self) -> Predictions:
-        """What its figures are drawn from."""
-        table, scaled = self.predictions, [f"calibrated_{name}" for name in self.class_names]
-        return Predictions(
-            self.labels, self.probabilities, self.class_names, table["case_id"].to_numpy(), self.repeats,
-            derive_seed(self.seed, "bootstrap"), table["fold"].to_numpy(),
-            table[scaled].to_numpy() if set(scaled) <= set(table) else None,
-        )  # fmt: skip
 
     @property
     def monitors(self) -> dict[int, str]:
@@ -98,7 +64,7 @@ def draw_missing(folder: Path, formats: Sequence[str]) -> None:
     except (ConfigError, OSError, ValueError, KeyError) as failure:
         log.warning("%s: its figures cannot be drawn anew (%s)", folder, failure)
         return
-    written = draw_figures(folder, run.answers, history, monitors, formats, missing_only=True)
+    written = draw_figures(folder, run.predictions, history, monitors, formats, missing_only=True)
     log.info("%s: drawn from its tables: %s", folder, ", ".join(path.name for path in written))
 
 
@@ -141,53 +107,58 @@ def read_run(path: Path, name: str) -> Run:
     classes = outputs.get("class_names") if isinstance(outputs, dict) else None
     if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(one, str) for one in classes):
         raise ConfigError(f"{path / 'outputs.json'}: no class_names, as train.py writes them; train the run again")
-    predictions = _read_predictions(path / "predictions.csv", classes)
-    splits = read_splits(path / "splits.json", set(predictions["wsi_id"]))
-    tested = {(split.fold, wsi_id) for split in splits for wsi_id in split.parts["test"]}
-    strangers = sorted(tested ^ set(zip(predictions["fold"], predictions["wsi_id"], strict=True)))
-    if strangers:
-        told = named([f"{wsi_id} of fold {fold}" for fold, wsi_id in strangers])
-        raise ConfigError(f"{path}: predictions.csv and splits.json are not of one run ({told}); train it again")
     identity = record.get("identity")
     seed = identity.get("seed", Protocol.seed) if isinstance(identity, dict) else Protocol.seed
-    return Run(path, name, outputs, predictions, splits, seed)
+    predictions = _read_predictions(path / "predictions.csv", classes, derive_seed(seed, "bootstrap"))
+    splits = read_splits(path / "splits.json", set(predictions.slides.tolist()))
+    tested = {(split.fold, wsi_id) for split in splits for wsi_id in split.parts["test"]}
+    strangers = sorted(tested ^ set(zip(_folds(predictions).tolist(), predictions.slides.tolist(), strict=True)))
+    if strangers:
+        slides = named([f"{wsi_id} of fold {fold}" for fold, wsi_id in strangers])
+        raise ConfigError(f"{path}: predictions.csv and splits.json are not of one run ({slides}); train it again")
+    return Run(path, name, outputs, predictions, splits)
 
 
-def _read_predictions(path: Path, classes: Sequence[str]) -> pd.DataFrame:
-    """The table in an order that does not depend on the run's."""
-    probabilities = [f"prob_{name}" for name in classes]
-    kinds = {"wsi_id": str, "case_id": str, "label": str, "fold": int, "repeat": int}
-    kinds |= dict.fromkeys(probabilities, float)
+def _read_predictions(path: Path, classes: Sequence[str], seed: int) -> Predictions:
+    """Read the table, in an order that does not depend on the run's."""
     try:
-        texts = pd.read_csv(path, dtype=str, keep_default_na=False)
-        kinds |= dict.fromkeys({f"calibrated_{name}" for name in classes} & set(texts), float)
-        table = pd.DataFrame({name: texts[name].astype(kind) for name, kind in kinds.items()})
-    except (OSError, ValueError, KeyError) as failure:
+        predictions = Predictions.read(path, seed, classes)
+    except (OSError, ValueError) as failure:
         raise ConfigError(
             f"{path}: no predictions as train.py writes them ({failure}); train the run again"
         ) from failure
-    values = table[probabilities].to_numpy()
+    values, slides = predictions.probabilities, predictions.slides.tolist()
+    tested = set(zip(predictions.repeats.tolist(), slides, strict=True))
     faults = {
-        "no slide in it": table.empty,
         "a probability that is no number from 0 to 1": not ((values >= 0) & (values <= 1)).all(),
-        "a label that is no class": not set(table["label"]) <= set(classes),
-        "a slide twice in one repeat": table.duplicated(["repeat", "wsi_id"]).any(),
-        "a slide with two labels or patients": len(table[_SLIDE].drop_duplicates()) > len(_slides(table)),
+        "a slide twice in one repeat": len(tested) < len(slides),
+        "a slide with two labels or patients": len(set(_known(predictions))) > predictions.n_slides,
     }
     for fault, is_there in faults.items():
         if is_there:
             raise ConfigError(f"{path}: {fault}; train the run again")
-    return table.sort_values(["repeat", "wsi_id"], ignore_index=True)
+    return predictions.where(np.lexsort((predictions.slides, predictions.repeats)))
 
 
-def _slides(table: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """Each slide's label and patient."""
-    rows = table[_SLIDE].itertuples(index=False, name=None)
-    return {wsi_id: {"label": label, "case_id": case_id} for wsi_id, label, case_id in rows}
+def _known(predictions: Predictions) -> list[tuple[str, str, str]]:
+    """Return each row's slide, label and patient."""
+    return list(
+        zip(predictions.slides.tolist(), predictions.label_names.tolist(), predictions.cases.tolist(), strict=True)
+    )
+
+
+def _slides(predictions: Predictions) -> dict[str, dict[str, str]]:
+    """Return each slide's label and patient."""
+    return {wsi_id: {"label": label, "case_id": case_id} for wsi_id, label, case_id in _known(predictions)}
+
+
+def _folds(predictions: Predictions) -> np.ndarray:
+    assert predictions.folds is not None  # noqa: S101 - for the type checker: a training's table has folds
+    return predictions.folds
 
 
 def _check_same_slides(first: Run, other: Run) -> None:
-    if not set(first.predictions["wsi_id"]) & set(other.predictions["wsi_id"]):
+    if not set(first.predictions.slides) & set(other.predictions.slides):
         raise ConfigError(f"{other.path}: not one slide of {first.path}; give runs of one cohort")
     if first.class_names != other.class_names:
         raise ConfigError(

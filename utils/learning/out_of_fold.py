@@ -1,16 +1,18 @@
 """A finished training run, found by its folder: the model chosen in it, and its out-of-fold answers."""
 
-import csv
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from utils.bags.feature_folder import FeatureFolder
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, counted, named
 from utils.core.files import read_json
 from utils.core.runtime import log
+from utils.evaluation.predictions import Predictions
 
 RECORD, CHOSEN, PREDICTIONS = "run.json", "all_folds_best.pth", "predictions.csv"
 # What float rounding on another device makes of a probability, at the most.
@@ -55,13 +57,11 @@ def _instead(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class TestedSlide:
-    """What a run's `predictions.csv` says of a slide: the fold that tested it, and its `probabilities` by class."""
+    """What a run says of a slide: the fold that tested it, and its `probabilities` by class."""
 
-    wsi_id: str
     case_id: str
     label: str
     fold: int
-    repeat: int
     probabilities: Mapping[str, float]
 
 
@@ -83,14 +83,13 @@ class OutOfFold:
         that it does not have.
         """
         record = run_record(folder)
-        rows = sorted(_read_predictions(folder / PREDICTIONS), key=lambda row: (row.repeat, row.fold))
-        repeats = max(row.repeat for row in rows)
+        predictions = _read_predictions(folder / PREDICTIONS)
+        repeats = int(predictions.repeats.max())
         if repeat is not None and repeat > repeats:
             raise ConfigError(f"--repeat {repeat}: {folder} has {counted(repeats, 'repeat')}; give one of those")
-        slides: dict[str, TestedSlide] = {}
-        for row in rows:
-            if repeat in (None, row.repeat):
-                slides.setdefault(row.wsi_id, row)
+        if repeat is not None:
+            predictions = predictions.where(predictions.repeats == repeat)
+        slides = _first_test_of_each(predictions)
         feat_type = record.get("identity", {}).get("feat_type", "features")
         return cls(folder, slides, repeats, _features_dir(record), feat_type)
 
@@ -153,19 +152,21 @@ def _features_dir(record: Mapping[str, Any]) -> Path | None:
     return usual if usual.is_dir() else None
 
 
-def _read_predictions(path: Path) -> list[TestedSlide]:
+def _read_predictions(path: Path) -> Predictions:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        slides = [
-            TestedSlide(
-                row["wsi_id"], row["case_id"], row["label"], int(row["fold"]), int(row.get("repeat", 1)),
-                {name.removeprefix("prob_"): float(row[name]) for name in row if name.startswith("prob_")},
-            )
-            for row in rows
-        ]  # fmt: skip
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError, TypeError) as failure:
+        return Predictions.read(path, seed=0)
+    except (OSError, ValueError, TypeError) as failure:
         raise CheckpointError(f"{path}: not the table of a training run ({failure}); train again") from failure
-    if not slides or not all(slide.probabilities for slide in slides):
-        raise CheckpointError(f"{path}: no predictions in it; train again")
+
+
+def _first_test_of_each(predictions: Predictions) -> dict[str, TestedSlide]:
+    folds, names = predictions.folds, predictions.class_names
+    assert folds is not None  # noqa: S101 - for the type checker: a training's table has folds
+    slides: dict[str, TestedSlide] = {}
+    for row in np.lexsort((folds, predictions.repeats)).tolist():
+        probabilities = dict(zip(names, predictions.probabilities[row].tolist(), strict=True))
+        tested = TestedSlide(
+            str(predictions.cases[row]), str(predictions.label_names[row]), int(folds[row]), probabilities
+        )
+        slides.setdefault(str(predictions.slides[row]), tested)
     return slides

@@ -12,12 +12,13 @@ import torch
 
 from MILS.bag_model import BagModel
 from utils.bags.collate import chunks_per_step, num_chunks
+from utils.bags.dataset import MILDataset
 from utils.core.device import peak_memory
 from utils.core.errors import DivergedError, counted
 from utils.core.runtime import available_memory, duration, file_size, log
 from utils.core.text import aligned
 from utils.learning.splits import OuterFold
-from utils.learning.training import Bags, ModelTraining, validate
+from utils.learning.training import ModelTraining, validate
 from utils.learning.units import Trainer, Unit
 
 # A trial trains on so many patches, or one batch if that is more, and validates on as many.
@@ -148,7 +149,7 @@ def _some(slides: np.ndarray, sizes: np.ndarray, labels: np.ndarray) -> np.ndarr
     return dealt[: max(enough, len(np.unique(labels[slides])))]
 
 
-def splits_table(folds: Sequence[OuterFold], data: Bags, cases: np.ndarray) -> str:
+def splits_table(folds: Sequence[OuterFold], data: MILDataset, cases: np.ndarray) -> str:
     """Slides, and in brackets patients, of each part of each fold and class."""
     rows = [["slides (patients)", *data.class_names]]
     for fold in folds[:_MOST_FOLDS_SHOWN]:
@@ -160,7 +161,7 @@ def splits_table(folds: Sequence[OuterFold], data: Bags, cases: np.ndarray) -> s
     return aligned([rows]) + (f"\nand {more} folds more" if more > 0 else "")
 
 
-def _counts(slides: np.ndarray, data: Bags, cases: np.ndarray) -> list[str]:
+def _counts(slides: np.ndarray, data: MILDataset, cases: np.ndarray) -> list[str]:
     of_class = [slides[data.labels[slides] == label] for label in range(len(data.class_names))]
     return [f"{len(mine)} ({len(np.unique(cases[mine]))})" for mine in of_class]
 

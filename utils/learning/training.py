@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,27 +13,15 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own abbreviation
 
 from MILS.bag_model import BagModel, evaluating
 from utils.bags.collate import Batch
+from utils.bags.dataset import MILDataset
 from utils.core.config import Training
 from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
 from utils.core.runtime import ahead, derive_seed
+from utils.evaluation.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features, predict_probabilities
-from utils.learning.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.scale import feature_scale, standardize
 from utils.learning.selection import rank
-
-
-class Bags(Protocol):
-    """What a training needs of a dataset; `utils.mil_dataset.MILDataset` is one."""
-
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-
-    def features(self, slide: int) -> Tensor: ...
-
-    def batches(
-        self, slides: np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
-    ) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class ModelTraining:
     def __init__(
         self,
         model_factory: Callable[[], BagModel],
-        dataset: Bags,
+        dataset: MILDataset,
         train: np.ndarray,
         settings: Training,
         seed: int,
@@ -146,7 +134,7 @@ class ModelTraining:
 
 def fit(
     model_factory: Callable[[], BagModel],
-    dataset: Bags,
+    dataset: MILDataset,
     train: np.ndarray,
     val: np.ndarray,
     settings: Training,
@@ -181,7 +169,7 @@ def fit(
 
 def refit(
     model_factory: Callable[[], BagModel],
-    dataset: Bags,
+    dataset: MILDataset,
     train: np.ndarray,
     settings: Training,
     *,
@@ -212,7 +200,7 @@ def learning_rate(epoch: int, settings: Training) -> float:
 
 
 def validate(
-    model: BagModel, dataset: Bags, slides: np.ndarray, class_weights: np.ndarray, feed: SlideFeed
+    model: BagModel, dataset: MILDataset, slides: np.ndarray, class_weights: np.ndarray, feed: SlideFeed
 ) -> tuple[dict[str, float | None], np.ndarray]:
     """Slide-level figures `val_loss`, `val_auc`, ... of the slides, and their probabilities `(n, C)`. Raises
     DivergedError at an answer that is not finite.
@@ -225,7 +213,7 @@ def validate(
     return {"val_loss": loss} | {f"val_{name}": value for name, value in figures.items()}, probabilities
 
 
-def predict_slides(model: BagModel, dataset: Bags, slides: np.ndarray, feed: SlideFeed) -> list[SlideOutput]:
+def predict_slides(model: BagModel, dataset: MILDataset, slides: np.ndarray, feed: SlideFeed) -> list[SlideOutput]:
     """The model's answer for each slide. Raises DivergedError at one that is not finite."""
     with evaluating(model):  # once, and not for each slide again
         outputs = [predict_features(model, dataset.features(int(slide)), feed) for slide in slides]

@@ -10,6 +10,7 @@ import torch
 
 from MILS import build_mil
 from MILS.bag_model import BagModel
+from utils.bags.dataset import MILDataset
 from utils.core.config import Training
 from utils.core.engine import Tell
 from utils.core.errors import DivergedError, TrainingError
@@ -18,7 +19,7 @@ from utils.core.tensors import load_tensors, save_tensors
 from utils.learning.aggregation import SlideFeed
 from utils.learning.selection import Setting
 from utils.learning.splits import OuterFold
-from utils.learning.training import Bags, Diverged, Fitted, fit, refit
+from utils.learning.training import Diverged, Fitted, fit, refit
 
 ModelFactory = Callable[[], BagModel]
 
@@ -49,7 +50,7 @@ class Trainer:
     spec: dict[str, Any]
     settings: tuple[Setting, ...]
     training: Training
-    dataset: Bags
+    dataset: MILDataset
     feed: SlideFeed
     device: torch.device
     seed: int

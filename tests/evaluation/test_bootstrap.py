@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
-from utils.learning.metrics import METRICS, classification_metrics
-from utils.learning.statistics import (
+from utils.evaluation.bootstrap import (
     bootstrap_draws,
     bootstrap_intervals,
     mean_precision,
@@ -11,6 +10,7 @@ from utils.learning.statistics import (
     pooled_metrics,
     roc_band,
 )
+from utils.evaluation.metrics import METRICS, classification_metrics
 
 
 def noisy_answers(rng: np.random.Generator, labels: np.ndarray, right: float = 0.8) -> np.ndarray:
@@ -160,7 +160,7 @@ def test_many_slides_are_drawn_like_few(monkeypatch):
     """The resamples are computed in blocks; the block's size changes nothing."""
     labels, probabilities, cases, repeats = repeated()
     whole = bootstrap_intervals(labels, probabilities, cases, 5, 60, repeats=repeats)
-    monkeypatch.setattr("utils.learning.statistics._BLOCK_VALUES", 7 * len(labels))
+    monkeypatch.setattr("utils.evaluation.bootstrap._BLOCK_VALUES", 7 * len(labels))
     assert bootstrap_intervals(labels, probabilities, cases, 5, 60, repeats=repeats) == whole
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from utils.learning.confounding import (
+from utils.evaluation.confounding import (
     FOLDS,
     _cross_validated_auc,
     _fold_groups,

@@ -12,9 +12,9 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from utils.core.plots import COLOURS, STYLES, save_figure
-from utils.learning.figures import calibration_figure, confusion_figure, precision_recall_figure, roc_figure
-from utils.learning.predictions import Predictions
-from utils.learning.statistics import bootstrap_intervals, pooled_metrics
+from utils.evaluation.bootstrap import bootstrap_intervals, pooled_metrics
+from utils.evaluation.figures import calibration_figure, confusion_figure, precision_recall_figure, roc_figure
+from utils.evaluation.predictions import Predictions
 
 LONG = ("Clear cell renal cell carcinoma", "Papillary renal cell carcinoma type 2", "Chromophobe renal cell carcinoma")
 
@@ -39,7 +39,8 @@ def predictions(labels, probabilities, names, folds=None, repeats=None, **more) 
     folds = np.arange(count) // len(names) % 3 + 1 if folds is None else folds
     repeats = np.ones(count, dtype=int) if repeats is None else repeats
     cases = np.array([f"P{index % (count // len(np.unique(repeats)))}" for index in range(count)])
-    return Predictions(labels, probabilities, names, cases, repeats, 0, folds, **more)
+    slides = np.char.add(cases, "-S1")
+    return Predictions(slides, cases, labels, probabilities, names, repeats, 0, folds, **more)
 
 
 def roc(*answers, **more) -> Figure:

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from utils.core.plots import COLOURS, LEGEND, STYLES, bare, bare_axes, legend_below
 from utils.core.text import literal
-from utils.learning.figures import chance_line, pooled_title, with_interval
-from utils.learning.predictions import Predictions
-from utils.learning.statistics import mean_roc
+from utils.evaluation.bootstrap import mean_roc
+from utils.evaluation.figures import chance_line, pooled_title, with_interval
+from utils.evaluation.predictions import Predictions
 
 _COLUMNS = 3
 

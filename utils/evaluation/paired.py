@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.learning.statistics import interval
+from utils.evaluation.bootstrap import interval
 
 LOWER_IS_BETTER = ("brier", "ece")
 # Figures that differ by less are equal but for rounding.

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from utils.learning.metrics import metric_names, plain_figures, weighted_metrics
+from utils.evaluation.metrics import metric_names, plain_figures, weighted_metrics
 
 RESAMPLES = 1000
 # False positive rates of the band; 0 comes twice, since a curve may rise before its first false positive.

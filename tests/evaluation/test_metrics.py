@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
-from utils.learning.metrics import (
+from utils.evaluation.metrics import (
     METRICS,
     auc_is_defined,
     balanced_class_weights,

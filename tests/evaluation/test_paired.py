@@ -5,9 +5,9 @@ from sklearn.datasets import make_moons
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
 from sklearn.svm import SVC
 
-from utils.learning.comparison import holm, nadeau_bengio, paired_interval
-from utils.learning.metrics import classification_metrics
-from utils.learning.statistics import bootstrap_draws
+from utils.evaluation.bootstrap import bootstrap_draws
+from utils.evaluation.metrics import classification_metrics
+from utils.evaluation.paired import holm, nadeau_bengio, paired_interval
 
 SLIDES = 120
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import utils.mil_dataset as mil_dataset
+import utils.bags.dataset as mil_dataset
 from tests.cohort import synthetic_bag, synthetic_passport, write_cohort
+from utils.bags.dataset import MILDataset
 from utils.bags.packed import FileFeatures
 from utils.bags.store import Bag, write_bag
 from utils.core.config import Cohort
@@ -18,7 +19,6 @@ from utils.core.errors import ConfigError, FeatureFileError, LabelsError, Recipe
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
 from utils.core.runtime import log
-from utils.mil_dataset import MILDataset
 
 
 @pytest.fixture(scope="module")

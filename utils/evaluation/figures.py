@@ -11,15 +11,22 @@ from matplotlib.figure import Figure
 
 from utils.core.plots import COLOURS, LEGEND, SMALL, STYLES, bare, bare_axes, legend_below
 from utils.core.text import literal
-from utils.learning.metrics import BINS, probability_bins
-from utils.learning.predictions import Predictions
-from utils.learning.statistics import mean_precision, mean_roc, pooled_metrics, roc_band
+from utils.evaluation.bootstrap import mean_precision, mean_roc, pooled_metrics, roc_band
+from utils.evaluation.metrics import BINS, probability_bins
+from utils.evaluation.predictions import Predictions
+from utils.evaluation.report import FIGURES
 
 # More curves with their bands and folds are a tangle.
 _MOST_BANDS = 3
 # With fewer slides in a bin, its share says little.
 _FEW = 10
 _ENTRY = 60  # characters of a line of a legend
+
+
+def prediction_figures(predictions: Predictions) -> dict[str, Figure]:
+    """Draw all figures of predictions, by the names of their files."""
+    drawing = (roc_figure, precision_recall_figure, confusion_figure, calibration_figure)
+    return {name: draw(predictions) for name, draw in zip(FIGURES, drawing, strict=True)}
 
 
 def roc_figure(predictions: Predictions) -> Figure:
@@ -97,7 +104,7 @@ def confusion_figure(predictions: Predictions) -> Figure:
     else:
         axes.set_xticks(range(num_classes), wrapped, fontsize=9)
     axes.set_yticks(range(num_classes), wrapped, fontsize=9)
-    slides = "Out-of-fold slides" + (f" x {predictions.times} repeats" if predictions.times > 1 else "")
+    slides = "Out-of-fold slides" + (f" x {predictions.n_repeats} repeats" if predictions.n_repeats > 1 else "")
     axes.set_title(f"{predictions.title or slides} (% of the true class)", fontsize=10)
     return figure
 
@@ -151,7 +158,7 @@ def chance_line(axes: Axes) -> None:
 
 def pooled_title(predictions: Predictions) -> str:
     """Return which slides, and whether they were tested several times."""
-    times = predictions.times
+    times = predictions.n_repeats
     return predictions.title or "Out-of-fold slides, " + (f"mean of {times} repeats" if times > 1 else "pooled")
 
 
@@ -204,7 +211,7 @@ def _draw_reliability(
     else:
         probability, happened = probabilities.max(axis=1), labels == probabilities.argmax(axis=1)
     bins = probability_bins(probability.astype(np.float64))
-    counts = np.bincount(bins, minlength=BINS) / predictions.times
+    counts = np.bincount(bins, minlength=BINS) / predictions.n_repeats
     for index in np.unique(bins):
         at, share = float(probability[bins == index].mean()), float(happened[bins == index].mean())
         is_few = counts[index] < _FEW

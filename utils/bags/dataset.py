@@ -1,0 +1,385 @@
+"""MILDataset: a cohort's slides, labels and features, fed whole or in chunks.
+
+dataset = MILDataset("labels.csv", "features", class_names=["benign", "malignant"])
+features, label = dataset[0]
+"""
+
+import copy
+import operator
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.bags import labels
+from utils.bags.collate import Batch, Chunk, chunks_per_step, collate, cut_chunks, num_chunks
+from utils.bags.feature_folder import FeatureFolder, refuse
+from utils.bags.inventory import FileRecord, take_inventory
+from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
+from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
+from utils.bags.table import read_table
+from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
+from utils.core.config import Cohort, Training, check_setting
+from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant, named
+from utils.core.recipe import COMPARED_FIELDS, Recipe
+from utils.core.runtime import available_memory, log, progress
+
+# Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
+# whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
+SHUFFLE_WINDOW = 2**18
+# Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
+_MEMORY_SHARE = 0.25
+
+
+class MILDataset(Dataset):
+    """The slides of a label table, in its order.
+
+    `csv_path` has the columns `case_id,wsi_id,label`, or others that say the same (see `utils.bags.table`); slide
+    `wsi_id` has its features in `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`), or in a subfolder, under the name
+    `feat_type`. `mode` "chunked" trains on random chunks of at most `chunk_size` patches (`sequential`: on runs of
+    patches that are neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur,
+    sorted. `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only
+    leave a row out (see `utils.bags.labels.account`). `group_column` names the column whose values splits keep
+    together, instead of the patient. `no_patients` takes each slide as a patient of its own, where the table names
+    none.
+
+    `cache` says where the features are in use: "off" reads them from their files whenever they are needed, "ram" keeps
+    them in memory, a folder holds them in one packed file that all processes share and later runs find again. By
+    default "ram" where the cohort fits a quarter of the free memory, else "off".
+
+    Slides are counted from 0 in the table's order, negative numbers from the end; one that is not there raises
+    IndexError. `dataset[3:6]` is a list of three items.
+
+    Raises ConfigError for settings that cannot be, LabelsError for a table that does not account for every slide,
+    FeatureFileError for a damaged file or files of different widths, RecipeError for files made in different ways.
+    """
+
+    def __init__(
+        self,
+        csv_path: str | Path,
+        features_dir: str | Path,
+        class_names: Sequence[str] | None = None,
+        mode: str = "chunked",
+        chunk_size: int = 1000,
+        feat_type: str = "features",
+        *,
+        sequential: bool = False,
+        group_column: str | None = None,
+        cache: str | Path | None = None,
+        label_names: Mapping[str, str] | None = None,
+        left_out: Collection[str] = (),
+        allow: Collection[str] = (),
+        no_patients: bool = False,
+    ) -> None:
+        asked = Cohort(
+            dataset="", labels_csv=csv_path, features_dir=features_dir, class_names=class_names, mode=mode,  # type: ignore[arg-type]
+            chunk_size=chunk_size, feat_type=feat_type, sequential=sequential, group_column=group_column,
+            cache=str(cache) if isinstance(cache, Path) else cache, allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
+        )  # fmt: skip
+        for name, path in (("csv_path", csv_path), ("features_dir", features_dir)):
+            if path is None:
+                raise ConfigError(f"{name} None: expected a path")
+        if label_names is not None and not (
+            isinstance(label_names, Mapping) and _are_text([*label_names.keys(), *label_names.values()])
+        ):
+            raise ConfigError(f"label_names {label_names!r}: expected names by label, such as {{'0': 'benign'}}")
+        if not isinstance(left_out, Collection) or isinstance(left_out, str) or not _are_text(left_out):
+            raise ConfigError(f"left_out {left_out!r}: expected a list of labels, such as ['unknown']")
+        self.features_dir = Path(features_dir)
+        folder = FeatureFolder(self.features_dir)
+        table = read_table(csv_path)
+        for note in table.notes:
+            log.info("%s: %s", csv_path, note)
+        self.class_names = asked.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
+        if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
+            raise LabelsError(
+                f"{csv_path}: classes {', '.join(self.class_names)}; a classifier needs two different ones"
+                f"{_how_parted(self.class_names, {row['label'] for row in table.rows})}"
+            )
+        self.mode, self.chunk_size, self.sequential = asked.mode, asked.chunk_size, asked.sequential
+        self.feat_type = feat_type
+        unknown_patients = labels.missing_patients(table, no_patients)
+        for warning in (unknown_patients, labels.doubted_patients(table)):
+            if warning:
+                log.warning(warning)
+        self.patients_from = table.patients_from
+        self.rows = labels.account(
+            table, self.class_names, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
+            allow=allow,
+        )  # fmt: skip
+        folder.check_unique(row.wsi_id for row in self.rows)
+        self.labels = np.array([row.label for row in self.rows])
+        self.cases = np.array([row.case_id for row in self.rows])
+        groups = labels.group_rows(Path(csv_path), [row.columns for row in self.rows], group_column)
+        if "spelling" not in allow:
+            labels.check_names(table, self.rows, groups, group_column)
+        self.groups = np.array(groups)
+        self.group_column, self.allow = group_column, asked.allow
+        log.info("Classes: %s", self._class_counts())
+        packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
+        self.info = self._look(packed)
+        self._check_widths()
+        self._check_recipes()
+        self._features = self._open_features(cache, packed)
+
+    @classmethod
+    def of_cohort(cls, cohort: Cohort) -> "MILDataset":
+        """The dataset a command line describes; a known cohort brings its classes, any name its default folders."""
+        classes = cohort_classes(cohort.dataset, cohort.class_names)
+        home = Path("datasets") / cohort.dataset
+        if cohort.labels_csv is None and not (home / "labels.csv").exists():
+            raise ConfigError(f"--dataset {cohort.dataset}: {_why_not_there(cohort.dataset, home)}")
+        return cls(
+            cohort.labels_csv or home / "labels.csv",
+            cohort.features_dir or home / "features",
+            classes.class_names or None,
+            cohort.mode,
+            cohort.chunk_size,
+            cohort.feat_type,
+            sequential=cohort.sequential,
+            group_column=cohort.group_column,
+            cache=cohort.cache,
+            label_names=classes.label_names,
+            left_out=classes.left_out,
+            allow=cohort.allow,
+            no_patients=cohort.no_patients,
+        )
+
+    def __len__(self) -> int:
+        """How many slides there are."""
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        feed = "whole" if self.largest_chunk is None else f"in chunks of up to {self.chunk_size} patches"
+        return f"MILDataset({len(self)} slides, fed {feed}; features {self.input_dim} wide; {self._class_counts()})"
+
+    @overload
+    def __getitem__(self, slide: SupportsIndex) -> tuple[Tensor, int]: ...
+
+    @overload
+    def __getitem__(self, slide: slice) -> list[tuple[Tensor, int]]: ...
+
+    def __getitem__(self, slide: SupportsIndex | slice) -> tuple[Tensor, int] | list[tuple[Tensor, int]]:
+        """Return a copy of a slide's `features (N, D)`, as stored, and its class; for a slice, a list of these."""
+        if isinstance(slide, slice):
+            return [self[number] for number in range(len(self))[slide]]
+        number = self._number(slide)
+        return self.features(number).clone(), self.rows[number].label
+
+    @property
+    def input_dim(self) -> int:
+        """The features' width."""
+        return self.info[0].dim
+
+    @property
+    def largest_chunk(self) -> int | None:
+        """The most patches in a chunk, or None where slides are fed whole."""
+        return self.chunk_size if self.mode == "chunked" else None
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """How the features were made, as the first file that records it says; None where none does."""
+        return next((info.passport.recipe for info in self.info if info.passport), None)
+
+    @cached_property
+    def mpp_range(self) -> tuple[float, float] | None:
+        """The least and greatest um/px the patches were read at; None where unknown."""
+        known = [info.passport.slide.get("mpp_delivered") for info in self.info if info.passport]
+        values = [value for value in known if value is not None]
+        return (min(values), max(values)) if values else None
+
+    def bag(self, slide: SupportsIndex) -> Bag:
+        """One slide with coordinates and passport, read from its file."""
+        return read_bag(self.rows[self._number(slide)].path, self.feat_type)
+
+    def features(self, slide: SupportsIndex) -> Tensor:
+        """`(N, D)`, float16 or float32 as stored; it may be the cache itself, so copy it before you change it."""
+        return self._features(self._number(slide))
+
+    def inventory(self, known: Mapping[str, FileRecord]) -> list[FileRecord]:
+        """Return what each slide's feature file holds, in the table's order; only files that are not `known`, or have
+        changed since, are read. Raises FeatureFileError, naming all files that cannot be read.
+        """
+        return take_inventory(self.rows, self.info, self._features, known)
+
+    def batches(
+        self, slides: Sequence[int] | np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
+    ) -> Iterator[Batch]:
+        """One epoch over `slides`: every patch once, in chunks cut, shuffled and batched at random from `seed`.
+
+        Chunk weights average 1 and give each slide the same share of the epoch's loss. "auto" are batches of 128, or
+        smaller ones where these were fewer than 8. `pin_memory` is for a CUDA device.
+        """
+        batch_size = check_setting(Training, "batch_size", batch_size)
+        slides = np.array([self._number(slide) for slide in slides], dtype=np.int64)
+        if not len(slides):
+            raise ConfigError("MILDataset: batches of no slides; give the number of at least one")
+        rng = np.random.default_rng(seed)
+        chunks = sum(num_chunks(self.info[slide].num_instances, self.largest_chunk) for slide in slides)
+        per_slide = len(slides) / chunks
+        if batch_size == "auto":
+            batch_size = chunks_per_step(chunks)
+        waiting: list[Chunk] = []
+        for window in self._windows(rng.permutation(slides)):
+            fresh = [chunk for slide in window for chunk in self._chunks(slide, rng, per_slide)]
+            waiting += [fresh[position] for position in rng.permutation(len(fresh))]
+            whole = len(waiting) // batch_size * batch_size
+            for start in range(0, whole, batch_size):
+                yield collate(waiting[start : start + batch_size], pin_memory)
+            waiting = waiting[whole:]
+        if waiting:
+            yield collate(waiting, pin_memory)
+
+    @property
+    def window(self) -> int:
+        """Patches whose features are read from their files, and held, at a time."""
+        return SHUFFLE_WINDOW if isinstance(self._features, FileFeatures) else 0
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether this process's memory holds the features once they are read."""
+        return isinstance(self._features, MemoryFeatures)
+
+    def shared(self, folder: Path) -> "MILDataset":
+        """The dataset for several processes: what this one's memory would hold is packed into a file in `folder`."""
+        if isinstance(self._features, PackedFeatures):
+            return self
+        if isinstance(self._features, FileFeatures):
+            log.info("each process reads the feature files in every epoch; --cache DIR packs them for all")
+            return self
+        log.info("several processes share the features: packed into one file, not in memory")
+        other = copy.copy(self)
+        other._features = pack(packed_path(folder, self.features_dir, self.feat_type), self._features.files)
+        return other
+
+    def _number(self, slide: SupportsIndex) -> int:
+        """Return the slide's number from 0, which is its place in every table of the cohort."""
+        if getattr(slide, "dtype", type(slide)) in (bool, torch.bool):
+            raise TypeError(f"MILDataset: slide {slide} is no number; of a mask give np.flatnonzero(mask)")
+        try:
+            return range(len(self))[operator.index(slide)]
+        except IndexError:
+            raise IndexError(f"MILDataset: no slide {slide}; there are {len(self)}, counted from 0") from None
+
+    def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
+        features = self.features(slide)
+        cuts = cut_chunks(len(features), self.largest_chunk, sequential=self.sequential, rng=rng)
+        weight = 1 / (len(cuts) * per_slide)
+        return [Chunk(features, cut, self.rows[slide].label, weight, slide) for cut in cuts]
+
+    def _windows(self, slides: np.ndarray) -> Iterator[list[int]]:
+        window: list[int] = []
+        held = 0
+        for slide in slides.tolist():
+            window.append(slide)
+            held += self.info[slide].num_instances
+            if held >= SHUFFLE_WINDOW:
+                yield window
+                window, held = [], 0
+        if window:
+            yield window
+
+    def _class_counts(self) -> str:
+        return labels.class_counts([(row.label, row.case_id) for row in self.rows], self.class_names)
+
+    def _check_widths(self) -> None:
+        width = Counter(info.dim for info in self.info).most_common(1)[0][0]
+        first = next(row.path for row, info in zip(self.rows, self.info, strict=True) if info.dim == width)
+        faults = [
+            f"{row.path}: features are {info.dim} wide, those of {first} are {width}"
+            for row, info in zip(self.rows, self.info, strict=True)
+            if info.dim != width
+        ]
+        refuse(FeatureFileError, faults, len(self), "; extract all slides with one backbone")
+
+    def _check_recipes(self) -> None:
+        recorded: dict[str, tuple[Path, Recipe]] = {}  # the first file that says so, by field: some record only a part
+        faults: dict[str, list[Path]] = {}  # the files that differ in the same way
+        for row, info in zip(self.rows, self.info, strict=True):
+            recipe = info.passport.recipe if info.passport else Recipe()
+            for name in COMPARED_FIELDS:
+                if recipe[name] is not None:
+                    recorded.setdefault(name, (row.path, recipe))
+                first, other = recorded.get(name, (row.path, recipe))
+                unlike = other.differences(recipe, [name])
+                if unlike:
+                    fault = f"made in another way than {first} ({'; '.join(unlike)})"
+                    faults.setdefault(fault, []).append(row.path)
+                    break
+        if faults:
+            told = [f"{named([str(path) for path in paths])}: {fault}" for fault, paths in faults.items()]
+            raise RecipeError(f"{'; '.join(told)}; extract all slides with one recipe")
+
+    def _look(self, packed: Path | None) -> list[BagInfo]:
+        """What each feature file holds, without its features; from the packed file where it is there."""
+        paths = [row.path for row in self.rows]
+        opened = None if packed is None else open_packed(packed, paths, self.features_dir)
+        info, faults = [], []
+        for path in progress(paths, "Looking at feature files", unit="slide", leave=False):
+            try:
+                info.append((opened.info(path) if opened else None) or peek_bag(path, self.feat_type))
+            except FeatureFileError as error:
+                faults.append(str(error))
+        if faults:  # the others may hold what only reading them shows: all is told at once
+            faults = [fault for path in paths if (fault := _fault_of(path, self.feat_type))]
+        refuse(FeatureFileError, faults, len(self))
+        return info
+
+    def _open_features(
+        self, cache: str | Path | None, packed: Path | None
+    ) -> FileFeatures | MemoryFeatures | PackedFeatures:
+        files = FileFeatures([row.path for row in self.rows], self.info, self.feat_type, self.features_dir)
+        size = f"{len(self)} slides, {sum(info.nbytes for info in self.info) / 1e9:.2f} GB of features"
+        if packed is not None:
+            features = pack(packed, files)
+            log.info("%s: packed in %s", size, packed)
+            return features
+        free = available_memory()
+        if cache == "off" or (cache is None and not self._fits(free, _MEMORY_SHARE)):
+            advice = "" if cache else "; --cache DIR packs them into one fast file"
+            log.info("%s: read from their files in every epoch%s", size, advice)
+            return files
+        if not self._fits(free, 1):
+            raise ConfigError(f"--cache ram: {size}, {(free or 0) / 1e9:.2f} GB of memory free; give off or a folder")
+        log.info("%s: kept in memory after the first read", size)
+        return MemoryFeatures(files)
+
+    def _fits(self, free: int | None, share: float) -> bool:
+        return free is None or sum(info.nbytes for info in self.info) <= free * share
+
+
+def _fault_of(path: Path, feat_type: str) -> str | None:
+    try:
+        read_bag(path, feat_type)
+    except FeatureFileError as error:
+        return str(error)
+    return None
+
+
+def _are_text(values: Collection[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _how_parted(class_names: Sequence[str], labels: Collection[str]) -> str:
+    """What to say of a single name that seems to be several."""
+    names = [name.strip() for name in ",".join(class_names).split(",")]
+    if len(class_names) > 1 or len(names) < 2 or class_names[0] in labels:
+        return ""
+    return f"; blanks part the names: --class_names {shlex.join(names)}"
+
+
+def _why_not_there(name: str, home: Path) -> str:
+    """What to do about a cohort that is not in its default place."""
+    missing = f"no {home / 'labels.csv'}"
+    if name in KNOWN_COHORTS:
+        return f"{missing}; fetch it with python -m datasets.download {name}, or give --labels_csv and --features_dir"
+    there = [folder.name for folder in home.parent.glob("*/") if (folder / "labels.csv").exists()]
+    near = meant(name, [*KNOWN_COHORTS, "demo", *there])
+    return f"{missing}{near}; for a cohort of your own give --labels_csv and --features_dir"

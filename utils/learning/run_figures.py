@@ -1,0 +1,36 @@
+"""The figures of a training run: those of its predictions, and its learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.core.plots import write_figures
+from utils.evaluation import report
+from utils.evaluation.predictions import Predictions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FIGURES = (*report.FIGURES, "learning_curves")
+
+
+def draw_figures(
+    folder: Path,
+    predictions: Predictions,
+    history: pd.DataFrame,
+    monitors: Mapping[int, str],
+    formats: Sequence[str],
+    *,
+    missing_only: bool = False,
+) -> list[Path]:
+    """Write the figures of a run in each of the formats, or those alone that are not there; return what was written.
+
+    `monitors` says by outer fold what chose its epochs.
+    """
+    from utils.evaluation.figures import prediction_figures
+    from utils.learning.learning_curves import learning_figure
+
+    figures = prediction_figures(predictions) | {"learning_curves": learning_figure(history, monitors)}
+    return write_figures(folder, figures, formats, missing_only=missing_only)
