@@ -1,4 +1,4 @@
-"""The pages of Python code run as they stand and print what they say, but for the figures, here of shorter trainings."""
+"""The pages of Python code run as they stand and print what they say, but for figures, here of shorter trainings."""
 
 import re
 from pathlib import Path
