@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from tests.synthetic import stained_image, with_stroke
@@ -62,6 +63,27 @@ def test_a_ring_drawn_around_tissue_is_a_stroke(colour):
     alone = tissue_mask(image)
     inked = np.rint(image * (np.array(colour) / 255) ** ring).astype(np.uint8)
     np.testing.assert_array_equal(tissue_mask(inked), alone)
+
+
+@pytest.mark.parametrize("width", [16, 28])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [[(60, 60), (240, 240)], [(240, 60), (60, 240)]],
+        [[(40, 150), (260, 150)], [(220, 110), (260, 150), (220, 190)]],
+        [[(50, 60), (250, 60)], [(150, 60), (150, 260)]],
+    ],
+    ids=["cross", "arrow", "T"],
+)
+@pytest.mark.parametrize("colour", [PENS[name] for name in ("pink", "magenta", "purple", "brown", "lilac", "maroon")])
+def test_lines_that_meet_are_strokes(colour, lines, width):
+    drawn = Image.new("L", (300, 300))
+    for points in lines:
+        ImageDraw.Draw(drawn).line(points, 255, width, joint="curve")
+    ink = np.asarray(drawn) > 0
+    image = glass(300, 300)
+    image[ink] = colour
+    assert strokes_of(image)[ink].mean() > 0.9
 
 
 def test_a_core_of_tissue_has_the_shape_of_a_stroke_and_nuclei():

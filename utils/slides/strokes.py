@@ -22,8 +22,10 @@ _RIM_SQUARES = 3  # as far as this from the even inside of a stroke
 _ROOM = 8  # squares around the inside, for its rim and the glass beside
 _MIN_LENGTH_UM = 300.0  # of a piece: a thin or blotchy stroke falls apart,
 _MIN_EXTENT_UM = 600.0  # and of all pieces that lie together: blood in a wide vessel is long too, but shorter
-_MIN_ELONGATION = 2.2  # length over greatest width, its rim included
-_MIN_EVENNESS = 0.33  # mean over greatest distance from the rim: an endless band 0.5, one that swells and thins 0.34
+_RIDGE_PERCENTILE = 75  # of the distances from the rim along its middle: half a stroke's width, wherever it crosses
+_MIN_ELONGATION = 2.2  # length over width, its rim included
+_MIN_EVENNESS = 0.33  # twice the mean distance from the rim over the width: an endless band 0.5
+_WIDER, _MOST_WIDER = 1.25, 0.12  # so much wider it is at most in this share: where lines of a cross or an arrow meet
 _GLASS_SQUARES = 2, 4  # distance from a stroke at which glass is expected,
 _MIN_GLASS = 0.5  # over this share; tissue among tissue has none
 _MAX_HUE_SPREAD = 0.1  # root mean square distance from the mean hue; markers 0.03 to 0.08
@@ -134,10 +136,13 @@ def _is_long_on_glass(stroke: NDArray[np.bool_], stained: NDArray[np.bool_], um:
     """Judge the shape of a stroke (n, m) of squares of `um`."""
     from scipy import ndimage
 
-    depth = _depth(stroke)[stroke]
-    width = 2 * float(depth.max())
+    depth_of = _depth(stroke)
+    depth, ridge = depth_of[stroke], depth_of[stroke & (depth_of == ndimage.maximum_filter(depth_of, 3))]
+    width = 2 * float(np.percentile(ridge, _RIDGE_PERCENTILE))
     length = depth.size / width
     if length * um < _MIN_LENGTH_UM or length < _MIN_ELONGATION * width or 2 * depth.mean() < _MIN_EVENNESS * width:
+        return False
+    if (2 * depth > _WIDER * width).mean() > _MOST_WIDER:
         return False
     near, far = (np.asarray(ndimage.binary_dilation(stroke, iterations=steps)) for steps in _GLASS_SQUARES)
     around = far & (near == 0)
