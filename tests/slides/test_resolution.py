@@ -35,6 +35,7 @@ def ome(attributes):
         ({"tiff.ImageDescription": ome('PhysicalSizeX="250" PhysicalSizeXUnit="nm"')}, 0.25),
         ({"tiff.ImageDescription": ome("PhysicalSizeX='0.25' PhysicalSizeXUnit='&#181;m'")}, 0.25),
         ({"tiff.ImageDescription": ome('PhysicalSizeX="0.0003" PhysicalSizeXUnit="mm"')}, 0.3),
+        ({"tiff.ImageDescription": ome('PhysicalSizeX="9.84252e-06" PhysicalSizeXUnit="in"')}, 0.25),
     ],
 )
 def test_every_source_is_known(properties, mpp):
@@ -58,6 +59,35 @@ def test_every_source_is_known(properties, mpp):
 def test_what_says_nothing(properties):
     assert resolution(properties).mpp is None
     assert resolution(properties).problem == NOT_IN_FILE
+
+
+MICRO, MU = "\N{MICRO SIGN}m", "\N{GREEK SMALL LETTER MU}m"
+UNITS = {
+    "um": 1, MICRO: 1, MU: 1, r"\u00B5m": 1, "micron": 1, "microns": 1, "micrometer": 1, "micrometers": 1,
+    "Micrometre": 1,
+    "nm": 1e-3, "nanometers": 1e-3, "mm": 1e3, "millimetres": 1e3, "cm": 1e4, "centimeter": 1e4, "centimeters": 1e4,
+    "inch": 25400, "inches": 25400, "in": 25400, "m": 1e6, "meters": 1e6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("unit", "um"), UNITS.items())
+def test_units_are_known_by_symbols_and_words(unit, um):
+    imagej = {"tiff.ImageDescription": f"ImageJ=1.53t\nunit={unit}\nmin=0.0", "tiff.XResolution": f"{4 * um}"}
+    assert resolution(imagej).mpp == pytest.approx(0.25)
+    description = ome(f'PhysicalSizeX="{0.25 / um}" PhysicalSizeXUnit="{unit}"')
+    if not unit.startswith("\\"):
+        assert resolution({"tiff.ImageDescription": description}).mpp == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("unit", ["pixel", "pixels", "Mm", "MM", "s", "metre-ish"])
+def test_other_units_are_not_guessed(unit):
+    imagej = {"tiff.ImageDescription": f"ImageJ=1.53t\nunit={unit}\n", "tiff.XResolution": "4"}
+    assert resolution(imagej).mpp is None
+
+
+def test_an_image_that_ome_does_not_describe_has_no_um_of_it():
+    description = {"tiff.ImageDescription": ome('PhysicalSizeX="0.5"')}
+    assert file_resolution(description, 10, 10, ome_image=None).mpp is None
 
 
 @pytest.mark.parametrize("dpi", [72, 96, 150, 300, 600])

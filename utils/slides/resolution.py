@@ -1,8 +1,9 @@
-"""The um/px of a slide, out of all that its file says of it: believed where nothing contradicts it."""
+"""The um/px of a slide, from everything its file says about it; unknown where that is contradictory."""
 
 import html
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,8 +16,15 @@ _UM_AT_1X = 10.0  # a nominal 40x objective gives 0.25 um/px, a 20x one 0.5
 # Camera adapters make 0.24 um/px of a 20x objective: 2.1 times as fine as nominal.
 _ODD_FOR_OBJECTIVE, _WRONG_FOR_OBJECTIVE = 2.2, 5.0
 _UM_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
-_UM_PER_OME_UNIT = {"m": 1e6, "cm": 1e4, "mm": 1e3, "\N{MICRO SIGN}m": 1.0, "um": 1.0, "nm": 1e-3}
-_UM_PER_IMAGEJ_UNIT = {"micron": 1.0, "microns": 1.0, "pixel": None, "inch": 25_400.0, **_UM_PER_OME_UNIT}
+# Symbols, whose case matters (mm, Mm), and words. The two characters for micro are one after `_um_per`.
+_UM_PER_SYMBOL = {
+    "m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "\N{GREEK SMALL LETTER MU}m": 1.0, "um": 1.0, "nm": 1e-3,
+    "\N{LATIN CAPITAL LETTER A WITH RING ABOVE}": 1e-4, "in": 25_400.0, '"': 25_400.0, "thou": 25.4,
+}  # fmt: skip
+_UM_PER_WORD = {
+    "meter": 1e6, "decimeter": 1e5, "centimeter": 1e4, "millimeter": 1e3, "micrometer": 1.0, "micron": 1.0,
+    "nanometer": 1e-3, "angstrom": 1e-4, "inch": 25_400.0, "inche": 25_400.0,
+}  # fmt: skip
 _SHARED = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing"
 # Of vendors whose files give um/px, or mm: the properties for x and y, and what makes um of them.
 _VENDOR_PROPERTIES = [
@@ -47,11 +55,12 @@ class Resolution:
 _Source = tuple[str, float | None, float | None]
 
 
-def file_resolution(properties: Mapping[str, str], width: int, height: int, *, ome_image: int = 0) -> Resolution:
-    """The um/px by OpenSlide's properties of a slide of (width, height) level-0 px, the image `ome_image` of OME-XML.
+def file_resolution(properties: Mapping[str, str], width: int, height: int, *, ome_image: int | None = 0) -> Resolution:
+    """Return the um/px by OpenSlide's properties of a slide of (width, height) level-0 px.
 
-    Values that are not plausible are set aside where there are others. What is left has to agree: x with y, the sources
-    with each other, and with the objective.
+    The slide is the image `ome_image` of OME-XML, if it is any of them. Values that are not plausible are set aside
+    where there are others. The remaining ones have to agree: x with y, the sources with each other and with the
+    objective.
     """
     found = _vendor_sources(properties, width, height, ome_image)
     plausible = [source for source in found if _is_plausible(source)]
@@ -94,7 +103,7 @@ def _compared_with_objective(mpp: float, objective: float | None) -> Resolution:
     return Resolution(mpp, doubt=f"{said}; taken as it is" if factor > _ODD_FOR_OBJECTIVE else None)
 
 
-def _vendor_sources(properties: Mapping[str, str], width: int, height: int, ome_image: int) -> list[_Source]:
+def _vendor_sources(properties: Mapping[str, str], width: int, height: int, ome_image: int | None) -> list[_Source]:
     found: list[_Source] = [
         (name_x, _scaled(properties.get(name_x), factor), _scaled(properties.get(name_y), factor))
         for name_x, name_y, factor in _VENDOR_PROPERTIES
@@ -110,33 +119,40 @@ def _vendor_sources(properties: Mapping[str, str], width: int, height: int, ome_
 
 
 def ome_images(description: str) -> list[str]:
-    """The `Pixels` elements of OME-XML, attributes and all, one an image; none where the description is another."""
+    """Return the `Pixels` elements of OME-XML with their attributes, one per image; none of another description."""
     if not re.search(r"<(?:\w+:)?OME\b", description):
         return []
     parts = re.split(r"<(?:\w+:)?Pixels\b", description)[1:]
     return [re.split(r"</(?:\w+:)?Pixels>", part)[0] for part in parts]
 
 
-def _ome_source(description: str, image: int) -> _Source:
-    """PhysicalSizeX and PhysicalSizeY of an image of OME-XML, um where no unit is given."""
+def _ome_source(description: str, image: int | None) -> _Source:
+    """Return PhysicalSizeX and PhysicalSizeY of an image of OME-XML, um where no unit is given."""
     images = ome_images(description)
-    pixels = images[image].split(">")[0] if image < len(images) else ""
+    pixels = images[image].split(">")[0] if image is not None and image < len(images) else ""
     attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", html.unescape(pixels)))
 
     def size(axis: str) -> float | None:
-        unit = attributes.get(f"PhysicalSize{axis}Unit", "um").replace("\N{GREEK SMALL LETTER MU}", "\N{MICRO SIGN}")
-        factor = _UM_PER_OME_UNIT.get(unit)
-        return _scaled(attributes.get(f"PhysicalSize{axis}"), factor) if factor else None
+        um = _um_per(attributes.get(f"PhysicalSize{axis}Unit", "um"))
+        return _scaled(attributes.get(f"PhysicalSize{axis}"), um) if um else None
 
     return "OME-XML", size("X"), size("Y")
 
 
 def _imagej_source(description: str, properties: Mapping[str, str]) -> _Source:
-    """ImageJ's: the resolution tags in px per the unit that its description tells."""
-    unit = re.search(r"^unit=(\S+)", description, re.MULTILINE) if description.startswith("ImageJ=") else None
-    um = _UM_PER_IMAGEJ_UNIT.get(html.unescape(unit[1]).replace("\\u00B5", "\N{MICRO SIGN}")) if unit else None
+    """Return ImageJ's um/px: the resolution tags hold px per the unit that its description names."""
+    unit = re.search(r"^unit=(.+)$", description, re.MULTILINE) if description.startswith("ImageJ=") else None
+    um = _um_per(html.unescape(unit[1]).replace("\\u00B5", "\N{MICRO SIGN}")) if unit else None
     x, y = (number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY")
     return "ImageJ", um / x if um and x else None, um / y if um and y else None
+
+
+def _um_per(unit: str) -> float | None:
+    """Return the um of a unit of length by its symbol or its English name; None for pixels and unknown units."""
+    symbol = unicodedata.normalize("NFKC", unit).strip()
+    word = symbol.lower().removesuffix("s")
+    word = f"{word.removesuffix('metre')}meter" if word.endswith("metre") else word
+    return _UM_PER_SYMBOL.get(symbol) or _UM_PER_WORD.get(word)
 
 
 def _tiff_source(properties: Mapping[str, str]) -> _Source:
