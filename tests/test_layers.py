@@ -19,7 +19,10 @@ OPENED_DOORS = {
 }  # fmt: skip
 LIBRARIES = {
     "openslide": {"utils/slides/wsi.py", "utils/slides/find.py"},
-    "tifffile": {"utils/slides/tiff.py", "utils/slides/tiles.py", "datasets/synthetic.py"},
+    "tifffile": {
+        "utils/slides/tiff.py", "utils/slides/tiff_images.py", "utils/slides/tiff_colours.py", "utils/slides/tiles.py",
+        "datasets/synthetic.py",
+    },
     "h5py": {"utils/bags"},
     "timm": {"utils/slides/backbones.py"},
     "huggingface_hub": {"utils/slides/backbones.py"},

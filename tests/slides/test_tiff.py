@@ -1,34 +1,19 @@
 """TIFFs that OpenSlide refuses or shows in part: which image is the slide, its pixels and um/px, what is refused."""
 
+import os
+from pathlib import Path
+
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from PIL import Image
 
-from tests.synthetic import stained_image
+from tests.tiffs import HALF, HEIGHT, LABEL, PIXELS, PLANES, STRIPS, TILE, WIDTH, shown, write
 from utils.core.errors import SlideError
 from utils.slides.wsi import open_slide
 
-WIDTH, HEIGHT = 520, 400
-PIXELS = stained_image(WIDTH, HEIGHT)
-HALF = PIXELS.reshape(HEIGHT // 2, 2, WIDTH // 2, 2, 3).mean(axis=(1, 3)).astype(np.uint8)
-PLANES = np.moveaxis(PIXELS, -1, 0)
-TILE = {"tile": (128, 128)}
 AT_HALF_UM = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
-
-
-def write(path, *images, **writer):
-    """A TIFF of images, each with the keywords of tifffile."""
-    with tifffile.TiffWriter(path, **writer) as file:
-        for pixels, keywords in images:
-            file.write(pixels, **{"photometric": "rgb", "metadata": None} | keywords)
-    return path
-
-
-def shown(path):
-    """The slide's level 0, its levels, and its um/px."""
-    with open_slide(path) as slide:
-        return slide.read_level(0, 0, 0, slide.width, slide.height), slide.level_downsamples, slide.mpp
 
 
 @pytest.mark.parametrize("layout", [TILE, {"rowsperstrip": 64}, {"rowsperstrip": 1}, {}], ids=str)
@@ -95,6 +80,14 @@ def test_the_um_are_those_of_the_image_that_is_the_slide(tmp_path):
 def test_imagej_tells_the_unit_in_its_description(tmp_path, unit, mpp):
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, imagej=True, resolution=(4.0, 4.0), metadata={"unit": unit})
     assert shown(tmp_path / "a.tif")[2] == mpp
+
+
+@pytest.mark.parametrize("layout", [TILE, STRIPS], ids=["tiled", "strips"])  # OpenSlide opens the first
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_the_unit_is_read_in_either_encoding_whichever_reader_opens_the_file(tmp_path, encoding, layout):
+    description = "ImageJ=1.53t\nunit=\N{MICRO SIGN}m\nmin=0.0\n".encode(encoding)
+    keywords = {"description": description, "resolution": (4, 4), "resolutionunit": "NONE"}
+    assert shown(write(tmp_path / "a.tif", (PIXELS, layout | keywords)))[2] == 0.25
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA"])
@@ -171,3 +164,109 @@ def test_a_closed_slide_says_so(tmp_path):
     slide.close()
     with pytest.raises(SlideError, match="closed"):
         slide.read_region(0, 0, 0, 5, 5)
+
+
+# Damage
+
+
+def damaged_copies(path, count, seed):
+    """Copies of a TIFF with one to four bytes of its directories changed."""
+    rng = np.random.default_rng(seed)
+    content = path.read_bytes()
+    with tifffile.TiffFile(path) as file:
+        offsets = [page.offset for page in file.pages]
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(rng.integers(1, 5)):
+            changed[min(len(changed) - 1, rng.choice(offsets) + rng.integers(300))] = rng.integers(256)
+        yield bytes(changed)
+
+
+OME = {"metadata": {"axes": "CYX", "PhysicalSizeX": 0.5}, "photometric": "minisblack"}
+DAMAGED = {
+    "label, pyramid in SubIFDs": ([(LABEL, {}), (PIXELS, TILE | {"subifds": 1}), (HALF, TILE)], "a.tif"),
+    "a page per colour": ([(PLANES, TILE | OME)], "a.ome.tif"),
+    "strips": ([(PIXELS, STRIPS | {"compression": "lzw", "predictor": True})], "a.tif"),
+    "label, JPEG": ([(LABEL, {}), (PIXELS, TILE | {"compression": "jpeg"})], "a.tif"),
+}
+
+
+@pytest.mark.parametrize(("images", "name"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_directories_are_a_slide_error_or_are_read(tmp_path, images, name):
+    path, outcomes = write(tmp_path / name, *images), set()
+    for content in list(damaged_copies(path, 100, seed=1)):
+        path.write_bytes(content)
+        try:
+            with open_slide(path) as slide:
+                if slide.width * slide.height < 10**7:
+                    slide.thumbnail(max_side=32)
+            outcomes.add("read")
+        except SlideError as error:
+            outcomes.add("refused" if str(error).startswith(f"{path}: ") else str(error))
+    assert outcomes == {"read", "refused"}
+
+
+def with_tag(path, page, code, value):
+    """The same file with another value of a tag of one of its pages."""
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[page].tags[code].overwrite(value)
+    return path
+
+
+@pytest.mark.parametrize("code", [256, 257])
+def test_a_page_without_pixels_does_not_leave_the_label(tmp_path, code):
+    path = with_tag(write(tmp_path / "a.tif", (LABEL, {}), (PIXELS, TILE)), 1, code, 0)
+    with pytest.raises(SlideError, match=r"get it again|copy it again"):
+        open_slide(path)
+
+
+def handles_to(path):
+    return [link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(path)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_refused_file_is_closed(tmp_path, monkeypatch):
+    closed = []
+    original = openslide.OpenSlide.close
+    monkeypatch.setattr(openslide.OpenSlide, "close", lambda self: (closed.append(self), original(self)))
+    path = write(tmp_path / "a.tif", (PIXELS, TILE), (PIXELS[:390, :500], TILE))
+    with pytest.raises(SlideError, match="cannot be told"):
+        open_slide(path)
+    assert closed
+    assert handles_to(path) == []
+
+
+# What errors say
+
+
+def test_an_unread_compression_is_named_and_not_called_damage(tmp_path):
+    path = with_tag(write(tmp_path / "a.tif", (LABEL, {}), (PIXELS, TILE)), 1, 259, 65000)
+    with pytest.raises(SlideError, match=r"compression \(EER_V0\) that is not known; convert it .*vips") as caught:
+        open_slide(path)
+    assert "damaged" not in str(caught.value)
+
+
+def test_jpeg_2000_with_subsampled_colours_is_named_and_not_called_damage(tmp_path):
+    path = write(tmp_path / "a.tif", (LABEL, {}), (PIXELS, TILE | {"compression": "jpeg2000"}))
+    content = bytearray(with_tag(path, 1, 259, 33005).read_bytes())
+    start = -1
+    while (start := content.find(b"\xff\x4f\xff\x51", start + 1)) >= 0:
+        content[start + 46 : start + 48] = content[start + 49 : start + 51] = b"\2\2"
+    path.write_bytes(content)
+    with pytest.raises(SlideError, match=r"APERIO_JP2000_RGB.*subsampled.*convert it") as caught:
+        open_slide(path)
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [TILE, STRIPS], ids=["tiled", "strips"])  # OpenSlide opens the first
+@pytest.mark.parametrize(
+    ("pixels", "match"),
+    [
+        ((PIXELS.astype(int) - 128).astype(np.int8), "signed integers of 8 bits.*shift them to 0 to 255"),
+        ((PIXELS / 255).astype(np.float32), "floating-point numbers of 32 bits"),
+    ],
+    ids=["signed", "float"],
+)
+def test_other_numbers_are_refused_whichever_reader_opens_them(tmp_path, pixels, match, layout):
+    with pytest.raises(SlideError, match=match):
+        open_slide(write(tmp_path / "a.tif", (pixels, layout)))

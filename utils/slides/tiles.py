@@ -33,15 +33,20 @@ PROBE = 96  # px: side of the regions that are compared with OpenSlide's
 
 _WHITE = (255, 255, 255)
 _JPEG = 7
-_JPEG_2000 = {33003: "ycbcr", 33005: "rgb"}  # Aperio's compressions
+JPEG_2000 = {33003: "ycbcr", 33005: "rgb"}  # Aperio's compressions
 _COLOUR_SPACES = {2: "rgb", 6: "ycbcr"}  # TIFF's photometric interpretations
-_SEPARATE = 2  # TIFF's planar configuration of colours that are stored apart
+PLANES_APART = 2  # TIFF's planar configuration of colours that are stored apart
+CODESTREAM = b"\xff\x4f\xff\x51"  # how JPEG 2000 begins
 _SOS, _EOI, _RST = b"\xff\xda", b"\xff\xd9", 0xD0  # JPEG's markers of a scan, the end, and restarts
-# What damaged or odd files make tifffile raise, besides what it raises on purpose.
-TIFF_FAILURES = (tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, struct.error, OverflowError)
+# What tifffile raises on damaged or odd files, besides its own error: sizes of 0, counts that no memory holds, pages
+# that do not fit together.
+TIFF_FAILURES = (
+    tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    ArithmeticError, RuntimeError, MemoryError,
+)  # fmt: skip
 _DECODING_FAILURES = (imagecodecs.Jpeg8Error, imagecodecs.Jpeg2kError, ValueError, MemoryError)
 
-# tifffile's remarks on odd tags are not for the reader of our log lines: what matters of them is said by our errors.
+# tifffile logs every odd tag; our errors say what matters of that.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
@@ -80,10 +85,12 @@ class Level:
 
     @classmethod
     def of_pages(cls, pages: Sequence[Page], decode: Decoder) -> Self | None:
-        """Return the level whose colours are in these pages; None where their tiles are not all told of."""
+        """Return the level whose colours are in these pages; None where they do not list all its tiles."""
         page = keyframe(pages[0])
         (width, height), (tile_width, tile_height) = (page.imagewidth, page.imagelength), tile_size(page)
-        planes = len(pages) * (page.samplesperpixel if page.planarconfig == _SEPARATE else 1)
+        if not (width and height and tile_width and tile_height):
+            return None
+        planes = len(pages) * (page.samplesperpixel if page.planarconfig == PLANES_APART else 1)
         tiles = -(-width // tile_width) * -(-height // tile_height)
         offsets = np.array([offset for page in pages for offset in page.dataoffsets], dtype=np.int64)
         byte_counts = np.array([count for page in pages for count in page.databytecounts], dtype=np.int64)
@@ -337,7 +344,7 @@ def fast_decoder(page: tifffile.TiffPage) -> Decoder | None:
     if page.compression == _JPEG:
         space = _COLOUR_SPACES.get(page.photometric)
         return None if space is None else partial(_decode_jpeg, tables=page.jpegtables, space=space)
-    space = _JPEG_2000.get(page.compression)
+    space = JPEG_2000.get(page.compression)
     return None if space is None else partial(_decode_jpeg_2000, space=space)
 
 
@@ -356,14 +363,16 @@ def _decode_jpeg(_: int, planes: Sequence[bytes], tables: bytes | None, space: s
 
 def _decode_jpeg_2000(_: int, planes: Sequence[bytes], space: str) -> NDArray[np.uint8]:
     (data,) = planes
+    if not data.startswith(CODESTREAM):
+        raise ValueError("it holds no JPEG 2000 codestream")
     # Three components begin at byte 42 of the codestream, each with its depth and its steps in x and y.
     if data[43:45] + data[46:48] + data[49:51] != bytes([1] * 6):
         raise ValueError("a JPEG 2000 stream with subsampled colours, which only OpenSlide decodes as it does")
     tile = imagecodecs.jpeg2k_decode(data)
-    return _ycbcr_to_rgb(tile) if space == "ycbcr" else tile
+    return ycbcr_to_rgb(tile) if space == "ycbcr" else tile
 
 
-def _ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """JFIF's conversion (..., 3) in fixed point of 16 bits, rounded as libjpeg and OpenSlide round it."""
     luma, blue, red = (pixels[..., channel].astype(np.int32) for channel in range(3))
     blue, red = blue - 128, red - 128

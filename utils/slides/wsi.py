@@ -6,7 +6,8 @@ Tiled TIFFs are read past OpenSlide where that gives its very pixels: see `utils
 import math
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from utils.slides.plain_image import open_image
 from utils.slides.resolution import NOT_IN_FILE, PLAUSIBLE_MPP, Resolution, number
 from utils.slides.resolution import file_resolution as resolution_of
 from utils.slides.slide import WHITE, Slide, closed, damaged, opaque
-from utils.slides.tiff import is_tiff, open_tiff, read_better_by_structure
+from utils.slides.tiff import PageShown, TiffSlide, compare_by_structure, is_tiff, open_tiff
 from utils.slides.tiles import MOST_TILE_PIXELS, PROBE, TileReader
 
 # Formats whose levels are pages of tiles side by side; elsewhere tiles overlap, or are placed one by one.
@@ -50,7 +51,11 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
     _check_file(path)
     slide = _opened(path)
     slide.told_mpp, slide.opened_by = mpp, open_slide
-    own = slide.file_resolution()
+    try:
+        own = slide.file_resolution()
+    except BaseException:
+        slide.close()
+        raise
     found = own if mpp is None else Resolution(mpp)
     slide.mpp, slide.mpp_problem, slide.own_mpp = found.mpp, found.problem, own.mpp
     if found.doubt or found.problem not in (None, NOT_IN_FILE):
@@ -59,7 +64,7 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
 
 
 def _opened(path: Path) -> Slide:
-    """The slide, by the reader that knows it. Raises SlideError."""
+    """Open the slide by the reader that knows it. Raises SlideError."""
     try:
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
@@ -73,13 +78,19 @@ def _opened(path: Path) -> Slide:
                 f"{path}: not a slide that OpenSlide knows; the file is damaged or incomplete, or not one of {known}"
             ) from error
         return open_image(path)
-    _check_tiles(path, handle)
-    slide = _OpenSlideSlide(path, handle)
-    if slide.vendor == "generic-tiff":
-        better = read_better_by_structure(path, (slide.width, slide.height), handle.level_count)
-        if better is not None:
-            slide.close()
-            return better
+    try:
+        _check_tiles(path, handle)
+        slide = _OpenSlideSlide(path, handle)
+        if slide.vendor != "generic-tiff":
+            return slide
+        found = compare_by_structure(path, (slide.width, slide.height), handle.level_count)
+    except BaseException:
+        handle.close()
+        raise
+    if isinstance(found, TiffSlide):
+        handle.close()
+        return found
+    slide.page_shown = found
     return slide
 
 
@@ -87,6 +98,28 @@ def slide_mpp(path: Path | str) -> float | None:
     """A slide's level-0 um/px; None where it does not say. Raises SlideError."""
     with open_slide(path) as slide:
         return slide.mpp
+
+
+class _Judge:
+    """Reads a slide's levels by OpenSlide for comparisons, past damaged tiles too."""
+
+    def __init__(self, path: Path, downsamples: Sequence[float], background: tuple[int, int, int]) -> None:
+        self._path, self._downsamples, self._background = path, downsamples, background
+        self._handle = openslide.OpenSlide(path)
+
+    def close(self) -> None:
+        self._handle.close()
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read (height, width, 3) uint8 RGB at px (x, y) of a level. Raises SlideError for damage."""
+        place = round(x * self._downsamples[level]), round(y * self._downsamples[level])
+        try:
+            region = self._handle.read_region(place, level, (width, height))
+        except openslide.OpenSlideError as error:
+            self._handle.close()  # it refuses all later reads
+            self._handle = openslide.OpenSlide(self._path)
+            raise SlideError(damaged(self._path, "its levels cannot be compared", error)) from error
+        return opaque(np.asarray(region), self._background)
 
 
 class _OpenSlideSlide(Slide):
@@ -107,21 +140,14 @@ class _OpenSlideSlide(Slide):
         self._lock = threading.Lock()
         self._tiles: TileReader | None = None
         self._chosen = False
+        self.page_shown = PageShown()
 
     @cached_property
     def _fits(self) -> list[LevelFit]:
-        """How the levels fit level 0; pixels are looked at only where the sizes leave a doubt."""
-        with openslide.OpenSlide(self.path) as judge:
-
-            def read(level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-                downsample = self._reader_downsamples[level]
-                region = judge.read_region((round(x * downsample), round(y * downsample)), level, (width, height))
-                return opaque(np.asarray(region), self._background)
-
-            try:
-                fits = fit_levels(self._reader_dimensions, self._reader_downsamples, read)
-            except openslide.OpenSlideError as error:
-                raise SlideError(damaged(self.path, "its levels cannot be compared", error)) from error
+        """How the levels fit level 0, by their sizes and, of formats that anybody writes, their pixels."""
+        look = self.vendor in _TILED_VENDORS
+        with closing(_Judge(self.path, self._reader_downsamples, self._background)) as judge:
+            fits = fit_levels(self._reader_dimensions, self._reader_downsamples, judge.read, look=look)
         log_fits(self.path, self._reader_dimensions, fits)
         return fits
 
@@ -142,7 +168,10 @@ class _OpenSlideSlide(Slide):
 
     def file_resolution(self) -> Resolution:
         assert self._handle is not None  # noqa: S101 - it was just opened
-        return resolution_of(self._handle.properties, self.width, self.height)
+        properties = dict(self._handle.properties)
+        if self.page_shown.description:  # OpenSlide loses what is not in UTF-8
+            properties["tiff.ImageDescription"] = self.page_shown.description
+        return resolution_of(properties, self.width, self.height, ome_image=self.page_shown.ome_number)
 
     def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
         downsample, reader_downsample = self.level_downsamples[level], self._reader_downsamples[level]
@@ -180,26 +209,19 @@ class _OpenSlideSlide(Slide):
         return None
 
     def _reads_the_same(self, tiles: TileReader) -> bool:
-        """Whether a few regions are, pixel by pixel, what OpenSlide makes of them, or damaged by its account too."""
-        judge = openslide.OpenSlide(self.path)
-        try:
+        """Whether a few regions equal OpenSlide's pixel by pixel, or are damaged for both readers."""
+        with closing(_Judge(self.path, self._reader_downsamples, self._background)) as judge:
             for level, x, y in tiles.probes(derive_seed(self.path.name, self.width, self.height)):
                 downsample = self._reader_downsamples[level]
                 x, y = _whole_near(x, downsample), _whole_near(y, downsample)
-                place = round(x * downsample), round(y * downsample)
                 ours = theirs = None
                 with suppress(SlideError):
                     ours = tiles.read(level, x, y, PROBE, PROBE)
-                try:
-                    theirs = opaque(np.asarray(judge.read_region(place, level, (PROBE, PROBE))), self._background)
-                except openslide.OpenSlideError:
-                    judge.close()  # it refuses all later reads
-                    judge = openslide.OpenSlide(self.path)
+                with suppress(SlideError):
+                    theirs = judge.read(level, x, y, PROBE, PROBE)
                 same = ours is theirs if ours is None or theirs is None else np.array_equal(ours, theirs)
                 if not same:
                     return False
-        finally:
-            judge.close()
         return True
 
     def _read_by_openslide(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -245,7 +267,6 @@ def _check_tiles(path: Path, handle: openslide.OpenSlide) -> None:
             number(handle.properties.get(f"openslide.level[{level}].tile-{side}")) for side in ("width", "height")
         )
         if width and height and width * height > MOST_TILE_PIXELS:
-            handle.close()
             raise SlideError(
                 f"{path}: damaged: says that a tile of level {level} has {width:.0f} x {height:.0f} px; copy or "
                 "download it again"
