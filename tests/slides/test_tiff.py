@@ -206,17 +206,19 @@ def test_damaged_directories_are_a_slide_error_or_are_read(tmp_path, images, nam
     assert outcomes == {"read", "refused"}
 
 
-def with_tag(path, page, code, value):
+def with_tag(path, page, code, value, dtype=None):
     """The same file with another value of a tag of one of its pages."""
     with tifffile.TiffFile(path, mode="r+b") as file:
-        file.pages[page].tags[code].overwrite(value)
+        file.pages[page].tags[code].overwrite(value, dtype=dtype)
     return path
 
 
-@pytest.mark.parametrize("code", [256, 257])
-def test_a_page_without_pixels_does_not_leave_the_label(tmp_path, code):
-    path = with_tag(write(tmp_path / "a.tif", (LABEL, {}), (PIXELS, TILE)), 1, code, 0)
-    with pytest.raises(SlideError, match=r"get it again|copy it again"):
+@pytest.mark.parametrize("label", [[(LABEL, {})], []], ids=["label", "alone"])
+@pytest.mark.parametrize(("value", "dtype"), [(0, None), (-112, "i")])
+@pytest.mark.parametrize("code", [256, 257, 322, 323])
+def test_a_page_without_pixels_is_refused(tmp_path, code, value, dtype, label):
+    path = with_tag(write(tmp_path / "a.tif", *label, (PIXELS, TILE)), len(label), code, value, dtype)
+    with pytest.raises(SlideError, match=r"get it again|copy it again|cannot be told"):
         open_slide(path)
 
 

@@ -184,7 +184,7 @@ def _storage_problem(page: tifffile.TiffPage) -> tuple[str, str]:
     """Return what speaks against decoding the tiles, and what to do; ("", "") where nothing does."""
     compression = f"tiles in a compression ({name_of(page.compression)})"
     width, height = tile_size(page)
-    if not width or not height:
+    if min(width, height) < 1:
         return f"tiles of {width} x {height} px", "the file is damaged or incomplete, get it again"
     if width * height > MOST_TILE_PIXELS:
         return f"{width} x {height} px in one piece, too large to decode at once", CONVERT

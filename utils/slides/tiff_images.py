@@ -132,7 +132,7 @@ def tiff_images(path: Path, file: tifffile.TiffFile) -> list[TiffImage]:
             levels,
             len(own_pages) < len(series.levels[0].pages if series.kind == "ome" else levels[0]),
         )
-        if not all(width and height for width, height in image.sizes):
+        if min(min(size) for size in image.sizes) < 1:  # tags of a signed type can be negative
             raise SlideError(f"{path}: image {image} has no pixels; {_INCOMPLETE}")
         images.append(image)
     return images

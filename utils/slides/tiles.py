@@ -88,7 +88,7 @@ class Level:
         """Return the level whose colours are in these pages; None where they do not list all its tiles."""
         page = keyframe(pages[0])
         (width, height), (tile_width, tile_height) = (page.imagewidth, page.imagelength), tile_size(page)
-        if not (width and height and tile_width and tile_height):
+        if min(width, height, tile_width, tile_height) < 1:
             return None
         planes = len(pages) * (page.samplesperpixel if page.planarconfig == PLANES_APART else 1)
         tiles = -(-width // tile_width) * -(-height // tile_height)
