@@ -63,7 +63,7 @@ def test_the_page_tells_all_and_links_beside_itself(tmp_path):
 
 
 def test_nothing_a_name_says_becomes_code(tmp_path):
-    bad = """<script>alert(1)</script> "' & @@cards $rows ${count}"""
+    bad = """<script>alert(1)</script> "' & {{ cards }} {% raw %} ${count}"""
     text = sheet(tmp_path, [SheetRow(bad, bad, bad, 1, 0.5, tmp_path / f"{bad.replace('/', '')}.jpg")], [bad])
     assert text.count("<script>") == 1  # our own
     page = Page(text)

@@ -1,18 +1,22 @@
-"""Self-contained HTML pages: a template beside the code that fills it, and values that are HTML already."""
+"""Self-contained HTML pages, each from a Jinja template beside the code that fills it."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from string import Template
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.core.files import write_text
 
 
-class _Template(Template):
-    """Its own mark, since a page's script is full of dollar signs."""
+def write_page(path: Path, template: Path, values: Mapping[str, Any]) -> None:
+    """Write the page `template` to `path`, filled with the values; text becomes no HTML.
 
-    delimiter = "@@"
-
-
-def write_page(path: Path, template: Path, values: Mapping[str, str]) -> None:
-    """Write the page `template` to `path`, each `@@name` replaced by its value; a name without one is a KeyError."""
-    write_text(path, _Template(template.read_text(encoding="utf-8")).substitute(values))
+    Raises jinja2.UndefinedError for a value that the template needs and does not get.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(template.parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    write_text(path, environment.get_template(template.name).render(values))

@@ -1,7 +1,6 @@
 """The index page of a folder of predictions: a row per slide, with its map and a link, to sort and filter."""
 
 import base64
-import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from utils.core.text import NOTICE
 
 INDEX = "index.html"
 _TEMPLATE = Path(__file__).with_name("index.html")
-_MARK = '<meta name="generator" content="LiteMIL predictions">'
+_GENERATOR = "LiteMIL predictions"
 # Thumbnails of so many bytes together are part of the page; of more, they are files beside it.
 _MOST_BYTES = 20_000_000
 # With so many classes each has a column; with more, only the predicted one.
@@ -48,23 +47,22 @@ def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> N
 
     Something else under the page's name is set aside.
     """
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
+    if path.exists() and f'content="{_GENERATOR}"' not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
         log.warning("%s: not an index page of predictions; moved to %s", path, *set_aside(path))
     pictures = [row.thumbnail for row in rows if row.thumbnail is not None and row.thumbnail.suffix == ".jpg"]
     embed = sum(picture.stat().st_size for picture in pictures) <= _MOST_BYTES
     columns = _columns(rows)
     values = {
-        "mark": _MARK,
-        "title": html.escape(f"{counted(len(rows), 'slide')} predicted"),
-        "summary": html.escape(_summary(rows)),
-        "notes": "".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        "notice": html.escape(NOTICE),
-        "classes": "".join(f"<option>{html.escape(name)}</option>" for name in rows[0].probabilities),
-        "no_labels": "" if any(row.label for row in rows) else " hidden",
-        "heads": "".join(f"<th><button>{html.escape(name)}</button></th>" for name in columns),
-        "rows": "\n".join(_line(row, columns, path.parent, embed) for row in rows),
-        "count": str(len(rows)),
-        "footer": html.escape(f"Written by LiteMIL {versions()['litemil']}."),
+        "generator": _GENERATOR,
+        "title": f"{counted(len(rows), 'slide')} predicted",
+        "summary": _summary(rows),
+        "notes": notes,
+        "notice": NOTICE,
+        "classes": list(rows[0].probabilities),
+        "has_labels": any(row.label for row in rows),
+        "columns": columns,
+        "lines": [_Line(row, _picture(row, path.parent, embed), _cells(row, columns)) for row in rows],
+        "version": versions()["litemil"],
     }
     write_page(path, _TEMPLATE, values)
 
@@ -95,29 +93,45 @@ def _columns(rows: Sequence[IndexRow]) -> list[str]:
     ]  # fmt: skip
 
 
-def _line(row: IndexRow, columns: Sequence[str], folder: Path, embed: bool) -> str:
-    correct = "" if not row.label else "yes" if row.label == row.predicted else "no"
-    seen = {True: "yes", False: "no", None: "unknown"}[row.seen_in_training]
+@dataclass(frozen=True)
+class _Line:
+    """A row of the table: its `picture` is an address, or a whole JPEG as one; `cells` follow the slide's name."""
+
+    row: IndexRow
+    picture: str | None
+    cells: Sequence[str]
+
+    @property
+    def page(self) -> str:
+        return quote(self.row.page)
+
+    @property
+    def verdict(self) -> str:
+        """ "right" or "wrong"; "" without a label."""
+        return _verdict(self.row)
+
+
+def _verdict(row: IndexRow) -> str:
+    return "" if not row.label else "right" if row.label == row.predicted else "wrong"
+
+
+def _cells(row: IndexRow, columns: Sequence[str]) -> list[str]:
     texts = {f"p({name})": f"{value:.3f}" for name, value in row.probabilities.items()} | {
         "predicted": row.predicted,
         "probability": f"{row.probabilities[row.predicted]:.3f}",
         "label": row.label,
-        "correct": correct,
+        "correct": {"right": "yes", "wrong": "no", "": ""}[_verdict(row)],
         "patient": row.case_id,
         "patches": str(row.patches),
         "fold": "" if row.fold is None else str(row.fold),
-        "seen in training": seen,
+        "seen in training": {True: "yes", False: "no", None: "unknown"}[row.seen_in_training],
     }
-    link = f'<a href="{quote(row.page)}">{html.escape(row.slide)}</a>'
-    cells = [link, *(html.escape(texts[name]) for name in columns[1:])]
-    kind = {"no": ' class="wrong"', "yes": ' class="right"', "": ""}[correct]
-    return f"<tr{kind}><td>{_picture(row, folder, embed)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return [texts[name] for name in columns[1:]]
 
 
-def _picture(row: IndexRow, folder: Path, embed: bool) -> str:
+def _picture(row: IndexRow, folder: Path, embed: bool) -> str | None:
     if row.thumbnail is None:
-        return ""
-    link = quote(row.thumbnail.relative_to(folder).as_posix())
+        return None
     if embed and row.thumbnail.suffix == ".jpg":
-        link = f"data:image/jpeg;base64,{base64.b64encode(row.thumbnail.read_bytes()).decode('ascii')}"
-    return f'<a href="{quote(row.page)}"><img src="{link}" loading="lazy" alt="Map of {html.escape(row.slide)}"></a>'
+        return f"data:image/jpeg;base64,{base64.b64encode(row.thumbnail.read_bytes()).decode('ascii')}"
+    return quote(row.thumbnail.relative_to(folder).as_posix())

@@ -1,12 +1,11 @@
 """One self-contained page of a prediction: slide and attention to zoom into, patches to open, and how it was made."""
 
 import base64
-import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -55,40 +54,35 @@ def write_report(
     """
     h, w = picture.shape
     galleries = _encoded(top[:_PATCHES], least[:_PATCHES])
-    most = f"{attention.attention.max():.3g}" if look.scale == "attention" else "100"
     values = {
-        "title": f"{slide}: {answer}",
         "slide": slide,
         "answer": answer,
         "notice": NOTICE,
-        "heat_alt": f"Attention by colour; {attention.half} of {len(attention)} patches hold half of it",
-        "scale_low": "0",
-        "scale_high": most,
-        "scale_text": f"Colour: {look.label(attention)}.",
-        "footer": f"Written by LiteMIL {versions()['litemil']}. Attention shows what the model weighed, not why.",
-    }
-    content = {name: html.escape(text) for name, text in values.items()} | {
-        "width_px": f"{w}px",
-        "height_px": f"{h}px",
-        "opacity": str(round(100 * look.alpha)),
-        "notes": "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes),
+        "notes": notes,
+        "width_px": w,
+        "height_px": h,
+        "opacity": round(100 * look.alpha),
         "slide_image": _jpeg(picture.thumbnail),
         "heat_image": _overlay(picture, attention, look),
+        "heat_alt": f"Attention by colour; {attention.half} of {len(attention)} patches hold half of it",
         "scale_image": _colour_scale(look),
-        "top_patches": _gallery(attention, galleries[0]),
-        "least_patches": _gallery(attention, galleries[1]),
-        "probabilities": "".join(_probability(*pair) for pair in probabilities.items()),
-        "concentration": _rows(_concentration(attention)),
-        "facts": _rows(facts),
+        "scale_high": f"{attention.attention.max():.3g}" if look.scale == "attention" else "100",
+        "scale_text": look.label(attention),
+        "top": _gallery(attention, galleries[0]),
+        "least": _gallery(attention, galleries[1]),
+        "probabilities": probabilities,
+        "concentration": _concentration(attention),
+        "facts": facts,
         "data": _data(picture, attention),
+        "version": versions()["litemil"],
     }
-    write_page(path, _TEMPLATE, content)
+    write_page(path, _TEMPLATE, values)
 
 
-def _data(picture: Picture, attention: AttentionMap) -> str:
-    """What the page's script needs, as a literal of it."""
+def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
+    """Return what the page's script needs."""
     h, w = picture.shape
-    data = {
+    return {
         "width": picture.width,
         "height": picture.height,
         "shown": [w, h],
@@ -97,7 +91,6 @@ def _data(picture: Picture, attention: AttentionMap) -> str:
         "coords": _base64(attention.coords.astype("<i4").tobytes()),
         "attention": _base64(attention.attention.astype("<f4").tobytes()),
     }
-    return json.dumps(data, allow_nan=False)
 
 
 def _overlay(picture: Picture, attention: AttentionMap, look: Look) -> str:
@@ -149,24 +142,25 @@ def _reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]]) -> str:
+@dataclass(frozen=True)
+class _GalleryItem:
+    """A patch in a gallery, by its index in the map; `image` is a whole JPEG as an address."""
+
+    index: int
+    image: str
+    title: str
+    lines: Sequence[str]
+
+
+def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]]) -> list[_GalleryItem]:
     items = []
     for index, image in patches:
         (x, y), weight = attention.coords[index], attention.attention[index]
         rank, times = attention.ranks[index], weight * len(attention)
         title = f"Rank {rank} of {len(attention)}: attention {weight:.3g}, {times:.3g} times uniform, at ({x}, {y})"
-        items.append(
-            f'<li><button data-patch="{index}" data-title="{title}"><img src="{image}" '
-            f'alt="{title}">rank {rank}<br>{weight:.3g} ({times:.3g} x)<br>at ({x}, {y})</button></li>'
-        )
-    return "".join(items)
-
-
-def _probability(name: str, value: float) -> str:
-    return (
-        f'<tr><th scope="row">{html.escape(name)}</th><td><div class="share" style="width: {value:.2%}"></div></td>'
-        f'<td class="number">{value:.1%}</td></tr>'
-    )
+        lines = [f"rank {rank}", f"{weight:.3g} ({times:.3g} x)", f"at ({x}, {y})"]
+        items.append(_GalleryItem(int(index), image, title, lines))
+    return items
 
 
 def _concentration(attention: AttentionMap) -> list[tuple[str, str]]:
@@ -178,9 +172,3 @@ def _concentration(attention: AttentionMap) -> list[tuple[str, str]]:
         ("The most attended tenth holds", f"{tenth:.1%}"),
         ("Highest attention", f"{attention.peak:.3g} times what it were if all were equal"),
     ]
-
-
-def _rows(facts: Sequence[tuple[str, str]]) -> str:
-    return "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>' for name, text in facts
-    )

@@ -3,7 +3,6 @@
 It holds no picture itself: it links to those beside it, works from a disk, and loads only what is looked at.
 """
 
-import html
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,17 +37,12 @@ def write_contact_sheet(path: Path, rows: Sequence[SheetRow], about: Sequence[st
     """Write the page of these slides; `about`, such as the recipe, stands on top below the totals."""
     statuses = Counter(row.status for row in rows)
     values = {
-        "count": str(len(rows)),
-        "count_words": counted(len(rows), "slide"),
-        "totals": html.escape(_totals(rows, statuses)),
-        "recipe": html.escape(". ".join(about)),
-        "legend": "".join(
-            f'<span><i style="border-color:{colour}{f";background:{colour}73" if is_filled else ""}"></i>'
-            f"{html.escape(name)}</span>"
-            for name, colour, is_filled in SHOWN_COLOURS
-        ),
-        "statuses": "".join(f"<option>{html.escape(status)}</option>" for status in statuses),
-        "cards": "\n".join(_card(row, Path(path).parent) for row in rows),
+        "title": counted(len(rows), "slide"),
+        "totals": _totals(rows, statuses),
+        "about": ". ".join(about),
+        "colours": SHOWN_COLOURS,
+        "statuses": statuses,
+        "cards": [(row, _link(row, Path(path).parent), _facts(row)) for row in rows],
     }
     write_page(path, _TEMPLATE, values)
 
@@ -61,17 +55,15 @@ def _totals(rows: Sequence[SheetRow], statuses: Mapping[str, int]) -> str:
     return f"{counts}; {sum(patches):,} patches, median {median(patches):,.0f} per slide"
 
 
-def _card(row: SheetRow, folder: Path) -> str:
-    picture = "<div>no picture</div>"
-    if row.preview is not None:
-        link = quote(Path(os.path.relpath(row.preview, folder)).as_posix())
-        picture = f'<a href="{link}"><img src="{link}" loading="lazy" alt=""></a>'
-    slide, status, reason = (html.escape(text) for text in (row.slide, row.status, row.reason))
-    facts = [status]
+def _link(row: SheetRow, folder: Path) -> str | None:
+    """Return the address of a slide's picture, seen from the page."""
+    return None if row.preview is None else quote(Path(os.path.relpath(row.preview, folder)).as_posix())
+
+
+def _facts(row: SheetRow) -> str:
+    facts = [row.status]
     if row.patches is not None:
         facts.append(f"{row.patches:,} {'patch' if row.patches == 1 else 'patches'}")
     if row.mpp is not None:
         facts.append(f"{row.mpp:.4g} µm/px")
-    numbers = f'data-patches="{"" if row.patches is None else row.patches}" data-mpp="{row.mpp or ""}"'
-    told = f"<small>{reason}</small>" if reason else ""
-    return f'<li data-status="{status}" {numbers}>{picture}<b>{slide}</b><small>{", ".join(facts)}</small>{told}</li>'
+    return ", ".join(facts)
