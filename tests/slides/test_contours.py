@@ -259,6 +259,9 @@ OF_IGNORE = [
     {"name": "Exclude"},
     "Artefact: Pen",
     "Pen: artifact",
+    {"name": "Necrosis*"},
+    {"names": ["Tumor", "Immune cells*"]},
+    "Necrosis*: Fold",
 ]
 
 
@@ -292,14 +295,147 @@ def test_only_the_classes_that_are_wanted_are_tissue(slide, tmp_path):
     right = feature([[[900, 160], [1500, 160], [1500, 800], [900, 800]]], name="Stroma")
     path = tmp_path / "a.geojson"
     path.write_text(json.dumps([left, right, feature([HOLE], name="Ignore*")]))
-    for classes in (["tumor"], ["Tumor: Invasive"], ["Tumor", "Necrosis"]):
+    for classes in (["tumor"], ["Tumor: Invasive"], ["Tumor:Invasive"], ["invasive:TUMOR "], ["Tumor", "Necrosis"]):
         mask = ContourFile.read(path, classes).mask(slide).mask
         assert mask[15, 15]
         assert not mask[25, 25]
         assert not mask[30, 70]
-    refused = "no area of --tissue_classes Necrosis in it; there are ignore\\*, stroma, tumor invasive"
+    refused = "no area of --tissue_classes Necrosis in it; there are Ignore\\*, Stroma, Tumor: Invasive"
     with pytest.raises(SlideError, match=refused):
         ContourFile.read(path, ["Necrosis"]).mask(slide)
+
+
+def core_of(square, *inside, **properties):
+    about = {"objectType": "tmaCore", "isMissing": False, "childObjects": list(inside)} | properties
+    return feature(square) | {"properties": about}
+
+
+LEFT_OF = [[[160, 160], [300, 160], [300, 800], [160, 800]]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [core_of([SQUARE], feature(LEFT_OF))],
+        [core_of([SQUARE], feature(LEFT_OF, name="Tumor"), feature([HOLE], name="Ignore*"))],
+        [core_of([SQUARE], objectType="TMA core"), feature(LEFT_OF)],
+        [core_of([SQUARE], isMissing="false"), feature(LEFT_OF)],
+        [core_of([SQUARE], childObjects={"type": "FeatureCollection", "features": [feature(LEFT_OF)]})],
+    ],
+)
+def test_what_is_drawn_in_a_core_is_its_tissue(slide, tmp_path, content):
+    (tmp_path / "a.geojson").write_text(json.dumps(content))
+    mask = read(tmp_path / "a.geojson", slide).mask
+    assert mask[30, 15]
+    assert not mask[30, 40]
+
+
+@pytest.mark.parametrize("inside", [[], [feature([HOLE], name="Ignore*")], [core_of([HOLE], objectType="cell")]])
+def test_a_core_without_drawn_tissue_is_tissue(slide, tmp_path, inside):
+    (tmp_path / "a.geojson").write_text(json.dumps([core_of([SQUARE], *inside)]))
+    mask = read(tmp_path / "a.geojson", slide).mask
+    assert mask[30, 15]
+    assert mask[30, 40]
+
+
+@pytest.mark.parametrize("mark", [{"isMissing": "true"}, {"isMissing": "True"}, {"metadata": {"isMissing": "true"}}])
+def test_a_core_is_missing_in_every_spelling(slide, tmp_path, mark):
+    missing = feature([SQUARE])
+    missing["properties"] = {"objectType": "tmaCore"} | mark
+    beside = feature([[[900, 160], [1500, 160], [1500, 800], [900, 800]]])
+    (tmp_path / "a.geojson").write_text(json.dumps([missing, beside]))
+    mask = read(tmp_path / "a.geojson", slide).mask
+    assert not mask[30, 15]
+    assert mask[30, 70]
+
+
+def test_a_region_of_qupath_is_neither_tissue_nor_cut_out(slide, tmp_path):
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps([feature([SQUARE], name="Region*"), feature(LEFT_OF, name="Tumor")]))
+    mask = read(path, slide).mask
+    assert mask[30, 15]
+    assert not mask[30, 40]
+    mask = ContourFile.read(path, ["Region*"]).mask(slide).mask
+    assert mask[30, 15]
+    assert mask[30, 40]
+
+
+@pytest.mark.parametrize("name", ["Ignore*", "Region*", "Necrosis*", "Tumor: Ignore*"])
+def test_a_file_without_tissue_says_what_is_in_it(slide, tmp_path, name):
+    (tmp_path / "a.geojson").write_text(json.dumps([feature([SQUARE], name=name)]))
+    with pytest.raises(SlideError, match="none of its areas is tissue, by their classes") as refused:
+        read(tmp_path / "a.geojson", slide)
+    assert f"({name})" in str(refused.value)
+
+
+def square_at(x, y, side=200):
+    return feature([[[x, y], [x + side, y], [x + side, y + side], [x, y + side]]])
+
+
+BOUNDS = (900, 700, 600, 500)  # of a slide of 1600 x 1230 px
+OUTSIDE = {
+    "in neither": [square_at(620, 520, 60)],
+    "beside the slide": [square_at(-1500, -3000)],
+    "one of two": [square_at(0, 0), square_at(620, 20, 60)],
+    "at its edge": [square_at(599, 499)],
+}
+
+
+@pytest.mark.parametrize("content", OUTSIDE.values(), ids=OUTSIDE)
+def test_outlines_where_nothing_was_scanned_are_refused(slide, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(slide, "bounds", BOUNDS)
+    (tmp_path / "a.geojson").write_text(json.dumps(content))
+    with pytest.raises(SlideError, match=r"a\.geojson: a polygon at \(.*lies outside the scanned area of .*stained"):
+        read(tmp_path / "a.geojson", slide)
+
+
+@pytest.mark.parametrize("ours", [[square_at(0, 0), square_at(920, 720)], [square_at(1200, 900), square_at(300, 200)]])
+def test_outlines_that_count_from_two_corners_are_refused(slide, tmp_path, monkeypatch, ours):
+    monkeypatch.setattr(slide, "bounds", BOUNDS)
+    for content in (ours, ours[::-1]):
+        (tmp_path / "a.geojson").write_text(json.dumps(content))
+        with pytest.raises(SlideError, match=r"a\.geojson: its polygons contradict each other"):
+            read(tmp_path / "a.geojson", slide)
+
+
+def test_one_corner_holds_for_all_outlines_of_a_file(slide, tmp_path, monkeypatch):
+    """A polygon that would lie in the scanned area from either corner goes with those that do not."""
+    monkeypatch.setattr(slide, "bounds", (200, 100, 1000, 1000))
+    (tmp_path / "a.geojson").write_text(json.dumps([square_at(1100, 1000, 90), square_at(400, 400)]))
+    mask = read(tmp_path / "a.geojson", slide).mask
+    assert mask[round(500 / 16), round(500 / 16)]
+    (tmp_path / "a.geojson").write_text(json.dumps([square_at(0, 0, 90), square_at(400, 400)]))
+    mask = read(tmp_path / "a.geojson", slide).mask
+    assert mask[round(600 / 16), round(700 / 16)]
+    assert not mask[round(460 / 16), round(500 / 16)]
+
+
+def test_an_outline_of_the_whole_slide_holds_what_was_scanned(slide, tmp_path, monkeypatch):
+    monkeypatch.setattr(slide, "bounds", (1500, 1100, 60, 60))
+    whole = feature([[[0, 0], [1600, 0], [1600, 1230], [0, 1230]]])
+    (tmp_path / "a.geojson").write_text(json.dumps([whole, square_at(1500, 1100, 40)]))
+    assert read(tmp_path / "a.geojson", slide).mask.all()
+
+
+def test_what_is_cut_out_where_nothing_was_scanned_is_said(slide, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(slide, "bounds", BOUNDS)
+    for x, y, where in ((620, 520, "outside the scanned area of"), (9000, 520, "beside")):
+        beside = square_at(x, y, 60)
+        beside["properties"]["classification"] = {"name": "Ignore*"}
+        (tmp_path / "a.geojson").write_text(json.dumps([square_at(100, 100), beside]))
+        with caplog.at_level("WARNING"):
+            assert read(tmp_path / "a.geojson", slide).mask.any()
+        assert f"a.geojson: an area to cut out, at ({x}, {y}), lies {where}" in caplog.text
+
+
+def test_outlines_of_a_file_of_ours_are_refused_where_nothing_was_scanned(tmp_path, place):
+    place.bounds = (320, 200, 200, 200)
+    write_contours(tmp_path / "a.geojson", detect_tissue(place), place)
+    content = json.loads((tmp_path / "a.geojson").read_text())
+    content["features"] = [square_at(-300, -150, 40)]
+    (tmp_path / "a.geojson").write_text(json.dumps(content))
+    with pytest.raises(SlideError, match="outside the scanned area"):
+        read(tmp_path / "a.geojson", place)
 
 
 @pytest.mark.parametrize(("bounds", "corner"), [((300, 200, 1200, 900), 0), ((300, 200, 1200, 900), 1)])

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 
 from utils.core.files import write_text
 from utils.pictures.attention_map import AttentionMap
-from utils.slides.contours import qupath_offset
+from utils.slides.frame import qupath_offset
 from utils.slides.slide import Slide
 
 # Classes of a fifth of the patches each; QuPath shows and hides them one by one.

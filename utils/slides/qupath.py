@@ -1,0 +1,189 @@
+"""The areas that QuPath draws, read from its GeoJSON in all its spellings, and which of them are tissue."""
+
+import re
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.core.errors import SlideError, named
+from utils.core.runtime import log
+from utils.slides.outlines import Ring, is_inside
+
+# A class with a part that begins so is cut out: what QuPath's users call what is not to be looked at.
+CUT_OUT = ("ignore", "exclude", "artefact", "artifact", "hole")
+# QuPath ignores every class that ends so, which is cut out too, but for that of regions: those hold other areas.
+_IGNORED_MARK, _REGION = "*", "region*"
+_CORE_TYPES = frozenset({"tmacore", "tmacoreobject", "pathtmacoreobject"})
+_DRAWN_TYPES = frozenset({"", "annotation", "pathannotationobject"})
+
+
+@dataclass(frozen=True)
+class Area:
+    """An area of a file: its polygons, each a list of rings, and the parts of its class as they are written.
+
+    `core` is the number, in the file, of the tissue microarray's core that it hangs in. A core that `is_missing` is
+    empty, and so is what hangs in it. What `is_drawn` is an annotation, not a core or a detected cell.
+    """
+
+    polygons: Sequence[Sequence[Ring]]
+    classes: Sequence[str]
+    is_missing: bool = False
+    is_core: bool = False
+    is_drawn: bool = True
+    core: int | None = None
+
+    @property
+    def class_name(self) -> str:
+        """The class as QuPath shows it, and as `--tissue_classes` takes it."""
+        return ": ".join(self.classes) or ("a missing core" if self.is_missing else "no class")
+
+    def is_cut_out(self, wanted: Collection[str]) -> bool:
+        """Whether it is cut out of the tissue; a part of its class that is wanted by name does not cut it out."""
+        named_parts = {part for name in wanted for part in class_key(name)}
+        return self.is_missing or any(_is_ignored(part) and part not in named_parts for part in self._key)
+
+    def is_tissue(self, wanted: Collection[str]) -> bool:
+        """Whether it is of one of the classes that are wanted; where none are, of any but QuPath's Region*."""
+        if self.is_cut_out(wanted):
+            return False
+        if not wanted:
+            return not self._key or not all(part == _REGION for part in self._key)
+        return any(set(class_key(name)) <= set(self._key) for name in wanted if class_key(name))
+
+    @property
+    def _key(self) -> list[str]:
+        return [part.lower() for part in self.classes]
+
+
+def class_key(name: str) -> list[str]:
+    """The parts of a class's name in small letters: "Tumor:Positive" and "tumor: positive" are the same class."""
+    return [part.lower() for part in _class_parts(name)]
+
+
+def read_areas(content: Any, path: Path) -> list[Area]:
+    """All objects of a file that have an area, those inside others among them. Raises SlideError."""
+    areas: list[Area] = []
+    waiting: deque[tuple[Mapping[str, Any], bool, int | None]] = deque()
+    waiting += [(feature, False, None) for feature in _features(content, path)]
+    while waiting:
+        feature, is_missing, core = waiting.popleft()
+        properties = feature.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        mark, kind = _missing_mark(feature, properties), _object_type(feature, properties)
+        is_missing = is_missing or mark is True
+        is_core = kind in _CORE_TYPES or (mark is not None and core is None)
+        polygons = list(_polygons(feature.get("geometry"), path))
+        if polygons:
+            is_drawn = kind in _DRAWN_TYPES and not is_core
+            classes = _class_parts(properties.get("classification"))
+            areas.append(Area(polygons, classes, is_missing, is_core, is_drawn, core))
+        below = len(areas) - 1 if is_core and polygons else core
+        inside = [*_children(properties), *_children(feature)]
+        waiting += [(child, is_missing, below) for child in inside]
+    return areas
+
+
+def tissue_areas(areas: Sequence[Area], wanted: Collection[str]) -> list[Area]:
+    """The areas that are tissue. Of a core in which tissue is drawn that is the tissue, and not the whole core."""
+    tissue = {number: area for number, area in enumerate(areas) if area.is_tissue(wanted)}
+    drawn = [area for area in tissue.values() if area.is_drawn]
+    with_tissue = {area.core for area in drawn}
+    return [
+        area
+        for number, area in tissue.items()
+        if not area.is_core or not (number in with_tissue or any(_lies_in(other, area) for other in drawn))
+    ]
+
+
+def shortage_of(areas: Sequence[Area], wanted: Collection[str]) -> str:
+    """Why no area of a file is tissue, and what to do."""
+    if not areas:
+        return "no polygon in it; draw the tissue as areas, or move the file away"
+    names = named(sorted({area.class_name for area in areas}))
+    if wanted:
+        return f"no area of --tissue_classes {','.join(wanted)} in it; there are {names}"
+    return f"none of its areas is tissue, by their classes ({names}); draw the tissue too, or give --tissue_classes"
+
+
+def _children(holder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The objects inside another, a list or a collection."""
+    inside = holder.get("childObjects") or ()
+    if isinstance(inside, Mapping):
+        inside = inside.get("features") or ()
+    return [child for child in inside if isinstance(child, Mapping)]
+
+
+def _is_ignored(part: str) -> bool:
+    return part.startswith(CUT_OUT) or (part.endswith(_IGNORED_MARK) and part != _REGION)
+
+
+def _lies_in(area: Area, core: Area) -> bool:
+    """Whether the middle of an area lies in a core."""
+    middle = np.mean(area.polygons[0][0], axis=0)
+    return any(is_inside(middle, polygon[0]) for polygon in core.polygons)
+
+
+def _missing_mark(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> bool | None:
+    """Whether an object is marked as a missing core, in any of the spellings; None where it has no such mark."""
+    metadata = properties.get("metadata")
+    for holder in (properties, feature, metadata if isinstance(metadata, Mapping) else {}):
+        if holder.get("isMissing") is not None:
+            return str(holder["isMissing"]).strip().lower() in ("true", "1", "yes")
+    return None
+
+
+def _object_type(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> str:
+    """What QuPath calls the object, in small letters, such as "tmacore" or "annotation"; in old exports its `id`."""
+    kind = properties.get("objectType") or properties.get("object_type")
+    if kind is None and str(feature.get("id", "")).startswith("Path"):
+        kind = feature["id"]
+    return re.sub("[^a-z]", "", str(kind or "").lower())
+
+
+def _class_parts(classification: Any) -> list[str]:
+    """The parts of a class: QuPath writes a derived one as "Tumor: Fold", as `names`, or, of old, as a name with a
+    `parentClass`.
+    """
+    if isinstance(classification, str):
+        return [part.strip() for part in classification.split(":") if part.strip()]
+    if isinstance(classification, Mapping):
+        return [part for key in ("parentClass", "name", "names") for part in _class_parts(classification.get(key))]
+    return [part for name in classification for part in _class_parts(name)] if isinstance(classification, list) else []
+
+
+def _features(content: Any, path: Path) -> list[Mapping[str, Any]]:
+    """The features of a collection, a bare list, a single feature or a bare geometry."""
+    if isinstance(content, Mapping) and content.get("type") == "FeatureCollection":
+        content = content.get("features")
+    if isinstance(content, Mapping):
+        content = [content if content.get("type") == "Feature" else {"type": "Feature", "geometry": content}]
+    if not isinstance(content, list) or not all(isinstance(feature, Mapping) for feature in content):
+        raise SlideError(f"{path}: not GeoJSON; expected a collection or a list of features, as QuPath exports them")
+    return content
+
+
+def _polygons(geometry: Any, path: Path) -> Iterator[list[Ring]]:
+    """The polygons of a geometry, each a list of rings (n, 2)."""
+    kind = geometry.get("type") if isinstance(geometry, Mapping) else None
+    if kind == "GeometryCollection":
+        for part in geometry.get("geometries", []):
+            yield from _polygons(part, path)
+    elif kind in ("Polygon", "MultiPolygon"):
+        coordinates = geometry.get("coordinates") or []
+        try:
+            polygons = [
+                [np.array(ring, dtype=float)[:, :2] for ring in polygon]
+                for polygon in ([coordinates] if kind == "Polygon" else coordinates)
+            ]
+        except (TypeError, ValueError, IndexError) as error:
+            raise SlideError(f"{path}: a polygon's coordinates are no list of rings of [x, y]") from error
+        for rings in polygons:
+            if not rings or not all(len(ring) > 2 and np.isfinite(ring).all() for ring in rings):
+                raise SlideError(f"{path}: a polygon without three finite corners; draw it again")
+            yield rings
+    else:
+        log.warning("%s: %s is no area; left out", path, kind or "an empty geometry")
