@@ -12,6 +12,7 @@ import openslide
 
 from utils.core.errors import SlideError, named
 from utils.core.runtime import log
+from utils.slides.mirax import data_files, is_mirax
 
 SLIDE_EXTENSIONS = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm"}
@@ -202,11 +203,9 @@ def one_per_series(slides: Sequence[Path]) -> list[Path]:
 
 def slide_bytes(slide: Path) -> int:
     """The size of a slide's file, of a MIRAX slide with what its folder holds; 0 where that cannot be asked."""
-    data = slide.with_suffix("")
     try:
-        files = [slide, *(data.iterdir() if slide.suffix.lower() == ".mrxs" and data.is_dir() else ())]
-        return sum(file.stat().st_size for file in files)
-    except OSError:
+        return sum(file.stat().st_size for file in [slide, *(data_files(slide) if is_mirax(slide) else ())])
+    except (OSError, SlideError):
         return 0
 
 

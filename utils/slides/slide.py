@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.core.errors import SlideError
+from utils.slides.mirax import data_files, is_mirax
 from utils.slides.resolution import NOT_IN_FILE, Resolution
 
 READ_BLOCK = 4096  # px of a level read at once for a thumbnail: 50 MB, whatever the slide's size
@@ -179,10 +180,8 @@ class Slide:
         return self._hash_of([self.path])
 
     def data_hash(self) -> str | None:
-        """The same of the files in a MIRAX slide's folder, where its pixels are; None for other slides."""
-        if self.path.suffix.lower() != ".mrxs":
-            return None
-        return self._hash_of(sorted(path for path in self.path.with_suffix("").iterdir() if path.is_file()))
+        """The same of the data files in a MIRAX slide's folder, where its pixels are; None for other slides."""
+        return self._hash_of(data_files(self.path)) if is_mirax(self.path) else None
 
     def _hash_of(self, files: Sequence[Path]) -> str:
         digest = hashlib.sha256()

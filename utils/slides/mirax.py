@@ -1,0 +1,40 @@
+"""The folder beside a MIRAX slide's file, in which its pixels are."""
+
+import re
+from pathlib import Path
+
+from utils.core.errors import SlideError
+
+# What belongs to the slide; of what others leave there (Thumbs.db, .DS_Store) nothing depends.
+_DATA_FILE = re.compile(r"slidedat\.ini|index\.dat|data\S*\.dat", re.IGNORECASE)
+
+
+def is_mirax(slide: Path) -> bool:
+    """Whether it is a MIRAX slide, by its ending."""
+    return slide.suffix.lower() == ".mrxs"
+
+
+def data_folder(slide: Path) -> Path:
+    """The folder of a MIRAX slide; of a link that has none beside it, the folder beside what it leads to."""
+    folder = slide.with_suffix("")
+    return folder if folder.is_dir() else slide.resolve().with_suffix("")
+
+
+def data_files(slide: Path) -> list[Path]:
+    """The files in its folder that belong to a MIRAX slide, sorted. Raises SlideError where there is no folder."""
+    folder = data_folder(slide)
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file() and _DATA_FILE.fullmatch(path.name))
+    except OSError as error:
+        raise SlideError(f"{folder}: the folder of {slide} cannot be read ({error.strerror})") from error
+
+
+def check_data_folder(slide: Path) -> None:
+    """Raise SlideError for a MIRAX slide whose folder does not lie beside it, where OpenSlide looks for it."""
+    folder = slide.with_suffix("")
+    if not is_mirax(slide) or not slide.exists() or folder.is_dir():
+        return
+    missing = f"{slide}: its folder {folder} is missing, which holds the slide's pixels"
+    if data_folder(slide).is_dir():
+        raise SlideError(f"{missing}; {slide.name} is a link: link {data_folder(slide)} beside it too")
+    raise SlideError(f"{missing}; copy it beside the .mrxs file")
