@@ -218,11 +218,11 @@ def test_a_kept_edge_is_part_of_the_recipe(script, tmp_path):
     assert "1 skipped" in script("extractFeatures", *kept).out
     refused = script("extractFeatures", *flags)
     assert refused.code == 1
-    assert "made with another recipe (edge: found keep, expected none)" in refused.errors[0]
+    assert "made with another recipe (edge: found keep, expected drop)" in refused.errors[0]
     assert script("extractFeatures", *flags, "--overwrite").code == 0
     assert len(read_bag(features / "a.h5").coords) == 6
     refused = script("extractFeatures", *kept)
-    assert "made with another recipe (edge: found none, expected keep)" in refused.errors[0]
+    assert "made with another recipe (edge: found drop, expected keep)" in refused.errors[0]
 
 
 def test_files_that_do_not_record_the_edge_are_of_the_recipe_that_drops_it(script, tmp_path):
@@ -236,7 +236,7 @@ def test_files_that_do_not_record_the_edge_are_of_the_recipe_that_drops_it(scrip
     assert "edge" not in read_bag(target).passport.recipe.as_dict()
     for given in ((), ("--edge", "drop")):
         assert "1 skipped" in script("extractFeatures", *flags, "--tissue_threshold", 0, *given).out
-    assert "edge: found none, expected keep" in script(
+    assert "edge: found drop, expected keep" in script(
         "extractFeatures", *flags, "--tissue_threshold", 0, "--edge", "keep"
     ).errors[0]  # fmt: skip
 
@@ -312,12 +312,100 @@ def test_of_many_slides_only_those_with_mended_outlines_are_extracted_anew(scrip
         assert again.code == 0, again.err
         assert "0 extracted" in again.out
         assert "12 skipped" in again.out
-    assert "2 slides made from outlines, which stay" in again.out
-    assert (features / "extraction_report.csv").read_text().count("made from outlines, which stay") == 2
+    assert "2 slides keep the tissue of earlier outlines; --tissue DIR compares it" in again.out
+    assert (features / "extraction_report.csv").read_text().count("its tissue is that of earlier outlines") == 2
     both = drawn / "s3.tif.geojson"
     both.write_bytes(mended[0].read_bytes())
     failed = script("extractFeatures", *flags, "--tissue", drawn)
     assert "which are the outlines of" in failed.err
+
+
+def as_qupath_exports(content):
+    """What QuPath writes of a file of ours that it has read: its own members, none of ours, in an order of its own."""
+    features = [
+        {
+            "type": "Feature",
+            "id": feature["id"],
+            "geometry": {
+                "type": "Polygon",
+                "coordinates": [[[float(round(x)), float(round(y))] for x, y in ring]
+                                for ring in feature["geometry"]["coordinates"]],
+            },
+            "properties": feature["properties"] | {"isLocked": False, "measurements": {}},
+        }
+        for feature in reversed(content["features"])
+    ]  # fmt: skip
+    return {"type": "FeatureCollection", "features": features}
+
+
+def test_outlines_that_come_back_unchanged_from_qupath_are_the_detectors(script, tmp_path):
+    slides, features, drawn = (tmp_path / name for name in ("slides", "features", "drawn"))
+    slides.mkdir()
+    drawn.mkdir()
+    for number in range(12):
+        image = np.full((300, 400, 3), 243, np.uint8)
+        image[40:260, 30:350] = stained_image(320, 220, seed=number)
+        write_pyramid(slides / f"s{number}.tif", image, mpp=0.5, downsamples=(1, 2))
+    flags = ("--input_dir", slides, "--output_dir", features, "--backbone", "stain", "--patch_size", 32)
+    assert script("extractFeatures", *flags, "--save_tissue").code == 0
+    for path in (features / "tissue").iterdir():
+        content = as_qupath_exports(json.loads(path.read_text()))
+        if path.stem in ("s3", "s7"):
+            square = [[0, 0], [200, 0], [200, 200], [0, 200], [0, 0]]
+            content["features"][0]["geometry"]["coordinates"] = [square]
+        (drawn / path.name).write_text(json.dumps(content))
+    before = {path.stem: path.read_bytes() for path in features.glob("*.h5")}
+    done = script("extractFeatures", *flags, "--tissue", drawn)
+    assert done.code == 0, done.err
+    assert "2 extracted" in done.out
+    assert "10 skipped" in done.out
+    assert f"Tissue by {drawn} in 2 of 12 slides, else detected" in done.out
+    assert {stem for stem, data in before.items() if (features / f"{stem}.h5").read_bytes() != data} == {"s3", "s7"}
+    report = pd.read_csv(features / "extraction_report.csv", keep_default_na=False).set_index("output")
+    assert set(report.index[report["tissue"] == "outlines"]) == {"s3.h5", "s7.h5"}
+    for name in ("s3", "s7"):  # and back to the detector's
+        (drawn / f"{name}.geojson").write_bytes((features / "tissue" / f"{name}.geojson").read_bytes())
+    again = script("extractFeatures", *flags, "--tissue", drawn)
+    assert "2 extracted" in again.out
+    assert {path.stem: path.read_bytes() for path in features.glob("*.h5")} == before
+
+
+def test_outlines_of_a_slide_that_the_detector_refuses_are_compared(script, tmp_path):
+    slides, features, drawn = (tmp_path / name for name in ("slides", "features", "drawn"))
+    slides.mkdir()
+    drawn.mkdir()
+    write_pyramid(slides / "dark.tif", np.full((256, 256, 3), 20, np.uint8), mpp=0.5, downsamples=(1, 2))
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]]}
+    (drawn / "dark.geojson").write_text(json.dumps([{"type": "Feature", "geometry": square}]))
+    flags = ("--input_dir", slides, "--output_dir", features, "--backbone", "stain", "--patch_size", 32)
+    for count in (1, 0):
+        done = script("extractFeatures", *flags, "--tissue", drawn)
+        assert f"{count} extracted" in done.out, done.err
+
+
+def test_outlines_that_are_gone_and_files_of_no_slide_are_said(script, tmp_path):
+    slides, features, drawn = (tmp_path / name for name in ("slides", "features", "drawn"))
+    slides.mkdir()
+    drawn.mkdir()
+    for name in ("case_a", "case_b", "case_c"):
+        write_pyramid(slides / f"{name}.tif", stained_image(320, 256, seed=1), mpp=0.5, downsamples=(1, 2))
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]]}
+    for name in ("case_a.geojson", "case_b.tif.GeoJSON", "case_c.GEOJSON"):
+        (drawn / name).write_text(json.dumps([{"type": "Feature", "geometry": square}]))
+    flags = ("--input_dir", slides, "--output_dir", features, "--backbone", "stain", "--patch_size", 32)
+    done = script("extractFeatures", *flags, "--tissue", drawn)
+    assert f"Tissue by {drawn} in 3 of 3 slides" in done.out
+    assert "match no slide" not in done.err
+    (drawn / "case_a.geojson").rename(drawn / "case_a1.geojson")
+    (drawn / "case_b.tif.GeoJSON").rename(drawn / "x9.geojson")
+    done = script("extractFeatures", *flags, "--tissue", drawn, "--limit", 2)
+    assert "2 skipped" in done.out
+    assert f"Tissue by {drawn} in 0 of 2 slides, else detected" in done.out
+    assert f"2 slides keep the tissue of earlier outlines, of which {drawn} has no file: put it back" in done.out
+    unused = "2 of 3 files match no slide by name, and are not used: case_a1.geojson (did you mean case_a.geojson?), x9"
+    assert unused in done.err
+    one = ("--input", slides / "case_a.tif", "--output", tmp_path / "a.h5", *flags[4:], "--tissue", drawn)
+    assert "no file for case_a.tif; there are case_a1.geojson, " in script("extractFeatures", *one).err
 
 
 def test_a_slide_whose_tissue_nobody_drew_fails(slide_cohort, script, tmp_path):

@@ -61,11 +61,32 @@ def test_a_mirax_slide_opens_by_its_folder(script, cases, tmp_path):
     (slides / "one.mrxs").touch()
     bag = extracted(script, slides / "one.mrxs", tmp_path / "a.h5")
     assert len(bag.coords) > 50
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini"):  # left there by others
+        (slides / "one" / name).write_text("x")
+    assert (
+        "1 skipped"
+        in script("extractFeatures", "--input", slides / "one.mrxs", "--output", tmp_path / "a.h5", *FLAGS).out
+    )
     index = slides / "one" / "Index.dat"
     index.chmod(0o644)
     index.write_bytes(index.read_bytes() + b"\0")
     changed = script("extractFeatures", "--input", slides / "one.mrxs", "--output", tmp_path / "a.h5", *FLAGS)
-    assert "slide's data_hash" in changed.errors[0]
+    assert "a.h5: the slide's data has changed since it was made (slide's data_hash: " in changed.errors[0]
+
+
+def test_the_folder_that_a_mirax_slide_lacks_is_named(script, cases, tmp_path):
+    slides, elsewhere = tmp_path / "slides", tmp_path / "elsewhere"
+    slides.mkdir()
+    shutil.copytree(cases / "mirax", elsewhere)
+    shutil.copyfile(cases / "mirax" / "one.mrxs", slides / "alone.mrxs")
+    (slides / "link.mrxs").symlink_to(elsewhere / "one.mrxs")
+    flags = ("--input_dir", slides, "--output_dir", tmp_path / "out", *FLAGS)
+    done = script("extractFeatures", *flags)
+    assert f"alone.mrxs: its folder {slides / 'alone'} is missing, which holds the slide's pixels; copy it" in done.err
+    assert f"link.mrxs is a link: link {elsewhere / 'one'} beside it too" in done.err.replace("\n", " ")
+    (slides / "link").symlink_to(elsewhere / "one")
+    (slides / "alone.mrxs").unlink()
+    assert script("extractFeatures", *flags).code == 0
 
 
 def test_mixed_scales_are_told(script, cases, tmp_path):

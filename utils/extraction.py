@@ -19,8 +19,16 @@ from utils.core.report import read_report, update_report
 from utils.core.runtime import duration, file_size, log, progress
 from utils.feature_extractor import WSIFeatureExtractor, current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
-from utils.slides.status import CLAIMED, OUTLINES, PLANNED, STATUSES, SlideStatus, status_table, unlike_scales
-from utils.slides.wsi import open_slide
+from utils.slides.status import (
+    CLAIMED,
+    KEPT_OUTLINES,
+    OUTLINES,
+    PLANNED,
+    STATUSES,
+    SlideStatus,
+    status_table,
+    unlike_scales,
+)
 
 _LOOKED_AT = 200  # slides, of many, whose um/px are compared before an extraction by level
 
@@ -159,7 +167,7 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[li
             current = current_status(extractor, slide, target, told)
         if current is not None:
             return current
-        with open_slide(slide, told.mpp) as opened:
+        with extractor.opened(slide, told.mpp) as opened:
             plan = extractor.plan(opened, replace(told, preview=None))
             if not rates:
                 rates.append(extractor.rate(opened, plan))
@@ -198,13 +206,7 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
             f"{unknown} of the extracted slides have no known um/px; it is recorded as unknown "
             "(--slide_mpp or --slides_csv tells it)"
         )
-    outlined = sum(status.tissue == OUTLINES for status in statuses)
-    if files.tissue is not None:
-        lines.append(f"Tissue by {files.tissue} in {outlined} of {counted(len(statuses), 'slide')}, else detected")
-    elif outlined:
-        lines.append(
-            f"{counted(outlined, 'slide')} made from outlines, which stay; --tissue compares them with a folder"
-        )
+    lines += _outline_words(files, statuses)
     if files.input_dir is not None:
         sheet = [] if files.preview is False else [f"pictures in {sheet_path(files)}"]
         lines.append("; ".join([f"Features are in {files.output_dir}", f"report in {report_path(files)}", *sheet]))
@@ -223,6 +225,23 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     if any(status.is_made for status in statuses):
         lines.append(f"{when}: uv run {command}")
     return "\n".join(lines)
+
+
+def _outline_words(files: ExtractionFiles, statuses: Sequence[SlideStatus]) -> list[str]:
+    """How many slides have their tissue by the files of this run, and how many by earlier ones."""
+    outlined = sum(status.tissue == OUTLINES for status in statuses)
+    kept = sum(KEPT_OUTLINES in status.reason for status in statuses)
+    earlier = f"{counted(kept, 'slide')} {'keeps' if kept == 1 else 'keep'} the tissue of earlier outlines"
+    if files.tissue is None:
+        compare = "--tissue DIR compares it with the files there, --overwrite has it detected"
+        return [f"{earlier}; {compare}"] if kept else []
+    lines = [f"Tissue by {files.tissue} in {outlined - kept} of {counted(len(statuses), 'slide')}, else detected"]
+    if kept:
+        lines.append(
+            f"{earlier}, of which {files.tissue} has no file: put it back, or move the features away to have the "
+            "tissue detected"
+        )
+    return lines
 
 
 def _cohort_flags(features_dir: Path | None) -> str:

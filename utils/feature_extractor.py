@@ -35,9 +35,9 @@ from utils.slides.preview import (
     draw_preview,
     write_preview,
 )
-from utils.slides.quality import DAMAGED, QUALITY_SETTINGS, judge_patches
+from utils.slides.quality import DAMAGED, QUALITY_SETTINGS, judge_patches, no_reasons
 from utils.slides.slide import Slide
-from utils.slides.status import ANEW, OUTLINES, SlideStatus
+from utils.slides.status import ANEW, KEPT_OUTLINES, OUTLINES, SlideStatus
 from utils.slides.tissue import TISSUE_SETTINGS
 from utils.slides.wsi import open_slide
 
@@ -173,7 +173,7 @@ class WSIFeatureExtractor:
 
     def extract(self, wsi_path: Path) -> Bag:
         """One slide's bag, with coordinates and passport."""
-        with self._opened(wsi_path) as slide:
+        with self.opened(wsi_path) as slide:
             plan = self.plan(slide)
             parts, reasons = zip(*self.encode(slide, plan), strict=True)
             found = Extracted.of(plan, reasons)
@@ -186,7 +186,7 @@ class WSIFeatureExtractor:
         Raises as `process` does.
         """
         told = told or Told()
-        with self._opened(wsi_path, told.mpp) as slide:
+        with self.opened(wsi_path, told.mpp) as slide:
             plan = self.plan(slide, told)
             if told.save_tissue is not None and plan.tissue is not None:
                 write_contours(told.save_tissue, plan.tissue, slide)
@@ -200,7 +200,8 @@ class WSIFeatureExtractor:
                 writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found))
         return found
 
-    def _opened(self, wsi_path: Path, mpp: float | None = None) -> Slide:
+    def opened(self, wsi_path: Path, mpp: float | None = None) -> Slide:
+        """Open a slide, to be read past damage where the settings say so; `mpp` is as `open_slide` takes it."""
         slide = open_slide(wsi_path, mpp)
         slide.reads_past_damage = self.config.skip_damaged
         return slide
@@ -264,7 +265,7 @@ class WSIFeatureExtractor:
             for patches in batches:
                 if self.stop.is_set():
                     raise KeyboardInterrupt
-                reasons = judge_patches(patches.numpy(), plan.mpp) if config.qc else np.full(len(patches), "", "<U8")
+                reasons = judge_patches(patches.numpy(), plan.mpp) if config.qc else no_reasons(len(patches))
                 reasons[[number - start for number in list(damage) if start <= number < start + len(patches)]] = DAMAGED
                 start += len(patches)
                 kept = patches[torch.from_numpy(reasons == "")] if reasons.any() else patches
@@ -412,7 +413,7 @@ def current_status(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
     record = info.passport.slide if info.passport else {}
     reasons = [f"{target} is there, of the same recipe"]
     if record.get("tissue") and told.tissue is None:
-        reasons.append("made from outlines, which stay")
+        reasons.append(KEPT_OUTLINES)
     reasons += [_dropped_words(record["dropped"])] if record.get("dropped") else []
     return SlideStatus(
         slide, "skipped", "; ".join(reasons), info.num_instances, record.get("mpp_delivered"),
@@ -432,10 +433,10 @@ def _by_reason(dropped: Mapping[str, int]) -> str:
 
 
 def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> tuple[BagInfo, bool]:
-    """What `target` holds, and whether it is of the tissue that is told, if any is.
+    """What `target` holds, and whether it is of the tissue that the outlines show, if there are any.
 
-    Raises RecipeError unless it is this slide's features by this recipe: since our own files are whole, anything else
-    is somebody's, and not overwritten unasked.
+    Raises RecipeError unless it is this slide's features by this recipe. Our own files are always complete, so anything
+    else belongs to the user and is not overwritten.
     """
     try:
         info = peek_bag(target)
@@ -445,23 +446,32 @@ def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
         raise RecipeError(
             f"{target}: was made by something else (it holds no recipe); move it, or extract with --overwrite"
         )
-    known = {name: info.passport.slide.get(name) for name in ("quick_hash", "mpp", "data_hash")}
-    tissue = info.passport.slide.get("tissue")
-    with open_slide(slide, told.mpp) as opened:
+    recorded = {name: info.passport.slide.get(name) for name in ("quick_hash", "mpp", "data_hash")}
+    with extractor.opened(slide, told.mpp) as opened:
         now = {"quick_hash": opened.quick_hash(), "mpp": opened.mpp}
-        now["data_hash"] = known["data_hash"] and opened.data_hash()  # older files do not record it
-        outlined = told.outlined(opened)
-    found, wanted = ({f"slide's {name}": value for name, value in one.items()} for one in (known, now))
-    found, wanted = info.passport.recipe.as_dict() | found, extractor.recipe.as_dict() | wanted
+        now["data_hash"] = recorded["data_hash"] and opened.data_hash()  # older files do not record it
+        unlike = _differences(extractor, info.passport.recipe.as_dict(), recorded, now)
+        if unlike:
+            is_other_data = any(recorded[name] != now[name] for name in ("quick_hash", "data_hash"))
+            why = "the slide's data has changed since it was made" if is_other_data else "made with another recipe"
+            raise RecipeError(f"{target}: {why} ({first_differences(unlike)}); move it, or extract with --overwrite")
+        return info, told.is_same_tissue(opened, info.passport.slide.get("tissue"))
+
+
+def _differences(
+    extractor: WSIFeatureExtractor, recipe: Mapping[str, Any], recorded: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[str]:
+    """What differs between a file's `recipe` and the extractor's, and what is `recorded` of the slide and what it is
+    `now`.
+    """
+    found, wanted = ({f"slide's {name}": value for name, value in about.items()} for about in (recorded, now))
+    found, wanted = {**recipe, **found}, {**extractor.recipe.as_dict(), **wanted}
     if extractor.config.precision == "auto":
         # What is each device's own: a batch that goes on elsewhere is the same batch.
         wanted["precision"] = found.get("precision")
-    unlike = differences(wanted, found, wanted, strict=True)
-    if unlike:
-        raise RecipeError(
-            f"{target}: made with another recipe ({first_differences(unlike)}); move it, or extract with --overwrite"
-        )
-    return info, told.tissue is None or tissue == (outlined and outlined.digest)
+    for settings in (found, wanted):
+        settings["edge"] = settings.get("edge") or "drop"  # as the flag has it
+    return differences(wanted, found, wanted, strict=True)
 
 
 def _slide_record(slide: Slide, plan: PatchPlan) -> dict[str, Any]:

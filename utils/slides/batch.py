@@ -23,10 +23,12 @@ from utils.core.runtime import log, progress_bar
 from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 from utils.slides.contours import ContourFile
 from utils.slides.find import look_for_slides, one_per_series, slide_bytes
+from utils.slides.mirax import check_data_folder
+from utils.slides.outline_folder import OutlineFolder
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import CLAIMED, PLANNED, SlideStatus, unlike_scales
-from utils.slides.tissue import TissueMask
+from utils.slides.tissue import TissueMask, detect_tissue
 
 REPORT, SHEET = "extraction_report", "contact_sheet"
 _SHARD = re.compile(rf"{REPORT}(?:_(\d+)_of_(\d+))?\.csv")
@@ -119,6 +121,23 @@ class Told:
             return None
         return self.tissue.mask(slide)
 
+    def is_same_tissue(self, slide: Slide, recorded: str | None) -> bool:
+        """Whether features are of the tissue that is wanted now; `recorded` is the digest of the outlines they were
+        made by, None for the detector's tissue.
+
+        Where one is the detector's and the other outlines, the detector has to look at the slide.
+        """
+        if self.tissue is None:
+            return True
+        outlined = self.outlined(slide)
+        wanted = outlined and outlined.digest
+        if (wanted is None) == (recorded is None):
+            return wanted == recorded
+        try:
+            return (wanted or recorded) == detect_tissue(slide).digest
+        except SlideError:  # a slide that the detector refuses is outlined by hand
+            return False
+
 
 class SlideFiles:
     """What `extractFeatures.py` was told about files, slide by slide."""
@@ -126,8 +145,7 @@ class SlideFiles:
     def __init__(self, files: ExtractionFiles) -> None:
         self.files = files
         self.mpps = SlideMpps.read(files.slides_csv, files.slide_mpp)
-        if files.tissue is not None and not files.tissue.is_dir():
-            raise ConfigError(f"--tissue {files.tissue}: no such folder; give that of the .geojson files")
+        self.outlines = OutlineFolder(files.tissue, files.tissue_strict) if files.tissue is not None else None
 
     def targets(self) -> dict[Path, Path]:
         """Each slide and its feature file."""
@@ -135,6 +153,10 @@ class SlideFiles:
         slides = self.slides()
         if self.mpps.rows:
             self.mpps.check(slides, files.input or Path(str(files.input_dir)))
+        if self.outlines is not None and files.input is not None:
+            self.outlines.log_missing(files.input)
+        elif self.outlines is not None:
+            self.outlines.log_unused((slide, self._place(slide)) for slide in slides)
         return {files.input: target_of_one(files)} if files.input is not None else slide_targets(files, slides)
 
     def slides(self) -> list[Path]:
@@ -145,8 +167,9 @@ class SlideFiles:
         return [self.files.input]
 
     def told(self, slide: Path, target: Path) -> Told:
-        """Raises SlideError where the slide's outlines are asked for and cannot be read."""
-        drawn = self.outlines(slide, target)
+        """Raises SlideError where the slide's outlines cannot be read, or a MIRAX slide lacks its folder."""
+        check_data_folder(slide)
+        drawn = self.outlines.file_of(slide, self._place(slide)) if self.outlines is not None else None
         saved = self._beside(self._root(target) / TISSUE, f"{slide.stem}.geojson", target)
         return Told(
             self.mpps.of(slide),
@@ -155,21 +178,10 @@ class SlideFiles:
             self.preview(target),
         )
 
-    def outlines(self, slide: Path, target: Path) -> Path | None:
-        """The file with a slide's outlines; None where there is none, or none is asked for.
-
-        Raises SlideError where there are two, or --tissue_strict asks for one that is not there.
-        """
-        folder = self.files.tissue
-        if folder is None:
-            return None
-        paths = [self._beside(folder, f"{name}.geojson", target) for name in (slide.stem, slide.name)]
-        found = [path for path in paths if path.is_file()]
-        if len(found) > 1:
-            raise SlideError(f"{found[0]} and {found[1]}: which are the outlines of {slide}? Move one of them away")
-        if not found and self.files.tissue_strict:
-            raise SlideError(f"{paths[0]}: not there; draw the slide's tissue, or leave --tissue_strict out")
-        return found[0] if found else None
+    def _place(self, slide: Path) -> Path:
+        """The subfolder in which what belongs to a slide lies, among what belongs to others."""
+        folder = self.files.input_dir
+        return slide.parent.relative_to(folder) if folder is not None and self.files.keep_structure else Path()
 
     @property
     def _tissue_classes(self) -> list[str]:

@@ -46,6 +46,11 @@ _COARSE = 4  # px of the focus scale
 _AT_ONCE = 16  # patches: what is computed of them stays in the processor's cache
 
 
+def no_reasons(count: int) -> NDArray[np.str_]:
+    """(count,) "" for each patch, to be filled with why it is dropped."""
+    return np.full(count, "", dtype=f"<U{max(map(len, (*REASONS, DAMAGED)))}")
+
+
 def judge_patches(
     patches: NDArray[np.uint8], mpp: float | None, settings: QualitySettings = QUALITY_SETTINGS
 ) -> NDArray[np.str_]:
@@ -59,7 +64,7 @@ def judge_patches(
         (B,) the first of `REASONS` that holds, "" for a patch that is fine.
     """
     mpp = mpp or settings.assumed_mpp
-    reasons = np.full(len(patches), "", dtype=f"<U{max(map(len, (*REASONS, DAMAGED)))}")
+    reasons = no_reasons(len(patches))
     for start in range(0, len(patches), _AT_ONCE):
         part = patches[start : start + _AT_ONCE]
         inked, stained = _colour_shares(part, mpp, settings)

@@ -13,6 +13,7 @@ STATUSES = ("done", "skipped", "no tissue", "failed")
 PLANNED = "to extract"
 CLAIMED = "claimed"  # another process is at it: never a slide's last status
 ANEW = "extracted anew: its outlines have changed"
+KEPT_OUTLINES = "its tissue is that of earlier outlines"  # of which this run has no file
 _NAMED = 3
 
 

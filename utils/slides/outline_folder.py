@@ -1,0 +1,88 @@
+"""The folder of `--tissue`: which of its files holds the outlines of which slide."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.core.errors import ConfigError, SlideError, counted, meant, named
+from utils.core.runtime import log
+
+_ENDING = ".geojson"
+_NAMED = 4
+
+
+@dataclass(frozen=True)
+class OutlineFolder:
+    """Files `<slide>.geojson` or `<slide>.svs.geojson`, whatever the case of that ending; with `is_strict` every slide
+    needs one.
+
+    A slide's place is the subfolder in which its file is looked for.
+    """
+
+    path: Path
+    is_strict: bool = False
+    _listings: dict[Path, list[Path]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.path.is_dir():
+            raise ConfigError(f"--tissue {self.path}: no such folder; give that of the .geojson files")
+
+    def file_of(self, slide: Path, place: Path) -> Path | None:
+        """The file with a slide's outlines, or None.
+
+        Raises SlideError where there are two, or none and the slide needs one.
+        """
+        folder = self.path / place
+        expected = _names_of(slide)
+        files = [path for path in self._files_in(folder) if _plain_name(path) in expected]
+        if len(files) > 1:
+            raise SlideError(f"{files[0]} and {files[1]}: which are the outlines of {slide}? Move one of them away")
+        if not files and self.is_strict:
+            raise SlideError(
+                f"{folder / expected[0]}: not there; draw the slide's tissue, or leave --tissue_strict out"
+            )
+        return files[0] if files else None
+
+    def log_unused(self, slides: Iterable[tuple[Path, Path]]) -> None:
+        """Warn of files that are the outlines of none of the slides, given with their places."""
+        expected = {place / name: slide for slide, place in slides for name in _names_of(slide)}
+        files = {path.relative_to(self.path): path for path in self._all_files()}
+        used = {place for place, path in files.items() if place.with_name(_plain_name(path)) in expected}
+        outlined = {expected[place.with_name(_plain_name(files[place]))] for place in used}
+        free = [place.as_posix() for place, slide in expected.items() if slide not in outlined]
+        unused = sorted(place.as_posix() for place in files.keys() - used)
+        if unused:
+            hints = [meant(name, free).removeprefix("; ") for name in unused[:_NAMED]]
+            words = [f"{name} ({hint})" if hint else name for name, hint in zip(unused, hints, strict=False)]
+            log.warning(
+                "%s: %d of %s match no slide by name, and are not used: %s",
+                self.path, len(unused), counted(len(files), "file"), named([*words, *unused[_NAMED:]], _NAMED),
+            )  # fmt: skip
+
+    def log_missing(self, slide: Path) -> None:
+        """Warn where there are files, but none for the only slide."""
+        files = sorted(path.relative_to(self.path).as_posix() for path in self._all_files())
+        if files and self.file_of(slide, Path()) is None:
+            name = _names_of(slide)[0]
+            log.warning("%s: no file for %s; there are %s%s", self.path, slide.name, named(files), meant(name, files))
+
+    def _files_in(self, folder: Path) -> list[Path]:
+        """The files of a folder, looked at once."""
+        if folder not in self._listings:
+            self._listings[folder] = sorted(folder.iterdir()) if folder.is_dir() else []
+        return self._listings[folder]
+
+    def _all_files(self) -> Iterator[Path]:
+        """All files that are outlines by their name, in subfolders too."""
+        for folder, _, names in os.walk(self.path):
+            yield from (Path(folder, name) for name in names if _ENDING in name.lower() and not name.startswith("."))
+
+
+def _names_of(slide: Path) -> tuple[str, str]:
+    return f"{slide.stem}{_ENDING}", f"{slide.name}{_ENDING}"
+
+
+def _plain_name(path: Path) -> str:
+    """Its name with the ending in small letters."""
+    return path.stem + path.suffix.lower()
