@@ -15,7 +15,7 @@ from utils.core.runtime import log
 from utils.learning.kept_answers import ENDING
 from utils.learning.out_of_fold import RECORD, OutOfFold
 from utils.slides.batch import PREVIEWS
-from utils.slides.find import is_slide_file, look_for_slides, one_per_series
+from utils.slides.find import is_slide_file, look_for_slides, no_slide_words, one_per_series
 
 # Where answers go unless a folder is given, each model's into a folder of its own.
 DEFAULT_FOLDER = Path("outputs/inference")
@@ -112,5 +112,6 @@ def _inputs_of(asked: Prediction) -> list[Path]:
     if ours != folder.resolve():  # a folder may be its own output folder
         files = [path for path in files if not path.resolve().is_relative_to(ours)]
     if not files:
-        raise ConfigError(f"--input_dir {folder}: neither a feature file (.h5, .pt, .pth) nor a slide in it")
+        why = "" if slides else f": {no_slide_words(folder, looked, asked.extensions)}"
+        raise ConfigError(f"--input_dir {folder}: neither a feature file (.h5, .pt, .pth) nor a slide in it{why}")
     return files

@@ -22,7 +22,7 @@ from utils.core.report import read_report, update_report
 from utils.core.runtime import log, progress_bar
 from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 from utils.slides.contours import ContourFile
-from utils.slides.find import look_for_slides, one_per_series, slide_bytes
+from utils.slides.find import look_for_slides, no_slide_words, one_per_series, slide_bytes
 from utils.slides.mirax import check_data_folder
 from utils.slides.outline_folder import OutlineFolder
 from utils.slides.slide import Slide
@@ -68,17 +68,18 @@ def _slides_of(files: ExtractionFiles) -> list[Path]:
     """The slides of the folder, without what an extraction has put there itself; ConfigError where there is none."""
     assert files.input_dir is not None  # noqa: S101 - checked by the config
     looked = look_for_slides(files.input_dir, files.extensions)
+    if not looked.slides:
+        raise ConfigError(f"{files.input_dir}: {no_slide_words(files.input_dir, looked, files.extensions)}")
     looked.log(files.input_dir)
-    found = looked.slides
+    slides = looked.slides
     if files.output_dir is not None:
         ours = files.output_dir.resolve()
         if ours == files.input_dir.resolve():
             ours /= PREVIEWS
-        found = [slide for slide in found if not slide.resolve().is_relative_to(ours)]
-    if not found:
-        endings = " ".join(files.extensions) if files.extensions else "a slide's ending"
-        raise ConfigError(f"{files.input_dir}: no file with {endings} in it; name the endings with --extensions")
-    return one_per_series(found)
+        slides = [slide for slide in slides if not slide.resolve().is_relative_to(ours)]
+    if not slides:
+        raise ConfigError(f"{files.input_dir}: no slide in it but what lies in {files.output_dir}; check the paths")
+    return one_per_series(slides)
 
 
 def target_of_one(files: ExtractionFiles) -> Path:

@@ -1,8 +1,8 @@
 """Which files are slides, and the slides of a folder."""
 
+import errno
 import logging
 import os
-import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,37 +13,42 @@ import openslide
 from utils.core.errors import SlideError, named
 from utils.core.runtime import log
 from utils.slides.mirax import data_files, is_mirax
+from utils.slides.picture_names import is_picture_name, words_of
 
 SLIDE_EXTENSIONS = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm"}
-)
-TIFF_EXTENSIONS = frozenset({".tif", ".tiff"})
+    {".svs", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi",
+     ".dcm"}
+)  # fmt: skip
+TIFF_EXTENSIONS = frozenset({".tif", ".tiff", ".btf", ".tf8"})
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp"})
 # Of slides that neither OpenSlide nor we read.
 FOREIGN_EXTENSIONS = frozenset(
     {".vsi", ".isyntax", ".i2syntax", ".kfb", ".kfbf", ".sdpc", ".tmap", ".mds", ".mdsx", ".qptiff", ".lif", ".nd2",
-     ".zvi", ".oir", ".afi", ".jp2", ".ets", ".dyqx", ".btf", ".tf8"}
+     ".zvi", ".oir", ".afi", ".jp2", ".ets", ".dyqx"}
 )  # fmt: skip
+_PACKED_EXTENSIONS = frozenset({".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".bz2", ".xz", ".zst"})
 
 # Files that lie beside slides and are none, of which nothing needs to be said.
 _NO_SLIDES = frozenset(
     {".csv", ".tsv", ".txt", ".md", ".json", ".geojson", ".xml", ".html", ".pdf", ".xls", ".xlsx", ".docx", ".yaml",
      ".yml", ".toml", ".ini", ".dat", ".db", ".log", ".py", ".ipynb", ".h5", ".hdf5", ".pt", ".pth", ".npy", ".npz",
-     ".zip", ".gz", ".tar", ".ndpa", ".ndpis", ".opt", ".sha256", ".md5", ".part", ".qpdata", ".qpproj", ".svg"}
+     ".ndpa", ".ndpis", ".opt", ".sha256", ".md5", ".part", ".qpdata", ".qpproj", ".svg"}
 )  # fmt: skip
-# Files and folders that are named so are pictures of slides: masks, thumbnails, what we drew ourselves.
-_PICTURES = re.compile(
-    r"(^|[_\-. ])(masks?|thumb(nail)?s?|previews?|labels?|macros?|overview|segmentations?|annotations?|heatmap|detailed"
-    r"|patch_grid|faithfulness|top_patches|tissue_mask)$",
-    re.IGNORECASE,
-)
 _OF_A_NAS = frozenset({"@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found", "__MACOSX"})
 _NAMED = 4
-# Why something was left out; a slide may be among the suspect.
-_FOREIGN, _UNKNOWN = "files of formats that are not read", "files whose endings tell nothing"
-_DANGLING, _CLOSED = "links that lead nowhere", "what may not be read"
-_PICTURE, _BESIDE = "masks and pictures by their name", "files beside a slide of the same name"
-_SUSPECT = frozenset({_FOREIGN, _DANGLING, _CLOSED, _BESIDE})
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+# Why something was left out, in the order in which that is said; a slide may be among the suspect.
+_DANGLING, _CLOSED = "links that lead nowhere", "files and folders without read permission"
+_PACKED, _FOREIGN = "packed files", "files of formats that are not read"
+_BESIDE, _PICTURE = "files beside a slide of the same name", "masks and pictures by their name"
+_UNKNOWN = "files with unknown endings"
+_SUSPECT = frozenset({_DANGLING, _CLOSED, _PACKED, _FOREIGN, _BESIDE})
+_TAKE = "--extensions takes all files with the endings it names, --input any file"
+_REMEDIES = {
+    _DANGLING: "mend them", _CLOSED: "ask for permission", _PACKED: "unpack those that hold slides",
+    _FOREIGN: "convert them, to OME-TIFF for example", _BESIDE: _TAKE, _PICTURE: _TAKE,
+    _UNKNOWN: _TAKE,
+}  # fmt: skip
 
 
 def is_slide_file(path: Path | str) -> bool:
@@ -53,20 +58,37 @@ def is_slide_file(path: Path | str) -> bool:
 
 @dataclass(frozen=True)
 class FoundSlides:
-    """The slides of a folder, sorted by path, and by reason the files and folders that are none or cannot be read."""
+    """The slides of a folder, sorted by path, and by reason the files and folders that are none or cannot be read.
+
+    `are_pictures` by their names where all are, so that none was left out for its name.
+    """
 
     slides: list[Path]
     left_out: Mapping[str, list[Path]]
+    are_pictures: bool = False
 
     def log(self, folder: Path) -> None:
         """Log what was left out, in a line; as a warning where a slide may be among it."""
-        if not self.left_out:
-            return
-        parts = [f"{reason} ({len(paths)}: {_names(paths)})" for reason, paths in self.left_out.items()]
-        level = logging.WARNING if self.left_out.keys() & _SUSPECT else logging.INFO
-        log.log(
-            level, "%s: left out %s; --extensions takes all files with the endings it names", folder, "; ".join(parts)
-        )
+        if self.are_pictures:
+            names = _names(self.slides)
+            log.warning("%s: all its images are called as masks or pictures are (%s), and are taken", folder, names)
+        if self.left_out:
+            level = logging.WARNING if self.left_out.keys() & _SUSPECT else logging.INFO
+            log.log(level, "%s: left out %s", folder, self.left_out_words)
+
+    @property
+    def left_out_words(self) -> str:
+        """What was left out, by reason, each with its remedy."""
+        parts: list[str] = []
+        reasons = [reason for reason in _REMEDIES if reason in self.left_out]
+        for reason, following in zip(reasons, [*reasons[1:], ""], strict=True):
+            paths, remedy = self.left_out[reason], _REMEDIES[reason]
+            parts.append(f"{reason} ({len(paths)}: {_names(paths)})")
+            if remedy != _REMEDIES.get(following):
+                parts[-1] += f": {remedy}"
+            if reason == _FOREIGN and any(path.suffix.lower() == ".qptiff" for path in paths):
+                parts[-1] += " (--extensions .qptiff tries those as they are)"
+        return "; ".join(parts)
 
 
 def find_slides(folder: Path | str, extensions: Iterable[str] | None = None) -> list[Path]:
@@ -93,17 +115,44 @@ def look_for_slides(folder: Path | str, extensions: Iterable[str] | None = None)
     if not folder.is_dir():
         raise SlideError(f"{folder}: not a folder; give the folder that holds the slides")
     left_out: dict[str, list[Path]] = defaultdict(list)
-    files = list(_files_under(folder, left_out))
-    if extensions is not None:
+    files = [path for path in _files_under(folder, left_out) if path.suffix.lower() not in _NO_SLIDES]
+    are_pictures = False
+    if extensions is None:
+        slides, are_pictures = _known_slides(folder, _readable(files, left_out), left_out)
+    else:
         wanted = {"." + extension.strip().lower().lstrip(".") for extension in extensions}
-        slides = [path for path in files if path.suffix.lower() in wanted]
-        return FoundSlides(sorted(_readable(slides, left_out)), dict(left_out))
-    slides = [path for path in files if path.suffix.lower() in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS]
-    left_out[_FOREIGN] += [path for path in files if path.suffix.lower() in FOREIGN_EXTENSIONS]
-    known = SLIDE_EXTENSIONS | IMAGE_EXTENSIONS | FOREIGN_EXTENSIONS | _NO_SLIDES
-    left_out[_UNKNOWN] += [path for path in files if path.suffix.lower() not in known]
-    slides = _without_pictures(folder, _readable(slides, left_out), left_out)
-    return FoundSlides(sorted(slides), {reason: sorted(paths) for reason, paths in left_out.items() if paths})
+        files = [path for path in files if path.suffix.lower() in wanted or _may_be_a_folder(path)]
+        slides = [path for path in _readable(files, left_out) if path.suffix.lower() in wanted]
+    there = {reason: sorted(paths) for reason, paths in left_out.items() if paths}
+    return FoundSlides(sorted(slides), there, are_pictures)
+
+
+def _known_slides(folder: Path, files: Sequence[Path], left_out: dict[str, list[Path]]) -> tuple[list[Path], bool]:
+    """The slides among the files, by their endings and names, and whether all are pictures by their names."""
+    slides = []
+    for path in files:
+        ending = path.suffix.lower()
+        if ending in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS:
+            slides.append(path)
+        elif ending in _PACKED_EXTENSIONS:
+            if Path(path.stem).suffix.lower() not in _NO_SLIDES:
+                left_out[_PACKED].append(path)
+        elif ending in FOREIGN_EXTENSIONS:
+            left_out[_FOREIGN].append(path)
+        else:
+            left_out[_UNKNOWN].append(path)
+    return _without_pictures(folder, slides, left_out)
+
+
+def _may_be_a_folder(path: Path) -> bool:
+    """Whether it is a link that does not look like one to a file."""
+    known = SLIDE_EXTENSIONS | IMAGE_EXTENSIONS | FOREIGN_EXTENSIONS | _PACKED_EXTENSIONS
+    if path.suffix.lower() in known:
+        return False
+    try:
+        return path.is_symlink()
+    except OSError:  # in a folder where nobody may look
+        return True
 
 
 def _files_under(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path]:
@@ -142,48 +191,78 @@ def _can_be_asked(path: Path) -> bool:
     return True
 
 
-def _readable(slides: Iterable[Path], left_out: dict[str, list[Path]]) -> list[Path]:
-    """The slides without links that lead nowhere, or where nobody may look."""
-    found = []
-    for path in slides:
+def _readable(files: Iterable[Path], left_out: dict[str, list[Path]]) -> list[Path]:
+    """The files without links that lead nowhere, or where nobody may look."""
+    readable = []
+    for path in files:
         try:
             path.stat()
-        except FileNotFoundError:
-            left_out[_DANGLING].append(path)
-        except OSError:
-            left_out[_CLOSED].append(path)
+        except OSError as error:
+            left_out[_DANGLING if error.errno in _NOT_THERE else _CLOSED].append(path)
         else:
-            found.append(path)
-    return found
+            readable.append(path)
+    return readable
 
 
-def _without_pictures(folder: Path, slides: Sequence[Path], left_out: dict[str, list[Path]]) -> list[Path]:
-    """The slides without what is a part or a picture of one."""
-    tiled = {path.parent for path in slides if path.suffix.lower() in {".vms", ".vmu"}}
-    ranks = {path: _rank(path) for path in slides}
+def _without_pictures(folder: Path, files: Sequence[Path], left_out: dict[str, list[Path]]) -> tuple[list[Path], bool]:
+    """The slides without what is a part or a picture of one.
+
+    Where all are pictures by their names, and of nothing else that may be a slide, they are the slides, which the
+    second says.
+    """
+    tiled = {path.parent for path in files if path.suffix.lower() in {".vms", ".vmu"}}
     best: dict[tuple[Path, str], int] = {}
-    for path, rank in ranks.items():
-        key = path.parent, path.stem
-        best[key] = min(rank, best.get(key, rank))
-    found = []
-    for path, rank in ranks.items():
-        is_image, is_scan = path.suffix.lower() in IMAGE_EXTENSIONS, rank == 0
-        words = [*path.relative_to(folder).parts[:-1], path.stem]
-        if is_image and path.parent in tiled:
+    for path in files:
+        best[_key(path)] = min(_rank(path), best.get(_key(path), 2))
+    names_there = {words_of(_bare_name(path)) for path in files}
+    slides, pictures, beside = [], [], []
+    for path in files:
+        rank = _rank(path)
+        if rank == 2 and path.parent in tiled:
             continue  # the tiles that a .vms is made of
-        if not is_scan and any(_PICTURES.search(word) for word in words):
-            left_out[_PICTURE].append(path)
-        elif rank > best[path.parent, path.stem]:
-            left_out[_BESIDE].append(path)
+        names = [*path.relative_to(folder).parts[:-1], _bare_name(path)]
+        if rank > best[_key(path)]:
+            beside.append(path)
+        elif rank > 0 and any(is_picture_name(name, names_there) for name in names):
+            pictures.append(path)
         else:
-            found.append(path)
-    return found
+            slides.append(path)
+    left_out[_BESIDE] += beside
+    if pictures and not slides and not any(left_out[reason] for reason in _SUSPECT):
+        return pictures, True
+    left_out[_PICTURE] += pictures
+    return slides, False
+
+
+def _key(path: Path) -> tuple[Path, str]:
+    """The folder of a file and its bare name, whatever its case."""
+    return path.parent, _bare_name(path).casefold()
+
+
+def _bare_name(path: Path) -> str:
+    """Its name without endings of slides and images: "x.svs.png" is called as "x.svs" is."""
+    name = path.name
+    while Path(name).suffix.lower() in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS:
+        name = Path(name).stem
+    return name
 
 
 def _rank(path: Path) -> int:
     """0 for a scanner's own format, 1 for a TIFF, 2 for an image: of files of one name the slide is the lowest."""
     ending = path.suffix.lower()
     return 2 if ending in IMAGE_EXTENSIONS else 1 if ending in TIFF_EXTENSIONS else 0
+
+
+def no_slide_words(folder: Path, looked: FoundSlides, extensions: Sequence[str] | None = None) -> str:
+    """Why a folder has no slides, and what helps."""
+    if extensions:
+        others = look_for_slides(folder)
+        endings = " ".join(sorted({slide.suffix for slide in others.slides}))
+        there = f"the slides there end in {endings}" if endings else no_slide_words(folder, others)
+        return f"no file with {' '.join(extensions)} in it; {there}"
+    if looked.left_out:
+        return f"no slide in it; left out {looked.left_out_words}"
+    return "no file with a slide's ending in it; check the path, or name the endings with --extensions"
 
 
 def _names(paths: Sequence[Path]) -> str:

@@ -1,0 +1,45 @@
+"""Which names are those of pictures of slides: masks, thumbnails, labels, and what this tool draws itself."""
+
+import re
+from collections.abc import Collection
+
+# A picture wherever the word stands in the name,
+_ANYWHERE = re.compile(r"(masks?|thumb(nail)?s?|previews?|heatmaps?|contactsheets?)\d*")
+_PAIRS = re.compile(r" (contact sheets?|patch grid|top patches)\d* ")
+# or at its end, or where the rest of the name is a slide's: such a word may be part of a study's name.
+_AT_END = re.compile(
+    r"(labels?|macros?|overviews?|overlays?|segmentations?|annotations?|detailed|faithfulness|screenshots?)\d*"
+)
+# or only where the rest is a slide's name.
+_OF_A_SLIDE = re.compile(r"(seg|segm|qc|tissue|contours?|outlines?|snapshots?|icon)\d*")
+# What may follow at the end: a number, a size, a level, a copy.
+_AFTER_END = re.compile(
+    r"\d+|\d+x\d*|\d+px|(lvl|level|page|v)\d*|l\d+|x\d+|small|large|big|tiny|low|high|(low|high)?res|ima?ge?s?|copy"
+    r"|svs|tiff?|png|jpe?g"
+)
+_SEPARATORS = re.compile(r"[\W_]+|(?<=[a-z])(?=[A-Z])")
+
+Words = tuple[str, ...]
+
+
+def words_of(name: str) -> Words:
+    """The words of a name in small letters, parted by what is no letter or digit, or by a capital letter."""
+    return tuple(word.lower() for word in _SEPARATORS.split(name) if word)
+
+
+def is_picture_name(name: str, slides: Collection[Words] = ()) -> bool:
+    """Whether a file or folder is a picture by its name (without the ending); `slides` are the words of slides' names.
+
+    A word counts as a whole only: "maskell" is none of a mask.
+    """
+    words = words_of(name)
+    if any(_ANYWHERE.fullmatch(word) for word in words) or _PAIRS.search(f" {' '.join(words)} "):
+        return True
+    for place, word in enumerate(words):
+        before, after = words[:place], words[place + 1 :]
+        is_last = all(_AFTER_END.fullmatch(other) for other in after)
+        if _AT_END.fullmatch(word) and (is_last or before + after in slides):
+            return True
+        if _OF_A_SLIDE.fullmatch(word) and (before + after in slides or (is_last and before in slides)):
+            return True
+    return False
