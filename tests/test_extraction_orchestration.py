@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from PIL import Image
 
 from tests.synthetic import stained_image, write_pyramid
@@ -177,6 +178,75 @@ def test_slides_that_say_otherwise_themselves_are_told(slides, extract):
     assert "a.tif: its own um/px, 0.5, contradicts the 0.62 given for it, which is used" in outcome.err
     assert "the same of 2 more (b.tif, c.tif)" in outcome.err
     assert "contradicts" not in extract(*RECIPE, "--slide_mpp", 0.51, output="other").err
+
+
+@pytest.fixture
+def coarser(tmp_path) -> Path:
+    """A folder of two slides of 0.25 um/px."""
+    folder = tmp_path / "coarser"
+    folder.mkdir()
+    for name in "xy":
+        write_pyramid(folder / f"{name}.tif", stained_image(192, 128, seed=7), mpp=0.25, downsamples=(1,), tile=64)
+    return folder
+
+
+MIXED = "the patches of 2 slides have 0.25 um/px (x.tif, y.tif), those of 3 0.5: their features show different scales"
+
+
+@pytest.mark.parametrize("shards", [("1/1", "1/1"), ("1/2", "2/2")])
+def test_slides_that_join_a_folder_of_another_scale_are_told(slides, coarser, script, extract, tmp_path, shards):
+    """At the start, in the dry run too, in the closing lines, in the report and on the contact sheet."""
+    assert extract(*RECIPE).code == 0
+    if shards[0] != "1/1":
+        out = tmp_path / "out"
+        (out / "extraction_report.csv").rename(out / "extraction_report_1_of_2.csv")
+        (coarser / "z.tif").write_bytes((coarser / "x.tif").read_bytes())  # the other shard's
+    flags = ("--input_dir", coarser, "--output_dir", tmp_path / "out", *RECIPE)
+    flags += () if shards[1] == "1/1" else ("--shard", shards[1])
+    before = sorted((tmp_path / "out").iterdir())
+    planned = script("extractFeatures", *flags, "--dry_run")
+    assert sorted((tmp_path / "out").iterdir()) == before
+    done = script("extractFeatures", *flags)
+    assert done.code == 0
+    for outcome in (planned, done):
+        assert "have 0.25 um/px" in outcome.err
+        assert "Note: the patches of" in outcome.out
+    report = pd.read_csv(report_path_of(tmp_path, shards[1]), keep_default_na=False)
+    assert report["reason"].str.contains("0.25 um/px, unlike most").sum() == (2 if shards[1] == "1/1" else 1)
+    assert "The patches of " in sheet_of(tmp_path)
+    if shards[1] == "1/1":
+        assert MIXED in planned.err
+        assert f"Note: {MIXED}" in done.out
+        cut = script("extractFeatures", *flags[:4], *RECIPE, "--mpp", 1, "--dry_run")
+        assert "have different" not in cut.err
+
+
+def report_path_of(tmp_path: Path, shard: str) -> Path:
+    name = "extraction_report" if shard == "1/1" else f"extraction_report_{shard.replace('/', '_of_')}"
+    return tmp_path / "out" / f"{name}.csv"
+
+
+def test_a_dry_run_reads_past_damage_where_the_run_does(slides, extract):
+    for path in slides.iterdir():
+        path.unlink()
+    path = slides / "one_level.svs"
+    about = "Aperio Image Library v11.2.1 \r\n1024x768 [0,0 1024x768] (256x256) JPEG/RGB Q=70|AppMag = 20|MPP = 0.5"
+    image = stained_image(1024, 768, seed=1)
+    tifffile.imwrite(
+        path, image, tile=(256, 256), photometric="rgb", compression="jpeg", metadata=None, description=about
+    )
+    with tifffile.TiffFile(path) as file:
+        start, size = file.pages[0].dataoffsets[5], file.pages[0].databytecounts[5]
+    content = bytearray(path.read_bytes())
+    content[start + size // 2 : start + size] = b"\xff" * (size - size // 2)
+    path.write_bytes(content)
+    flags = ("--backbone", "stain", "--patch_size", 128)
+    assert "1 of 1 slide would fail" in extract(*flags, "--dry_run").out
+    planned = extract(*flags, "--skip_damaged", "--dry_run")
+    assert planned.code == 0, planned.err
+    count = int(re.search(r"(\d+) patches to extract", planned.out)[1])
+    kept = int(re.search(r"1 extracted \((\d+) patches", extract(*flags, "--skip_damaged").out)[1])
+    assert 0 < kept < count <= kept + 4
 
 
 def test_a_template_of_the_table_is_written_filled_in_and_given_back(images, script, extract, tmp_path):

@@ -15,10 +15,11 @@ from utils.core.errors import ConfigError, FeatureFileError, SlideError, counted
 from utils.core.files import claimed
 from utils.core.recipe import Recipe
 from utils.core.remarks import alike_once
-from utils.core.report import read_report, update_report
+from utils.core.report import update_report
 from utils.core.runtime import duration, file_size, log, progress
 from utils.feature_extractor import WSIFeatureExtractor, current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
+from utils.slides.folder_report import scales_in
 from utils.slides.status import (
     CLAIMED,
     KEPT_OUTLINES,
@@ -75,22 +76,26 @@ def extract_slides(
 
 
 def _warn_of_scales(extractor: WSIFeatureExtractor, known: SlideFiles, targets: Mapping[Path, Path]) -> None:
-    """Log it where the slides, or some of many, would give patches of different um/px."""
-    if extractor.config.target_mpp is not None:
-        return
-    some = list(targets)[:: -(-len(targets) // _LOOKED_AT)]
-    mpps: dict[Path, float | None] = {}
-    for slide in progress(some, "Looking at resolutions", unit="slide", leave=False):
-        with suppress(SlideError):  # told when its turn comes
-            mpps[slide] = extractor.delivered_mpp(slide, known.mpps.of(slide))
+    """Log it where the slides, or some of many, would give patches of other um/px than each other, or than those whose
+    features are in the folder already.
+    """
+    mpps = scales_in(report_path(known.files).parent, set(targets.values()))
+    target_mpp = extractor.config.target_mpp
+    if target_mpp is not None:
+        mpps |= dict.fromkeys(targets, target_mpp)
+    else:
+        some = list(targets)[:: -(-len(targets) // _LOOKED_AT)]
+        for slide in progress(some, "Looking at resolutions", unit="slide", leave=False):
+            with suppress(SlideError):  # reported when the slide is extracted
+                mpps[slide] = extractor.delivered_mpp(slide, known.mpps.of(slide))
     text, _ = unlike_scales(mpps)
     if text:
         log.warning("%s: %s", known.files.input_dir, text)
 
 
 def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], report: Path) -> list[SlideStatus]:
-    """The statuses, and in the report, with a remark on slides whose patches have other um/px than most in there."""
-    _, others = unlike_scales({row.slide: row.mpp for row in read_report(report, SlideStatus) if row.is_made})
+    """The statuses, and in the report, with a remark on slides whose um/px is not that of most in the folder."""
+    _, others = unlike_scales(scales_in(report.parent))
     if not others.keys() & {status.slide for status in statuses}:
         return list(statuses)
     marked = [
@@ -174,9 +179,18 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[li
         return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
 
     _ = extractor.backbone  # a backbone that cannot be had is no slide's fault
-    bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
     with alike_once():
+        if files.input_dir is not None:
+            _warn_of_scales(extractor, known, targets)
+        bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
         statuses = [announced(attempt(look, slide, target)) for slide, target in bar]
+    return statuses, "\n".join([status_table(statuses), "", *_plan_words(extractor, files, statuses, rates)])
+
+
+def _plan_words(
+    extractor: WSIFeatureExtractor, files: ExtractionFiles, statuses: Sequence[SlideStatus], rates: Sequence[float]
+) -> list[str]:
+    """The lines below a dry run's table: the cost, by the patches per second of a trial, and what may be wrong."""
     patches = sum(status.patches or 0 for status in statuses if status.status == PLANNED)
     size = patches * extractor.backbone.dim * np.dtype(extractor.config.dtype).itemsize
     cost = f"{patches} patches to extract, {file_size(size)} of features"
@@ -184,11 +198,11 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[li
         seconds = patches / rate / len(extractor.devices)
         cost += f", about {duration(seconds)} at {rate:.0f} patches/s, as just tried on {extractor.device}"
     failed = sum(status.status == "failed" for status in statuses)
-    if failed:
-        cost += f"\n{failed} of {len(statuses)} slides would fail"
+    failures = [f"{failed} of {counted(len(statuses), 'slide')} would fail"] if failed else []
+    notes = _scale_note(files, {status.slide: status.mpp for status in statuses})
     mend = "mend what fails, then " if failed else ""
     end = f"Nothing was extracted: a dry run. Next: {mend}the same command without --dry_run"
-    return statuses, f"{status_table(statuses)}\n\n{cost}\n{end}"
+    return [cost, *failures, *notes, end]
 
 
 def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took: str) -> str:
@@ -197,9 +211,7 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     patches = sum(status.patches or 0 for status in done)
     others = ", ".join(f"{sum(status.status == name for status in statuses)} {name}" for name in STATUSES[1:])
     lines = [f"{len(done)} extracted ({patches} patches), {others} (took {took})"]
-    scales, _ = unlike_scales({status.slide: status.mpp for status in statuses if status.is_made})
-    if scales:
-        lines.append(f"Note: {scales}")
+    lines += _scale_note(files, {status.slide: status.mpp for status in statuses if status.is_made})
     unknown = sum(status.mpp is None for status in done)
     if unknown:
         lines.append(
@@ -225,6 +237,13 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     if any(status.is_made for status in statuses):
         lines.append(f"{when}: uv run {command}")
     return "\n".join(lines)
+
+
+def _scale_note(files: ExtractionFiles, mpps: Mapping[Path, float | None]) -> list[str]:
+    """That the patches of these slides, and of those in the folder's reports, have different um/px, if they have."""
+    there = scales_in(report_path(files).parent) if files.input_dir is not None else {}
+    text, _ = unlike_scales(there | dict(mpps))
+    return [f"Note: {text}"] if text else []
 
 
 def _outline_words(files: ExtractionFiles, statuses: Sequence[SlideStatus]) -> list[str]:

@@ -77,8 +77,10 @@ def _holds(row: Row, folder: Path) -> bool:
     return (folder / row.output if row.is_made and row.output else row.source).exists()
 
 
-def read_report(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
-    """Return the rows of an earlier report; none where there is none, or something else, which is set aside."""
+def read_report(path: Path, kind: type[AnyRow], *, only_look: bool = False) -> list[AnyRow]:
+    """Return the rows of an earlier report; none where there is none, or something else, which is set aside unless
+    this should `only_look`.
+    """
     if not path.exists():
         return []
     hints = typing.get_type_hints(kind)
@@ -90,7 +92,8 @@ def read_report(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
             raise KeyError(table.fieldnames)
         return [kind(**{name: _value(text, hints[name]) for name, text in line.items()}) for line in lines]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError):
-        log.warning("%s: not a report of this kind that can be read; moved to %s", path, *set_aside(path))
+        if not only_look:
+            log.warning("%s: not a report of this kind that can be read; moved to %s", path, *set_aside(path))
         return []
 
 

@@ -4,10 +4,9 @@ report and a contact sheet.
 
 import logging
 import platform
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,20 +17,20 @@ from utils.core.errors import BackboneError, ConfigError, DiskFullError, LiteMIL
 from utils.core.files import check_distinct, check_writable, claim_on, clear_parts, clear_parts_of, is_free
 from utils.core.recipe import Recipe
 from utils.core.remarks import alike_once
-from utils.core.report import read_report, update_report
+from utils.core.report import update_report
 from utils.core.runtime import log, progress_bar
 from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 from utils.slides.contours import ContourFile
 from utils.slides.find import look_for_slides, no_slide_words, one_per_series, slide_bytes
+from utils.slides.folder_report import REPORT, latest_rows, reports_in, shard_words
 from utils.slides.mirax import check_data_folder
 from utils.slides.outline_folder import OutlineFolder
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
-from utils.slides.status import CLAIMED, PLANNED, SlideStatus, unlike_scales
+from utils.slides.status import CLAIMED, PLANNED, SlideStatus, as_sentence, unlike_scales
 from utils.slides.tissue import TissueMask, detect_tissue
 
-REPORT, SHEET = "extraction_report", "contact_sheet"
-_SHARD = re.compile(rf"{REPORT}(?:_(\d+)_of_(\d+))?\.csv")
+SHEET = "contact_sheet"
 PREVIEWS, TISSUE = "previews", "tissue"  # folders beside the features
 _SECONDS_BETWEEN_REPORTS = 10
 _SECONDS_BETWEEN_LOOKS = 1
@@ -212,16 +211,14 @@ class SlideFiles:
         recipe that stands on it. It is written again where a shard reports meanwhile.
         """
         folder, reports = report_path(self.files).parent, None
-        while reports != (reports := _reports(folder)):
-            rows: dict[str, SlideStatus] = {}
-            for report in sorted(reports, key=reports.__getitem__):  # the latest word on a slide is the last
-                rows |= {row.output or str(row.slide): row for row in read_report(report, SlideStatus)}
-            statuses = sorted(rows.values(), key=lambda row: row.slide)
+        while reports != (reports := reports_in(folder)):
+            statuses = latest_rows(reports)
             recipe = recipe_of([folder / row.output for row in statuses if row.is_made and row.output])
             scales, _ = unlike_scales({row.slide: row.mpp for row in statuses if row.is_made})
-            about = [words for words in (f"Recipe of the latest features: {recipe}" if recipe else "", scales) if words]
+            notes = [f"Recipe of the latest features: {recipe}" if recipe else "", as_sentence(scales)]
+            about = [words for words in notes if words]
             write_contact_sheet(
-                sheet_path(self.files), [self._sheet_row(row) for row in statuses], [*about, *_shard_words(reports)]
+                sheet_path(self.files), [self._sheet_row(row) for row in statuses], [*about, *shard_words(reports)]
             )
 
     def _sheet_row(self, status: SlideStatus) -> SheetRow:
@@ -229,25 +226,6 @@ class SlideFiles:
         shown = picture if picture is not None and picture.is_file() else None
         reason = "; ".join(filter(None, [status.reason, status.last_error]))
         return SheetRow(status.slide.name, status.status, reason, status.patches, status.mpp, shown)
-
-
-def _reports(folder: Path) -> dict[Path, int]:
-    """The reports that are there, of the folder and of its shards, with when each was last written."""
-    found = [path for path in folder.glob(f"{REPORT}*.csv") if _SHARD.fullmatch(path.name)]
-    return {path: path.stat().st_mtime_ns for path in found}
-
-
-def _shard_words(reports: Collection[Path]) -> list[str]:
-    """Which of the shards have reported."""
-    numbers: dict[int, list[int]] = {}
-    for path in reports:
-        shard = _SHARD.fullmatch(path.name)
-        if shard and shard[1]:
-            numbers.setdefault(int(shard[2]), []).append(int(shard[1]))
-    return [
-        f"Shards that have reported: {'all' if len(found) == count else ', '.join(map(str, sorted(found)))} of {count}"
-        for count, found in sorted(numbers.items())
-    ]
 
 
 def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, report: Path) -> list[SlideStatus]:
