@@ -1,4 +1,4 @@
-"""What `extractFeatures.py` does: a slide or a folder of them extracted, or only looked at, and the closing words."""
+"""Extract a slide or a folder of slides, or plan it in a dry run, and compose the closing lines."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +31,7 @@ from utils.slides.status import (
     unlike_scales,
 )
 
-_LOOKED_AT = 200  # slides, of many, whose um/px are compared before an extraction by level
+_LOOKED_AT = 200  # most slides whose um/px are compared before an extraction by level
 
 
 def _slide_files(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> SlideFiles:
@@ -43,7 +43,7 @@ def _slide_files(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> Slid
 def extract_slides(
     extractor: WSIFeatureExtractor, files: ExtractionFiles, cluster: Cluster | None = None
 ) -> list[SlideStatus]:
-    """Extract a slide or a folder of them, skip what is there, go on past a bad slide.
+    """Extract a slide or a folder of slides; skip finished ones and continue past failures.
 
     For a folder, also writes its report (see `utils.slides.batch`), previews and a contact sheet. Raises for a single
     slide that fails, ConfigError for slides that would share an output file.
@@ -63,10 +63,12 @@ def extract_slides(
         extractors = [extractor]
         if not cluster.is_asked_for:
             extractors += [extractor.on(device) for device in extractor.devices[1:]]
-            _ = [one.backbone for one in extractors]  # one that cannot be had ends all before it begins
+            _ = [
+                one.backbone for one in extractors
+            ]  # a backbone that cannot be loaded stops the batch before it starts
         known.clear_parts(targets)
         work = _Extraction.of(extractors, known, targets)
-        with alike_once():  # of what is wrong with a slide's um/px the first look would speak, and its extraction
+        with alike_once():  # a doubtful um/px would be logged here and again at extraction
             _warn_of_scales(extractor, known, targets)
             statuses = work_through(targets, engine, work, report_path(files))
     statuses = _with_scales(statuses, targets, report_path(files))
@@ -76,8 +78,8 @@ def extract_slides(
 
 
 def _warn_of_scales(extractor: WSIFeatureExtractor, known: SlideFiles, targets: Mapping[Path, Path]) -> None:
-    """Log it where the slides, or some of many, would give patches of other um/px than each other, or than those whose
-    features are in the folder already.
+    """Warn if patches of these slides (of many, a sample) would differ in um/px, among each other or from features that
+    are in the folder already.
     """
     mpps = scales_in(report_path(known.files).parent, set(targets.values()))
     target_mpp = extractor.config.target_mpp
@@ -94,7 +96,7 @@ def _warn_of_scales(extractor: WSIFeatureExtractor, known: SlideFiles, targets: 
 
 
 def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], report: Path) -> list[SlideStatus]:
-    """The statuses, and in the report, with a remark on slides whose um/px is not that of most in the folder."""
+    """Add a remark, in the report too, to slides whose um/px is not that of most in the folder."""
     _, others = unlike_scales(scales_in(report.parent))
     if not others.keys() & {status.slide for status in statuses}:
         return list(statuses)
@@ -109,8 +111,9 @@ def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], 
 
 
 def _latest_recipe(features: Sequence[Path]) -> Recipe | None:
-    """The recipe of the file that was written last, which settings that every file refused cannot change; None where
-    there is none.
+    """The recipe of the feature file that was written last, or None if there is none.
+
+    Settings that every file refused leave no file, and so no recipe.
     """
     there = [path for path in features if path.is_file()]
     if not there:
@@ -124,7 +127,7 @@ def _latest_recipe(features: Sequence[Path]) -> Recipe | None:
 
 @dataclass(frozen=True)
 class _Extraction:
-    """Makes one slide's file by the extractor that is the worker's own, unless another process is at it.
+    """Extracts one slide with the worker's own extractor, unless another process is extracting it.
 
     `before` is when each file that was there as the run began had been written.
     """
@@ -150,16 +153,17 @@ class _Extraction:
 
 
 def _written(path: Path) -> int | None:
-    """When a file was written; None where there is none."""
+    """The time a file was written, or None if it does not exist."""
     with suppress(OSError):
         return path.stat().st_mtime_ns
     return None
 
 
 def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:
-    """What `extract_slides` would do, slide by slide, and a text of that and of what it would cost: patches are counted
-    on thumbnails, and the time is estimated from a trial on some of them. Writes nothing. Raises as `extract_slides`
-    does.
+    """Return what `extract_slides` would do with each slide, and a text of that with its cost.
+
+    Patches are counted on thumbnails, and the time is estimated from a trial on some of them. Writes nothing. Raises as
+    `extract_slides` does.
     """
     known = _slide_files(extractor, files)
     targets = known.targets()
@@ -178,7 +182,7 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[li
                 rates.append(extractor.rate(opened, plan))
         return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
 
-    _ = extractor.backbone  # a backbone that cannot be had is no slide's fault
+    _ = extractor.backbone  # if it cannot be loaded, that is not specific to one slide
     with alike_once():
         if files.input_dir is not None:
             _warn_of_scales(extractor, known, targets)
@@ -206,7 +210,7 @@ def _plan_words(
 
 
 def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took: str) -> str:
-    """Return how many slides have which status, where what was made is, how long it took, and what may come next."""
+    """Return the closing lines: the number of slides by status, the outputs, the time it took, and the next step."""
     done = [status for status in statuses if status.status == "done"]
     patches = sum(status.patches or 0 for status in done)
     others = ", ".join(f"{sum(status.status == name for status in statuses)} {name}" for name in STATUSES[1:])
@@ -216,7 +220,7 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
     if unknown:
         lines.append(
             f"{unknown} of the extracted slides have no known um/px; it is recorded as unknown "
-            "(--slide_mpp or --slides_csv tells it)"
+            "(give it with --slide_mpp or --slides_csv)"
         )
     lines += _outline_words(files, statuses)
     if files.input_dir is not None:
@@ -240,14 +244,14 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
 
 
 def _scale_note(files: ExtractionFiles, mpps: Mapping[Path, float | None]) -> list[str]:
-    """That the patches of these slides, and of those in the folder's reports, have different um/px, if they have."""
+    """A line if patches of these slides, or of others in the folder's reports, differ in um/px."""
     there = scales_in(report_path(files).parent) if files.input_dir is not None else {}
     text, _ = unlike_scales(there | dict(mpps))
     return [f"Note: {text}"] if text else []
 
 
 def _outline_words(files: ExtractionFiles, statuses: Sequence[SlideStatus]) -> list[str]:
-    """How many slides have their tissue by the files of this run, and how many by earlier ones."""
+    """Lines that count the slides whose tissue comes from outlines, of this run or of earlier ones."""
     outlined = sum(status.tissue == OUTLINES for status in statuses)
     kept = sum(KEPT_OUTLINES in status.reason for status in statuses)
     earlier = f"{counted(kept, 'slide')} {'keeps' if kept == 1 else 'keep'} the tissue of earlier outlines"

@@ -175,7 +175,7 @@ def test_where_all_are_called_like_pictures_they_are_the_slides(tmp_path, caplog
     assert found(folder) == ["mask_1.png", "mask_2.png"]
     looked = look_for_slides(folder)
     looked.log(folder)
-    assert "all its images are called as masks or pictures are (mask_1.png, mask_2.png), and are taken" in caplog.text
+    assert "all its images have names of masks or pictures (mask_1.png, mask_2.png); they are taken" in caplog.text
     assert found(fill(folder, "a.vsi")) == []  # they are pictures of that
 
 

@@ -1,5 +1,5 @@
-"""A folder of slides, worked through: which slides, to which files, what is told of each, past a bad one, with a
-report and a contact sheet.
+"""Process a folder of slides: find them, map each to its output file, continue past failures, write the report and the
+contact sheet.
 """
 
 import logging
@@ -36,27 +36,27 @@ _SECONDS_BETWEEN_REPORTS = 10
 _SECONDS_BETWEEN_LOOKS = 1
 
 
-# What makes a slide's file, or raises a LiteMILError.
+# Makes a slide's feature file, or raises a LiteMILError.
 Work = Callable[[Path, Path], SlideStatus]
 _Pair = tuple[Path, Path]  # a slide and its file
 
 
-def slide_targets(files: ExtractionFiles, found: Sequence[Path]) -> dict[Path, Path]:
-    """Each of the slides that were found and its feature file; of a shard, every n-th slide, the largest first.
+def slide_targets(files: ExtractionFiles, slides: Sequence[Path]) -> dict[Path, Path]:
+    """Map each slide to its feature file; for a shard, every n-th slide by size, the largest first.
 
     Raises ConfigError where two slides would share a file.
     """
     assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
     targets = {}
-    for slide in found:
+    for slide in slides:
         place = slide.relative_to(files.input_dir) if files.keep_structure else Path(slide.name)
         targets[slide] = files.output_dir / place.with_suffix(f".{files.format or 'h5'}")
-    in_place = Counter((slide.parent, slide.stem) for slide in found)
+    in_place = Counter((slide.parent, slide.stem) for slide in slides)
     remedy = (
         "name the ending that is wanted with --extensions" if max(in_place.values()) > 1 else "give --keep_structure"
     )
     check_distinct(targets, f"rename one of them, or {remedy}")
-    chosen = found[: files.limit]
+    chosen = slides[: files.limit]
     index, count = files.part
     if count > 1:
         chosen = sorted(chosen, key=lambda slide: (-slide_bytes(slide), slide))[index - 1 :: count]
@@ -64,7 +64,7 @@ def slide_targets(files: ExtractionFiles, found: Sequence[Path]) -> dict[Path, P
 
 
 def _slides_of(files: ExtractionFiles) -> list[Path]:
-    """The slides of the folder, without what an extraction has put there itself; ConfigError where there is none."""
+    """The slides of the folder, without the pictures of an extraction into it. Raises ConfigError if there are none."""
     assert files.input_dir is not None  # noqa: S101 - checked by the config
     looked = look_for_slides(files.input_dir, files.extensions)
     if not looked.slides:
@@ -77,7 +77,7 @@ def _slides_of(files: ExtractionFiles) -> list[Path]:
             ours /= PREVIEWS
         slides = [slide for slide in slides if not slide.resolve().is_relative_to(ours)]
     if not slides:
-        raise ConfigError(f"{files.input_dir}: no slide in it but what lies in {files.output_dir}; check the paths")
+        raise ConfigError(f"{files.input_dir}: all its slides lie in --output_dir {files.output_dir}; check both paths")
     return one_per_series(slides)
 
 
@@ -106,8 +106,8 @@ def sheet_path(files: ExtractionFiles) -> Path:
 
 @dataclass(frozen=True)
 class Told:
-    """What the user says of one slide: its um per level-0 px, the outlines of its tissue, and where the tissue that is
-    found, and a preview, go.
+    """The user's input for one slide: um per level-0 px and tissue outlines; and the paths to write detected tissue and
+    the preview to.
     """
 
     mpp: float | None = None
@@ -116,16 +116,16 @@ class Told:
     preview: Path | None = None
 
     def outlined(self, slide: Slide) -> TissueMask | None:
-        """The tissue by the outlines; None where the detector is to look, or would find just that."""
+        """The tissue within the outlines; None without outlines, or if they are the detector's own."""
         if self.tissue is None or self.tissue.is_as_detected(slide):
             return None
         return self.tissue.mask(slide)
 
     def is_same_tissue(self, slide: Slide, recorded: str | None) -> bool:
-        """Whether features are of the tissue that is wanted now; `recorded` is the digest of the outlines they were
-        made by, None for the detector's tissue.
+        """Whether features were made from the tissue that is wanted now.
 
-        Where one is the detector's and the other outlines, the detector has to look at the slide.
+        `recorded` is the digest of the outlines they were made from, None for the detector's tissue. If only one side
+        has outlines, the detector is run to compare them.
         """
         if self.tissue is None:
             return True
@@ -135,12 +135,12 @@ class Told:
             return wanted == recorded
         try:
             return (wanted or recorded) == detect_tissue(slide).digest
-        except SlideError:  # a slide that the detector refuses is outlined by hand
+        except SlideError:  # the detector refuses the slide, so its outlines were drawn by hand
             return False
 
 
 class SlideFiles:
-    """What `extractFeatures.py` was told about files, slide by slide."""
+    """The files that belong to each slide, by the flags of `extractFeatures.py`."""
 
     def __init__(self, files: ExtractionFiles) -> None:
         self.files = files
@@ -148,7 +148,7 @@ class SlideFiles:
         self.outlines = OutlineFolder(files.tissue, files.tissue_strict) if files.tissue is not None else None
 
     def targets(self) -> dict[Path, Path]:
-        """Each slide and its feature file."""
+        """Map each slide to its feature file; log rows and outlines that match no slide."""
         files = self.files
         slides = self.slides()
         if self.mpps.rows:
@@ -160,14 +160,14 @@ class SlideFiles:
         return {files.input: target_of_one(files)} if files.input is not None else slide_targets(files, slides)
 
     def slides(self) -> list[Path]:
-        """Return the slide, or all those of the folder. Raises SlideError or ConfigError where there is none."""
+        """Return the single slide, or all slides of the folder. Raises SlideError or ConfigError if there are none."""
         if self.files.input is None:
             return _slides_of(self.files)
         _check_slide(self.files.input)
         return [self.files.input]
 
     def told(self, slide: Path, target: Path) -> Told:
-        """Raises SlideError where the slide's outlines cannot be read, or a MIRAX slide lacks its folder."""
+        """Collect the user's input for a slide. Raises SlideError if its outlines or a MIRAX folder cannot be read."""
         check_data_folder(slide)
         drawn = self.outlines.file_of(slide, self._place(slide)) if self.outlines is not None else None
         saved = self._beside(self._root(target) / TISSUE, f"{slide.stem}.geojson", target)
@@ -179,7 +179,7 @@ class SlideFiles:
         )
 
     def _place(self, slide: Path) -> Path:
-        """The subfolder in which what belongs to a slide lies, among what belongs to others."""
+        """The subfolder, within folders of files by slide, that holds this slide's file."""
         folder = self.files.input_dir
         return slide.parent.relative_to(folder) if folder is not None and self.files.keep_structure else Path()
 
@@ -189,11 +189,11 @@ class SlideFiles:
 
     def preview(self, target: Path) -> Path | None:
         wanted = self.files.input is None if self.files.preview is None else self.files.preview
-        # By the features' name: of one slide there may be several, by several recipes.
+        # Named after the feature file, since a slide may have several, made with different recipes.
         return self._beside(self._root(target) / PREVIEWS, f"{target.stem}.jpg", target) if wanted else None
 
     def clear_parts(self, targets: Mapping[Path, Path]) -> None:
-        """Remove what killed runs left half-written wherever this one writes."""
+        """Remove half-written files of killed runs from every folder this run writes to."""
         files = [*targets.values(), *(self.preview(target) for target in targets.values())]
         files += [self._beside(self._root(target) / TISSUE, "", target) / "any" for target in targets.values()]
         for folder in {file.parent for file in files if file is not None} | {report_path(self.files).parent}:
@@ -203,12 +203,13 @@ class SlideFiles:
         return target.parent if self.files.input is not None else self.files.output_dir or target.parent
 
     def _beside(self, folder: Path, name: str, target: Path) -> Path:
-        """A slide's file in `folder`, under the subfolders that its features, `target`, have in theirs."""
+        """A slide's file in `folder`, in the same subfolder as its feature file `target`."""
         return folder / target.parent.relative_to(self._root(target)) / name
 
     def write_sheet(self, recipe_of: Callable[[Sequence[Path]], Recipe | None]) -> None:
-        """Write the contact sheet of all slides in the reports of all shards; `recipe_of` their feature files is the
-        recipe that stands on it. It is written again where a shard reports meanwhile.
+        """Write the contact sheet of all slides in the reports of all shards, again if a shard reports meanwhile.
+
+        `recipe_of` takes the feature files and returns the recipe to show.
         """
         folder, reports = report_path(self.files).parent, None
         while reports != (reports := reports_in(folder)):
@@ -229,12 +230,13 @@ class SlideFiles:
 
 
 def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, report: Path) -> list[SlideStatus]:
-    """Do every slide, side by side the largest first; the statuses are in the slides' order.
+    """Process every slide, in parallel the largest first; return the statuses in the order of the slides.
 
-    A slide that fails is logged and reported, and the others go on; one that another process is at is come back to at
-    the end, and that process waited for. What is no slide's fault, Ctrl-C too, ends all.
-    Raises ConfigError where the report cannot be written.
-    `report` is written now and then, and at the end in any case; see `update_report`.
+    A slide that fails is logged and reported, and the batch continues. A slide claimed by another process is checked
+    again at the end, after waiting for that process. Errors that are not specific to one slide, and Ctrl-C, stop the
+    batch. The `report` is updated now and then, and always at the end (see `update_report`).
+
+    Raises ConfigError if the report cannot be written.
     """
     check_writable(report.parent)
     statuses: dict[Path, SlideStatus] = {}  # by slide
@@ -281,7 +283,7 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
 
 
 def _free_again(left: Mapping[_Pair, str]) -> list[_Pair]:
-    """Wait until a slide that was left to another process is let go, whether it is made or not; return all such."""
+    """Wait until another process releases at least one of its slides; return all released ones."""
     claims = {pair: claim_on(pair[1]) for pair in left}
     said = False
     while not (free := [pair for pair, claim in claims.items() if is_free(claim)]):
@@ -298,7 +300,7 @@ def _do(work: Work, pair: _Pair, tell: Tell) -> None:
 
 
 def attempt(work: Work, slide: Path, target: Path) -> SlideStatus:
-    """The slide's status, whatever is wrong with it."""
+    """Run the work on a slide; an error of the slide becomes its status."""
     started = time.perf_counter()
     try:
         status = work(slide, target)
@@ -312,7 +314,7 @@ def attempt(work: Work, slide: Path, target: Path) -> SlideStatus:
 
 
 def announced(status: SlideStatus) -> SlideStatus:
-    """The same, logged where it is bad news."""
+    """Log the status if the slide has no features, and return it."""
     if not status.is_made and status.status != PLANNED:
         level = logging.WARNING if status.status == "no tissue" else logging.ERROR
         subject = status.reason.removesuffix(status.why).removesuffix(": ") or status.slide

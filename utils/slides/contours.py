@@ -1,4 +1,4 @@
-"""Tissue as GeoJSON polygons that QuPath draws and edits, and back: a mask's outlines, and the mask of outlines.
+"""Write a tissue mask as GeoJSON polygons that QuPath shows and edits, and read the mask of such polygons.
 
 QuPath counts pixels from the corner of the scanned area where a slide file tells its bounds; we count from the slide's
 own corner. What lies between is the offset, which our files record (see `utils.slides.frame`).
@@ -29,9 +29,9 @@ _DECIMALS = 2
 
 
 def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
-    """Write the outlines of a mask as QuPath's annotations, one a piece, in QuPath's pixel frame.
+    """Write the outlines of a mask as QuPath's annotations, one for each piece, in QuPath's pixel frame.
 
-    A file that somebody has edited since is left alone, and that is said.
+    A file that was edited after it was written is kept, with a warning.
     """
     if path.exists() and not _is_as_written(path):
         log.warning("%s: was edited since it was written, and is kept; move it, or use it with --tissue", path)
@@ -60,9 +60,9 @@ def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
 
 @dataclass(frozen=True)
 class ContourFile:
-    """A GeoJSON file of a slide's tissue, ours or QuPath's, as it was when it was read.
+    """The content of a GeoJSON file of a slide's tissue, written by us or by QuPath.
 
-    Of its areas those of the `classes` are the tissue, all where none are named; case does not matter.
+    If `classes` are named, in any case, only areas of those are tissue.
     """
 
     path: Path
@@ -71,11 +71,11 @@ class ContourFile:
 
     @classmethod
     def read(cls, path: Path, classes: Collection[str] = ()) -> Self:
-        """Raises SlideError where there is no JSON in it."""
+        """Read the file. Raises SlideError if it is not JSON."""
         return cls(path, read_json(path, SlideError), classes)
 
     def is_as_detected(self, slide: Slide) -> bool:
-        """Whether these are the outlines that today's detector wrote of the slide, and nobody has edited them."""
+        """Whether the file says that the present detector wrote it for this slide, and it was not edited."""
         frame = self._frame
         return (
             frame is not None
@@ -115,7 +115,7 @@ class ContourFile:
 
     @property
     def _frame(self) -> Mapping[str, Any] | None:
-        """What a file that we wrote says of its slide."""
+        """The record of the slide in a file that we wrote, or None."""
         frame = self.content.get("litemil") if isinstance(self.content, Mapping) else None
         return frame if isinstance(frame, Mapping) else None
 
@@ -136,7 +136,7 @@ class ContourFile:
 
 
 def _detector(slide: Slide) -> dict[str, Any]:
-    """What the detector's outlines of a slide depend on, besides its pixels."""
+    """The settings, besides its pixels, that determine the detector's outlines of a slide."""
     return {"tissue": TISSUE_SETTINGS.as_dict(), "mpp": slide.mpp}
 
 

@@ -1,4 +1,4 @@
-"""Which files are slides, and the slides of a folder."""
+"""Find the slides of a folder, and say why other files are left out."""
 
 import errno
 import logging
@@ -21,14 +21,14 @@ SLIDE_EXTENSIONS = frozenset(
 )  # fmt: skip
 TIFF_EXTENSIONS = frozenset({".tif", ".tiff", ".btf", ".tf8"})
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp"})
-# Of slides that neither OpenSlide nor we read.
+# Slide formats that neither OpenSlide nor this tool reads.
 FOREIGN_EXTENSIONS = frozenset(
     {".vsi", ".isyntax", ".i2syntax", ".kfb", ".kfbf", ".sdpc", ".tmap", ".mds", ".mdsx", ".qptiff", ".lif", ".nd2",
      ".zvi", ".oir", ".afi", ".jp2", ".ets", ".dyqx"}
 )  # fmt: skip
 _PACKED_EXTENSIONS = frozenset({".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".bz2", ".xz", ".zst"})
 
-# Files that lie beside slides and are none, of which nothing needs to be said.
+# Files that often lie beside slides; they are left out without a message.
 _NO_SLIDES = frozenset(
     {".csv", ".tsv", ".txt", ".md", ".json", ".geojson", ".xml", ".html", ".pdf", ".xls", ".xlsx", ".docx", ".yaml",
      ".yml", ".toml", ".ini", ".dat", ".db", ".log", ".py", ".ipynb", ".h5", ".hdf5", ".pt", ".pth", ".npy", ".npz",
@@ -37,7 +37,7 @@ _NO_SLIDES = frozenset(
 _OF_A_NAS = frozenset({"@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found", "__MACOSX"})
 _NAMED = 4
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
-# Why something was left out, in the order in which that is said; a slide may be among the suspect.
+# Why something was left out, in the order of the message; the suspect reasons may hide a slide.
 _DANGLING, _CLOSED = "links that lead nowhere", "files and folders without read permission"
 _PACKED, _FOREIGN = "packed files", "files of formats that are not read"
 _BESIDE, _PICTURE = "files beside a slide of the same name", "masks and pictures by their name"
@@ -52,15 +52,15 @@ _REMEDIES = {
 
 
 def is_slide_file(path: Path | str) -> bool:
-    """Whether the name is that of a slide or an image we can read; the file itself is not looked at."""
+    """Whether a file is a slide or an image that can be read, by its ending alone."""
     return Path(path).suffix.lower() in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True)
 class FoundSlides:
-    """The slides of a folder, sorted by path, and by reason the files and folders that are none or cannot be read.
+    """The slides of a folder, sorted by path, and what was left out, by reason.
 
-    `are_pictures` by their names where all are, so that none was left out for its name.
+    `are_pictures` says that all of them have names of pictures, and were taken for that reason.
     """
 
     slides: list[Path]
@@ -71,14 +71,16 @@ class FoundSlides:
         """Log what was left out, in a line; as a warning where a slide may be among it."""
         if self.are_pictures:
             names = _names(self.slides)
-            log.warning("%s: all its images are called as masks or pictures are (%s), and are taken", folder, names)
+            log.warning(
+                "%s: all its images have names of masks or pictures (%s); they are taken as slides", folder, names
+            )
         if self.left_out:
             level = logging.WARNING if self.left_out.keys() & _SUSPECT else logging.INFO
             log.log(level, "%s: left out %s", folder, self.left_out_words)
 
     @property
     def left_out_words(self) -> str:
-        """What was left out, by reason, each with its remedy."""
+        """What was left out and why, with the remedy."""
         parts: list[str] = []
         reasons = [reason for reason in _REMEDIES if reason in self.left_out]
         for reason, following in zip(reasons, [*reasons[1:], ""], strict=True):
@@ -128,7 +130,7 @@ def look_for_slides(folder: Path | str, extensions: Iterable[str] | None = None)
 
 
 def _known_slides(folder: Path, files: Sequence[Path], left_out: dict[str, list[Path]]) -> tuple[list[Path], bool]:
-    """The slides among the files, by their endings and names, and whether all are pictures by their names."""
+    """The slides among the files, by ending and name, and whether all of them have names of pictures."""
     slides = []
     for path in files:
         ending = path.suffix.lower()
@@ -145,18 +147,18 @@ def _known_slides(folder: Path, files: Sequence[Path], left_out: dict[str, list[
 
 
 def _may_be_a_folder(path: Path) -> bool:
-    """Whether it is a link that does not look like one to a file."""
+    """Whether a path is a link whose ending is not that of a file."""
     known = SLIDE_EXTENSIONS | IMAGE_EXTENSIONS | FOREIGN_EXTENSIONS | _PACKED_EXTENSIONS
     if path.suffix.lower() in known:
         return False
     try:
         return path.is_symlink()
-    except OSError:  # in a folder where nobody may look
+    except OSError:  # in a folder without permission
         return True
 
 
 def _files_under(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path]:
-    """All files that are not hidden, links to folders followed last, so that a folder is known by its own name."""
+    """All files that are not hidden. Links to folders are followed last, so that a folder keeps its own name."""
     seen: set[tuple[int, int]] = set()
     waiting, links = [folder], deque[Path]()
     while waiting or links:
@@ -174,7 +176,7 @@ def _files_under(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path
             if entry.name.startswith(".") or entry.name in _OF_A_NAS:
                 continue
             path = Path(entry.path)
-            if entry.is_symlink() and _can_be_asked(path) and path.is_dir():
+            if entry.is_symlink() and _is_reachable(path) and path.is_dir():
                 links.append(path)
             elif entry.is_dir(follow_symlinks=False):
                 waiting.append(path)
@@ -182,8 +184,8 @@ def _files_under(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path
                 yield path
 
 
-def _can_be_asked(path: Path) -> bool:
-    """Whether what a link leads to may be looked at."""
+def _is_reachable(path: Path) -> bool:
+    """Whether the target of a link exists and may be read."""
     try:
         path.stat()
     except OSError:
@@ -192,7 +194,7 @@ def _can_be_asked(path: Path) -> bool:
 
 
 def _readable(files: Iterable[Path], left_out: dict[str, list[Path]]) -> list[Path]:
-    """The files without links that lead nowhere, or where nobody may look."""
+    """The files that exist and may be read; the others are added to `left_out`."""
     readable = []
     for path in files:
         try:
@@ -205,10 +207,9 @@ def _readable(files: Iterable[Path], left_out: dict[str, list[Path]]) -> list[Pa
 
 
 def _without_pictures(folder: Path, files: Sequence[Path], left_out: dict[str, list[Path]]) -> tuple[list[Path], bool]:
-    """The slides without what is a part or a picture of one.
+    """Remove the files that are parts or pictures of slides; also return whether only pictures were there.
 
-    Where all are pictures by their names, and of nothing else that may be a slide, they are the slides, which the
-    second says.
+    If all files have names of pictures, and nothing was left out that may be their slide, they are the slides.
     """
     tiled = {path.parent for path in files if path.suffix.lower() in {".vms", ".vmu"}}
     best: dict[tuple[Path, str], int] = {}
@@ -235,12 +236,12 @@ def _without_pictures(folder: Path, files: Sequence[Path], left_out: dict[str, l
 
 
 def _key(path: Path) -> tuple[Path, str]:
-    """The folder of a file and its bare name, whatever its case."""
+    """A file's folder and its bare name in small letters; files with one key belong together."""
     return path.parent, _bare_name(path).casefold()
 
 
 def _bare_name(path: Path) -> str:
-    """Its name without endings of slides and images: "x.svs.png" is called as "x.svs" is."""
+    """A file's name without the endings of slides and images: "x" for both "x.svs" and "x.svs.png"."""
     name = path.name
     while Path(name).suffix.lower() in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS:
         name = Path(name).stem
@@ -248,13 +249,13 @@ def _bare_name(path: Path) -> str:
 
 
 def _rank(path: Path) -> int:
-    """0 for a scanner's own format, 1 for a TIFF, 2 for an image: of files of one name the slide is the lowest."""
+    """0 for a scanner's own format, 1 for a TIFF, 2 for an image: of files with one key, the lowest is the slide."""
     ending = path.suffix.lower()
     return 2 if ending in IMAGE_EXTENSIONS else 1 if ending in TIFF_EXTENSIONS else 0
 
 
 def no_slide_words(folder: Path, looked: FoundSlides, extensions: Sequence[str] | None = None) -> str:
-    """Why a folder has no slides, and what helps."""
+    """Say why a folder has no slides, and what to do."""
     if extensions:
         others = look_for_slides(folder)
         endings = " ".join(sorted({slide.suffix for slide in others.slides}))
@@ -270,7 +271,7 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def one_per_series(slides: Sequence[Path]) -> list[Path]:
-    """The slides without those DICOM files whose slide is there already: each of a series' files opens all of it."""
+    """Keep one file of each DICOM series, since any of its files opens the whole slide."""
     kept, known = [], set()
     for slide in slides:
         series = (slide.parent, _series(slide)) if slide.suffix.lower() == ".dcm" else None
@@ -281,7 +282,7 @@ def one_per_series(slides: Sequence[Path]) -> list[Path]:
 
 
 def slide_bytes(slide: Path) -> int:
-    """The size of a slide's file, of a MIRAX slide with what its folder holds; 0 where that cannot be asked."""
+    """A slide's size on disk, with the data files of a MIRAX slide; 0 if it cannot be read."""
     try:
         return sum(file.stat().st_size for file in [slide, *(data_files(slide) if is_mirax(slide) else ())])
     except (OSError, SlideError):
@@ -289,7 +290,7 @@ def slide_bytes(slide: Path) -> int:
 
 
 def _series(path: Path) -> str | None:
-    """What names the series of a DICOM file, or None where OpenSlide does not open it."""
+    """The series UID of a DICOM file, or None if OpenSlide does not open it."""
     try:
         with openslide.OpenSlide(path) as handle:
             return handle.properties.get("dicom.SeriesInstanceUID")

@@ -1,4 +1,4 @@
-"""From which corner outlines are counted: that of the scanned area, as QuPath does, or the slide's own."""
+"""Find the corner from which outlines are counted: that of the scanned area, as in QuPath, or the slide's own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ _LEAST = 0.02
 
 
 def qupath_offset(slide: Slide) -> NDArray[np.float64]:
-    """(x, y) level-0 px at which QuPath begins to count: the corner of the scanned area, where the file tells it."""
+    """(x, y) level-0 px at which QuPath begins to count: the corner of the scanned area, if the file records it."""
     return np.array(slide.bounds[:2] if slide.bounds else (0, 0), dtype=float)
 
 
 def offset_by_place(slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area], path: Path) -> NDArray[np.float64]:
-    """(x, y) level-0 px from which all polygons of a file are counted, decided by where they would lie.
+    """The corner (x, y) in level-0 px from which all polygons of a file are counted, by where they would lie.
 
-    Raises SlideError where a polygon of tissue lies in the scanned area from neither corner, or polygons contradict
-    each other.
+    Raises SlideError if a polygon of tissue lies in the scanned area from neither corner, or polygons contradict each
+    other.
     """
     offset, own = qupath_offset(slide), np.zeros(2)
     if not offset.any():
@@ -51,7 +51,7 @@ def offset_by_place(slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area
 
 
 def check_place(slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area], offset: NDArray, path: Path) -> None:
-    """Raise SlideError for a polygon of tissue beside the slide or outside its scanned area; of one to cut out, log it.
+    """Raise SlideError if a polygon of tissue lies outside the scanned area, and warn if one to cut out does.
 
     `offset` is the corner from which the polygons are counted, (x, y) in level-0 px.
     """

@@ -1,11 +1,11 @@
-"""The folder beside a MIRAX slide's file, in which its pixels are."""
+"""The folder beside a MIRAX slide's file, which holds its pixels."""
 
 import re
 from pathlib import Path
 
 from utils.core.errors import SlideError
 
-# What belongs to the slide; of what others leave there (Thumbs.db, .DS_Store) nothing depends.
+# The slide's own files; others (Thumbs.db, .DS_Store) do not change it.
 _DATA_FILE = re.compile(r"slidedat\.ini|index\.dat|data\S*\.dat", re.IGNORECASE)
 
 
@@ -15,7 +15,7 @@ def is_mirax(slide: Path) -> bool:
 
 
 def data_folder(slide: Path) -> Path:
-    """The folder of a MIRAX slide; of a link that has none beside it, the folder beside what it leads to."""
+    """The folder of a MIRAX slide; of a link without one, the folder beside its target."""
     folder = slide.with_suffix("")
     return folder if folder.is_dir() else slide.resolve().with_suffix("")
 
@@ -30,7 +30,7 @@ def data_files(slide: Path) -> list[Path]:
 
 
 def check_data_folder(slide: Path) -> None:
-    """Raise SlideError for a MIRAX slide whose folder does not lie beside it, where OpenSlide looks for it."""
+    """Raise SlideError if a MIRAX slide's folder is not beside it, where OpenSlide looks for it."""
     folder = slide.with_suffix("")
     if not is_mirax(slide) or not slide.exists() or folder.is_dir():
         return

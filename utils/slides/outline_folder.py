@@ -1,4 +1,4 @@
-"""The folder of `--tissue`: which of its files holds the outlines of which slide."""
+"""Match the files in the folder of `--tissue` to slides."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -14,10 +14,9 @@ _NAMED = 4
 
 @dataclass(frozen=True)
 class OutlineFolder:
-    """Files `<slide>.geojson` or `<slide>.svs.geojson`, whatever the case of that ending; with `is_strict` every slide
-    needs one.
+    """A folder of files `<slide>.geojson` or `<slide>.svs.geojson`, with that ending in any case.
 
-    A slide's place is the subfolder in which its file is looked for.
+    With `is_strict` every slide needs a file. A slide's place is the subfolder that holds its file.
     """
 
     path: Path
@@ -45,7 +44,7 @@ class OutlineFolder:
         return files[0] if files else None
 
     def log_unused(self, slides: Iterable[tuple[Path, Path]]) -> None:
-        """Warn of files that are the outlines of none of the slides, given with their places."""
+        """Warn of files that match none of the slides, which are given with their places."""
         expected = {place / name: slide for slide, place in slides for name in _names_of(slide)}
         files = {path.relative_to(self.path): path for path in self._all_files()}
         used = {place for place, path in files.items() if place.with_name(_plain_name(path)) in expected}
@@ -61,20 +60,20 @@ class OutlineFolder:
             )  # fmt: skip
 
     def log_missing(self, slide: Path) -> None:
-        """Warn where there are files, but none for the only slide."""
+        """Warn if there are files, but none for the single slide."""
         files = sorted(path.relative_to(self.path).as_posix() for path in self._all_files())
         if files and self.file_of(slide, Path()) is None:
             name = _names_of(slide)[0]
             log.warning("%s: no file for %s; there are %s%s", self.path, slide.name, named(files), meant(name, files))
 
     def _files_in(self, folder: Path) -> list[Path]:
-        """The files of a folder, looked at once."""
+        """The files of a folder, which is read once."""
         if folder not in self._listings:
             self._listings[folder] = sorted(folder.iterdir()) if folder.is_dir() else []
         return self._listings[folder]
 
     def _all_files(self) -> Iterator[Path]:
-        """All files that are outlines by their name, in subfolders too."""
+        """All files whose names are those of outlines, in subfolders too."""
         for folder, _, names in os.walk(self.path):
             yield from (Path(folder, name) for name in names if _ENDING in name.lower() and not name.startswith("."))
 

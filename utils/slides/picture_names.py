@@ -1,18 +1,18 @@
-"""Which names are those of pictures of slides: masks, thumbnails, labels, and what this tool draws itself."""
+"""Recognise pictures of slides by name: masks, thumbnails, labels, and the pictures that this tool draws."""
 
 import re
 from collections.abc import Collection
 
-# A picture wherever the word stands in the name,
+# These words make a picture anywhere in the name,
 _ANYWHERE = re.compile(r"(masks?|thumb(nail)?s?|previews?|heatmaps?|contactsheets?)\d*")
 _PAIRS = re.compile(r" (contact sheets?|patch grid|top patches)\d* ")
-# or at its end, or where the rest of the name is a slide's: such a word may be part of a study's name.
+# these at its end, or if the rest is a slide's name, since they may be part of a study's name,
 _AT_END = re.compile(
     r"(labels?|macros?|overviews?|overlays?|segmentations?|annotations?|detailed|faithfulness|screenshots?)\d*"
 )
-# or only where the rest is a slide's name.
+# and these only if the rest is a slide's name.
 _OF_A_SLIDE = re.compile(r"(seg|segm|qc|tissue|contours?|outlines?|snapshots?|icon)\d*")
-# What may follow at the end: a number, a size, a level, a copy.
+# May follow a word at the end: a number, a size, a level, a copy.
 _AFTER_END = re.compile(
     r"\d+|\d+x\d*|\d+px|(lvl|level|page|v)\d*|l\d+|x\d+|small|large|big|tiny|low|high|(low|high)?res|ima?ge?s?|copy"
     r"|svs|tiff?|png|jpe?g"
@@ -28,9 +28,9 @@ def words_of(name: str) -> Words:
 
 
 def is_picture_name(name: str, slides: Collection[Words] = ()) -> bool:
-    """Whether a file or folder is a picture by its name (without the ending); `slides` are the words of slides' names.
+    """Whether a name (without the ending) is that of a picture; `slides` are the words of the slides' names.
 
-    A word counts as a whole only: "maskell" is none of a mask.
+    Only whole words count: "maskell" is not a mask.
     """
     words = words_of(name)
     if any(_ANYWHERE.fullmatch(word) for word in words) or _PAIRS.search(f" {' '.join(words)} "):

@@ -1,4 +1,4 @@
-"""The areas that QuPath draws, read from its GeoJSON in all its spellings, and which of them are tissue."""
+"""Read the areas drawn in QuPath from its GeoJSON, in all its spellings, and decide which of them are tissue."""
 
 import re
 from collections import deque
@@ -13,9 +13,9 @@ from utils.core.errors import SlideError, named
 from utils.core.runtime import log
 from utils.slides.outlines import Ring, is_inside
 
-# A class with a part that begins so is cut out: what QuPath's users call what is not to be looked at.
+# Areas are cut out if a part of their class begins with one of these: QuPath's users mark so what to leave out.
 CUT_OUT = ("ignore", "exclude", "artefact", "artifact", "hole")
-# QuPath ignores every class that ends so, which is cut out too, but for that of regions: those hold other areas.
+# QuPath ignores classes with this ending, so they are cut out too, except Region*, which only holds other areas.
 _IGNORED_MARK, _REGION = "*", "region*"
 _CORE_TYPES = frozenset({"tmacore", "tmacoreobject", "pathtmacoreobject"})
 _DRAWN_TYPES = frozenset({"", "annotation", "pathannotationobject"})
@@ -25,8 +25,10 @@ _DRAWN_TYPES = frozenset({"", "annotation", "pathannotationobject"})
 class Area:
     """An area of a file: its polygons, each a list of rings, and the parts of its class as they are written.
 
-    `core` is the number, in the file, of the tissue microarray's core that it hangs in. A core that `is_missing` is
-    empty, and so is what hangs in it. What `is_drawn` is an annotation, not a core or a detected cell.
+    Attributes:
+        is_missing: it is a missing core of a tissue microarray, or lies in one.
+        is_drawn: it is an annotation, not a core or a detected cell.
+        core: the number, among the file's areas, of the core that it belongs to, or None.
     """
 
     polygons: Sequence[Sequence[Ring]]
@@ -42,12 +44,12 @@ class Area:
         return ": ".join(self.classes) or ("a missing core" if self.is_missing else "no class")
 
     def is_cut_out(self, wanted: Collection[str]) -> bool:
-        """Whether it is cut out of the tissue; a part of its class that is wanted by name does not cut it out."""
+        """Whether it is cut out of the tissue; the parts of wanted classes are never a reason."""
         named_parts = {part for name in wanted for part in class_key(name)}
         return self.is_missing or any(_is_ignored(part) and part not in named_parts for part in self._key)
 
     def is_tissue(self, wanted: Collection[str]) -> bool:
-        """Whether it is of one of the classes that are wanted; where none are, of any but QuPath's Region*."""
+        """Whether it belongs to a wanted class, or, if none are named, to any class but QuPath's Region*."""
         if self.is_cut_out(wanted):
             return False
         if not wanted:
@@ -65,7 +67,7 @@ def class_key(name: str) -> list[str]:
 
 
 def read_areas(content: Any, path: Path) -> list[Area]:
-    """All objects of a file that have an area, those inside others among them. Raises SlideError."""
+    """Read all objects of a file that have an area, nested ones too. Raises SlideError."""
     areas: list[Area] = []
     waiting: deque[tuple[Mapping[str, Any], bool, int | None]] = deque()
     waiting += [(feature, False, None) for feature in _features(content, path)]
@@ -88,7 +90,7 @@ def read_areas(content: Any, path: Path) -> list[Area]:
 
 
 def tissue_areas(areas: Sequence[Area], wanted: Collection[str]) -> list[Area]:
-    """The areas that are tissue. Of a core in which tissue is drawn that is the tissue, and not the whole core."""
+    """The areas that are tissue; a core in which tissue is drawn is replaced by what is drawn in it."""
     tissue = {number: area for number, area in enumerate(areas) if area.is_tissue(wanted)}
     drawn = [area for area in tissue.values() if area.is_drawn]
     with_tissue = {area.core for area in drawn}
@@ -100,7 +102,7 @@ def tissue_areas(areas: Sequence[Area], wanted: Collection[str]) -> list[Area]:
 
 
 def shortage_of(areas: Sequence[Area], wanted: Collection[str]) -> str:
-    """Why no area of a file is tissue, and what to do."""
+    """Say why no area of a file is tissue, and what to do."""
     if not areas:
         return "no polygon in it; draw the tissue as areas, or move the file away"
     names = named(sorted({area.class_name for area in areas}))

@@ -1,4 +1,4 @@
-"""What became of each slide of a batch, as a row of its report, a table, and the closing line."""
+"""The outcome of each slide of a batch: a row of the report, a table, and remarks on um/px."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,18 +8,18 @@ from typing import Self
 from utils.core.errors import counted, named
 from utils.core.recipe import MPP_TOLERANCE
 
-OUTLINES = "outlines"  # what a slide's tissue was told by, where not by the detector
+OUTLINES = "outlines"  # the source of a slide's tissue, if not the detector
 STATUSES = ("done", "skipped", "no tissue", "failed")
 PLANNED = "to extract"
-CLAIMED = "claimed"  # another process is at it: never a slide's last status
+CLAIMED = "claimed"  # another process is extracting it; never a final status
 ANEW = "extracted anew: its outlines have changed"
-KEPT_OUTLINES = "its tissue is that of earlier outlines"  # of which this run has no file
+KEPT_OUTLINES = "its tissue is that of earlier outlines"  # for which this run has no file
 _NAMED = 3
 
 
 @dataclass(frozen=True)
 class SlideStatus:
-    """What became of one slide: "done", "skipped" (its file is there), "no tissue" or "failed", and why.
+    """The outcome of one slide: "done", "skipped" (its features exist), "no tissue" or "failed", and why.
 
     `patches`, their `mpp` and the `seconds` it took are None where they are not known. `node` is the machine, `tries`
     is above 1 where workers died over it. `tissue` is "outlines" where those told it, not the detector. In the
@@ -71,9 +71,9 @@ class SlideStatus:
 
 
 def unlike_scales(mpps: Mapping[Path, float | None]) -> tuple[str, dict[Path, float]]:
-    """What to say of slides whose patches have different um/px, and those that have another than most.
+    """Describe slides whose patches have different um/px, and return those that differ from the most common.
 
-    "" and none where they are alike, or not known.
+    Returns "" and none if all known um/px are alike.
     """
     known = {slide: mpp for slide, mpp in mpps.items() if mpp}
     common = max(known.values(), key=lambda mpp: sum(_are_alike(mpp, other) for other in known.values()), default=0.0)
