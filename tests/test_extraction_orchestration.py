@@ -213,7 +213,7 @@ def test_slides_that_join_a_folder_of_another_scale_are_told(slides, coarser, sc
         assert "Note: the patches of" in outcome.out
     report = pd.read_csv(report_path_of(tmp_path, shards[1]), keep_default_na=False)
     assert report["reason"].str.contains("0.25 um/px, unlike most").sum() == (2 if shards[1] == "1/1" else 1)
-    assert "The patches of " in sheet_of(tmp_path)
+    assert "Note: the patches of " in sheet_of(tmp_path)
     if shards[1] == "1/1":
         assert MIXED in planned.err
         assert f"Note: {MIXED}" in done.out

@@ -27,7 +27,7 @@ from utils.slides.mirax import check_data_folder
 from utils.slides.outline_folder import OutlineFolder
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
-from utils.slides.status import CLAIMED, PLANNED, SlideStatus, as_sentence, unlike_scales
+from utils.slides.status import CLAIMED, PLANNED, SlideStatus, unlike_scales
 from utils.slides.tissue import TissueMask, detect_tissue
 
 SHEET = "contact_sheet"
@@ -216,7 +216,7 @@ class SlideFiles:
             statuses = latest_rows(reports)
             recipe = recipe_of([folder / row.output for row in statuses if row.is_made and row.output])
             scales, _ = unlike_scales({row.slide: row.mpp for row in statuses if row.is_made})
-            notes = [f"Recipe of the latest features: {recipe}" if recipe else "", as_sentence(scales)]
+            notes = [f"Recipe of the latest features: {recipe}" if recipe else "", f"Note: {scales}" if scales else ""]
             about = [words for words in notes if words]
             write_contact_sheet(
                 sheet_path(self.files), [self._sheet_row(row) for row in statuses], [*about, *shard_words(reports)]

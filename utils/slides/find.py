@@ -12,7 +12,7 @@ import openslide
 
 from utils.core.errors import SlideError, named
 from utils.core.runtime import log
-from utils.slides.mirax import data_files, is_mirax
+from utils.slides.mirax import data_files, data_folder, is_mirax
 from utils.slides.picture_names import is_picture_name, words_of
 
 SLIDE_EXTENSIONS = frozenset(
@@ -284,7 +284,8 @@ def one_per_series(slides: Sequence[Path]) -> list[Path]:
 def slide_bytes(slide: Path) -> int:
     """A slide's size on disk, with the data files of a MIRAX slide; 0 if it cannot be read."""
     try:
-        return sum(file.stat().st_size for file in [slide, *(data_files(slide) if is_mirax(slide) else ())])
+        files = [slide, *(data_files(slide) if is_mirax(slide) and data_folder(slide).is_dir() else ())]
+        return sum(file.stat().st_size for file in files)
     except (OSError, SlideError):
         return 0
 

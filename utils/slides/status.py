@@ -88,11 +88,6 @@ def unlike_scales(mpps: Mapping[Path, float | None]) -> tuple[str, dict[Path, fl
     return f"{which}, {rest}: their features show different scales; --mpp cuts all at one", others
 
 
-def as_sentence(text: str) -> str:
-    """The same with a capital first letter."""
-    return text[:1].upper() + text[1:]
-
-
 def _are_alike(one: float, other: float) -> bool:
     return max(one, other) <= min(one, other) * (1 + MPP_TOLERANCE)
 
