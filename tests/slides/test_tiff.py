@@ -222,6 +222,19 @@ def test_a_page_without_pixels_is_refused(tmp_path, code, value, dtype, label):
         open_slide(path)
 
 
+def test_jpeg_tables_of_another_type_are_damage(tmp_path):
+    tables = {"extratags": [(347, 3, 3, (1, 2, 3), True)]}
+    path = write(tmp_path / "a.tif", (LABEL, {}), (PIXELS, TILE | {"compression": "jpeg"} | tables))
+    with open_slide(path) as slide, pytest.raises(SlideError, match="tile 0 of row 0 cannot be read"):
+        slide.read_level(0, 0, 0, 10, 10)
+
+
+def test_a_property_whose_name_is_damaged_is_left_out(tmp_path):
+    description = b"Aperio Image Library v1\r\n520x400 (128x128) JPEG/RGB Q=70|\xff\xfe = 3|MPP = 0.5"
+    path = write(tmp_path / "a.svs", (PIXELS, TILE | {"compression": "jpeg", "description": description}))
+    assert shown(path)[2] == 0.5
+
+
 def handles_to(path):
     return [link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(path)]
 

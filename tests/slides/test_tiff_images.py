@@ -65,12 +65,13 @@ def test_a_chain_of_pages_that_breaks_off_is_refused(tmp_path, first, following)
         open_slide(path)
 
 
-def test_a_chain_that_goes_round_is_refused(tmp_path):
-    path = write(tmp_path / "a.tif", (LABEL, {}), (THUMBNAIL, {}))
+@pytest.mark.parametrize("count", [2, 130])
+def test_a_chain_that_goes_round_is_refused(tmp_path, count):
+    path = write(tmp_path / "a.tif", *[(LABEL[:8, :8], {})] * count)
     with tifffile.TiffFile(path) as file:
-        first = file.pages[0].offset
-    with pytest.raises(SlideError, match=r"breaks off after 2; .*incomplete"):
-        open_slide(with_next_directory(path, 1, first))
+        last_but_one = file.pages[count - 2].offset
+    with pytest.raises(SlideError, match=rf"breaks off after {count}; .*incomplete"):
+        open_slide(with_next_directory(path, count - 1, last_but_one))
 
 
 def test_a_subifd_beyond_the_end_is_refused(tmp_path):

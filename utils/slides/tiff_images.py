@@ -33,6 +33,7 @@ _SMALL_AREA = 2**24  # px; labels and macro photographs have fewer
 # An image of more than this share of the largest one's area could be the slide as well.
 _RIVAL = 0.25
 _MOST_LISTED = 8
+_FIRST_OFFSET, _FIRST_OFFSET_OF_BIG = 4, 8  # where a TIFF and a BigTIFF say where the first directory is
 _MOST_TAGS = 4096  # in one directory; a larger count is damage
 _SUBIFDS, _OFFSET_FORMATS = 330, {4: "I", 13: "I", 16: "Q", 18: "Q"}  # the tag, and its types
 _INCOMPLETE = "the file is damaged or incomplete, get it again"
@@ -223,12 +224,14 @@ def _check_directories(path: Path, file: tifffile.TiffFile) -> None:
 
     tifffile only logs that and gives the pages before the break, which may be the label or a thumbnail alone.
     """
-    if not len(file.pages):
-        return
-    offset: int = file.pages.first.offset
+    # Not by `file.pages`: counting them does not end where the chain goes round late.
+    file.filehandle.seek(_FIRST_OFFSET_OF_BIG if file.is_bigtiff else _FIRST_OFFSET)
+    (offset,) = struct.unpack(file.tiff.offsetformat, file.filehandle.read(file.tiff.offsetsize))
     seen: set[int] = set()
     while offset:
         directory = None if offset in seen else _directory(file, offset)
+        if directory is None and not seen:
+            raise SlideError(f"{path}: a TIFF without an image that can be read; {_INCOMPLETE}")
         if directory is None:
             raise SlideError(f"{path}: its list of pages breaks off after {len(seen)}; {_INCOMPLETE}")
         seen.add(offset)

@@ -44,7 +44,7 @@ TIFF_FAILURES = (
     tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
     ArithmeticError, RuntimeError, MemoryError,
 )  # fmt: skip
-_DECODING_FAILURES = (imagecodecs.Jpeg8Error, imagecodecs.Jpeg2kError, ValueError, MemoryError)
+_DECODING_FAILURES = (*TIFF_FAILURES, imagecodecs.Jpeg8Error, imagecodecs.Jpeg2kError)
 
 # tifffile logs every odd tag; our errors say what matters of that.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -304,7 +304,7 @@ class TileReader:
             tile = page.decode(index, [self._bytes(*place) for place in places])
             if tile.shape != page.tile_shape or tile.dtype != np.uint8:
                 raise ValueError(f"it holds {tile.shape} {tile.dtype}, not {page.tile_shape} uint8")
-        except (*_DECODING_FAILURES, OSError) as error:
+        except _DECODING_FAILURES as error:
             if self._file.closed:
                 raise SlideError(f"{self.path}: closed already; open the slide again") from error
             row, column = divmod(index, page.tiles_across)

@@ -83,14 +83,14 @@ def _opened(path: Path) -> Slide:
         slide = _OpenSlideSlide(path, handle)
         if slide.vendor != "generic-tiff":
             return slide
-        found = compare_by_structure(path, (slide.width, slide.height), handle.level_count)
+        by_structure = compare_by_structure(path, (slide.width, slide.height), handle.level_count)
     except BaseException:
         handle.close()
         raise
-    if isinstance(found, TiffSlide):
+    if isinstance(by_structure, TiffSlide):
         handle.close()
-        return found
-    slide.page_shown = found
+        return by_structure
+    slide.page_shown = by_structure
     return slide
 
 
@@ -168,7 +168,8 @@ class _OpenSlideSlide(Slide):
 
     def file_resolution(self) -> Resolution:
         assert self._handle is not None  # noqa: S101 - it was just opened
-        properties = dict(self._handle.properties)
+        own = self._handle.properties
+        properties = {name: value for name in own if (value := own.get(name)) is not None}  # damaged names have none
         if self.page_shown.description:  # OpenSlide loses what is not in UTF-8
             properties["tiff.ImageDescription"] = self.page_shown.description
         return resolution_of(properties, self.width, self.height, ome_image=self.page_shown.ome_number)
