@@ -15,8 +15,8 @@ def main() -> None:
     files, recipe, cluster = cli.parse(str(__doc__), groups)
     # Imported when the command line is known to be right: they take seconds.
     from utils.core.errors import ConfigError
-    from utils.extraction import closing_words, extract_slides, rehearse
-    from utils.feature_extractor import WSIFeatureExtractor
+    from utils.features.extraction import closing_words, extract_slides, rehearse
+    from utils.features.extractor import WSIFeatureExtractor
     from utils.slides.batch import SlideFiles
     from utils.slides.slide_mpps import write_slides_csv
 

@@ -29,14 +29,14 @@ def main() -> None:
         )
     # Imported when the command line is known to be right: they take seconds, and what draws is not always needed.
     from utils.core.device import resolve_device
-    from utils.learning.prediction_files import PredictionFiles
-    from utils.prediction import make_predictors, predict_files
+    from utils.prediction.inputs import PredictionFiles
+    from utils.prediction.run import make_predictors, predict_files
 
     files = PredictionFiles(asked)
     device = resolve_device(asked.device)
     drawing = None
     if pictures.visualize:
-        from utils.attention_visualizer import PredictionPictures
+        from utils.prediction.pictures import PredictionPictures
 
         drawing = PredictionPictures(pictures, files, recipe, device)
     predictors = make_predictors(files, recipe)

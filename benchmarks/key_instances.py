@@ -40,10 +40,10 @@ from utils.core.config import Training
 from utils.core.files import write_text
 from utils.core.runtime import derive_seed, progress
 from utils.evaluation.metrics import classification_metrics
-from utils.learning.aggregation import SlideFeed, predict_features
-from utils.learning.faithfulness import measure_faithfulness
 from utils.learning.training import fit
 from utils.mil_dataset import MILDataset
+from utils.prediction.faithfulness import measure_faithfulness
+from utils.prediction.feeding import SlideFeed, predict_features
 
 TILES, TRAINING_BAGS, TEST_BAGS = 30, 300, 100
 LEAST_KEYS, MOST_KEYS = 2, 5

@@ -48,11 +48,11 @@ from utils.core.config import Training
 from utils.core.device import seed_everything
 from utils.core.runtime import derive_seed
 from utils.evaluation.metrics import balanced_class_weights, classification_metrics, log_loss
-from utils.learning.aggregation import SlideFeed
 from utils.learning.splits import InnerFold, OuterFold, nested_splits
 from utils.learning.training import ModelTraining, learning_rate, validate
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
+from utils.prediction.feeding import SlideFeed
 
 CLASSES = ("benign", "malignant")
 SEED = 42

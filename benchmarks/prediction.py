@@ -29,8 +29,8 @@ from MILS import build_mil, list_mils
 from MILS.mergeable import MergeableModel
 from utils.bags.store import bag_writer
 from utils.inference import SlidePredictor
-from utils.learning.aggregation import SlideFeed
-from utils.learning.checkpoint import Checkpoint, save_checkpoint
+from utils.prediction.checkpoint import Checkpoint, save_checkpoint
+from utils.prediction.feeding import SlideFeed
 
 _BLOCK = 4096
 

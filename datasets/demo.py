@@ -27,8 +27,8 @@ from utils.core.engine import Processes, Tell, threads
 from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.runtime import keep_freed_memory, log, processors, progress_bar
-from utils.extraction import extract_slides
-from utils.feature_extractor import WSIFeatureExtractor
+from utils.features.extraction import extract_slides
+from utils.features.extractor import WSIFeatureExtractor
 
 FOLDER, TEST_SLIDE = Path("datasets/demo"), Path("testSlides/testSlide.svs")
 PATIENTS, SLIDES_EACH, HELD_OUT = 24, 2, 6  # a whole number of each pattern at each site

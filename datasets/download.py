@@ -37,7 +37,7 @@ from utils.core.cohorts import KNOWN_COHORTS, KnownCohort
 from utils.core.errors import DownloadError, counted
 from utils.core.files import whole_file, write_json, write_text
 from utils.core.runtime import file_size, log, progress, progress_bar
-from utils.slides.backbones import backbone_spec
+from utils.features.backbones import backbone_spec
 
 RECORD = "https://zenodo.org/api/records/10563985"
 TABLES = "https://raw.githubusercontent.com/tueimage/MAD-MIL/bcd44c1a55ab5dca0a8a8c4ad0950cf93f8398ee/dataset_csv/"

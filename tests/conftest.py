@@ -25,8 +25,8 @@ from utils.core import cli
 from utils.core.config import Cluster, ExtractionFiles
 from utils.core.engine import Processes, open_engine, threads
 from utils.core.runtime import log
-from utils.extraction import extract_slides
-from utils.feature_extractor import WSIFeatureExtractor
+from utils.features.extraction import extract_slides
+from utils.features.extractor import WSIFeatureExtractor
 
 # On one thread all runs give the same bytes, and none waits for its own threads on a busy machine. Ray would put its
 # workers behind everything else that the machine does.

@@ -16,11 +16,11 @@ from PIL import Image
 
 from MILS import build_mil
 from tests.synthetic import write_pyramid
-from utils.attention_visualizer import AttentionVisualizer
 from utils.bags.store import read_bag
-from utils.feature_extractor import WSIFeatureExtractor
-from utils.learning.aggregation import SlideFeed
-from utils.learning.checkpoint import Checkpoint, save_checkpoint
+from utils.features.extractor import WSIFeatureExtractor
+from utils.pictures.visualizer import AttentionVisualizer
+from utils.prediction.checkpoint import Checkpoint, save_checkpoint
+from utils.prediction.feeding import SlideFeed
 
 GOLDEN = Path(__file__).with_name("golden")
 WIDTH, HEIGHT, MPP = 960, 768, 0.5

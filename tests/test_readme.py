@@ -21,7 +21,7 @@ from tests.synthetic import stained_image, write_pyramid
 from tests.web import zipped
 from utils.core import config
 from utils.core.files import write_text
-from utils.slides.backbones import list_backbones
+from utils.features.backbones import list_backbones
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

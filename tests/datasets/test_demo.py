@@ -14,7 +14,7 @@ from datasets import demo
 from datasets.demo import HELD_OUT, PATIENTS, RECIPE, SLIDES_EACH, demo_slides, make_demo, make_test_slide
 from datasets.synthetic import MASK_PX
 from utils.bags.store import peek_bag, read_bag
-from utils.inference import extractPredict
+from utils.prediction.predictor import extractPredict
 
 ROOT = Path(__file__).resolve().parents[2]
 

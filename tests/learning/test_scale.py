@@ -11,9 +11,9 @@ from MILS.ensemble import Ensemble
 from MILS.mergeable import MergeableModel
 from utils.bags.inventory import root_mean_square
 from utils.core.errors import ConfigError
-from utils.learning.faithfulness import measure_faithfulness
 from utils.learning.scale import Standardization, feature_scale, standardize, why_unusual
 from utils.learning.splits import InnerFold, OuterFold
+from utils.prediction.faithfulness import measure_faithfulness
 
 DIM = 12
 

@@ -14,9 +14,9 @@ from utils.core.device import amp_dtype
 from utils.core.errors import ConfigError, TrainingError
 from utils.evaluation.metrics import METRICS, balanced_class_weights
 from utils.learning import training
-from utils.learning.aggregation import SlideFeed, predict_features
 from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
+from utils.prediction.feeding import SlideFeed, predict_features
 
 CPU = torch.device("cpu")
 CHUNKED = SlideFeed(20, "mean")

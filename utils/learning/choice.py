@@ -9,10 +9,10 @@ import numpy as np
 from utils.core.errors import TrainingError
 from utils.core.runtime import log
 from utils.evaluation.metrics import fitted_threshold
-from utils.learning.calibration import fitted_temperature
 from utils.learning.selection import Setting, best_of, mean_rank, rank
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted
+from utils.prediction.calibration import fitted_temperature
 
 
 @dataclass(frozen=True)

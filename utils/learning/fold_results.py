@@ -9,9 +9,9 @@ import numpy as np
 from utils.bags.dataset import MILDataset
 from utils.evaluation.metrics import classification_metrics, decision_metrics
 from utils.evaluation.predictions import Predictions
-from utils.learning.aggregation import SlideOutput
-from utils.learning.calibration import mean_calibrated
 from utils.learning.splits import OuterFold
+from utils.prediction.calibration import mean_calibrated
+from utils.prediction.feeding import SlideOutput
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
 from utils.core.runtime import ahead, derive_seed
 from utils.evaluation.metrics import balanced_class_weights, classification_metrics, log_loss
-from utils.learning.aggregation import SlideFeed, SlideOutput, predict_features, predict_probabilities
 from utils.learning.scale import feature_scale, standardize
 from utils.learning.selection import rank
+from utils.prediction.feeding import SlideFeed, SlideOutput, predict_features, predict_probabilities
 
 
 @dataclass(frozen=True)

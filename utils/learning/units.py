@@ -16,10 +16,10 @@ from utils.core.engine import Tell
 from utils.core.errors import DivergedError, TrainingError
 from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.core.tensors import load_tensors, save_tensors
-from utils.learning.aggregation import SlideFeed
 from utils.learning.selection import Setting
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted, fit, refit
+from utils.prediction.feeding import SlideFeed
 
 ModelFactory = Callable[[], BagModel]
 

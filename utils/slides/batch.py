@@ -23,7 +23,6 @@ from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 from utils.slides.contours import ContourFile
 from utils.slides.find import look_for_slides, no_slide_words, one_per_series, slide_bytes
 from utils.slides.folder_report import REPORT, latest_rows, reports_in, shard_words
-from utils.slides.mirax import check_data_folder
 from utils.slides.outline_folder import OutlineFolder
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
@@ -167,8 +166,7 @@ class SlideFiles:
         return [self.files.input]
 
     def told(self, slide: Path, target: Path) -> Told:
-        """Collect the user's input for a slide. Raises SlideError if its outlines or a MIRAX folder cannot be read."""
-        check_data_folder(slide)
+        """Collect the user's input for a slide. Raises SlideError if its outlines cannot be read."""
         drawn = self.outlines.file_of(slide, self._place(slide)) if self.outlines is not None else None
         saved = self._beside(self._root(target) / TISSUE, f"{slide.stem}.geojson", target)
         return Told(

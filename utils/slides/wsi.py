@@ -20,6 +20,7 @@ from utils.core.errors import SlideError
 from utils.core.runtime import derive_seed, log
 from utils.slides.find import IMAGE_EXTENSIONS, SLIDE_EXTENSIONS, TIFF_EXTENSIONS
 from utils.slides.levels import LevelFit, fit_levels, log_fits
+from utils.slides.mirax import check_data_folder, is_mirax
 from utils.slides.plain_image import open_image
 from utils.slides.resolution import NOT_IN_FILE, PLAUSIBLE_MPP, Resolution, number
 from utils.slides.resolution import file_resolution as resolution_of
@@ -257,8 +258,9 @@ def _check_file(path: Path) -> None:
     if not os.access(path, os.R_OK):
         raise SlideError(f"{path}: may not be read; check its permissions")
     # The .mrxs of a MIRAX slide is but a thumbnail: its pixels are in the folder beside it.
-    if path.stat().st_size == 0 and path.suffix.lower() != ".mrxs":
+    if path.stat().st_size == 0 and not is_mirax(path):
         raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
+    check_data_folder(path)
 
 
 def _check_tiles(path: Path, handle: openslide.OpenSlide) -> None:

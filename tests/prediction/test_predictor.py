@@ -12,9 +12,9 @@ from utils.bags.store import Bag, write_bag
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
-from utils.inference import SlidePredictor, extractPredict
-from utils.learning.aggregation import SlideFeed, predict_features
-from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
+from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
+from utils.prediction.feeding import SlideFeed, predict_features
+from utils.prediction.predictor import SlidePredictor, extractPredict
 
 RECIPE = {
     "backbone": "uni", "weights_digest": "a" * 64, "transform": {"resize": 224}, "precision": "float32",

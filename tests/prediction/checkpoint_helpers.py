@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from utils.core.errors import CheckpointError
-from utils.learning.checkpoint import load_checkpoint
+from utils.prediction.checkpoint import load_checkpoint
 
 
 def check_refused(path: Path, message: str, **said: Any) -> None:

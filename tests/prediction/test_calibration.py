@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from utils.evaluation.metrics import classification_metrics
-from utils.learning.aggregation import SlideOutput
-from utils.learning.calibration import fitted_temperature, mean_calibrated, scale_probabilities
+from utils.prediction.calibration import fitted_temperature, mean_calibrated, scale_probabilities
+from utils.prediction.feeding import SlideOutput
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

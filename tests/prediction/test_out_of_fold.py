@@ -14,10 +14,10 @@ from tests.cohort import write_cohort
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import read_bag, write_bag
 from utils.core.errors import CheckpointError
-from utils.inference import SlidePredictor
-from utils.learning.out_of_fold import OutOfFold
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
+from utils.prediction.out_of_fold import OutOfFold
+from utils.prediction.predictor import SlidePredictor
 
 SLIDES = 8
 

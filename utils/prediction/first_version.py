@@ -15,7 +15,7 @@ from MILS.bag_model import ModelError
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import CheckpointError
 from utils.core.runtime import log
-from utils.learning.aggregation import SlideFeed
+from utils.prediction.feeding import SlideFeed
 
 # Its train.py built no other LiteMIL, whatever --num_heads said.
 _NUM_HEADS = 4

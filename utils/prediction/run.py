@@ -1,10 +1,11 @@
 """What `predict.py` does: slides or folders of them predicted, drawn, kept and scored."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.answering import Answering, Drawing, Predictors
 from utils.bags.labels import LabelRow
 from utils.core import cli
 from utils.core.cohorts import SYNTHETIC
@@ -16,15 +17,19 @@ from utils.core.files import appeared, clear_parts, read_json, read_record
 from utils.core.recipe import ASKED_FIELDS
 from utils.core.runtime import log
 from utils.core.text import NOTICE
-from utils.inference import SEEN, SlidePredictor, asked_recipe, extractPredict
-from utils.learning.answers import REPORT, Answers, Known, known_slides
-from utils.learning.kept_answers import ENDING, check_first, is_answer_to
-from utils.learning.prediction_files import DEFAULT_FOLDER, PredictionFiles
 from utils.pictures.caption import title_of
 from utils.pictures.index import INDEX, IndexRow, write_index
+from utils.prediction.answer import Answering, Predictors
+from utils.prediction.inputs import DEFAULT_FOLDER, PredictionFiles
+from utils.prediction.predictor import SEEN, SlidePredictor, asked_recipe, extractPredict
+from utils.prediction.records import ENDING, check_first, is_answer_to
+from utils.prediction.scores import REPORT, Answers, Known, known_slides
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import STATUSES, SlideStatus
+
+if TYPE_CHECKING:  # it imports what draws
+    from utils.prediction.pictures import PredictionPictures
 
 _ONLY_RAW = ("save_features", "weights", "slides_csv", "slide_mpp")
 
@@ -76,7 +81,7 @@ def predict_files(
     predictors: Predictors,
     files: PredictionFiles,
     recipe: PredictionRecipe,
-    drawing: Drawing | None = None,
+    drawing: PredictionPictures | None = None,
     cluster: Cluster | None = None,
 ) -> tuple[list[SlideStatus], str]:
     """Predict a slide or a folder of them, keep what is there, go on past a bad one.

@@ -9,8 +9,8 @@ from MILS.ensemble import Ensemble
 from MILS.mergeable import BLOCK_ROWS
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.core.errors import FeatureFileError
-from utils.learning.aggregation import SlideFeed, predict_features
-from utils.learning.faithfulness import Curves, measure_faithfulness
+from utils.prediction.faithfulness import Curves, measure_faithfulness
+from utils.prediction.feeding import SlideFeed, predict_features
 
 WHOLE = SlideFeed(None, "merge")
 COUNT = 60

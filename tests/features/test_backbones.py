@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from utils.core.errors import BackboneError
-from utils.slides import backbones
-from utils.slides.backbones import (
+from utils.features.backbones import (
     Transform,
     backbone_spec,
     canonical_backbone,
@@ -27,7 +26,8 @@ from utils.slides.backbones import (
     read_weights,
     rename_dinov2,
 )
-from utils.slides.stain import stain_names
+from utils.features.stain import stain_names
+from utils.slides import backbones
 
 SMALL = "timm:test_vit"  # timm's own model for tests: 0.4 M weights
 # By their cards: width, depth, heads, side of a token, prefix tokens, positions, width of the feed-forward layer.

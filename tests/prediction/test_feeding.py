@@ -8,7 +8,7 @@ from MILS.bag_model import BagModel
 from MILS.mergeable import BLOCK_ROWS
 from utils.bags.collate import cut_chunks
 from utils.bags.store import Bag, open_bag, write_bag
-from utils.learning.aggregation import SlideFeed, predict_features, predict_probabilities
+from utils.prediction.feeding import SlideFeed, predict_features, predict_probabilities
 
 FULL = SlideFeed(None, "merge")
 MODELS = list_mils()

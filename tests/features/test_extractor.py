@@ -20,14 +20,15 @@ from PIL import Image
 from tests.conftest import BACKBONE, PATCH
 from tests.synthetic import stained_image, write_pyramid
 from tests.test_commands import ROOT, recipe
-from utils import extraction, feature_extractor
 from utils.bags.store import read_bag, write_bag
 from utils.core.config import Extraction, ExtractionFiles
 from utils.core.errors import ConfigError, FeatureFileError, RecipeError, SlideError
 from utils.core.files import _machine
 from utils.core.recipe import Recipe
-from utils.extraction import extract_slides
-from utils.feature_extractor import WSIFeatureExtractor, extract_one
+from utils.features import extraction
+from utils.features import extractor as feature_extractor
+from utils.features.extraction import extract_slides
+from utils.features.extractor import WSIFeatureExtractor, extract_one
 from utils.slides.batch import slide_targets
 from utils.slides.find import find_slides
 

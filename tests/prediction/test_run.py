@@ -23,15 +23,15 @@ from utils.core.errors import CheckpointError
 from utils.core.passport import Passport
 from utils.evaluation.bootstrap import bootstrap_intervals
 from utils.evaluation.metrics import classification_metrics
-from utils.feature_extractor import WSIFeatureExtractor
-from utils.inference import SlidePredictor
-from utils.learning.aggregation import SlideFeed
-from utils.learning.calibration import scale_probabilities
-from utils.learning.checkpoint import Checkpoint, id_digests, save_checkpoint
+from utils.features.extractor import WSIFeatureExtractor
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import save_picture
+from utils.prediction.calibration import scale_probabilities
+from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
+from utils.prediction.feeding import SlideFeed
+from utils.prediction.predictor import SlidePredictor
 
 CLASSES = ("benign", "malignant")
 
@@ -414,7 +414,7 @@ def texts_of_figures(monkeypatch) -> dict[str, str]:
         told[Path(path).name] = "\n".join(text.get_text() for text in figure.findobj(Text))
         save_picture(figure, path)
 
-    monkeypatch.setattr("utils.attention_visualizer.save_picture", note)
+    monkeypatch.setattr("utils.pictures.visualizer.save_picture", note)
     monkeypatch.setattr("utils.pictures.heatmap.save_picture", note)
     return told
 
@@ -490,7 +490,7 @@ def test_a_run_killed_while_drawing_leaves_no_picture_beside_another_answer(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(
-            "utils.attention_visualizer.write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            "utils.pictures.visualizer.write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         stopped = predict("--checkpoint", models[1], *flags[2:], *drawn, "--overwrite")
     assert stopped.code == 130
@@ -855,7 +855,7 @@ def test_a_raw_slide_is_predicted_from_what_qc_leaves(predict, tmp_path, monkeyp
     torch.manual_seed(0)
     model = build_mil("LiteMIL", input_dim=45, num_classes=2)
     path = write_model(tmp_path / "m.pth", 1, model=model.spec, state_dict=model.state_dict(), recipe=recipe)
-    monkeypatch.setattr("utils.feature_extractor.judge_patches", lambda patches, _: np.array(["pen"] * 3 + [""] * 61))
+    monkeypatch.setattr("utils.features.extractor.judge_patches", lambda patches, _: np.array(["pen"] * 3 + [""] * 61))
     assert predict("--checkpoint", path, "--input", tmp_path / "slide.tif").code == 0
     assert of(tmp_path / "out", "slide")["num_instances"] == 61
 

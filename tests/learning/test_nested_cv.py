@@ -23,7 +23,6 @@ import torch
 from MILS import build_mil, list_mils
 from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
-from utils import nested_cv
 from utils.bags.inventory import FileRecord
 from utils.bags.store import read_bag, write_bag
 from utils.core.config import Protocol, Training
@@ -33,16 +32,17 @@ from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
 from utils.evaluation.metrics import METRICS, classification_metrics, decision_metrics, fitted_threshold
 from utils.evaluation.report import NO_PATIENTS, closing_words, results_table
+from utils.learning import cross_validation as nested_cv
 from utils.learning import plan, run_figures, units
-from utils.learning.aggregation import SlideFeed, predict_features
-from utils.learning.calibration import scale_probabilities
-from utils.learning.checkpoint import id_digests, load_checkpoint
 from utils.learning.run_folder import RunFolder
 from utils.learning.scale import feature_scale
 from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Fitted
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
+from utils.prediction.calibration import scale_probabilities
+from utils.prediction.checkpoint import id_digests, load_checkpoint
+from utils.prediction.feeding import SlideFeed, predict_features
 
 N_OUTER, N_INNER, EPOCHS = 3, 2, 3
 TRAININGS = N_OUTER * N_INNER

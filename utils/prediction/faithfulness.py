@@ -20,7 +20,7 @@ from MILS.mergeable import MergeableModel
 from utils.bags.store import StoredFeatures
 from utils.core.errors import FeatureFileError
 from utils.core.runtime import derive_seed, progress
-from utils.learning.aggregation import SlideFeed, blocks_of, mean_output, predict_features
+from utils.prediction.feeding import SlideFeed, blocks_of, mean_output, predict_features
 
 # The shares of the patches up to a half that are taken away or added; beyond it lie their complements.
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)

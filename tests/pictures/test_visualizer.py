@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from tests.synthetic import place_image, place_of, write_pyramid
-from utils.attention_visualizer import AttentionVisualizer, check_drawable
 from utils.bags.store import Bag
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
 from utils.pictures.caption import Caption
+from utils.pictures.visualizer import AttentionVisualizer, check_drawable
 from utils.slides.wsi import open_slide
 
 SIZE = 500, 400
@@ -140,7 +140,7 @@ def test_a_slide_of_other_bounds_is_refused(slide, tmp_path, monkeypatch):
     assert check_drawable(slide, tmp_path / "place.h5", bag) == 50  # bounds that are not known contradict none
     opened = open_slide(slide)
     opened.bounds = (0, 0, 300, 200)
-    monkeypatch.setattr("utils.attention_visualizer.open_slide", lambda _: opened)
+    monkeypatch.setattr("utils.pictures.visualizer.open_slide", lambda _: opened)
     with pytest.raises(FeatureFileError, match=r"not the slide that .* \(bounds: found \[0, 0, 300, 200\], expected"):
         check_drawable(slide, tmp_path / "place.h5", bag)
 

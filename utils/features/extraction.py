@@ -17,7 +17,7 @@ from utils.core.recipe import Recipe
 from utils.core.remarks import alike_once
 from utils.core.report import update_report
 from utils.core.runtime import duration, file_size, log, progress
-from utils.feature_extractor import WSIFeatureExtractor, current_status, extract_one
+from utils.features.extractor import WSIFeatureExtractor, current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
 from utils.slides.folder_report import scales_in
 from utils.slides.status import (

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from utils.core.errors import BackboneError
-from utils.slides.backbones import load_backbone
-from utils.slides.stain import StainDescriptor, stain_names
+from utils.features.backbones import load_backbone
+from utils.features.stain import StainDescriptor, stain_names
 
 # What 8-bit colours of a single stain are, by its optical densities.
 STAINS = {"haematoxylin": (0.650, 0.704, 0.286), "eosin": (0.072, 0.990, 0.105)}

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.learning.checkpoint_helpers import check_refused
 
 from MILS import build_mil
-from tests.learning.checkpoint_helpers import check_refused
-from utils.learning.checkpoint import load_checkpoint
-from utils.learning.foreign_checkpoints import names_of_pickle, origin
+from utils.prediction.checkpoint import load_checkpoint
+from utils.prediction.foreign_checkpoints import names_of_pickle, origin
 
 ATTENTION = ("attention_net.0.weight", "attention_net.3.attention_a.0.weight", "attention_net.3.attention_c.bias")
 TRANSMIL = ("pos_layer.proj.weight", "_fc1.0.weight", "cls_token", "layer1.norm.weight", "layer1.attn.to_qkv.weight",

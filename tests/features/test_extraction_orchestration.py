@@ -15,10 +15,10 @@ import tifffile
 from PIL import Image
 
 from tests.synthetic import stained_image, write_pyramid
-from utils import extraction
 from utils.bags.store import read_bag
 from utils.core.config import ExtractionFiles
 from utils.core.errors import ConfigError
+from utils.features import extraction
 from utils.slides import batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ def test_a_shard_that_reports_while_the_sheet_is_written_is_on_it(slides, extrac
 
 def test_what_qc_dropped_is_told_of_slides_that_are_skipped(slides, extract, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "utils.feature_extractor.judge_patches", lambda patches, _: np.array(["pen"] + [""] * (len(patches) - 1))
+        "utils.features.extractor.judge_patches", lambda patches, _: np.array(["pen"] + [""] * (len(patches) - 1))
     )
     for _ in range(2):
         assert extract(*RECIPE, "--qc").code == 0

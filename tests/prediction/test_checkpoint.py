@@ -3,14 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from tests.learning.checkpoint_helpers import check_damage, check_refused
+
 from utils.core.errors import CheckpointError
 from utils.core.files import digest
 from utils.core.recipe import Recipe
 from utils.core.tensors import load_tensors, save_tensors
-from utils.learning.aggregation import SlideFeed
-from utils.learning.checkpoint import FORMAT, VERSION, Checkpoint, id_digests, load_checkpoint, save_checkpoint
+from utils.prediction.checkpoint import FORMAT, VERSION, Checkpoint, id_digests, load_checkpoint, save_checkpoint
+from utils.prediction.feeding import SlideFeed
 
 SLIDES, CASES = ["TCGA-A2-0001-01Z", "TCGA-A2-0002-01Z"], ["Mrs Example", "Mr Example"]
 

@@ -29,7 +29,7 @@ from utils.evaluation.report import (
     text_table,
     write_table,
 )
-from utils.learning.kept_answers import ENDING
+from utils.prediction.records import ENDING
 
 if TYPE_CHECKING:
     import pandas as pd

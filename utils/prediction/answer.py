@@ -1,5 +1,7 @@
 """A slide's answer for `predict.py`: by which model, whether it is there already, its record and its pictures."""
 
+from __future__ import annotations
+
 import json
 import re
 import tempfile
@@ -8,27 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from utils.bags.store import Bag, StoredBag
 from utils.core.config import Pictures, PredictionRecipe
 from utils.core.errors import LiteMILError
 from utils.core.files import digest, write_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import log, versions
 from utils.core.text import NOTICE
-from utils.inference import SlidePrediction, SlidePredictor
-from utils.learning.answers import Known
-from utils.learning.faithfulness import Faithfulness
-from utils.learning.kept_answers import FAITHFULNESS, clear_pictures, kept_answer, recorded, request_of
-from utils.learning.prediction_files import PredictionFiles
 from utils.pictures.caption import title_of
+from utils.prediction.faithfulness import Faithfulness
+from utils.prediction.inputs import PredictionFiles
+from utils.prediction.predictor import SlidePrediction, SlidePredictor
+from utils.prediction.records import FAITHFULNESS, clear_pictures, kept_answer, recorded, request_of
+from utils.prediction.scores import Known
 from utils.slides.find import is_slide_file
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import SlideStatus
+
+if TYPE_CHECKING:  # it imports what draws
+    from utils.prediction.pictures import PredictionPictures
 
 
 @dataclass(frozen=True)
@@ -59,31 +60,6 @@ class Predictors:
         return re.sub(r"[^\w.+-]+", "_", f"{'+'.join(models)}_{'+'.join(datasets)}").strip("._")
 
 
-class Drawing(Protocol):
-    """What draws predictions; `utils.attention_visualizer.PredictionPictures` is one."""
-
-    @property
-    def cmap(self) -> str: ...
-
-    def settings(self, source: Path) -> dict[str, Any]: ...
-
-    def slide_of(self, source: Path) -> Path: ...
-
-    def check(self, source: Path, bag: Bag | StoredBag) -> int: ...
-
-    def paths(self, folder: Path, name: str) -> list[Path]: ...
-
-    def save(
-        self,
-        source: Path,
-        folder: Path,
-        coords: NDArray[np.int64],
-        attention: NDArray,
-        size_level0: int,
-        record: Mapping[str, Any],
-    ) -> list[Path]: ...
-
-
 @dataclass(frozen=True)
 class Answering:
     """Makes one slide's answer, and its pictures, unless they are there; `known` is what is known of the slides."""
@@ -91,7 +67,7 @@ class Answering:
     predictors: Predictors
     files: PredictionFiles
     recipe: PredictionRecipe
-    drawing: Drawing | None
+    drawing: PredictionPictures | None
     known: Mapping[str, Known]
     mpps: SlideMpps
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from utils.evaluation.metrics import auc_is_defined
-from utils.learning.aggregation import SlideOutput
+from utils.prediction.feeding import SlideOutput
 
 _LEAST, _MOST = 0.05, 20.0
 _TINY = 1e-12

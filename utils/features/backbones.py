@@ -29,8 +29,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from utils.core.errors import BackboneError
 from utils.core.recipe import BACKBONE_ALIASES, backbone_name
 from utils.core.tensors import load_tensors
-from utils.slides.stain import VERSION as STAIN_VERSION
-from utils.slides.stain import StainDescriptor, stain_names
+from utils.features.stain import VERSION as STAIN_VERSION
+from utils.features.stain import StainDescriptor, stain_names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

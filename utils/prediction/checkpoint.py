@@ -17,9 +17,9 @@ from utils.core.files import digest
 from utils.core.recipe import Recipe
 from utils.core.runtime import versions
 from utils.core.tensors import load_tensors, save_tensors
-from utils.learning import first_version
-from utils.learning.aggregation import SlideFeed
-from utils.learning.foreign_checkpoints import names_in, names_of_pickle, origin
+from utils.prediction import first_version
+from utils.prediction.feeding import SlideFeed
+from utils.prediction.foreign_checkpoints import names_in, names_of_pickle, origin
 
 FORMAT = "litemil-checkpoint"
 VERSION = 1
