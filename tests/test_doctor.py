@@ -6,7 +6,7 @@ import pytest
 
 from utils import doctor
 from utils.core import runtime
-from utils.slides import backbones
+from utils.features import backbones
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_what_cannot_be_imported_is_told_and_the_rest_is_checked(monkeypatch, ca
     real = builtins.__import__
 
     def broken(name, *rest):
-        if name == "openslide" or name.startswith("utils.slides"):
+        if name == "openslide" or name.startswith(("utils.slides", "utils.features")):
             raise ImportError("libopenslide.so.1: cannot open shared object file")
         return real(name, *rest)
 

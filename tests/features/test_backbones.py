@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from utils.core.errors import BackboneError
+from utils.features import backbones
 from utils.features.backbones import (
     Transform,
     backbone_spec,
@@ -27,7 +28,6 @@ from utils.features.backbones import (
     rename_dinov2,
 )
 from utils.features.stain import stain_names
-from utils.slides import backbones
 
 SMALL = "timm:test_vit"  # timm's own model for tests: 0.4 M weights
 # By their cards: width, depth, heads, side of a token, prefix tokens, positions, width of the feed-forward layer.

@@ -21,7 +21,7 @@ from utils.core.errors import ConfigError
 from utils.features import extraction
 from utils.slides import batch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ("--backbone", "stain", "--patch_size", 64, "--tissue_threshold", 0)
 
 

@@ -1,6 +1,6 @@
 """What the tests of both kinds of checkpoint share.
 
-Import with `from tests.learning.checkpoint_helpers import ...`.
+Import with `from tests.prediction.checkpoint_helpers import ...`.
 """
 
 from pathlib import Path

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.learning.checkpoint_helpers import check_damage, check_refused
 
+from tests.prediction.checkpoint_helpers import check_damage, check_refused
 from utils.core.errors import CheckpointError
 from utils.core.files import digest
 from utils.core.recipe import Recipe

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.learning.checkpoint_helpers import check_refused
 
 from MILS import build_mil
+from tests.prediction.checkpoint_helpers import check_refused
 from utils.prediction.checkpoint import load_checkpoint
 from utils.prediction.foreign_checkpoints import names_of_pickle, origin
 

@@ -1,0 +1,1 @@
+from tests.small import dataset, make_model  # noqa: F401 - fixtures

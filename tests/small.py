@@ -1,0 +1,28 @@
+"""A small cohort and small models, for the rooms that train and predict."""
+
+from collections.abc import Callable
+
+import pytest
+
+from MILS import build_mil
+from MILS.bag_model import BagModel
+from tests.cohort import write_cohort
+from utils.mil_dataset import MILDataset
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> MILDataset:
+    """24 slides of 12 patients, of 5 to 60 patches: one to three chunks each."""
+    csv, features = write_cohort(tmp_path_factory.mktemp("cohort"), patches=(5, 60))
+    return MILDataset(csv, features, chunk_size=20)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., BagModel]:
+    """A small model without dropout."""
+
+    def make(name: str = "LiteMIL", **options) -> BagModel:
+        small = {"hidden_dim": 16, "dropout": 0.0} | ({"num_heads": 2} if name in ("LiteMIL", "TransMIL") else {})
+        return build_mil(name, **({"input_dim": 16, "num_classes": 2} | small | options))
+
+    return make
