@@ -60,3 +60,13 @@ def test_every_hyperparameter_of_a_model_is_a_flag():
 def test_gated_attention_can_be_given_and_left():
     assert Model(mil="ABMIL", gated=False, attention_dim=64).hyperparameters() == {"gated": False, "attention_dim": 64}
     assert Model(mil="ABMIL").hyperparameters() == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [("train.py", ["--input_dim", "--no_amp"]), ("predict.py", ["--mil", "--dataset", "--input_dim"])],
+)
+def test_flags_of_the_first_version_that_only_check_are_no_part_of_the_help(command, flags):
+    listed = re.findall(r"^  (--\w+)", started(command, "--help").stdout, re.MULTILINE)
+    assert len(listed) > 20
+    assert not set(listed) & set(flags)

@@ -232,6 +232,9 @@ def test_help_names_every_flag_and_every_default(capsys, script):
     for title, cls in SCRIPTS[script].items():
         assert f"{title}:" in text
         for field in cli._options(cls):
+            if field.metadata["hidden"]:
+                assert field.metadata["help"] not in text
+                continue
             assert cli.flag_of(field) in text
             is_plain = not isinstance(field.default, bool | tuple | type(None)) and field.default is not REQUIRED
             if is_plain and "(default" not in field.metadata["help"]:

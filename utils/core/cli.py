@@ -171,7 +171,7 @@ def _spellings(field: dataclasses.Field) -> list[str]:
 
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """The keyword arguments of `add_argument` for a field of this type."""
-    settings: dict[str, Any] = {"help": field.metadata["help"]}
+    settings: dict[str, Any] = {"help": argparse.SUPPRESS if field.metadata["hidden"] else field.metadata["help"]}
     if not field.metadata["positional"]:
         settings["dest"] = field.name
         settings |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}

@@ -35,14 +35,15 @@ def option(
     positional: bool = False,
     one_of: str | None = None,
     also: Mapping[str, str] | None = None,
+    hidden: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory; a `positional` one is given
     by its place, not by a name. Of the flags that share a name in `one_of`, one has to be given. `also` maps other
-    words for a choice to the choice.
+    words for a choice to the choice. A `hidden` flag works and is not in the help text.
     """
     metadata = {
         "help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar,
-        "positional": positional, "one_of": one_of, "also": also or {},
+        "positional": positional, "one_of": one_of, "also": also or {}, "hidden": hidden,
     }  # fmt: skip
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata)
@@ -352,7 +353,7 @@ class Model(_Checked):
     mil: str = option(
         REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool", metavar="MODEL"
     )
-    input_dim: int | None = option(None, "feature width (default: read off the features)", least=1)
+    input_dim: int | None = option(None, "feature width (default: read off the features)", least=1, hidden=True)
     hidden_dim: int | None = option(None, "hidden width", least=1, most=65536)
     num_heads: int | None = option(None, "attention heads", least=1, most=65536)
     num_queries: int | None = option(None, "learnable queries", least=1, most=65536)
@@ -385,7 +386,7 @@ class Training(_Checked):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "of training: auto is bf16 on a CUDA device that has it, else fp16 there; fp32 elsewhere"
     )
-    use_amp: bool = option(True, "the same as --precision fp32", flag="--no_amp")
+    use_amp: bool = option(True, "the same as --precision fp32", flag="--no_amp", hidden=True)
     standardize: Literal["auto", "on", "off"] = option(
         "auto",
         "standardise each feature over a training's slides, as a part of the model; auto: where the features' scale is "
@@ -562,13 +563,14 @@ class Prediction(_Checked):
     figure_format: tuple[FigureFormat, ...] = _figure_format()
     allow_mismatch: bool = option(False, "predict although the features were made in another way than the model's")
     # What the checkpoint says already, but for some of the first version's; a flag that contradicts it is an error.
-    mil: str | None = option(None, "architecture the checkpoint must hold")
+    mil: str | None = option(None, "architecture the checkpoint must hold", hidden=True)
     dataset: str | None = option(
         None,
         "cohort the checkpoint must have been trained on; names the classes where the checkpoint, one of the first "
         "version, does not",
+        hidden=True,
     )
-    input_dim: int | None = option(None, "feature width the checkpoint must take", least=1)
+    input_dim: int | None = option(None, "feature width the checkpoint must take", least=1, hidden=True)
     num_heads: int | None = option(
         None, "attention heads, where the checkpoint does not say: those of the first version (default 4)", least=1
     )
