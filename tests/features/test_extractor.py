@@ -414,6 +414,10 @@ def test_a_slide_whose_tissue_nobody_drew_fails(slide_cohort, script, tmp_path):
     done = script("extractFeatures", *flags, "--tissue", tmp_path, "--tissue_strict")
     assert "P00_0.geojson: not there; draw the slide's tissue" in done.errors[0]
     assert "--tissue_strict goes with --tissue" in script("extractFeatures", *flags, "--tissue_strict").errors[0]
+    (tmp_path / "drawn").mkdir()
+    folder = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out", *recipe(slide_cohort), "--limit", 1)
+    done = script("extractFeatures", *folder, "--tissue", tmp_path / "drawn", "--tissue_strict")
+    assert f"Tissue by {tmp_path / 'drawn'} in 0 of 1 slide\n" in done.out
     done = script("extractFeatures", *flags, "--tissue", tmp_path / "nowhere")
     assert "no such folder" in done.errors[0]
 

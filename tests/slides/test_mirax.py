@@ -5,6 +5,7 @@ import pytest
 from utils.core.errors import SlideError
 from utils.slides.find import slide_bytes
 from utils.slides.mirax import check_data_folder, data_files
+from utils.slides.wsi import open_slide
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def test_a_slide_without_its_folder_is_named(slide, tmp_path):
     with pytest.raises(SlideError, match=r"a\.mrxs is a link: link .*a beside it too"):
         check_data_folder(link)
     (tmp_path / "a").rename(tmp_path / "other")
-    with pytest.raises(SlideError, match=r"a\.mrxs: its folder .*a is missing"):
-        check_data_folder(slide)
+    for refuse in (check_data_folder, open_slide):
+        with pytest.raises(SlideError, match=r"a\.mrxs: its folder .*a is missing"):
+            refuse(slide)
     with pytest.raises(SlideError, match=r"the folder of .*a\.mrxs cannot be read"):
         data_files(slide)

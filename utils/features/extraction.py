@@ -258,7 +258,8 @@ def _outline_words(files: ExtractionFiles, statuses: Sequence[SlideStatus]) -> l
     if files.tissue is None:
         compare = "--tissue DIR compares it with the files there, --overwrite has it detected"
         return [f"{earlier}; {compare}"] if kept else []
-    lines = [f"Tissue by {files.tissue} in {outlined - kept} of {counted(len(statuses), 'slide')}, else detected"]
+    others = "" if files.tissue_strict else ", else detected"
+    lines = [f"Tissue by {files.tissue} in {outlined - kept} of {counted(len(statuses), 'slide')}{others}"]
     if kept:
         lines.append(
             f"{earlier}, of which {files.tissue} has no file: put it back, or move the features away to have the "
