@@ -7,7 +7,9 @@ uv run extractFeatures.py --input_dir slides/ --output_dir features/ --backbone 
 import sys
 
 from utils.core import cli
-from utils.core.config import Cluster, Extraction, ExtractionFiles
+from utils.core.cluster import Cluster
+from utils.features.settings import Extraction
+from utils.slides.settings import ExtractionFiles
 
 
 def main() -> None:

@@ -9,8 +9,10 @@ uv run predict.py --out_of_fold outputs/LiteMIL/mine --visualize --wsi slides/
 import sys
 
 from utils.core import cli
-from utils.core.config import Cluster, Pictures, Prediction, PredictionRecipe
+from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError
+from utils.pictures.settings import Pictures
+from utils.prediction.settings import Prediction, PredictionRecipe
 
 
 def main() -> None:

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.bags.settings import Cohort, CohortFiles
 from utils.core import cli
-from utils.core.config import Audit, Cluster, Cohort, CohortFiles, Model, Protocol, Rehearsal, Running, Training
+from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError
 from utils.core.model_help import model_help
+from utils.learning.settings import Model, Protocol, Rehearsal, Running, Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +80,7 @@ def main() -> None:
 
 def audited(cohort: Cohort, protocol: Protocol) -> str:
     """What an audit finds about the cohort."""
-    from utils.audit import as_text, audit_cohort
+    from utils.audit import Audit, as_text, audit_cohort
 
     shared = {field.name: getattr(cohort, field.name) for field in fields(CohortFiles)}
     return as_text(audit_cohort(Audit(**shared, dataset=cohort.dataset, splits=protocol.splits)))

@@ -36,10 +36,10 @@ from scipy.stats import rankdata
 from MILS import build_mil, list_mils
 from MILS.bag_model import BagModel
 from utils.bags.store import Bag, write_bag
-from utils.core.config import Training
 from utils.core.files import write_text
 from utils.core.runtime import derive_seed, progress
 from utils.evaluation.metrics import classification_metrics
+from utils.learning.settings import Training
 from utils.learning.training import fit
 from utils.mil_dataset import MILDataset
 from utils.prediction.faithfulness import measure_faithfulness

@@ -44,10 +44,10 @@ from torch.nn.functional import cross_entropy
 
 from MILS import build_mil
 from utils.bags.collate import Batch, cut_chunks
-from utils.core.config import Training
 from utils.core.device import seed_everything
 from utils.core.runtime import derive_seed
 from utils.evaluation.metrics import balanced_class_weights, classification_metrics, log_loss
+from utils.learning.settings import Training
 from utils.learning.splits import InnerFold, OuterFold, nested_splits
 from utils.learning.training import ModelTraining, learning_rate, validate
 from utils.mil_dataset import MILDataset

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from report import processor, table, versions
 
-from utils.core.config import Cluster
+from utils.core.cluster import Cluster
 from utils.core.engine import Engine, Processes, open_engine
 from utils.core.errors import counted
 from utils.core.runtime import be_quiet

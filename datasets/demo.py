@@ -9,8 +9,18 @@ black, a pixel per 16 level-0 pixels), `labels.csv`, and `stain-texture` feature
 of other patients, to predict. The same versions of the packages draw the same pixels.
 """
 
+from dataclasses import dataclass
+
 from utils.core import cli
-from utils.core.config import Demo
+from utils.core.settings import Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Settings):
+    """What `datasets.demo` draws."""
+
+    test_slide: bool = option(False, "testSlides/testSlide.svs and its features instead of the demo cohort")
+
 
 _FLAGS = {"demo": Demo}
 if __name__ == "__main__":
@@ -22,13 +32,14 @@ from pathlib import Path
 import numpy as np
 
 from datasets.synthetic import MPP, PATTERNS, SITES, Patient, draw_slide, write_slide
-from utils.core.config import Extraction, ExtractionFiles
 from utils.core.engine import Processes, Tell, threads
 from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.runtime import keep_freed_memory, log, processors, progress_bar
 from utils.features.extraction import extract_slides
 from utils.features.extractor import WSIFeatureExtractor
+from utils.features.settings import Extraction
+from utils.slides.settings import ExtractionFiles
 
 FOLDER, TEST_SLIDE = Path("datasets/demo"), Path("testSlides/testSlide.svs")
 PATIENTS, SLIDES_EACH, HELD_OUT = 24, 2, 6  # a whole number of each pattern at each site

@@ -8,8 +8,24 @@ The features are Zenodo record 10563985 (Keshvarikhojasteh et al. 2024, https://
 tells sizes and MD5; the labels are the study's own tables at a fixed commit. Interrupted, the same command goes on.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
 from utils.core import cli
-from utils.core.config import Download
+from utils.core.settings import REQUIRED, Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download(Settings):
+    """What `datasets.download` fetches."""
+
+    name: Literal["breast", "kidney", "lung", "tupac", "test-slide"] = option(
+        REQUIRED, "a cohort (MAD-MIL study, Zenodo 10563985), or a slide to try", positional=True
+    )
+    labels_only: bool = option(False, "the label table without the features")
+    output_dir: Path | None = option(None, "where it goes (default: datasets/<name>, testSlides for the slide)")
+
 
 _FLAGS = {"download": Download}
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from hypothesis import settings
 from tests.synthetic import stained_image, write_pyramid
 from tests.web import Server
 from utils.core import cli
-from utils.core.config import Cluster, ExtractionFiles
+from utils.core.cluster import Cluster
 from utils.core.engine import Processes, open_engine, threads
 from utils.core.runtime import log
 from utils.features.extraction import extract_slides
 from utils.features.extractor import WSIFeatureExtractor
+from utils.slides.settings import ExtractionFiles
 
 # On one thread all runs give the same bytes, and none waits for its own threads on a busy machine. Ray would put its
 # workers behind everything else that the machine does.

@@ -18,8 +18,7 @@ from tests.bags import writers
 from tests.cohort import synthetic_bag, write_cohort
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, peek_bag, read_bag, write_bag
-from utils.convert import REPORT, FileStatus, convert, convert_one, summary
-from utils.core.config import Conversion
+from utils.convert import REPORT, Conversion, FileStatus, convert, convert_one, summary
 from utils.core.errors import ConfigError, FeatureFileError, SlideError
 from utils.slides.wsi import PLAUSIBLE_MPP
 

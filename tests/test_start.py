@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from MILS import list_mils, mil_options
-from utils.core.config import Model
 from utils.core.model_help import keyword_defaults
+from utils.learning.settings import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [

@@ -4,8 +4,32 @@ uv run python -m utils.audit --dataset lung
 uv run python -m utils.audit --labels_csv labels.csv --features_dir features/ --splits splits/ --json
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.bags.settings import CohortFiles
 from utils.core import cli
-from utils.core.config import Audit
+from utils.core.errors import ConfigError
+from utils.core.settings import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(CohortFiles):
+    """What `python -m utils.audit` looks at."""
+
+    dataset: str | None = option(None, "name of the cohort, as for train.py (not needed with --labels_csv)")
+    splits: Path | None = option(
+        None,
+        "splits to check: our splits.json, a splits_<k>.csv of CLAM or MAD-MIL, or a folder of those",
+        metavar="FILE|DIR",
+    )
+    json: bool = option(False, "print one JSON object instead of text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset is None and self.labels_csv is None:
+            raise ConfigError("give --dataset (a cohort's name) or --labels_csv (its table)")
+
 
 _FLAGS = {"cohort": Audit}
 if __name__ == "__main__":
@@ -28,11 +52,11 @@ from utils.bags import labels
 from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import root_mean_square
 from utils.bags.labels import is_plain
+from utils.bags.settings import CohortFiles
 from utils.bags.spelling import is_placeholder
 from utils.bags.store import BagInfo, peek_bag, read_bag
 from utils.bags.table import LabelTable, Row, read_table, several_names
 from utils.core.cohorts import cohort_classes, tcga_case, tcga_site
-from utils.core.config import CohortFiles, Protocol
 from utils.core.errors import FeatureFileError, LabelsError, counted, named
 from utils.core.files import digest
 from utils.core.passport import Passport
@@ -40,6 +64,7 @@ from utils.core.recipe import COMPARED_FIELDS, MPP_TOLERANCE, Recipe
 from utils.core.runtime import progress
 from utils.evaluation.confounding import Confounding, Value, confounding, values_per_class
 from utils.learning.scale import why_unusual
+from utils.learning.settings import Protocol
 from utils.learning.splits import NamedSplit, read_splits, shared_cases, unused_split
 
 Level = Literal["error", "warning", "info", "ok"]

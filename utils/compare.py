@@ -5,8 +5,34 @@ uv run python -m utils.compare outputs/*/mine --metrics auc brier --output_dir o
 uv run python -m utils.compare outputs/*/mine --figure_format pdf svg
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from utils.core import cli
-from utils.core.config import Comparison
+from utils.core.errors import ConfigError
+from utils.core.settings import REQUIRED, FigureFormat, Settings, figure_format_option, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Settings):
+    """Which training runs `python -m utils.compare` compares, and in what."""
+
+    runs: tuple[Path, ...] = option(REQUIRED, "folders of finished training runs", metavar="RUN", positional=True)
+    metrics: tuple[str, ...] = option(
+        ("auc", "balanced_accuracy", "f1_macro"),
+        "figures to compare, the primary one first (default: auc balanced_accuracy f1_macro)",
+        metavar="NAME",
+    )
+    output_dir: Path | None = option(
+        None, "where the tables and the figures go (default: outputs/comparison/<run>_vs_<run>)"
+    )
+    figure_format: tuple[FigureFormat, ...] = figure_format_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.runs) < 2:
+            raise ConfigError(f"RUN: {len(self.runs)} given; give the folders of two finished runs or more")
+
 
 _FLAGS = {"comparison": Comparison}
 if __name__ == "__main__":
@@ -22,7 +48,7 @@ from typing import Any
 import numpy as np
 
 from MILS import ModelError, build_mil, list_mils
-from utils.core.errors import ConfigError, counted
+from utils.core.errors import counted
 from utils.core.files import digest, read_record, set_aside, write_json, write_records, write_text
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress

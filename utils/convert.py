@@ -5,8 +5,35 @@ uv run python -m utils.convert slide.pt slide.h5 --dtype float16
 uv run python -m utils.convert stamp/ converted/ --slides_dir slides/
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
 from utils.core import cli
-from utils.core.config import Conversion
+from utils.core.errors import ConfigError
+from utils.core.settings import REQUIRED, Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion(Settings):
+    """Which feature files `utils.convert` rewrites as ours, and how."""
+
+    input: Path = option(REQUIRED, "a feature file, or a folder of them", metavar="IN", positional=True)
+    output: Path = option(REQUIRED, "where it goes: a file for a file, or a folder", metavar="OUT", positional=True)
+    format: Literal["h5", "pt"] | None = option(None, "feature file format (default: h5, or as OUT ends)")
+    dtype: Literal["float16", "float32"] | None = option(None, "precision of the features (default: as stored)")
+    feat_type: str = option("features", "name of the features inside each file")
+    mpp: float | None = option(
+        None, "um per level-0 pixel of all the slides; some layouts' patches are placed by it", least=0.05, most=40
+    )
+    slides_dir: Path | None = option(None, "folder of the slides, found by the files' names, to read their mpp from")
+    overwrite: bool = option(False, "replace files of OUT that hold something else")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mpp is not None and self.slides_dir is not None:
+            raise ConfigError("give one of --mpp (the same for all slides) and --slides_dir (read off each slide)")
+
 
 _FLAGS = {"conversion": Conversion}
 if __name__ == "__main__":
@@ -30,7 +57,7 @@ from utils.bags.store import (
     write_bag,
 )
 from utils.core.differences import differences, first_differences
-from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, named
+from utils.core.errors import FeatureFileError, LiteMILError, named
 from utils.core.files import check_distinct
 from utils.core.passport import Passport
 from utils.core.report import update_report

@@ -13,8 +13,8 @@ import utils.bags.dataset as mil_dataset
 from tests.cohort import synthetic_bag, synthetic_passport, write_cohort
 from utils.bags.dataset import MILDataset
 from utils.bags.packed import FileFeatures
+from utils.bags.settings import Cohort
 from utils.bags.store import Bag, write_bag
-from utils.core.config import Cohort
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe

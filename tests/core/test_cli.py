@@ -10,27 +10,18 @@ from typing import Literal
 
 import pytest
 
+from utils.audit import Audit
+from utils.bags.settings import Cohort
+from utils.compare import Comparison
+from utils.convert import Conversion
 from utils.core import cli, runtime
-from utils.core.config import (
-    REQUIRED,
-    Audit,
-    Cohort,
-    Comparison,
-    Conversion,
-    Extraction,
-    ExtractionFiles,
-    Model,
-    Pictures,
-    Prediction,
-    PredictionRecipe,
-    Protocol,
-    Rehearsal,
-    Running,
-    Training,
-    flag_of,
-    option,
-)
 from utils.core.errors import ConfigError, LiteMILError, SlideError
+from utils.core.settings import REQUIRED, flag_of, option
+from utils.features.settings import Extraction
+from utils.learning.settings import Model, Protocol, Rehearsal, Running, Training
+from utils.pictures.settings import Pictures
+from utils.prediction.settings import Prediction, PredictionRecipe
+from utils.slides.settings import ExtractionFiles
 
 SCRIPTS = {
     "extractFeatures": {"files": ExtractionFiles, "recipe": Extraction},

@@ -19,7 +19,7 @@ import torch
 
 from tests.conftest import is_running
 from tests.core import work
-from utils.core.config import Cluster
+from utils.core.cluster import Cluster
 from utils.core.engine import Lost, Processes, Threads, check_engine, open_engine, threads, threads_each, worker_number
 from utils.core.errors import ConfigError, EngineError, TrainingError
 from utils.core.processes import is_out_of_memory
@@ -397,7 +397,7 @@ class TestRay:
 
     def test_without_the_flag_it_is_not_imported(self):
         code = (
-            "import sys; from utils.core.config import Cluster; from utils.core.engine import Processes, open_engine\n"
+            "import sys; from utils.core.cluster import Cluster; from utils.core.engine import Processes, open_engine\n"
             "import train, predict, extractFeatures\n"
             "with open_engine(Cluster(), Processes()): assert 'ray' not in sys.modules"
         )

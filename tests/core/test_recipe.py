@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.core.config import Extraction
 from utils.core.errors import RecipeError
 from utils.core.recipe import ENCODING_FIELDS, MPP_TOLERANCE, OUR_FIELDS, Recipe, backbone_name, mpp_difference
+from utils.features.settings import Extraction
 
 RECIPE = Recipe(
     backbone="uni", weights_digest="ab" * 32, transform={"resize": 224}, patch_size=256, stride=128, mpp=0.5,

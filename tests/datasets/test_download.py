@@ -12,9 +12,9 @@ import torch
 from datasets import download
 from datasets.download import RECIPE, download_cohort, fetch
 from tests.web import zipped
+from utils.bags.settings import Cohort
 from utils.bags.store import peek_bag
 from utils.core.cohorts import KNOWN_COHORTS
-from utils.core.config import Cohort
 from utils.core.errors import DownloadError
 from utils.core.recipe import Recipe
 from utils.mil_dataset import MILDataset

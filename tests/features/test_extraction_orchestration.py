@@ -16,10 +16,10 @@ from PIL import Image
 
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import read_bag
-from utils.core.config import ExtractionFiles
 from utils.core.errors import ConfigError
 from utils.features import extraction
 from utils.slides import batch
+from utils.slides.settings import ExtractionFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ("--backbone", "stain", "--patch_size", 64, "--tissue_threshold", 0)

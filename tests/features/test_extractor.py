@@ -21,7 +21,6 @@ from tests.conftest import BACKBONE, PATCH
 from tests.synthetic import stained_image, write_pyramid
 from tests.test_commands import ROOT, recipe
 from utils.bags.store import read_bag, write_bag
-from utils.core.config import Extraction, ExtractionFiles
 from utils.core.errors import ConfigError, FeatureFileError, RecipeError, SlideError
 from utils.core.files import _machine
 from utils.core.recipe import Recipe
@@ -29,8 +28,10 @@ from utils.features import extraction
 from utils.features import extractor as feature_extractor
 from utils.features.extraction import extract_slides
 from utils.features.extractor import WSIFeatureExtractor, extract_one
+from utils.features.settings import Extraction
 from utils.slides.batch import slide_targets
 from utils.slides.find import find_slides
+from utils.slides.settings import ExtractionFiles
 
 THRESHOLD = ("--tissue_threshold", 0.3)
 

@@ -25,7 +25,6 @@ from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
 from utils.bags.inventory import FileRecord
 from utils.bags.store import read_bag, write_bag
-from utils.core.config import Protocol, Training
 from utils.core.engine import Lost, Processes, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
@@ -36,6 +35,7 @@ from utils.learning import cross_validation as nested_cv
 from utils.learning import plan, run_figures, units
 from utils.learning.run_folder import RunFolder
 from utils.learning.scale import feature_scale
+from utils.learning.settings import Protocol, Training
 from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Fitted
 from utils.mil_dataset import MILDataset

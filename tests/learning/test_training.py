@@ -9,11 +9,11 @@ from torch import nn
 from MILS import list_mils
 from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
-from utils.core.config import Training
 from utils.core.device import amp_dtype
 from utils.core.errors import ConfigError, TrainingError
 from utils.evaluation.metrics import METRICS, balanced_class_weights
 from utils.learning import training
+from utils.learning.settings import Training
 from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
 from utils.prediction.feeding import SlideFeed, predict_features

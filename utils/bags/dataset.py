@@ -23,13 +23,14 @@ from utils.bags.collate import Batch, Chunk, chunks_per_step, collate, cut_chunk
 from utils.bags.feature_folder import FeatureFolder, refuse
 from utils.bags.inventory import FileRecord, take_inventory
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
+from utils.bags.settings import BatchSize, Cohort, batch_size_option
 from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
 from utils.bags.table import read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
-from utils.core.config import Cohort, Training, check_setting
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant, named
 from utils.core.recipe import COMPARED_FIELDS, Recipe
 from utils.core.runtime import available_memory, log, progress
+from utils.core.settings import checked
 
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
@@ -217,7 +218,7 @@ class MILDataset(Dataset):
         Chunk weights average 1 and give each slide the same share of the epoch's loss. "auto" are batches of 128, or
         smaller ones where these were fewer than 8. `pin_memory` is for a CUDA device.
         """
-        batch_size = check_setting(Training, "batch_size", batch_size)
+        batch_size = checked(batch_size_option(), BatchSize, batch_size, "--batch_size ")
         slides = np.array([self._number(slide) for slide in slides], dtype=np.int64)
         if not len(slides):
             raise ConfigError("MILDataset: batches of no slides; give the number of at least one")

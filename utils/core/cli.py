@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.core import runtime
-from utils.core.config import flag_of
 from utils.core.errors import LiteMILError, meant
+from utils.core.settings import flag_of
 
 _started = time.monotonic()
 

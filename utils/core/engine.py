@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils.core.config import Cluster
+from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError, EngineError, LiteMILError, counted
 from utils.core.processes import OUT_OF_MEMORY, Lost, Pool, is_out_of_memory, sendable
 from utils.core.runtime import log, processors, share_processors, threads_are_given

@@ -109,7 +109,7 @@ class Recipe:
         return known if known.stride is not None else replace(known, stride=known.patch_size)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of an extraction by this recipe, under their names in `core.config.Extraction`.
+        """Return the settings of an extraction by this recipe, under their names in `features.settings.Extraction`.
 
         Raises RecipeError where it leaves one open.
         """

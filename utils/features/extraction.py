@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from utils.bags.store import peek_bag
-from utils.core.config import Cluster, ExtractionFiles
+from utils.core.cluster import Cluster
 from utils.core.engine import Threads, open_engine, worker_number
 from utils.core.errors import ConfigError, FeatureFileError, SlideError, counted
 from utils.core.files import claimed
@@ -20,6 +20,7 @@ from utils.core.runtime import duration, file_size, log, progress
 from utils.features.extractor import WSIFeatureExtractor, current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
 from utils.slides.folder_report import scales_in
+from utils.slides.settings import ExtractionFiles
 from utils.slides.status import (
     CLAIMED,
     KEPT_OUTLINES,

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from utils.bags.store import Bag, BagInfo, bag_writer, check_writable, peek_bag, write_bag
-from utils.core.config import Extraction
 from utils.core.device import amp_dtype, resolve_device
 from utils.core.differences import differences, first_differences
 from utils.core.errors import BackboneError, FeatureFileError, NoTissueError, RecipeError, SlideError
@@ -26,6 +25,7 @@ from utils.core.passport import Passport
 from utils.core.recipe import OUR_FIELDS, Recipe
 from utils.core.runtime import keep_freed_memory, log, processors, progress_bar, versions
 from utils.features.backbones import Backbone, canonical_backbone, load_backbone
+from utils.features.settings import Extraction
 from utils.slides.batch import Told
 from utils.slides.contours import write_contours
 from utils.slides.patching import PatchPlan, choose_sampling, delivered_mpp, plan_patches, read_batches
@@ -54,7 +54,7 @@ class WSIFeatureExtractor:
     Patches of `patch_size` pixels, `stride` apart, are cut from pyramid level `level` (0 where nothing is said), or
     resampled to `mpp` um/px or to `magnification` (10 / mpp); one is kept when at least `tissue_threshold` of it is
     tissue. `dtype` is the stored precision. Of several devices ("cuda:0,cuda:1") a folder makes use, a single slide of
-    the first. Further settings are those of `utils.core.config.Extraction`. Raises BackboneError, ConfigError.
+    the first. Further settings are those of `utils.features.settings.Extraction`. Raises BackboneError, ConfigError.
     """
 
     def __init__(

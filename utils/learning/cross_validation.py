@@ -23,12 +23,14 @@ from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble
 from utils.bags.dataset import MILDataset
 from utils.bags.inventory import read_inventory
-from utils.core.config import Cluster, CohortFiles, Protocol, Running, Training, check_names
+from utils.bags.settings import CohortFiles
+from utils.core.cluster import Cluster
 from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata
 from utils.core.engine import Engine, Lost, Processes, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, EngineError, TrainingError, counted, named
 from utils.core.files import appeared, digest, read_json, write_json, write_records
 from utils.core.runtime import derive_seed, log, progress, progress_bar, versions
+from utils.core.settings import check_names
 from utils.evaluation import report
 from utils.evaluation.metrics import auc_is_defined
 from utils.learning import plan, run_figures
@@ -39,6 +41,7 @@ from utils.learning.fold_results import FoldResult, pooled_predictions
 from utils.learning.run_folder import RunFolder
 from utils.learning.scale import Standardization
 from utils.learning.selection import best_of, grid_settings, rank, read_grid, refit_epochs
+from utils.learning.settings import Protocol, Running, Training
 from utils.learning.splits import OuterFold, few_patients, given_splits, repeated_splits, unused_split
 from utils.learning.threads import THREADS, ThreadChoice, choose_threads
 from utils.learning.training import Diverged, Fitted, predict_slides
@@ -58,10 +61,10 @@ class NestedCrossValidation:
     mean inner validation gives the model that is tested on the outer fold, as `final` says. What is reported is
     slide-level and out of fold.
 
-    Beyond those named, every other field of `Training`, `Protocol`, `Running` and `Cluster` (`utils.core.config`) is a
-    keyword argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`,
-    `monitor`, `seed`, `jobs`, `ray` and so on. With several `jobs`, or on Ray, the factory must be what pickle takes:
-    `functools.partial(build_mil, ...)`, not a lambda.
+    Beyond those named, every other field of `Training`, `Protocol`, `Running` (`utils.learning.settings`) and
+    `Cluster` is a keyword argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values),
+    `final`, `monitor`, `seed`, `jobs`, `ray` and so on. With several `jobs`, or on Ray, the factory must be what pickle
+    takes: `functools.partial(build_mil, ...)`, not a lambda.
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
     dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when

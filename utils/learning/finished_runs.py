@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.core.config import Protocol
 from utils.core.errors import ConfigError, counted, named
 from utils.core.files import read_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import derive_seed, log
 from utils.evaluation.predictions import Predictions
 from utils.learning.run_figures import FIGURES, draw_figures
+from utils.learning.settings import Protocol
 from utils.learning.splits import PARTS, NamedSplit, read_splits
 
 _FILES = ("run.json", "outputs.json", "predictions.csv", "splits.json")

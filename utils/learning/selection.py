@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from MILS import mil_options
-from utils.core.config import Model, Training, checked, converted, kinds_of
 from utils.core.errors import ConfigError, TrainingError, meant
+from utils.core.settings import checked, converted, kinds_of
+from utils.learning.settings import Model, Training
 
 Validation = Mapping[str, float | None]
 

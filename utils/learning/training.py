@@ -14,13 +14,13 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own abbreviation
 from MILS.bag_model import BagModel, evaluating
 from utils.bags.collate import Batch
 from utils.bags.dataset import MILDataset
-from utils.core.config import Training
 from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
 from utils.core.runtime import ahead, derive_seed
 from utils.evaluation.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.scale import feature_scale, standardize
 from utils.learning.selection import rank
+from utils.learning.settings import Training
 from utils.prediction.feeding import SlideFeed, SlideOutput, predict_features, predict_probabilities
 
 

@@ -11,12 +11,12 @@ import torch
 from MILS import build_mil
 from MILS.bag_model import BagModel
 from utils.bags.dataset import MILDataset
-from utils.core.config import Training
 from utils.core.engine import Tell
 from utils.core.errors import DivergedError, TrainingError
 from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.core.tensors import load_tensors, save_tensors
 from utils.learning.selection import Setting
+from utils.learning.settings import Training
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted, fit, refit
 from utils.prediction.feeding import SlideFeed

@@ -17,11 +17,12 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.config import Pictures, check_setting
 from utils.core.errors import ConfigError, meant
 from utils.core.plots import save_figure
+from utils.core.settings import check_setting
 from utils.core.text import NOTICE, literal
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.settings import Pictures
 
 # Scale bars are one of these long, in um, whichever is nearest to a fifth of the picture.
 _BAR_LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)

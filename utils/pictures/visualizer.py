@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.bags.store import Bag, StoredBag
-from utils.core.config import Pictures, Prediction
 from utils.core.differences import differences, first_differences
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.files import whole_file, write_records
 from utils.core.geometry import level0_size
 from utils.core.plots import figure_paths
+from utils.core.settings import FIGURE_FORMAT
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.caption import Caption, title_of
@@ -36,6 +36,7 @@ from utils.pictures.heatmap import (
     save_picture,
 )
 from utils.pictures.report import ShownPatch, write_report
+from utils.pictures.settings import Pictures
 from utils.slides.slide import Slide
 from utils.slides.wsi import open_slide
 
@@ -191,7 +192,7 @@ class AttentionVisualizer:
         record: Mapping[str, Any],
         *,
         top_k: int = Pictures.top_k,
-        formats: Sequence[str] = Prediction.figure_format,
+        formats: Sequence[str] = FIGURE_FORMAT,
     ) -> list[Path]:
         """Write `<slide>_heatmap`, `_detailed` and `_patch_grid` in each of the `formats`, `_thumbnail.jpg` (the
         heatmap, small), `_top_patches/`, `_attention.npz` (the arguments, the per-head attention `(H, N)` among them,

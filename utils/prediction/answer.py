@@ -12,18 +12,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.core.config import Pictures, PredictionRecipe
 from utils.core.errors import LiteMILError
 from utils.core.files import digest, write_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import log, versions
 from utils.core.text import NOTICE
 from utils.pictures.caption import title_of
+from utils.pictures.settings import Pictures
 from utils.prediction.faithfulness import Faithfulness
 from utils.prediction.inputs import PredictionFiles
 from utils.prediction.predictor import SlidePrediction, SlidePredictor
 from utils.prediction.records import FAITHFULNESS, clear_pictures, kept_answer, recorded, request_of
 from utils.prediction.scores import Known
+from utils.prediction.settings import PredictionRecipe
 from utils.slides.find import is_slide_file
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import SlideStatus

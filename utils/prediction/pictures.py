@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from utils.bags.store import Bag, StoredBag, is_feature_file
-from utils.core.config import Pictures, PredictionRecipe
 from utils.core.errors import ConfigError, SlideError
+from utils.pictures.settings import Pictures
 from utils.pictures.visualizer import AttentionVisualizer, check_drawable, set_paths
 from utils.prediction.inputs import PredictionFiles
+from utils.prediction.settings import PredictionRecipe
 from utils.slides.find import find_slides, one_per_series
 
 

@@ -15,22 +15,25 @@ from numpy.typing import NDArray
 
 from MILS import ModelError, mil_name
 from MILS.bag_model import BagModel
+from utils.bags.settings import CohortFiles
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.cohorts import tcga_case
-from utils.core.config import CohortFiles, Extraction, Prediction, PredictionRecipe, check_setting
 from utils.core.device import resolve_device
 from utils.core.differences import first_differences
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.recipe import ASKED_FIELDS, Recipe, mpp_difference
 from utils.core.runtime import keep_freed_memory, log
+from utils.core.settings import check_setting
 from utils.features.backbones import canonical_backbone
 from utils.features.extractor import WSIFeatureExtractor, extract_one
+from utils.features.settings import Extraction
 from utils.prediction.calibration import mean_calibrated
 from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint
 from utils.prediction.faithfulness import Faithfulness, measure_faithfulness
 from utils.prediction.feeding import SlideFeed, mean_output, predict_features
 from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
+from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.slides.batch import Told
 from utils.slides.wsi import slide_mpp
 

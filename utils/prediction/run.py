@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from utils.bags.labels import LabelRow
 from utils.core import cli
+from utils.core.cluster import Cluster
 from utils.core.cohorts import SYNTHETIC
-from utils.core.config import Cluster, Prediction, PredictionRecipe
 from utils.core.device import resolve_device
 from utils.core.engine import Threads, open_engine
 from utils.core.errors import ConfigError, counted, named
@@ -24,6 +24,7 @@ from utils.prediction.inputs import DEFAULT_FOLDER, PredictionFiles
 from utils.prediction.predictor import SEEN, SlidePredictor, asked_recipe, extractPredict
 from utils.prediction.records import ENDING, check_first, is_answer_to
 from utils.prediction.scores import REPORT, Answers, Known, known_slides
+from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import STATUSES, SlideStatus

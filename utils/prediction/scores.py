@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.bags.labels import LabelRow
-from utils.core.config import Prediction, Protocol
 from utils.core.errors import ConfigError, counted
 from utils.core.files import digest, read_record, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
+from utils.core.settings import FIGURE_FORMAT, SEED
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.report import (
     FIGURES,
@@ -152,7 +152,7 @@ class Answers:
         threshold: float | None,
         settings: Mapping[str, Any],
         overwrite: bool,
-        formats: Sequence[str] = Prediction.figure_format,
+        formats: Sequence[str] = FIGURE_FORMAT,
     ) -> str:
         """Write `predictions.csv` and, with labels, `scores.json` and figures in these `formats`; return the closing
         words.
@@ -221,7 +221,7 @@ def _figure_files(folder: Path) -> list[Path]:
     return [path for name in FIGURES for path in figure_paths(folder / name, FORMATS)]
 
 
-_SEED = derive_seed(Protocol.seed, "bootstrap")
+_SEED = derive_seed(SEED, "bootstrap")
 
 
 def scores_text(scores: Mapping[str, Any]) -> str:

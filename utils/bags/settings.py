@@ -1,0 +1,62 @@
+"""Where a cohort's slides and labels are, and how a slide is fed to a model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.core.errors import ConfigError
+from utils.core.settings import REQUIRED, Settings, option
+
+BatchSize = int | Literal["auto"]
+
+
+def batch_size_option() -> Any:
+    """Return the field of a settings class that says how many chunks a training takes per step."""
+    return option("auto", "chunks (or whole slides) per step; auto: 128, or so few that an epoch has 8 steps", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortFiles(Settings):
+    """Where a cohort's slides and labels are."""
+
+    features_dir: Path | None = option(None, "folder of feature files (default: datasets/<dataset>/features)")
+    labels_csv: Path | None = option(None, "table case_id,wsi_id,label (default: datasets/<dataset>/labels.csv)")
+    class_names: tuple[str, ...] | None = option(
+        None,
+        "classes in order, the positive one last (default: the known cohort's, else the labels sorted)",
+        metavar="NAME",
+    )
+    feat_type: str = option("features", "name of the features inside each file")
+    no_patients: bool = option(False, "take each slide as a patient of its own, where the table names no patients")
+    allow: tuple[Literal["missing", "unknown", "duplicate", "spelling"], ...] = option(
+        (),
+        "leave out rows without a feature file (missing), with a label that is no class (unknown), or that repeat a "
+        "wsi_id (duplicate); take patients whose names hardly differ as several (spelling)",
+    )
+    group_column: str | None = option(
+        None,
+        "column whose values no split divides, such as site (default: the patient; site is read off TCGA barcodes)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort(CohortFiles):
+    """The slides, their labels, and how a slide is fed to a model."""
+
+    dataset: str = option(
+        REQUIRED, "name of the cohort; names the default folders datasets/<name> and outputs/<mil>/<name>"
+    )
+    mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
+    chunk_size: int = option(1000, "most patches in a chunk", least=1)
+    sequential: bool = option(False, "cut slides into runs of patches that are neighbours in the file, not at random")
+    cache: str | None = option(
+        None,
+        "off, ram, or a folder for one packed file that all runs share "
+        "(default: ram where the cohort fits a quarter of the free memory, else off)",
+        metavar="off|ram|DIR",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequential and self.mode == "full":
+            raise ConfigError("--sequential: whole slides are not cut; leave it out, or give --mode chunked")

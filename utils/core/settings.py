@@ -1,0 +1,164 @@
+"""What the settings classes are made of. Each command's classes stand beside what they configure.
+
+`core/cli.py` makes the command line from them, and they hold every default once. A field made with `option` is also a
+flag; its help, limits and other spellings stand beside its default. Values of another type, unknown words and numbers
+out of range raise ConfigError naming the flag, the value and what is expected, whether they come from a command line or
+from Python.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from utils.core.errors import ConfigError, meant
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 - argparse's own word
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    flag: str | None = None,
+    alias: str | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+    one_of: str | None = None,
+    also: Mapping[str, str] | None = None,
+    hidden: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory; a `positional` one is given
+    by its place, not by a name. Of the flags that share a name in `one_of`, one has to be given. `also` maps other
+    words for a choice to the choice. A `hidden` flag works and is not in the help text.
+    """
+    metadata = {
+        "help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar,
+        "positional": positional, "one_of": one_of, "also": also or {}, "hidden": hidden,
+    }  # fmt: skip
+    if default is REQUIRED:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The name a person knows the field by."""
+    if field.metadata.get("positional"):
+        return field.metadata["metavar"] or field.name
+    return field.metadata.get("flag") or f"--{field.name}"
+
+
+_EXPECTED = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+_EXPECTED_LISTS = {str: "a list of text", Path: "a list of paths"}
+
+
+def converted(kind: Any, value: Any, also: Iterable[str] = ()) -> Any:
+    """Return `value` as the type `kind` of a setting: NumPy's numbers become Python's, text becomes a path, a list a
+    tuple. Raises ValueError, which says what is expected, where that would change what was meant; `also` holds what
+    may have been meant besides the words of `kind`.
+    """
+    if getattr(value, "shape", None) == ():  # a number of NumPy or PyTorch
+        value = value.item()
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _converted_to_one_of(parts, value)
+    if origin is Literal:
+        if isinstance(value, str) and value in parts:
+            return value
+        raise ValueError(f"one of {', '.join(parts)}{meant(str(value), [*also, *parts])}")
+    if origin is tuple:
+        if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
+            raise ValueError(_EXPECTED_LISTS.get(parts[0], "a list of words"))
+        if isinstance(value, set | frozenset) and parts[0] in _EXPECTED_LISTS:
+            raise ValueError(f"{_EXPECTED_LISTS[parts[0]]}, whose order counts: a set has none")
+        try:
+            return tuple(converted(parts[0], item) for item in value)
+        except ValueError as error:
+            raise ValueError(_EXPECTED_LISTS.get(parts[0], str(error))) from None
+    fitting: tuple[type, ...] = {float: (int, float), Path: (str, os.PathLike)}.get(kind, (kind,))
+    if not isinstance(value, fitting) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(_EXPECTED[kind])
+    return value if kind is float else kind(value)
+
+
+def _converted_to_one_of(kinds: Iterable[Any], value: Any) -> Any:
+    expected = []
+    for kind in kinds:
+        if kind is not type(None):
+            try:
+                return converted(kind, value)
+            except ValueError as error:
+                expected.append(str(error))
+        elif value is None:
+            return None
+    raise ValueError(" or ".join(expected))
+
+
+def checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
+    """Return the value of a setting in its type, once it is known to be one of its words or within its limits. Raises
+    ConfigError, which begins with `name` and the value.
+    """
+    also = field.metadata["also"]
+    try:
+        value = converted(kind, also.get(value, value) if isinstance(value, str) else value, also)
+    except ValueError as error:
+        raise ConfigError(f"{name}{value!r}: expected {error}") from None
+    if value == () and field.default not in ((), REQUIRED):
+        raise ConfigError(f"{name}is empty; give at least one, or leave it out")
+    least, most = field.metadata["least"], field.metadata["most"]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not (math.isfinite(value) and least <= value <= most):
+        limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ConfigError(f"{name}{value}: out of range; give a number {limits}")
+    return value
+
+
+def check_names(owner: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise ConfigError, with the nearest known name, where a setting is none."""
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(f"{owner}: no setting {', '.join(unknown)}{meant(unknown[0], known)}")
+
+
+@functools.cache
+def kinds_of(config: type) -> dict[str, Any]:
+    """Return the type of each setting of a config class."""
+    return typing.get_type_hints(config)
+
+
+def check_setting(config: type, name: str, value: Any) -> Any:
+    """Return `value` as the setting `name` of a config class takes it. Raises ConfigError where it does not."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    return checked(field, kinds_of(config)[name], value, f"{flag_of(field)} ")
+
+
+class Settings:
+    """Checks names, types, words and limits of its settings when the dataclass is made."""
+
+    def __new__(cls, **settings: Any) -> Self:
+        check_names(cls.__name__, settings, [field.name for field in dataclasses.fields(cls)])  # type: ignore[arg-type]
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.metadata:
+                value = check_setting(type(self), field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
+
+
+FigureFormat = Literal["png", "pdf", "svg"]
+# Defaults that several commands share.
+FIGURE_FORMAT: tuple[FigureFormat, ...] = ("png",)
+SEED = 42
+
+
+def figure_format_option() -> Any:
+    """Return the field of a settings class that says the file formats of its figures."""
+    return option(FIGURE_FORMAT, "file format of the figures, one or several of png, pdf and svg (default: png)")

@@ -1,0 +1,126 @@
+"""The settings of `train.py`: the model, its training, cross-validation, and how a run is done."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.bags.settings import BatchSize, batch_size_option
+from utils.core.errors import ConfigError
+from utils.core.settings import REQUIRED, SEED, FigureFormat, Settings, figure_format_option, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Settings):
+    """Which model; a hyperparameter that is not given is the model's own default, one that it lacks is an error."""
+
+    mil: str = option(
+        REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool", metavar="MODEL"
+    )
+    input_dim: int | None = option(None, "feature width (default: read off the features)", least=1, hidden=True)
+    hidden_dim: int | None = option(None, "hidden width", least=1, most=65536)
+    num_heads: int | None = option(None, "attention heads", least=1, most=65536)
+    num_queries: int | None = option(None, "learnable queries", least=1, most=65536)
+    attention_dim: int | None = option(None, "width of the attention's hidden layer", least=1, most=65536)
+    gated: bool | None = option(None, "gate the attention by a second, sigmoid branch")
+    dropout: float | None = option(None, "dropout probability", least=0, most=1)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The hyperparameters that were given."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in ("mil", "input_dim") and value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Settings):
+    """One training."""
+
+    epochs: int = option(100, "most epochs of a training", least=1)
+    patience: int = option(10, "stop after so many epochs without a better slide-level validation", least=1)
+    batch_size: BatchSize = batch_size_option()
+    lr: float = option(1e-4, "peak learning rate of AdamW", least=1e-8, most=1)
+    weight_decay: float = option(0.01, "weight decay of AdamW", least=0, most=10)
+    warmup_epochs: int = option(
+        5, "epochs in which the learning rate rises, a quarter of --epochs at the most; then a cosine", least=0
+    )
+    final_lr: float = option(1e-6, "learning rate at the cosine's end", least=0, most=1)
+    clip_norm: float = option(1.0, "greatest norm of a step's gradient", least=1e-12)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "of training: auto is bf16 on a CUDA device that has it, else fp16 there; fp32 elsewhere"
+    )
+    use_amp: bool = option(True, "the same as --precision fp32", flag="--no_amp", hidden=True)
+    standardize: Literal["auto", "on", "off"] = option(
+        "auto",
+        "standardise each feature over a training's slides, as a part of the model; auto: where the features' scale is "
+        "far from what models are initialised for, such as 1e4 times larger or L2-normalised",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_amp and self.precision not in ("auto", "fp32"):
+            raise ConfigError(f"--precision {self.precision}: contradicts --no_amp; leave one of them out")
+
+    @property
+    def amp_precision(self) -> str:
+        """`precision`, both ways of giving it considered."""
+        return self.precision if self.use_amp else "fp32"
+
+
+Monitor = Literal["slide_auc", "slide_loss", "slide_balanced_accuracy", "slide_f1_macro"]
+Final = Literal["best", "ensemble", "refit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol(Settings):
+    """Nested cross-validation."""
+
+    n_outer: int = option(5, "outer folds: each slide is tested once", least=2)
+    n_inner: int = option(4, "inner folds: they choose epoch, setting and model", least=2)
+    repeats: int = option(1, "how often the whole is repeated, on other folds", least=1)
+    splits: Path | None = option(
+        None,
+        "take the folds from a file: our splits.json, or a splits_<k>.csv of CLAM, or a folder of those",
+        metavar="FILE|DIR",
+    )
+    grid: str | None = option(
+        None,
+        'settings to choose from in the inner loop, such as "lr=1e-4,3e-4 hidden_dim=128,256": any hyperparameter of '
+        "training or model; they take the place of the flags",
+        metavar="NAME=V,V...",
+    )
+    monitor: Monitor = option(
+        "slide_auc",
+        "what inner validation compares epochs, settings and models by",
+        also={name.removeprefix("slide_"): name for name in typing.get_args(Monitor)},
+    )
+    final: Final = option(
+        "best",
+        "the model that is tested: the best inner one of the chosen setting, the mean of its inner models (ensemble), "
+        "or one trained anew on the whole outer training set for the median best epoch (refit)",
+    )
+    seed: int = option(SEED, "seed of splits, weights and batches", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.splits is not None and self.repeats > 1:
+            raise ConfigError(f"--repeats {self.repeats}: --splits {self.splits} says which folds there are; drop one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Settings):
+    """Where and how a run is done; no number depends on it but by rounding."""
+
+    output_dir: Path | None = option(None, "results (default: outputs/<mil>/<dataset>)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    jobs: int = option(1, "trainings side by side, each in a process of its own with its share of the threads", least=1)
+    figure_format: tuple[FigureFormat, ...] = figure_format_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal(Settings):
+    """What `train.py` does instead of training."""
+
+    dry_run: bool = option(
+        False, "audit the cohort, show the folds, estimate disk, memory and time from a short trial, then stop"
+    )

@@ -1,0 +1,32 @@
+"""What `predict.py --visualize` draws."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from utils.core.errors import ConfigError
+from utils.core.settings import Settings, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(Settings):
+    """What `--visualize` draws."""
+
+    visualize: bool = option(False, "draw the attention: heatmap, report page, patches, QuPath tiles and .npz")
+    wsi: Path | None = option(
+        None,
+        "the slide the feature file was made from, with --input_dir their folder (needed with --visualize)",
+        metavar="FILE|DIR",
+    )
+    top_k: int = option(10, "how many of the most attended patches are shown", least=1)
+    scale: Literal["attention", "percentile"] = option("percentile", "what colour shows: attention, or its percentile")
+    cmap: str = option("viridis", "Matplotlib colour map")
+    alpha: float = option(0.5, "opacity of the heatmap over the slide", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wsi is not None and not self.visualize:
+            raise ConfigError(f"--wsi {self.wsi}: the slide to draw on; give --visualize with it")
+        for name in ("top_k", "scale", "cmap", "alpha"):
+            if not self.visualize and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"--{name} {getattr(self, name)}: how pictures look; give --visualize with it")

@@ -1,0 +1,137 @@
+"""The settings of `predict.py`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from utils.core.errors import ConfigError
+from utils.core.settings import FigureFormat, Settings, figure_format_option, option
+from utils.features.settings import Extraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Settings):
+    """What `predict.py` predicts, with which models, and where it writes."""
+
+    checkpoint: tuple[Path, ...] = option(
+        (),
+        "trained model (.pth), which says architecture, classes and recipe, or the folder of a training run, whose "
+        "chosen model is taken; several answer as their mean",
+        metavar="FILE|RUN",
+        one_of="models",
+    )
+    out_of_fold: Path | None = option(
+        None,
+        "instead of --checkpoint, the folder of a training run: each slide of its cohort is predicted by the model of "
+        "the fold that did not see it",
+        metavar="RUN",
+        one_of="models",
+    )
+    repeat: int | None = option(
+        None, "of the repeats of --out_of_fold, take this one (default: the first)", least=1, metavar="N"
+    )
+    input: Path | None = option(
+        None, "feature file (.h5, .pt, .pth) or raw slide; give this or --input_dir", one_of="slides"
+    )
+    input_dir: Path | None = option(
+        None,
+        "a folder of feature files or, where it holds none, of slides; give this or --input (with "
+        "--out_of_fold: where the features are, if not where the run found them)",
+        one_of="slides",
+    )
+    extensions: tuple[str, ...] | None = option(
+        None, "of --input_dir, only slides with these endings, e.g. .svs .ndpi", metavar="EXT"
+    )
+    labels_csv: Path | None = option(
+        None, "table case_id,wsi_id,label: the predictions of --input_dir are scored, as on an external cohort"
+    )
+    allow: tuple[Literal["missing", "unknown", "duplicate"], ...] = option(
+        (),
+        "leave out rows of --labels_csv without a slide, with a label that is no class, or that repeat a wsi_id; of "
+        "--out_of_fold slides without features (missing)",
+    )
+    output_dir: Path | None = option(
+        None, "where the results go (default: outputs/inference/<model>_<dataset>)", alias="--output"
+    )
+    overwrite: bool = option(
+        False, "overwrite existing predictions made by another model, with other settings or from another input"
+    )
+    mode: Literal["full", "chunked"] | None = option(
+        None, "how the slide is fed (default: as in the model's evaluation)"
+    )
+    chunk_size: int | None = option(None, "most patches in a chunk (default: as in the model's evaluation)", least=1)
+    feat_type: str = option("features", "name of the features inside the file")
+    faithfulness: bool = option(
+        False, "measure whether the attention matters: remove and add patches in its order, and in random ones"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    figure_format: tuple[FigureFormat, ...] = figure_format_option()
+    allow_mismatch: bool = option(False, "predict although the features were made in another way than the model's")
+    # What the checkpoint says already, but for some of the first version's; a flag that contradicts it is an error.
+    mil: str | None = option(None, "architecture the checkpoint must hold", hidden=True)
+    dataset: str | None = option(
+        None,
+        "cohort the checkpoint must have been trained on; names the classes where the checkpoint, one of the first "
+        "version, does not",
+        hidden=True,
+    )
+    input_dim: int | None = option(None, "feature width the checkpoint must take", least=1, hidden=True)
+    num_heads: int | None = option(
+        None, "attention heads, where the checkpoint does not say: those of the first version (default 4)", least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out_of_fold is not None:
+            self._check_out_of_fold()
+        elif self.repeat is not None:
+            raise ConfigError(f"--repeat {self.repeat}: goes with --out_of_fold; leave it out")
+        elif not self.checkpoint:
+            raise ConfigError(
+                "give --checkpoint (a trained model, or a training run) or --out_of_fold (a training run)"
+            )
+        elif (self.input is None) == (self.input_dir is None):
+            raise ConfigError(
+                "give exactly one of --input (a feature file or slide) and --input_dir (a folder of them)"
+            )
+        for name in ("labels_csv", "extensions"):
+            if self.input is not None and getattr(self, name):
+                raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
+        if self.allow and self.labels_csv is None and self.out_of_fold is None:
+            raise ConfigError(
+                f"--allow {' '.join(self.allow)}: is about rows of --labels_csv; give it, or leave --allow out"
+            )
+
+    def _check_out_of_fold(self) -> None:
+        """Raise ConfigError for what contradicts a run that knows its models, slides and labels."""
+        for name in ("checkpoint", "input", "labels_csv", "extensions"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"--out_of_fold {self.out_of_fold}: knows its models, slides and labels; leave --{name} out"
+                )
+        of_a_table = [word for word in self.allow if word != "missing"]
+        if of_a_table:
+            raise ConfigError(
+                f"--allow {' '.join(of_a_table)}: goes with --labels_csv; leave it out with --out_of_fold"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionRecipe(Settings):
+    """Extraction on the fly. Where the training features' recipe is recorded, these must agree with it."""
+
+    backbone: str | None = option(None, "backbone, where the checkpoint records none")
+    weights: Path | None = option(None, "the backbone's local weights instead of a download")
+    patch_size: int | None = option(None, "patch edge in pixels, at the resolution asked for", least=1)
+    stride: int | None = option(None, "distance between patch corners, in pixels at the resolution read", least=1)
+    level: int | None = option(None, "pyramid level read", least=0)
+    mpp: float | None = option(None, "um per pixel of the patches", least=0.05, most=40)
+    tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
+    slides_csv: Path | None = option(
+        None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
+    )
+    slide_mpp: float | None = option(
+        None, "um per level-0 pixel of all slides, but for those in --slides_csv", least=0.05, most=40
+    )
+    batch_size: int = option(Extraction.batch_size, "patches per forward pass", least=1)
+    save_features: bool = option(False, "keep the features as <output_dir>/<slide>.h5")
