@@ -38,7 +38,6 @@ from MILS.bag_model import BagModel
 from utils.bags.store import Bag, write_bag
 from utils.core.files import write_text
 from utils.core.runtime import derive_seed, progress
-from utils.evaluation.metrics import classification_metrics
 from utils.learning.settings import Training
 from utils.learning.training import fit
 from utils.mil_dataset import MILDataset
@@ -121,7 +120,7 @@ def key_auc(attention: NDArray, keys: NDArray[np.bool_]) -> float:
 
 def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int) -> dict[str, float]:
     model, test = trained(name, dataset, seed), range(TRAINING_BAGS, TRAINING_BAGS + TEST_BAGS)
-    outputs = {bag: predict_features(model, dataset.features(bag), WHOLE, attention=True) for bag in test}
+    outputs = {bag: predict_features(dataset.task, model, dataset.features(bag), WHOLE, attention=True) for bag in test}
     labels = dataset.labels[list(test)]
     probabilities = np.stack([outputs[bag].probabilities for bag in test])
     aucs, gaps = [], []
@@ -132,10 +131,10 @@ def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int)
         attention = weights.mean(axis=0)
         aucs.append(key_auc(attention, keys[bag]))
         if outputs[bag].probabilities.argmax() == 1:
-            found = measure_faithfulness([model], dataset.features(bag), attention, 1, seed).as_dict()
+            found = measure_faithfulness(dataset.task, [model], dataset.features(bag), attention, 1, seed).as_dict()
             gaps.append((found["deletion"]["gap"], found["insertion"]["gap"]))
     gaps = np.array(gaps)
-    bags_auc = classification_metrics(labels, probabilities)["auc"]
+    bags_auc = dataset.task.plain_metrics(labels, probabilities)["auc"]
     assert bags_auc is not None  # noqa: S101 - both labels occur
     return {
         "bags AUC": bags_auc,

@@ -46,15 +46,17 @@ from MILS import build_mil
 from utils.bags.collate import Batch, cut_chunks
 from utils.core.device import seed_everything
 from utils.core.runtime import derive_seed
-from utils.evaluation.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.settings import Training
 from utils.learning.splits import InnerFold, OuterFold, nested_splits
 from utils.learning.training import ModelTraining, learning_rate, validate
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.prediction.feeding import SlideFeed
+from utils.tasks.classification import Classification
+from utils.tasks.metrics import balanced_class_weights, log_loss
 
 CLASSES = ("benign", "malignant")
+TASK = Classification(tuple(CLASSES))
 SEED = 42
 SIGNAL = 0.5  # how much higher one feature is, in a third of a slide's patches
 WAYS = ("plain", "ours")
@@ -207,7 +209,7 @@ class PlainTraining:
     def validate(self, slides: np.ndarray) -> dict[str, float | None]:
         labels, probabilities = self.chunks.cohort.labels[slides], self.probabilities(slides)
         loss = log_loss(labels, probabilities, self.class_weights)
-        return {"val_loss": loss, "val_auc": classification_metrics(labels, probabilities)["auc"]}
+        return {"val_loss": loss, "val_auc": TASK.plain_metrics(labels, probabilities)["auc"]}
 
     def _batches(self, *, shuffle: bool, slides: np.ndarray) -> list[list[int]]:
         items, size = self.chunks.of(slides), self.plan.batch_size
@@ -304,7 +306,7 @@ class Pair:
         self.feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size, dataset.sequential)
 
     def validate_ours(self) -> dict[str, float | None]:
-        return validate(self.ours.model, self.dataset, self.inner.val, self.ours.class_weights, self.feed)[0]
+        return validate(self.ours.model, self.dataset, self.inner.val, self.ours.loss_weights, self.feed)[0]
 
     def validate_plain(self) -> dict[str, float | None]:
         return self.plain.validate(self.inner.val)
@@ -411,7 +413,7 @@ def pooled_auc(folder: Path, output: Path) -> float:
     """Of the slides' answers out of fold."""
     labels = pd.read_csv(folder / "labels.csv", dtype=str, index_col="wsi_id")["label"].eq(CLASSES[1])
     score = pd.read_csv(output / "predictions.csv", index_col="wsi_id")[f"prob_{CLASSES[1]}"][labels.index].to_numpy()
-    figures = classification_metrics(labels.to_numpy(dtype=int), np.stack([1 - score, score], axis=1))
+    figures = TASK.plain_metrics(labels.to_numpy(dtype=int), np.stack([1 - score, score], axis=1))
     return figures["auc"] or float("nan")
 
 

@@ -8,6 +8,10 @@ from MILS import build_mil
 from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
 from utils.mil_dataset import MILDataset
+from utils.tasks.classification import Classification
+from utils.tasks.metrics import METRICS
+
+TASK = Classification(("no", "yes"))
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,10 @@ def make_model() -> Callable[..., BagModel]:
         return build_mil(name, **({"input_dim": 16, "num_classes": 2} | small | options))
 
     return make
+
+
+def classification_metrics(labels, probabilities, class_names=()):
+    """Return the metrics of a classification; without class names those of `METRICS` alone."""
+    names = tuple(class_names) or tuple(map(str, range(probabilities.shape[1])))
+    figures = Classification(names).plain_metrics(labels, probabilities)
+    return figures if class_names else {name: figures[name] for name in METRICS}

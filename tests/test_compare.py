@@ -12,18 +12,20 @@ import pytest
 from PIL import Image
 
 from tests.cohort import write_cohort
+from tests.small import classification_metrics
 from utils.compare import Difference, check_metrics, compare, folder_name, read_runs, report
 from utils.core.errors import LiteMILError
 from utils.core.files import write_json
 from utils.core.plots import save_figure
 from utils.evaluation.bootstrap import bootstrap_intervals, pooled_metrics
 from utils.evaluation.comparison_figures import comparison_figure, runs_roc_figure
-from utils.evaluation.metrics import classification_metrics
 from utils.evaluation.paired import holm, nadeau_bengio
 from utils.evaluation.predictions import Predictions
 from utils.learning.finished_runs import read_run
+from utils.tasks.classification import Classification
 
 CLASSES = ["benign", "malignant"]
+TASK = Classification(tuple(CLASSES))
 METRICS = ("auc", "balanced_accuracy", "brier")
 FOLDS, PATIENTS = 4, 24
 SPEC = {"name": "meanPool", "input_dim": 16, "num_classes": 2}
@@ -77,9 +79,9 @@ def write_run(
     outputs = {
         "model": spec,
         "class_names": CLASSES,
-        "pooled": pooled_metrics(*answers, table["repeat"].to_numpy(), CLASSES),
+        "pooled": pooled_metrics(TASK, *answers, table["repeat"].to_numpy()),
         "intervals_95": bootstrap_intervals(
-            *answers, table["case_id"].to_numpy(), 0, 100, repeats=table["repeat"].to_numpy(), class_names=CLASSES
+            TASK, *answers, table["case_id"].to_numpy(), 0, 100, repeats=table["repeat"].to_numpy()
         ),
         "fold_results": [{"fold": fold["fold"], "selection": {"setting": {}}} for fold in folds],
     }
@@ -502,7 +504,7 @@ def test_of_more_classes_each_has_a_plot(num_classes, tmp_path):
     answers = {
         name: Predictions(
             np.arange(42).astype(str), np.arange(42).astype(str), labels, rng.dirichlet(np.ones(num_classes), 42),
-            [f"class {k}" for k in range(num_classes)], np.ones(42), 0,
+            Classification(tuple(f"class {k}" for k in range(num_classes))), np.ones(42), 0,
         )
         for name in ("$a$", "b")
     }  # fmt: skip

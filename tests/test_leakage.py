@@ -10,10 +10,10 @@ import pytest
 
 from MILS import build_mil
 from tests.cohort import synthetic_bag, write_cohort
+from tests.small import classification_metrics
 from utils.bags.store import write_bag
 from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
-from utils.evaluation.metrics import classification_metrics
 from utils.learning import cross_validation as nested_cv
 from utils.learning import run_figures, units
 from utils.learning.splits import repeated_splits

@@ -39,7 +39,7 @@ if __name__ == "__main__":
     cli.begin(str(__doc__), _FLAGS)
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -53,8 +53,7 @@ from utils.core.files import digest, read_record, set_aside, write_json, write_r
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress
 from utils.evaluation.comparison_figures import comparison_figure, runs_roc_figure
-from utils.evaluation.metrics import metric_names
-from utils.evaluation.paired import LOWER_IS_BETTER, holm, nadeau_bengio, paired_interval
+from utils.evaluation.paired import holm, nadeau_bengio, paired_interval
 from utils.evaluation.predictions import Predictions
 from utils.learning.finished_runs import Run, read_runs
 
@@ -103,7 +102,10 @@ def main() -> None:
     write_json(folder / _RECORD, record)
     write_text(folder / _TABLES[0], text)
     write_records(folder / _TABLES[1], differences)
-    drawn = comparison_figure(_intervals(differences)), runs_roc_figure({run.name: run.predictions for run in runs})
+    drawn = (
+        comparison_figure(_intervals(differences, _titles(runs, settings.metrics))),
+        runs_roc_figure({run.name: run.predictions for run in runs}),
+    )
     figures = write_figures(folder, dict(zip(_FIGURES, drawn, strict=True)), settings.figure_format)
     print(text)
     print(f"\n{', '.join([*_TABLES, *(path.name for path in figures)])} are in {folder} (took {cli.took()})")
@@ -161,7 +163,7 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
     """Raise ConfigError for a metric that is unknown, given twice, or that a run does not report as its predictions
     have it.
     """
-    known = metric_names(runs[0].class_names)
+    known = runs[0].predictions.task.metric_names
     for metric in metrics:
         if metric not in known:
             raise ConfigError(f"--metrics {metric}: unknown; these are: {', '.join(known)}")
@@ -261,25 +263,25 @@ def _adjusted(pairs: Sequence[Difference]) -> list[Difference]:
 
 def report(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
     """Markdown: the runs, their differences, and how to read them."""
-    metrics = list(dict.fromkeys(one.metric for one in differences))
+    titles = _titles(runs, list(dict.fromkeys(one.metric for one in differences)))
     sections = [
         f"# {len(runs)} training runs compared",
-        _runs_table(runs, metrics),
+        _runs_table(runs, titles),
         "## Differences",
-        _differences_table(differences, are_many=len(runs) > 2),
+        _differences_table(differences, titles, are_many=len(runs) > 2),
         "## How to read this",
-        _reading(runs[0], differences, metrics, are_many=len(runs) > 2),
+        _reading(runs[0], differences, list(titles), are_many=len(runs) > 2),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _runs_table(runs: Sequence[Run], metrics: Sequence[str]) -> str:
-    rows = [["run", "model", "parameters", *[f"{_title(metric)}, 95% CI" for metric in metrics]]]
+def _runs_table(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
+    rows = [["run", "model", "parameters", *[f"{title}, 95% CI" for title in titles.values()]]]
     for run in runs:
         model = run.outputs.get("model")
         name = model.get("name") if isinstance(model, dict) else None
         cells = []
-        for metric in metrics:
+        for metric in titles:
             value, interval = run.reported(metric)
             cells.append(f"{_figure(value)} ({_range(interval)})")
         rows.append([run.name, name or "-", _parameters(run) if name in list_mils() else "-", *cells])
@@ -298,7 +300,7 @@ def _parameters(run: Run) -> str:
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else "-"
 
 
-def _differences_table(differences: Sequence[Difference], are_many: bool) -> str:
+def _differences_table(differences: Sequence[Difference], titles: Mapping[str, str], are_many: bool) -> str:
     header = ["pair", "metric", "difference", "95% CI", "p (bootstrap)"]
     header += ["Holm"] if are_many else []
     header += ["mean over folds", "p (corrected t)"]
@@ -306,7 +308,7 @@ def _differences_table(differences: Sequence[Difference], are_many: bool) -> str
     rows = [header]
     for one in differences:
         interval = None if one.low is None or one.high is None else (one.low, one.high)
-        row = [one.pair, _title(one.metric), _figure(one.difference, "+"), _range(interval, "+"), _p(one.p_bootstrap)]
+        row = [one.pair, titles[one.metric], _figure(one.difference, "+"), _range(interval, "+"), _p(one.p_bootstrap)]
         row += [_p(one.p_bootstrap_holm)] if are_many else []
         row += [_figure(one.fold_mean, "+"), _p(one.p_corrected_t)]
         row += [_p(one.p_corrected_t_holm)] if are_many else []
@@ -350,18 +352,25 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
     return "\n".join("- " + " ".join(filter(None, parts)) for parts in sentences)
 
 
-def _intervals(differences: Sequence[Difference]) -> dict[str, dict[tuple[str, str], tuple[float, float, float]]]:
+def _intervals(
+    differences: Sequence[Difference], titles: Mapping[str, str]
+) -> dict[str, dict[tuple[str, str], tuple[float, float, float]]]:
     """What the figure draws: by metric and pair, the difference and its interval, where both are defined."""
     drawn: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {}
     for one in differences:
         if one.difference is not None and one.low is not None and one.high is not None:
-            pairs = drawn.setdefault(_title(one.metric), {})
+            pairs = drawn.setdefault(titles[one.metric], {})
             pairs[one.first, one.second] = (one.difference, one.low, one.high)
     return drawn
 
 
-def _title(metric: str) -> str:
-    return metric.replace("_", " ") + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
+def _titles(runs: Sequence[Run], metrics: Sequence[str]) -> dict[str, str]:
+    """Return how the metrics are called in tables and figures."""
+    lower_is_better = runs[0].predictions.task.lower_is_better
+    return {
+        metric: metric.replace("_", " ") + (" (lower is better)" if metric in lower_is_better else "")
+        for metric in metrics
+    }
 
 
 def _figure(value: float | None, sign: str = "") -> str:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
+from tests.small import TASK, classification_metrics
 from utils.evaluation.bootstrap import (
     bootstrap_draws,
     bootstrap_intervals,
@@ -10,7 +11,7 @@ from utils.evaluation.bootstrap import (
     pooled_metrics,
     roc_band,
 )
-from utils.evaluation.metrics import METRICS, classification_metrics
+from utils.tasks.metrics import METRICS
 
 
 def noisy_answers(rng: np.random.Generator, labels: np.ndarray, right: float = 0.8) -> np.ndarray:
@@ -29,10 +30,10 @@ def test_intervals_contain_their_estimate():
     labels = np.arange(60) % 2
     probabilities, cases = noisy_answers(rng, labels), np.array([f"P{i // 3}" for i in range(60)])
     intervals, estimates = (
-        bootstrap_intervals(labels, probabilities, cases, 1),
-        classification_metrics(labels, probabilities),
+        bootstrap_intervals(TASK, labels, probabilities, cases, 1),
+        TASK.plain_metrics(labels, probabilities),
     )
-    assert set(intervals) == set(METRICS)
+    assert set(intervals) == set(TASK.metric_names)
     for name, (low, high) in intervals.items():
         assert 0 <= low < estimates[name] < high <= 1
 
@@ -40,7 +41,7 @@ def test_intervals_contain_their_estimate():
 def test_the_seed_alone_decides():
     labels = np.arange(20) % 2
     probabilities, cases = noisy_answers(np.random.default_rng(0), labels), np.arange(20).astype(str)
-    first, again, other = (bootstrap_intervals(labels, probabilities, cases, seed, 50) for seed in (1, 1, 2))
+    first, again, other = (bootstrap_intervals(TASK, labels, probabilities, cases, seed, 50) for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -49,10 +50,10 @@ def test_patients_are_drawn_not_slides():
     rng = np.random.default_rng(3)
     labels = np.arange(40) % 2
     probabilities, patients = noisy_answers(rng, labels), np.arange(40).astype(str)
-    once = bootstrap_intervals(labels, probabilities, patients, 0)
+    once = bootstrap_intervals(TASK, labels, probabilities, patients, 0)
     tenfold = np.repeat(np.arange(40), 10)
-    copied = bootstrap_intervals(labels[tenfold], probabilities[tenfold], patients[tenfold], 0)
-    as_if_slides = bootstrap_intervals(labels[tenfold], probabilities[tenfold], np.arange(400).astype(str), 0)
+    copied = bootstrap_intervals(TASK, labels[tenfold], probabilities[tenfold], patients[tenfold], 0)
+    as_if_slides = bootstrap_intervals(TASK, labels[tenfold], probabilities[tenfold], np.arange(400).astype(str), 0)
     for name in METRICS:
         assert copied[name] == pytest.approx(once[name])
         assert width(as_if_slides[name]) < 0.5 * width(copied[name])
@@ -64,8 +65,8 @@ def test_one_patient_of_many_slides_widens_the_interval():
     probabilities = noisy_answers(rng, labels)
     probabilities[:60] = np.eye(2)[1 - labels[:60]]  # the patient of sixty slides is predicted all wrong
     cases = np.array(["big"] * 60 + [f"P{i}" for i in range(60)])
-    by_patient = bootstrap_intervals(labels, probabilities, cases, 0)
-    by_slide = bootstrap_intervals(labels, probabilities, np.arange(120).astype(str), 0)
+    by_patient = bootstrap_intervals(TASK, labels, probabilities, cases, 0)
+    by_slide = bootstrap_intervals(TASK, labels, probabilities, np.arange(120).astype(str), 0)
     assert width(by_patient["accuracy"]) > 2 * width(by_slide["accuracy"])
 
 
@@ -73,7 +74,7 @@ def test_accuracy_of_single_slides_has_the_binomial_interval():
     """The bootstrap of n coin flips is Binomial(n, p) / n, whose spread is known."""
     labels, cases = np.zeros(400, dtype=int), np.arange(400).astype(str)
     probabilities = np.eye(2)[(np.arange(400) < 100).astype(int)]  # 75 % right
-    low, high = bootstrap_intervals(labels, probabilities, cases, 0, 3000)["accuracy"]
+    low, high = bootstrap_intervals(TASK, labels, probabilities, cases, 0, 3000)["accuracy"]
     half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - half, abs=0.004)  # a 90 % interval would be off by 0.007
     assert high == pytest.approx(0.75 + half, abs=0.004)
@@ -85,14 +86,14 @@ def test_ninety_five_percent_of_intervals_hold_the_truth():
     held = 0
     for trial in range(100):
         probabilities = np.eye(2)[(rng.random(60) > 0.7).astype(int)]
-        low, high = bootstrap_intervals(labels, probabilities, cases, trial, 200)["accuracy"]
+        low, high = bootstrap_intervals(TASK, labels, probabilities, cases, trial, 200)["accuracy"]
         held += low <= 0.7 <= high
     assert 86 <= held <= 99
 
 
 def test_undefined_figures():
     labels, cases = np.array([0] * 8), np.arange(8).astype(str)
-    intervals = bootstrap_intervals(labels, noisy_answers(np.random.default_rng(0), labels), cases, 0, 50)
+    intervals = bootstrap_intervals(TASK, labels, noisy_answers(np.random.default_rng(0), labels), cases, 0, 50)
     assert intervals["auc"] is None
     assert intervals["accuracy"] is not None
 
@@ -101,7 +102,7 @@ def test_undefined_figures():
 def test_an_auc_that_is_mostly_undefined_has_no_interval(patients, defined):
     """Of two patients, one of each class, half the resamples hold one class, and by seed 2 more than half do."""
     labels = np.arange(patients) % 2
-    intervals = bootstrap_intervals(labels, np.eye(2)[labels], np.arange(patients).astype(str), 2, 101)
+    intervals = bootstrap_intervals(TASK, labels, np.eye(2)[labels], np.arange(patients).astype(str), 2, 101)
     assert (intervals["auc"] is not None) is defined
 
 
@@ -123,7 +124,7 @@ def brute_force(labels, probabilities, cases, repeats, seed, resamples):
 
 def test_pooled_metrics_average_over_the_repeats():
     labels, probabilities, _, repeats = repeated()
-    found = pooled_metrics(labels, probabilities, repeats, ("no", "yes"))
+    found = pooled_metrics(TASK, labels, probabilities, repeats)
     each = [classification_metrics(*(part[repeats == r] for part in (labels, probabilities)), "ny") for r in (1, 2, 3)]
     for value, name in zip(found.values(), each[0], strict=True):
         assert value == pytest.approx(np.mean([figures[name] for figures in each]))
@@ -133,10 +134,10 @@ def test_pooled_metrics_average_over_the_repeats():
 def test_pooled_metrics_leave_out_the_repeats_where_a_figure_is_undefined():
     labels, positive = np.array([0, 1, 1, 1]), np.array([0.2, 0.9, 0.8, 0.3])
     probabilities, repeats = np.stack([1 - positive, positive], axis=1), np.array([1, 1, 2, 2])
-    found = pooled_metrics(labels, probabilities, repeats, ("no", "yes"))
+    found = pooled_metrics(TASK, labels, probabilities, repeats)
     assert found["auc"] == 1
     assert found["accuracy"] == pytest.approx((1 + 1 / 2) / 2)
-    only = pooled_metrics(labels[2:], probabilities[2:], repeats[2:], ("no", "yes"))
+    only = pooled_metrics(TASK, labels[2:], probabilities[2:], repeats[2:])
     assert only["auc"] is only["sensitivity_no"] is None
 
 
@@ -145,11 +146,8 @@ def test_intervals_agree_with_a_brute_force(several):
     labels, probabilities, cases, repeats = repeated()
     if not several:
         labels, probabilities, cases, repeats = labels[:12], probabilities[:12], cases[:12], repeats[:12]
-    names = ("no", "yes")
-    found = bootstrap_intervals(
-        labels, probabilities, cases, 5, 60, repeats=repeats if several else None, class_names=names
-    )
-    drawn = [pooled_metrics(*part, names) for part in brute_force(labels, probabilities, cases, repeats, 5, 60)]
+    found = bootstrap_intervals(TASK, labels, probabilities, cases, 5, 60, repeats=repeats if several else None)
+    drawn = [pooled_metrics(TASK, *part) for part in brute_force(labels, probabilities, cases, repeats, 5, 60)]
     assert found.keys() == drawn[0].keys()
     for name, interval in found.items():
         values = [figures[name] for figures in drawn if figures[name] is not None]
@@ -159,18 +157,18 @@ def test_intervals_agree_with_a_brute_force(several):
 def test_many_slides_are_drawn_like_few(monkeypatch):
     """The resamples are computed in blocks; the block's size changes nothing."""
     labels, probabilities, cases, repeats = repeated()
-    whole = bootstrap_intervals(labels, probabilities, cases, 5, 60, repeats=repeats)
+    whole = bootstrap_intervals(TASK, labels, probabilities, cases, 5, 60, repeats=repeats)
     monkeypatch.setattr("utils.evaluation.bootstrap._BLOCK_VALUES", 7 * len(labels))
-    assert bootstrap_intervals(labels, probabilities, cases, 5, 60, repeats=repeats) == whole
+    assert bootstrap_intervals(TASK, labels, probabilities, cases, 5, 60, repeats=repeats) == whole
 
 
 def test_draws_of_two_models_are_pairs():
     """Whatever the order of the rows, the same patients are drawn."""
     labels, probabilities, cases, repeats = repeated()
     order = np.random.default_rng(1).permutation(len(labels))
-    first = bootstrap_draws(labels, probabilities, cases, 3, 40, repeats=repeats)
+    first = bootstrap_draws(TASK, labels, probabilities, cases, 3, 40, repeats=repeats)
     shuffled = (part[order] for part in (labels, probabilities, cases))
-    second = bootstrap_draws(*shuffled, 3, 40, repeats=repeats[order])
+    second = bootstrap_draws(TASK, *shuffled, 3, 40, repeats=repeats[order])
     for name in METRICS:
         assert first[name].shape == (40,)
         assert first[name] == pytest.approx(second[name], nan_ok=True)
@@ -207,7 +205,7 @@ def test_the_area_below_the_curves_is_the_figure_beside_them(decimals, several):
     labels, probabilities, _, repeats = repeated(3)
     repeats = repeats if several else np.arange(len(labels)) * 0
     scores = probabilities[:, 1].round(decimals)
-    figures = pooled_metrics(labels, np.stack([1 - scores, scores], axis=1), repeats)
+    figures = pooled_metrics(TASK, labels, np.stack([1 - scores, scores], axis=1), repeats)
     roc, precision = mean_roc(labels == 1, scores, repeats), mean_precision(labels == 1, scores, repeats)
     assert area(roc) == pytest.approx(figures["auc"], abs=1e-12)
     assert area(precision) == pytest.approx(figures["average_precision"], abs=1e-12)

@@ -11,10 +11,12 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import binomtest
 
+from tests.small import TASK
 from utils.core.plots import COLOURS, STYLES, save_figure
 from utils.evaluation.bootstrap import bootstrap_intervals, pooled_metrics
 from utils.evaluation.figures import calibration_figure, confusion_figure, precision_recall_figure, roc_figure
 from utils.evaluation.predictions import Predictions
+from utils.tasks.classification import Classification
 
 LONG = ("Clear cell renal cell carcinoma", "Papillary renal cell carcinoma type 2", "Chromophobe renal cell carcinoma")
 
@@ -40,7 +42,7 @@ def predictions(labels, probabilities, names, folds=None, repeats=None, **more) 
     repeats = np.ones(count, dtype=int) if repeats is None else repeats
     cases = np.array([f"P{index % (count // len(np.unique(repeats)))}" for index in range(count)])
     slides = np.char.add(cases, "-S1")
-    return Predictions(slides, cases, labels, probabilities, names, repeats, 0, folds, **more)
+    return Predictions(slides, cases, labels, probabilities, Classification(tuple(names)), repeats, 0, folds, **more)
 
 
 def roc(*answers, **more) -> Figure:
@@ -85,8 +87,8 @@ def test_nine_classes_differ_without_colour():
 def test_roc_names_the_pooled_auc_and_its_interval():
     labels, probabilities, names = cohort(2)
     cases, repeats = np.array([f"P{index}" for index in range(40)]), np.ones(40)
-    auc = pooled_metrics(labels, probabilities, repeats)["auc"]
-    low, high = bootstrap_intervals(labels, probabilities, cases, 0)["auc"]
+    auc = pooled_metrics(TASK, labels, probabilities, repeats)["auc"]
+    low, high = bootstrap_intervals(TASK, labels, probabilities, cases, 0)["auc"]
     assert entries(roc(labels, probabilities, names)) == [f"class_1: AUC {auc:.3f} (95% CI {low:.3f} to {high:.3f})"]
 
 
@@ -178,7 +180,7 @@ def test_calibration_of_two_classes_by_hand():
         assert list(interval) == pytest.approx([expected.low, expected.high])
     assert [bar.get_height() for bar in below.patches] == [1, 3, 0, 0, 0, 0, 0, 0, 0, 1]
     assert [text for text in texts(below) if text] == ["1", "3", "1"]
-    figures = pooled_metrics(labels, np.stack([1 - positive, positive], axis=1), np.ones(5))
+    figures = pooled_metrics(TASK, labels, np.stack([1 - positive, positive], axis=1), np.ones(5))
     assert f"Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}" in axes.get_title()
 
 
@@ -234,7 +236,7 @@ def test_precision_and_recall_stand_over_chance(num_classes):
     curves = [line for line in figure.axes[0].lines if line.get_label().startswith("class_")]
     for index, line, entry in zip(shown, curves, entries(figure), strict=True):
         truth, scores = (labels == index).astype(int), probabilities[:, index]
-        found = pooled_metrics(truth, np.stack([1 - scores, scores], axis=1), np.ones(81))["average_precision"]
+        found = pooled_metrics(TASK, truth, np.stack([1 - scores, scores], axis=1), np.ones(81))["average_precision"]
         assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(found)
         assert entry.startswith(f"class_{index}: AP {found:.3f} (95% CI ")
         assert entry.endswith(f"chance {truth.mean():.3f}")

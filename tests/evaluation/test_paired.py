@@ -5,8 +5,8 @@ from sklearn.datasets import make_moons
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
 from sklearn.svm import SVC
 
+from tests.small import TASK, classification_metrics
 from utils.evaluation.bootstrap import bootstrap_draws
-from utils.evaluation.metrics import classification_metrics
 from utils.evaluation.paired import holm, nadeau_bengio, paired_interval
 
 SLIDES = 120
@@ -30,7 +30,7 @@ def own_case(slides: int) -> np.ndarray:
 
 def draws(labels, answers, cases, metric, resamples=500, **settings) -> list[np.ndarray]:
     """The resampled figures of each model."""
-    return [bootstrap_draws(labels, answer, cases, 0, resamples, **settings)[metric] for answer in answers]
+    return [bootstrap_draws(TASK, labels, answer, cases, 0, resamples, **settings)[metric] for answer in answers]
 
 
 def spread(labels, answers, cases, metric, resamples=500) -> float:

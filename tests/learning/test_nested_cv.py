@@ -23,13 +23,13 @@ import torch
 from MILS import build_mil, list_mils
 from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
+from tests.small import TASK, classification_metrics
 from utils.bags.inventory import FileRecord
 from utils.bags.store import read_bag, write_bag
 from utils.core.engine import Lost, Processes, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
-from utils.evaluation.metrics import METRICS, classification_metrics, decision_metrics, fitted_threshold
 from utils.evaluation.report import NO_PATIENTS, closing_words, results_table
 from utils.learning import cross_validation as nested_cv
 from utils.learning import plan, run_figures, units
@@ -40,9 +40,10 @@ from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Fitted
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
-from utils.prediction.calibration import scale_probabilities
 from utils.prediction.checkpoint import id_digests, load_checkpoint
 from utils.prediction.feeding import SlideFeed, predict_features
+from utils.tasks.calibration import scale_probabilities
+from utils.tasks.metrics import METRICS, decision_metrics, fitted_threshold
 
 N_OUTER, N_INNER, EPOCHS = 3, 2, 3
 TRAININGS = N_OUTER * N_INNER
@@ -198,7 +199,7 @@ class TestOutputs:
             checkpoint = load_checkpoint(finished.folder / f"fold_{fold}_best.pth")
             model = checkpoint.build()
             for slide, row in enumerate(finished.table()):
-                output = predict_features(model, dataset.features(slide), checkpoint.slide_feed)
+                output = predict_features(TASK, model, dataset.features(slide), checkpoint.slide_feed)
                 said = [float(row["prob_benign"]), float(row["prob_malignant"])]
                 assert (output.probabilities.tolist() == said) is (int(row["fold"]) == fold)
 
@@ -256,7 +257,7 @@ class TestOutputs:
             right = []
             for slide, row in enumerate(finished.table()):
                 if int(row["fold"]) == result["fold"]:
-                    output = predict_features(model, dataset.features(slide), SlideFeed(20, "mean"))
+                    output = predict_features(TASK, model, dataset.features(slide), SlideFeed(20, "mean"))
                     assert len(output.chunk_sizes) == math.ceil(dataset.info[slide].num_instances / 20)
                     right += (output.chunk_probabilities.argmax(axis=1) == dataset.labels[slide]).tolist()
             assert len(right) > result["n_slides"]
@@ -1086,7 +1087,7 @@ class TestStandardize:
         for number, fold in enumerate(cv.folds(), start=1):
             model = load_checkpoint(tmp_path / "run" / f"fold_{number}_best.pth").build()
             for slide in fold.test.tolist():
-                output = predict_features(model, data.features(slide), SlideFeed(20, "mean"))
+                output = predict_features(TASK, model, data.features(slide), SlideFeed(20, "mean"))
                 assert predictions["prob_malignant"][slide] == pytest.approx(output.probabilities[1], abs=1e-6)
             inner = results["fold_results"][number - 1]["selection"]["inner_fold"] or 1
             used = fold.train if final == "refit" else fold.inner[inner - 1].train
@@ -1142,10 +1143,10 @@ class TestFinal:
             checkpoint = load_checkpoint(tmp_path / f"fold_{fold + 1}_best.pth")
             assert checkpoint.model == small().spec
             for slide in rows.index[rows["fold"] == fold + 1]:
-                each = [predict_features(one, dataset.features(slide), SlideFeed(20, "mean")) for one in members]
+                each = [predict_features(TASK, one, dataset.features(slide), SlideFeed(20, "mean")) for one in members]
                 mean = np.mean([one.probabilities for one in each], axis=0)
                 assert rows.loc[slide, "prob_malignant"] == pytest.approx(mean[1], abs=1e-12)
-                again = predict_features(checkpoint.build(), dataset.features(slide), checkpoint.slide_feed, True)
+                again = predict_features(TASK, checkpoint.build(), dataset.features(slide), checkpoint.slide_feed, True)
                 assert again.probabilities[1] == rows.loc[slide, "prob_malignant"]
                 assert again.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
             selection = results["fold_results"][fold]["selection"]
@@ -1530,7 +1531,7 @@ class TestKinds:
         assert checkpoint.slide_feed == SlideFeed(20, "mean", sequential=True)
         rows = pd.read_csv(tmp_path / "predictions.csv")
         slide = int(rows.index[rows["fold"] == 1][0])
-        output = predict_features(checkpoint.build(), data.features(slide), checkpoint.slide_feed)
+        output = predict_features(TASK, checkpoint.build(), data.features(slide), checkpoint.slide_feed)
         assert output.probabilities[1] == pytest.approx(rows.loc[slide, "prob_malignant"], abs=1e-6)
 
     def test_groups_stay_together_in_every_part(self, cohort, tmp_path, no_figures):

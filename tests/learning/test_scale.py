@@ -9,6 +9,7 @@ from MILS import build_mil, list_mils
 from MILS.bag_model import BagModel, evaluating
 from MILS.ensemble import Ensemble
 from MILS.mergeable import MergeableModel
+from tests.small import TASK
 from utils.bags.inventory import root_mean_square
 from utils.core.errors import ConfigError
 from utils.learning.scale import Standardization, feature_scale, standardize, why_unusual
@@ -103,8 +104,8 @@ def test_random_weights_of_faithfulness_see_standardised_features():
     x = torch.randn(40, DIM)
     with torch.no_grad():
         attention = plain(x[None])[1]["attn"][0].mean(dim=0).numpy()
-    found = measure_faithfulness([other], far(x), attention, 0)
-    expected = measure_faithfulness([plain], x, attention, 0)
+    found = measure_faithfulness(TASK, [other], far(x), attention, 0)
+    expected = measure_faithfulness(TASK, [plain], x, attention, 0)
     assert found.randomised == pytest.approx(expected.randomised, rel=1e-3)
     assert found.deletion.most_first == pytest.approx(expected.deletion.most_first, rel=1e-3)
 

@@ -9,14 +9,15 @@ from torch import nn
 from MILS import list_mils
 from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
+from tests.small import TASK
 from utils.core.device import amp_dtype
 from utils.core.errors import ConfigError, TrainingError
-from utils.evaluation.metrics import METRICS, balanced_class_weights
 from utils.learning import training
 from utils.learning.settings import Training
 from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
 from utils.prediction.feeding import SlideFeed, predict_features
+from utils.tasks.metrics import METRICS, balanced_class_weights
 
 CPU = torch.device("cpu")
 CHUNKED = SlideFeed(20, "mean")
@@ -156,7 +157,7 @@ class TestLoss:
         original = dataset.batches
 
         class Spy:
-            labels, class_names, features = dataset.labels, dataset.class_names, staticmethod(dataset.features)
+            labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
 
             @staticmethod
             def batches(*arguments):
@@ -190,7 +191,7 @@ class TestLoss:
 
     def test_validation_loss_counts_slides(self, dataset, make_model):
         model, weights = make_model(), balanced_class_weights(dataset.labels[TRAIN], 2)
-        answers = [predict_features(model, dataset.features(slide), CHUNKED).probabilities for slide in VAL]
+        answers = [predict_features(TASK, model, dataset.features(slide), CHUNKED).probabilities for slide in VAL]
         losses = [-math.log(answer[label]) for answer, label in zip(answers, dataset.labels[VAL], strict=True)]
         expected = np.average(losses, weights=weights[dataset.labels[VAL]])
         assert validate(model, dataset, VAL, weights, CHUNKED)[0]["val_loss"] == pytest.approx(expected)
@@ -221,7 +222,7 @@ class TestReproducibility:
         orders = []
 
         class Spy:
-            labels, class_names, features = dataset.labels, dataset.class_names, staticmethod(dataset.features)
+            labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
 
             @staticmethod
             def batches(*arguments):
@@ -281,7 +282,7 @@ class TestRefit:
         asked = []
 
         class Spy:
-            labels, class_names = dataset.labels, dataset.class_names
+            labels, task = dataset.labels, dataset.task
 
             @staticmethod
             def features(slide):
@@ -339,7 +340,7 @@ class TestTrouble:
 
     def test_nan_features_end_the_training(self, train, dataset):
         class Spoilt:
-            labels, class_names, features = dataset.labels, dataset.class_names, staticmethod(dataset.features)
+            labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
 
             @staticmethod
             def batches(*arguments):

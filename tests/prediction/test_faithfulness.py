@@ -7,6 +7,7 @@ import torch
 from MILS import build_mil, list_mils
 from MILS.ensemble import Ensemble
 from MILS.mergeable import BLOCK_ROWS
+from tests.small import TASK
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.core.errors import FeatureFileError
 from utils.prediction.faithfulness import Curves, measure_faithfulness
@@ -30,18 +31,18 @@ def bag(count: int = COUNT, seed: int = 0) -> torch.Tensor:
 
 
 def attention_of(model, features) -> np.ndarray:
-    return predict_features(model, features, WHOLE, attention=True).attention.mean(axis=0)
+    return predict_features(TASK, model, features, WHOLE, attention=True).attention.mean(axis=0)
 
 
 def said(model, features, kept: np.ndarray, index: int) -> float:
-    return float(predict_features(model, features[torch.from_numpy(np.sort(kept))], WHOLE).probabilities[index])
+    return float(predict_features(TASK, model, features[torch.from_numpy(np.sort(kept))], WHOLE).probabilities[index])
 
 
 @pytest.mark.parametrize("name", list_mils())
 def test_the_curves_are_what_the_model_says_of_the_patches_that_are_left(name):
     model, features = stirred(name), bag()
     attention = np.random.default_rng(3).permutation(COUNT) + 1.0  # no two alike
-    order, found = np.argsort(-attention), measure_faithfulness([model], features, attention / attention.sum(), 1)
+    order, found = np.argsort(-attention), measure_faithfulness(TASK, [model], features, attention / attention.sum(), 1)
     for fraction, most, least in zip(
         found.deletion.fractions, found.deletion.most_first, found.deletion.least_first, strict=True
     ):
@@ -79,11 +80,11 @@ def test_the_gap_is_between_the_order_of_attention_and_random_orders():
 def test_features_in_a_file_that_come_in_blocks_give_the_same_curves(tmp_path, monkeypatch):
     model, features = stirred("LiteMIL"), bag()
     attention = attention_of(model, features)
-    expected = measure_faithfulness([model], features, attention, 0)
+    expected = measure_faithfulness(TASK, [model], features, attention, 0)
     write_bag(tmp_path / "slide.h5", Bag(features.numpy()))
     monkeypatch.setitem(BLOCK_ROWS, "cpu", 7)
     monkeypatch.setattr("MILS.mergeable.GROUPED_ROWS", 20)
-    found = measure_faithfulness([model], open_bag(tmp_path / "slide.h5").features, attention, 0)
+    found = measure_faithfulness(TASK, [model], open_bag(tmp_path / "slide.h5").features, attention, 0)
     for curves in ("deletion", "insertion"):
         for name, curve in vars(getattr(expected, curves)).items():
             # Logits of some hundreds: single precision is worth some 1e-5 of them.
@@ -95,8 +96,8 @@ def test_several_models_answer_as_their_mean(tmp_path):
     one, two, three = (stirred(name, seed) for name, seed in (("LiteMIL", 1), ("LiteMIL", 2), ("ABMIL", 3)))
     features = bag()
     attention = attention_of(one, features)
-    each = [measure_faithfulness([model], features, attention, 1) for model in (one, two, three)]
-    together = measure_faithfulness([Ensemble([one, two]), three], features, attention, 1)
+    each = [measure_faithfulness(TASK, [model], features, attention, 1) for model in (one, two, three)]
+    together = measure_faithfulness(TASK, [Ensemble([one, two]), three], features, attention, 1)
     np.testing.assert_allclose(
         together.insertion.most_first, np.mean([found.insertion.most_first for found in each], axis=0), atol=1e-6
     )
@@ -123,15 +124,15 @@ def planted() -> tuple[torch.nn.Module, torch.Tensor]:
 
 def test_attention_that_matters_is_told_from_attention_that_does_not():
     model, features = planted()
-    true = measure_faithfulness([model], features, attention_of(model, features), 1).as_dict()
+    true = measure_faithfulness(TASK, [model], features, attention_of(model, features), 1).as_dict()
     assert true["deletion"]["gap"] > 0.3
     assert true["deletion"]["random_orders_beaten"] == true["random_orders"] == 10
     assert true["insertion"]["gap"] > 0.05
     made_up = np.random.default_rng(5).random(COUNT)
-    false = measure_faithfulness([model], features, made_up / made_up.sum(), 1).as_dict()
+    false = measure_faithfulness(TASK, [model], features, made_up / made_up.sum(), 1).as_dict()
     assert abs(false["deletion"]["gap"]) < 0.2
     upside_down = 1 / attention_of(model, features)
-    worse = measure_faithfulness([model], features, upside_down / upside_down.sum(), 1).as_dict()
+    worse = measure_faithfulness(TASK, [model], features, upside_down / upside_down.sum(), 1).as_dict()
     assert worse["deletion"]["gap"] < 0
     assert worse["deletion"]["random_orders_beaten"] == 0
 
@@ -139,14 +140,14 @@ def test_attention_that_matters_is_told_from_attention_that_does_not():
 def test_a_map_that_owes_nothing_to_training_is_told():
     """The rank correlation with random weights: 1 for a map that is the features' alone, none for a constant one."""
     model, features = planted()
-    found = measure_faithfulness([model], features, attention_of(model, features), 1)
-    again = measure_faithfulness([model], features, found.randomised, 1)
+    found = measure_faithfulness(TASK, [model], features, attention_of(model, features), 1)
+    again = measure_faithfulness(TASK, [model], features, found.randomised, 1)
     assert again.rank_correlations[0] == pytest.approx(1)
     assert len(again.rank_correlations) == 3
     assert all(abs(one) < 0.9 for one in again.rank_correlations[1:])
-    even = measure_faithfulness([model], features, np.full(COUNT, 1 / COUNT), 1)
+    even = measure_faithfulness(TASK, [model], features, np.full(COUNT, 1 / COUNT), 1)
     assert even.rank_correlations == [None] * 3
-    pooled = measure_faithfulness([stirred("meanPool")], features, attention_of(model, features), 1)
+    pooled = measure_faithfulness(TASK, [stirred("meanPool")], features, attention_of(model, features), 1)
     assert pooled.rank_correlations == [None] * 3
     json.dumps(even.as_dict(), allow_nan=False)
 
@@ -155,14 +156,14 @@ def test_patches_of_equal_attention_have_no_order_of_their_own():
     """Features that change along the file: an order by place would beat random ones."""
     model, features = planted()
     features = torch.cat([features[10:15], features[:10], features[15:]])
-    found = measure_faithfulness([model], features, np.full(COUNT, 1 / COUNT), 1).as_dict()
+    found = measure_faithfulness(TASK, [model], features, np.full(COUNT, 1 / COUNT), 1).as_dict()
     assert 0 < found["deletion"]["random_orders_beaten"] < 10
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 40])
 def test_small_slides(count):
     model, features = stirred("ABMIL"), bag(count)
-    found = measure_faithfulness([model], features, attention_of(model, features), 0)
+    found = measure_faithfulness(TASK, [model], features, attention_of(model, features), 0)
     json.dumps(found.as_dict(), allow_nan=False)
     np.testing.assert_allclose(found.deletion.fractions, 1 - found.insertion.fractions[::-1])
 
@@ -170,4 +171,4 @@ def test_small_slides(count):
 def test_a_single_patch_is_refused():
     model = stirred("ABMIL")
     with pytest.raises(FeatureFileError, match="the slide has 1 patch, from which nothing can be taken away"):
-        measure_faithfulness([model], bag(1), np.ones(1), 0)
+        measure_faithfulness(TASK, [model], bag(1), np.ones(1), 0)

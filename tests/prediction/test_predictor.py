@@ -8,6 +8,7 @@ from MILS.LiteMIL import LiteMIL
 from tests.bags import writers
 from tests.conftest import BACKBONE, PATCH
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
+from tests.small import TASK
 from utils.bags.store import Bag, write_bag
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.passport import Passport
@@ -306,7 +307,7 @@ def test_an_ensemble_tells_what_each_of_its_models_says(tmp_path):
     path = bag_file(tmp_path, make_bag(50))
     answer = SlidePredictor(tmp_path / "ensemble.pth", device="cpu").predict(path)
     features = torch.from_numpy(make_bag(50).features)
-    each = np.stack([predict_features(model, features, CHUNKS_OF_20).probabilities for model in members])
+    each = np.stack([predict_features(TASK, model, features, CHUNKS_OF_20).probabilities for model in members])
     np.testing.assert_allclose(answer.member_probabilities, each)
     np.testing.assert_allclose(answer.probabilities, each.mean(axis=0))
     said = answer.as_dict()

@@ -17,21 +17,21 @@ from MILS import build_mil, list_mils, registry
 from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble
 from tests.cohort import synthetic_passport, write_cohort
+from tests.small import TASK, classification_metrics
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag
 from utils.core.errors import CheckpointError
 from utils.core.passport import Passport
 from utils.evaluation.bootstrap import bootstrap_intervals
-from utils.evaluation.metrics import classification_metrics
 from utils.features.extractor import WSIFeatureExtractor
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import save_picture
-from utils.prediction.calibration import scale_probabilities
 from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
 from utils.prediction.feeding import SlideFeed
 from utils.prediction.predictor import SlidePredictor
+from utils.tasks.calibration import scale_probabilities
 
 CLASSES = ("benign", "malignant")
 
@@ -137,7 +137,7 @@ def test_the_scores_are_those_of_training(cohort, models, predict, tmp_path):
     # Patients are resampled, not slides.
     cases, width = table["case_id"].to_numpy(), scores["intervals_95"]["auc"]
     assert width[0] <= expected["auc"] <= width[1]
-    some_seed = bootstrap_intervals(truth, probabilities, cases, 0)["auc"]
+    some_seed = bootstrap_intervals(TASK, truth, probabilities, cases, 0)["auc"]
     assert width == pytest.approx(some_seed, abs=0.08)
 
 

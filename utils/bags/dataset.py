@@ -31,6 +31,7 @@ from utils.core.errors import ConfigError, FeatureFileError, LabelsError, Recipe
 from utils.core.recipe import COMPARED_FIELDS, Recipe
 from utils.core.runtime import available_memory, log, progress
 from utils.core.settings import checked
+from utils.tasks.classification import Classification
 
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
@@ -99,11 +100,11 @@ class MILDataset(Dataset):
         for note in table.notes:
             log.info("%s: %s", csv_path, note)
         self.class_names = asked.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
-        if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
-            raise LabelsError(
-                f"{csv_path}: classes {', '.join(self.class_names)}; a classifier needs two different ones"
-                f"{_how_parted(self.class_names, {row['label'] for row in table.rows})}"
-            )
+        try:
+            self.task = Classification(self.class_names)
+        except ValueError as error:
+            known = {row["label"] for row in table.rows}
+            raise LabelsError(f"{csv_path}: {error}{_how_parted(self.class_names, known)}") from None
         self.mode, self.chunk_size, self.sequential = asked.mode, asked.chunk_size, asked.sequential
         self.feat_type = feat_type
         unknown_patients = labels.missing_patients(table, no_patients)

@@ -21,3 +21,13 @@ def aligned(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
     ]
     rule = "-" * len(texts[0][0])
     return f"\n{rule}\n".join("\n".join(text) for text in texts if text)
+
+
+def figure_text(value: float | None) -> str:
+    """Return a figure to three decimals, "-" for one that is undefined."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def interval_text(limits: Sequence[float] | None) -> str:
+    """Return an interval to three decimals, "-" for one that is undefined."""
+    return "-" if limits is None else f"{limits[0]:.3f}-{limits[1]:.3f}"

@@ -1,10 +1,10 @@
 """How sure a figure is: patient-cluster bootstrap intervals, and the figures of several repeats as one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from utils.evaluation.metrics import metric_names, plain_figures, weighted_metrics
+from utils.tasks.task import Figures, Task, plain
 
 RESAMPLES = 1000
 # False positive rates of the band; 0 comes twice, since a curve may rise before its first false positive.
@@ -12,25 +12,23 @@ _GRID = np.append(0, np.arange(201) / 200)
 _BLOCK_VALUES = 1 << 20
 
 
-def pooled_metrics(
-    labels: np.ndarray, probabilities: np.ndarray, repeats: np.ndarray, class_names: Sequence[str] = ()
-) -> dict[str, float | None]:
-    """`classification_metrics` within each repeat, averaged over the repeats where the figure is defined.
+def pooled_metrics(task: Task, labels: np.ndarray, values: np.ndarray, repeats: np.ndarray) -> Figures:
+    """Return every metric within each repeat, averaged over the repeats where it is defined.
 
-    `labels (n,)`, `probabilities (n, C)`, `repeats (n,)`: one row per tested slide and repeat.
+    `labels (n,)`, `values (n, C)`, `repeats (n,)`: one row per tested slide and repeat.
     """
-    return plain_figures(_pooled(labels, probabilities, np.ones((1, len(labels))), repeats, class_names))
+    return plain(_pooled(task, labels, values, np.ones((1, len(labels))), repeats))
 
 
 def bootstrap_intervals(
+    task: Task,
     labels: np.ndarray,
-    probabilities: np.ndarray,
+    values: np.ndarray,
     cases: np.ndarray,
     seed: int,
     resamples: int = RESAMPLES,
     *,
     repeats: np.ndarray | None = None,
-    class_names: Sequence[str] = (),
 ) -> dict[str, tuple[float, float] | None]:
     """95% percentile intervals of `pooled_metrics` over resampled patients.
 
@@ -38,31 +36,29 @@ def bootstrap_intervals(
     training would. Resamples in which a figure is undefined do not count for it; None when it is undefined in more
     than half of them.
     """
-    drawn = bootstrap_draws(labels, probabilities, cases, seed, resamples, repeats=repeats, class_names=class_names)
+    drawn = bootstrap_draws(task, labels, values, cases, seed, resamples, repeats=repeats)
     return {name: interval(values) for name, values in drawn.items()}
 
 
 def bootstrap_draws(
+    task: Task,
     labels: np.ndarray,
-    probabilities: np.ndarray,
+    values: np.ndarray,
     cases: np.ndarray,
     seed: int,
     resamples: int = RESAMPLES,
     *,
     repeats: np.ndarray | None = None,
-    class_names: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """`pooled_metrics` of each resample, `(resamples,)`; NaN where undefined.
 
-    `labels (n,)`, `probabilities (n, C)`, `cases (n,)`, `repeats (n,)`. Patients are drawn; all slides of a drawn
+    `labels (n,)`, `values (n, C)`, `cases (n,)`, `repeats (n,)`. Patients are drawn; all slides of a drawn
     patient, of all repeats, come along. Who is drawn depends on the seed and the set of patients alone, so that the
     draws of two models on the same patients are pairs.
     """
     repeats = np.zeros(len(labels)) if repeats is None else repeats
-    blocks = [
-        _pooled(labels, probabilities, weights, repeats, class_names) for weights in _resampled(cases, seed, resamples)
-    ]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in metric_names(class_names)}
+    blocks = [_pooled(task, labels, values, weights, repeats) for weights in _resampled(cases, seed, resamples)]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def mean_roc(
@@ -139,12 +135,10 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def _pooled(
-    labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, repeats: np.ndarray, class_names: Sequence[str]
+    task: Task, labels: np.ndarray, values: np.ndarray, weights: np.ndarray, repeats: np.ndarray
 ) -> dict[str, np.ndarray]:
-    parts = [
-        weighted_metrics(labels[rows], probabilities[rows], weights[:, rows], class_names) for rows in _rows_of(repeats)
-    ]
-    return {name: _known_mean(np.stack([part[name] for part in parts])) for name in metric_names(class_names)}
+    figures = [task.metrics(labels[rows], values[rows], weights[:, rows]) for rows in _rows_of(repeats)]
+    return {name: _known_mean(np.stack([each[name] for each in figures])) for name in figures[0]}
 
 
 def _curves(is_class: np.ndarray, scores: np.ndarray, weights: np.ndarray, repeats: np.ndarray | None) -> np.ndarray:

@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from utils.core.plots import COLOURS, LEGEND, SMALL, STYLES, bare, bare_axes, legend_below
 from utils.core.text import literal
 from utils.evaluation.bootstrap import mean_precision, mean_roc, pooled_metrics, roc_band
-from utils.evaluation.metrics import BINS, probability_bins
 from utils.evaluation.predictions import Predictions
-from utils.evaluation.report import FIGURES
+from utils.tasks.metrics import BINS, probability_bins
 
 # More curves with their bands and folds are a tangle.
 _MOST_BANDS = 3
@@ -24,9 +23,14 @@ _ENTRY = 60  # characters of a line of a legend
 
 
 def prediction_figures(predictions: Predictions) -> dict[str, Figure]:
-    """Draw all figures of predictions, by the names of their files."""
-    drawing = (roc_figure, precision_recall_figure, confusion_figure, calibration_figure)
-    return {name: draw(predictions) for name, draw in zip(FIGURES, drawing, strict=True)}
+    """Draw the figures of the predictions' task, by the names of their files."""
+    drawings = {
+        "roc": roc_figure,
+        "precision_recall": precision_recall_figure,
+        "confusion_matrix": confusion_figure,
+        "calibration": calibration_figure,
+    }
+    return {name: drawings[name](predictions) for name in predictions.task.drawings}
 
 
 def roc_figure(predictions: Predictions) -> Figure:
@@ -36,7 +40,7 @@ def roc_figure(predictions: Predictions) -> Figure:
     Up to three classes have their 95% band over patients and each fold's own curve, where there are folds.
     """
     figure, axes = _curve_axes("False positive rate (1 - specificity)", "True positive rate (sensitivity)")
-    is_detailed = len(predictions.ranked_classes) <= _MOST_BANDS
+    is_detailed = len(predictions.task.ranked) <= _MOST_BANDS
     for index, line in _class_lines(predictions):
         is_class, scores = predictions.one_against_rest(index)
         curve = mean_roc(is_class, scores, predictions.repeats)
@@ -64,7 +68,7 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
     chance, which is the share of the slides that are of the class; of several repeats their mean.
     """
     figure, axes = _curve_axes("Recall (sensitivity)", "Precision (positive predictive value)")
-    has_baselines = len(predictions.ranked_classes) <= _MOST_BANDS
+    has_baselines = len(predictions.task.ranked) <= _MOST_BANDS
     for index, line in _class_lines(predictions):
         curve = mean_precision(*predictions.one_against_rest(index), predictions.repeats)
         if curve is None:
@@ -83,7 +87,7 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
 def confusion_figure(predictions: Predictions) -> Figure:
     """Draw the counts of slides, shaded by the fraction of the true class; each slide counts once per repeat."""
     num_classes = len(predictions.class_names)
-    pairs = predictions.labels * num_classes + predictions.probabilities.argmax(axis=1)
+    pairs = predictions.labels * num_classes + predictions.predicted
     counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(4, 1.6 + 0.55 * num_classes)
@@ -125,7 +129,7 @@ def calibration_figure(predictions: Predictions) -> Figure:
     figure = Figure(figsize=(4.8, 6), layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8, label="perfect calibration")
-    counts, figures_text = _draw_reliability(axes, predictions, predictions.probabilities, "as predicted", 0, "o")
+    counts, figures_text = _draw_reliability(axes, predictions, predictions.values, "as predicted", 0, "o")
     if predictions.calibrated is not None:
         _, scaled_text = _draw_reliability(axes, predictions, predictions.calibrated, "temperature-scaled", 1, "s")
         figures_text += f"\n{scaled_text}"
@@ -172,7 +176,7 @@ def _curve_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def _class_lines(predictions: Predictions) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each class that has a curve, and how its line is drawn."""
-    for index, colour, style in zip(predictions.ranked_classes, cycle(COLOURS), cycle(STYLES), strict=False):
+    for index, colour, style in zip(predictions.task.ranked, cycle(COLOURS), cycle(STYLES), strict=False):
         yield index, {"color": colour, "ls": style, "lw": 1.8}
 
 
@@ -222,7 +226,7 @@ def _draw_reliability(
             mfc="white" if is_few else COLOURS[colour],
         )  # fmt: skip
     axes.plot([], [], color=COLOURS[colour], marker=marker, ms=6, lw=1.4, label=f"{name}, 95% interval")
-    figures = pooled_metrics(labels, probabilities, predictions.repeats)
+    figures = pooled_metrics(predictions.task, labels, probabilities, predictions.repeats)
     return counts, f"{name}: Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}"
 
 

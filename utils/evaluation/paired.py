@@ -8,7 +8,6 @@ import numpy as np
 
 from utils.evaluation.bootstrap import interval
 
-LOWER_IS_BETTER = ("brier", "ece")
 # Figures that differ by less are equal but for rounding.
 _EQUAL = 1e-12
 

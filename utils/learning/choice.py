@@ -8,17 +8,16 @@ import numpy as np
 
 from utils.core.errors import TrainingError
 from utils.core.runtime import log
-from utils.evaluation.metrics import fitted_threshold
 from utils.learning.selection import Setting, best_of, mean_rank, rank
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted
-from utils.prediction.calibration import fitted_temperature
+from utils.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What inner validation chose for an outer fold: the setting (from 1), its inner models, the best of them, and the
-    decision threshold (two classes only) and temperature that fit them; every setting's scores.
+    """What inner validation chose for an outer fold: the setting (from 1), its inner models, the best of them, what was
+    fitted to their values (see `Task.fit_inner`), and every setting's scores.
     """
 
     fold: OuterFold
@@ -26,13 +25,13 @@ class Choice:
     setting: int
     fitted: list[Fitted]
     best: int
-    threshold: float | None
-    temperature: float | None
+    fitted_to_values: dict[str, float | None]
     scores: list[dict[str, Any]]
     history: list[dict[str, Any]]
 
 
 def choose(
+    task: Task,
     fold: OuterFold,
     monitor: str,
     settings: Sequence[Setting],
@@ -61,10 +60,8 @@ def choose(
     best = best_of([rank(one.validation, monitor) for one in chosen])
     # All inner validation slides, each as the model that left it out saw it.
     held_back = labels[np.concatenate([inner.val for inner in fold.inner])]
-    seen = np.concatenate([one.val_probabilities.numpy() for one in chosen])
-    threshold = fitted_threshold(held_back, seen[:, 1]) if seen.shape[1] == 2 else None
-    temperature = fitted_temperature(held_back, seen)
-    return Choice(fold, monitor, setting + 1, chosen, best, threshold, temperature, scores, history)
+    values = np.concatenate([one.val_probabilities.numpy() for one in chosen])
+    return Choice(fold, monitor, setting + 1, chosen, best, task.fit_inner(held_back, values), scores, history)
 
 
 def mean_validation(fitted: Sequence[Fitted]) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from utils.core.files import appeared, digest, read_json, write_json, write_reco
 from utils.core.runtime import derive_seed, log, progress, progress_bar, versions
 from utils.core.settings import check_names
 from utils.evaluation import report
-from utils.evaluation.metrics import auc_is_defined
 from utils.learning import plan, run_figures
 from utils.learning.choice import Choice, choose, mean_validation
 from utils.learning.epochs import Epochs
@@ -107,7 +106,7 @@ class NestedCrossValidation:
         self.device = resolve_device(self.running.device)
         amp_dtype(self.training.amp_precision, self.device)
         self.spec = _spec_of(model_factory)
-        for name, expected in (("input_dim", dataset.input_dim), ("num_classes", len(dataset.class_names))):
+        for name, expected in (("input_dim", dataset.input_dim), ("num_classes", len(dataset.task.outputs))):
             if self.spec.get(name, expected) != expected:
                 raise ConfigError(f"model_factory: its models' {name} is {self.spec[name]}, the dataset's {expected}")
         grid = read_grid(grid, self.spec["name"]) if isinstance(grid, str) else grid or {}
@@ -244,16 +243,17 @@ class NestedCrossValidation:
     def folds(self) -> list[OuterFold]:
         """The outer folds of all repeats, dealt from the seed or read from the `splits` file."""
         data, protocol, unit = self.dataset, self.protocol, self.dataset.group_column or "patient"
+        strata = data.task.strata(data.labels)
         if protocol.splits is None:
             if note := unused_split([row.columns for row in data.rows]):
                 log.warning(note)
             return repeated_splits(
-                data.labels, data.groups, data.class_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
+                strata, data.groups, data.task.strata_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
                 protocol.seed, unit,
             )  # fmt: skip
         wsi_ids = [row.wsi_id for row in data.rows]
         folds = given_splits(
-            protocol.splits, wsi_ids, data.labels, data.groups, data.class_names, unit=unit,
+            protocol.splits, wsi_ids, strata, data.groups, data.task.strata_names, unit=unit,
             allow_missing="missing" in data.allow,
         )  # fmt: skip
         for name, found in (("n_outer", len(folds)), ("n_inner", len(folds[0].inner))):
@@ -334,14 +334,16 @@ class NestedCrossValidation:
             raise EngineError(f"{lost[0]}{others}; {remedy} (what is finished is kept)")
 
     def _monitor(self, fold: OuterFold) -> str:
-        num_classes, monitor = len(self.dataset.class_names), self.protocol.monitor
-        if monitor != "slide_auc":
-            return monitor
-        if all(auc_is_defined(self.dataset.labels[inner.val], num_classes) for inner in fold.inner):
+        data, monitor = self.dataset, self.protocol.monitor
+        metric = monitor.removeprefix("slide_")
+        reasons = [data.task.why_undefined(metric, data.labels[inner.val]) for inner in fold.inner]
+        reason = next(filter(None, reasons), "")
+        if not reason:
             return monitor
         log.info(
-            "outer fold %d: an inner fold lacks a class, so the slide loss chooses instead of the AUC", fold.number
-        )
+            "outer fold %d: an inner fold %s, so the slide loss chooses instead of the %s", fold.number, reason,
+            metric.upper(),
+        )  # fmt: skip
         return "slide_loss"
 
     def _choice(self, fold: OuterFold, units: Sequence[Unit]) -> Choice:
@@ -351,7 +353,7 @@ class NestedCrossValidation:
             fitted = self._kept(unit)
             trained[unit.setting - 1].append(fitted)
             history += self._history(unit, fitted)
-        return choose(fold, units[0].monitor, self.settings, trained, self.dataset.labels, history)
+        return choose(self.dataset.task, fold, units[0].monitor, self.settings, trained, self.dataset.labels, history)
 
     def _refit_unit(self, choice: Choice) -> Unit:
         epochs = refit_epochs([fitted.epoch for fitted in choice.fitted])
@@ -405,8 +407,9 @@ class NestedCrossValidation:
             record |= mean_validation(choice.fitted)
         model = self._model(choice.setting, states)
         outputs = predict_slides(model.to(self.device), dataset, choice.fold.test, self.trainer.feed)
-        record |= {"threshold": choice.threshold, "settings": choice.scores}
-        result = FoldResult(choice.fold, outputs, choice.threshold, choice.temperature, record, history)
+        threshold, temperature = (choice.fitted_to_values[name] for name in ("threshold", "temperature"))
+        record |= {"threshold": threshold, "settings": choice.scores}
+        result = FoldResult(dataset.task, choice.fold, outputs, threshold, temperature, record, history)
         self._save(model.cpu(), result, self.output_dir / f"fold_{choice.fold.number}_best.pth")
         return result
 

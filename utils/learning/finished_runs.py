@@ -16,6 +16,7 @@ from utils.evaluation.predictions import Predictions
 from utils.learning.run_figures import FIGURES, draw_figures
 from utils.learning.settings import Protocol
 from utils.learning.splits import PARTS, NamedSplit, read_splits
+from utils.tasks.classification import Classification
 
 _FILES = ("run.json", "outputs.json", "predictions.csv", "splits.json")
 
@@ -122,12 +123,12 @@ def read_run(path: Path, name: str) -> Run:
 def _read_predictions(path: Path, classes: Sequence[str], seed: int) -> Predictions:
     """Read the table, in an order that does not depend on the run's."""
     try:
-        predictions = Predictions.read(path, seed, classes)
+        predictions = Predictions.read(path, seed, Classification(tuple(classes)))
     except (OSError, ValueError) as failure:
         raise ConfigError(
             f"{path}: no predictions as train.py writes them ({failure}); train the run again"
         ) from failure
-    values, slides = predictions.probabilities, predictions.slides.tolist()
+    values, slides = predictions.values, predictions.slides.tolist()
     tested = set(zip(predictions.repeats.tolist(), slides, strict=True))
     faults = {
         "a probability that is no number from 0 to 1": not ((values >= 0) & (values <= 1)).all(),

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from utils.bags.dataset import MILDataset
-from utils.evaluation.metrics import classification_metrics, decision_metrics
 from utils.evaluation.predictions import Predictions
 from utils.learning.splits import OuterFold
-from utils.prediction.calibration import mean_calibrated
-from utils.prediction.feeding import SlideOutput
+from utils.prediction.feeding import SlideOutput, mean_calibrated
+from utils.tasks.classification import Classification
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,7 @@ class FoldResult:
     trainings.
     """
 
+    task: Classification
     fold: OuterFold
     outputs: list[SlideOutput]
     threshold: float | None
@@ -36,20 +36,18 @@ class FoldResult:
     @property
     def calibrated(self) -> np.ndarray | None:
         """The same, temperature-scaled, where there is a temperature."""
-        answers = [mean_calibrated([output], [self.temperature]) for output in self.outputs]
+        answers = [mean_calibrated(self.task, [output], [self.temperature]) for output in self.outputs]
         scaled = [answer for answer in answers if answer is not None]
         return np.stack(scaled) if scaled else None
 
     @property
     def decisions(self) -> np.ndarray:
-        """`(n,)` int, the classes of the test slides, decided on at the threshold where there is one."""
-        if self.threshold is None:
-            return self.probabilities.argmax(axis=1)
-        return (self.probabilities[:, 1] >= self.threshold).astype(int)
+        """`(n,)` int, what is decided for the test slides, at the threshold where there is one."""
+        return self.task.decide(self.probabilities, self.threshold)
 
     def figures(self, data: MILDataset) -> dict[str, Any]:
         """Return the fold's entry in `outputs.json`."""
-        labels, names = data.labels[self.fold.test], data.class_names
+        task, labels = self.task, data.labels[self.fold.test]
         chunk_labels = np.repeat(labels, [len(output.chunk_sizes) for output in self.outputs])
         chunks = np.concatenate([output.chunk_probabilities for output in self.outputs])
         return {
@@ -58,10 +56,10 @@ class FoldResult:
             "n_slides": len(labels),
             "n_cases": len(set(data.cases[self.fold.test])),
             "n_train": len(self.fold.train),
-            "chunk": classification_metrics(chunk_labels, chunks, names),
-            "slide": classification_metrics(labels, self.probabilities, names),
+            "chunk": task.plain_metrics(chunk_labels, chunks),
+            "slide": task.plain_metrics(labels, self.probabilities),
             "threshold": self.threshold,
-            "thresholded": None if self.threshold is None else decision_metrics(labels, self.decisions, names),
+            "thresholded": None if self.threshold is None else task.decision_metrics(labels, self.decisions),
             "temperature": self.temperature,
             "selection": self.selection,
         }
@@ -80,8 +78,8 @@ def pooled_predictions(results: Sequence[FoldResult], data: MILDataset, seed: in
         slides=np.array([data.rows[slide].wsi_id for slide in slides.tolist()]),
         cases=data.cases[slides],
         labels=data.labels[slides],
-        probabilities=np.concatenate([result.probabilities for result in results]),
-        class_names=data.class_names,
+        values=np.concatenate([result.probabilities for result in results]),
+        task=data.task,
         repeats=np.repeat([result.fold.repeat for result in results], sizes),
         seed=seed,
         folds=np.repeat([result.fold.number for result in results], sizes),

@@ -64,7 +64,7 @@ def trial(trainer: Trainer, unit: Unit, sizes: np.ndarray, window: int) -> Trial
             training.epoch(epoch)
         trained = time.perf_counter()
         with suppress(DivergedError):
-            validate(training.model, data, val, training.class_weights, trainer.feed)
+            validate(training.model, data, val, training.loss_weights, trainer.feed)
         spent = [trained - began, time.perf_counter() - trained]
     slides, batch_size = largest_step(trainer, unit, sizes)
     held = int(np.searchsorted(np.sort(sizes)[::-1].cumsum(), window)) + 1

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.core.plots import write_figures
-from utils.evaluation import report
 from utils.evaluation.predictions import Predictions
+from utils.tasks.classification import Classification
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FIGURES = (*report.FIGURES, "learning_curves")
+FIGURES = (*Classification.drawings, "learning_curves")
 
 
 def draw_figures(

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - PyTorch's own abbreviation
 
 from MILS.bag_model import BagModel, evaluating
 from utils.bags.collate import Batch
@@ -17,11 +16,10 @@ from utils.bags.dataset import MILDataset
 from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
 from utils.core.runtime import ahead, derive_seed
-from utils.evaluation.metrics import balanced_class_weights, classification_metrics, log_loss
 from utils.learning.scale import feature_scale, standardize
 from utils.learning.selection import rank
 from utils.learning.settings import Training
-from utils.prediction.feeding import SlideFeed, SlideOutput, predict_features, predict_probabilities
+from utils.prediction.feeding import SlideFeed, SlideOutput, predict_features, predict_values
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class ModelTraining:
         if settings.standardize == "on":
             standardize(self.model, *feature_scale(dataset.features, train))
         self.dataset, self.train, self.settings, self.seed, self.device = dataset, train, settings, seed, device
-        self.class_weights = balanced_class_weights(dataset.labels[train], len(dataset.class_names))
+        self.loss_weights = dataset.task.loss_weights(dataset.labels[train])
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -105,13 +103,13 @@ class ModelTraining:
     def _steps(self, batches: Iterable[Batch]) -> float:
         """A step on each batch; the loss is the mean over chunks, each weighing its share of its slide."""
         self.model.train()
-        class_weights = torch.tensor(self.class_weights, dtype=torch.float32, device=self.device)
+        weights = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
         losses, sizes = [], []
         for batch in batches:
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 logits, _ = self.model.forward_bags(batch.bags)
-            each = F.cross_entropy(logits.float(), batch.labels, weight=class_weights, reduction="none")
+            each = self.dataset.task.loss(logits, batch.labels, weights)
             loss = (each * batch.weights).mean()
             self._step(loss)
             losses.append(loss.detach())
@@ -156,7 +154,7 @@ def fit(
     history: list[dict[str, Any]] = []
     for epoch in range(1, settings.epochs + 1):
         row = training.epoch(epoch)
-        validation, probabilities = validate(training.model, dataset, val, training.class_weights, feed)
+        validation, probabilities = validate(training.model, dataset, val, training.loss_weights, feed)
         history.append(row | validation)
         if best is None or rank(validation, monitor) > rank(best.validation, monitor):
             best = Fitted(training.kept_state(), epoch, validation, torch.from_numpy(probabilities), history)
@@ -186,7 +184,7 @@ def refit(
     for epoch in range(1, epochs + 1):
         history.append(training.epoch(epoch))
         on_epoch(history[-1])
-    return Fitted(training.kept_state(), epochs, {}, torch.empty(0, len(dataset.class_names)), history)
+    return Fitted(training.kept_state(), epochs, {}, torch.empty(0, len(dataset.task.outputs)), history)
 
 
 def learning_rate(epoch: int, settings: Training) -> float:
@@ -200,29 +198,28 @@ def learning_rate(epoch: int, settings: Training) -> float:
 
 
 def validate(
-    model: BagModel, dataset: MILDataset, slides: np.ndarray, class_weights: np.ndarray, feed: SlideFeed
+    model: BagModel, dataset: MILDataset, slides: np.ndarray, loss_weights: np.ndarray, feed: SlideFeed
 ) -> tuple[dict[str, float | None], np.ndarray]:
-    """Slide-level figures `val_loss`, `val_auc`, ... of the slides, and their probabilities `(n, C)`. Raises
-    DivergedError at an answer that is not finite.
+    """Return the slide-level figures `val_loss`, `val_auc`, ... of the slides, and their values `(n, C)`. Raise
+    DivergedError at a value that is not finite.
     """
-    probabilities = predict_probabilities(model, (dataset.features(int(slide)) for slide in slides), feed)
-    _check_finite(model, probabilities)
-    labels = dataset.labels[slides]
-    figures = classification_metrics(labels, probabilities)
-    loss = log_loss(labels, probabilities, class_weights)
-    return {"val_loss": loss} | {f"val_{name}": value for name, value in figures.items()}, probabilities
+    features = (dataset.features(int(slide)) for slide in slides)
+    values = predict_values(dataset.task, model, features, feed)
+    _check_finite(model, values)
+    figures = dataset.task.validation(dataset.labels[slides], values, loss_weights)
+    return {f"val_{name}": value for name, value in figures.items()}, values
 
 
 def predict_slides(model: BagModel, dataset: MILDataset, slides: np.ndarray, feed: SlideFeed) -> list[SlideOutput]:
-    """The model's answer for each slide. Raises DivergedError at one that is not finite."""
+    """Return the model's answer for each slide. Raise DivergedError at one that is not finite."""
     with evaluating(model):  # once, and not for each slide again
-        outputs = [predict_features(model, dataset.features(int(slide)), feed) for slide in slides]
+        outputs = [predict_features(dataset.task, model, dataset.features(int(slide)), feed) for slide in slides]
     _check_finite(model, np.stack([output.probabilities for output in outputs]))
     return outputs
 
 
-def _check_finite(model: BagModel, probabilities: np.ndarray) -> None:
-    if not np.isfinite(probabilities).all():
+def _check_finite(model: BagModel, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
         on_cpu = next(model.parameters()).device.type == "cpu"
         remedy = "lower --lr" + ("" if on_cpu else ", or give --precision fp32")  # which is on already on a CPU
         raise DivergedError(f"the model's answer for a slide is not finite; {remedy}")

@@ -20,6 +20,7 @@ from utils.core.tensors import load_tensors, save_tensors
 from utils.prediction import first_version
 from utils.prediction.feeding import SlideFeed
 from utils.prediction.foreign_checkpoints import names_in, names_of_pickle, origin
+from utils.tasks.classification import Classification
 
 FORMAT = "litemil-checkpoint"
 VERSION = 1
@@ -33,7 +34,7 @@ class Checkpoint:
     features were made, where known; `feed`: how a slide is fed (`SlideFeed.as_dict`); `selection`: which score on which
     split chose these weights; `seen`: digests of the case and slide ids it was trained or selected on, never the ids
     (they may be patients'); empty where they are not known; `temperature`: what calibrates the probabilities
-    (`learning.calibration`), fitted on inner validation, where that was done.
+    (`tasks.calibration`), fitted on inner validation, where that was done.
     """
 
     model: dict[str, Any]
@@ -47,6 +48,10 @@ class Checkpoint:
     seen: dict[str, list[str]]
     versions: dict[str, str] = field(default_factory=versions)
     temperature: float | None = None
+
+    @property
+    def task(self) -> Classification:
+        return Classification(self.class_names)
 
     @property
     def slide_feed(self) -> SlideFeed:

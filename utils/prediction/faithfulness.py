@@ -21,6 +21,7 @@ from utils.bags.store import StoredFeatures
 from utils.core.errors import FeatureFileError
 from utils.core.runtime import derive_seed, progress
 from utils.prediction.feeding import SlideFeed, blocks_of, mean_output, predict_features
+from utils.tasks.task import Task
 
 # The shares of the patches up to a half that are taken away or added; beyond it lie their complements.
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -89,6 +90,7 @@ class Faithfulness:
 
 @torch.inference_mode()
 def measure_faithfulness(
+    task: Task,
     models: Sequence[BagModel],
     features: torch.Tensor | StoredFeatures,
     attention: NDArray,
@@ -114,13 +116,16 @@ def measure_faithfulness(
     groups = torch.empty((len(orders), count), dtype=torch.int8)
     for row, order in zip(groups, orders, strict=True):
         row[torch.from_numpy(order)] = group
-    answers = np.mean([_answers(member, features, groups)[..., class_index] for member in members], axis=0)
+    answers = np.mean([_answers(task, member, features, groups)[..., class_index] for member in members], axis=0)
     first, rest = answers[:, 0], answers[:, 1]  # (O, G): the first groups alone, and all but they
     fractions = edges / count
     # What is left when the least attended go is the most attended, and the other way round.
     deletion = Curves(fractions[:-1], rest[0], first[0, ::-1], rest[1:])
     insertion = Curves(fractions[1:], first[0], rest[0, ::-1], first[1:])
-    maps = [_randomised_attention(models, features, derive_seed(seed, "weights", one)) for one in range(_RANDOM_MODELS)]
+    maps = [
+        _randomised_attention(task, models, features, derive_seed(seed, "weights", one))
+        for one in range(_RANDOM_MODELS)
+    ]
     return Faithfulness(class_index, deletion, insertion, maps[0], [_rank_correlation(attention, one) for one in maps])
 
 
@@ -130,13 +135,15 @@ def _edges(count: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate([[0], early, count - early, [count]]))
 
 
-def _answers(model: BagModel, features: torch.Tensor | StoredFeatures, groups: torch.Tensor) -> NDArray[np.float64]:
+def _answers(
+    task: Task, model: BagModel, features: torch.Tensor | StoredFeatures, groups: torch.Tensor
+) -> NDArray[np.float64]:
     """`(O, 2, G, C)` probabilities, per order, of the first 1, 2, ... G groups, and of all but the first 0, 1, ..."""
     if isinstance(model, MergeableModel):
         each = [
             _of_prefixes_and_suffixes(model, parts) for parts in model.summaries(blocks_of(features, model), groups)
         ]
-        return _probabilities(torch.stack(each))
+        return task.activate(torch.stack(each))
     assert isinstance(features, torch.Tensor)  # noqa: S101 - for the type checker: read whole for such a model
     device, number = next(model.parameters()).device, int(groups.max()) + 1
     logits = []
@@ -144,7 +151,7 @@ def _answers(model: BagModel, features: torch.Tensor | StoredFeatures, groups: t
         for row in progress(groups, "Taking patches away", unit="order", leave=False, delay=_BAR_DELAY_SECONDS):
             kept = [row <= last for last in range(number)] + [row >= begin for begin in range(number)]
             logits.append(torch.cat([model(features[mask].to(device)[None])[0] for mask in kept]))
-    return _probabilities(torch.stack(logits).unflatten(1, (2, number)))
+    return task.activate(torch.stack(logits).unflatten(1, (2, number)))
 
 
 def _of_prefixes_and_suffixes(model: MergeableModel, parts: list[Any]) -> torch.Tensor:
@@ -162,12 +169,8 @@ def _of_prefixes_and_suffixes(model: MergeableModel, parts: list[Any]) -> torch.
         return torch.cat([model.classify(summary) for summary in [*first, *rest]]).unflatten(0, (2, len(parts)))
 
 
-def _probabilities(logits: torch.Tensor) -> NDArray[np.float64]:
-    return torch.softmax(logits.cpu().double(), dim=-1).numpy()
-
-
 def _randomised_attention(
-    models: Sequence[BagModel], features: torch.Tensor | StoredFeatures, seed: int
+    task: Task, models: Sequence[BagModel], features: torch.Tensor | StoredFeatures, seed: int
 ) -> NDArray[np.float64]:
     """`(N,)` of the models with fresh weights."""
     outputs = []
@@ -177,7 +180,7 @@ def _randomised_attention(
             for member in model.models if isinstance(model, Ensemble) else [model]:
                 fresh = build_mil(**member.spec).to(next(member.parameters()).device)
                 fresh.set_feature_scale(member.feature_mean, member.feature_std)  # of the features, not of the weights
-                outputs.append(predict_features(fresh, features, _WHOLE, attention=True))
+                outputs.append(predict_features(task, fresh, features, _WHOLE, attention=True))
     attention = mean_output(outputs).attention
     assert attention is not None  # noqa: S101 - for the type checker: every model attends
     return attention.mean(axis=0).astype(np.float64)

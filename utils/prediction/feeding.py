@@ -17,6 +17,7 @@ from MILS.ensemble import Ensemble
 from MILS.mergeable import BLOCK_ROWS, MergeableModel
 from utils.bags.collate import Cut, cut_chunks, take
 from utils.bags.store import StoredFeatures
+from utils.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SlideOutput:
 
 @torch.inference_mode()
 def predict_features(
-    model: BagModel, features: torch.Tensor | StoredFeatures, feed: SlideFeed, attention: bool = False
+    task: Task, model: BagModel, features: torch.Tensor | StoredFeatures, feed: SlideFeed, attention: bool = False
 ) -> SlideOutput:
     """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too.
 
@@ -77,16 +78,16 @@ def predict_features(
     if isinstance(features, StoredFeatures) and not (feed.mode == "full" and streams(model)):
         features = features.whole()
     if isinstance(model, Ensemble):
-        return mean_output([predict_features(member, features, feed, attention) for member in model.models])
+        return mean_output([predict_features(task, member, features, feed, attention) for member in model.models])
     with evaluating(model):
         cuts = cut_chunks(len(features), feed.chunk_size, sequential=feed.sequential)
         bags = [features if isinstance(features, StoredFeatures) else take(features, cut) for cut in cuts]
-        chunks = [_predict_bag(model, bag, attention) for bag in bags]
+        chunks = [_predict_bag(task, model, bag, attention) for bag in bags]
         sizes = np.array([len(cut) for cut in cuts])
         each = np.stack([probabilities for probabilities, _ in chunks])
         whole = chunks[0] if len(cuts) == 1 else None
         if whole is None and feed.aggregation == "merge":
-            whole = _predict_bag(model, features, attention)
+            whole = _predict_bag(task, model, features, attention)
         if whole is not None:
             return SlideOutput(whole[0], each, sizes, whole[1])
         weights = _spread([weights for _, weights in chunks], cuts, len(features)) if attention else None
@@ -94,9 +95,10 @@ def predict_features(
 
 
 @torch.inference_mode()
-def predict_probabilities(model: BagModel, slides: Iterable[torch.Tensor], feed: SlideFeed) -> np.ndarray:
-    """Probabilities `(n, C)` of slides, each `(N, D)`: those of `predict_features`, to rounding. Slides of one chunk
-    are predicted together, as many as fit in a block: each pass costs its calls, however small it is.
+def predict_values(task: Task, model: BagModel, slides: Iterable[torch.Tensor], feed: SlideFeed) -> np.ndarray:
+    """Return the values `(n, C)` of slides, each `(N, D)`: those of `predict_features`, to rounding.
+
+    Slides of one chunk are predicted together, as many as fit in a block: each pass costs its calls, however small.
     """
     device = next(model.parameters()).device
     most = 0 if isinstance(model, Ensemble) else min(BLOCK_ROWS[device.type], feed.chunk_size or math.inf)
@@ -106,7 +108,7 @@ def predict_probabilities(model: BagModel, slides: Iterable[torch.Tensor], feed:
     def predict_waiting() -> None:
         if waiting:
             logits, _ = model.forward_bags(waiting)
-            found.extend(torch.softmax(logits.cpu().double(), dim=1).numpy())
+            found.extend(task.activate(logits))
             waiting.clear()
 
     with evaluating(model):
@@ -114,7 +116,7 @@ def predict_probabilities(model: BagModel, slides: Iterable[torch.Tensor], feed:
             if sum(map(len, waiting)) + len(features) > BLOCK_ROWS[device.type] or len(features) > most:
                 predict_waiting()
             if len(features) > most:
-                found.append(predict_features(model, features, feed).probabilities)
+                found.append(predict_features(task, model, features, feed).probabilities)
             else:
                 waiting.append(features.to(device))
         predict_waiting()
@@ -151,8 +153,22 @@ def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
     )
 
 
+def mean_calibrated(
+    task: Task, outputs: Sequence[SlideOutput], temperatures: Sequence[float | None]
+) -> np.ndarray | None:
+    """Return `(C,)` of a slide: each model's values calibrated by its checkpoint's temperature, then averaged; None
+    unless all have one.
+    """
+    scaled = [
+        task.calibrate(output.each, temperature)
+        for output, temperature in zip(outputs, temperatures, strict=True)
+        if temperature is not None
+    ]
+    return np.concatenate(scaled).mean(axis=0) if len(scaled) == len(outputs) else None
+
+
 def _predict_bag(
-    model: BagModel, features: torch.Tensor | StoredFeatures, attention: bool
+    task: Task, model: BagModel, features: torch.Tensor | StoredFeatures, attention: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Probabilities `(C,)` in float64 and attention `(H, N)` of one bag."""
     if isinstance(model, MergeableModel):
@@ -162,7 +178,7 @@ def _predict_bag(
         logits, aux = model(features.to(next(model.parameters()).device)[None])
     attn = aux["attn"] if attention else None
     weights = None if attn is None else attn[0].float().cpu().numpy()
-    return torch.softmax(logits[0].cpu().double(), dim=0).numpy(), weights
+    return task.activate(logits[0]), weights
 
 
 def _spread(weights: list[np.ndarray | None], cuts: list[Cut], num_instances: int) -> np.ndarray | None:

@@ -160,11 +160,11 @@ def _read_predictions(path: Path) -> Predictions:
 
 
 def _first_test_of_each(predictions: Predictions) -> dict[str, TestedSlide]:
-    folds, names = predictions.folds, predictions.class_names
+    folds, names = predictions.folds, predictions.task.outputs
     assert folds is not None  # noqa: S101 - for the type checker: a training's table has folds
     slides: dict[str, TestedSlide] = {}
     for row in np.lexsort((folds, predictions.repeats)).tolist():
-        probabilities = dict(zip(names, predictions.probabilities[row].tolist(), strict=True))
+        probabilities = dict(zip(names, predictions.values[row].tolist(), strict=True))
         tested = TestedSlide(
             str(predictions.cases[row]), str(predictions.label_names[row]), int(folds[row]), probabilities
         )

@@ -27,15 +27,15 @@ from utils.core.settings import check_setting
 from utils.features.backbones import canonical_backbone
 from utils.features.extractor import WSIFeatureExtractor, extract_one
 from utils.features.settings import Extraction
-from utils.prediction.calibration import mean_calibrated
 from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint
 from utils.prediction.faithfulness import Faithfulness, measure_faithfulness
-from utils.prediction.feeding import SlideFeed, mean_output, predict_features
+from utils.prediction.feeding import SlideFeed, mean_calibrated, mean_output, predict_features
 from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.slides.batch import Told
 from utils.slides.wsi import slide_mpp
+from utils.tasks.classification import Classification
 
 SEEN = "%s: this model was trained on this %s; its prediction proves nothing"
 
@@ -49,7 +49,7 @@ class SlidePrediction:
     """
 
     slide: str
-    class_names: tuple[str, ...]
+    task: Classification
     probabilities: NDArray[np.float64]
     calibrated: NDArray[np.float64] | None
     attention: NDArray[np.float32] | None
@@ -59,8 +59,12 @@ class SlidePrediction:
     member_probabilities: NDArray[np.float64] | None = None
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.task.class_names
+
+    @property
     def predicted_class(self) -> str:
-        return self.class_names[int(self.probabilities.argmax())]
+        return self.class_names[int(self.task.decide(self.probabilities))]
 
     @property
     def confidence(self) -> float:
@@ -231,7 +235,7 @@ class SlidePredictor:
         self._check_bag(bag, path)
         feed = self.feed(mode, chunk_size)
         features = _features_of(bag)
-        outputs = [predict_features(model, features, feed, attention=True) for model in self.models]
+        outputs = [predict_features(self.task, model, features, feed, attention=True) for model in self.models]
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
             raise CheckpointError(f"{self.path}: its answer for {path} is not finite; train the model again")
@@ -240,7 +244,7 @@ class SlidePredictor:
         temperatures = [one.temperature if one.slide_feed == feed else None for one in checkpoints]
         seen_as = self.seen_as(path.stem, case_id)
         return SlidePrediction(
-            path.stem, self.checkpoint.class_names, output.probabilities, mean_calibrated(outputs, temperatures),
+            path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, temperatures),
             output.attention, bag, feed, seen_as, output.members,
         )  # fmt: skip
 
@@ -251,14 +255,16 @@ class SlidePredictor:
         if prediction.patch_attention is None:
             raise CheckpointError(f"{self.path}: its model gives no attention, so there is no faithfulness to measure")
         features = _features_of(prediction.bag)
-        answer = int(prediction.probabilities.argmax())
-        return measure_faithfulness(self.models, features, prediction.patch_attention, answer)
+        answer = int(self.task.decide(prediction.probabilities))
+        return measure_faithfulness(self.task, self.models, features, prediction.patch_attention, answer)
 
     def gives_attention(self) -> bool:
         """Whether every model gives the attention it pays, tried on a bag of two patches."""
         bag = torch.zeros(2, self.checkpoint.model["input_dim"])
         feed = SlideFeed.of_mode("full", 2)
-        return all(predict_features(model, bag, feed, attention=True).attention is not None for model in self.models)
+        return all(
+            predict_features(self.task, model, bag, feed, attention=True).attention is not None for model in self.models
+        )
 
     def require(
         self,
@@ -302,6 +308,10 @@ class SlidePredictor:
             "recipe": passport.recipe.as_dict() if passport else None,
             "slide_record": passport.slide if passport else None,
         }
+
+    @property
+    def task(self) -> Classification:
+        return self.checkpoint.task
 
     def feed(self, mode: str | None = None, chunk_size: int | None = None) -> SlideFeed:
         """How slides are fed: as asked, else as the checkpoints were evaluated. Raises ConfigError."""

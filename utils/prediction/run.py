@@ -173,7 +173,7 @@ def _conclude(
     others = [read_record(path) for path in sorted(folder.glob(f"*{ENDING}")) if path not in ours]
     others = [record for record in others if is_answer_to(record, work.settings_of(str(record.get("slide"))))]
     everything = sorted([*records, *others], key=lambda record: record["slide"])
-    answers = Answers(everything, rows, work.predictors.first.checkpoint.class_names, work.known)
+    answers = Answers(everything, rows, work.predictors.first.checkpoint.task, work.known)
     words = [answers.write(folder, work.threshold, work.settings[0], files.asked.overwrite, files.asked.figure_format)]
     notes = _about(work) + ([f"{counted(failed, 'slide')} without an answer: see {REPORT}."] if failed else [])
     write_index(folder / INDEX, [_index_row(record, answers, folder) for record in everything], notes)

@@ -20,16 +20,9 @@ from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
 from utils.evaluation.predictions import Predictions
-from utils.evaluation.report import (
-    FIGURES,
-    class_table,
-    decision_words,
-    figures_row,
-    intervals_row,
-    text_table,
-    write_table,
-)
+from utils.evaluation.report import figures_row, intervals_row, task_of, text_table, write_table
 from utils.prediction.records import ENDING
+from utils.tasks.classification import Classification
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +65,7 @@ class Answers:
 
     records: Sequence[Mapping[str, Any]]
     rows: Mapping[str, LabelRow]
-    class_names: Sequence[str]
+    task: Classification
     known: Mapping[str, Known] = field(default_factory=dict)
 
     def table(self) -> pd.DataFrame:
@@ -106,18 +99,18 @@ class Answers:
             raise ConfigError("--labels_csv: none of its slides could be predicted, so there is nothing to score")
         rows = [self.rows[record["slide"]] for record in scored]
         seen = sum(record["seen_in_training"] is True for record in scored)
-        probabilities = self._by_class([record["probabilities"] for record in scored])
+        values = self._by_class([record["probabilities"] for record in scored])
         scaled = [record["calibrated_probabilities"] for record in scored]
         return Predictions(
             slides=np.array([row.wsi_id for row in rows]),
             cases=np.array([row.case_id for row in rows]),
             labels=np.array([row.label for row in rows]),
-            probabilities=probabilities,
-            class_names=self.class_names,
+            values=values,
+            task=self.task,
             repeats=np.zeros(len(rows)),
             seed=_SEED,
             calibrated=None if None in scaled else self._by_class(scaled),
-            decisions=None if threshold is None else (probabilities[:, 1] >= threshold).astype(int),
+            decisions=None if threshold is None else self.task.decide(values, threshold),
             title=f"{counted(len(rows), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else ""),
         )
 
@@ -131,7 +124,7 @@ class Answers:
         seen = {record["slide"]: record["seen_in_training"] for record in self.records}
         is_seen, is_unseen = (np.array([seen[slide] is so for slide in predictions.slides]) for so in (True, False))
         return {
-            "class_names": list(self.class_names),
+            "class_names": list(self.task.outputs),
             **_figures(predictions),
             "threshold": threshold,
             "n_seen_in_training": int(is_seen.sum()),
@@ -187,12 +180,12 @@ class Answers:
     def _labels_digest(self) -> str:
         """Return a digest of the slides that are scored, with their patients and labels."""
         scored = [self.rows[record["slide"]] for record in self.records if record["slide"] in self.rows]
-        lines = sorted(f"{row.wsi_id}\t{row.case_id}\t{self.class_names[row.label]}" for row in scored)
+        lines = sorted(f"{row.wsi_id}\t{row.case_id}\t{self.task.outputs[row.label]}" for row in scored)
         return digest(*lines)
 
     def _by_class(self, values: Sequence[Mapping[str, float]]) -> np.ndarray:
         """Return `(n, C)`"""
-        return np.array([[of_slide[name] for name in self.class_names] for of_slide in values])
+        return np.array([[of_slide[name] for name in self.task.outputs] for of_slide in values])
 
 
 def _figures(predictions: Predictions) -> dict[str, Any]:
@@ -218,25 +211,28 @@ def _clear_scores(folder: Path, overwrite: bool) -> None:
 
 
 def _figure_files(folder: Path) -> list[Path]:
-    return [path for name in FIGURES for path in figure_paths(folder / name, FORMATS)]
+    return [path for name in Classification.drawings for path in figure_paths(folder / name, FORMATS)]
 
 
 _SEED = derive_seed(SEED, "bootstrap")
 
 
 def scores_text(scores: Mapping[str, Any]) -> str:
-    blocks = [[figures_row("slides", scores["pooled"]), intervals_row(scores["intervals_95"])]]
+    """Return the closing words about the scores of `scores.json`."""
+    task = task_of(scores)
+    shown = task.shown_metrics
+    blocks = [[figures_row("slides", scores["pooled"], shown), intervals_row(scores["intervals_95"], shown)]]
     about = f"{scores['n_slides']} slides of {scores['n_cases']} patients."
     words = [f"{about} The 95% intervals come from resampling patients and are conditional on the trained models."]
-    words += decision_words(scores)
+    words += task.closing_words(scores)
     if scores["n_seen_in_training"]:
         words.append(_seen_words(scores["n_seen_in_training"]))
     if scores["unseen"] is not None:
         unseen = scores["unseen"]
-        blocks.append([figures_row("unseen", unseen["pooled"]), intervals_row(unseen["intervals_95"])])
+        blocks.append([figures_row("unseen", unseen["pooled"], shown), intervals_row(unseen["intervals_95"], shown)])
         words.append(f"Unseen: the {unseen['n_slides']} slides of the other {unseen['n_cases']} patients.")
-    classes = class_table(scores["class_names"], scores["pooled"], scores["intervals_95"])
-    return "\n".join([text_table(blocks), "", classes, "", *words])
+    table = task.table(scores["pooled"], scores["intervals_95"])
+    return "\n".join([text_table(blocks, shown), "", table, "", *words])
 
 
 def _seen_words(seen: int) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from utils.tasks.task import plain
+
 METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "auc", "average_precision", "brier", "ece")
 BINS = 10
 
@@ -17,38 +19,30 @@ def metric_names(class_names: Sequence[str] = ()) -> tuple[str, ...]:
     return (*METRICS, *(f"{kind}_{name}" for name in class_names for kind in ("sensitivity", "specificity")))
 
 
-def classification_metrics(
-    labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str] = ()
-) -> dict[str, float | None]:
-    """`labels (n,)` int, `probabilities (n, C)` -> every one of `metric_names(class_names)`.
-
-    The class of the largest probability is the one predicted. Balanced accuracy and macro F1 average over the classes
-    that occur in `labels`; AUC and average precision (of the last of two classes; macro one-vs-rest beyond) need all
-    of them, else they are None. The Brier score of two classes looks at the last, beyond two it sums over the classes.
-    """
-    return plain_figures(weighted_metrics(labels, probabilities, np.ones((1, len(labels))), class_names))
-
-
 def decision_metrics(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> dict[str, float | None]:
     """Accuracy, balanced accuracy, macro F1, and each class's sensitivity and specificity, of `predicted (n,)` int.
 
     A sensitivity is None where `labels (n,)` lack the class, a specificity where they hold nothing else.
     """
-    return plain_figures(_decisions(labels, predicted, np.ones((1, len(labels))), len(class_names), class_names))
+    return plain(_decisions(labels, predicted, np.ones((1, len(labels))), len(class_names), class_names))
 
 
 def weighted_metrics(
     labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, class_names: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """`classification_metrics` for each row of `weights (B, n)`, as `(B,)`; NaN where undefined.
+    """Every one of `metric_names(class_names)` under each row of `weights (B, n)`, as `(B,)`; NaN where undefined.
 
-    A whole weight is so many copies of the slide.
+    `labels (n,)` int, `probabilities (n, C)`; a whole weight is so many copies of the slide. The class of the largest
+    probability is the one predicted. Balanced accuracy and macro F1 average over the classes that occur in `labels`;
+    AUC and average precision (of the last of two classes; macro one-vs-rest beyond) need all of them. The Brier score
+    of two classes looks at the last, beyond two it sums over the classes.
     """
     probabilities = probabilities.astype(np.float64)
     num_classes = probabilities.shape[1]
     predicted, total = probabilities.argmax(axis=1), weights.sum(axis=1)
-    positives = [1] if num_classes == 2 else range(num_classes)
-    ranked = np.mean([_ranking(labels == index, probabilities[:, index], weights) for index in positives], 0)
+    ranked = np.mean(
+        [_ranking(labels == index, probabilities[:, index], weights) for index in ranked_classes(num_classes)], 0
+    )
     errors = (probabilities - (labels[:, None] == np.arange(num_classes))) ** 2
     confidence = probabilities[np.arange(len(labels)), predicted]
     gaps = _group_sums(weights * ((predicted == labels) - confidence), probability_bins(confidence), BINS)
@@ -60,6 +54,11 @@ def weighted_metrics(
         "ece": _ratio(np.abs(gaps).sum(axis=1), total),
     }
     return {name: figures[name] for name in metric_names(class_names)}
+
+
+def ranked_classes(num_classes: int) -> Sequence[int]:
+    """Return the classes that are ranked before the others: the positive one of two, each of more."""
+    return [1] if num_classes == 2 else range(num_classes)
 
 
 def _ranking(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,11 +131,6 @@ def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | 
 
 def auc_is_defined(labels: np.ndarray, num_classes: int) -> bool:
     return len(np.unique(labels)) == num_classes
-
-
-def plain_figures(figures: dict[str, np.ndarray]) -> dict[str, float | None]:
-    """The first of each metric's `(B,)` values, None for NaN."""
-    return {name: None if np.isnan(value[0]) else float(value[0]) for name, value in figures.items()}
 
 
 def _decisions(

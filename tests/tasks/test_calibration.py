@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from utils.evaluation.metrics import classification_metrics
-from utils.prediction.calibration import fitted_temperature, mean_calibrated, scale_probabilities
-from utils.prediction.feeding import SlideOutput
+from tests.small import TASK, classification_metrics
+from utils.prediction.feeding import SlideOutput, mean_calibrated
+from utils.tasks.calibration import fitted_temperature, scale_probabilities
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -54,15 +54,15 @@ def test_each_model_of_an_ensemble_is_scaled_before_the_mean():
     members = np.array([[0.9, 0.1], [0.2, 0.8]])
     output = SlideOutput(members.mean(axis=0), members.mean(axis=0)[None], np.array([5]), None, members)
     expected = scale_probabilities(members, 2.0).mean(axis=0)
-    np.testing.assert_allclose(mean_calibrated([output], [2.0]), expected)
+    np.testing.assert_allclose(mean_calibrated(TASK, [output], [2.0]), expected)
     alone = SlideOutput(members[0], members[:1], np.array([5]), None)
-    np.testing.assert_allclose(mean_calibrated([alone], [2.0]), scale_probabilities(members[0], 2.0))
-    assert mean_calibrated([alone], [None]) is None
+    np.testing.assert_allclose(mean_calibrated(TASK, [alone], [2.0]), scale_probabilities(members[0], 2.0))
+    assert mean_calibrated(TASK, [alone], [None]) is None
 
 
 def test_each_checkpoint_is_scaled_by_its_own_temperature():
     members = np.array([[0.9, 0.1], [0.2, 0.8]])
     outputs = [SlideOutput(one, one[None], np.array([5]), None) for one in members]
     expected = (scale_probabilities(members[0], 2.0) + scale_probabilities(members[1], 0.5)) / 2
-    np.testing.assert_allclose(mean_calibrated(outputs, [2.0, 0.5]), expected)
-    assert mean_calibrated(outputs, [2.0, None]) is None
+    np.testing.assert_allclose(mean_calibrated(TASK, outputs, [2.0, 0.5]), expected)
+    assert mean_calibrated(TASK, outputs, [2.0, None]) is None

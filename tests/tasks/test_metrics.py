@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
-from utils.evaluation.metrics import (
+from tests.small import classification_metrics
+from utils.tasks.metrics import (
     METRICS,
     auc_is_defined,
     balanced_class_weights,
-    classification_metrics,
     decision_metrics,
     fitted_threshold,
     log_loss,

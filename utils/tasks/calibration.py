@@ -5,12 +5,10 @@ https://arxiv.org/abs/1706.04599).
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
-from utils.evaluation.metrics import auc_is_defined
-from utils.prediction.feeding import SlideOutput
+from utils.tasks.metrics import auc_is_defined
 
 _LEAST, _MOST = 0.05, 20.0
 _TINY = 1e-12
@@ -45,15 +43,3 @@ def scale_probabilities(probabilities: np.ndarray, temperature: float) -> np.nda
     logarithms = np.log(np.maximum(probabilities, _TINY)) / temperature
     powers = np.exp(logarithms - logarithms.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def mean_calibrated(outputs: Sequence[SlideOutput], temperatures: Sequence[float | None]) -> np.ndarray | None:
-    """`(C,)` of a slide, from the answer of each checkpoint and its temperature: each model's answer scaled, then
-    averaged; None unless all have one.
-    """
-    scaled = [
-        scale_probabilities(output.each, temperature)
-        for output, temperature in zip(outputs, temperatures, strict=True)
-        if temperature is not None
-    ]
-    return np.concatenate(scaled).mean(axis=0) if len(scaled) == len(outputs) else None
