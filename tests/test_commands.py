@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,9 @@ from MILS import list_mils
 from tests.conftest import BACKBONE, PATCH
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from tests.synthetic import stained_image, write_pyramid
+from utils.pictures.attention_map import AttentionMap
+from utils.prediction import answer
+from utils.slides import wsi
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ("--epochs", 2, "--n_outer", 2, "--n_inner", 2, "--batch_size", 4, "--device", "cpu")
@@ -300,6 +304,32 @@ def test_a_raw_slide_is_predicted_by_the_training_recipe(trained, slide_cohort, 
     assert data["attention"].sum() == pytest.approx(1, abs=1e-5)
     assert data["attention_heads"].shape == (4, len(data["coords"]))
     assert int(data["patch_size_level0"]) == 2 * PATCH
+
+
+def test_a_raw_slide_with_pictures_is_opened_painted_and_recorded_once(
+    trained, slide_cohort, script, tmp_path, monkeypatch
+):
+    calls = []
+
+    def counted(function, name):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    open_slide = counted(wsi.open_slide, "opened")
+    for module in (wsi, answer):
+        monkeypatch.setattr(module, "open_slide", open_slide)
+    monkeypatch.setattr(AttentionMap, "raster", counted(AttentionMap.raster, "painted"))
+    monkeypatch.setattr(answer, "write_json", counted(answer.write_json, "recorded"))
+    slide = next(slide_cohort.slides.rglob("*.tif"))
+    outcome = script(
+        "predict", "--checkpoint", trained / "fold_1_best.pth", "--input", slide, "--weights", slide_cohort.weights,
+        "--visualize", "--device", "cpu", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert Counter(calls) == {"opened": 1, "recorded": 1, "painted": 2}, "the map, and its thumbnail"
 
 
 def test_prediction_equals_the_out_of_fold_row(trained, slide_cohort, script, tmp_path):

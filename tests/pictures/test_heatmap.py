@@ -7,7 +7,8 @@ from matplotlib import colormaps
 from utils.core.errors import ConfigError
 from utils.core.geometry import patch_grid
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.heatmap import Look, Picture, detailed_figure, heatmap_figure, patch_grid_figure
+from utils.pictures.heatmap import detailed_figure, heatmap_figure, patch_grid_figure
+from utils.pictures.overlay import Look, Overlay, Picture
 
 
 def rasterise(coords, values, size, extent, shape):
@@ -73,15 +74,16 @@ def test_the_figure_shows_the_planted_patch_and_only_patches():
     coords = patch_grid(2000, 1000, 100, 100)[:50]
     attention = np.full(50, 0.01)
     attention[23] = 0.51
-    figure = heatmap_figure(picture, AttentionMap(coords, attention, 100), Look(alpha=1.0), title="synthetic", top_k=1)
-    overlay = figure.axes[0].images[1].get_array()
-    assert overlay is not None
+    overlay = Overlay(picture, AttentionMap(coords, attention, 100), Look(alpha=1.0))
+    figure = heatmap_figure(overlay, title="synthetic", top_k=1)
+    painted = figure.axes[0].images[1].get_array()
+    assert painted is not None
     x, y = coords[23] // 10
-    planted = np.asarray(overlay)[y : y + 10, x : x + 10]
+    planted = np.asarray(painted)[y : y + 10, x : x + 10]
     np.testing.assert_allclose(
         planted[..., :3], np.broadcast_to([0.993248, 0.906157, 0.143936], (10, 10, 3)), atol=1e-5
     )
-    assert (np.asarray(overlay)[30:, :, 3] == 0).all()  # 50 patches are two and a half rows of ten pixels
+    assert (np.asarray(painted)[30:, :, 3] == 0).all()  # 50 patches are two and a half rows of ten pixels
     label = figure.axes[1].get_ylabel()
     assert "percentile" in label
     texts = [text.get_text() for text in figure.axes[0].texts]
@@ -90,7 +92,8 @@ def test_the_figure_shows_the_planted_patch_and_only_patches():
 
 def test_an_unknown_resolution_has_no_scale_bar():
     picture = Picture(np.zeros((10, 10, 3), np.uint8), 100, 100, None)
-    figure = heatmap_figure(picture, AttentionMap(np.array([[0, 0]]), np.ones(1), 50), Look("jet"), title="", top_k=0)
+    overlay = Overlay(picture, AttentionMap(np.array([[0, 0]]), np.ones(1), 50), Look("jet"))
+    figure = heatmap_figure(overlay, title="", top_k=0)
     assert not figure.axes[0].texts
 
 
@@ -107,7 +110,7 @@ def test_the_scale_of_attention_begins_at_nothing_and_says_so():
     picture = Picture(np.full((20, 40, 3), 200, np.uint8), 40, 20, None)
     attention = AttentionMap(patch_grid(40, 20, 10, 10), np.arange(8) / 28, 10)
     look = Look(scale="attention", alpha=1.0)
-    painted = look.paint(picture, attention)
+    painted = Overlay(picture, attention, look).colours
     np.testing.assert_allclose(painted[0, 0, :3], colormaps["viridis"](0.0)[:3])
     np.testing.assert_allclose(painted[15, 35, :3], colormaps["viridis"](1.0)[:3])
     np.testing.assert_allclose(painted[15, 5, :3], colormaps["viridis"](4 / 7)[:3], atol=0.01)
@@ -130,9 +133,7 @@ def test_the_detailed_figure_says_how_concentrated_attention_is():
     attention = AttentionMap(patch_grid(800, 600, 100, 100), weights, 100)
     assert attention.half == 2
     figure = detailed_figure(
-        picture,
-        attention,
-        Look(),
+        Overlay(picture, attention, Look()),
         title="t",
         top_k=3,
         probabilities={"a": 0.25, "b": 0.75},

@@ -15,8 +15,10 @@ from PIL import Image
 
 from utils.core.geometry import patch_grid
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.heatmap import Look, Picture
-from utils.pictures.report import ShownPatch, write_report
+from utils.pictures.caption import Caption
+from utils.pictures.overlay import Look, Overlay, Picture
+from utils.pictures.patches import ShownPatch
+from utils.pictures.report import write_report
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -37,7 +39,7 @@ def page_of(path, picture, attention, *, slide="slide", look=None, patches=3, pa
         [ShownPatch(int(index), patch) for index in few] for few in (attention.top(patches), attention.lowest(patches))
     )
     said = {"answer": "b (75.0%)", "probabilities": {"a": 0.25, "b": 0.75}, "notes": [], "facts": []} | said
-    write_report(path, picture, attention, look, slide=slide, top=top, least=least, **said)
+    write_report(path, slide, Overlay(picture, attention, look), Caption(**said), top, least)
     return path.read_text(encoding="utf-8")
 
 

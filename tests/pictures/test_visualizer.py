@@ -13,7 +13,8 @@ from utils.core.geometry import patch_grid
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
 from utils.pictures.caption import Caption
-from utils.pictures.visualizer import AttentionVisualizer, check_drawable
+from utils.pictures.placement import check_drawable
+from utils.pictures.visualizer import AttentionVisualizer
 from utils.slides.wsi import open_slide
 
 SIZE = 500, 400
@@ -134,15 +135,15 @@ def quick_hash_of(path):
         return slide.quick_hash()
 
 
-def test_a_slide_of_other_bounds_is_refused(slide, tmp_path, monkeypatch):
+def test_a_slide_of_other_bounds_is_refused(slide, tmp_path):
     made_from = Passport(Recipe(), {"name": "place", "bounds": [10, 20, 300, 200], "width": SIZE[0], "height": SIZE[1]})
     bag = Bag(np.ones((len(COORDS), 4), np.float32), COORDS, 50, made_from)
     assert check_drawable(slide, tmp_path / "place.h5", bag) == 50  # bounds that are not known contradict none
-    opened = open_slide(slide)
-    opened.bounds = (0, 0, 300, 200)
-    monkeypatch.setattr("utils.pictures.visualizer.open_slide", lambda _: opened)
-    with pytest.raises(FeatureFileError, match=r"not the slide that .* \(bounds: found \[0, 0, 300, 200\], expected"):
-        check_drawable(slide, tmp_path / "place.h5", bag)
+    with open_slide(slide) as opened:
+        opened.bounds = (0, 0, 300, 200)
+        message = r"not the slide that .* \(bounds: found \[0, 0, 300, 200\], expected"
+        with pytest.raises(FeatureFileError, match=message):
+            check_drawable(opened, tmp_path / "place.h5", bag)
 
 
 def test_the_patch_grid_stays_a_figure(slide):

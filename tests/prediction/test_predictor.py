@@ -16,6 +16,7 @@ from utils.core.recipe import Recipe
 from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
 from utils.prediction.feeding import SlideFeed, predict_features
 from utils.prediction.predictor import SlidePredictor, extractPredict
+from utils.slides.wsi import open_slide
 
 RECIPE = {
     "backbone": "uni", "weights_digest": "a" * 64, "transform": {"resize": 224}, "precision": "float32",
@@ -328,5 +329,5 @@ def test_a_raw_slide_at_another_resolution_is_refused_before_a_patch_is_read(sli
     slide = next(slide_cohort.slides.glob("*.tif"))
     with pytest.raises(RecipeError, match=r"mpp: found 1 um/px, expected 0.25 to 0.25"):
         predictor.predict(slide)
-    with pytest.raises(RecipeError, match=r"mpp: found 1 um/px"):
-        predictor.keep_features(slide, tmp_path)
+    with pytest.raises(RecipeError, match=r"mpp: found 1 um/px"), open_slide(slide) as raw:
+        predictor.keep_features(raw, tmp_path)

@@ -414,7 +414,7 @@ def texts_of_figures(monkeypatch) -> dict[str, str]:
         told[Path(path).name] = "\n".join(text.get_text() for text in figure.findobj(Text))
         save_picture(figure, path)
 
-    monkeypatch.setattr("utils.pictures.visualizer.save_picture", note)
+    monkeypatch.setattr("utils.pictures.picture_set.save_picture", note)
     monkeypatch.setattr("utils.pictures.heatmap.save_picture", note)
     return told
 
@@ -490,12 +490,11 @@ def test_a_run_killed_while_drawing_leaves_no_picture_beside_another_answer(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(
-            "utils.pictures.visualizer.write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            "utils.pictures.picture_set.write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         stopped = predict("--checkpoint", models[1], *flags[2:], *drawn, "--overwrite")
     assert stopped.code == 130
     assert of(out, "slide")["checkpoint"] == str(models[1])
-    assert "pictures" not in of(out, "slide")
     assert not (out / "slide_report.html").exists()
     assert "slide_report.html" in predict("--checkpoint", models[1], *flags[2:], *drawn).out
     assert (out / "slide_report.html").exists()

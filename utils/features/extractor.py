@@ -7,7 +7,7 @@ result = extractor.process("slide.svs", save_path="slide.h5")
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,7 @@ from utils.slides.quality import DAMAGED, QUALITY_SETTINGS, judge_patches, no_re
 from utils.slides.slide import Slide
 from utils.slides.status import ANEW, KEPT_OUTLINES, OUTLINES, SlideStatus
 from utils.slides.tissue import TISSUE_SETTINGS
-from utils.slides.wsi import open_slide
+from utils.slides.wsi import opened
 
 # A slide's own bar appears only when the slide takes longer than this.
 _BAR_DELAY_SECONDS = 3
@@ -131,7 +131,7 @@ class WSIFeatureExtractor:
         """What the backbone computes in where it is not single precision."""
         return amp_dtype(self.config.precision, self.device, self.backbone.precision)
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         """What makes features comparable; the passport's `recipe`."""
         config = self.config
@@ -171,22 +171,22 @@ class WSIFeatureExtractor:
             "metadata": metadata | {"num_patches": len(bag.features)},
         }
 
-    def extract(self, wsi_path: Path) -> Bag:
-        """One slide's bag, with coordinates and passport."""
-        with self.opened(wsi_path) as slide:
+    def extract(self, wsi: Path | Slide) -> Bag:
+        """Return one slide's bag, with coordinates and passport."""
+        with self.opened(wsi) as slide:
             plan = self.plan(slide)
             parts, reasons = zip(*self.encode(slide, plan), strict=True)
             found = Extracted.of(plan, reasons)
             found.conclude(slide)
             return Bag(np.concatenate(parts), found.coords, plan.patch_size_level0, self.passport(slide, found))
 
-    def extract_to(self, wsi_path: Path, target: Path, told: Told | None = None) -> "Extracted":
+    def extract_to(self, wsi: Path | Slide, target: Path, told: Told | None = None) -> "Extracted":
         """Extract one slide into a feature file, in memory that does not grow with it, knowing what the user told.
 
         Raises as `process` does.
         """
         told = told or Told()
-        with self.opened(wsi_path, told.mpp) as slide:
+        with self.opened(wsi, told.mpp) as slide:
             plan = self.plan(slide, told)
             if told.save_tissue is not None and plan.tissue is not None:
                 write_contours(told.save_tissue, plan.tissue, slide)
@@ -200,11 +200,12 @@ class WSIFeatureExtractor:
                 writer.finish(found.coords, plan.patch_size_level0, self.passport(slide, found))
         return found
 
-    def opened(self, wsi_path: Path, mpp: float | None = None) -> Slide:
-        """Open a slide, to be read past damage where the settings say so; `mpp` is as `open_slide` takes it."""
-        slide = open_slide(wsi_path, mpp)
-        slide.reads_past_damage = self.config.skip_damaged
-        return slide
+    @contextmanager
+    def opened(self, wsi: Path | Slide, mpp: float | None = None) -> Iterator[Slide]:
+        """Open a slide as `wsi.opened` does, to be read past damage where the settings say so."""
+        with opened(wsi, mpp) as slide:
+            slide.reads_past_damage = self.config.skip_damaged
+            yield slide
 
     def plan(self, slide: Slide, told: Told | None = None) -> PatchPlan:
         """Which patches of a slide to read.
@@ -231,7 +232,7 @@ class WSIFeatureExtractor:
             Extracted.of(plan, []).conclude(slide, told.preview)
         return plan
 
-    def delivered_mpp(self, wsi_path: Path, mpp: float | None = None) -> float | None:
+    def delivered_mpp(self, wsi: Path | Slide, mpp: float | None = None) -> float | None:
         """um per px that a slide's patches would have, None where its own (`mpp`, where told) is unknown; no patch is
         looked for.
 
@@ -239,7 +240,7 @@ class WSIFeatureExtractor:
         """
         config = self.config
         asked = config.patch_size, config.level, config.target_mpp, config.allow_upsample
-        with open_slide(wsi_path, mpp) as slide:
+        with opened(wsi, mpp) as slide:
             return delivered_mpp(slide, choose_sampling(slide, *asked), config.target_mpp)
 
     def passport(self, slide: Slide, found: "Extracted") -> Passport:
@@ -377,13 +378,13 @@ class Extracted:
 
 def extract_one(
     extractor: WSIFeatureExtractor,
-    slide: Path,
+    slide: Path | Slide,
     target: Path,
     overwrite: bool = False,
     told: Told | None = None,
 ) -> SlideStatus:
     """Make sure that `target` holds the features of `slide`: extract them unless they are there, by the same recipe and
-    of the same tissue.
+    of the same tissue. A slide that is open stays open.
 
     Raises SlideError, NoTissueError, and RecipeError when `target` holds something else and `overwrite` is not given.
     """
@@ -399,10 +400,11 @@ def extract_one(
     reasons = [ANEW] if is_mended else []
     reasons += [_dropped_words(found.dropped)] if found.dropped else []
     tissue = OUTLINES if found.plan.outlines_digest else ""
-    return SlideStatus(slide, "done", "; ".join(reasons), len(found.coords), found.plan.mpp, seconds, tissue=tissue)
+    path = slide.path if isinstance(slide, Slide) else slide
+    return SlideStatus(path, "done", "; ".join(reasons), len(found.coords), found.plan.mpp, seconds, tissue=tissue)
 
 
-def current_status(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> SlideStatus | None:
+def current_status(extractor: WSIFeatureExtractor, slide: Path | Slide, target: Path, told: Told) -> SlideStatus | None:
     """The status of a slide whose features are there; None where they are of other tissue than is told.
 
     Raises RecipeError where `target` holds something else.
@@ -415,8 +417,9 @@ def current_status(extractor: WSIFeatureExtractor, slide: Path, target: Path, to
     if record.get("tissue") and told.tissue is None:
         reasons.append(KEPT_OUTLINES)
     reasons += [_dropped_words(record["dropped"])] if record.get("dropped") else []
+    path = slide.path if isinstance(slide, Slide) else slide
     return SlideStatus(
-        slide, "skipped", "; ".join(reasons), info.num_instances, record.get("mpp_delivered"),
+        path, "skipped", "; ".join(reasons), info.num_instances, record.get("mpp_delivered"),
         tissue=OUTLINES if record.get("tissue") else "",
     )  # fmt: skip
 
@@ -432,7 +435,9 @@ def _by_reason(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
 
 
-def _check_current(extractor: WSIFeatureExtractor, slide: Path, target: Path, told: Told) -> tuple[BagInfo, bool]:
+def _check_current(
+    extractor: WSIFeatureExtractor, slide: Path | Slide, target: Path, told: Told
+) -> tuple[BagInfo, bool]:
     """What `target` holds, and whether it is of the tissue that the outlines show, if there are any.
 
     Raises RecipeError unless it is this slide's features by this recipe. Our own files are always complete, so anything

@@ -1,28 +1,22 @@
-"""Figures of attention over a slide: each patch painted at its exact footprint, overlaps averaged, nothing outside."""
+"""Figures of attention over a slide."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.errors import ConfigError, meant
 from utils.core.plots import save_figure
-from utils.core.settings import check_setting
 from utils.core.text import NOTICE, literal
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.settings import Pictures
+from utils.pictures.overlay import Overlay, Picture
 
 # Scale bars are one of these long, in um, whichever is nearest to a fifth of the picture.
 _BAR_LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -33,107 +27,40 @@ _FACT_WIDTH = 62  # characters of a line of the detailed figure's text
 _MANY = 200  # patches, from which few of them would not show in a histogram of linear height
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A slide's overview and what is needed to draw on it: `thumbnail (h, w, 3)` uint8 over the whole slide of
-    `width` x `height` level-0 px; `mpp` um per level-0 px, or None.
-    """
-
-    thumbnail: NDArray[np.uint8]
-    width: int
-    height: int
-    mpp: float | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(h, w) of the overview."""
-        return self.thumbnail.shape[:2]
-
-    @property
-    def scale(self) -> NDArray[np.float64]:
-        """Overview px per level-0 px, along x and y."""
-        h, w = self.shape
-        return np.array([w / self.width, h / self.height])
-
-
-@dataclass(frozen=True)
-class Look:
-    """How attention becomes colour: a Matplotlib colour map over `scale`, "attention" (from 0 to the highest) or
-    "percentile" (within the slide), laid over the slide with the opacity `alpha`. `device` makes the raster.
-
-    Raises ConfigError for an unknown colour map or scale, or an opacity that is none.
-    """
-
-    cmap: str = Pictures.cmap
-    alpha: float = Pictures.alpha
-    scale: str = Pictures.scale
-    device: torch.device | str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.cmap not in colormaps:
-            near = meant(self.cmap, colormaps)
-            raise ConfigError(f"--cmap {self.cmap}: Matplotlib has no such colour map{near}; try viridis or magma")
-        for name in ("alpha", "scale"):
-            check_setting(Pictures, name, getattr(self, name))
-
-    def values(self, attention: AttentionMap) -> NDArray:
-        """(N,) what is painted."""
-        return attention.percentiles if self.scale == "percentile" else attention.attention
-
-    def colours(self, attention: AttentionMap) -> ScalarMappable:
-        most = 100 if self.scale == "percentile" else float(attention.attention.max())
-        return ScalarMappable(Normalize(0, most), colormaps[self.cmap])
-
-    def label(self, attention: AttentionMap) -> str:
-        """What the colour bar says."""
-        peak = f"highest: {attention.peak:.3g} x uniform"
-        if self.scale == "percentile":
-            return f"attention percentile within the slide ({peak})"
-        return f"attention, which sums to 1 over {len(attention):,} patches ({peak})"
-
-    def paint(self, picture: Picture, attention: AttentionMap) -> NDArray[np.float64]:
-        """(h, w, 4) RGBA of 0..1 over the overview; opaque on patches, 0 elsewhere."""
-        heat = attention.raster(self.values(attention), (picture.width, picture.height), picture.shape, self.device)
-        colours = self.colours(attention).to_rgba(np.nan_to_num(heat))
-        colours[..., 3] = ~np.isnan(heat)
-        return colours
-
-
-def map_thumbnail(picture: Picture, attention: AttentionMap, look: Look) -> Image.Image:
+def map_thumbnail(overlay: Overlay) -> Image.Image:
     """Return the heatmap over the slide, small: for a page of many slides."""
-    small = Image.fromarray(picture.thumbnail)
+    small = Image.fromarray(overlay.picture.thumbnail)
     small.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
-    reduced = Picture(np.asarray(small), picture.width, picture.height, picture.mpp)
-    colours = look.paint(reduced, attention)
-    weight = look.alpha * colours[..., 3:]
-    mixed = reduced.thumbnail * (1 - weight) + 255 * colours[..., :3] * weight
+    reduced = replace(overlay, picture=replace(overlay.picture, thumbnail=np.asarray(small)))
+    colours = reduced.colours
+    weight = overlay.look.alpha * colours[..., 3:]
+    mixed = reduced.picture.thumbnail * (1 - weight) + 255 * colours[..., :3] * weight
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
-def heatmap_figure(picture: Picture, attention: AttentionMap, look: Look, *, title: str, top_k: int) -> Figure:
-    """The overview with each patch coloured; the `top_k` most attended patches outlined and numbered."""
-    h, w = picture.shape
+def heatmap_figure(overlay: Overlay, *, title: str, top_k: int) -> Figure:
+    """Draw the overview with each patch coloured; the `top_k` most attended patches outlined and numbered."""
+    h, w = overlay.picture.shape
     figure = Figure(figsize=_figure_size(w, h), layout="constrained")
     axes = figure.subplots()
-    _draw_slide(axes, picture)
-    _draw_heat(axes, picture, attention, look, top_k)
+    _draw_slide(axes, overlay.picture)
+    _draw_heat(axes, overlay, top_k)
     axes.set_title(literal(title), fontsize=10)
     return signed(figure)
 
 
 def detailed_figure(
-    picture: Picture,
-    attention: AttentionMap,
-    look: Look,
+    overlay: Overlay,
     *,
     title: str,
     top_k: int,
     probabilities: Mapping[str, float],
     facts: Sequence[tuple[str, str]],
 ) -> Figure:
-    """The plain slide beside the heatmap; below them how attention is spread over the patches and how concentrated it
-    is, the classes' probabilities, and `facts`, pairs of a name and what there is to say.
+    """Draw the plain slide beside the heatmap; below them how attention is spread over the patches and how concentrated
+    it is, the classes' probabilities, and `facts`, pairs of a name and what there is to say.
     """
+    picture, attention = overlay.picture, overlay.attention
     h, w = picture.shape
     height, lines = min(max(6.2 * h / w, 3.0), 8.0), _fact_lines(facts)
     below_height = max(3.2, 0.15 * len(lines) + 0.4)
@@ -143,7 +70,7 @@ def detailed_figure(
     _draw_slide(slide, picture)
     slide.set_title("slide", fontsize=10)
     _draw_slide(heat, picture)
-    _draw_heat(heat, picture, attention, look, top_k)
+    _draw_heat(heat, overlay, top_k)
     heat.set_title(f"attention, the {min(top_k, len(attention))} highest numbered", fontsize=10)
     spread, held, classes, text = below.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
     _draw_spread(spread, attention)
@@ -209,8 +136,9 @@ def _draw_slide(axes: Axes, picture: Picture) -> None:
         _scale_bar(axes, picture.mpp / picture.scale[0], w, h)
 
 
-def _draw_heat(axes: Axes, picture: Picture, attention: AttentionMap, look: Look, top_k: int) -> None:
-    colours = look.paint(picture, attention)
+def _draw_heat(axes: Axes, overlay: Overlay, top_k: int) -> None:
+    picture, attention, look = overlay.picture, overlay.attention, overlay.look
+    colours = overlay.colours
     colours[..., 3] *= look.alpha
     axes.imshow(colours, interpolation="nearest")
     _outline(axes, picture, attention.coords[attention.top(top_k)], attention.size_level0)

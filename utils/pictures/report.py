@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from utils.core.page import write_page
 from utils.core.runtime import versions
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.heatmap import Look, Picture
+from utils.pictures.caption import Caption
+from utils.pictures.overlay import Look, Overlay, Picture
+from utils.pictures.patches import ShownPatch
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _TRANSPARENT = 255  # of the overlay's palette; the colours take the others
@@ -25,54 +27,36 @@ _QUALITY = 88
 _PATCHES, _PATCH_SIDES, _GALLERY_BYTES = 24, (1024, 768, 512, 384, 256, 192), 8_000_000
 
 
-@dataclass(frozen=True)
-class ShownPatch:
-    """A patch at full resolution, `pixels (P, P, 3)`, and its index in the map."""
-
-    index: int
-    pixels: NDArray[np.uint8]
-
-
 def write_report(
-    path: Path,
-    picture: Picture,
-    attention: AttentionMap,
-    look: Look,
-    *,
-    slide: str,
-    answer: str,
-    probabilities: Mapping[str, float],
-    notes: Sequence[str],
-    facts: Sequence[tuple[str, str]],
-    top: Sequence[ShownPatch],
-    least: Sequence[ShownPatch],
+    path: Path, slide: str, overlay: Overlay, caption: Caption, top: Sequence[ShownPatch], least: Sequence[ShownPatch]
 ) -> None:
-    """Write the page; it loads nothing from elsewhere.
+    """Write the page of a slide; it loads nothing from elsewhere.
 
-    `answer` is the prediction in a line, `notes` what a reader must not miss, `facts` pairs of a name and a text. Of
-    `top` and `least` the first 24 are shown, the larger and the more they are the smaller.
+    Of the most attended patches `top` and the `least` attended ones the first 24 are shown, the larger and the more
+    they are the smaller.
     """
+    picture, attention, look = overlay.picture, overlay.attention, overlay.look
     h, w = picture.shape
     galleries = _encoded(top[:_PATCHES], least[:_PATCHES])
     values = {
         "slide": slide,
-        "answer": answer,
+        "answer": caption.answer,
         "notice": NOTICE,
-        "notes": notes,
+        "notes": caption.notes,
         "width_px": w,
         "height_px": h,
         "opacity": round(100 * look.alpha),
         "slide_image": _jpeg(picture.thumbnail),
-        "heat_image": _overlay(picture, attention, look),
+        "heat_image": _heat_png(overlay),
         "heat_alt": f"Attention by colour; {attention.half} of {len(attention)} patches hold half of it",
         "scale_image": _colour_scale(look),
         "scale_high": f"{attention.attention.max():.3g}" if look.scale == "attention" else "100",
         "scale_text": look.label(attention),
         "top": _gallery(attention, galleries[0]),
         "least": _gallery(attention, galleries[1]),
-        "probabilities": probabilities,
+        "probabilities": caption.probabilities,
         "concentration": _concentration(attention),
-        "facts": facts,
+        "facts": caption.facts,
         "data": _data(picture, attention),
         "version": versions()["litemil"],
     }
@@ -93,10 +77,10 @@ def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
     }
 
 
-def _overlay(picture: Picture, attention: AttentionMap, look: Look) -> str:
-    """The heatmap as a PNG of a palette, transparent where no patch is."""
-    heat = attention.raster(look.values(attention), (picture.width, picture.height), picture.shape, look.device)
-    most = 100 if look.scale == "percentile" else float(attention.attention.max())
+def _heat_png(overlay: Overlay) -> str:
+    """Return the heatmap as a PNG of a palette, transparent where no patch is."""
+    heat, look = overlay.heat, overlay.look
+    most = 100 if look.scale == "percentile" else float(overlay.attention.attention.max())
     steps = np.rint(np.nan_to_num(heat) / most * (_TRANSPARENT - 1)).astype(np.uint8)
     image = Image.fromarray(np.where(np.isnan(heat), np.uint8(_TRANSPARENT), steps))
     image.putpalette([*_palette(look).ravel().tolist(), 0, 0, 0])

@@ -7,11 +7,13 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.bags.store import Bag, StoredBag
 from utils.core.errors import LiteMILError
 from utils.core.files import digest, write_json
 from utils.core.plots import figure_paths
@@ -26,8 +28,10 @@ from utils.prediction.records import FAITHFULNESS, clear_pictures, kept_answer, 
 from utils.prediction.scores import Known
 from utils.prediction.settings import PredictionRecipe
 from utils.slides.find import is_slide_file
+from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import SlideStatus
+from utils.slides.wsi import open_slide
 
 if TYPE_CHECKING:  # it imports what draws
     from utils.prediction.pictures import PredictionPictures
@@ -91,37 +95,50 @@ class Answering:
         """Make and keep the record, with what an `earlier` one of the same request has beyond what is asked for now,
         and then its pictures.
         """
-        asked, folder, drawing = self.files.asked, target.parent, self.drawing
+        asked, folder = self.files.asked, target.parent
         predictor = self.predictors.of(source.stem)
-        with tempfile.TemporaryDirectory() as scratch:  # so that a raw slide, too, is streamed
-            kept = folder if self.recipe.save_features else Path(scratch)
-            slide = None if drawing is None or is_slide_file(source) else drawing.slide_of(source)
-            is_raw = is_slide_file(source)
-            features = predictor.keep_features(source, kept, self.mpps.of(source)) if is_raw else source
-            bag = predictor.bag(features, self.files.feat_type, slide)
-            size = None if drawing is None else drawing.check(source, bag)
+        with ExitStack() as open_files:
+            scratch = open_files.enter_context(tempfile.TemporaryDirectory())
+            slide = self._opened(source, open_files)
+            bag = self._bag(source, slide, predictor, folder if self.recipe.save_features else Path(scratch))
+            size = None if self.drawing is None or slide is None else self.drawing.check(slide, source, bag)
             prediction = predictor.predict_bag(bag, source, asked.mode, asked.chunk_size, self._case_of(source))
             record = self._record(prediction, predictor, request)
             if earlier.get("seen_as") == record["seen_as"]:
                 record |= {name: earlier[name] for name in ("faithfulness", "pictures") if name in earlier}
-            found = self._measured(source, prediction, predictor)
+            faithfulness = self._measured(source, prediction, predictor)
             if asked.faithfulness:
-                record["faithfulness"] = found and found.as_dict()
-            if drawing is not None and not self._is_drawn_alike(record, source):
+                record["faithfulness"] = faithfulness and faithfulness.as_dict()
+            if self.drawing is not None and not self._is_drawn_alike(record, source):
                 record.pop("pictures", None)
             clear_pictures(target, record)
-            # Before the pictures: a killed run must not leave them beside another answer.
-            write_json(target, record)
-            if found is not None:
-                self._draw_faithfulness(prediction, found, record, folder)
-            if drawing is not None and size is not None and prediction.coords is not None:
-                assert prediction.attention is not None  # noqa: S101 - for the type checker: tried at the start
-                files = drawing.save(source, folder, prediction.coords, prediction.attention, size, record)
-                names = [file.relative_to(folder).as_posix() for file in files]
+            pictures = None
+            if self.drawing is not None and slide is not None and size is not None:
+                pictures = self.drawing.pictures(slide, folder, prediction, size, record)
+                names = [file.relative_to(folder).as_posix() for file in pictures.files]
                 names += record.get("pictures", {}).get("files", [])  # in formats that are not asked for now
                 record["pictures"] = self._shown(source, record) | {"files": list(dict.fromkeys(names))}
-                write_json(target, record)
+            # Before the pictures are drawn: a killed run must not leave them beside another answer.
+            write_json(target, record)
+            if faithfulness is not None:
+                self._draw_faithfulness(prediction, faithfulness, record, folder)
+            if pictures is not None:
+                pictures.write()
         return record
+
+    def _opened(self, source: Path, open_files: ExitStack) -> Slide | None:
+        """Open the raw slide, or the one that is drawn on; None where neither is needed."""
+        if is_slide_file(source):
+            return open_files.enter_context(open_slide(source, self.mpps.of(source)))
+        if self.drawing is None:
+            return None
+        return open_files.enter_context(open_slide(self.drawing.slide_of(source)))
+
+    def _bag(self, source: Path, slide: Slide | None, predictor: SlidePredictor, folder: Path) -> Bag | StoredBag:
+        """Return the bag; of a raw slide by way of a feature file in `folder`, so that it is streamed, too."""
+        if slide is None or not is_slide_file(source):
+            return predictor.bag(source, self.files.feat_type, slide)
+        return predictor.bag(predictor.keep_features(slide, folder), self.files.feat_type)
 
     def _record(
         self, prediction: SlidePrediction, predictor: SlidePredictor, request: Mapping[str, Any]

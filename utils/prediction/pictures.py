@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from utils.bags.store import Bag, StoredBag, is_feature_file
 from utils.core.errors import ConfigError, SlideError
+from utils.pictures.attention_map import AttentionMap
+from utils.pictures.overlay import Look
+from utils.pictures.picture_set import PictureSet, set_paths
+from utils.pictures.placement import check_drawable, check_patches_fit
 from utils.pictures.settings import Pictures
-from utils.pictures.visualizer import AttentionVisualizer, check_drawable, set_paths
 from utils.prediction.inputs import PredictionFiles
+from utils.prediction.predictor import SlidePrediction
 from utils.prediction.settings import PredictionRecipe
 from utils.slides.find import find_slides, one_per_series
+from utils.slides.slide import Slide
 
 
 class PredictionPictures:
@@ -26,7 +29,7 @@ class PredictionPictures:
     def __init__(self, asked: Pictures, files: PredictionFiles, recipe: PredictionRecipe, device: torch.device) -> None:
         self.asked, self.recipe, self.allow_renamed = asked, recipe, files.asked.allow_mismatch
         self.formats = files.asked.figure_format
-        self.visualizer = AttentionVisualizer(asked.cmap, asked.alpha, asked.scale, device)
+        self.look = Look(asked.cmap, asked.alpha, asked.scale, device)
         wsi, one = asked.wsi, files.asked.input is not None
         self._slides: dict[str, Path] | None = None
         if files.are_raw:
@@ -63,27 +66,21 @@ class PredictionPictures:
             raise SlideError(f"{source}: --wsi {self.asked.wsi} holds no slide {source.stem} to draw it on")
         return self._slides[source.stem]
 
-    def check(self, source: Path, bag: Bag | StoredBag) -> int:
-        """The edge in level-0 px of the patches; raises as `check_drawable` does."""
+    def check(self, slide: Slide, source: Path, bag: Bag | StoredBag) -> int:
+        """Return the edge in level-0 px of the patches; raise as `check_drawable` does."""
         recipe = self.recipe
-        return check_drawable(
-            self.slide_of(source), source, bag, recipe.patch_size, recipe.level, allow_renamed=self.allow_renamed
-        )
+        return check_drawable(slide, source, bag, recipe.patch_size, recipe.level, allow_renamed=self.allow_renamed)
 
     def paths(self, folder: Path, name: str) -> list[Path]:
+        """Return where a slide's pictures go."""
         return set_paths(folder, name, self.formats)
 
-    def save(
-        self,
-        source: Path,
-        folder: Path,
-        coords: NDArray[np.int64],
-        attention: NDArray,
-        size_level0: int,
-        record: Mapping[str, Any],
-    ) -> list[Path]:
-        """Write the whole set of a slide's record; its files."""
-        return self.visualizer.save_set(
-            self.slide_of(source), folder, coords, attention, size_level0, record, top_k=self.asked.top_k,
-            formats=self.formats,
-        )  # fmt: skip
+    def pictures(
+        self, slide: Slide, folder: Path, prediction: SlidePrediction, size_level0: int, record: Mapping[str, Any]
+    ) -> PictureSet:
+        """Return the whole set of pictures of a slide's record, to be written."""
+        coords, attention = prediction.coords, prediction.attention
+        assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
+        attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0)
+        check_patches_fit(slide, coords, attention_map.attention, size_level0)
+        return PictureSet(slide, folder, attention_map, attention, record, self.look, self.asked.top_k, self.formats)

@@ -34,6 +34,7 @@ from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.slides.batch import Told
+from utils.slides.slide import Slide
 from utils.slides.wsi import slide_mpp
 from utils.tasks.classification import Classification
 
@@ -204,23 +205,22 @@ class SlidePredictor:
             log.warning(SEEN, path, prediction.seen_as)
         return prediction
 
-    def bag(self, path: Path, feat_type: str = "features", slide: Path | None = None) -> Bag | StoredBag:
-        """The bag of a feature file, its features still in there, or of a raw slide through the feature extractor.
+    def bag(self, path: Path, feat_type: str = "features", slide: Path | Slide | None = None) -> Bag | StoredBag:
+        """Return the bag of a feature file, its features still in there, or of a raw slide through the extractor.
 
         `slide`, which the feature file was made from, gives the um/px that some files' coordinates need.
         """
         feat_type = check_setting(Prediction, "feat_type", feat_type)
         check_input(path)
-        if not is_feature_file(path):
-            return self._extractor_for(path).extract(path)
-        return open_bag(path, feat_type, None if slide is None else slide_mpp(slide))
+        if is_feature_file(path):
+            return open_bag(path, feat_type, None if slide is None else slide_mpp(slide))
+        with self._own_extractor().opened(path) as raw:
+            return self._checked_extractor(raw).extract(raw)
 
-    def keep_features(self, slide: Path, folder: Path, mpp: float | None = None) -> Path:
-        """The raw slide's feature file in `folder`, made unless it is there, by the same recipe; `mpp` is its um per
-        level-0 px where its own is missing or wrong.
-        """
-        target = folder / f"{slide.stem}.h5"
-        extract_one(self._extractor_for(slide, mpp), slide, target, told=Told(mpp))
+    def keep_features(self, slide: Slide, folder: Path) -> Path:
+        """Return the feature file of an open slide in `folder`, made unless it is there, by the same recipe."""
+        target = folder / f"{slide.path.stem}.h5"
+        extract_one(self._checked_extractor(slide), slide, target, told=Told(slide.told_mpp))
         return target
 
     def predict_bag(
@@ -343,13 +343,17 @@ class SlidePredictor:
             return trained if is_full else replace(trained, chunk_size=chunk_size or trained.chunk_size)
         return SlideFeed.of_mode(mode, chunk_size or 1000)
 
-    def _extractor_for(self, slide: Path, mpp: float | None = None) -> WSIFeatureExtractor:
-        """The feature extractor, once it is known that what it makes of the slide will do."""
+    def _checked_extractor(self, slide: Slide) -> WSIFeatureExtractor:
+        """Return the feature extractor, checked to make features of the slide that the models can take."""
+        extractor = self._own_extractor()
+        self._differences(slide.path, extractor.recipe, extractor.delivered_mpp(slide))
+        return extractor
+
+    def _own_extractor(self) -> WSIFeatureExtractor:
         if self.feature_extractor is None:
             raise ConfigError(
                 f"{self.path}: a raw slide needs a feature extractor; use extractPredict, or pass feature_extractor"
             )
-        self._differences(slide, self.feature_extractor.recipe, self.feature_extractor.delivered_mpp(slide, mpp))
         return self.feature_extractor
 
     def _check_bag(self, bag: Bag | StoredBag, path: Path) -> None:

@@ -6,8 +6,8 @@ Tiled TIFFs are read past OpenSlide where that gives its very pixels: see `utils
 import math
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -95,9 +95,19 @@ def _opened(path: Path) -> Slide:
     return slide
 
 
-def slide_mpp(path: Path | str) -> float | None:
-    """A slide's level-0 um/px; None where it does not say. Raises SlideError."""
-    with open_slide(path) as slide:
+@contextmanager
+def opened(wsi: "Path | str | Slide", mpp: float | None = None) -> Iterator[Slide]:
+    """Open a slide as `open_slide` does, and close it at the end; one that is open already is used, and stays open."""
+    if isinstance(wsi, Slide):
+        yield wsi
+        return
+    with open_slide(wsi, mpp) as slide:
+        yield slide
+
+
+def slide_mpp(wsi: "Path | str | Slide") -> float | None:
+    """Return a slide's level-0 um/px; None where it does not say. Raise SlideError."""
+    with opened(wsi) as slide:
         return slide.mpp
 
 
