@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from MILS import build_mil
-from utils.bags.collate import Batch, cut_chunks
+from utils.bags.chunks import Batch, cut_chunks
 from utils.core.device import seed_everything
 from utils.core.runtime import derive_seed
 from utils.learning.settings import Training

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from utils.bags.collate import Batch
+from utils.bags.chunks import Batch
 from utils.core import runtime
 from utils.core.engine import threads
 from utils.core.files import read_json, write_json

@@ -7,7 +7,7 @@ from MILS import list_mils
 from MILS.bag_model import BagModel
 from MILS.mergeable import BLOCK_ROWS
 from tests.small import TASK
-from utils.bags.collate import cut_chunks
+from utils.bags.chunks import cut_chunks
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.prediction.feeding import SlideFeed, predict_features, predict_values
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.bags import labels
-from utils.bags.collate import Batch, Chunk, chunks_per_step, collate, cut_chunks, num_chunks
+from utils.bags.chunks import Batch, Chunk, chunks_per_step, collate, cut_chunks, num_chunks
 from utils.bags.feature_folder import FeatureFolder, refuse
 from utils.bags.inventory import FileRecord, take_inventory
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.bags.direct_read import Fingerprint
 from utils.bags.feature_folder import refuse
 from utils.bags.labels import LabelRow
-from utils.bags.rows import Fingerprint
 from utils.bags.store import BagInfo
 from utils.core.errors import FeatureFileError
 from utils.core.runtime import progress

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.bags.rows import Fingerprint, RowMap
+from utils.bags.direct_read import Fingerprint, RowMap
 from utils.bags.store import BagInfo, read_features
 from utils.core.errors import FeatureFileError
 from utils.core.files import digest

@@ -1,7 +1,7 @@
 """A bag of patch features, in memory and in files (`.h5`, `.pt`): ours, written and read, and others', read.
 
 Our HDF5 file uses TRIDENT's names, so that other toolkits' loaders read it; the passport stands on its root. Where
-other toolkits keep what is in `foreign`; here it becomes a bag, or is refused.
+other toolkits keep what is in `formats`; here it becomes a bag, or is refused.
 """
 
 import io
@@ -18,8 +18,8 @@ import h5py
 import numpy as np
 import torch
 
-from utils.bags.foreign import TENSOR_FILE, Found, Places, as_array, find_h5, find_pt, length, open_h5
-from utils.bags.rows import Fingerprint, RowMap, map_rows
+from utils.bags.direct_read import Fingerprint, RowMap, map_rows
+from utils.bags.formats import TENSOR_FILE, Found, Places, as_array, find_h5, find_pt, length, open_h5
 from utils.core.errors import FeatureFileError
 from utils.core.files import whole_file
 from utils.core.passport import Passport
@@ -123,7 +123,7 @@ def peek_places(path: Path, feat_type: str = "features", mpp: float | None = Non
 
 
 def read_bag(path: Path, feat_type: str = "features", mpp: float | None = None) -> Bag:
-    """Read a whole bag, of ours or of any layout `foreign` knows, with what the files beside it tell.
+    """Read a whole bag, of ours or of any layout `formats` knows, with what the files beside it tell.
 
     `feat_type` "features" is the file's own features, whatever it calls them; another name is a dataset, an encoder or
     a dict's key. `mpp` is the slide's level-0 um/px where it is known: coordinates stored in um need it.

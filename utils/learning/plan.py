@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from MILS.bag_model import BagModel
-from utils.bags.collate import chunks_per_step, num_chunks
+from utils.bags.chunks import chunks_per_step, num_chunks
 from utils.bags.dataset import MILDataset
 from utils.core.device import peak_memory
 from utils.core.errors import DivergedError, counted

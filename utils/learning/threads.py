@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from MILS.bag_model import BagModel
-from utils.bags.collate import Batch
+from utils.bags.chunks import Batch
 from utils.core.engine import threads
 from utils.core.errors import counted
 from utils.core.runtime import progress, threads_are_given

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from MILS.bag_model import BagModel, evaluating
-from utils.bags.collate import Batch
+from utils.bags.chunks import Batch
 from utils.bags.dataset import MILDataset
 from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError

@@ -15,7 +15,7 @@ import torch
 from MILS.bag_model import BagModel, evaluating
 from MILS.ensemble import Ensemble
 from MILS.mergeable import BLOCK_ROWS, MergeableModel
-from utils.bags.collate import Cut, cut_chunks, take
+from utils.bags.chunks import Cut, cut_chunks, take
 from utils.bags.store import StoredFeatures
 from utils.tasks.task import Task
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.bags.rows import Fingerprint
+from utils.bags.direct_read import Fingerprint
 from utils.core.differences import differences, first_differences
 from utils.core.errors import ConfigError, named
 from utils.core.files import read_record

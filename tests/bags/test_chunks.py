@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.bags.collate import Chunk, collate, cut_chunks, num_chunks, take
+from utils.bags.chunks import Chunk, collate, cut_chunks, num_chunks, take
 
 SIZES = st.one_of(st.none(), st.integers(1, 400))
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.bags.rows import map_rows
+from utils.bags.direct_read import map_rows
 from utils.core.errors import FeatureFileError
 
 
