@@ -52,7 +52,7 @@ from utils.bags.store import (
     BagInfo,
     is_feature_file,
     peek_bag,
-    peek_places,
+    peek_coords,
     read_bag,
     write_bag,
 )
@@ -149,12 +149,12 @@ def _there_already(source: Path, target: Path, conversion: Conversion, mpp: floa
     """Raises FeatureFileError unless `target` is what converting `source` would give, as far as can be told without
     reading the features, and not older.
     """
-    wanted, places = peek_bag(source, conversion.feat_type), peek_places(source, conversion.feat_type, mpp)
+    wanted, places = peek_bag(source, conversion.feat_type), peek_coords(source, conversion.feat_type, mpp)
     dtype = np.dtype(conversion.dtype or wanted.dtype)
     wanted = replace(wanted, dtype=dtype, passport=_noted(wanted.passport, wanted.dtype, dtype))
     remedy = "move it, or convert with --overwrite"
     try:
-        held, held_coords = peek_bag(target), peek_places(target).coords
+        held, held_coords = peek_bag(target), peek_coords(target).coords
     except FeatureFileError as error:
         raise FeatureFileError(f"{error}; is in the way: {remedy}") from error
     expected, found = _told(wanted), _told(held)
@@ -165,7 +165,7 @@ def _there_already(source: Path, target: Path, conversion: Conversion, mpp: floa
         unlike.append("older than its source")
     if unlike:
         raise FeatureFileError(f"{target}: is there, from another conversion ({first_differences(unlike)}); {remedy}")
-    return _status(source, "there already", wanted, places.coords, places.withheld)
+    return _status(source, "there already", wanted, places.coords, places.problem)
 
 
 def _told(info: BagInfo) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.bags.labels import LabelRow, account, class_counts, classes_in, classes_of, group_rows
+from utils.bags.labels import LabelRow, class_counts, classes_in, classes_of, group_rows, resolve_labels
 from utils.bags.table import read_table, several_names
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
@@ -39,15 +39,15 @@ class Table:
     def rows(self):
         return read_table(self.path).rows
 
-    def account(self, classes=CLASSES, absent=(), **settings) -> list[LabelRow]:
+    def resolve_labels(self, classes=CLASSES, absent=(), **settings) -> list[LabelRow]:
         def find_file(wsi_id: str) -> Path | None:
             return None if wsi_id in absent else Path(f"{wsi_id}.h5")
 
-        return account(read_table(self.path), classes, find_file, **settings)
+        return resolve_labels(read_table(self.path), classes, find_file, **settings)
 
     def refusal(self, **settings) -> str:
         with pytest.raises(LabelsError) as caught:
-            self.account(**settings)
+            self.resolve_labels(**settings)
         message = str(caught.value)
         assert message.startswith(f"{self.path}: ")
         assert "\n" not in message
@@ -68,7 +68,7 @@ def ids(rows: list[LabelRow]) -> list[str]:
 
 def test_rows_keep_their_order_and_name_their_file(table):
     header = "case_id,wsi_id,label,age"
-    rows = table.write("P2,S3,malignant,61", "P1,S1,benign,", "P1,S2,benign,07", header=header).account()
+    rows = table.write("P2,S3,malignant,61", "P1,S1,benign,", "P1,S2,benign,07", header=header).resolve_labels()
     assert [(row.wsi_id, row.case_id, row.label, row.path) for row in rows] == [
         ("S3", "P2", 1, Path("S3.h5")),
         ("S1", "P1", 0, Path("S1.h5")),
@@ -81,7 +81,7 @@ def test_rows_keep_their_order_and_name_their_file(table):
 def test_ids_and_labels_are_text_as_it_stands(table, text):
     rows = table.write(f"P1,{text},{text}", f"P2,S,{text}").rows()
     assert rows[0] == {"case_id": "P1", "wsi_id": text, "label": text}
-    assert ids(table.account(classes=(text, "other"))) == [text, "S"], "a class that is named is one"
+    assert ids(table.resolve_labels(classes=(text, "other"))) == [text, "S"], "a class that is named is one"
 
 
 @pytest.mark.parametrize("text", ["NA", "nan", "None", "unknown", "[Not Available]", "-", "n/a", "N.A.", "NULL"])
@@ -108,18 +108,18 @@ def test_a_byte_order_mark_spaces_and_windows_line_ends(table):
 def test_columns_stand_in_any_order_and_extra_ones_are_kept(table):
     table.write("x,benign,S1,P1,", "y,malignant,S2,P2,", header="site,label,wsi_id,case_id,")
     assert [row["site"] for row in table.rows()] == ["x", "y"]
-    assert ids(table.account()) == ["S1", "S2"]
+    assert ids(table.resolve_labels()) == ["S1", "S2"]
 
 
 def test_quoted_fields_hold_commas_quotes_and_line_ends(table):
     table.write('"P,1","S1",benign,"a ""note"",\nof two lines"', "P2,S2,malignant,", header="case_id,wsi_id,label,note")
     rows = table.rows()
     assert rows[0] == {"case_id": "P,1", "wsi_id": "S1", "label": "benign", "note": 'a "note",\nof two lines'}
-    assert ids(table.account()) == ["S1", "S2"]
+    assert ids(table.resolve_labels()) == ["S1", "S2"]
 
 
 def test_with_a_case_id_column_nothing_is_said(table, said):
-    table.write("P1,S1,benign", "P2,S2,malignant").account()
+    table.write("P1,S1,benign", "P2,S2,malignant").resolve_labels()
     assert said() == ""
 
 
@@ -233,7 +233,7 @@ def test_what_is_allowed_is_left_out_aloud_and_nothing_else_is(table, said, kind
     others = {"unknown", "missing", "duplicate"} - {kind}
     table.refusal(absent=absent, allow=others)
     assert said() == ""
-    usable = table.account(absent=absent, allow=[kind])
+    usable = table.resolve_labels(absent=absent, allow=[kind])
     assert ids(usable) == left
     assert usable[0].label == 0, "of rows that repeat an id the first one stands"
     assert said().startswith(f"WARNING {table.path}: 1 row with a ")
@@ -302,14 +302,14 @@ def test_a_class_that_reads_as_no_label_is_told(table):
     table.write("P1,S1,polyp", "P2,S2,none")
     with pytest.raises(LabelsError, match=r"'none' is taken as no label, .*: --class_names polyp none"):
         classes_of(read_table(table.path))
-    assert ids(table.account(classes=("polyp", "none"))) == ["S1", "S2"]
+    assert ids(table.resolve_labels(classes=("polyp", "none"))) == ["S1", "S2"]
 
 
 def test_classes_that_look_like_one_are_refused_until_they_are_named(table):
     table.write("P1,S1,Tumor", "P2,S2,normal", "P3,S3,tumor")
     with pytest.raises(LabelsError, match=r"'Tumor' and 'tumor'; .* --class_names Tumor normal tumor"):
         classes_of(read_table(table.path))
-    assert ids(table.account(classes=("Tumor", "normal", "tumor"))) == ["S1", "S2", "S3"]
+    assert ids(table.resolve_labels(classes=("Tumor", "normal", "tumor"))) == ["S1", "S2", "S3"]
 
 
 def test_patients_are_counted_once_however_many_classes_they_have():
@@ -330,7 +330,7 @@ def test_an_id_that_leaves_the_features_folder_is_an_error_whatever_is_allowed(t
 
 def test_ids_with_dots_and_spaces_inside_are_plain(table):
     names = ["TCGA-1.B34C", "S 1", "..S", "S..h5", "a:b", "Präparat", "~", "-x"]
-    assert ids(table.write(*[f"P{k},{name},benign" for k, name in enumerate(names)]).account()) == names
+    assert ids(table.write(*[f"P{k},{name},benign" for k, name in enumerate(names)]).resolve_labels()) == names
 
 
 @pytest.mark.parametrize(("row", "number"), [(",S2,benign", 2), ("P2,,benign", 2), (" , S2,benign", 2)])
@@ -340,7 +340,7 @@ def test_an_empty_id_is_an_error_with_its_row(table, row, number):
 
 
 def test_cases_with_slides_of_several_classes_are_told_and_kept(table, said):
-    rows = table.write("P1,S1,benign", "P1,S2,malignant", "P2,S3,benign", "P2,S4,benign").account()
+    rows = table.write("P1,S1,benign", "P1,S2,malignant", "P2,S3,benign", "P2,S4,benign").resolve_labels()
     assert len(rows) == 4
     assert said().endswith("patients with slides of several classes, which stay in one fold: P1")
 
@@ -351,25 +351,25 @@ def test_cases_with_slides_of_several_classes_are_told_and_kept(table, said):
 def test_labels_are_renamed_to_the_classes(table):
     known = KNOWN_COHORTS["tupac"]
     table.write("P1,S1,0", "P2,S2,1", "P3,S3,High")
-    rows = table.account(classes=known.class_names, label_names=known.label_names)
+    rows = table.resolve_labels(classes=known.class_names, label_names=known.label_names)
     assert [row.label for row in rows] == [0, 1, 1]
     assert "none of Low, High: S1 ('0'), S2 ('1')" in table.refusal(classes=known.class_names)
 
 
 def test_a_label_that_is_a_class_as_it_stands_is_not_renamed(table):
-    rows = table.write("P1,S1,0", "P2,S2,1").account(classes=("1", "0"), label_names={"0": "Low", "1": "High"})
+    rows = table.write("P1,S1,0", "P2,S2,1").resolve_labels(classes=("1", "0"), label_names={"0": "Low", "1": "High"})
     assert [row.label for row in rows] == [1, 0]
 
 
 def test_labels_that_are_no_class_are_left_out_aloud(table, said):
-    rows = table.write("P1,S1,benign", "P2,S2,rare", "P3,S3,malignant").account(left_out=["rare", "other"])
+    rows = table.write("P1,S1,benign", "P2,S2,rare", "P3,S3,malignant").resolve_labels(left_out=["rare", "other"])
     assert ids(rows) == ["S1", "S3"]
     assert said() == f"INFO {table.path}: 1 row left out, of the labels other, rare"
 
 
 def test_a_label_is_renamed_before_it_is_left_out(table):
     table.write("P1,S1,benign", "P2,S2,9")
-    assert ids(table.account(label_names={"9": "rare"}, left_out=["rare"])) == ["S1"]
+    assert ids(table.resolve_labels(label_names={"9": "rare"}, left_out=["rare"])) == ["S1"]
 
 
 def test_classes_in_a_table_are_sorted_renamed_and_without_the_empty_one(table):
@@ -396,7 +396,7 @@ def test_the_real_tables_with_the_known_cohorts(name, usable, counts):
     table = read_table(path)
     assert "subset" in table.rows[0], "extra columns are kept"
     assert several_names(table.rows, [row["case_id"] for row in table.rows]) == []
-    rows = account(
+    rows = resolve_labels(
         table, known.class_names, lambda wsi_id: Path(f"{wsi_id}.pt"),
         label_names=known.label_names, left_out=known.left_out,
     )  # fmt: skip
@@ -411,7 +411,7 @@ def test_the_real_tables_with_the_known_cohorts(name, usable, counts):
 
 
 def grouped(table: Table, column: str | None) -> list[str]:
-    return group_rows(table.path, [row.columns for row in table.account()], column)
+    return group_rows(table.path, [row.columns for row in table.resolve_labels()], column)
 
 
 def test_without_a_column_cases_stay_together(table):

@@ -357,7 +357,7 @@ def test_a_folder_that_is_none_is_named(files, tmp_path):
 def test_a_whole_packed_file_is_only_read(files, store, monkeypatch):
     """It may lie where this user may not write."""
     pack(store, files)
-    monkeypatch.setattr(packed, "_alone", None)
+    monkeypatch.setattr(packed, "_locked", None)
     assert same(pack(store, files), files)
 
 

@@ -197,7 +197,7 @@ def test_a_full_disk_ends_the_batch_at_once(slide_cohort, script, tmp_path, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("utils.bags.store._HDF5Writer._append", full)
+    monkeypatch.setattr("utils.bags.bag_writer.HDF5Writer._append", full)
     done = script("extractFeatures", "--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out",
                   "--backbone", "stain", "--patch_size", 64, "--no-preview")  # fmt: skip
     assert done.code == 1

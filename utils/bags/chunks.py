@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Which patches of a slide a chunk holds: a range of places costs no copy, a tensor of places one.
+# The indices of a chunk's patches in its slide: a range costs no copy of the features, a tensor one.
 Cut = range | Tensor
 _MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The part `cut` of the slide with `features (N, D)`; the class, the weight of its loss, the slide's index."""
+    """The patches `cut` of a slide with `features (N, D)`; its class, the weight of its loss, the slide's index."""
 
     features: Tensor
     cut: Cut
@@ -28,7 +28,7 @@ class Chunk:
 @dataclass(frozen=True)
 class Batch:
     """`bags`: B tensors (n_i, D), float16 or float32 as stored; `labels (B,)` int64; `weights (B,)` float32; `slides
-    (B,)` int64. Bags are not padded: a batch costs what its patches cost.
+    (B,)` int64. Bags are not padded, so the cost of a batch depends on its patches alone.
     """
 
     bags: tuple[Tensor, ...]
@@ -39,13 +39,13 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         bags = tuple(bag.to(device, non_blocking=True) for bag in self.bags)
         labels, weights, slides = (
-            part.to(device, non_blocking=True) for part in (self.labels, self.weights, self.slides)
+            values.to(device, non_blocking=True) for values in (self.labels, self.weights, self.slides)
         )
         return Batch(bags, labels, weights, slides)
 
 
 def chunks_per_step(chunks: int) -> int:
-    """Return the size of automatic batches for an epoch of so many chunks."""
+    """Return the size of automatic batches in an epoch of this many chunks."""
     return min(_MOST_IN_BATCH, -(-chunks // _LEAST_STEPS))
 
 
@@ -56,17 +56,17 @@ def num_chunks(num_instances: int, chunk_size: int | None) -> int:
 def cut_chunks(
     num_instances: int, chunk_size: int | None, *, sequential: bool = False, rng: np.random.Generator | None = None
 ) -> list[Cut]:
-    """Cuts that hold every instance exactly once, in ascending order, each at most `chunk_size` long (None: one cut).
+    """Cut a slide into chunks of at most `chunk_size` instances (None: one chunk), every instance in exactly one.
 
-    Lengths differ by at most one. `sequential` cuts are runs of neighbours. Otherwise a cut is spread over the whole
-    slide: with `rng` at random; without it cut k of K takes every K-th instance from the k-th on, so that the same
-    slide is always cut the same way.
+    Lengths differ by at most one; instances within a chunk are in ascending order. `sequential` chunks are runs of
+    neighbours. Otherwise each is spread over the whole slide: at random with `rng`; without it chunk k of K takes every
+    K-th instance from the k-th on, so that the same slide is always cut the same way.
     """
     count = num_chunks(num_instances, chunk_size)
     if count == 1:
         return [range(num_instances)]
     if sequential:
-        edges = [part * num_instances // count for part in range(count + 1)]
+        edges = [number * num_instances // count for number in range(count + 1)]
         return [range(start, stop) for start, stop in itertools.pairwise(edges)]
     if rng is None:
         return [range(start, num_instances, count) for start in range(count)]
@@ -75,14 +75,14 @@ def cut_chunks(
 
 
 def take(features: Tensor, cut: Cut) -> Tensor:
-    """The instances `(n, D)` of `features (N, D)` that a cut holds; a view of them where the cut is a range."""
+    """Return the instances `(n, D)` of `features (N, D)` in a cut; a view of them if the cut is a range."""
     return features[cut.start : cut.stop : cut.step] if isinstance(cut, range) else features.index_select(0, cut)
 
 
 def collate(chunks: Sequence[Chunk], pin_memory: bool = False) -> Batch:
-    """Chunks as one batch, in their order; their features are copied, so that a batch may be changed.
+    """Make one batch of the chunks, in their order; their features are copied, so that a batch may be changed.
 
-    `pin_memory` copies them into page-locked memory, from which a CUDA device fetches while the computation goes on.
+    `pin_memory` copies them into page-locked memory, from which a CUDA device fetches during the computation.
     """
     return Batch(
         tuple(_copied(chunk, pin_memory) for chunk in chunks),

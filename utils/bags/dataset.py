@@ -48,7 +48,7 @@ class MILDataset(Dataset):
     `feat_type`. `mode` "chunked" trains on random chunks of at most `chunk_size` patches (`sequential`: on runs of
     patches that are neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur,
     sorted. `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only
-    leave a row out (see `utils.bags.labels.account`). `group_column` names the column whose values splits keep
+    leave a row out (see `utils.bags.labels.resolve_labels`). `group_column` names the column whose values splits keep
     together, instead of the patient. `no_patients` takes each slide as a patient of its own, where the table names
     none.
 
@@ -112,7 +112,7 @@ class MILDataset(Dataset):
             if warning:
                 log.warning(warning)
         self.patients_from = table.patients_from
-        self.rows = labels.account(
+        self.rows = labels.resolve_labels(
             table, self.class_names, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
             allow=allow,
         )  # fmt: skip

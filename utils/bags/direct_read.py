@@ -1,7 +1,7 @@
-"""The rows of an HDF5 dataset, read straight from the file.
+"""Read the rows of an HDF5 dataset straight from the file.
 
-HDF5 takes a chunked dataset through its chunk cache, one chunk after the other, and other toolkits' chunks hold 1 or 32
-patches. Without filters a chunk is plain bytes at a known place, and most chunks follow one another: a few large reads
+HDF5 reads a chunked dataset through its chunk cache, one chunk after the other, and other toolkits' chunks hold 1 or 32
+patches. Without filters a chunk is plain bytes at a known offset, and most chunks are contiguous: a few large reads
 fetch them all.
 """
 
@@ -22,7 +22,7 @@ _PLAIN_TYPES = tuple(np.dtype(code) for code in ("float16", "float32", "float64"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells that a file is still the one that was looked at."""
+    """The size and time of a file, by which a change is noticed."""
 
     size: int
     mtime_ns: int
@@ -33,14 +33,14 @@ class Fingerprint:
 
     @classmethod
     def at(cls, path: Path) -> "Fingerprint | None":
-        """None where there is no file."""
+        """Return the file's fingerprint; None if there is no file."""
         return cls.of(path.stat()) if path.is_file() else None
 
 
 @dataclass(frozen=True)
 class RowMap:
-    """Where the rows of an array `(N, D)` lie in a file: run k has rows `starts[k]` to `starts[k + 1] - 1`, one after
-    the other from byte `offsets[k]` on.
+    """Where the rows of an array `(N, D)` are in a file: run k has rows `starts[k]` to `starts[k + 1] - 1`, which are
+    contiguous from byte `offsets[k]` on.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class RowMap:
     offsets: np.ndarray
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop - 1`, `(n, D)`. Raises FeatureFileError when the file has changed since."""
+        """Read rows `start` to `stop - 1`, `(n, D)`. Raises FeatureFileError if the file has changed since."""
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         rows = np.empty((max(0, stop - start), self.shape[1]), self.dtype)
         self.read_into(rows, start)
@@ -71,7 +71,7 @@ class RowMap:
             raise FeatureFileError(f"{self.path}: cannot be read ({failure.strerror or failure})") from failure
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """(byte offset, bytes) of the rows, in their order."""
+        """Yield the (byte offset, number of bytes) of each contiguous piece of the rows, in their order."""
         row_bytes = self.shape[1] * self.dtype.itemsize
         run = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
@@ -81,21 +81,21 @@ class RowMap:
 
 
 def map_rows(dataset: h5py.Dataset, path: Path) -> RowMap | None:
-    """Where the rows of `dataset` lie in its file; None unless they are plain bytes there (not with a filter, in
-    another byte order, in chunks of another width or never written, in another file, or beyond the file's end).
+    """Return where the rows of `dataset` are in its file; None unless they are plain bytes there: without filters, in
+    native byte order, in chunks as wide as the dataset, all written, in this file and before its end.
     """
     if not _is_plain(dataset):
         return None
-    places = _chunk_places(dataset) if dataset.chunks else np.array([[0, dataset.id.get_offset()]], dtype=np.uint64)
-    if places is None:
+    chunks = _chunk_offsets(dataset) if dataset.chunks else np.array([[0, dataset.id.get_offset()]], dtype=np.uint64)
+    if chunks is None:
         return None
     status = os.fstat(dataset.file.id.get_vfd_handle())
     if not os.path.samestat(status, path.stat()):
         return None
     fingerprint = Fingerprint.of(status)
-    starts, offsets = np.append(places[:, 0], np.uint64(dataset.shape[0])), places[:, 1]
+    starts, offsets = np.append(chunks[:, 0], np.uint64(dataset.shape[0])), chunks[:, 1]
     sizes = np.diff(starts) * np.uint64(dataset.shape[1] * dataset.dtype.itemsize)
-    # In a damaged file they may be anywhere, even where adding to them overflows.
+    # In a damaged file offsets can be so large that adding to them overflows.
     if offsets.max() > fingerprint.size or (offsets + sizes).max() > fingerprint.size:
         return None
     first = np.flatnonzero(np.append(True, offsets[1:] != offsets[:-1] + sizes[:-1]))
@@ -116,17 +116,17 @@ def _is_plain(dataset: Any) -> bool:
     )
 
 
-def _chunk_places(dataset: Any) -> np.ndarray | None:
-    """`(K, 2)` uint64: each chunk's first row and its byte offset, in the rows' order; None unless all K are there."""
+def _chunk_offsets(dataset: Any) -> np.ndarray | None:
+    """Return each chunk's first row and byte offset, `(K, 2)` uint64, in the rows' order; None unless all K exist."""
     rows, dim = dataset.chunks
     if dim != dataset.shape[1]:
         return None
-    found: list[tuple[int, int]] = []
-    dataset.id.chunk_iter(lambda chunk: found.append((chunk.chunk_offset[0], chunk.byte_offset)))
-    if len(found) != -(-dataset.shape[0] // rows):  # in a damaged file the shape may be anything
+    listed: list[tuple[int, int]] = []
+    dataset.id.chunk_iter(lambda chunk: listed.append((chunk.chunk_offset[0], chunk.byte_offset)))
+    if len(listed) != -(-dataset.shape[0] // rows):  # in a damaged file the shape may be anything
         return None
-    places = np.array(sorted(found), dtype=np.uint64).reshape(-1, 2)
-    return places if np.array_equal(places[:, 0], np.arange(0, dataset.shape[0], rows)) else None
+    chunks = np.array(sorted(listed), dtype=np.uint64).reshape(-1, 2)
+    return chunks if np.array_equal(chunks[:, 0], np.arange(0, dataset.shape[0], rows)) else None
 
 
 def _read_exactly(file: RawIOBase, offset: int, target: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""The feature files of a folder and its subfolders, by the ids of their slides."""
+"""The feature files of a folder and its subfolders, by slide id."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 from utils.bags.store import is_feature_file
 from utils.core.errors import FeatureFileError, LabelsError, LiteMILError, counted, named
 
-# Of several faulty feature files so many are named.
-_MOST_FAULTS = 5
+_MOST_FAULTS = 5  # faulty feature files that an error names
 
 
 class FeatureFolder:
@@ -26,7 +25,7 @@ class FeatureFolder:
                 self.files.setdefault(file.stem, []).append(file)
 
     def find(self, wsi_id: str) -> Path | None:
-        """Return the slide's feature file, the first of several; None where there is none."""
+        """Return the slide's feature file, the first of several; None if there is none."""
         return self.files.get(wsi_id, [None])[0]
 
     def check_unique(self, wsi_ids: Iterable[str]) -> None:
@@ -44,14 +43,14 @@ class FeatureFolder:
         return file.relative_to(self.path).as_posix()
 
     def _is_hidden(self, file: Path) -> bool:
-        return any(part.startswith(".") for part in file.relative_to(self.path).parts)
+        return any(name.startswith(".") for name in file.relative_to(self.path).parts)
 
 
 def refuse(error: type[LiteMILError], faults: Sequence[str], total: int, remedy: str = "") -> None:
-    """Raise `error` if there are faults of feature files, of `total`; of several, count them and name the first."""
+    """Raise `error` if any of `total` feature files has a fault; of several faults, count them and name the first."""
     if len(faults) > 1:
         more = f"; and {len(faults) - _MOST_FAULTS} more (utils.audit names all)" if faults[_MOST_FAULTS:] else ""
-        shown = "; ".join(faults[:_MOST_FAULTS])
-        raise error(f"{len(faults)} of {total} feature files cannot be used: {shown}{more}{remedy}")
+        first = "; ".join(faults[:_MOST_FAULTS])
+        raise error(f"{len(faults)} of {total} feature files cannot be used: {first}{more}{remedy}")
     if faults:
         raise error(f"{faults[0]}{remedy}")

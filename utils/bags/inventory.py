@@ -1,6 +1,6 @@
-"""What the feature files of a cohort hold, so that a later run knows files again that were only touched.
+"""Record what the feature files of a cohort hold, so that a later run recognizes files whose time alone has changed.
 
-A file is the same while its size and time are; where one of them differs, its features are read and compared.
+A file with the same size and time is the same; otherwise its features are read and compared.
 """
 
 import csv
@@ -19,8 +19,7 @@ from utils.bags.store import BagInfo
 from utils.core.errors import FeatureFileError
 from utils.core.runtime import progress
 
-# Features are looked at in pieces of so many rows: a slide's need not fit in memory twice.
-_ROWS = 4096
+_ROWS = 4096  # read at a time, so that a slide's features need not fit in memory twice
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class FileRecord:
     def of(cls, wsi_id: str, fingerprint: Fingerprint, features: Tensor) -> "FileRecord":
         """Return the record of a slide with `features (N, D)`."""
         content = hashlib.sha256(f"{features.dtype} {tuple(features.shape)}\n".encode())
-        for part in features.split(_ROWS):
-            content.update(part.numpy().data)
+        for rows in features.split(_ROWS):
+            content.update(rows.numpy().data)
         rms = root_mean_square(features)
         return cls(wsi_id, fingerprint.size, fingerprint.mtime_ns, content.hexdigest(), rms)
 
@@ -51,7 +50,7 @@ class FileRecord:
 
 def root_mean_square(features: Tensor) -> float:
     """Return the root mean square of all values of `features (N, D)`."""
-    squares = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in features.split(_ROWS))
+    squares = sum(float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 for rows in features.split(_ROWS))
     return (squares / features.numel()) ** 0.5
 
 
@@ -59,21 +58,21 @@ def take_inventory(
     rows: Sequence[LabelRow],
     info: Sequence[BagInfo],
     features: Callable[[int], Tensor],
-    known: Mapping[str, FileRecord],
+    earlier: Mapping[str, FileRecord],
 ) -> list[FileRecord]:
-    """Return each slide's record: the known one of its `wsi_id` while size and time are the same, else a new one from
+    """Return each slide's record: the earlier one of its `wsi_id` if size and time are the same, else a new one from
     the slide's `features (N, D)`. Raises FeatureFileError, naming all files that cannot be read.
     """
-    records = {row.wsi_id: known[row.wsi_id] for row in rows if row.wsi_id in known}
+    records = {row.wsi_id: earlier[row.wsi_id] for row in rows if row.wsi_id in earlier}
     fresh = [
         slide
         for slide, row in enumerate(rows)
-        if row.wsi_id not in known or known[row.wsi_id].fingerprint != info[slide].fingerprint
+        if row.wsi_id not in earlier or earlier[row.wsi_id].fingerprint != info[slide].fingerprint
     ]
     faults = []
     for slide in progress(fresh, "Reading features", unit="slide", leave=False) if fresh else ():
         wsi_id, fingerprint = rows[slide].wsi_id, info[slide].fingerprint
-        assert fingerprint is not None  # noqa: S101 - for the type checker: whoever looked at a file knows it
+        assert fingerprint is not None  # noqa: S101 - for the type checker: `peek_bag` sets it
         try:
             records[wsi_id] = FileRecord.of(wsi_id, fingerprint, features(slide))
         except FeatureFileError as error:
@@ -83,8 +82,8 @@ def take_inventory(
 
 
 def read_inventory(path: Path) -> dict[str, FileRecord]:
-    """Return the records that `write_records` wrote to `path`, by slide; none where they cannot be read, for then the
-    features tell.
+    """Return the records that `write_records` wrote to `path`, by slide; none if they cannot be read, so that the
+    features are read instead.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:

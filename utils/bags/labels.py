@@ -1,4 +1,4 @@
-"""The rows of a label table, each accounted for: its class, its patient, its feature file."""
+"""Resolve each row of a label table to its class, its patient and its feature file, or say why that is not possible."""
 
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -37,16 +37,16 @@ class LabelRow:
 def classes_in(
     rows: Sequence[Row], *, label_names: Mapping[str, str] | None = None, left_out: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """Return the labels that occur, renamed as `account` does, sorted; without those left out and without "NA",
-    "unknown" and their like, which are classes only where they are named.
+    """Return the labels that occur, renamed as in `resolve_labels` and sorted, without those left out and without "NA",
+    "unknown" and the like, which are classes only if the user names them.
     """
     labels = {row["label"] for row in _renamed(rows, label_names or {})} - set(left_out)
     return tuple(sorted(label for label in labels if not is_placeholder(label)))
 
 
 def classes_of(table: LabelTable, **settings: Any) -> tuple[str, ...]:
-    """Return `classes_in` of a table. Raises LabelsError where two of them look like one, or too few are left without
-    those that are taken as no label.
+    """Return `classes_in` of a table. Raises LabelsError if two of them look like one, or if too few are left without
+    those that stand for no label.
     """
     classes = classes_in(table.rows, **settings)
     doubts = doubtful_classes(classes)
@@ -62,7 +62,7 @@ def classes_of(table: LabelTable, **settings: Any) -> tuple[str, ...]:
 
 
 def doubtful_classes(classes: Sequence[str]) -> str | None:
-    """Return what to say where two classes of a table look like one, spelled in two ways; None where none do."""
+    """Return the error text if classes of a table look like one class spelled in two ways, else None."""
     pairs = [" and ".join(map(repr, pair)) for pair in classes_alike(classes)]
     if not pairs:
         return None
@@ -73,7 +73,7 @@ def doubtful_classes(classes: Sequence[str]) -> str | None:
 
 
 def missing_patients(table: LabelTable, no_patients: bool) -> str | None:
-    """Return the warning for a table whose slides have to be taken as patients; None where it names them.
+    """Return the warning for a table without patients, whose slides are taken as patients; None if it names patients.
 
     Raises LabelsError for such a table without `no_patients`, and for `no_patients` with one that names its patients.
     """
@@ -91,12 +91,12 @@ def missing_patients(table: LabelTable, no_patients: bool) -> str | None:
 
 
 def doubted_patients(table: LabelTable) -> str | None:
-    """Return the warning for a table that names a patient for each slide, though some look like one's; else None."""
+    """Return the warning for a table with one patient per slide, if slides look like one patient's, or None."""
     doubt = doubtful_patients(table.rows) if table.patients_from is not None else ""
     return f"{table.path}: {doubt}: on both sides of a split they make every figure too good" if doubt else None
 
 
-def account(
+def resolve_labels(
     table: LabelTable,
     class_names: Sequence[str],
     find_file: Callable[[str], Path | None],
@@ -106,37 +106,60 @@ def account(
     left_out: Collection[str] = (),
     allow: Collection[str] = (),
 ) -> list[LabelRow]:
-    """Return one LabelRow per usable row, in the table's order. Raises LabelsError that names the rows not usable.
+    """Return one LabelRow per usable row, in the table's order. Raises LabelsError, which names the rows not usable.
 
-    `find_file` gives the feature file of a wsi_id, or None; `ids` all the ids that have one, to name the nearest. Of
-    the problems, those in `allow` ("missing", "unknown", "duplicate") only leave the row out, with a warning; an id
-    that leaves the features folder is always an error. `label_names` renames labels that are no class as they stand;
-    the labels in `left_out` belong to no class.
+    `find_file` returns the feature file of a wsi_id, or None; `ids` returns all ids that have one, to name the nearest.
+    Problems in `allow` ("missing", "unknown", "duplicate") only leave the row out, with a warning; an id that would
+    leave the features folder is always an error. `label_names` renames labels that are not class names themselves; the
+    labels in `left_out` belong to no class.
     """
-    path = table.path
     rows = _renamed(table.rows, {old: new for old, new in (label_names or {}).items() if old not in class_names})
-    _check_ids(path, rows)
+    _check_ids(table.path, rows)
+    # First, so that a slide cannot have a label in one row and a label to leave out in another.
+    rows = _without_duplicates(table.path, rows, allow)
+    rows = _with_class(table.path, rows, class_names, left_out, allow)
+    usable = _with_file(table.path, rows, class_names, find_file, ids, allow)
+    if not usable:
+        raise LabelsError(f"{table.path}: no usable row is left; check the labels, --class_names and --features_dir")
+    _log_mixed_patients(table.path, usable)
+    return usable
 
-    # Looked for before any row is left out, so that a slide cannot have one label here and another, left out, there.
+
+def _without_duplicates(path: Path, rows: Sequence[Row], allow: Collection[str]) -> list[Row]:
+    """Return the first row of each slide."""
     first: dict[str, Row] = {}
     repeated = [row for row in rows if first.setdefault(row["wsi_id"], row) is not row]
-    again = [_contradiction(first[row["wsi_id"]], row) for row in repeated]
-    _report(path, "duplicate", "wsi_id that stands in an earlier row", again, allow)
-    rows = list(first.values())
+    contradictions = [_contradiction(first[row["wsi_id"]], row) for row in repeated]
+    _report(path, "duplicate", "wsi_id that stands in an earlier row", contradictions, allow)
+    return list(first.values())
 
-    rare = [row["wsi_id"] for row in rows if row["label"] in left_out]
-    if rare:
-        log.info("%s: %s left out, of the labels %s", path, counted(len(rare), "row"), ", ".join(sorted(left_out)))
+
+def _with_class(
+    path: Path, rows: Sequence[Row], class_names: Sequence[str], left_out: Collection[str], allow: Collection[str]
+) -> list[Row]:
+    """Return the rows whose label is a class."""
+    count = sum(row["label"] in left_out for row in rows)
+    if count:
+        log.info("%s: %s left out, of the labels %s", path, counted(count, "row"), ", ".join(sorted(left_out)))
     rows = [row for row in rows if row["label"] not in left_out]
-
     unknown = {row["wsi_id"]: row["label"] for row in rows if row["label"] not in class_names}
     _report(
         path, "unknown", f"label that is none of {', '.join(class_names)}",
         [f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()], allow,
         label_hint(unknown.values(), class_names),
     )  # fmt: skip
-    rows = [row for row in rows if row["label"] in class_names]
+    return [row for row in rows if row["label"] in class_names]
 
+
+def _with_file(
+    path: Path,
+    rows: Sequence[Row],
+    class_names: Sequence[str],
+    find_file: Callable[[str], Path | None],
+    ids: Callable[[], Iterable[str]],
+    allow: Collection[str],
+) -> list[LabelRow]:
+    """Return the rows that have a feature file, with that file."""
     files = {row["wsi_id"]: find_file(row["wsi_id"]) for row in rows}
     absent = [wsi_id for wsi_id, file in files.items() if file is None]
     near = near_ids(absent, ids) if absent else {}
@@ -144,19 +167,15 @@ def account(
         path, "missing", "wsi_id without a feature file", [missed_id(wsi_id, near) for wsi_id in absent], allow,
         id_hint(near), may_leave_out=len(absent) < len(rows),
     )  # fmt: skip
-    usable = [
+    return [
         LabelRow(row["wsi_id"], row["case_id"], class_names.index(row["label"]), file, row)
         for row in rows
         if (file := files[row["wsi_id"]]) is not None
     ]
-    if not usable:
-        raise LabelsError(f"{path}: no usable row is left; check the labels, --class_names and --features_dir")
-    _tell_mixed_patients(path, usable)
-    return usable
 
 
 def label_hint(labels: Iterable[str], class_names: Sequence[str]) -> str:
-    """Return what may be the matter with labels that are no class; empty where nothing is near."""
+    """Return a hint about labels that are not classes: a placeholder, another spelling or a near name; "" if none."""
     for label in dict.fromkeys(labels):
         if is_placeholder(label):
             return f"{label!r} stands for no label: fill it in, or name it in --class_names if it is a class"
@@ -170,18 +189,18 @@ def label_hint(labels: Iterable[str], class_names: Sequence[str]) -> str:
 
 
 def near_ids(absent: Sequence[str], ids: Callable[[], Iterable[str]]) -> dict[str, str]:
-    """Return for ids without a feature file those with one that they just miss, where there are such."""
+    """Map ids without a feature file to the near ids with one, if there are any."""
     near = NearIds(ids())
     return {wsi_id: name for wsi_id in absent if (name := near.of(wsi_id)) is not None}
 
 
 def id_hint(near: Mapping[str, str]) -> str:
-    """Return what to do about ids that just miss those with a file: the cure of the first."""
+    """Return what to do about ids that miss a near one: the remedy for the first; "" if there are none."""
     return why_missed(*next(iter(near.items()))) if near else ""
 
 
 def missed_id(wsi_id: str, near: Mapping[str, str]) -> str:
-    """Return the id with the one that is there, where it just misses one."""
+    """Return the id, with the near id that has a file if there is one."""
     return f"{wsi_id} (there is {near[wsi_id]})" if wsi_id in near else wsi_id
 
 
@@ -193,21 +212,21 @@ def class_counts(slides: Sequence[tuple[int, str]], class_names: Sequence[str]) 
         f"{counted(len(patients_of[index]), 'patient')}"
         for index, name in enumerate(class_names)
     ]
-    everybody = set().union(*patients_of)
-    several = sum(sum(patient in patients for patients in patients_of) > 1 for patient in everybody)
+    all_patients = set().union(*patients_of)
+    several = sum(sum(patient in patients for patients in patients_of) > 1 for patient in all_patients)
     mixed = f" ({several} in {'both' if len(class_names) == 2 else 'several'})" if several else ""
-    return f"{'; '.join(counts)}; {counted(len(everybody), 'patient')} in all{mixed}"
+    return f"{'; '.join(counts)}; {counted(len(all_patients), 'patient')} in all{mixed}"
 
 
 def check_names(table: LabelTable, rows: Sequence[LabelRow], groups: Sequence[str], column: str | None) -> None:
-    """Raise LabelsError where slides, patients or groups seem to stand in the table under several names."""
+    """Raise LabelsError if slides, patients or groups seem to be in the table under several names."""
     doubts = several_names([row.columns for row in rows], groups, table.patient_columns, column)
     if doubts:
         raise LabelsError(f"{table.path}: {doubtful_names(doubts)}")
 
 
 def doubtful_names(doubts: Sequence[OneInSeveral]) -> str:
-    """Return what to say, and do, about names that seem to stand for one thing."""
+    """Return the error text for names that seem to mean the same slide, patient or group."""
     return (
         f"names that seem to stand for one: {named(list(map(str, doubts)), most=3)}; write each in one way, or say "
         "that they differ with --allow spelling"
@@ -215,7 +234,7 @@ def doubtful_names(doubts: Sequence[OneInSeveral]) -> str:
 
 
 def warn_of_patients(table: LabelTable, rows: Sequence[LabelRow]) -> None:
-    """Log what makes intervals over the table's patients doubtful, where nothing else depends on them."""
+    """Warn of patients that make intervals doubtful, where only intervals depend on the patients."""
     if table.patients_from is None:
         log.warning("%s; the intervals take each slide as a patient of its own", unknown_patients(table))
     doubts = several_names([row.columns for row in rows], [row.case_id for row in rows], table.patient_columns)
@@ -225,24 +244,24 @@ def warn_of_patients(table: LabelTable, rows: Sequence[LabelRow]) -> None:
 
 
 def group_rows(csv_path: Path, rows: Sequence[Row], column: str | None) -> list[str]:
-    """Return what splits keep together, for each row: its patient, or the value of a column.
+    """Return the group of each row, which splits keep together: its patient, or the value of a column.
 
-    A table without a column "site" has the tissue source site in its TCGA barcodes. Raises LabelsError for a column
-    that is not there, or says nothing in a row ("NA" and its like), and for a patient that stands in two groups.
+    In a table without a column "site", the tissue source site is read from the TCGA barcodes. Raises LabelsError for a
+    missing column, a row without a value in it ("NA" and the like), and a patient in two groups.
     """
     if column is None or not rows:
         return [row["case_id"] for row in rows]
-    known = rows[0].keys()
-    if column != "site" and column not in known:
-        near = _meant_column(column, known)
-        raise LabelsError(f"{csv_path}: no column {column} to group by; found {', '.join(known)}{near}")
+    columns = rows[0].keys()
+    if column != "site" and column not in columns:
+        near = _near_column(column, columns)
+        raise LabelsError(f"{csv_path}: no column {column} to group by; found {', '.join(columns)}{near}")
     groups = [_group(row, column) for row in rows]
     unknown = [row["wsi_id"] for row, group in zip(rows, groups, strict=True) if is_placeholder(group)]
     if unknown:
-        why = f" (there is no column {column}, and these are no TCGA barcodes{_meant_column(column, known)})"
-        found = "" if column in known else why
+        near = _near_column(column, columns)
+        why = "" if column in columns else f" (there is no column {column}, and these are no TCGA barcodes{near})"
         raise LabelsError(
-            f"{csv_path}: {counted(len(unknown), 'row')} without a {column}{found}: {named(unknown)}; fill it in"
+            f"{csv_path}: {counted(len(unknown), 'row')} without a {column}{why}: {named(unknown)}; fill it in"
         )
     first: dict[str, str] = {}
     for row, group in zip(rows, groups, strict=True):
@@ -254,8 +273,8 @@ def group_rows(csv_path: Path, rows: Sequence[Row], column: str | None) -> list[
     return groups
 
 
-def _meant_column(column: str, columns: Iterable[str]) -> str:
-    """The column that is called alike, in another case or with a slip; empty where none is."""
+def _near_column(column: str, columns: Iterable[str]) -> str:
+    """Suggest a column of the same name in another case, or of a similar name; "" if there is none."""
     same = [name for name in columns if name.casefold() == column.casefold()]
     return f"; did you mean {same[0]}?" if same else meant(column, columns)
 
@@ -271,12 +290,13 @@ def _renamed(rows: Sequence[Row], label_names: Mapping[str, str]) -> list[Row]:
 
 
 def _contradiction(earlier: Row, row: Row) -> str:
-    """The id of a row that stands twice, and what the two rows disagree about."""
-    told = [f"{name} {earlier[name]}, then {row[name]}" for name in ("case_id", "label") if row[name] != earlier[name]]
-    return f"{row['wsi_id']} ({'; '.join(told)})" if told else row["wsi_id"]
+    """Return the id of a slide that has two rows, and what the rows disagree about."""
+    fields = [name for name in ("case_id", "label") if row[name] != earlier[name]]
+    changes = "; ".join(f"{name} {earlier[name]}, then {row[name]}" for name in fields)
+    return f"{row['wsi_id']} ({changes})" if changes else row["wsi_id"]
 
 
-def _tell_mixed_patients(csv_path: Path, rows: Sequence[LabelRow]) -> None:
+def _log_mixed_patients(csv_path: Path, rows: Sequence[LabelRow]) -> None:
     classes_of: dict[str, set[int]] = {}
     for row in rows:
         classes_of.setdefault(row.case_id, set()).add(row.label)
@@ -306,16 +326,17 @@ def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:
 def _report(
     csv_path: Path,
     kind: str,
-    what: str,
+    problem: str,
     names: list[str],
     allow: Collection[str],
     hint: str = "",
     *,
     may_leave_out: bool = True,
 ) -> None:
+    """Raise LabelsError for rows with a problem; if its `kind` is in `allow`, only warn."""
     if not names:
         return
-    message = f"{csv_path}: {counted(len(names), 'row')} with a {what}: {named(names)}"
+    message = f"{csv_path}: {counted(len(names), 'row')} with a {problem}: {named(names)}"
     if kind not in allow:
         instead = f", or leave them out with --allow {kind}" if may_leave_out else ""
         raise LabelsError(f"{message}; {hint or 'mend the table'}{instead}")

@@ -1,7 +1,7 @@
-"""Where a cohort's features are while it is in use: in their files, in memory, or in one packed file.
+"""Provide a cohort's features from their files, from memory, or from one packed file.
 
-files   read whenever they are asked for
-memory  one block that slides enter as they are first asked for, shared with forked worker processes
+files   read from disk at every request
+memory  one block, filled slide by slide at the first request, shared with forked worker processes
 packed  one file, read-only and mapped into memory, shared by every process that opens it
 """
 
@@ -34,15 +34,13 @@ _SCHEMA = 1
 _TORCH = {"float16": torch.float16, "float32": torch.float32}
 # Slides and arrays begin at whole pages.
 _PAGE = 4096
-# What is written is forced to disk, and noted as done, in parts of about this size.
-_FLUSH_BYTES = 2**28
-# Left free on the disk, for whatever else is written to it.
-_SPARE_BYTES = 2**26
+_FLUSH_BYTES = 2**28  # written between two flushes to disk, after which the slides are marked as done
+_SPARE_BYTES = 2**26  # left free on the disk, for other files
 
 
 class FileFeatures:
-    """Each slide's features are read when they are asked for; nothing is kept but where they lie. `home` is the folder
-    that holds the files, if need be in subfolders (default: the first file's).
+    """Reads each slide's features at every request, and remembers only where in the file they are. `home` is the folder
+    that holds the files, possibly in subfolders (default: the first file's).
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class FileFeatures:
         self._maps: dict[int, RowMap] = {}
 
     def __call__(self, slide: int) -> Tensor:
-        """`(N, D)`, float16 or float32 as stored. Raises FeatureFileError for a file that is damaged or has changed."""
+        """Read `(N, D)`, float16 or float32 as stored. Raises FeatureFileError if the file is damaged or changed."""
         if slide in self._maps:
             return torch.from_numpy(self._maps[slide].read())
         features, rows = read_features(self.paths[slide], self.feat_type)
@@ -65,10 +63,10 @@ class FileFeatures:
 
 
 class MemoryFeatures:
-    """One block of memory that a slide's features enter when they are first asked for.
+    """Holds the features in one block of memory, into which a slide's are read at the first request.
 
-    Processes forked from this one see the same block. One that is started afresh gets the files instead: a second copy
-    of a cohort is not what a worker is for.
+    Processes forked from this one share the block. A spawned process falls back to reading the files, so that no worker
+    holds a second copy of the cohort.
     """
 
     def __init__(self, files: FileFeatures) -> None:
@@ -76,15 +74,16 @@ class MemoryFeatures:
         sizes = np.array([-(-info.nbytes // _PAGE) * _PAGE for info in files.info])
         self._starts = np.cumsum(sizes) - sizes  # one for each slide, so that one index serves all tables
         self._block = torch.frombuffer(mmap.mmap(-1, int(sizes.sum())), dtype=torch.uint8)
-        self._is_there = torch.frombuffer(mmap.mmap(-1, len(sizes)), dtype=torch.bool)
+        self._is_read = torch.frombuffer(mmap.mmap(-1, len(sizes)), dtype=torch.bool)
 
     def __call__(self, slide: int) -> Tensor:
         info, start = self.files.info[slide], int(self._starts[slide])
-        room = self._block[start : start + info.nbytes].view(_TORCH[info.dtype.name]).view(info.num_instances, info.dim)
-        if not self._is_there[slide]:
-            room.copy_(self.files(slide))
-            self._is_there[slide] = True
-        return room
+        block = self._block[start : start + info.nbytes].view(_TORCH[info.dtype.name])
+        features = block.view(info.num_instances, info.dim)
+        if not self._is_read[slide]:
+            features.copy_(self.files(slide))
+            self._is_read[slide] = True
+        return features
 
     def __reduce__(self) -> tuple[Callable[..., FileFeatures], tuple[Any, ...]]:
         return FileFeatures, (self.files.paths, self.files.info, self.files.feat_type, self.files.home)
@@ -92,8 +91,8 @@ class MemoryFeatures:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A slide in a packed file: the file it came from, as it was then, and where its features stand among those of
-    their type.
+    """A slide in a packed file: size and time of its feature file when it was packed, and the position of its features
+    in the array of their dtype.
     """
 
     size: int
@@ -113,7 +112,7 @@ class _Entry:
         return np.dtype(self.dtype).itemsize
 
     def is_of(self, path: Path) -> bool:
-        """Whether the feature file is there, unchanged."""
+        """Whether the feature file exists and is unchanged."""
         return Fingerprint.at(path) == Fingerprint(self.size, self.mtime_ns)
 
     def info(self) -> BagInfo:
@@ -123,9 +122,9 @@ class _Entry:
 
 
 class PackedFeatures:
-    """The features of `paths` in a packed file; a slide's are a view of that file, not to be written to.
+    """Provides the features of `paths` from a packed file; a slide's are a view of that file, not to be written to.
 
-    It is an HDF5 file with the flat arrays `float16` and `float32`, and an `index` of what they hold.
+    It is an HDF5 file with the flat arrays `float16` and `float32`, and an `index` of the slides in them.
     """
 
     def __init__(self, packed: Path, paths: Sequence[Path], home: Path | None = None) -> None:
@@ -146,7 +145,7 @@ class PackedFeatures:
         return PackedFeatures, (self.packed, self.paths, self.home)
 
     def info(self, path: Path) -> BagInfo | None:
-        """What a feature file holds; None unless it was packed and has not changed since."""
+        """Return the BagInfo of a feature file; None unless it was packed and has not changed since."""
         entry = self.index.get(_name_in(self.home, path))
         return entry.info() if entry is not None and entry.is_of(path) else None
 
@@ -154,26 +153,26 @@ class PackedFeatures:
         start = self._offsets[entry.dtype] + entry.start * entry.itemsize
         length = entry.count * entry.itemsize
         if hasattr(mmap, "MADV_WILLNEED"):
-            # The system fetches what is not in memory yet in one go, not page by page in random order.
+            # The system then reads missing pages in one go, not one by one in random order.
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, start + length - page)
         return self._bytes[start : start + length].view(_TORCH[entry.dtype]).view(entry.num_instances, entry.dim)
 
 
 def packed_path(folder: Path, features_dir: Path, feat_type: str) -> Path:
-    """The packed file in `folder` for the feature files of `features_dir`."""
+    """Return the path of the packed file in `folder` for the feature files of `features_dir`."""
     home = str(features_dir.resolve())
     name = re.sub(r"[^\w.-]", "_", f"{features_dir.resolve().name}-{feat_type}")
     return folder / f"{name}-{digest(home, feat_type)[:8]}.packed"
 
 
 def _name_in(home: Path | None, path: Path) -> str:
-    """Return what a packed file calls a feature file of the folder `home`, without which it is the file's name."""
+    """Return the key of a feature file in a packed file: its path in the folder `home`, or its name without one."""
     return path.name if home is None else path.relative_to(home).as_posix()
 
 
 def open_packed(packed: Path, paths: Sequence[Path], home: Path | None = None) -> PackedFeatures | None:
-    """The packed file, opened; None where there is none, or only a damaged one (said aloud)."""
+    """Open the packed file; return None if there is none, or it is damaged, which is logged."""
     if not packed.is_file():
         return None
     try:
@@ -184,17 +183,17 @@ def open_packed(packed: Path, paths: Sequence[Path], home: Path | None = None) -
 
 
 def pack(packed: Path, files: FileFeatures) -> PackedFeatures:
-    """The packed file of these features; written where it is not there, or where a feature file is new or has changed.
+    """Open the packed file of these features; write it first if it is missing, or a feature file is new or has changed.
 
-    A packing that was killed goes on where it was. Raises FeatureFileError for a feature file that is damaged, and
-    where the packed file cannot be written.
+    A packing that was killed is resumed. Raises FeatureFileError if a feature file is damaged or the packed file cannot
+    be written.
     """
     opened = open_packed(packed, files.paths, files.home)
     if _holds(opened, files):
         return opened
     try:
         packed.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(packed):
+        with _locked(packed):
             opened = open_packed(packed, files.paths, files.home)  # another process may have just written it
             if not _holds(opened, files):
                 opened = _with_new_times(opened, files)
@@ -209,16 +208,16 @@ def pack(packed: Path, files: FileFeatures) -> PackedFeatures:
 
 
 def _holds(opened: PackedFeatures | None, files: FileFeatures) -> TypeGuard[PackedFeatures]:
-    """Whether the packed file has all of these features, as they were looked at."""
+    """Whether the packed file has all of these features, of the same fingerprints."""
     if opened is None:
         return False
-    found = [opened.info(path) for path in files.paths]
-    return all(one and one.fingerprint == info.fingerprint for one, info in zip(found, files.info, strict=True))
+    packed = [opened.info(path) for path in files.paths]
+    return all(old and old.fingerprint == info.fingerprint for old, info in zip(packed, files.info, strict=True))
 
 
 def _with_new_times(opened: PackedFeatures | None, files: FileFeatures) -> PackedFeatures | None:
-    """Return the packed file, its index brought up to date for feature files that were only touched: of another time,
-    but with the features that are packed.
+    """Return the packed file, after updating its index for feature files that only have another time, and still the
+    features that are packed.
     """
     if opened is None:
         return None
@@ -232,98 +231,99 @@ def _with_new_times(opened: PackedFeatures | None, files: FileFeatures) -> Packe
             index[name] = replace(entry, mtime_ns=info.fingerprint.mtime_ns)
     text = _index_text(index)
     with h5py.File(opened.packed, "r+") as file:
-        room = file["index"].shape[0]  # type: ignore[union-attr]
-        if index == opened.index or len(text) > room:
+        length = file["index"].shape[0]  # type: ignore[union-attr]
+        if index == opened.index or len(text) > length:
             return opened
-        file["index"][...] = np.frombuffer(text.ljust(room), np.uint8)  # type: ignore[index]
+        file["index"][...] = np.frombuffer(text.ljust(length), np.uint8)  # type: ignore[index]
     return open_packed(opened.packed, files.paths, files.home)
 
 
 def _write(packed: Path, files: FileFeatures, old: PackedFeatures | None) -> None:
-    """What `old` holds of files that are unchanged is copied, the rest read."""
+    """Write the packed file: copy from `old` the features of unchanged files, read the others."""
     home, slides = files.home, {_name_in(files.home, path): slide for slide, path in enumerate(files.paths)}
-    kept = {name: entry for name, entry in old.index.items() if entry.is_of(home / name)} if old else {}
-    index = _index(files, kept)
-    part = packed.with_name(f"{packed.name}.part")
-    offsets, done = _prepare(part, index)
+    unchanged = {name: entry for name, entry in old.index.items() if entry.is_of(home / name)} if old else {}
+    index = _index(files, unchanged)
+    unfinished = packed.with_name(f"{packed.name}.part")
+    offsets, is_done = _prepare(unfinished, index)
 
     def features_of(name: str) -> Tensor:
-        return old.of(kept[name]) if old and name in kept else files(slides[name])
+        return old.of(unchanged[name]) if old and name in unchanged else files(slides[name])
 
-    with part.open("r+b") as file:
-        waiting: list[int] = []
-        held = 0
+    with unfinished.open("r+b") as file:
+        unflushed: list[int] = []
+        unflushed_bytes = 0
         for number, (name, entry) in enumerate(progress(index.items(), "Packing features", unit="slide")):
-            if done[number]:
+            if is_done[number]:
                 continue
             file.seek(offsets[entry.dtype] + entry.start * entry.itemsize)
             file.write(features_of(name).numpy().reshape(-1).view(np.uint8).data)
             if not entry.is_of(home / name):
                 raise FeatureFileError(f"{home / name}: was changed while it was packed; start again")
-            waiting.append(number)
-            held += entry.count * entry.itemsize
-            if held >= _FLUSH_BYTES:
-                _note_done(file, offsets["done"], waiting)
-                waiting, held = [], 0
-        _note_done(file, offsets["done"], waiting)
-    part.replace(packed)
+            unflushed.append(number)
+            unflushed_bytes += entry.count * entry.itemsize
+            if unflushed_bytes >= _FLUSH_BYTES:
+                _mark_done(file, offsets["done"], unflushed)
+                unflushed, unflushed_bytes = [], 0
+        _mark_done(file, offsets["done"], unflushed)
+    unfinished.replace(packed)
 
 
-def _index(files: FileFeatures, kept: dict[str, _Entry]) -> dict[str, _Entry]:
-    """What the packed file is to hold: what is kept of the old one, and these files."""
-    known = {_name_in(files.home, path): info for path, info in zip(files.paths, files.info, strict=True)}
-    known = {name: entry.info() for name, entry in kept.items()} | known
+def _index(files: FileFeatures, unchanged: dict[str, _Entry]) -> dict[str, _Entry]:
+    """Lay out the packed file: the unchanged entries of the old one, and these files."""
+    contents = {name: entry.info() for name, entry in unchanged.items()}
+    contents |= {_name_in(files.home, path): info for path, info in zip(files.paths, files.info, strict=True)}
     ends = dict.fromkeys(_TORCH, 0)
     index = {}
-    for name, info in known.items():
+    for name, info in contents.items():
         source, kind = info.fingerprint, info.dtype.name
-        assert source is not None  # noqa: S101 - for the type checker: whoever looked at a file knows it
+        assert source is not None  # noqa: S101 - for the type checker: `peek_bag` sets it
         passport = None if info.passport is None else info.passport.to_json()
         index[name] = _Entry(source.size, source.mtime_ns, kind, ends[kind], info.num_instances, info.dim, passport)
         ends[kind] += info.num_instances * info.dim
     return index
 
 
-def _prepare(part: Path, index: dict[str, _Entry]) -> tuple[dict[str, int], np.ndarray]:
-    """The file to fill: where its arrays begin, and which slides an earlier, killed packing has written already."""
+def _prepare(unfinished: Path, index: dict[str, _Entry]) -> tuple[dict[str, int], np.ndarray]:
+    """Return the byte offsets of the arrays in the file to fill, and which slides a killed packing has written."""
     text = _index_text(index)
-    found = _begun(part, text)
-    if found is None:
-        part.unlink(missing_ok=True)
-        _lay_out(part, index, text)
-        found = _begun(part, text)
-        assert found is not None  # noqa: S101 - for the type checker: it was just laid out
+    state = _resumed(unfinished, text)
+    if state is None:
+        unfinished.unlink(missing_ok=True)
+        _lay_out(unfinished, index, text)
+        state = _resumed(unfinished, text)
+        assert state is not None  # noqa: S101 - for the type checker: it was just laid out
     else:
-        log.info("%s: goes on after %d of %d slides", part, int(found[1].sum()), len(index))
-    return found
+        log.info("%s: goes on after %d of %d slides", unfinished, int(state[1].sum()), len(index))
+    return state
 
 
 def _index_text(index: dict[str, _Entry]) -> bytes:
     return json.dumps({name: asdict(entry) for name, entry in index.items()}).encode()
 
 
-def _begun(part: Path, text: bytes) -> tuple[dict[str, int], np.ndarray] | None:
-    """What `_prepare` gives, for a file with this very index; None where there is none."""
+def _resumed(unfinished: Path, text: bytes) -> tuple[dict[str, int], np.ndarray] | None:
+    """Return what `_prepare` does for an unfinished file with this very index, or None."""
     try:
-        with h5py.File(part, "r") as file:
-            kept: Any = file
-            return (_offsets(kept), kept["done"][()]) if kept["index"][()].tobytes() == text else None
-    except (OSError, KeyError):  # it is not there, or was not laid out to its end
+        with h5py.File(unfinished, "r") as opened:
+            file: Any = opened
+            return (_offsets(file), file["done"][()]) if file["index"][()].tobytes() == text else None
+    except (OSError, KeyError):  # it does not exist, or its layout is incomplete
         return None
 
 
-def _lay_out(part: Path, index: dict[str, _Entry], text: bytes) -> None:
-    """The packed file without the features, which have their places in it."""
+def _lay_out(unfinished: Path, index: dict[str, _Entry], text: bytes) -> None:
+    """Create the packed file with space for the features, which are not written yet."""
     lengths = {kind: sum(entry.count for entry in index.values() if entry.dtype == kind) for kind in _TORCH}
     needed = sum(length * np.dtype(kind).itemsize for kind, length in lengths.items()) + len(text)
-    free = shutil.disk_usage(part.parent).free
+    folder = unfinished.parent
+    free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
         raise FeatureFileError(
-            f"{part.parent}: {free / 1e9:.1f} GB free, the packed features take {needed / 1e9:.1f} GB; give --cache "
+            f"{folder}: {free / 1e9:.1f} GB free, the packed features take {needed / 1e9:.1f} GB; give --cache "
             "another folder, or off"
         )
-    log.info("%s: packing the features of %d slides, %.2f GB", part.parent, len(index), needed / 1e9)
-    with h5py.File(part, "w", alignment_threshold=1, alignment_interval=_PAGE) as file:
+    log.info("%s: packing the features of %d slides, %.2f GB", folder, len(index), needed / 1e9)
+    with h5py.File(unfinished, "w", alignment_threshold=1, alignment_interval=_PAGE) as file:
         file.attrs["litemil_packed"] = _SCHEMA
         file["index"] = np.frombuffer(text, np.uint8)
         file["done"] = np.zeros(len(index), np.uint8)
@@ -333,7 +333,7 @@ def _lay_out(part: Path, index: dict[str, _Entry], text: bytes) -> None:
 
 
 def _lay_out_array(file: h5py.File, kind: str, length: int) -> None:
-    """A contiguous array that has its place in the file, and no values yet."""
+    """Allocate a contiguous array without writing any values."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_layout(h5py.h5d.CONTIGUOUS)
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -352,7 +352,7 @@ def _read_index(file: Any) -> dict[str, _Entry]:
     return {name: _Entry(**entry) for name, entry in json.loads(file["index"][()].tobytes()).items()}
 
 
-def _note_done(file: Any, offset: int, numbers: list[int]) -> None:
+def _mark_done(file: Any, offset: int, numbers: list[int]) -> None:
     file.flush()
     os.fsync(file.fileno())
     for number in numbers:
@@ -361,8 +361,8 @@ def _note_done(file: Any, offset: int, numbers: list[int]) -> None:
 
 
 @contextmanager
-def _alone(packed: Path) -> Iterator[None]:
-    """Two processes that need the same packed file: one writes it, the other waits."""
+def _locked(packed: Path) -> Iterator[None]:
+    """Lock the packed file against other processes; wait while another holds the lock."""
     lock = filelock.FileLock(f"{packed}.lock")
     try:
         lock.acquire(timeout=0)

@@ -1,6 +1,6 @@
-"""Names that people spell in several ways: ids, sites and classes that differ, but hardly.
+"""Find ids, sites and classes that differ only in spelling.
 
-Nothing here merges two names. It finds those that a person should look at, and says what sets them apart.
+Nothing here merges two names: it finds those that a person should look at, and says how they differ.
 """
 
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 from utils.bags.store import is_feature_file
 from utils.slides.find import is_slide_file
 
-# What tables write where a value is not known, without case, brackets and quotes.
+# How tables write an unknown value, in lower case without brackets and quotes.
 _PLACEHOLDERS = {
     "", "-", "--", "---", ".", "?", "??", "na", "n/a", "n.a.", "n.a", "#n/a", "<na>", "nan", "none", "null", "nil",
     "unknown", "unk", "missing", "not available", "not applicable", "not reported", "not known", "not specified",
@@ -24,13 +24,13 @@ _PLACEHOLDERS = {
 }  # fmt: skip
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
 _QUOTES = "'\"`\u00b4\u2018\u2019\u201c\u201d"
-# Cyrillic letters that look as Latin ones do.
+# Cyrillic letters that look like Latin ones.
 _LOOK_ALIKES = str.maketrans("\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445", "abekmhopctyx")
-# Endings of slides and features that are read by others.
+# Endings of slides and features that only other tools read.
 _OTHER_ENDINGS = {".ome", ".qptiff", ".zarr", ".isyntax", ".vsi", ".jp2", ".npy", ".npz", ".pkl"}
-# Two words for one answer.
+# Words of the same meaning.
 _SAME_WORDS = [{"0", "false"}, {"1", "true"}, {"yes", "y"}, {"no", "n"}]
-# From this likeness on, two words are taken for one with a slip of the pen: "malignent" and "malignant" are at 0.89,
+# Two words at least this similar are taken for one and its misspelling: "malignent" and "malignant" are at 0.89;
 # "hypoplasia" and "hyperplasia", "invasive" and "noninvasive" are not.
 _ALIKE = 0.88
 _SHORTEST_WORD, _LONG_WORD = 4, 6
@@ -46,18 +46,18 @@ _OPPOSITES = [
 
 
 def is_placeholder(text: str) -> bool:
-    """Return whether the text stands for a value that is not known: "NA", "nan", "[Not Available]", "unknown"."""
+    """Whether the text stands for an unknown value: "NA", "nan", "[Not Available]", "unknown"."""
     plain = unicodedata.normalize("NFKC", text).casefold().strip("[]()'\" \t")
     return " ".join(plain.split()) in _PLACEHOLDERS
 
 
 def plain_spelling(name: str) -> str:
-    """Return what stays of an id when case, blanks, quotes, accents, Unicode forms and lost zeros do not count.
+    """Reduce an id to what is left without case, blanks, quotes, accents, Unicode forms and leading zeros.
 
-    "TCGA-1", "tcga_1" and "TCGA.01" become one, and so do "P1" and "P-01", "3", "3.0" and "003".
+    "TCGA-1", "tcga_1" and "TCGA.01" become the same, and so do "P1" and "P-01", or "3", "3.0" and "003".
     """
     text = unicodedata.normalize("NFKD", name).translate(_DASHES).casefold().translate(_LOOK_ALIKES).strip(_QUOTES)
-    text = "".join(one for one in text if unicodedata.category(one) not in ("Cf", "Mn") and one.strip())
+    text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Cf", "Mn") and letter.strip())
     number = re.fullmatch(r"0*(\d+?)(\.0*)?(e[+-]?0+)?", text)
     if number or re.fullmatch(r"\d+\.\d+", text):
         return number[1] if number else text
@@ -66,12 +66,12 @@ def plain_spelling(name: str) -> str:
 
 
 def plain_class(name: str) -> str:
-    """Return what stays of a class name, where "MSI-H", "msi h" and "MSIH" are one, but "ER+" and "ER-" are two."""
+    """Reduce a class name, so that "MSI-H", "msi h" and "MSIH" become the same, but "ER+" and "ER-" stay different."""
     return re.sub(r"(?<=[^\W\d_])-(?=\w)|(?<=\d)-(?=[^\W\d_])", "", plain_spelling(name.rstrip(".:;, ")))
 
 
 def spelled_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the groups of different ids that are one by their `plain_spelling`, in the order in which they occur."""
+    """Return the groups of different ids with the same `plain_spelling`, in order of occurrence."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         groups.setdefault(plain_spelling(name), []).append(name)
@@ -79,7 +79,7 @@ def spelled_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def classes_alike(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the pairs of class names that may be one class: spelled in two ways, or one of them misspelt."""
+    """Return the pairs of class names that may mean the same class: spelled in two ways, or one misspelt."""
     return [pair for pair in combinations(dict.fromkeys(names), 2) if _is_one_class(*pair)]
 
 
@@ -99,17 +99,17 @@ def _is_one_class(first: str, second: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """The words and marks of a name, without case."""
+    """Return the words and marks of a name, in lower case."""
     return re.findall(r"[^\W_]+|[^\w\s]+", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _is_long_word(word: str) -> bool:
-    """Whether a slip of the pen is likelier than a meaning: not for numbers, grades (II, III) and abbreviations."""
+    """Whether a changed letter is likely a misspelling: not in numbers, grades (II, III) and abbreviations."""
     return word.isalpha() and len(word) >= _SHORTEST_WORD and not set(word) <= set("ivx")
 
 
 def _is_abbreviated(short: str, long: str) -> bool:
-    """Whether one word is the beginning of the other: "pos" and "positive", but neither "typea" nor "II" and "III"."""
+    """Whether a word abbreviates the other, as "pos" does "positive", but not "type" "typea", or "II" "III"."""
     left_out = len(long) - len(short)
     return long.startswith(short) and min(len(short), left_out) >= _SHORTEST_ABBREVIATION and long.isalpha()
 
@@ -118,7 +118,7 @@ def _is_misspelt(first: str, second: str) -> bool:
     if _differ_in_prefix(first, second):
         return False
     if len(first) == len(second):
-        differing = [place for place, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]]
+        differing = [index for index, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]]
         if len(differing) == 1:  # not at the ends: "typea" and "typeb", "anterior" and "interior"
             return len(first) >= _LONG_WORD and 0 < differing[0] < len(first) - 1
         if sorted(first) == sorted(second):  # "bening", "begnin"
@@ -127,14 +127,14 @@ def _is_misspelt(first: str, second: str) -> bool:
 
 
 def _differ_in_prefix(first: str, second: str) -> bool:
-    """Whether a prefix of a meaning of its own is all that sets the words apart: typical, atypical; hyper-, hypo-."""
+    """Whether the words differ only in a prefix that changes the meaning: typical, atypical; hyper-, hypo-."""
     shorter, longer = sorted((first, second), key=len)
     if longer.endswith(shorter) and longer[: len(longer) - len(shorter)] in _PREFIXES:
         return True
     return any(
-        one.startswith(start) and other.startswith(end) and one[len(start) :] == other[len(end) :]
-        for one, other in ((first, second), (second, first))
-        for start, end in _OPPOSITES
+        a.startswith(prefix) and b.startswith(opposite) and a[len(prefix) :] == b[len(opposite) :]
+        for a, b in ((first, second), (second, first))
+        for prefix, opposite in _OPPOSITES
     )
 
 
@@ -152,12 +152,12 @@ def _has_ending(wsi_id: str) -> bool:
 
 
 def without_folder(wsi_id: str) -> str:
-    """Return the last part of a path, whichever system wrote it."""
+    """Return the last component of a POSIX or Windows path."""
     return re.split(r"[/\\]", wsi_id.rstrip("/\\"))[-1]
 
 
 class NearIds:
-    """The ids that there are, to look up one that just misses them."""
+    """The existing ids, in which to look up one that differs in spelling."""
 
     def __init__(self, ids: Iterable[str]) -> None:
         self._ids: dict[str, set[str]] = {}
@@ -166,18 +166,19 @@ class NearIds:
                 self._ids.setdefault(spelling, set()).add(name)
 
     def of(self, wsi_id: str) -> str | None:
-        """Return the id that is meant by `wsi_id`, as far as spelling can tell; None where none or several may be."""
+        """Return the id that `wsi_id` most likely means by its spelling; None if it could be none or several."""
         for spelling in _spellings(wsi_id):
-            found = self._ids.get(spelling, ())
-            if len(found) == 1:
-                return next(iter(found))
+            ids = self._ids.get(spelling, ())
+            if len(ids) == 1:
+                return next(iter(ids))
         return None
 
 
 def _spellings(wsi_id: str) -> dict[str, None]:
-    """What an id may be known by, the likeliest first: whole, without endings, and without what follows a dot."""
+    """Return the plain spellings of an id, likeliest first: whole, without endings, and up to the first dot."""
     name = without_folder(wsi_id)
-    return dict.fromkeys(plain_spelling(part) for part in (name, without_ending(name), name.partition(".")[0]) if part)
+    forms = (name, without_ending(name), name.partition(".")[0])
+    return dict.fromkeys(plain_spelling(form) for form in forms if form)
 
 
 def why_missed(wsi_id: str, near: str) -> str:

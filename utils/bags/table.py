@@ -23,7 +23,7 @@ _PATIENT = (
 )
 _LABEL = ("label labels class classlabel slidelabel target groundtruth diagnosis subtype category oncotreecode y",)
 _ALIASES = {"case_id": _PATIENT, "wsi_id": SLIDE_NAMES, "label": _LABEL}
-# Of what is called so, or begins alike, at most so many slides each may be patients.
+# Columns with such names, and slides with a common beginning, may mean patients of at most this many slides each.
 _MAY_NAME_PATIENTS = re.compile(r"pat|case|subj|person|donor|indiv|mrn|(^|[\W_])(id|no|nr|number)$|id$", re.IGNORECASE)
 _MOST_SLIDES_EACH = 8
 
@@ -32,8 +32,8 @@ _MOST_SLIDES_EACH = 8
 class LabelTable:
     """The rows of a label table, as text, each with `wsi_id`, `case_id` and `label` whatever its columns are called.
 
-    `patients_from` says how the patients are known, or is None where each slide had to be taken as its own.
-    `patient_columns` are further columns that name patients; `notes` say what was chosen among several readings.
+    `patients_from` says where the patients are from; None if each slide is taken as a patient. `patient_columns` are
+    further columns that name patients; `notes` say how ambiguous columns and separators were read.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class OneInSeveral:
-    """Names of a table that stand for one thing, as it seems: a `kind` ("patient"), its `names`, and why."""
+    """Names in a table that seem to mean the same: their `kind` ("patient"), the `names`, and why."""
 
     kind: str
     names: tuple[str, ...]
@@ -56,9 +56,9 @@ class OneInSeveral:
 
 
 def read_table(csv_path: Path | str) -> LabelTable:
-    """Read a table of labels. Raises LabelsError for one that cannot be read, or whose columns can be read in two ways.
+    """Read a table of labels. Raises LabelsError if it cannot be read, or its columns are ambiguous.
 
-    Without a column that names the patients they are read off TCGA barcodes, where all slides have one.
+    Without a column of patients, these are taken from the TCGA barcodes, if all slides have one.
     """
     path = Path(csv_path)
     lines, notes = _read_lines(path)
@@ -74,8 +74,8 @@ def read_table(csv_path: Path | str) -> LabelTable:
             ours[name] = column
     rows = [row | {name: row[column] for name, column in ours.items()} for row in rows]
     if "case_id" in ours:
-        others = [name for name in _alias_columns("case_id", columns) if name not in ("case_id", ours["case_id"])]
-        return LabelTable(path, rows, f"the column {ours['case_id']}", tuple(others), tuple(notes))
+        further = [name for name in _alias_columns("case_id", columns) if name not in ("case_id", ours["case_id"])]
+        return LabelTable(path, rows, f"the column {ours['case_id']}", tuple(further), tuple(notes))
     barcodes = [tcga_case(row["wsi_id"]) for row in rows]
     if all(barcodes):
         rows = [row | {"case_id": case or ""} for row, case in zip(rows, barcodes, strict=True)]
@@ -85,14 +85,12 @@ def read_table(csv_path: Path | str) -> LabelTable:
 
 
 def unknown_patients(table: LabelTable) -> str:
-    """Return what to say of a table that names no patients: with slides that look like one patient's."""
+    """Return the warning for a table without patients, with an example of slides that look like one patient's."""
     return f"{table.path}: no column says which slides are one patient's{_look_shared(table.rows)}"
 
 
 def doubtful_patients(rows: Sequence[Row]) -> str:
-    """Return what to say of rows whose `case_id` differs in each, although slides look like one patient's; empty where
-    they do not.
-    """
+    """Return the warning if every slide has a `case_id` of its own although some look like one patient's, else ""."""
     patients = {row["case_id"] for row in rows}
     looks = _look_shared(rows)
     if not looks or len(patients) < len({row["wsi_id"] for row in rows}):
@@ -101,7 +99,7 @@ def doubtful_patients(rows: Sequence[Row]) -> str:
 
 
 def _look_shared(rows: Sequence[Row]) -> str:
-    """Which slides look like one patient's, by a column or the beginning of their names; empty where none do."""
+    """Say which slides look like one patient's, by a column or the beginning of their names; "" if none do."""
     slides = {row["wsi_id"] for row in rows}
     columns = {name: {row[name] for row in rows} for name in rows[0] if _MAY_NAME_PATIENTS.search(name)}
     columns = {name: values for name, values in columns.items() if name not in _ALIASES}
@@ -118,16 +116,16 @@ def _look_shared(rows: Sequence[Row]) -> str:
 
 
 def _are_patients(groups: int, slides: int) -> bool:
-    """Whether so many groups of so many slides may be patients: a few slides each."""
+    """Whether the groups may be patients by their number: a few slides each."""
     return 1 < groups < slides <= groups * _MOST_SLIDES_EACH
 
 
 def several_names(
     rows: Sequence[Row], groups: Sequence[str], patient_columns: Sequence[str] = (), group_column: str | None = None
 ) -> list[OneInSeveral]:
-    """Return the slides, patients and groups that seem to stand in `rows` under several names.
+    """Return the slides, patients and groups that seem to be in `rows` under several names.
 
-    `groups` holds what no split divides, for each row: several names of a patient within one group do no harm.
+    `groups` is the group of each row, which no split divides: several names of one patient do no harm within a group.
     """
     doubts = [
         OneInSeveral("slide", names, "differ in spelling only") for names in spelled_alike(_column(rows, "wsi_id"))
@@ -152,7 +150,7 @@ def several_names(
 
 
 def _joined(rows: Sequence[Row], keys: Sequence[str], why: str, cure: str = "") -> list[OneInSeveral]:
-    """The patients of several names that one key, such as a barcode, holds together."""
+    """Return the patients of different names whose rows share a key, such as a barcode."""
     names_of: dict[str, dict[str, None]] = {}
     for row, key in zip(rows, keys, strict=True):
         if not is_placeholder(key):
@@ -167,31 +165,31 @@ def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[str]:
 
 
 def _alias_columns(name: str, columns: Sequence[str]) -> list[str]:
-    """The columns that could be ours of this `name`, by their headers; of the slide, the likelier ones."""
+    """Return the columns whose headers are aliases of `name`, of the first set of aliases that occurs."""
     for aliases in _ALIASES[name]:
-        found = [column for column in columns if plain_header(column) in aliases.split()]
-        if found:
-            return found
+        candidates = [column for column in columns if plain_header(column) in aliases.split()]
+        if candidates:
+            return candidates
     return []
 
 
 def _column_of(path: Path, name: str, columns: Sequence[str], rows: Sequence[Row]) -> tuple[str | None, str | None]:
-    """The column that is ours of this `name`, and a note where it is called something else; None without one."""
+    """Return the column that is our `name`, with a note if it is called something else; None if there is none."""
     if name in columns:
         return name, None
     candidates = _alias_columns(name, columns)
     if not candidates:
         return None, None
-    first, *others = candidates
-    if any(not _say_the_same(rows, first, other) for other in others):
+    first = candidates[0]
+    if any(not _are_equivalent(rows, first, column) for column in candidates[1:]):
         raise LabelsError(
             f"{path}: the columns {named(candidates)} could each be {name}; rename the right one to {name}"
         )
     return first, f"the column {first} is taken as {name}"
 
 
-def _say_the_same(rows: Sequence[Row], first: str, second: str) -> bool:
-    """Whether each value of one column goes with one value of the other."""
+def _are_equivalent(rows: Sequence[Row], first: str, second: str) -> bool:
+    """Whether the values of two columns map one to one."""
     pairs = {(row[first], row[second]) for row in rows}
     return len(pairs) == len({pair[0] for pair in pairs}) == len({pair[1] for pair in pairs})
 
@@ -199,10 +197,10 @@ def _say_the_same(rows: Sequence[Row], first: str, second: str) -> bool:
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
     missing = [name for name in ("wsi_id", "label") if not _alias_columns(name, columns)]
     if missing:
-        found = ", ".join(columns) or "nothing"
+        listed = ", ".join(columns) or "nothing"
         holds = {"wsi_id": "the slides' names", "label": "the classes"}
         cure = " and ".join(f"the column that holds {holds[name]} to {name}" for name in missing)
-        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {found}, {EXPECTED}; rename {cure}")
+        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {listed}, {EXPECTED}; rename {cure}")
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
         raise LabelsError(f"{path}: two columns are called {' and '.join(twice)}; keep one of each")
@@ -220,12 +218,12 @@ def _check_rows(path: Path, columns: Sequence[str], values: Sequence[Sequence[st
 
 
 def _read_lines(path: Path) -> tuple[list[list[str]], list[str]]:
-    """The fields of each line that holds any, without the blanks around them, and a note on what separates them."""
+    """Return the stripped fields of each line that is not blank, and a note if they are not separated by commas."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        said = re.match(r"sep=(.)\r?\n", text)  # a spreadsheet's own first line
-        text = text[said.end() :] if said else text
-        delimiter = said[1] if said else _delimiter_of(text)
+        declared = re.match(r"sep=(.)\r?\n", text)  # a spreadsheet's own first line
+        text = text[declared.end() :] if declared else text
+        delimiter = declared[1] if declared else _delimiter_of(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         lines = [[value.strip() for value in line] for line in reader]
     except FileNotFoundError:
@@ -237,7 +235,7 @@ def _read_lines(path: Path) -> tuple[list[list[str]], list[str]]:
 
 
 def _delimiter_of(text: str) -> str:
-    """What separates the fields: a comma, unless only another mark parts the header into columns of ours."""
+    """Return the delimiter: a comma, unless only another mark splits the header into the columns we need."""
     header = next((line for line in text.splitlines() if line.strip()), "")
     for delimiter in DELIMITERS:
         columns = [name.strip().strip('"') for name in header.split(delimiter)]

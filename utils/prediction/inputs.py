@@ -63,7 +63,7 @@ class PredictionFiles:
         classes = cohort_classes(dataset)
         sources = {source.stem: source for source in self.sources}
         table = read_table(asked.labels_csv)
-        found = labels.account(
+        found = labels.resolve_labels(
             table, class_names, sources.get, ids=sources.keys, allow=asked.allow,
             label_names=classes.label_names, left_out=classes.left_out,
         )  # fmt: skip
