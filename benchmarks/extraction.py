@@ -40,7 +40,7 @@ from torchvision import transforms
 from utils.core.runtime import keep_freed_memory
 from utils.feature_extractor import WSIFeatureExtractor
 from utils.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, backbone_spec
-from utils.slides.patching import plan_patches, read_batches
+from utils.slides.patching import PatchGrid, plan_patches, read_batches
 from utils.slides.wsi import open_slide
 
 QUALITY = 80
@@ -224,7 +224,7 @@ def our_batches(path: Path, count: int, patch: int, workers: int) -> Iterator[Te
     spec = backbone_spec("resnet50")
     backbone = Backbone(spec.name, spec.dim, spec.transform, nn.Identity(), weights_digest="")
     with open_slide(path) as slide:
-        plan = plan_patches(slide, patch_size=patch, tissue_threshold=0)
+        plan = plan_patches(slide, PatchGrid(patch, tissue_threshold=0))
         plan = replace(plan, coords=plan.coords[:count])
         for batch in read_batches(slide, plan, BATCH, workers=workers):
             yield from backbone.prepare(batch)

@@ -130,7 +130,7 @@ def test_a_shard_that_reports_while_the_sheet_is_written_is_on_it(slides, extrac
 
 def test_what_qc_dropped_is_told_of_slides_that_are_skipped(slides, extract, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "utils.features.extractor.judge_patches", lambda patches, _: np.array(["pen"] + [""] * (len(patches) - 1))
+        "utils.features.extractor.patch_quality", lambda patches, _: np.array(["pen"] + [""] * (len(patches) - 1))
     )
     for _ in range(2):
         assert extract(*RECIPE, "--qc").code == 0
@@ -331,15 +331,15 @@ def test_what_another_process_is_at_is_done_last_and_waited_for(
     slides, extract, tmp_path, monkeypatch, claimed_elsewhere
 ):
     holder, waited = claimed_elsewhere(tmp_path / "out" / "a.h5"), []
-    original = batch._free_again
+    original = batch._wait_for_release
 
-    def free_again(left):
-        waited.append({target.name for _, target in left})
+    def wait_for_release(claimed):
+        waited.append({target.name for _, target in claimed})
         assert sorted(path.name for path in (tmp_path / "out").glob("*.h5")) == ["b.h5", "c.h5"]
         threading.Timer(0.3, lambda: (holder.kill(), holder.wait())).start()
-        return original(left)
+        return original(claimed)
 
-    monkeypatch.setattr(batch, "_free_again", free_again)
+    monkeypatch.setattr(batch, "_wait_for_release", wait_for_release)
     monkeypatch.setattr(batch, "_SECONDS_BETWEEN_LOOKS", 0.05)
     ended = extract(*RECIPE)
     assert (ended.code, waited) == (0, [{"a.h5"}])
@@ -355,7 +355,7 @@ def test_waiting_for_another_process_can_be_interrupted(slides, extract, tmp_pat
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "_free_again", interrupt)
+    monkeypatch.setattr(batch, "_wait_for_release", interrupt)
     assert extract(*RECIPE).code == 130
     assert sorted(report_of(tmp_path).index) == ["b.h5", "c.h5"]
 

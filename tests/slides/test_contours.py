@@ -166,7 +166,7 @@ def test_areas_that_overlap_are_one(slide, tmp_path):
         ("[1]", "not GeoJSON"),
         ('{"type": "FeatureCollection"}', "not GeoJSON"),
         (json.dumps([feature([1, 2], "Point")]), "no polygon in it"),
-        (json.dumps([feature([[["a", "b"]]])]), "no list of rings"),
+        (json.dumps([feature([[["a", "b"]]])]), "not a list of rings"),
         (json.dumps([feature([[[9000, 9000], [9100, 9000], [9100, 9100]]])]), "lies beside"),
         (json.dumps([{"type": "Feature", "geometry": {"type": "Polygon"}}]), "without three finite corners"),
         (json.dumps([{"type": "Feature", "geometry": {"type": "MultiPolygon"}}]), "no polygon in it"),

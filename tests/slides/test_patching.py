@@ -10,7 +10,7 @@ from tests.slides.conftest import PLACE_SIZE
 from tests.synthetic import place_image, place_of, stained_image, write_pyramid
 from utils.core.errors import ConfigError, SlideError
 from utils.slides import patching
-from utils.slides.patching import plan_patches, read_batches
+from utils.slides.patching import PatchGrid, plan_patches, read_batches
 from utils.slides.wsi import open_slide
 
 WIDTH, HEIGHT = PLACE_SIZE
@@ -38,7 +38,7 @@ RESOLUTIONS = [
 @pytest.mark.parametrize("stride", [None, 7, 30])
 def test_every_patch_is_the_slide_at_its_coordinates(place_slide, resolution, stride):
     with open_slide(place_slide) as slide:
-        plan = plan_patches(slide, patch_size=20, stride=stride, tissue_threshold=0, **resolution)
+        plan = plan_patches(slide, PatchGrid(patch_size=20, stride=stride, tissue_threshold=0, **resolution))
         patches = all_patches(slide, plan)
     downsample = plan.sampling.downsample
     if "mpp" in resolution:
@@ -75,40 +75,42 @@ def corner_pixels(seen, corner, downsample, axis, size=20):
 
 def test_a_level_that_is_off_by_less_than_half_a_pixel_is_read_as_it_is(place_slide):
     with open_slide(place_slide) as slide:
-        plan = plan_patches(slide, patch_size=20, mpp=0.505, tissue_threshold=0)
+        plan = plan_patches(slide, PatchGrid(patch_size=20, mpp=0.505, tissue_threshold=0))
         assert (plan.sampling.scale, plan.sampling.level, plan.mpp) == (1, 0, 0.5)
-        assert plan_patches(slide, patch_size=100, mpp=0.505, tissue_threshold=0).sampling.scale == pytest.approx(1.01)
+        assert plan_patches(
+            slide, PatchGrid(patch_size=100, mpp=0.505, tissue_threshold=0)
+        ).sampling.scale == pytest.approx(1.01)
 
 
 def test_the_nearest_finer_level_is_read(place_slide):
     with open_slide(place_slide) as slide:
         for mpp, level in ((0.7, 0), (1.24, 0), (1.3, 1), (1.9, 1), (2.1, 2), (3.0, 2)):
-            assert plan_patches(slide, patch_size=60, mpp=mpp, tissue_threshold=0).sampling.level == level
+            assert plan_patches(slide, PatchGrid(patch_size=60, mpp=mpp, tissue_threshold=0)).sampling.level == level
 
 
 def test_upsampling_is_refused_by_name(place_slide):
     with open_slide(place_slide) as slide:
-        assert plan_patches(slide, patch_size=64, mpp=0.48, tissue_threshold=0).mpp == pytest.approx(0.48)
+        assert plan_patches(slide, PatchGrid(patch_size=64, mpp=0.48, tissue_threshold=0)).mpp == pytest.approx(0.48)
         with pytest.raises(SlideError, match=r"place.tiff: too coarse for 0.25 um/px: it has 0.5 um/px.* 2 times"):
-            plan_patches(slide, patch_size=64, mpp=0.25)
-        plan = plan_patches(slide, patch_size=64, mpp=0.25, allow_upsample=True, tissue_threshold=0)
+            plan_patches(slide, PatchGrid(patch_size=64, mpp=0.25))
+        plan = plan_patches(slide, PatchGrid(patch_size=64, mpp=0.25, allow_upsample=True, tissue_threshold=0))
     assert (plan.patch_size_level0, plan.sampling.level, plan.sampling.scale) == (32, 0, 0.5)
 
 
 def test_an_unknown_mpp_is_an_error_where_it_is_needed(tmp_path):
     path = write_pyramid(tmp_path / "bare.tiff", stained_image(400, 400))
     with open_slide(path) as slide, pytest.raises(SlideError, match=r"bare.tiff: its um/px is needed.*--slides_csv"):
-        plan_patches(slide, patch_size=64, mpp=0.5)
+        plan_patches(slide, PatchGrid(patch_size=64, mpp=0.5))
     with open_slide(path, mpp=0.25) as slide:
-        assert plan_patches(slide, patch_size=64, mpp=0.5, tissue_threshold=0).patch_size_level0 == 128
+        assert plan_patches(slide, PatchGrid(patch_size=64, mpp=0.5, tissue_threshold=0)).patch_size_level0 == 128
 
 
 def test_neighbours_that_are_resampled_meet_without_a_seam(tmp_path):
     """Two patches side by side are the halves of one twice as wide."""
     path = write_pyramid(tmp_path / "a.tiff", stained_image(800, 500, seed=3), mpp=0.5, downsamples=(1,))
     with open_slide(path) as slide:
-        small = plan_patches(slide, patch_size=100, mpp=0.75, tissue_threshold=0)
-        large = plan_patches(slide, patch_size=200, mpp=0.75, tissue_threshold=0)
+        small = plan_patches(slide, PatchGrid(patch_size=100, mpp=0.75, tissue_threshold=0))
+        large = plan_patches(slide, PatchGrid(patch_size=200, mpp=0.75, tissue_threshold=0))
         left, right = all_patches(slide, small)[:2]
         both = all_patches(slide, large)[0]
     np.testing.assert_array_equal(both[:100], np.concatenate([left, right], axis=1))
@@ -117,7 +119,7 @@ def test_neighbours_that_are_resampled_meet_without_a_seam(tmp_path):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_come_in_order_whoever_reads_them(stained, workers):
     with open_slide(stained) as slide:
-        plan = plan_patches(slide, patch_size=100)
+        plan = plan_patches(slide, PatchGrid(patch_size=100))
         batches = list(read_batches(slide, plan, 7, workers=workers))
         assert [len(batch) for batch in batches[:-1]] == [7] * (len(plan) // 7)
         for patch, (x, y) in zip(np.concatenate(batches), plan.coords.tolist(), strict=True):
@@ -130,7 +132,7 @@ def test_a_patch_at_the_rim_of_a_level_that_was_cut_stays_inside(tmp_path):
     """
     path = write_pyramid(tmp_path / "cut.tiff", place_image(300, 250), downsamples=(1, 8))
     with open_slide(path) as slide:
-        plan = plan_patches(slide, patch_size=23, stride=7, level=1, tissue_threshold=0)
+        plan = plan_patches(slide, PatchGrid(patch_size=23, stride=7, level=1, tissue_threshold=0))
         patches = all_patches(slide, plan)
     assert (plan.stride_level0, plan.patch_size_level0) == (56, 184)
     assert plan.coords.tolist() == [[x, y] for y in (0, 56) for x in (0, 56, 112)]
@@ -145,7 +147,7 @@ def test_a_large_level_does_not_drift(tmp_path):
     path = write_pyramid(tmp_path / "long.tiff", place_image(2404, 339), downsamples=(1, 4))
     with open_slide(path) as slide:
         assert slide.level_downsamples == (1, 4)
-        plan = plan_patches(slide, patch_size=20, level=1, tissue_threshold=0)
+        plan = plan_patches(slide, PatchGrid(patch_size=20, level=1, tissue_threshold=0))
         patches = all_patches(slide, plan)
     off = place_of(patches, 2404, 339)[0].mean(axis=(1, 2)) - (plan.coords[:, 0] + 10 * 4)
     assert np.abs(off).max() < 5  # level-0 px; a grey level is 9 of them
@@ -155,7 +157,7 @@ def test_a_large_level_does_not_drift(tmp_path):
 def test_sizes_in_both_units(place_slide, level, size, stride):
     with open_slide(place_slide) as slide:
         patch_size = 64
-        plan = plan_patches(slide, patch_size=patch_size, level=level, tissue_threshold=0)
+        plan = plan_patches(slide, PatchGrid(patch_size=patch_size, level=level, tissue_threshold=0))
         assert plan.patch_size == 64
         assert plan.patch_size_level0 == round(64 * slide.level_downsamples[level])
         assert plan.patch_size_level0 == pytest.approx(size, abs=1)
@@ -169,7 +171,7 @@ def test_sizes_in_both_units(place_slide, level, size, stride):
 
 def test_neighbours_differ_by_exactly_the_stride(place_slide):
     with open_slide(place_slide) as slide:
-        plan = plan_patches(slide, patch_size=30, stride=11, level=1, tissue_threshold=0)
+        plan = plan_patches(slide, PatchGrid(patch_size=30, stride=11, level=1, tissue_threshold=0))
     assert plan.stride_level0 == 28  # 11 * 2.5015 rounded once, never accumulated
     assert set(np.diff(np.unique(plan.coords[:, 0]))) == {28}
     assert set(np.diff(np.unique(plan.coords[:, 1]))) == {28}
@@ -178,8 +180,8 @@ def test_neighbours_differ_by_exactly_the_stride(place_slide):
 def test_a_kept_edge_is_one_more_column_and_row_that_end_there(tmp_path):
     Image.fromarray(place_image(775, 522)).save(tmp_path / "small.png")
     with open_slide(tmp_path / "small.png") as slide:
-        dropped = plan_patches(slide, patch_size=256, tissue_threshold=0)
-        plan = plan_patches(slide, patch_size=256, tissue_threshold=0, keep_edge=True)
+        dropped = plan_patches(slide, PatchGrid(patch_size=256, tissue_threshold=0))
+        plan = plan_patches(slide, PatchGrid(patch_size=256, tissue_threshold=0, keep_edge=True))
         patches, image = all_patches(slide, plan), slide.read_region(0, 0, 0, 775, 522)
     assert dropped.coords.tolist() == [[x, y] for y in (0, 256) for x in (0, 256, 512)]
     assert plan.coords.tolist() == [[x, y] for y in (0, 256, 266) for x in (0, 256, 512, 519)]
@@ -203,7 +205,7 @@ def test_nothing_is_added_where_the_grid_ends_at_the_edge(tmp_path, stride):
     with open_slide(path) as slide:
         for resolution in ({}, {"level": 1}, {"level": 2}, {"mpp": 0.5}, {"mpp": 1.0}, {"mpp": 2.0}):
             asked = {"patch_size": 60, "stride": stride, "tissue_threshold": 0, **resolution}
-            dropped, kept = (plan_patches(slide, **asked, keep_edge=keep) for keep in (False, True))
+            dropped, kept = (plan_patches(slide, PatchGrid(**asked, keep_edge=keep)) for keep in (False, True))
             np.testing.assert_array_equal(kept.coords, dropped.coords)
 
 
@@ -212,7 +214,7 @@ def test_nothing_is_added_where_the_grid_ends_at_the_edge(tmp_path, stride):
 def test_a_kept_edge_lies_inside_the_level_at_every_resolution(place_slide, resolution, stride):
     asked = {"patch_size": 23, "stride": stride, "tissue_threshold": 0, **resolution}
     with open_slide(place_slide) as slide:
-        dropped, plan = (plan_patches(slide, **asked, keep_edge=keep) for keep in (False, True))
+        dropped, plan = (plan_patches(slide, PatchGrid(**asked, keep_edge=keep)) for keep in (False, True))
         patches = all_patches(slide, plan)
         level_downsample = slide.level_downsamples[plan.sampling.level]
         level_size = np.array(slide.level_dimensions[plan.sampling.level])
@@ -234,7 +236,7 @@ def test_a_kept_edge_lies_inside_the_level_at_every_resolution(place_slide, reso
 def test_a_kept_edge_stays_inside_a_level_that_was_cut(tmp_path):
     path = write_pyramid(tmp_path / "cut.tiff", place_image(300, 250), mpp=0.5, downsamples=(1, 8))
     with open_slide(path) as slide:
-        plan = plan_patches(slide, patch_size=10, level=1, tissue_threshold=0, keep_edge=True)
+        plan = plan_patches(slide, PatchGrid(patch_size=10, level=1, tissue_threshold=0, keep_edge=True))
         patches = all_patches(slide, plan)
     assert plan.coords.tolist() == [[x, y] for y in (0, 80, 160, 168) for x in (0, 80, 160, 216)]
     assert np.abs(patches[..., 2].astype(int) - 77).max() <= 1
@@ -242,8 +244,8 @@ def test_a_kept_edge_stays_inside_a_level_that_was_cut(tmp_path):
 
 def test_a_kept_edge_needs_tissue_like_any_other_patch(stained):
     with open_slide(stained) as slide:
-        plan = plan_patches(slide, patch_size=300, keep_edge=True)
-        dropped = plan_patches(slide, patch_size=300)
+        plan = plan_patches(slide, PatchGrid(patch_size=300, keep_edge=True))
+        dropped = plan_patches(slide, PatchGrid(patch_size=300))
     assert set(np.unique(plan.grid[:, 0])) == {0, 300, 600, 900, 1200, 1300}
     assert 0 < len(plan) < len(plan.grid)
     known = {tuple(place) for place in plan.coords.tolist()}
@@ -252,9 +254,9 @@ def test_a_kept_edge_needs_tissue_like_any_other_patch(stained):
 
 def test_a_patch_larger_than_the_slide_stays_refused_with_a_kept_edge(place_slide):
     with open_slide(place_slide) as slide:
-        assert len(plan_patches(slide, patch_size=408, tissue_threshold=0, keep_edge=True)) == 2
+        assert len(plan_patches(slide, PatchGrid(patch_size=408, tissue_threshold=0, keep_edge=True))) == 2
         with pytest.raises(SlideError, match="larger than the slide"):
-            plan_patches(slide, patch_size=409, tissue_threshold=0, keep_edge=True)
+            plan_patches(slide, PatchGrid(patch_size=409, tissue_threshold=0, keep_edge=True))
 
 
 def test_the_threshold_is_the_least_fraction_of_tissue(stained):
@@ -262,7 +264,7 @@ def test_the_threshold_is_the_least_fraction_of_tissue(stained):
         image = slide.read_region(0, 0, 0, 1600, 1200)
         counts = []
         for threshold in (0, 0.1, 0.5, 1):
-            plan = plan_patches(slide, patch_size=100, tissue_threshold=threshold)
+            plan = plan_patches(slide, PatchGrid(patch_size=100, tissue_threshold=threshold))
             assert len(plan.grid) == 16 * 12
             counts.append(len(plan))
             if threshold == 0.5:
@@ -275,8 +277,8 @@ def test_the_threshold_is_the_least_fraction_of_tissue(stained):
 
 def test_levels_agree_on_where_the_tissue_is(stained):
     with open_slide(stained) as slide:
-        fine = plan_patches(slide, patch_size=128, level=0)
-        coarse = plan_patches(slide, patch_size=32, level=2)
+        fine = plan_patches(slide, PatchGrid(patch_size=128, level=0))
+        coarse = plan_patches(slide, PatchGrid(patch_size=32, level=2))
     np.testing.assert_array_equal(fine.coords, coarse.coords)
     assert (fine.patch_size_level0, coarse.patch_size_level0) == (128, 128)
     assert coarse.mpp == pytest.approx(2.0)
@@ -288,42 +290,42 @@ def test_threshold_0_does_not_run_the_detector(place_slide, monkeypatch):
 
     monkeypatch.setattr(patching, "detect_tissue", fail)
     with open_slide(place_slide) as slide:
-        assert plan_patches(slide, patch_size=64, tissue_threshold=0).tissue is None
+        assert plan_patches(slide, PatchGrid(patch_size=64, tissue_threshold=0)).tissue is None
         with pytest.raises(AssertionError):
-            plan_patches(slide, patch_size=64)
+            plan_patches(slide, PatchGrid(patch_size=64))
 
 
 def test_unknown_mpp_is_none(tmp_path, caplog):
     path = write_pyramid(tmp_path / "a.tiff", stained_image(400, 400))
     with open_slide(path) as slide:
-        assert plan_patches(slide, patch_size=64).mpp is None
+        assert plan_patches(slide, PatchGrid(patch_size=64)).mpp is None
     assert not caplog.records
 
 
 def test_a_level_that_is_not_there(place_slide):
     with open_slide(place_slide) as slide, pytest.raises(SlideError, match=r"no level 5.*0.*1.*2"):
-        plan_patches(slide, patch_size=64, level=5)
+        plan_patches(slide, PatchGrid(patch_size=64, level=5))
 
 
 def test_a_patch_larger_than_the_slide(place_slide):
     with open_slide(place_slide) as slide:
-        assert len(plan_patches(slide, patch_size=100, level=2, tissue_threshold=0)) == 1
+        assert len(plan_patches(slide, PatchGrid(patch_size=100, level=2, tissue_threshold=0))) == 1
         for size, level in [(409, 0), (128, 2)]:
             with pytest.raises(SlideError, match=rf"place.tiff: a patch of {size} px is \d+ level-0 px wide, larger"):
-                plan_patches(slide, patch_size=size, level=level)
+                plan_patches(slide, PatchGrid(patch_size=size, level=level))
 
 
 def test_a_slide_without_tissue(tmp_path):
     path = write_pyramid(tmp_path / "empty.tiff", np.full((600, 600, 3), 243, np.uint8), mpp=0.5)
     with open_slide(path) as slide:
-        plan = plan_patches(slide, patch_size=64)
+        plan = plan_patches(slide, PatchGrid(patch_size=64))
     assert (len(plan), len(plan.grid)) == (0, 81)
     assert re.search(r"empty.tiff: none of 81 patches.*0\.5", plan.shortage)
 
 
 def test_an_unreadable_patch_is_an_error_not_a_white_patch(shared_data):
     with open_slide(shared_data / "bad_slides" / "unreadable.svs") as slide:
-        plan = plan_patches(slide, patch_size=8, tissue_threshold=0)
+        plan = plan_patches(slide, PatchGrid(patch_size=8, tissue_threshold=0))
         with pytest.raises(SlideError, match=r"unreadable\.svs"):
             list(read_batches(slide, plan, 8))
 
@@ -334,7 +336,7 @@ def test_an_unreadable_patch_is_an_error_not_a_white_patch(shared_data):
 )
 def test_settings_that_make_no_sense(place_slide, keywords):
     with open_slide(place_slide) as slide, pytest.raises(ConfigError, match=r"must be at least 1|0 to 1"):
-        plan_patches(slide, **keywords)
+        plan_patches(slide, PatchGrid(**keywords))
 
 
 def test_fluorescence_gives_no_patches_of_glass(shared_data):
@@ -342,7 +344,7 @@ def test_fluorescence_gives_no_patches_of_glass(shared_data):
         open_slide(shared_data / "slides" / "test3-DAPI-387.ndpi") as slide,
         pytest.raises(SlideError, match="brightfield"),
     ):
-        plan_patches(slide, patch_size=256)
+        plan_patches(slide, PatchGrid(patch_size=256))
 
 
 def test_resampling_averages_what_it_leaves_out(tmp_path):
@@ -350,7 +352,7 @@ def test_resampling_averages_what_it_leaves_out(tmp_path):
     stripes = np.full((400, 400, 3), 255, np.uint8)
     stripes[:, ::2] = 55
     with open_slide(write_pyramid(tmp_path / "stripes.tiff", stripes, mpp=0.5, downsamples=(1,))) as slide:
-        plan = plan_patches(slide, patch_size=64, mpp=1.3, tissue_threshold=0)
+        plan = plan_patches(slide, PatchGrid(patch_size=64, mpp=1.3, tissue_threshold=0))
         patches = all_patches(slide, plan)
     inside = patches[:, 4:-4, 4:-4].astype(int)
     assert np.abs(inside - 155).max() < 40

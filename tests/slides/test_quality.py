@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 from utils.core.geometry import covered_fraction, patch_grid
-from utils.slides.quality import BLURRED, PEN, QUALITY_SETTINGS, REASONS, WHITE, QualitySettings, judge_patches
+from utils.slides.quality import BLURRED, PEN, QUALITY_SETTINGS, REASONS, WHITE, QualitySettings, patch_quality
 from utils.slides.tissue import detect_tissue
 from utils.slides.wsi import open_slide
 
@@ -57,26 +57,26 @@ def plain(colour, size=PATCH):
 
 def test_sharp_tissue_passes_and_blurred_tissue_does_not():
     image = tissue_image()
-    assert (judge_patches(all_patches(compressed(image)), MPP) == "").all()
+    assert (patch_quality(all_patches(compressed(image)), MPP) == "").all()
     for sigma in (2, 3):
-        assert (judge_patches(all_patches(blurred(image, sigma)), MPP) == BLURRED).all()
+        assert (patch_quality(all_patches(blurred(image, sigma)), MPP) == BLURRED).all()
 
 
 @pytest.mark.parametrize("contrast", [0.6, 0.4])
 def test_a_faint_stain_is_judged_by_its_detail(contrast):
     image = tissue_image()
     faint = np.rint(245 - contrast * (245.0 - image)).astype(np.uint8)
-    assert (judge_patches(all_patches(faint), MPP) == "").all()
-    assert (judge_patches(all_patches(blurred(faint, 2)), MPP) == BLURRED).all()
+    assert (patch_quality(all_patches(faint), MPP) == "").all()
+    assert (patch_quality(all_patches(blurred(faint, 2)), MPP) == BLURRED).all()
 
 
 def test_a_brightness_or_another_order_changes_nothing():
     patches = np.concatenate([all_patches(tissue_image()), all_patches(blurred(tissue_image(), 2)), plain(GLASS)])
-    reasons = judge_patches(patches, MPP)
+    reasons = patch_quality(patches, MPP)
     assert set(reasons) == {"", BLURRED, WHITE}
-    np.testing.assert_array_equal(judge_patches(patches[::-1], MPP)[::-1], reasons)
+    np.testing.assert_array_equal(patch_quality(patches[::-1], MPP)[::-1], reasons)
     for index in range(0, len(patches), 5):
-        assert judge_patches(patches[index : index + 1], MPP)[0] == reasons[index]
+        assert patch_quality(patches[index : index + 1], MPP)[0] == reasons[index]
 
 
 def test_smooth_tissue_is_not_blurred():
@@ -85,14 +85,14 @@ def test_smooth_tissue_is_not_blurred():
     noise = np.random.default_rng(0).normal(0, 1.0, (PATCH, PATCH, 3))
     smooth = np.clip((214, 196, 222) - shade + noise, 0, 255).astype(np.uint8)
     for quality in (95, 70, 40):
-        assert judge_patches(compressed(smooth, quality)[None], MPP).tolist() == [""]
+        assert patch_quality(compressed(smooth, quality)[None], MPP).tolist() == [""]
 
 
 def test_slow_waves_without_noise_are_not_blurred():
     """What a scanner that smooths makes of mucus: grey levels that rise and fall by a few over 32 um."""
     wave = 4 * np.sin(np.arange(PATCH) * 2 * np.pi / 64)
     smooth = np.rint(np.array((214, 196, 222)) + wave[:, None, None] + wave[None, :, None]).astype(np.uint8)
-    assert judge_patches(smooth[None], MPP).tolist() == [""]
+    assert patch_quality(smooth[None], MPP).tolist() == [""]
 
 
 def test_fat_is_neither_white_nor_blurred():
@@ -100,15 +100,15 @@ def test_fat_is_neither_white_nor_blurred():
     y, x = np.mgrid[:512, :512]
     wall = (np.minimum(x % 100, y % 100) < 6)[..., None]
     fat = np.where(wall, np.array(PINK), np.array(GLASS)).astype(np.uint8)
-    assert (judge_patches(all_patches(compressed(fat)), MPP) == "").all()
+    assert (patch_quality(all_patches(compressed(fat)), MPP) == "").all()
 
 
 def test_glass_is_white_and_half_a_patch_of_tissue_is_not():
-    assert judge_patches(plain(GLASS), MPP).tolist() == [WHITE]
-    assert judge_patches(plain((255, 255, 255)), MPP).tolist() == [WHITE]
+    assert patch_quality(plain(GLASS), MPP).tolist() == [WHITE]
+    assert patch_quality(plain((255, 255, 255)), MPP).tolist() == [WHITE]
     edge = plain(GLASS)
     edge[:, :, PATCH // 2 :] = PINK
-    assert judge_patches(edge, MPP).tolist() == [""]
+    assert patch_quality(edge, MPP).tolist() == [""]
 
 
 @pytest.mark.parametrize(
@@ -118,24 +118,24 @@ def test_ink_on_glass_and_on_tissue_is_pen(ink):
     for ground in (plain(GLASS), all_patches(tissue_image())[:1]):
         stroke = ground.copy()
         stroke[:, :100] = ink
-        assert judge_patches(stroke, MPP).tolist() == [PEN]
+        assert patch_quality(stroke, MPP).tolist() == [PEN]
 
 
 @pytest.mark.parametrize("colour", [(190, 130, 50), (235, 195, 150), (245, 235, 205), (150, 105, 70)], ids=str)
 def test_brown_stain_saffron_and_yellowed_glass_are_no_ink(colour):
-    assert PEN not in judge_patches(plain(colour), MPP)
+    assert PEN not in patch_quality(plain(colour), MPP)
 
 
 def test_a_little_ink_on_glass_is_no_tissue():
     patch = plain(GLASS)
     patch[:, :100, :100] = GREEN_INK
-    assert judge_patches(patch, MPP).tolist() == [WHITE]
+    assert patch_quality(patch, MPP).tolist() == [WHITE]
 
 
 def test_a_little_ink_or_pigment_is_let_pass():
     patch = all_patches(tissue_image())[:1].copy()
     patch[:, :60, :60] = (15, 15, 15)
-    assert judge_patches(patch, MPP).tolist() == [""]
+    assert patch_quality(patch, MPP).tolist() == [""]
 
 
 @pytest.mark.parametrize("mpp", [0.25, 1.0])
@@ -144,28 +144,28 @@ def test_blur_is_judged_in_micrometres(mpp):
     image = tissue_image()[:512, :512]
     width = round(512 * MPP / mpp)
     scaled = np.asarray(Image.fromarray(image).resize((width, width), Image.Resampling.BICUBIC))
-    assert (judge_patches(all_patches(scaled), mpp) == "").all()
-    assert (judge_patches(all_patches(blurred(scaled, 2, mpp)), mpp) == BLURRED).all()
+    assert (patch_quality(all_patches(scaled), mpp) == "").all()
+    assert (patch_quality(all_patches(blurred(scaled, 2, mpp)), mpp) == BLURRED).all()
     if mpp < MPP:
-        assert (judge_patches(all_patches(blurred(scaled, 0.5, mpp)), mpp) == "").all()
+        assert (patch_quality(all_patches(blurred(scaled, 0.5, mpp)), mpp) == "").all()
 
 
 def test_what_cannot_be_judged_passes():
     soft = blurred(tissue_image(), 2)
-    assert (judge_patches(all_patches(soft), 2.0) == "").all()  # so coarse that 2 um is a pixel
-    assert (judge_patches(all_patches(soft, 32), MPP) == "").all()  # 16 um wide
-    assert judge_patches(np.zeros((0, 8, 8, 3), np.uint8), MPP).tolist() == []
+    assert (patch_quality(all_patches(soft), 2.0) == "").all()  # so coarse that 2 um is a pixel
+    assert (patch_quality(all_patches(soft, 32), MPP) == "").all()  # 16 um wide
+    assert patch_quality(np.zeros((0, 8, 8, 3), np.uint8), MPP).tolist() == []
 
 
 @pytest.mark.parametrize("size", [1, 5, 37, 250])
 def test_any_patch_size_will_do(size):
-    assert judge_patches(plain(GLASS, size), MPP).tolist() == [WHITE]
-    assert judge_patches(plain(PINK, size), MPP).tolist() == [""]
+    assert patch_quality(plain(GLASS, size), MPP).tolist() == [WHITE]
+    assert patch_quality(plain(PINK, size), MPP).tolist() == [""]
 
 
 def test_an_unknown_mpp_is_taken_for_the_usual_one():
     patches = np.concatenate([all_patches(tissue_image()), all_patches(blurred(tissue_image(), 2))])
-    np.testing.assert_array_equal(judge_patches(patches, None), judge_patches(patches, QUALITY_SETTINGS.assumed_mpp))
+    np.testing.assert_array_equal(patch_quality(patches, None), patch_quality(patches, QUALITY_SETTINGS.assumed_mpp))
 
 
 def test_the_settings_say_everything():
@@ -173,8 +173,8 @@ def test_the_settings_say_everything():
     assert json.loads(json.dumps(told)) == told
     lenient = QualitySettings(min_focus=0.0, min_stained=0.0, max_ink=1.0)
     patches = np.concatenate([all_patches(blurred(tissue_image(), 2)), plain(GLASS), plain(GREEN_INK)])
-    assert set(judge_patches(patches, MPP)) == set(REASONS)
-    assert (judge_patches(patches, MPP, lenient) == "").all()
+    assert set(patch_quality(patches, MPP)) == set(REASONS)
+    assert (patch_quality(patches, MPP, lenient) == "").all()
 
 
 def test_real_tissue_sharp_and_blurred(shared_data):
@@ -188,7 +188,7 @@ def test_real_tissue_sharp_and_blurred(shared_data):
             mask = detect_tissue(slide).mask
             grid = grid[covered_fraction(mask, grid, PATCH, slide.width, slide.height) >= 0.5]
         for blur, found in judged.items():
-            found.extend(judge_patches(patches_of(blurred(image, blur, mpp) if blur else image, grid), mpp))
+            found.extend(patch_quality(patches_of(blurred(image, blur, mpp) if blur else image, grid), mpp))
     assert len(judged[0]) > 80
     assert set(judged[0]) == {""}
     caught = {blur: np.mean([reason == BLURRED for reason in found]) for blur, found in judged.items()}
@@ -210,10 +210,10 @@ def test_real_crops_of_pen_and_glass(shared_data):
     for name, reasons in expected.items():
         with open_slide(shared_data / "tiles" / f"{name}.png") as slide:
             image = slide.read_region(0, 0, 0, slide.width, slide.height)
-        assert set(judge_patches(all_patches(image), MPP)) == reasons, name
+        assert set(patch_quality(all_patches(image), MPP)) == reasons, name
     with open_slide(shared_data / "tiles" / "no-tissue-green-pen.png") as slide:
         image = slide.read_region(0, 0, 0, slide.width, slide.height)
-    assert (judge_patches(all_patches(image), MPP) == PEN).sum() >= 3  # the fourth shows the stroke's end
+    assert (patch_quality(all_patches(image), MPP) == PEN).sum() >= 3  # the fourth shows the stroke's end
 
 
 def test_small_patches_are_not_called_pen(shared_data):
@@ -221,4 +221,4 @@ def test_small_patches_are_not_called_pen(shared_data):
     with open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs") as slide:
         image = slide.read_region(0, 0, 0, slide.width, slide.height)
     grid = patch_grid(image.shape[1], image.shape[0], 64, 64)
-    assert PEN not in judge_patches(np.stack([image[y : y + 64, x : x + 64] for x, y in grid]), 0.499)
+    assert PEN not in patch_quality(np.stack([image[y : y + 64, x : x + 64] for x, y in grid]), 0.499)

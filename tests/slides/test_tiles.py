@@ -277,8 +277,8 @@ def test_threads_that_hammer_a_small_cache_all_see_the_slide(tmp_path, monkeypat
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(agrees, corners))
-    assert reader._cache._held <= max(limit, TILE * TILE * 3)
-    assert sum(tile.pixels.nbytes for tile in reader._cache._tiles.values()) == reader._cache._held
+    assert reader._cache._nbytes <= max(limit, TILE * TILE * 3)
+    assert sum(tile.pixels.nbytes for tile in reader._cache._tiles.values()) == reader._cache._nbytes
 
 
 def test_threads_that_want_one_tile_at_once_decode_it_once(tmp_path, counted):
@@ -350,7 +350,7 @@ def test_a_damaged_tile_is_named_and_the_others_are_read(tmp_path, damage):
         ) as error:
             reader.read(0, *box)
         assert "\n" not in str(error.value)
-    assert reader._cache._held == 0
+    assert reader._cache._nbytes == 0
     np.testing.assert_array_equal(reader.read(0, 0, 0, TILE, TILE), before)
     with pytest.raises(openslide.OpenSlideError):  # it does not take it either
         handle.read_region((TILE, TILE), 0, (TILE, TILE))

@@ -11,7 +11,7 @@ from scipy import ndimage
 from tests.synthetic import stained_image, write_pyramid
 from utils.core.errors import SlideError
 from utils.core.geometry import covered_fraction, patch_grid
-from utils.slides.tissue import TISSUE_SETTINGS, TissueSettings, detect_tissue, judging_downsample, tissue_mask
+from utils.slides.tissue import TISSUE_SETTINGS, TissueSettings, detect_tissue, mask_downsample, tissue_mask
 from utils.slides.wsi import open_slide
 
 GLASS, PINK, PURPLE = (243, 243, 243), (225, 150, 190), (130, 80, 150)
@@ -131,10 +131,10 @@ def test_scale_decides_what_is_small():
 
 
 def test_the_judging_resolution_is_bounded():
-    assert judging_downsample(100_000, 80_000, 0.25) == 32
-    assert judging_downsample(1152, 700, 28.97) == 1
-    assert judging_downsample(775, 522, 0.5) == pytest.approx(775 / 64)
-    huge = judging_downsample(500_000, 400_000, 1.0)
+    assert mask_downsample(100_000, 80_000, 0.25) == 32
+    assert mask_downsample(1152, 700, 28.97) == 1
+    assert mask_downsample(775, 522, 0.5) == pytest.approx(775 / 64)
+    huge = mask_downsample(500_000, 400_000, 1.0)
     assert 500_000 * 400_000 / huge**2 <= TISSUE_SETTINGS.max_pixels * 1.0001
 
 

@@ -142,7 +142,7 @@ class _Extraction:
         return cls(tuple(extractors), known, {target: _written(target) for target in targets.values()})
 
     def __call__(self, slide: Path, target: Path) -> SlideStatus:
-        extractor, told = self.extractors[worker_number()], self.known.told(slide, target)
+        extractor, told = self.extractors[worker_number()], self.known.notes(slide, target)
         with claimed(target) as other:
             if other:
                 return SlideStatus(slide, CLAIMED, f"{target}: {other} is extracting it")
@@ -171,7 +171,7 @@ def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[li
     rates = []
 
     def look(slide: Path, target: Path) -> SlideStatus:
-        told = known.told(slide, target)
+        told = known.notes(slide, target)
         current = None
         if target.exists() and not files.overwrite:
             current = current_status(extractor, slide, target, told)

@@ -26,16 +26,16 @@ from utils.core.recipe import OUR_FIELDS, Recipe
 from utils.core.runtime import keep_freed_memory, log, processors, progress_bar, versions
 from utils.features.backbones import Backbone, canonical_backbone, load_backbone
 from utils.features.settings import Extraction
-from utils.slides.batch import Told
+from utils.slides.batch import SlideNotes
 from utils.slides.contours import write_contours
-from utils.slides.patching import PatchPlan, choose_sampling, delivered_mpp, plan_patches, read_batches
+from utils.slides.patching import PatchGrid, PatchPlan, choose_sampling, delivered_mpp, plan_patches, read_batches
 from utils.slides.preview import (
     LITTLE_TISSUE,
     MAX_SIDE,
     draw_preview,
     write_preview,
 )
-from utils.slides.quality import DAMAGED, QUALITY_SETTINGS, judge_patches, no_reasons
+from utils.slides.quality import DAMAGED, QUALITY_SETTINGS, no_reasons, patch_quality
 from utils.slides.slide import Slide
 from utils.slides.status import ANEW, KEPT_OUTLINES, OUTLINES, SlideStatus
 from utils.slides.tissue import TISSUE_SETTINGS
@@ -180,12 +180,12 @@ class WSIFeatureExtractor:
             found.conclude(slide)
             return Bag(np.concatenate(parts), found.coords, plan.patch_size_level0, self.passport(slide, found))
 
-    def extract_to(self, wsi: Path | Slide, target: Path, told: Told | None = None) -> "Extracted":
+    def extract_to(self, wsi: Path | Slide, target: Path, told: SlideNotes | None = None) -> "Extracted":
         """Extract one slide into a feature file, in memory that does not grow with it, knowing what the user told.
 
         Raises as `process` does.
         """
-        told = told or Told()
+        told = told or SlideNotes()
         with self.opened(wsi, told.mpp) as slide:
             plan = self.plan(slide, told)
             if told.save_tissue is not None and plan.tissue is not None:
@@ -207,12 +207,12 @@ class WSIFeatureExtractor:
             slide.reads_past_damage = self.config.skip_damaged
             yield slide
 
-    def plan(self, slide: Slide, told: Told | None = None) -> PatchPlan:
+    def plan(self, slide: Slide, told: SlideNotes | None = None) -> PatchPlan:
         """Which patches of a slide to read.
 
         Raises NoTissueError where there is none, with the preview to show it, and as `plan_patches` does.
         """
-        config, told = self.config, told or Told()
+        config, told = self.config, told or SlideNotes()
         if (
             slide.told_mpp
             and slide.own_mpp
@@ -223,11 +223,11 @@ class WSIFeatureExtractor:
                 slide.path, slide.own_mpp, slide.told_mpp,
             )  # fmt: skip
         tissue = told.outlined(slide)
-        plan = plan_patches(
-            slide, patch_size=config.patch_size, stride=config.stride, level=config.level, mpp=config.target_mpp,
-            allow_upsample=config.allow_upsample, tissue_threshold=config.tissue_threshold, outlined=tissue,
-            keep_edge=config.edge == "keep",
+        grid = PatchGrid(
+            config.patch_size, config.stride, config.level, config.target_mpp, config.allow_upsample,
+            config.tissue_threshold, keep_edge=config.edge == "keep",
         )  # fmt: skip
+        plan = plan_patches(slide, grid, tissue)
         if not len(plan):
             Extracted.of(plan, []).conclude(slide, told.preview)
         return plan
@@ -266,7 +266,7 @@ class WSIFeatureExtractor:
             for patches in batches:
                 if self.stop.is_set():
                     raise KeyboardInterrupt
-                reasons = judge_patches(patches.numpy(), plan.mpp) if config.qc else no_reasons(len(patches))
+                reasons = patch_quality(patches.numpy(), plan.mpp) if config.qc else no_reasons(len(patches))
                 reasons[[number - start for number in list(damage) if start <= number < start + len(patches)]] = DAMAGED
                 start += len(patches)
                 kept = patches[torch.from_numpy(reasons == "")] if reasons.any() else patches
@@ -381,14 +381,14 @@ def extract_one(
     slide: Path | Slide,
     target: Path,
     overwrite: bool = False,
-    told: Told | None = None,
+    told: SlideNotes | None = None,
 ) -> SlideStatus:
     """Make sure that `target` holds the features of `slide`: extract them unless they are there, by the same recipe and
     of the same tissue. A slide that is open stays open.
 
     Raises SlideError, NoTissueError, and RecipeError when `target` holds something else and `overwrite` is not given.
     """
-    told, is_mended = told or Told(), False
+    told, is_mended = told or SlideNotes(), False
     if target.exists() and not overwrite:
         current = current_status(extractor, slide, target, told)
         if current is not None:
@@ -404,7 +404,7 @@ def extract_one(
     return SlideStatus(path, "done", "; ".join(reasons), len(found.coords), found.plan.mpp, seconds, tissue=tissue)
 
 
-def current_status(extractor: WSIFeatureExtractor, slide: Path | Slide, target: Path, told: Told) -> SlideStatus | None:
+def current_status(extractor: WSIFeatureExtractor, slide: Path | Slide, target: Path, told: SlideNotes) -> SlideStatus | None:
     """The status of a slide whose features are there; None where they are of other tissue than is told.
 
     Raises RecipeError where `target` holds something else.
@@ -436,7 +436,7 @@ def _by_reason(dropped: Mapping[str, int]) -> str:
 
 
 def _check_current(
-    extractor: WSIFeatureExtractor, slide: Path | Slide, target: Path, told: Told
+    extractor: WSIFeatureExtractor, slide: Path | Slide, target: Path, told: SlideNotes
 ) -> tuple[BagInfo, bool]:
     """What `target` holds, and whether it is of the tissue that the outlines show, if there are any.
 

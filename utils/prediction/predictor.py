@@ -33,7 +33,7 @@ from utils.prediction.feeding import SlideFeed, mean_calibrated, mean_output, pr
 from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
 from utils.prediction.settings import Prediction, PredictionRecipe
-from utils.slides.batch import Told
+from utils.slides.batch import SlideNotes
 from utils.slides.slide import Slide
 from utils.slides.wsi import slide_mpp
 from utils.tasks.classification import Classification
@@ -220,7 +220,7 @@ class SlidePredictor:
     def keep_features(self, slide: Slide, folder: Path) -> Path:
         """Return the feature file of an open slide in `folder`, made unless it is there, by the same recipe."""
         target = folder / f"{slide.path.stem}.h5"
-        extract_one(self._checked_extractor(slide), slide, target, told=Told(slide.told_mpp))
+        extract_one(self._checked_extractor(slide), slide, target, told=SlideNotes(slide.told_mpp))
         return target
 
     def predict_bag(

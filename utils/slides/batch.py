@@ -48,8 +48,8 @@ def slide_targets(files: ExtractionFiles, slides: Sequence[Path]) -> dict[Path, 
     assert files.input_dir is not None and files.output_dir is not None  # noqa: S101, PT018 - checked by the config
     targets = {}
     for slide in slides:
-        place = slide.relative_to(files.input_dir) if files.keep_structure else Path(slide.name)
-        targets[slide] = files.output_dir / place.with_suffix(f".{files.format or 'h5'}")
+        relative = slide.relative_to(files.input_dir) if files.keep_structure else Path(slide.name)
+        targets[slide] = files.output_dir / relative.with_suffix(f".{files.format or 'h5'}")
     in_place = Counter((slide.parent, slide.stem) for slide in slides)
     remedy = (
         "name the ending that is wanted with --extensions" if max(in_place.values()) > 1 else "give --keep_structure"
@@ -63,13 +63,13 @@ def slide_targets(files: ExtractionFiles, slides: Sequence[Path]) -> dict[Path, 
 
 
 def _slides_of(files: ExtractionFiles) -> list[Path]:
-    """The slides of the folder, without the pictures of an extraction into it. Raises ConfigError if there are none."""
+    """Find the slides of the folder, without the previews of an extraction. Raises ConfigError if there are none."""
     assert files.input_dir is not None  # noqa: S101 - checked by the config
-    looked = look_for_slides(files.input_dir, files.extensions)
-    if not looked.slides:
-        raise ConfigError(f"{files.input_dir}: {no_slide_words(files.input_dir, looked, files.extensions)}")
-    looked.log(files.input_dir)
-    slides = looked.slides
+    listing = look_for_slides(files.input_dir, files.extensions)
+    if not listing.slides:
+        raise ConfigError(f"{files.input_dir}: {no_slide_words(files.input_dir, listing, files.extensions)}")
+    listing.log(files.input_dir)
+    slides = listing.slides
     if files.output_dir is not None:
         ours = files.output_dir.resolve()
         if ours == files.input_dir.resolve():
@@ -92,19 +92,19 @@ def _check_slide(path: Path) -> None:
 
 
 def report_path(files: ExtractionFiles) -> Path:
-    """Where the report goes; each shard has its own."""
+    """Return the path of the report; each shard has its own."""
     assert files.output_dir is not None  # noqa: S101 - for the type checker
     index, count = files.part
     return files.output_dir / (f"{REPORT}_{index}_of_{count}.csv" if count > 1 else f"{REPORT}.csv")
 
 
 def sheet_path(files: ExtractionFiles) -> Path:
-    """Where the contact sheet goes, beside the reports: one for all shards."""
+    """Return the path of the contact sheet beside the reports, one for all shards."""
     return report_path(files).with_name(f"{SHEET}.html")
 
 
 @dataclass(frozen=True)
-class Told:
+class SlideNotes:
     """The user's input for one slide: um per level-0 px and tissue outlines; and the paths to write detected tissue and
     the preview to.
     """
@@ -115,25 +115,25 @@ class Told:
     preview: Path | None = None
 
     def outlined(self, slide: Slide) -> TissueMask | None:
-        """The tissue within the outlines; None without outlines, or if they are the detector's own."""
+        """Return the tissue within the outlines; None without outlines, or if they are the detector's own."""
         if self.tissue is None or self.tissue.is_as_detected(slide):
             return None
         return self.tissue.mask(slide)
 
     def is_same_tissue(self, slide: Slide, recorded: str | None) -> bool:
-        """Whether features were made from the tissue that is wanted now.
+        """Whether features were made from the same tissue as these notes describe.
 
-        `recorded` is the digest of the outlines they were made from, None for the detector's tissue. If only one side
-        has outlines, the detector is run to compare them.
+        `recorded` is the digest of the outlines they were made from, None for the detector's tissue. If only one of the
+        two has outlines, the detector is run to compare them.
         """
         if self.tissue is None:
             return True
         outlined = self.outlined(slide)
-        wanted = outlined and outlined.digest
-        if (wanted is None) == (recorded is None):
-            return wanted == recorded
+        digest = outlined and outlined.digest
+        if (digest is None) == (recorded is None):
+            return digest == recorded
         try:
-            return (wanted or recorded) == detect_tissue(slide).digest
+            return (digest or recorded) == detect_tissue(slide).digest
         except SlideError:  # the detector refuses the slide, so its outlines were drawn by hand
             return False
 
@@ -155,7 +155,7 @@ class SlideFiles:
         if self.outlines is not None and files.input is not None:
             self.outlines.log_missing(files.input)
         elif self.outlines is not None:
-            self.outlines.log_unused((slide, self._place(slide)) for slide in slides)
+            self.outlines.log_unused((slide, self._subfolder(slide)) for slide in slides)
         return {files.input: target_of_one(files)} if files.input is not None else slide_targets(files, slides)
 
     def slides(self) -> list[Path]:
@@ -165,19 +165,19 @@ class SlideFiles:
         _check_slide(self.files.input)
         return [self.files.input]
 
-    def told(self, slide: Path, target: Path) -> Told:
+    def notes(self, slide: Path, target: Path) -> SlideNotes:
         """Collect the user's input for a slide. Raises SlideError if its outlines cannot be read."""
-        drawn = self.outlines.file_of(slide, self._place(slide)) if self.outlines is not None else None
-        saved = self._beside(self._root(target) / TISSUE, f"{slide.stem}.geojson", target)
-        return Told(
+        outlines = self.outlines.file_of(slide, self._subfolder(slide)) if self.outlines is not None else None
+        save_as = self._beside(self._root(target) / TISSUE, f"{slide.stem}.geojson", target)
+        return SlideNotes(
             self.mpps.of(slide),
-            None if drawn is None else ContourFile.read(drawn, self._tissue_classes),
-            saved if self.files.save_tissue else None,
+            None if outlines is None else ContourFile.read(outlines, self._tissue_classes),
+            save_as if self.files.save_tissue else None,
             self.preview(target),
         )
 
-    def _place(self, slide: Path) -> Path:
-        """The subfolder, within folders of files by slide, that holds this slide's file."""
+    def _subfolder(self, slide: Path) -> Path:
+        """Return the subfolder for this slide in a folder of outlines."""
         folder = self.files.input_dir
         return slide.parent.relative_to(folder) if folder is not None and self.files.keep_structure else Path()
 
@@ -186,9 +186,10 @@ class SlideFiles:
         return [name for names in self.files.tissue_classes or () for name in names.split(",") if name.strip()]
 
     def preview(self, target: Path) -> Path | None:
-        wanted = self.files.input is None if self.files.preview is None else self.files.preview
+        """Return the path of a slide's preview; None if there is to be none."""
+        is_drawn = self.files.input is None if self.files.preview is None else self.files.preview
         # Named after the feature file, since a slide may have several, made with different recipes.
-        return self._beside(self._root(target) / PREVIEWS, f"{target.stem}.jpg", target) if wanted else None
+        return self._beside(self._root(target) / PREVIEWS, f"{target.stem}.jpg", target) if is_drawn else None
 
     def clear_parts(self, targets: Mapping[Path, Path]) -> None:
         """Remove half-written files of killed runs from every folder this run writes to."""
@@ -201,7 +202,7 @@ class SlideFiles:
         return target.parent if self.files.input is not None else self.files.output_dir or target.parent
 
     def _beside(self, folder: Path, name: str, target: Path) -> Path:
-        """A slide's file in `folder`, in the same subfolder as its feature file `target`."""
+        """Return the path of a slide's file in `folder`, in the same subfolder as its feature file `target`."""
         return folder / target.parent.relative_to(self._root(target)) / name
 
     def write_sheet(self, recipe_of: Callable[[Sequence[Path]], Recipe | None]) -> None:
@@ -215,16 +216,15 @@ class SlideFiles:
             recipe = recipe_of([folder / row.output for row in statuses if row.is_made and row.output])
             scales, _ = unlike_scales({row.slide: row.mpp for row in statuses if row.is_made})
             notes = [f"Recipe of the latest features: {recipe}" if recipe else "", f"Note: {scales}" if scales else ""]
-            about = [words for words in notes if words]
-            write_contact_sheet(
-                sheet_path(self.files), [self._sheet_row(row) for row in statuses], [*about, *shard_words(reports)]
-            )
+            about = [*filter(None, notes), *shard_words(reports)]
+            write_contact_sheet(sheet_path(self.files), [self._sheet_row(row) for row in statuses], about)
 
     def _sheet_row(self, status: SlideStatus) -> SheetRow:
-        picture = self.preview(report_path(self.files).parent / (status.output or f"{status.slide.stem}.h5"))
-        shown = picture if picture is not None and picture.is_file() else None
+        preview = self.preview(report_path(self.files).parent / (status.output or f"{status.slide.stem}.h5"))
+        if preview is not None and not preview.is_file():
+            preview = None
         reason = "; ".join(filter(None, [status.reason, status.last_error]))
-        return SheetRow(status.slide.name, status.status, reason, status.patches, status.mpp, shown)
+        return SheetRow(status.slide.name, status.status, reason, status.patches, status.mpp, preview)
 
 
 def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, report: Path) -> list[SlideStatus]:
@@ -237,64 +237,71 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
     Raises ConfigError if the report cannot be written.
     """
     check_writable(report.parent)
-    statuses: dict[Path, SlideStatus] = {}  # by slide
-    tries: Counter[Path] = Counter()
-    left: dict[_Pair, str] = {}  # to other processes, and to which
-    written = time.monotonic()
     pairs = list(targets.items())
     if engine.jobs > 1:
         pairs.sort(key=lambda pair: -slide_bytes(pair[0]))
-
-    def hear(pair: _Pair, told: SlideStatus | Lost) -> None:
-        nonlocal written
-        slide, _ = pair
-        if isinstance(told, SlideStatus) and told.status == CLAIMED:
-            left[pair] = told.reason
-            return
-        tries[slide] += 1
-        if isinstance(told, Lost):
-            clear_parts_of(told.node, told.process, report.parent)
-            if not told.for_good:
-                log.warning("%s", f"{slide}: {told}; it is tried again")  # each time, not once for all slides
-                return
-            told = SlideStatus(slide, "failed", f"{slide}: {told}", node=told.node)
-        statuses[slide] = announced(replace(told, tries=tries[slide]))
-        bar.update()
-        if time.monotonic() - written > _SECONDS_BETWEEN_REPORTS:
-            write()
-            written = time.monotonic()
-
-    def write() -> None:
-        update_report(report, {targets[slide]: status for slide, status in statuses.items()}, SlideStatus)
-
+    batch = _Batch(targets, report)
     try:
         with threads(engine.threads), progress_bar("Slides", len(targets), unit="slide") as bar, alike_once():
-            engine.run(partial(_do, work), pairs, hear)
-            while left:
-                free = _free_again(left)
+            engine.run(partial(_send_status, work), pairs, partial(batch.on_message, bar.update))
+            while batch.claimed:
+                free = _wait_for_release(batch.claimed)
                 for pair in free:
-                    del left[pair]
-                engine.run(partial(_do, work), free, hear)
+                    del batch.claimed[pair]
+                engine.run(partial(_send_status, work), free, partial(batch.on_message, bar.update))
     finally:
-        write()
-    return [statuses[slide] for slide in targets]
+        batch.write_report()
+    return [batch.statuses[slide] for slide in targets]
 
 
-def _free_again(left: Mapping[_Pair, str]) -> list[_Pair]:
+class _Batch:
+    """The statuses of the slides processed so far, and the slides `claimed` by other processes, with the reason."""
+
+    def __init__(self, targets: Mapping[Path, Path], report: Path) -> None:
+        self._targets, self._report = targets, report
+        self.statuses: dict[Path, SlideStatus] = {}
+        self.claimed: dict[_Pair, str] = {}
+        self._tries: Counter[Path] = Counter()
+        self._report_time = time.monotonic()
+
+    def on_message(self, on_finished: Callable[[], object], pair: _Pair, message: SlideStatus | Lost) -> None:
+        """Take a slide's status, or the news that the worker on it has died."""
+        slide, _ = pair
+        if isinstance(message, SlideStatus) and message.status == CLAIMED:
+            self.claimed[pair] = message.reason
+            return
+        self._tries[slide] += 1
+        if isinstance(message, Lost):
+            clear_parts_of(message.node, message.process, self._report.parent)
+            if not message.for_good:
+                log.warning("%s", f"{slide}: {message}; it is tried again")  # each time, not once for all slides
+                return
+            message = SlideStatus(slide, "failed", f"{slide}: {message}", node=message.node)
+        self.statuses[slide] = announced(replace(message, tries=self._tries[slide]))
+        on_finished()
+        if time.monotonic() - self._report_time > _SECONDS_BETWEEN_REPORTS:
+            self.write_report()
+            self._report_time = time.monotonic()
+
+    def write_report(self) -> None:
+        update_report(self._report, {self._targets[slide]: row for slide, row in self.statuses.items()}, SlideStatus)
+
+
+def _wait_for_release(claimed: Mapping[_Pair, str]) -> list[_Pair]:
     """Wait until another process releases at least one of its slides; return all released ones."""
-    claims = {pair: claim_on(pair[1]) for pair in left}
-    said = False
+    claims = {pair: claim_on(pair[1]) for pair in claimed}
+    is_logged = False
     while not (free := [pair for pair, claim in claims.items() if is_free(claim)]):
-        if not said:
-            for reason in sorted(set(left.values())):
+        if not is_logged:
+            for reason in sorted(set(claimed.values())):
                 log.info("%s; waiting for that, Ctrl-C ends it", reason)
-            said = True
+            is_logged = True
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     return free
 
 
-def _do(work: Work, pair: _Pair, tell: Tell) -> None:
-    tell(attempt(work, *pair))
+def _send_status(work: Work, pair: _Pair, send: Tell) -> None:
+    send(attempt(work, *pair))
 
 
 def attempt(work: Work, slide: Path, target: Path) -> SlideStatus:

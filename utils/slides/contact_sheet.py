@@ -1,6 +1,7 @@
-"""The contact sheet of a folder: one page of all its slides, several in a row, to look at, filter and order.
+"""Write the contact sheet of a folder: one HTML page with all its slides, to look through, filter and sort.
 
-It holds no picture itself: it links to those beside it, works from a disk, and loads only what is looked at.
+The page links to the pictures beside it instead of containing them, works from a disk, and loads a picture only when it
+is scrolled into view.
 """
 
 import os
@@ -13,16 +14,16 @@ from urllib.parse import quote
 
 from utils.core.errors import counted
 from utils.core.page import write_page
-from utils.slides.preview import SHOWN_COLOURS
+from utils.slides.preview import LEGEND_COLOURS
 
 _TEMPLATE = Path(__file__).with_name("contact_sheet.html")
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A slide on the contact sheet: what became of it and why; `preview` is its picture, None where there is none.
+    """A slide on the contact sheet: its status and the reason for it; `preview` is its picture, or None.
 
-    `patches` and their `mpp` are None where they are not known.
+    `patches` and their `mpp` are None if they are unknown.
     """
 
     slide: str
@@ -34,13 +35,13 @@ class SheetRow:
 
 
 def write_contact_sheet(path: Path, rows: Sequence[SheetRow], about: Sequence[str] = ()) -> None:
-    """Write the page of these slides; `about`, such as the recipe, stands on top below the totals."""
+    """Write the page of these slides; the lines of `about`, such as the recipe, follow the totals at the top."""
     statuses = Counter(row.status for row in rows)
     values = {
         "title": counted(len(rows), "slide"),
         "totals": _totals(rows, statuses),
         "about": ". ".join(about),
-        "colours": SHOWN_COLOURS,
+        "colours": LEGEND_COLOURS,
         "statuses": statuses,
         "cards": [(row, _link(row, Path(path).parent), _facts(row)) for row in rows],
     }
@@ -56,7 +57,7 @@ def _totals(rows: Sequence[SheetRow], statuses: Mapping[str, int]) -> str:
 
 
 def _link(row: SheetRow, folder: Path) -> str | None:
-    """Return the address of a slide's picture, seen from the page."""
+    """Return the address of a slide's picture, relative to the page."""
     return None if row.preview is None else quote(Path(os.path.relpath(row.preview, folder)).as_posix())
 
 

@@ -1,7 +1,7 @@
 """Write a tissue mask as GeoJSON polygons that QuPath shows and edits, and read the mask of such polygons.
 
-QuPath counts pixels from the corner of the scanned area where a slide file tells its bounds; we count from the slide's
-own corner. What lies between is the offset, which our files record (see `utils.slides.frame`).
+QuPath counts pixels from the corner of the scanned area, if the slide's file has its bounds; we count from the slide's
+own corner. Our files record the offset between the two (see `utils.slides.frame`).
 """
 
 import json
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from utils.core.errors import SlideError
 from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import log
-from utils.slides.frame import check_place, offset_by_place, qupath_offset
+from utils.slides.frame import check_position, offset_by_position, qupath_offset
 from utils.slides.outlines import Ring, fill, outlines
 from utils.slides.qupath import Area, read_areas, shortage_of, tissue_areas
 from utils.slides.slide import Slide
-from utils.slides.tissue import TISSUE_SETTINGS, TissueMask, judged_shape
+from utils.slides.tissue import TISSUE_SETTINGS, TissueMask, mask_shape
 
 CLASSIFICATION = {"name": "Tissue", "color": [0, 158, 115]}
 # Rounding of coordinates in level-0 px: far below a pixel of the mask.
@@ -29,9 +29,9 @@ _DECIMALS = 2
 
 
 def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
-    """Write the outlines of a mask as QuPath's annotations, one for each piece, in QuPath's pixel frame.
+    """Write the outlines of a mask as QuPath annotations, one per piece, in QuPath's pixel frame.
 
-    A file that was edited after it was written is kept, with a warning.
+    A file that was edited after it was written is not replaced; a warning says so.
     """
     if path.exists() and not _is_as_written(path):
         log.warning("%s: was edited since it was written, and is kept; move it, or use it with --tissue", path)
@@ -62,7 +62,7 @@ def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
 class ContourFile:
     """The content of a GeoJSON file of a slide's tissue, written by us or by QuPath.
 
-    If `classes` are named, in any case, only areas of those are tissue.
+    If `classes` are given, in any case, only their areas are tissue.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class ContourFile:
         return cls(path, read_json(path, SlideError), classes)
 
     def is_as_detected(self, slide: Slide) -> bool:
-        """Whether the file says that the present detector wrote it for this slide, and it was not edited."""
+        """Whether the present detector wrote the file for this slide, by its record, and nobody edited it."""
         frame = self._frame
         return (
             frame is not None
@@ -86,14 +86,14 @@ class ContourFile:
         )
 
     def mask(self, slide: Slide) -> TissueMask:
-        """The mask of its polygons at the resolution the tissue is judged at.
+        """Return the mask of its polygons at the resolution of the tissue detector.
 
-        A pixel is tissue when its middle lies in an area of tissue, in no hole of it, and in none that is cut out; see
-        `utils.slides.qupath`.
+        A pixel is tissue if its centre lies in an area of tissue, not in a hole of it, and not in an area to cut out;
+        see `utils.slides.qupath`.
 
         Raises:
-            SlideError: not GeoJSON, no tissue in it, polygons that lie beside the slide or where nothing was scanned,
-                that contradict each other, or another slide's.
+            SlideError: the file is not GeoJSON, has no tissue or is another slide's; polygons lie beside the slide or
+                the scanned area, or contradict each other.
         """
         areas = read_areas(self.content, self.path)
         tissue = tissue_areas(areas, self.classes)
@@ -101,8 +101,8 @@ class ContourFile:
             raise SlideError(f"{self.path}: {shortage_of(areas, self.classes)}")
         cut_out = [area for area in areas if area.is_cut_out(self.classes)]
         offset = self._offset(slide, tissue, cut_out)
-        check_place(slide, tissue, cut_out, offset, self.path)
-        shape = judged_shape(slide)
+        check_position(slide, tissue, cut_out, offset, self.path)
+        shape = mask_shape(slide)
         to_mask = np.array([shape[1] / slide.width, shape[0] / slide.height])
         masks = []
         for group in (tissue, cut_out):
@@ -120,10 +120,10 @@ class ContourFile:
         return frame if isinstance(frame, Mapping) else None
 
     def _offset(self, slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area]) -> NDArray[np.float64]:
-        """(x, y) level-0 px from which its polygons are counted, as the file says, or as their places show."""
+        """Return the origin (x, y) of its polygons in level-0 px, as recorded, or as their positions show."""
         frame = self._frame
         if frame is None:
-            return offset_by_place(slide, tissue, cut_out, self.path)
+            return offset_by_position(slide, tissue, cut_out, self.path)
         size = frame.get("width", slide.width), frame.get("height", slide.height)
         if size != (slide.width, slide.height):
             raise SlideError(
@@ -136,7 +136,7 @@ class ContourFile:
 
 
 def _detector(slide: Slide) -> dict[str, Any]:
-    """The settings, besides its pixels, that determine the detector's outlines of a slide."""
+    """Return the settings that, with its pixels, determine the detector's outlines of a slide."""
     return {"tissue": TISSUE_SETTINGS.as_dict(), "mpp": slide.mpp}
 
 

@@ -1,4 +1,4 @@
-"""Find the slides of a folder, and say why other files are left out."""
+"""Find the slides in a folder, and say why other files are left out."""
 
 import errno
 import logging
@@ -58,9 +58,9 @@ def is_slide_file(path: Path | str) -> bool:
 
 @dataclass(frozen=True)
 class FoundSlides:
-    """The slides of a folder, sorted by path, and what was left out, by reason.
+    """The slides of a folder, sorted by path, and the files left out, by reason.
 
-    `are_pictures` says that all of them have names of pictures, and were taken for that reason.
+    `are_pictures` means that all of them are named like pictures, so that these have to be the slides.
     """
 
     slides: list[Path]
@@ -68,7 +68,7 @@ class FoundSlides:
     are_pictures: bool = False
 
     def log(self, folder: Path) -> None:
-        """Log what was left out, in a line; as a warning where a slide may be among it."""
+        """Log what was left out, in one line; as a warning if a slide may be among it."""
         if self.are_pictures:
             names = _names(self.slides)
             log.warning(
@@ -80,21 +80,21 @@ class FoundSlides:
 
     @property
     def left_out_words(self) -> str:
-        """What was left out and why, with the remedy."""
-        parts: list[str] = []
+        """What was left out and why, with the remedies."""
+        groups: list[str] = []
         reasons = [reason for reason in _REMEDIES if reason in self.left_out]
         for reason, following in zip(reasons, [*reasons[1:], ""], strict=True):
             paths, remedy = self.left_out[reason], _REMEDIES[reason]
-            parts.append(f"{reason} ({len(paths)}: {_names(paths)})")
+            groups.append(f"{reason} ({len(paths)}: {_names(paths)})")
             if remedy != _REMEDIES.get(following):
-                parts[-1] += f": {remedy}"
+                groups[-1] += f": {remedy}"
             if reason == _FOREIGN and any(path.suffix.lower() == ".qptiff" for path in paths):
-                parts[-1] += " (--extensions .qptiff tries those as they are)"
-        return "; ".join(parts)
+                groups[-1] += " (--extensions .qptiff tries those as they are)"
+        return "; ".join(groups)
 
 
 def find_slides(folder: Path | str, extensions: Iterable[str] | None = None) -> list[Path]:
-    """All slide files under a folder, as `look_for_slides` finds them.
+    """Return all slide files under a folder, as `look_for_slides` finds them.
 
     Raises:
         SlideError: the folder does not exist.
@@ -103,12 +103,12 @@ def find_slides(folder: Path | str, extensions: Iterable[str] | None = None) -> 
 
 
 def look_for_slides(folder: Path | str, extensions: Iterable[str] | None = None) -> FoundSlides:
-    """All slide files under a folder, subfolders and links to folders included, each folder once.
+    """Find all slide files under a folder, including subfolders and links to folders, each folder once.
 
-    Hidden files and folders are left out, and what a NAS keeps of its own. So are, where no extensions are named, files
-    that are parts or pictures of a slide: masks, thumbnails, previews, the `.jpg` tiles of a Hamamatsu `.vms`, and an
-    image or a plain TIFF beside a slide of the same name. Extensions may be written in any case, with or without the
-    dot; None means every known one.
+    Hidden files and folders, and a NAS's own folders, are left out. If no extensions are given, so are parts and
+    pictures of slides: masks, thumbnails, previews, the `.jpg` tiles of a Hamamatsu `.vms`, and an image or a plain
+    TIFF beside a slide of the same name. Extensions may be in any case, with or without the dot; None means every known
+    one.
 
     Raises:
         SlideError: the folder does not exist.
@@ -122,15 +122,15 @@ def look_for_slides(folder: Path | str, extensions: Iterable[str] | None = None)
     if extensions is None:
         slides, are_pictures = _known_slides(folder, _readable(files, left_out), left_out)
     else:
-        wanted = {"." + extension.strip().lower().lstrip(".") for extension in extensions}
-        files = [path for path in files if path.suffix.lower() in wanted or _may_be_a_folder(path)]
-        slides = [path for path in _readable(files, left_out) if path.suffix.lower() in wanted]
-    there = {reason: sorted(paths) for reason, paths in left_out.items() if paths}
-    return FoundSlides(sorted(slides), there, are_pictures)
+        endings = {"." + extension.strip().lower().lstrip(".") for extension in extensions}
+        files = [path for path in files if path.suffix.lower() in endings or _may_be_a_folder(path)]
+        slides = [path for path in _readable(files, left_out) if path.suffix.lower() in endings]
+    by_reason = {reason: sorted(paths) for reason, paths in left_out.items() if paths}
+    return FoundSlides(sorted(slides), by_reason, are_pictures)
 
 
 def _known_slides(folder: Path, files: Sequence[Path], left_out: dict[str, list[Path]]) -> tuple[list[Path], bool]:
-    """The slides among the files, by ending and name, and whether all of them have names of pictures."""
+    """Return the slides among the files, by ending and name, and whether all of them are named like pictures."""
     slides = []
     for path in files:
         ending = path.suffix.lower()
@@ -148,8 +148,8 @@ def _known_slides(folder: Path, files: Sequence[Path], left_out: dict[str, list[
 
 def _may_be_a_folder(path: Path) -> bool:
     """Whether a path is a link whose ending is not that of a file."""
-    known = SLIDE_EXTENSIONS | IMAGE_EXTENSIONS | FOREIGN_EXTENSIONS | _PACKED_EXTENSIONS
-    if path.suffix.lower() in known:
+    file_endings = SLIDE_EXTENSIONS | IMAGE_EXTENSIONS | FOREIGN_EXTENSIONS | _PACKED_EXTENSIONS
+    if path.suffix.lower() in file_endings:
         return False
     try:
         return path.is_symlink()
@@ -158,19 +158,19 @@ def _may_be_a_folder(path: Path) -> bool:
 
 
 def _files_under(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path]:
-    """All files that are not hidden. Links to folders are followed last, so that a folder keeps its own name."""
-    seen: set[tuple[int, int]] = set()
+    """Yield all files that are not hidden. Links to folders are followed last, so that a folder keeps its own path."""
+    visited: set[tuple[int, int]] = set()
     waiting, links = [folder], deque[Path]()
     while waiting or links:
-        place = waiting.pop() if waiting else links.popleft()
+        directory = waiting.pop() if waiting else links.popleft()
         try:
-            status = place.stat()
-            if (status.st_dev, status.st_ino) in seen:
+            status = directory.stat()
+            if (status.st_dev, status.st_ino) in visited:
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            visited.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError:
-            left_out[_CLOSED].append(place)
+            left_out[_CLOSED].append(directory)
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name in _OF_A_NAS:
@@ -194,7 +194,7 @@ def _is_reachable(path: Path) -> bool:
 
 
 def _readable(files: Iterable[Path], left_out: dict[str, list[Path]]) -> list[Path]:
-    """The files that exist and may be read; the others are added to `left_out`."""
+    """Return the files that exist and may be read; add the others to `left_out`."""
     readable = []
     for path in files:
         try:
@@ -207,15 +207,15 @@ def _readable(files: Iterable[Path], left_out: dict[str, list[Path]]) -> list[Pa
 
 
 def _without_pictures(folder: Path, files: Sequence[Path], left_out: dict[str, list[Path]]) -> tuple[list[Path], bool]:
-    """Remove the files that are parts or pictures of slides; also return whether only pictures were there.
+    """Remove the files that are parts or pictures of slides; also return whether there were only pictures.
 
-    If all files have names of pictures, and nothing was left out that may be their slide, they are the slides.
+    If all files are named like pictures, and nothing was left out that may be their slide, they are the slides.
     """
     tiled = {path.parent for path in files if path.suffix.lower() in {".vms", ".vmu"}}
     best: dict[tuple[Path, str], int] = {}
     for path in files:
         best[_key(path)] = min(_rank(path), best.get(_key(path), 2))
-    names_there = {words_of(_bare_name(path)) for path in files}
+    file_names = {words_of(_bare_name(path)) for path in files}
     slides, pictures, beside = [], [], []
     for path in files:
         rank = _rank(path)
@@ -224,7 +224,7 @@ def _without_pictures(folder: Path, files: Sequence[Path], left_out: dict[str, l
         names = [*path.relative_to(folder).parts[:-1], _bare_name(path)]
         if rank > best[_key(path)]:
             beside.append(path)
-        elif rank > 0 and any(is_picture_name(name, names_there) for name in names):
+        elif rank > 0 and any(is_picture_name(name, file_names) for name in names):
             pictures.append(path)
         else:
             slides.append(path)
@@ -236,12 +236,12 @@ def _without_pictures(folder: Path, files: Sequence[Path], left_out: dict[str, l
 
 
 def _key(path: Path) -> tuple[Path, str]:
-    """A file's folder and its bare name in small letters; files with one key belong together."""
+    """Return a file's folder and its bare name in lower case; files with the same key belong together."""
     return path.parent, _bare_name(path).casefold()
 
 
 def _bare_name(path: Path) -> str:
-    """A file's name without the endings of slides and images: "x" for both "x.svs" and "x.svs.png"."""
+    """Return a file's name without the endings of slides and images: "x" for both "x.svs" and "x.svs.png"."""
     name = path.name
     while Path(name).suffix.lower() in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS:
         name = Path(name).stem
@@ -249,20 +249,20 @@ def _bare_name(path: Path) -> str:
 
 
 def _rank(path: Path) -> int:
-    """0 for a scanner's own format, 1 for a TIFF, 2 for an image: of files with one key, the lowest is the slide."""
+    """Return 0 for a scanner's format, 1 for a TIFF, 2 for an image: the lowest of files with one key is a slide."""
     ending = path.suffix.lower()
     return 2 if ending in IMAGE_EXTENSIONS else 1 if ending in TIFF_EXTENSIONS else 0
 
 
-def no_slide_words(folder: Path, looked: FoundSlides, extensions: Sequence[str] | None = None) -> str:
+def no_slide_words(folder: Path, listing: FoundSlides, extensions: Sequence[str] | None = None) -> str:
     """Say why a folder has no slides, and what to do."""
     if extensions:
-        others = look_for_slides(folder)
-        endings = " ".join(sorted({slide.suffix for slide in others.slides}))
-        there = f"the slides there end in {endings}" if endings else no_slide_words(folder, others)
-        return f"no file with {' '.join(extensions)} in it; {there}"
-    if looked.left_out:
-        return f"no slide in it; left out {looked.left_out_words}"
+        all_slides = look_for_slides(folder)
+        endings = " ".join(sorted({slide.suffix for slide in all_slides.slides}))
+        advice = f"the slides there end in {endings}" if endings else no_slide_words(folder, all_slides)
+        return f"no file with {' '.join(extensions)} in it; {advice}"
+    if listing.left_out:
+        return f"no slide in it; left out {listing.left_out_words}"
     return "no file with a slide's ending in it; check the path, or name the endings with --extensions"
 
 
@@ -271,18 +271,18 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def one_per_series(slides: Sequence[Path]) -> list[Path]:
-    """Keep one file of each DICOM series, since any of its files opens the whole slide."""
-    kept, known = [], set()
+    """Return one file of each DICOM series, since any of its files opens the whole slide."""
+    slides_kept, series_seen = [], set()
     for slide in slides:
         series = (slide.parent, _series(slide)) if slide.suffix.lower() == ".dcm" else None
-        if series is None or series[1] is None or series not in known:
-            kept.append(slide)
-        known.add(series)
-    return kept
+        if series is None or series[1] is None or series not in series_seen:
+            slides_kept.append(slide)
+        series_seen.add(series)
+    return slides_kept
 
 
 def slide_bytes(slide: Path) -> int:
-    """A slide's size on disk, with the data files of a MIRAX slide; 0 if it cannot be read."""
+    """Return a slide's size on disk, including the data files of a MIRAX slide; 0 if it cannot be read."""
     try:
         files = [slide, *(data_files(slide) if is_mirax(slide) and data_folder(slide).is_dir() else ())]
         return sum(file.stat().st_size for file in files)
@@ -291,7 +291,7 @@ def slide_bytes(slide: Path) -> int:
 
 
 def _series(path: Path) -> str | None:
-    """The series UID of a DICOM file, or None if OpenSlide does not open it."""
+    """Return the series UID of a DICOM file, or None if OpenSlide does not open it."""
     try:
         with openslide.OpenSlide(path) as handle:
             return handle.properties.get("dicom.SeriesInstanceUID")

@@ -1,7 +1,7 @@
-"""The colour of glass: of a slide's whole border, and of a yellowish smear (adhesive, mounting medium) on part of it.
+"""Find the colour of tinted glass: along a slide's whole border, or in a yellowish smear (adhesive, mounting medium).
 
-Both are looked for only where a first look took them for tissue: on a slide whose glass was left alone nothing changes.
-Glass is told from pale tissue by being of one colour over a large part of the border, with something denser beside it.
+Both are searched only if the first pass took glass for tissue; other slides are unaffected. Glass differs from pale
+tissue in that it has one colour over a large part of the border, with something denser beside it.
 """
 
 import numpy as np
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 from utils.slides.colour import binned_density, density_of, mean_density, most_frequent_colour, optical_density
 
-_BORDER_SHARE = 0.02  # width of the border that is looked at, of the image's shorter side
+_BORDER_SHARE = 0.02  # width of the border, of the image's shorter side
 _PALE = 185  # of 255, the least of the three channels of glass
-_SPREAD = 8  # grey levels around its colour within which glass lies: noise of 3, light that falls off by 2%
-_MIN_OF_BORDER = 0.5  # share of the border that is glass; the rest may be tissue that was cut by it, or pens
+_SPREAD = 8  # grey levels around the colour of glass: noise of 3, and illumination that falls off by 2%
+_MIN_OF_BORDER = 0.5  # share of the border that is glass; the rest may be tissue cut off there, or ink
 _MIN_OF_IMAGE = 0.1  # share of the image
-_MIN_TAKEN = 0.1  # share of the border's glass that a first look took for tissue
+_MIN_TAKEN = 0.1  # share of the border's glass that the first pass took for tissue
 _MIN_TINT, _MAX_TINT = 0.02, 0.1  # largest minus smallest channel density; deeper is no glass
-_DENSER, _MIN_DENSER = 0.06, 0.002  # mean density above the glass's, and share of the image, of what lies on it
+_DENSER, _MIN_DENSER = 0.06, 0.002  # mean density above the glass's, and share of the image, of objects on it
 _FLAT_UM, _FLAT_SHARE = 3_000.0, 0.99  # no tissue of this extent is so much of one colour: an empty slide
 
 _SQUARE_UM = 16.0  # side of the squares on which a smear is searched
@@ -25,22 +25,22 @@ _FILM_PINK = 0.5  # most density in green over that in red, of that in blue over
 _FILM_DENSITY = 0.12  # mean; more is no film
 _FILM_FLAT = 0.012  # most spread of the density in blue over 3 x 3 squares
 _FILM_UM2 = 150_000.0  # least area
-_FILM_SLOPE_UM = 150.0  # standard deviation of the Gaussian by which its thickness is carried on under tissue,
-_FILM_REACH_UM = 500.0  # as far as this,
-_FILM_LEFT = 0.8  # and where the density in blue is above this share of its own
-_LEAST_WEIGHT = 1e-4  # of that Gaussian, against division by nothing
+_FILM_SLOPE_UM = 150.0  # standard deviation of the Gaussian that extends its thickness under tissue,
+_FILM_REACH_UM = 500.0  # up to this distance,
+_FILM_LEFT = 0.8  # and only where the density in blue exceeds this share of its own
+_LEAST_WEIGHT = 1e-4  # of that Gaussian, against division by zero
 
 
 def tint_of_border(rgb: NDArray[np.uint8], mask: NDArray[np.bool_], mpp: float) -> NDArray[np.float32] | None:
-    """Find the tint of glass that a first look took for tissue.
+    """Find the tint of glass that the first pass took for tissue.
 
     Args:
         rgb: (h, w, 3) uint8.
-        mask: (h, w) bool, what was taken for tissue.
+        mask: (h, w) bool, the tissue of the first pass.
         mpp: um per px.
 
     Returns:
-        (3,) how much denser than in its clearest channel the glass is; None where no glass was taken for tissue.
+        (3,) density of the glass above that in its clearest channel; None if no glass was taken for tissue.
     """
     border = _border(mask.shape)
     colour = _most_frequent(rgb[border])
@@ -56,7 +56,7 @@ def tint_of_border(rgb: NDArray[np.uint8], mask: NDArray[np.bool_], mpp: float) 
 
 
 def _border(shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """(h, w) bool."""
+    """Return (h, w) bool: the border of an image."""
     width = max(1, round(_BORDER_SHARE * min(shape)))
     border = np.ones(shape, dtype=bool)
     border[width:-width, width:-width] = False
@@ -64,7 +64,7 @@ def _border(shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _most_frequent(pixels: NDArray[np.uint8]) -> NDArray[np.float64] | None:
-    """(3,) the most frequent pale colour of pixels (n, 3), None where none is pale."""
+    """Return (3,): the most frequent pale colour of pixels (n, 3); None if none is pale."""
     pale = pixels[pixels.min(axis=-1) >= _PALE]
     if not len(pale):
         return None
@@ -76,7 +76,7 @@ def _near(pixels: NDArray[np.uint8], colour: NDArray[np.float64]) -> NDArray[np.
 
 
 def _is_ground(rgb: NDArray[np.uint8], colour: NDArray[np.float64], density: float, mpp: float) -> bool:
-    """Whether much of an image is of one colour, with something denser on it, or is too large to be flat tissue."""
+    """Whether much of an image has this colour, with something denser on it, or an area too large for flat tissue."""
     share = float(_near(rgb, colour).mean())
     if share > _FLAT_SHARE and min(rgb.shape[:2]) * mpp >= _FLAT_UM:
         return True
@@ -85,15 +85,15 @@ def _is_ground(rgb: NDArray[np.uint8], colour: NDArray[np.float64], density: flo
 
 
 def find_smear(density: NDArray[np.float32], mask: NDArray[np.bool_], mpp: float) -> NDArray[np.float32] | None:
-    """Find what a yellowish smear on part of the glass absorbs, there and in the tissue it covers.
+    """Find the optical density of a yellowish smear on part of the glass, there and under the tissue it covers.
 
     Args:
         density: (h, w, 3) optical density, less the tint of the glass.
-        mask: (h, w) bool, what was taken for tissue.
+        mask: (h, w) bool, the tissue of the first pass.
         mpp: um per px.
 
     Returns:
-        (h, w, 3) optical density, 0 beside the smear; None where no smear was taken for tissue.
+        (h, w, 3) optical density, 0 outside the smear; None if no smear was taken for tissue.
     """
     width = max(1, round(_SQUARE_UM / mpp))
     if not mask.any() or min(mask.shape) < 3 * width:
@@ -102,13 +102,13 @@ def find_smear(density: NDArray[np.float32], mask: NDArray[np.bool_], mpp: float
     film = _film(squares, mask[width // 2 :: width, width // 2 :: width], (width * mpp) ** 2)
     if not film.any():
         return None
-    covered = _carried_on(squares, film, width * mpp).repeat(width, axis=0).repeat(width, axis=1)
+    covered = _extended(squares, film, width * mpp).repeat(width, axis=0).repeat(width, axis=1)
     missing = [(0, mask.shape[0] - covered.shape[0]), (0, mask.shape[1] - covered.shape[1]), (0, 0)]
     return np.pad(covered, missing, mode="edge")
 
 
 def _film(squares: NDArray[np.float32], mask: NDArray[np.bool_], area_um2: float) -> NDArray[np.bool_]:
-    """(n, m) bool: large flat pieces of yellow glass among squares (n, m, 3) that were taken for tissue."""
+    """Return (n, m) bool: large flat pieces of yellow glass among squares (n, m, 3) that were taken for tissue."""
     from scipy import ndimage  # slow to import, and needed where a slide is read alone
 
     red, green, blue = np.moveaxis(squares, -1, 0)
@@ -125,8 +125,8 @@ def _film(squares: NDArray[np.float32], mask: NDArray[np.bool_], area_um2: float
     return large[labels]
 
 
-def _carried_on(squares: NDArray[np.float32], film: NDArray[np.bool_], um: float) -> NDArray[np.float32]:
-    """(n, m, 3) density of the film, carried on under the tissue beside it that absorbs at least as much blue."""
+def _extended(squares: NDArray[np.float32], film: NDArray[np.bool_], um: float) -> NDArray[np.float32]:
+    """Return (n, m, 3): the film's density, extended under adjacent tissue that absorbs at least as much blue."""
     from scipy import ndimage
 
     slope = _FILM_SLOPE_UM / um

@@ -1,27 +1,27 @@
-"""The folder beside a MIRAX slide's file, which holds its pixels."""
+"""The folder beside a MIRAX slide's file, which holds the slide's pixels."""
 
 import re
 from pathlib import Path
 
 from utils.core.errors import SlideError
 
-# The slide's own files; others (Thumbs.db, .DS_Store) do not change it.
+# The slide's own files; others (Thumbs.db, .DS_Store) do not matter.
 _DATA_FILE = re.compile(r"slidedat\.ini|index\.dat|data\S*\.dat", re.IGNORECASE)
 
 
 def is_mirax(slide: Path) -> bool:
-    """Whether it is a MIRAX slide, by its ending."""
+    """Whether the file is a MIRAX slide, by its ending."""
     return slide.suffix.lower() == ".mrxs"
 
 
 def data_folder(slide: Path) -> Path:
-    """The folder of a MIRAX slide; of a link without one, the folder beside its target."""
+    """Return the folder of a MIRAX slide; for a link without one, the folder beside its target."""
     folder = slide.with_suffix("")
     return folder if folder.is_dir() else slide.resolve().with_suffix("")
 
 
 def data_files(slide: Path) -> list[Path]:
-    """The files in its folder that belong to a MIRAX slide, sorted. Raises SlideError where there is no folder."""
+    """Return the files in a MIRAX slide's folder that belong to it, sorted. Raises SlideError if there is no folder."""
     folder = data_folder(slide)
     try:
         return sorted(path for path in folder.iterdir() if path.is_file() and _DATA_FILE.fullmatch(path.name))

@@ -16,7 +16,7 @@ _NAMED = 4
 class OutlineFolder:
     """A folder of files `<slide>.geojson` or `<slide>.svs.geojson`, with that ending in any case.
 
-    With `is_strict` every slide needs a file. A slide's place is the subfolder that holds its file.
+    With `is_strict` every slide needs a file. Slides are given with the subfolder that holds their file.
     """
 
     path: Path
@@ -27,12 +27,12 @@ class OutlineFolder:
         if not self.path.is_dir():
             raise ConfigError(f"--tissue {self.path}: no such folder; give that of the .geojson files")
 
-    def file_of(self, slide: Path, place: Path) -> Path | None:
-        """The file with a slide's outlines, or None.
+    def file_of(self, slide: Path, subfolder: Path) -> Path | None:
+        """Return the file with a slide's outlines, or None.
 
-        Raises SlideError where there are two, or none and the slide needs one.
+        Raises SlideError if there are two, or none and every slide needs one.
         """
-        folder = self.path / place
+        folder = self.path / subfolder
         expected = _names_of(slide)
         files = [path for path in self._files_in(folder) if _plain_name(path) in expected]
         if len(files) > 1:
@@ -44,13 +44,13 @@ class OutlineFolder:
         return files[0] if files else None
 
     def log_unused(self, slides: Iterable[tuple[Path, Path]]) -> None:
-        """Warn of files that match none of the slides, which are given with their places."""
-        expected = {place / name: slide for slide, place in slides for name in _names_of(slide)}
+        """Warn of files that match none of the slides, which are given with their subfolders."""
+        expected = {subfolder / name: slide for slide, subfolder in slides for name in _names_of(slide)}
         files = {path.relative_to(self.path): path for path in self._all_files()}
-        used = {place for place, path in files.items() if place.with_name(_plain_name(path)) in expected}
-        outlined = {expected[place.with_name(_plain_name(files[place]))] for place in used}
-        free = [place.as_posix() for place, slide in expected.items() if slide not in outlined]
-        unused = sorted(place.as_posix() for place in files.keys() - used)
+        used = {name for name, path in files.items() if name.with_name(_plain_name(path)) in expected}
+        outlined = {expected[name.with_name(_plain_name(files[name]))] for name in used}
+        free = [name.as_posix() for name, slide in expected.items() if slide not in outlined]
+        unused = sorted(name.as_posix() for name in files.keys() - used)
         if unused:
             hints = [meant(name, free).removeprefix("; ") for name in unused[:_NAMED]]
             words = [f"{name} ({hint})" if hint else name for name, hint in zip(unused, hints, strict=False)]
@@ -67,13 +67,13 @@ class OutlineFolder:
             log.warning("%s: no file for %s; there are %s%s", self.path, slide.name, named(files), meant(name, files))
 
     def _files_in(self, folder: Path) -> list[Path]:
-        """The files of a folder, which is read once."""
+        """List the files of a folder, which is read only once."""
         if folder not in self._listings:
             self._listings[folder] = sorted(folder.iterdir()) if folder.is_dir() else []
         return self._listings[folder]
 
     def _all_files(self) -> Iterator[Path]:
-        """All files whose names are those of outlines, in subfolders too."""
+        """Yield all files named as outlines are, including those in subfolders."""
         for folder, _, names in os.walk(self.path):
             yield from (Path(folder, name) for name in names if _ENDING in name.lower() and not name.startswith("."))
 
@@ -83,5 +83,5 @@ def _names_of(slide: Path) -> tuple[str, str]:
 
 
 def _plain_name(path: Path) -> str:
-    """Its name with the ending in small letters."""
+    """Return the file's name with its ending in lower case."""
     return path.stem + path.suffix.lower()

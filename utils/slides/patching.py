@@ -1,10 +1,11 @@
-"""Which patches of a slide to read: a level-0 grid, thinned to those with enough tissue; and reading them."""
+"""Choose the patches of a slide, those of a level-0 grid with enough tissue, and read them."""
 
 import math
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,28 +18,52 @@ from utils.core.geometry import covered_fraction, level0_size, patch_grid, usabl
 from utils.slides.slide import WHITE, Slide
 from utils.slides.tissue import TissueMask, detect_tissue
 
-# Float rounding in the covered fraction must not cost a patch that is covered exactly as asked.
+# Rounding errors must not drop a patch whose tissue fraction equals the threshold.
 _ROUNDING = 1e-6
-# A slide this much coarser than asked is enlarged unasked: scanners of one nominal resolution differ by as much.
+# Slides coarser than asked by at most this share are enlarged anyway: scanners of one nominal mpp differ that much.
 MOST_UPSAMPLING = 0.05
-# Pillow widens its filters when it makes an image smaller, so that nothing is aliased; this one reaches 2 px each way.
+# Pillow widens its filters when it shrinks an image, which prevents aliasing; this one reaches 2 px each way.
 _FILTER, _FILTER_REACH = Image.Resampling.BICUBIC, 2
 _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a slide's pixels become those of a patch.
+    """How the pixels of a slide become those of a patch.
 
     Attributes:
         level: pyramid level that is read.
         downsample: level-0 px per patch px, exact.
-        scale: px of that level per patch px: 1 where they are taken as they are, above 1 where they are averaged.
+        scale: px of that level per patch px: 1 if they are read as they are, above 1 if they are averaged.
     """
 
     level: int
     downsample: float
     scale: float
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """The settings of a grid of patches.
+
+    Attributes:
+        patch_size, stride: px of the patch; no stride means patches side by side.
+        level, mpp: at most one of them, the pyramid level that is read as it is, or the um/px of the patches; level 0
+            if neither is given.
+        allow_upsample: also accept slides that are coarser than `mpp`.
+        tissue_threshold: least fraction of a patch's footprint that is tissue, 0 to 1; 0 keeps every patch of the grid
+            and does not run the detector.
+        keep_edge: if the grid leaves a px or more of the level that is read at the right or bottom edge, add one column
+            or row that ends at the edge and overlaps the previous one.
+    """
+
+    patch_size: int
+    stride: int | None = None
+    level: int | None = None
+    mpp: float | None = None
+    allow_upsample: bool = False
+    tissue_threshold: float = 0.5
+    keep_edge: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +72,16 @@ class PatchPlan:
 
     Attributes:
         coords: (N, 2) int64, top-left corners (x, y) in level-0 px, row by row.
-        grid: (M, 2) int64, those of all patches before the tissue was looked at; regular but for a last column and row
-            at the edge, where those were asked for.
+        grid: (M, 2) int64, those of all patches of the grid, whatever their tissue; regular except for a last column
+            and row at the edge, if these were asked for.
         patch_size: side in px of the patch.
         patch_size_level0: side in level-0 px, rounded.
         stride_level0: distance between neighbours of the grid in level-0 px, rounded.
-        sampling: what is read.
-        mpp: um per px of the patches, or None where the slide's mpp is unknown.
-        tissue: the mask that chose among them, or None at threshold 0.
-        outlines_digest: of that mask, where it is of given outlines, and not the detector's.
-        shortage: why there is no patch, "" where there are.
+        sampling: how they are read.
+        mpp: um per px of the patches, or None if the slide's mpp is unknown.
+        tissue: the tissue mask, or None at threshold 0.
+        outlines_digest: digest of that mask if it is from given outlines, not from the detector.
+        shortage: why there is no patch, "" if there are any.
     """
 
     coords: NDArray[np.int64]
@@ -74,67 +99,39 @@ class PatchPlan:
         return len(self.coords)
 
 
-def plan_patches(
-    slide: Slide,
-    *,
-    patch_size: int,
-    stride: int | None = None,
-    level: int | None = None,
-    mpp: float | None = None,
-    allow_upsample: bool = False,
-    tissue_threshold: float = 0.5,
-    outlined: TissueMask | None = None,
-    keep_edge: bool = False,
-) -> PatchPlan:
+def plan_patches(slide: Slide, settings: PatchGrid, outlined: TissueMask | None = None) -> PatchPlan:
     """Lay a grid over a slide and keep the patches with enough tissue.
 
-    Args:
-        patch_size, stride: px of the patch; no stride means patches side by side.
-        level, mpp: at most one of them, the pyramid level that is read as it is, or the um/px of the patches; level 0
-            where neither is given.
-        allow_upsample: take slides that are coarser than `mpp` too.
-        tissue_threshold: least fraction of a patch's footprint that is tissue, 0 to 1; 0 keeps every patch of the grid
-            and does not run the detector.
-        outlined: where the tissue is, instead of what the detector finds.
-        keep_edge: where the grid leaves a px or more of the level that is read at the right or bottom edge, add one
-            column or row that ends at the edge and overlaps the one before.
+    `outlined` is the tissue by given outlines, which replaces the detector's. A plan without patches is not an error:
+    its `shortage` says why.
 
     Raises:
-        ConfigError: a size, stride or threshold that makes no sense.
+        ConfigError: the patch size, stride or threshold is invalid.
         SlideError: the level does not exist, the slide's um/px is needed and unknown, or coarser than asked, the patch
             is larger than the slide, the slide cannot be read.
-
-    A plan without a patch is no error here: its `shortage` says why.
     """
-    stride = patch_size if stride is None else stride
-    _check_settings(patch_size, stride, tissue_threshold)
-    sampling = choose_sampling(slide, patch_size, level, mpp, allow_upsample)
+    patch_size, threshold = settings.patch_size, settings.tissue_threshold
+    stride = patch_size if settings.stride is None else settings.stride
+    _check_settings(patch_size, stride, threshold)
+    sampling = choose_sampling(slide, patch_size, settings.level, settings.mpp, settings.allow_upsample)
     size_level0, stride_level0 = (level0_size(pixels, sampling.downsample) for pixels in (patch_size, stride))
-    grid = _grid(slide, sampling, patch_size, stride_level0, keep_edge)
+    grid = _grid(slide, sampling, patch_size, stride_level0, settings.keep_edge)
 
     coords, shortage, tissue = grid, "", None
-    if tissue_threshold > 0:
+    if threshold > 0:
         tissue = outlined or detect_tissue(slide)
         fraction = covered_fraction(tissue.mask, grid, size_level0, slide.width, slide.height)
-        coords = grid[fraction >= tissue_threshold - _ROUNDING]
+        coords = grid[fraction >= threshold - _ROUNDING]
         if not len(coords):
-            shortage = _shortage(slide, tissue, fraction, tissue_threshold)
+            shortage = _shortage(slide, tissue, fraction, threshold)
     return PatchPlan(
-        coords=coords,
-        grid=grid,
-        patch_size=patch_size,
-        patch_size_level0=size_level0,
-        stride_level0=stride_level0,
-        sampling=sampling,
-        mpp=delivered_mpp(slide, sampling, mpp),
-        tissue=tissue,
-        outlines_digest=None if outlined is None else outlined.digest,
-        shortage=shortage,
-    )
+        coords, grid, patch_size, size_level0, stride_level0, sampling, delivered_mpp(slide, sampling, settings.mpp),
+        tissue, None if outlined is None else outlined.digest, shortage,
+    )  # fmt: skip
 
 
 def _shortage(slide: Slide, tissue: TissueMask, fraction: NDArray[np.float64], threshold: float) -> str:
-    """Why none of a grid's patches is kept, and what to do."""
+    """Say why no patch of a grid is kept, and what to do."""
     if tissue.is_grey:
         return (
             f"{slide.path}: it is greyscale, and the detector knows tissue by its colour; draw it and give --tissue, "
@@ -148,7 +145,7 @@ def _shortage(slide: Slide, tissue: TissueMask, fraction: NDArray[np.float64], t
 
 
 def delivered_mpp(slide: Slide, sampling: Sampling, mpp: float | None) -> float | None:
-    """um per px of patches that are read so, `mpp` being what was asked for; None where the slide's own is unknown."""
+    """Return the um per px of patches read in this way, of the `mpp` requested; None if the slide's is unknown."""
     if sampling.scale != 1:
         return mpp
     return slide.mpp * sampling.downsample if slide.mpp else None
@@ -157,10 +154,10 @@ def delivered_mpp(slide: Slide, sampling: Sampling, mpp: float | None) -> float 
 def choose_sampling(
     slide: Slide, patch_size: int, level: int | None = None, mpp: float | None = None, allow_upsample: bool = False
 ) -> Sampling:
-    """The level to read, and how: as it is, or resampled from the nearest finer one to exactly `mpp` um/px.
+    """Choose the level to read as it is, or the nearest finer one to resample to exactly `mpp` um/px.
 
-    Where a level would be off by less than half a pixel over a whole patch, it is read as it is. Raises as
-    `plan_patches` does.
+    A level that would be off by less than half a pixel over a whole patch is read as it is. Raises as `plan_patches`
+    does.
     """
     if mpp is None:
         level = 0 if level is None else level
@@ -173,33 +170,28 @@ def choose_sampling(
             f"{slide.path}: its um/px is needed and unknown ({slide.mpp_problem}); give it with --slide_mpp (of all "
             "slides) or in --slides_csv (a table wsi,mpp); an extraction may ask for a --level instead of --mpp"
         )
-    wanted = mpp / slide.mpp
-    same = 0.5 / patch_size
-    if wanted < 1 / (1 + MOST_UPSAMPLING) and not allow_upsample:
+    downsample = mpp / slide.mpp
+    tolerance = 0.5 / patch_size
+    if downsample < 1 / (1 + MOST_UPSAMPLING) and not allow_upsample:
         raise SlideError(
-            f"{slide.path}: too coarse for {mpp:g} um/px: it has {slide.mpp:.4g} um/px at its finest, {1 / wanted:.3g} "
-            "times that; leave it out, ask for a coarser --mpp, or enlarge it with extractFeatures.py --allow_upsample"
+            f"{slide.path}: too coarse for {mpp:g} um/px: it has {slide.mpp:.4g} um/px at its finest, "
+            f"{1 / downsample:.3g} times that; leave it out, ask for a coarser --mpp, or enlarge it with "
+            "extractFeatures.py --allow_upsample"
         )
-    downsamples = slide.level_downsamples
-    finer = [index for index, factor in enumerate(downsamples) if factor <= wanted * (1 + same)]
-    nearest = max(finer, key=lambda index: downsamples[index], default=0)
-    scale = wanted / downsamples[nearest]
-    if abs(scale - 1) <= same:
-        return Sampling(nearest, downsamples[nearest], 1.0)
-    return Sampling(nearest, wanted, scale)
+    nearest = slide.coarsest_level(downsample * (1 + tolerance))
+    scale = downsample / slide.level_downsamples[nearest]
+    if abs(scale - 1) <= tolerance:
+        return Sampling(nearest, slide.level_downsamples[nearest], 1.0)
+    return Sampling(nearest, downsample, scale)
 
 
 def read_patch(slide: Slide, plan: PatchPlan, corner: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """The patch (P, P, 3) uint8 RGB at a corner (x, y) in level-0 px.
-
-    Raises:
-        SlideError: it cannot be read; nothing is put in its place.
-    """
+    """Read the patch (P, P, 3) uint8 RGB at a corner (x, y) in level-0 px. Raises SlideError if it cannot be read."""
     level, scale, size = plan.sampling.level, plan.sampling.scale, plan.patch_size
     if scale == 1:
         return slide.read_region(int(corner[0]), int(corner[1]), level, size, size)
     x, y = (corner / slide.level_downsamples[level]).tolist()
-    # What the filter reaches beyond the patch is read too, as far as the level goes: neighbours meet without a seam.
+    # The filter's margin around the patch is read too, up to the level's edge, so that neighbours meet without a seam.
     reach = math.ceil(_FILTER_REACH * max(scale, 1.0))
     width, height = slide.level_dimensions[level]
     left, top = max(0, math.floor(x) - reach), max(0, math.floor(y) - reach)
@@ -218,7 +210,7 @@ def _check_settings(patch_size: int, stride: int, tissue_threshold: float) -> No
 
 
 def _grid(slide: Slide, sampling: Sampling, patch_size: int, stride_level0: int, keep_edge: bool) -> NDArray[np.int64]:
-    """The grid whose patches lie inside the level that is read, and so inside the slide."""
+    """Return the grid of the patches that lie inside the level that is read, and so inside the slide."""
     downsample = slide.level_downsamples[sampling.level]
     level_width, level_height = slide.level_dimensions[sampling.level]
     # Rounded up: a patch of 100 px at downsample 4.016 reaches into the 402nd level-0 px.
@@ -228,7 +220,7 @@ def _grid(slide: Slide, sampling: Sampling, patch_size: int, stride_level0: int,
         usable_extent(slide.height, level_height, downsample),
         reach,
         stride_level0,
-        # A part of a px is none: the patch would be the one before once more.
+        # Less than a px does not count: the patch would repeat the previous one.
         downsample if keep_edge else None,
     )
     if not len(grid):
@@ -248,25 +240,12 @@ def read_batches(
     pin_memory: bool = False,
     on_damage: Callable[[int, SlideError], None] | None = None,
 ) -> Generator[Tensor]:
-    """The plan's patches in their order, (B, P, P, 3) uint8, read ahead by `workers` threads; memory is that of a few
-    batches. `pin_memory` is for a CUDA device.
+    """Yield the plan's patches in their order, (B, P, P, 3) uint8, read ahead by `workers` threads.
 
-    Of a patch that cannot be read `on_damage`, where it is given, gets the number and the error; its pixels are white.
-
-    Raises:
-        SlideError: a patch cannot be read; nothing is put in its place.
+    Memory is that of a few batches; `pin_memory` is for a CUDA device. A patch that cannot be read is a SlideError;
+    with `on_damage`, that gets the patch's number and the error, and the patch is white.
     """
-
-    def fill(places: NDArray[np.uint8], numbers: NDArray[np.integer]) -> None:
-        for place, number in zip(places, numbers.tolist(), strict=True):
-            try:
-                place[...] = read_patch(slide, plan, plan.coords[number])
-            except SlideError as error:
-                if on_damage is None:
-                    raise
-                place[...] = WHITE
-                on_damage(number, error)
-
+    fill = partial(_fill, slide, plan, on_damage)
     waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
     with ThreadPoolExecutor(workers) as readers:
         try:
@@ -275,7 +254,7 @@ def read_batches(
                 shape = (len(numbers), plan.patch_size, plan.patch_size, 3)
                 batch = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
                 # Runs of neighbours: threads that read one patch each in turn would wait for each other's tiles.
-                runs = zip(*(np.array_split(part, workers) for part in (batch.numpy(), numbers)), strict=True)
+                runs = zip(*(np.array_split(values, workers) for values in (batch.numpy(), numbers)), strict=True)
                 waiting.append((batch, [readers.submit(fill, *run) for run in runs]))
                 if len(waiting) > _BATCHES_AHEAD:
                     yield _filled(*waiting.popleft())
@@ -283,6 +262,24 @@ def read_batches(
                 yield _filled(*waiting.popleft())
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
+
+
+def _fill(
+    slide: Slide,
+    plan: PatchPlan,
+    on_damage: Callable[[int, SlideError], None] | None,
+    patches: NDArray[np.uint8],
+    numbers: NDArray[np.integer],
+) -> None:
+    """Read the patches of these numbers into `patches (n, P, P, 3)`."""
+    for patch, number in zip(patches, numbers.tolist(), strict=True):
+        try:
+            patch[...] = read_patch(slide, plan, plan.coords[number])
+        except SlideError as error:
+            if on_damage is None:
+                raise
+            patch[...] = WHITE
+            on_damage(number, error)
 
 
 def _filled(batch: Tensor, fillings: list[Future[None]]) -> Tensor:

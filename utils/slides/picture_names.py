@@ -1,4 +1,4 @@
-"""Recognise pictures of slides by name: masks, thumbnails, labels, and the pictures that this tool draws."""
+"""Recognise pictures of slides by name: masks, thumbnails, labels, and the pictures that LiteMIL draws."""
 
 import re
 from collections.abc import Collection
@@ -23,21 +23,21 @@ Words = tuple[str, ...]
 
 
 def words_of(name: str) -> Words:
-    """The words of a name in small letters, parted by what is no letter or digit, or by a capital letter."""
+    """Return the words of a name in lower case, split at characters other than letters and digits, and at capitals."""
     return tuple(word.lower() for word in _SEPARATORS.split(name) if word)
 
 
 def is_picture_name(name: str, slides: Collection[Words] = ()) -> bool:
-    """Whether a name (without the ending) is that of a picture; `slides` are the words of the slides' names.
+    """Whether a name (without its ending) is that of a picture; `slides` are the words of the slides' names.
 
     Only whole words count: "maskell" is not a mask.
     """
     words = words_of(name)
     if any(_ANYWHERE.fullmatch(word) for word in words) or _PAIRS.search(f" {' '.join(words)} "):
         return True
-    for place, word in enumerate(words):
-        before, after = words[:place], words[place + 1 :]
-        is_last = all(_AFTER_END.fullmatch(other) for other in after)
+    for index, word in enumerate(words):
+        before, after = words[:index], words[index + 1 :]
+        is_last = all(_AFTER_END.fullmatch(following) for following in after)
         if _AT_END.fullmatch(word) and (is_last or before + after in slides):
             return True
         if _OF_A_SLIDE.fullmatch(word) and (before + after in slides or (is_last and before in slides)):

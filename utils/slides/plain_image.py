@@ -11,20 +11,20 @@ from PIL import Image, UnidentifiedImageError
 from utils.core.errors import SlideError
 from utils.slides.slide import WHITE, Slide, closed, damaged, opaque
 
-# Pillow's other formats (EPS calls an interpreter) have no business here.
+# Pillow's other formats are not needed, and EPS even calls an interpreter.
 _FORMATS = ("PNG", "JPEG", "BMP")
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
-# Damaged files make Pillow's decoders raise all of these.
+# Pillow's decoders raise all of these on damaged files.
 _FAILURES = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError
 )  # fmt: skip
 
 
 class ImageSlide(Slide):
-    """A plain image as a slide of one level, decoded whole at the first read.
+    """A plain image as a slide of one level, decoded completely at the first read.
 
-    Its resolution tags say how to print it, so the mpp is unknown. EXIF orientation is not applied: coordinates are
-    those of the stored pixels, which is what other readers of the same file see.
+    Its resolution tags are meant for printing, so the mpp is unknown. EXIF orientation is not applied: coordinates are
+    those of the stored pixels, as in other readers of the file.
     """
 
     def __init__(self, path: Path, image: Image.Image) -> None:
@@ -43,7 +43,7 @@ class ImageSlide(Slide):
         self._image = self._pixels = None
 
     def _read(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
-        del level  # there is but one
+        del level  # there is only one
         pixels = self._decoded()
         region = np.full((height, width, 3), WHITE, dtype=np.uint8)
         left, top = max(x, 0), max(y, 0)
@@ -71,7 +71,7 @@ def open_image(path: Path) -> Slide:
     """Open an image. Raises SlideError."""
     try:
         with warnings.catch_warnings():
-            # Up to twice Pillow's limit (179 megapixels, 0.5 GB) an image is large, not hostile.
+            # Up to twice Pillow's limit (179 megapixels, 0.5 GB) an image is large, not an attack.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=_FORMATS)
     except UnidentifiedImageError as error:

@@ -1,6 +1,6 @@
-"""A look at an extraction: one small picture per slide, with the patches that were kept and dropped.
+"""Draw one small picture per slide that shows which patches of an extraction were kept and which were dropped.
 
-Colours are Okabe and Ito's, told apart in the common kinds of colour blindness.
+The colours are Okabe and Ito's, which people with the common kinds of colour blindness can tell apart.
 """
 
 import io
@@ -22,18 +22,18 @@ _MIN_SIDE = 480  # px to which a smaller slide is enlarged, so that its legend i
 _MAX_BYTES = 300_000
 _QUALITIES = (85, 75, 60, 45, 30, 15)
 
-_KEPT, _CONTOUR = "#0072B2", "#009E73"
+_PATCH, _CONTOUR = "#0072B2", "#009E73"
 _COLOURS = {LITTLE_TISSUE: "#999999", "blurred": "#E69F00", "white": "#F0E442", "pen": "#000000"}
 _OTHER_COLOUR = "#CC79A7"
-# What a picture shows: its name, its colour, and whether it is shaded.
-SHOWN_COLOURS = (
-    ("patch kept", _KEPT, False),
+# The items of a picture: name, colour, and whether it is shaded.
+LEGEND_COLOURS = (
+    ("patch kept", _PATCH, False),
     ("tissue", _CONTOUR, False),
     *((f"dropped: {reason}", colour, True) for reason, colour in _COLOURS.items()),
     ("dropped: another reason", _OTHER_COLOUR, True),
 )
 _OUTLINED = 6  # px on the picture from which patches are outlined one by one; smaller ones are drawn as their union
-_LINE, _FILL, _FAINT = 0.8, 0.45, 0.25  # opacities: of outlines, of what was dropped, and of little tissue
+_LINE, _FILL, _FAINT = 0.8, 0.45, 0.25  # opacities: of outlines, of dropped patches, and of those with little tissue
 _CONTOUR_WIDTH = 2
 _MARGIN, _STRIP, _FONT = 10, 24, 13  # px; a strip is a line of text
 
@@ -51,43 +51,53 @@ def draw_preview(
     mpp: float | None = None,
     title: str = "",
 ) -> Image.Image:
-    """Draw what was made of a slide: its patches over the slide, the tissue's outline, a legend, a scale bar.
+    """Draw the patches of an extraction over the slide, with the tissue's outline, a legend and a scale bar.
 
     Args:
         thumbnail: (h, w, 3) uint8 over the whole slide.
         size: the slide's width and height in level-0 px.
         kept: (N, 2) top-left corners (x, y) in level-0 px.
-        dropped: such corners by the reason why, which are shaded; those for `LITTLE_TISSUE` faintly.
+        dropped: corners of dropped patches by reason; they are shaded, those for `LITTLE_TISSUE` faintly.
         size_level0: side of a patch in level-0 px.
         mask: tissue over the whole slide, of any resolution.
         mpp: um per level-0 px; None leaves the scale bar out.
-        title: stands above; shortened where it is too long.
+        title: text above the picture, shortened if it is too long.
 
     Returns:
-        An RGB image of at most `MAX_SIDE` px; the work is in proportion to the patches and the picture.
+        An RGB image of at most `MAX_SIDE` px; the time is proportional to the numbers of patches and pixels.
     """
     groups = {reason: corners for reason, corners in dropped.items() if len(corners)}
-    legend = [(_KEPT, f"{len(kept):,} kept")]
+    legend = [(_PATCH, f"{len(kept):,} kept")]
     legend += [(_colour(reason), f"{len(corners):,} {reason}") for reason, corners in groups.items()]
     if mask is not None:
         legend.append((_CONTOUR, "tissue"))
 
-    picture = _fitted(thumbnail, MAX_SIDE - _STRIP * (2 + len(legend)))
-    pixels = np.array(picture)
-    scale = np.array([picture.width / size[0], picture.height / size[1]])
-    if LITTLE_TISSUE in groups:
-        plain = pixels.copy()
-        _draw_patches(pixels, groups[LITTLE_TISSUE], size_level0, scale, _colour(LITTLE_TISSUE), _FAINT)
-        if len(kept):  # where patches overlap, what was kept is not shaded
-            shown = _union([_box(kept, size_level0, scale)], pixels.shape[:2])
-            pixels[shown] = plain[shown]
-    for reason, corners in groups.items():
-        if reason != LITTLE_TISSUE:
-            _draw_patches(pixels, corners, size_level0, scale, _colour(reason), _FILL)
-    _draw_patches(pixels, kept, size_level0, scale, _KEPT)
+    pixels = np.array(_fitted(thumbnail, MAX_SIDE - _STRIP * (2 + len(legend))))
+    scale = np.array([pixels.shape[1] / size[0], pixels.shape[0] / size[1]])
+    _draw_groups(pixels, kept, groups, size_level0, scale)
     if mask is not None:
         _blend(pixels, _outline_of(mask, pixels.shape[:2]), _CONTOUR, 1.0)
     return _framed(Image.fromarray(pixels), title, legend, mpp / scale[0] if mpp else None)
+
+
+def _draw_groups(
+    pixels: NDArray[np.uint8],
+    kept: NDArray[np.integer],
+    groups: Mapping[str, NDArray[np.integer]],
+    size_level0: int,
+    scale: NDArray[np.float64],
+) -> None:
+    """Draw the dropped patches by their reason, then the kept ones."""
+    if LITTLE_TISSUE in groups:
+        plain = pixels.copy()
+        _draw_patches(pixels, groups[LITTLE_TISSUE], size_level0, scale, _colour(LITTLE_TISSUE), _FAINT)
+        if len(kept):  # where patches overlap, those kept are not shaded
+            covered = _union([_box(kept, size_level0, scale)], pixels.shape[:2])
+            pixels[covered] = plain[covered]
+    for reason, corners in groups.items():
+        if reason != LITTLE_TISSUE:
+            _draw_patches(pixels, corners, size_level0, scale, _colour(reason), _FILL)
+    _draw_patches(pixels, kept, size_level0, scale, _PATCH)
 
 
 def write_preview(path: Path, preview: Image.Image) -> None:
@@ -103,13 +113,13 @@ def write_preview(path: Path, preview: Image.Image) -> None:
 
 
 def _fitted(thumbnail: NDArray[np.uint8], most: int) -> Image.Image:
-    """The thumbnail at a size to look at: its longer side between `_MIN_SIDE` and `most` px."""
+    """Resize the thumbnail so that its longer side is between `_MIN_SIDE` and `most` px."""
     image = Image.fromarray(thumbnail)
     longer = max(image.size)
-    wanted = min(max(longer, _MIN_SIDE), most)
-    if wanted == longer:
+    target = min(max(longer, _MIN_SIDE), most)
+    if target == longer:
         return image
-    width, height = (max(1, round(side * wanted / longer)) for side in image.size)
+    width, height = (max(1, round(side * target / longer)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
@@ -133,13 +143,13 @@ def _draw_patches(
 
 
 def _box(corners: NDArray[np.integer], size_level0: int, scale: NDArray[np.float64]) -> Box:
-    """Patches in px of the picture: rounded once each, so that neighbours share an edge, and one pixel at the least."""
+    """Return patches in px of the picture: rounded so that neighbours share an edge, and at least one pixel wide."""
     low = np.rint(corners * scale).astype(np.int64)
     return low, np.maximum(np.rint((corners + size_level0) * scale).astype(np.int64), low + 1)
 
 
 def _sides(low: NDArray[np.int64], high: NDArray[np.int64]) -> list[Box]:
-    """The four sides of rectangles, as rectangles one pixel wide."""
+    """Return the four sides of rectangles, as rectangles one pixel wide."""
     left, top = low.T
     right, bottom = high.T
     sides = [
@@ -152,9 +162,9 @@ def _sides(low: NDArray[np.int64], high: NDArray[np.int64]) -> list[Box]:
 
 
 def _union(boxes: Sequence[Box], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """(h, w) bool: what any of the rectangles covers, from their low to their high corners (N, 2), x before y.
+    """Return (h, w) bool: the pixels in any of the rectangles, from low to high corners (N, 2), x before y.
 
-    Each adds its four corners, and sums along both axes spread them.
+    Each rectangle adds its four corners with signs; cumulative sums along both axes fill it.
     """
     height, width = shape[0], shape[1]
     limit = np.array([width, height])
@@ -168,7 +178,7 @@ def _union(boxes: Sequence[Box], shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _outline_of(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """(h, w) bool: the inner rim of the tissue and of its holes, at the picture's resolution."""
+    """Return (h, w) bool: the inner rim of the tissue and of its holes, at the picture's resolution."""
     scaled = np.asarray(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
     inside = scaled
     for _ in range(_CONTOUR_WIDTH):
@@ -189,18 +199,18 @@ def _colour(reason: str) -> str:
 def _framed(
     picture: Image.Image, title: str, legend: Sequence[tuple[str, str]], um_per_pixel: float | None
 ) -> Image.Image:
-    """The picture with its title above, its legend below, and a scale bar."""
+    """Add the title above the picture, and below it the legend and a scale bar."""
     font = _font()
     width = max(picture.width, _MIN_SIDE)
     lines: list[list[tuple[str, str]]] = [[]]
     x = _MARGIN
     for colour, text in legend:
-        taken = _entry_width(text, font)
-        if lines[-1] and x + taken > width:
+        entry_width = _entry_width(text, font)
+        if lines[-1] and x + entry_width > width:
             lines.append([])
             x = _MARGIN
         lines[-1].append((colour, text))
-        x += taken
+        x += entry_width
     bar = int(um_per_pixel is not None)
     framed = Image.new("RGB", (width, picture.height + _STRIP * (1 + len(lines) + bar)), "white")
     framed.paste(picture, (0, _STRIP))
@@ -222,7 +232,7 @@ def _framed(
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    """Matplotlib's own; Pillow's has no µ, nor the letters beyond English that slides may be named by."""
+    """Load Matplotlib's font; Pillow's has no µ, nor the non-English letters that names of slides may have."""
     import matplotlib  # slow, and not needed before the first picture
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT)
@@ -239,7 +249,7 @@ def _draw_scale_bar(
     width: int,
     font: ImageFont.FreeTypeFont,
 ) -> None:
-    """A bar of 1, 2 or 5 times a power of ten um, at most a quarter of the picture's width."""
+    """Draw a bar of 1, 2 or 5 times a power of ten um, at most a quarter of the picture's width."""
     most = width / 4 * um_per_pixel
     power = 10.0 ** np.floor(np.log10(most))
     length = max(factor * power for factor in (1, 2, 5) if factor * power <= most)

@@ -1,4 +1,4 @@
-"""Read the areas drawn in QuPath from its GeoJSON, in all its spellings, and decide which of them are tissue."""
+"""Read the areas drawn in QuPath from its GeoJSON, in all its variants, and decide which of them are tissue."""
 
 import re
 from collections import deque
@@ -13,7 +13,7 @@ from utils.core.errors import SlideError, named
 from utils.core.runtime import log
 from utils.slides.outlines import Ring, is_inside
 
-# Areas are cut out if a part of their class begins with one of these: QuPath's users mark so what to leave out.
+# Areas are cut out if a part of their class begins with one of these words, with which QuPath's users exclude areas.
 CUT_OUT = ("ignore", "exclude", "artefact", "artifact", "hole")
 # QuPath ignores classes with this ending, so they are cut out too, except Region*, which only holds other areas.
 _IGNORED_MARK, _REGION = "*", "region*"
@@ -23,11 +23,11 @@ _DRAWN_TYPES = frozenset({"", "annotation", "pathannotationobject"})
 
 @dataclass(frozen=True)
 class Area:
-    """An area of a file: its polygons, each a list of rings, and the parts of its class as they are written.
+    """An area of a file: its polygons, each a list of rings, and the parts of its class as written.
 
     Attributes:
-        is_missing: it is a missing core of a tissue microarray, or lies in one.
-        is_drawn: it is an annotation, not a core or a detected cell.
+        is_missing: whether it is a missing core of a tissue microarray, or lies in one.
+        is_drawn: whether it is an annotation, not a core or a detected cell.
         core: the number, among the file's areas, of the core that it belongs to, or None.
     """
 
@@ -43,18 +43,18 @@ class Area:
         """The class as QuPath shows it, and as `--tissue_classes` takes it."""
         return ": ".join(self.classes) or ("a missing core" if self.is_missing else "no class")
 
-    def is_cut_out(self, wanted: Collection[str]) -> bool:
-        """Whether it is cut out of the tissue; the parts of wanted classes are never a reason."""
-        named_parts = {part for name in wanted for part in class_key(name)}
+    def is_cut_out(self, tissue_classes: Collection[str]) -> bool:
+        """Whether it is cut out of the tissue; words in the names of `tissue_classes` are never a reason."""
+        named_parts = {part for name in tissue_classes for part in class_key(name)}
         return self.is_missing or any(_is_ignored(part) and part not in named_parts for part in self._key)
 
-    def is_tissue(self, wanted: Collection[str]) -> bool:
-        """Whether it belongs to a wanted class, or, if none are named, to any class but QuPath's Region*."""
-        if self.is_cut_out(wanted):
+    def is_tissue(self, tissue_classes: Collection[str]) -> bool:
+        """Whether it belongs to one of `tissue_classes`, or, if there are none, to any class but QuPath's Region*."""
+        if self.is_cut_out(tissue_classes):
             return False
-        if not wanted:
+        if not tissue_classes:
             return not self._key or not all(part == _REGION for part in self._key)
-        return any(set(class_key(name)) <= set(self._key) for name in wanted if class_key(name))
+        return any(set(class_key(name)) <= set(self._key) for name in tissue_classes if class_key(name))
 
     @property
     def _key(self) -> list[str]:
@@ -62,7 +62,7 @@ class Area:
 
 
 def class_key(name: str) -> list[str]:
-    """The parts of a class's name in small letters: "Tumor:Positive" and "tumor: positive" are the same class."""
+    """Return the parts of a class's name in lower case: "Tumor:Positive" and "tumor: positive" are the same class."""
     return [part.lower() for part in _class_parts(name)]
 
 
@@ -89,30 +89,30 @@ def read_areas(content: Any, path: Path) -> list[Area]:
     return areas
 
 
-def tissue_areas(areas: Sequence[Area], wanted: Collection[str]) -> list[Area]:
-    """The areas that are tissue; a core in which tissue is drawn is replaced by what is drawn in it."""
-    tissue = {number: area for number, area in enumerate(areas) if area.is_tissue(wanted)}
-    drawn = [area for area in tissue.values() if area.is_drawn]
-    with_tissue = {area.core for area in drawn}
+def tissue_areas(areas: Sequence[Area], tissue_classes: Collection[str]) -> list[Area]:
+    """Return the areas that are tissue; tissue drawn in a core replaces the core itself."""
+    tissue = {number: area for number, area in enumerate(areas) if area.is_tissue(tissue_classes)}
+    annotations = [area for area in tissue.values() if area.is_drawn]
+    with_tissue = {area.core for area in annotations}
     return [
         area
         for number, area in tissue.items()
-        if not area.is_core or not (number in with_tissue or any(_lies_in(other, area) for other in drawn))
+        if not area.is_core or not (number in with_tissue or any(_lies_in(drawing, area) for drawing in annotations))
     ]
 
 
-def shortage_of(areas: Sequence[Area], wanted: Collection[str]) -> str:
+def shortage_of(areas: Sequence[Area], tissue_classes: Collection[str]) -> str:
     """Say why no area of a file is tissue, and what to do."""
     if not areas:
         return "no polygon in it; draw the tissue as areas, or move the file away"
     names = named(sorted({area.class_name for area in areas}))
-    if wanted:
-        return f"no area of --tissue_classes {','.join(wanted)} in it; there are {names}"
+    if tissue_classes:
+        return f"no area of --tissue_classes {','.join(tissue_classes)} in it; there are {names}"
     return f"none of its areas is tissue, by their classes ({names}); draw the tissue too, or give --tissue_classes"
 
 
 def _children(holder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The objects inside another, a list or a collection."""
+    """Return the objects inside another, which are a list or a collection."""
     inside = holder.get("childObjects") or ()
     if isinstance(inside, Mapping):
         inside = inside.get("features") or ()
@@ -130,7 +130,7 @@ def _lies_in(area: Area, core: Area) -> bool:
 
 
 def _missing_mark(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> bool | None:
-    """Whether an object is marked as a missing core, in any of the spellings; None where it has no such mark."""
+    """Whether an object is marked as a missing core, in any of the variants; None if it has no such mark."""
     metadata = properties.get("metadata")
     for holder in (properties, feature, metadata if isinstance(metadata, Mapping) else {}):
         if holder.get("isMissing") is not None:
@@ -139,7 +139,7 @@ def _missing_mark(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> 
 
 
 def _object_type(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> str:
-    """What QuPath calls the object, in small letters, such as "tmacore" or "annotation"; in old exports its `id`."""
+    """Return QuPath's type of the object in lower case, such as "tmacore" or "annotation"; in old exports its `id`."""
     kind = properties.get("objectType") or properties.get("object_type")
     if kind is None and str(feature.get("id", "")).startswith("Path"):
         kind = feature["id"]
@@ -147,8 +147,8 @@ def _object_type(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> s
 
 
 def _class_parts(classification: Any) -> list[str]:
-    """The parts of a class: QuPath writes a derived one as "Tumor: Fold", as `names`, or, of old, as a name with a
-    `parentClass`.
+    """Return the parts of a class: QuPath writes a derived one as "Tumor: Fold", as `names`, or, in old versions, as a
+    name with a `parentClass`.
     """
     if isinstance(classification, str):
         return [part.strip() for part in classification.split(":") if part.strip()]
@@ -158,7 +158,7 @@ def _class_parts(classification: Any) -> list[str]:
 
 
 def _features(content: Any, path: Path) -> list[Mapping[str, Any]]:
-    """The features of a collection, a bare list, a single feature or a bare geometry."""
+    """Return the features of a collection, a bare list, a single feature or a bare geometry."""
     if isinstance(content, Mapping) and content.get("type") == "FeatureCollection":
         content = content.get("features")
     if isinstance(content, Mapping):
@@ -169,11 +169,11 @@ def _features(content: Any, path: Path) -> list[Mapping[str, Any]]:
 
 
 def _polygons(geometry: Any, path: Path) -> Iterator[list[Ring]]:
-    """The polygons of a geometry, each a list of rings (n, 2)."""
+    """Yield the polygons of a geometry, each a list of rings (n, 2)."""
     kind = geometry.get("type") if isinstance(geometry, Mapping) else None
     if kind == "GeometryCollection":
-        for part in geometry.get("geometries", []):
-            yield from _polygons(part, path)
+        for member in geometry.get("geometries", []):
+            yield from _polygons(member, path)
     elif kind in ("Polygon", "MultiPolygon"):
         coordinates = geometry.get("coordinates") or []
         try:
@@ -182,10 +182,10 @@ def _polygons(geometry: Any, path: Path) -> Iterator[list[Ring]]:
                 for polygon in ([coordinates] if kind == "Polygon" else coordinates)
             ]
         except (TypeError, ValueError, IndexError) as error:
-            raise SlideError(f"{path}: a polygon's coordinates are no list of rings of [x, y]") from error
+            raise SlideError(f"{path}: a polygon's coordinates are not a list of rings of [x, y]") from error
         for rings in polygons:
             if not rings or not all(len(ring) > 2 and np.isfinite(ring).all() for ring in rings):
                 raise SlideError(f"{path}: a polygon without three finite corners; draw it again")
             yield rings
     else:
-        log.warning("%s: %s is no area; left out", path, kind or "an empty geometry")
+        log.warning("%s: %s is not an area; left out", path, kind or "an empty geometry")

@@ -1,7 +1,7 @@
-"""`Slide`, what every reader of slides offers, and what the readers share.
+"""`Slide`, the interface of every slide reader, and code that the readers share.
 
-Positions are level-0 px of a top-left corner, or px of a level where that is said; sizes are px of the level read.
-Whatever goes wrong with a file, at opening or later, is a SlideError of one line.
+Positions are level-0 px of a top-left corner, or px of a level where stated; sizes are px of the level read. Any
+problem with a file, at opening or later, is a SlideError of one line.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ Colour = tuple[int, int, int]
 Area = tuple[int, int, int, int]  # x, y, width, height in level-0 px
 
 _HASHED_BYTES = 2**20
-_SMALL_PIECE = 64  # px, the side of what is left white around damage
+_SMALL_PIECE = 64  # px, the side of a piece that is filled around damage
 
 
 class Slide:
@@ -34,16 +34,16 @@ class Slide:
         path, name: the file, and its name without the extension.
         width, height: level-0 px.
         level_dimensions: (width, height) of each level, in its own px.
-        level_downsamples: level-0 px per px of each level: a whole number wherever that explains the level's size, its
-            last column and row being rounded, and else what its pixels agree with; inf for a level that does not show
-            what level 0 shows (see `utils.slides.levels`).
-        mpp: um per level-0 px, or None where the file does not say, or not plausibly.
+        level_downsamples: level-0 px per px of each level: a whole number if that explains the level's size, with its
+            last column and row rounded, else the factor at which its pixels agree; inf for a level that does not show
+            the same as level 0 (see `utils.slides.levels`).
+        mpp: um per level-0 px, or None if the file has no plausible value.
         mpp_problem: why mpp is None, in a few words.
-        told_mpp: mpp as the user told it, or None.
-        own_mpp: mpp as the file says it, or None.
+        told_mpp: mpp given by the user, or None.
+        own_mpp: mpp in the file, or None.
         objective: nominal magnification of the objective, or None.
         vendor: OpenSlide's name for the scanner's format; "image" for a plain image.
-        bounds: (x, y, width, height) of the scanned area in level-0 px, or None where the file does not say.
+        bounds: (x, y, width, height) of the scanned area in level-0 px, or None if the file does not say.
         opened_by: the function of path and told_mpp that opens it again.
         reads_past_damage: whether thumbnails show white where the slide cannot be read, instead of a SlideError.
     """
@@ -75,7 +75,7 @@ class Slide:
         return self.opened_by, (self.path, self.told_mpp)
 
     def close(self) -> None:
-        """Give the file handle back; reading afterwards is a SlideError."""
+        """Close the file; reading afterwards is a SlideError."""
         raise NotImplementedError
 
     def read_region(self, x: int, y: int, level: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -86,7 +86,7 @@ class Slide:
             level: pyramid level, 0 the finest.
             width, height: px of that level.
 
-        Unscanned and transparent pixels, and those beyond the edge, show the slide's background colour.
+        Unscanned and transparent pixels, and those beyond the edge, have the slide's background colour.
 
         Raises:
             SlideError: the level does not exist, or the file cannot be read there.
@@ -97,15 +97,15 @@ class Slide:
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Read (height, width, 3) uint8 RGB whose top-left corner is px (x, y) of a level; otherwise as `read_region`.
 
-        Where OpenSlide has to be asked, it is for the nearest level-0 px: less than half a px of the level off.
+        Through OpenSlide the region begins at the nearest level-0 px, less than half a px of the level away.
         """
         self._check_region(level, width, height)
         return self._read_level(level, int(x), int(y), int(width), int(height))
 
     def check_level(self, level: int) -> None:
         """Raise a SlideError that lists the levels unless `level` is one of them."""
-        is_there = 0 <= level < len(self.level_dimensions)
-        if is_there and math.isfinite(self.level_downsamples[level]):
+        exists = 0 <= level < len(self.level_dimensions)
+        if exists and math.isfinite(self.level_downsamples[level]):
             return
         levels = ", ".join(
             f"{index} ({width} x {height}, downsample {downsample:.4g})"
@@ -114,20 +114,22 @@ class Slide:
             )
             if math.isfinite(downsample)
         )
-        problem = f"level {level} does not show what level 0 shows" if is_there else f"there is no level {level}"
+        problem = f"level {level} does not show what level 0 shows" if exists else f"there is no level {level}"
         raise SlideError(f"{self.path}: {problem}; choose one of {levels}")
+
+    def coarsest_level(self, most: float) -> int:
+        """Return the coarsest level of at most `most` level-0 px per px; level 0 if there is none."""
+        levels = [level for level, factor in enumerate(self.level_downsamples) if factor <= most]
+        return max(levels, key=lambda level: self.level_downsamples[level], default=0)
 
     @property
     def scanned(self) -> Area:
-        """The area that the scanner says it scanned, as far as it is on the slide, or the whole slide."""
-        x, y, width, height = self.bounds or (0, 0, self.width, self.height)
+        """The area that the file says was scanned, as far as it is on the slide, or the whole slide."""
+        whole = 0, 0, self.width, self.height
+        x, y, width, height = self.bounds or whole
         left, top = max(0, x), max(0, y)
         right, bottom = min(self.width, x + width), min(self.height, y + height)
-        return (
-            (left, top, right - left, bottom - top)
-            if right > left and bottom > top
-            else (0, 0, self.width, self.height)
-        )
+        return (left, top, right - left, bottom - top) if right > left and bottom > top else whole
 
     def thumbnail(
         self,
@@ -137,22 +139,18 @@ class Slide:
         area: Area | None = None,
         where_damaged: Colour = WHITE,
     ) -> NDArray[np.uint8]:
-        """The whole slide or an area of it, smaller: (h, w, 3) uint8 RGB.
+        """Return the whole slide, or an area of it, at a lower resolution: (h, w, 3) uint8 RGB.
 
         Args: `area`, (x, y, width, height) in level-0 px, and exactly one of
             downsample: level-0 px per thumbnail px, at least 1.
-            max_side: px of the thumbnail's longer side; a smaller slide comes as it is.
+            max_side: px of the thumbnail's longer side; a smaller slide keeps its size.
 
-        `where_damaged` is the colour of what cannot be read, if the slide `reads_past_damage`. It is averaged down (a
-        box filter over every pixel) from the nearest finer level, block by block, so that memory is bounded by the
-        thumbnail and one block.
+        The nearest finer level is averaged (a box filter over every pixel) block by block, so that memory is bounded by
+        the thumbnail and one block. If the slide `reads_past_damage`, unreadable pixels are `where_damaged`.
         """
         x, y, area_width, area_height = area or (0, 0, self.width, self.height)
         width, height = _thumbnail_size((area_width, area_height), downsample, max_side)
-        wanted = min(area_width / width, area_height / height)
-        finer = [level for level, factor in enumerate(self.level_downsamples) if factor <= wanted * (1 + 1e-6)]
-        level = max(finer, key=lambda level: self.level_downsamples[level], default=0)
-
+        level = self.coarsest_level(min(area_width / width, area_height / height) * (1 + 1e-6))
         level_width, level_height = self.level_dimensions[level]
         start_x, start_y = x / self.width * level_width, y / self.height * level_height
         scale_x = area_width / self.width * level_width / width
@@ -173,29 +171,15 @@ class Slide:
         return thumbnail
 
     def quick_hash(self) -> str:
-        """A cheap digest of the content: sha256 over the file's size and its first and last MiB, in hexadecimal.
+        """Return a cheap digest of the content: sha256 of the file's size and its first and last MiB, in hexadecimal.
 
-        Of a slide of several files (MIRAX, VMS, DICOM) only the one that was opened is looked at; see `data_hash`.
+        Of a slide of several files (MIRAX, VMS, DICOM) only the one that was opened is read; see `data_hash`.
         """
-        return self._hash_of([self.path])
+        return _hash_of([self.path], self.path)
 
     def data_hash(self) -> str | None:
-        """The same of the data files in a MIRAX slide's folder, where its pixels are; None for other slides."""
-        return self._hash_of(data_files(self.path)) if is_mirax(self.path) else None
-
-    def _hash_of(self, files: Sequence[Path]) -> str:
-        digest = hashlib.sha256()
-        try:
-            for path in files:
-                size = path.stat().st_size
-                digest.update(f"{size}\n".encode())
-                with path.open("rb") as file:
-                    digest.update(file.read(_HASHED_BYTES))
-                    file.seek(max(size - _HASHED_BYTES, 0))
-                    digest.update(file.read(_HASHED_BYTES))
-        except OSError as error:
-            raise SlideError(f"{self.path}: cannot be read ({error.strerror})") from error
-        return digest.hexdigest()
+        """Return the same of the data files in a MIRAX slide's folder, which hold its pixels; None for other slides."""
+        return _hash_of(data_files(self.path), self.path) if is_mirax(self.path) else None
 
     def _check_region(self, level: int, width: int, height: int) -> None:
         self.check_level(level)
@@ -214,23 +198,18 @@ class Slide:
     def _averaged(
         self, level: int, box: tuple[float, float, float, float], size: tuple[int, int], where_damaged: Colour
     ) -> NDArray[np.uint8]:
-        """A box of a level, in its (fractional) px, averaged down to `size` (width, height)."""
+        """Average a box of a level, in its (fractional) px, down to `size` (width, height)."""
         left, top = math.floor(box[0]), math.floor(box[1])
         right = min(math.ceil(box[2] - 1e-9), self.level_dimensions[level][0])
         bottom = min(math.ceil(box[3] - 1e-9), self.level_dimensions[level][1])
         pixels = self._read_leniently(level, left, top, right - left, bottom - top, where_damaged)
-        inside = (
-            box[0] - left,
-            box[1] - top,
-            min(box[2], right) - left,
-            min(box[3], bottom) - top,
-        )
+        inside = (box[0] - left, box[1] - top, min(box[2], right) - left, min(box[3], bottom) - top)
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX, box=inside))
 
     def _read_leniently(
         self, level: int, x: int, y: int, width: int, height: int, where_damaged: Colour
     ) -> NDArray[np.uint8]:
-        """A region of a level; past damage in ever smaller pieces, of one colour where even small ones are damaged."""
+        """Read a region of a level; around damage in ever smaller pieces, of which damaged small ones are filled."""
         try:
             return self._read_level(level, x, y, width, height)
         except SlideError:
@@ -246,6 +225,21 @@ class Slide:
             pieces = [(x, y, width, half), (x, y + half, width, height - half)]
         read = [self._read_leniently(level, *piece, where_damaged) for piece in pieces]
         return np.concatenate(read, axis=1 if width >= height else 0)
+
+
+def _hash_of(files: Sequence[Path], slide: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        for path in files:
+            size = path.stat().st_size
+            digest.update(f"{size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_HASHED_BYTES))
+                file.seek(max(size - _HASHED_BYTES, 0))
+                digest.update(file.read(_HASHED_BYTES))
+    except OSError as error:
+        raise SlideError(f"{slide}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
 
 
 def _thumbnail_size(size: tuple[int, int], downsample: float | None, max_side: int | None) -> tuple[int, int]:
@@ -269,9 +263,9 @@ def opaque(rgba: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArray
     return rgb
 
 
-def damaged(path: Path, what: str, error: Exception) -> str:
+def damaged(path: Path, problem: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    return f"{path}: {what} ({reason}); the file is damaged, incomplete or of an unsupported kind, get it again"
+    return f"{path}: {problem} ({reason}); the file is damaged, incomplete or of an unsupported kind, get it again"
 
 
 def closed(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The um/px that the user tells of slides whose own is missing or wrong: by a table, or one value for all."""
+"""The um/px that the user gives for slides whose own is missing or wrong: in a table, or one value for all."""
 
 import csv
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +21,7 @@ _NAMED = 4
 
 @dataclass(frozen=True)
 class SlideMpps:
-    """um per level-0 px: `rows` of the table by file name or stem, and `for_all` the slides that have none."""
+    """um per level-0 px: the `rows` of the table by file name or stem, and the value `for_all` other slides."""
 
     rows: Mapping[str, float] = field(default_factory=dict)
     for_all: float | None = None
@@ -29,18 +29,18 @@ class SlideMpps:
 
     @classmethod
     def read(cls, slides_csv: Path | None, slide_mpp: float | None) -> Self:
-        """Return what `--slides_csv` and `--slide_mpp` tell. Raises SlideError as `read_slides_csv` does."""
+        """Read the values of `--slides_csv` and `--slide_mpp`. Raises SlideError as `read_slides_csv` does."""
         rows = read_slides_csv(slides_csv) if slides_csv else {}
         if rows and slide_mpp is not None:
             log.info("%s: its rows win; --slide_mpp %g holds for the slides without one", slides_csv, slide_mpp)
         return cls(rows, slide_mpp, slides_csv)
 
     def of(self, slide: Path) -> float | None:
-        """Return what was told of a slide; None where nothing was."""
+        """Return the um/px given for a slide, or None."""
         return self.rows.get(slide.name, self.rows.get(slide.stem, self.for_all))
 
     def check(self, slides: Collection[Path], where: Path) -> None:
-        """Log the rows that are about none of the slides in `where`; of a single slide, that there is no row for it."""
+        """Warn of rows that match none of the slides in the folder `where`, or if a single slide has no row."""
         unused = self.rows.keys() - {name for slide in slides for name in (slide.name, slide.stem)}
         if not unused:
             return
@@ -63,10 +63,9 @@ class _Row:
 
 
 def write_slides_csv(path: Path, slides: Sequence[Path]) -> str:
-    """Write a table for `--slides_csv` with the um/px that each slide tells itself, empty where it is unknown; return
-    what there is to say of it.
+    """Write a table for `--slides_csv` with the um/px in each slide's file, empty if unknown; return a summary.
 
-    Raises ConfigError where the file exists, or two slides have one name.
+    Raises ConfigError if the file exists, or two slides have the same name.
     """
     if path.exists():
         raise ConfigError(f"--write_slides_csv {path}: is there already, and is not written over; give another name")
@@ -76,9 +75,9 @@ def write_slides_csv(path: Path, slides: Sequence[Path]) -> str:
         rows = [_row(slide) for slide in progress(slides, "Looking at slides", unit="slide", leave=False)]
     write_records(path, rows)
     empty = sum(not row.mpp for row in rows)
-    told = f"{path}: {counted(len(rows), 'slide')}, {len(rows) - empty} with their own um/px, {empty} without"
+    summary = f"{path}: {counted(len(rows), 'slide')}, {len(rows) - empty} with their own um/px, {empty} without"
     fill = "fill those in, " if empty else "correct what is wrong, "
-    return f"{told}\nNext: {fill}and give it with --slides_csv {path}"
+    return f"{summary}\nNext: {fill}and give it with --slides_csv {path}"
 
 
 def _row(slide: Path) -> _Row:
@@ -92,15 +91,37 @@ def _row(slide: Path) -> _Row:
 
 
 def read_slides_csv(path: Path | str) -> dict[str, float]:
-    """The um per level-0 px of slides, by file name or stem: a table with the columns `wsi,mpp`.
+    """Read the um per level-0 px of slides, by file name or stem, from a table with the columns `wsi,mpp`.
 
     The slide's column may have another of its usual names, and semicolons or tabs may separate the fields. Other
     columns are ignored, and so are rows whose mpp is empty.
 
     Raises:
-        SlideError: the table cannot be read, a slide stands there twice, or a value is not plausible.
+        SlideError: the table cannot be read, a slide is in it twice, or a value is not plausible.
     """
     path = Path(path)
+    mpps: dict[str, float] = {}
+    low, high = PLAUSIBLE_MPP
+    for line, row in _read_rows(path):
+        wsi, mpp = (row["wsi"] or "").strip(), number((row["mpp"] or "").replace(",", "."))
+        if not wsi or Path(wsi).name != wsi:
+            raise SlideError(
+                f"{path}, line {line}: wsi {wsi!r}; the name of a slide's file is expected, without folders"
+            )
+        if row["mpp"] is not None and not row["mpp"].strip():
+            continue
+        if mpp is None or not low <= mpp <= high:
+            raise SlideError(
+                f"{path}, line {line}: mpp {row['mpp']!r} of {wsi}; um per level-0 px are expected, {low:g} to {high:g}"
+            )
+        if wsi in mpps:
+            raise SlideError(f"{path}, line {line}: {wsi} stands there twice; leave one of its lines")
+        mpps[wsi] = mpp
+    return mpps
+
+
+def _read_rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
+    """Read the line number and fields of each row, with the columns `wsi` and `mpp` under these names."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             delimiter = _delimiter_of(file.readline())
@@ -119,34 +140,17 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
     notes += [] if delimiter == "," else [f"its fields are taken as separated by {DELIMITERS[delimiter]}"]
     if notes:
         log.info("%s: %s", path, "; ".join(notes))
-    found: dict[str, float] = {}
-    low, high = PLAUSIBLE_MPP
-    for line, row in rows:
-        wsi, mpp = (row["wsi"] or "").strip(), number((row["mpp"] or "").replace(",", "."))
-        if not wsi or Path(wsi).name != wsi:
-            raise SlideError(
-                f"{path}, line {line}: wsi {wsi!r}; the name of a slide's file is expected, without folders"
-            )
-        if row["mpp"] is not None and not row["mpp"].strip():
-            continue
-        if mpp is None or not low <= mpp <= high:
-            raise SlideError(
-                f"{path}, line {line}: mpp {row['mpp']!r} of {wsi}; um per level-0 px are expected, {low:g} to {high:g}"
-            )
-        if wsi in found:
-            raise SlideError(f"{path}, line {line}: {wsi} stands there twice; leave one of its lines")
-        found[wsi] = mpp
-    return found
+    return rows
 
 
 def _delimiter_of(header: str) -> str:
-    """What separates the fields: a comma, unless only another mark parts off a column mpp."""
+    """Return the delimiter: a comma, unless only another mark yields a column mpp."""
     names = {mark: [plain_header(name.strip().strip('"')) for name in header.split(mark)] for mark in DELIMITERS}
     return next((mark for mark in DELIMITERS if "mpp" in names[mark]), ",")
 
 
 def _column_of(path: Path, name: str, columns: Sequence[str]) -> str:
-    """The column that is ours of this `name`. Raises SlideError where there is none, or several could be."""
+    """Return the column that is our `name`. Raises SlideError if none is, or several could be."""
     candidates = [column for column in columns if plain_header(column) in _COLUMNS[name].split()]
     if name in columns:
         return name
@@ -156,5 +160,5 @@ def _column_of(path: Path, name: str, columns: Sequence[str]) -> str:
         raise SlideError(
             f"{path}: the columns {', '.join(candidates)} could each be {name}; rename the right one to it"
         )
-    found = ", ".join(columns) or "nothing"
-    raise SlideError(f"{path}: no column {name}; found {found}: name the slide's file wsi and its um/px mpp")
+    listed = ", ".join(columns) or "nothing"
+    raise SlideError(f"{path}: no column {name}; found {listed}: name the slide's file wsi and its um/px mpp")

@@ -1,4 +1,4 @@
-"""The outcome of each slide of a batch: a row of the report, a table, and remarks on um/px."""
+"""The status of each slide of a batch: a row of the report, the printed table, and remarks on um/px."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class SlideStatus:
-    """The outcome of one slide: "done", "skipped" (its features exist), "no tissue" or "failed", and why.
+    """The status of one slide: "done", "skipped" (its features exist), "no tissue" or "failed", and why.
 
-    `patches`, their `mpp` and the `seconds` it took are None where they are not known. `node` is the machine, `tries`
-    is above 1 where workers died over it. `tissue` is "outlines" where those told it, not the detector. In the
-    report, `output` is the slide's file, seen from there, and `last_error` why a later run, which left that file as it
-    was, failed.
+    `patches`, their `mpp` and the `seconds` it took are None if unknown. `node` is the machine; `tries` is above 1 if
+    workers died on the slide. `tissue` is "outlines" if the tissue is from outlines, not from the detector. In the
+    report, `output` is the slide's feature file, relative to the report, and `last_error` is why a later run, which did
+    not change that file, failed.
     """
 
     slide: Path
@@ -48,9 +48,9 @@ class SlideStatus:
         return self.status in ("done", "skipped")
 
     def after(self, earlier: Self, is_there: bool) -> Self:
-        """Return this row with what the earlier one of the same file knew: where the slide was skipped, how long its
-        file took, and where, and what it was made anew for; the earlier row itself where a run failed and left the
-        file as it was.
+        """Return this row, updated from the earlier row of the same file: for a skipped slide the time and machine of
+        its extraction, and why it was extracted anew; or the earlier row itself, if a run failed and did not change the
+        file.
         """
         if not earlier.is_made:
             return self
@@ -65,7 +65,7 @@ class SlideStatus:
 
     @property
     def why(self) -> str:
-        """The reason without the file it begins with: many slides may share it."""
+        """The reason without the file name at its beginning, so that slides can share it."""
         subject, colon, why = self.reason.partition(": ")
         return why if colon and Path(subject).name.startswith(self.slide.stem) else self.reason
 
@@ -75,25 +75,25 @@ def unlike_scales(mpps: Mapping[Path, float | None]) -> tuple[str, dict[Path, fl
 
     Returns "" and none if all known um/px are alike.
     """
-    known = {slide: mpp for slide, mpp in mpps.items() if mpp}
-    common = max(known.values(), key=lambda mpp: sum(_are_alike(mpp, other) for other in known.values()), default=0.0)
-    others = {slide: mpp for slide, mpp in known.items() if not _are_alike(mpp, common)}
-    if not others:
+    mpp_of = {slide: mpp for slide, mpp in mpps.items() if mpp}
+    common = max(mpp_of.values(), key=lambda mpp: sum(_are_alike(mpp, other) for other in mpp_of.values()), default=0.0)
+    unlike = {slide: mpp for slide, mpp in mpp_of.items() if not _are_alike(mpp, common)}
+    if not unlike:
         return "", {}
-    least, most = min(others.values()), max(others.values())
+    least, most = min(unlike.values()), max(unlike.values())
     span = f"{least:.3g}" if _are_alike(least, most) else f"{least:.3g} to {most:.3g}"
-    names = named([slide.name for slide in others], _NAMED)
-    which = f"the patches of {counted(len(others), 'slide')} have {span} um/px ({names})"
-    rest = f"those of {len(known) - len(others)} {common:.3g}"
-    return f"{which}, {rest}: their features show different scales; --mpp cuts all at one", others
+    names = named([slide.name for slide in unlike], _NAMED)
+    which = f"the patches of {counted(len(unlike), 'slide')} have {span} um/px ({names})"
+    remainder = f"those of {len(mpp_of) - len(unlike)} {common:.3g}"
+    return f"{which}, {remainder}: their features show different scales; --mpp cuts all at one", unlike
 
 
-def _are_alike(one: float, other: float) -> bool:
-    return max(one, other) <= min(one, other) * (1 + MPP_TOLERANCE)
+def _are_alike(first: float, second: float) -> bool:
+    return max(first, second) <= min(first, second) * (1 + MPP_TOLERANCE)
 
 
 def status_table(statuses: Sequence[SlideStatus]) -> str:
-    """Return a line per slide, and one for all the slides without patches that share a reason."""
+    """Return a line per slide; slides without patches that share a reason share a line."""
     groups: dict[tuple[str, ...], list[SlideStatus]] = {}
     for status in statuses:
         own = (status.slide.as_posix(),) if status.patches is not None else ()

@@ -1,8 +1,8 @@
-"""Strokes of a marker whose colour is a stain's too (pink, magenta, purple, brown), told from tissue by their make.
+"""Find strokes of a marker whose colour is also a stain's (pink, magenta, purple, brown), by their shape and texture.
 
 A stroke is long, of even width, of nearly one hue, lies on glass, and has no nuclei: at 8 um/px the density of stained
 tissue differs from its neighbourhood's by 0.12 to 0.37 of its mean (root mean square; a section of liver 0.13), that of
-a stroke by 0.03 to 0.09. Strokes are searched on squares of 16 um and judged one by one at full resolution.
+a stroke by 0.03 to 0.09. Candidates are searched on squares of 16 um and then tested at full resolution.
 """
 
 import math
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 
 from utils.slides.colour import binned_density, chroma, hue
 
-_COARSEST_MPP = 10.0  # um/px; in coarser images nuclei hardly show
+_COARSEST_MPP = 10.0  # um/px; in coarser images nuclei are hardly visible
 _SQUARE_UM = 16.0  # side of the squares on which strokes are searched
 _MIN_DENSITY = 0.12  # mean density; the palest pink marker tried has 0.15
 _SEED_HUE, _SEED_DENSITY = 0.07, 0.15  # spread over 3 x 3 squares: of the hue, and of the density as a share of it
-_SAME_HUE = 0.25  # distance in the hue plane within which a stroke's rim lies
-_RIM_SQUARES = 3  # as far as this from the even inside of a stroke
-_ROOM = 8  # squares around the inside, for its rim and the glass beside
+_SAME_HUE = 0.25  # largest distance in the hue plane between a stroke and its rim
+_RIM_SQUARES = 3  # width of the rim around the even inside of a stroke
+_ROOM = 8  # squares around the inside, for its rim and the adjacent glass
 _MIN_LENGTH_UM = 300.0  # of a piece: a thin or blotchy stroke falls apart,
-_MIN_EXTENT_UM = 600.0  # and of all pieces that lie together: blood in a wide vessel is long too, but shorter
+_MIN_EXTENT_UM = 600.0  # and of all pieces close together: blood in a wide vessel is long too, but shorter
 _RIDGE_PERCENTILE = 75  # of the distances from the rim along its middle: half a stroke's width, wherever it crosses
 _MIN_ELONGATION = 2.2  # length over width, its rim included
 _MIN_EVENNESS = 0.33  # twice the mean distance from the rim over the width: an endless band 0.5
-_WIDER, _MOST_WIDER = 1.25, 0.12  # so much wider it is at most in this share: where lines of a cross or an arrow meet
+_WIDER, _MOST_WIDER = 1.25, 0.12  # at most this share may be so much wider, as where lines of a cross or arrow meet
 _GLASS_SQUARES = 2, 4  # distance from a stroke at which glass is expected,
-_MIN_GLASS = 0.5  # over this share; tissue among tissue has none
+_MIN_GLASS = 0.5  # over this share; tissue within tissue has none
 _MAX_HUE_SPREAD = 0.1  # root mean square distance from the mean hue; markers 0.03 to 0.08
-_NUCLEUS_SQUARES = 2  # gaps up to twice this are nuclei, where the rest is a stroke
+_NUCLEUS_SQUARES = 2  # gaps up to twice this wide in a stroke could be nuclei
 _MIN_CHROMA = 0.19  # largest minus smallest channel density; collagen without nuclei 0.14, the palest marker 0.22
 _MAX_TEXTURE = 0.11  # see above
 
@@ -45,11 +45,11 @@ class _Squares:
 
 
 def find_strokes(density: NDArray[np.float32], stained: NDArray[np.bool_], mpp: float) -> NDArray[np.bool_]:
-    """Mark the marker strokes whatever their colour, with their rims.
+    """Find marker strokes of any colour, including their rims.
 
     Args:
         density: (h, w, 3) optical density.
-        stained: (h, w) bool, where a stroke may be: coloured, and no ink that is known by its hue.
+        stained: (h, w) bool, where strokes are searched: coloured px that are not ink by their hue.
         mpp: um per px.
 
     Returns:
@@ -58,23 +58,23 @@ def find_strokes(density: NDArray[np.float32], stained: NDArray[np.bool_], mpp: 
     width = max(1, round(_SQUARE_UM / mpp))
     if mpp > _COARSEST_MPP or max(stained.shape) * mpp < _MIN_EXTENT_UM or min(stained.shape) < 3 * width:
         return np.zeros(stained.shape, dtype=bool)
-    squares, seeds = _searched(density, stained, width, mpp)
-    found = np.zeros(seeds.shape, dtype=bool)
-    for place, seed in _pieces(seeds, squares):
-        stroke = _whole_stroke(squares, place, seed)
-        rows, columns = (slice(part.start * width, part.stop * width) for part in place)
-        if _is_long_on_glass(stroke, squares.stained[place], squares.um) and _is_plain(
+    squares, seeds = _squares_and_seeds(density, stained, width, mpp)
+    strokes = np.zeros(seeds.shape, dtype=bool)
+    for area, seed in _pieces(seeds, squares):
+        stroke = _whole_stroke(squares, area, seed)
+        rows, columns = (slice(extent.start * width, extent.stop * width) for extent in area)
+        if _is_long_on_glass(stroke, squares.stained[area], squares.um) and _is_plain(
             density[rows, columns], _enlarged(_inside(stroke, seed), width)
         ):
-            found[place] |= stroke
-    rest = [(0, whole - part * width) for whole, part in zip(stained.shape, found.shape, strict=True)]
-    return np.pad(_enlarged(_long(found, squares.um), width), rest, mode="edge")
+            strokes[area] |= stroke
+    margins = [(0, whole - extent * width) for whole, extent in zip(stained.shape, strokes.shape, strict=True)]
+    return np.pad(_enlarged(_long(strokes, squares.um), width), margins, mode="edge")
 
 
-def _searched(
+def _squares_and_seeds(
     density: NDArray[np.float32], stained: NDArray[np.bool_], width: int, mpp: float
 ) -> tuple[_Squares, NDArray[np.bool_]]:
-    """The image in squares, and (n, m) bool where these are coloured, and alike in hue and density all around."""
+    """Return the image in squares, and (n, m) bool: coloured squares of the same hue and density as those around."""
     binned = binned_density(density, width)
     u, v, mean = hue(binned)
     rows, columns = mean.shape
@@ -85,7 +85,7 @@ def _searched(
 
 
 def _variance(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n, m) over 3 x 3 squares."""
+    """Return (n, m): the variance over 3 x 3 squares."""
     from scipy import ndimage  # slow to import, and needed where a slide is read alone
 
     mean = ndimage.uniform_filter(values, 3)
@@ -93,24 +93,24 @@ def _variance(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _pieces(seeds: NDArray[np.bool_], squares: _Squares) -> list[tuple[tuple[slice, slice], NDArray[np.bool_]]]:
-    """The pieces with glass about that may be the inside of a stroke: their places, with room for a rim, and masks."""
+    """Return the pieces near glass that may be the inside of a stroke: their areas, with room for a rim, and masks."""
     from scipy import ndimage
 
     labels = _labelled(seeds)
     sizes = np.bincount(labels.ravel())
     pieces = []
-    for label, place in enumerate(ndimage.find_objects(labels), start=1):
-        longest = _diagonal(place)
+    for label, area in enumerate(ndimage.find_objects(labels), start=1):
+        longest = _diagonal(area)
         if longest * squares.um < _MIN_LENGTH_UM / 2 or sizes[label] < longest / 2:
             continue
-        rows, columns = (_widened(part, end) for part, end in zip(place, seeds.shape, strict=True))
+        rows, columns = (_widened(extent, end) for extent, end in zip(area, seeds.shape, strict=True))
         if (~squares.stained[rows, columns]).sum() > longest / 2:
             pieces.append(((rows, columns), labels[rows, columns] == label))
     return pieces
 
 
 def _labelled(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """(n, m) the number of the 8-connected piece each square belongs to; 0 is none."""
+    """Return (n, m): the number of the 8-connected piece that each square belongs to; 0 for none."""
     from scipy import ndimage
 
     labels = np.empty(mask.shape, dtype=np.int32)
@@ -118,22 +118,22 @@ def _labelled(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     return labels
 
 
-def _widened(part: slice, end: int) -> slice:
-    return slice(max(0, part.start - _ROOM), min(end, part.stop + _ROOM))
+def _widened(extent: slice, end: int) -> slice:
+    return slice(max(0, extent.start - _ROOM), min(end, extent.stop + _ROOM))
 
 
-def _whole_stroke(squares: _Squares, place: tuple[slice, slice], seed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(n, m) bool: the inside with what is around it and of its hue."""
+def _whole_stroke(squares: _Squares, area: tuple[slice, slice], seed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return (n, m) bool: the inside of a stroke with the rim around it that has its hue."""
     from scipy import ndimage
 
-    u, v = squares.u[place], squares.v[place]
+    u, v = squares.u[area], squares.v[area]
     alike = np.hypot(u - np.median(u[seed]), v - np.median(v[seed])) < _SAME_HUE
-    within = seed | (alike & squares.stained[place])
+    within = seed | (alike & squares.stained[area])
     return np.asarray(ndimage.binary_dilation(seed, iterations=_RIM_SQUARES, mask=within), dtype=bool)
 
 
 def _is_long_on_glass(stroke: NDArray[np.bool_], stained: NDArray[np.bool_], um: float) -> bool:
-    """Judge the shape of a stroke (n, m) of squares of `um`."""
+    """Whether a piece (n, m) of squares of `um` has the shape of a stroke, and glass around it."""
     from scipy import ndimage
 
     depth_of = _depth(stroke)
@@ -150,18 +150,18 @@ def _is_long_on_glass(stroke: NDArray[np.bool_], stained: NDArray[np.bool_], um:
 
 
 def _long(strokes: NDArray[np.bool_], um: float) -> NDArray[np.bool_]:
-    """(n, m) bool: the strokes whose pieces, those of 64 um apart taken together, are long."""
+    """Return (n, m) bool: the strokes that are long, if pieces up to 64 um apart are joined."""
     if not strokes.any():
         return strokes
     from scipy import ndimage
 
     labels = _labelled(np.asarray(ndimage.binary_dilation(strokes, iterations=2), dtype=bool))
-    extents = [_diagonal(place) - 4 for place in ndimage.find_objects(labels)]
+    extents = [_diagonal(area) - 4 for area in ndimage.find_objects(labels)]
     return strokes & np.array([False, *(extent * um >= _MIN_EXTENT_UM for extent in extents)])[labels]
 
 
-def _diagonal(place: tuple[slice, slice]) -> float:
-    return math.hypot(*(part.stop - part.start for part in place))
+def _diagonal(area: tuple[slice, slice]) -> float:
+    return math.hypot(*(extent.stop - extent.start for extent in area))
 
 
 def _enlarged(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
@@ -169,14 +169,14 @@ def _enlarged(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
 
 
 def _depth(stroke: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(n, m) distance of each square's middle from the stroke's rim."""
+    """Return (n, m): the distance of each square's centre from the stroke's rim."""
     from scipy import ndimage
 
     return np.asarray(ndimage.distance_transform_edt(np.pad(stroke, 1)))[1:-1, 1:-1] - 0.5
 
 
 def _inside(stroke: NDArray[np.bool_], seed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(n, m) bool: a stroke without its rim, with what lies in its gaps, as nuclei do; its seed if that is little."""
+    """Return (n, m) bool: a stroke without its rim, but with gaps, which may be nuclei; its seed if that is small."""
     from scipy import ndimage
 
     room = _NUCLEUS_SQUARES
@@ -186,7 +186,7 @@ def _inside(stroke: NDArray[np.bool_], seed: NDArray[np.bool_]) -> NDArray[np.bo
 
 
 def _is_plain(density: NDArray[np.float32], inside: NDArray[np.bool_]) -> bool:
-    """Whether what lies `inside` (h, w) has a strong colour, one hue, and no nuclei."""
+    """Whether the pixels `inside` (h, w) have a strong colour, a single hue, and no nuclei."""
     from scipy import ndimage
 
     u, v, mean = hue(density)

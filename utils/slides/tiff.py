@@ -1,6 +1,6 @@
-"""TIFFs that OpenSlide refuses or shows only in part, read by tifffile: OME-TIFF, pyramids in SubIFDs, untiled images.
+"""Read TIFFs that OpenSlide refuses or shows only in part by tifffile: OME-TIFF, pyramids in SubIFDs, untiled images.
 
-`utils.slides.tiff_images` chooses the image that is the slide, `utils.slides.tiff_colours` says which pixels are read.
+`utils.slides.tiff_images` chooses the image that is the slide, `utils.slides.tiff_colours` checks and converts pixels.
 """
 
 import re
@@ -55,7 +55,7 @@ def is_tiff(path: Path) -> bool:
 
 
 class TiffSlide(Slide):
-    """The image of a TIFF that is the slide; made by `open_tiff`, shared by threads."""
+    """The image of a TIFF that is the slide; made by `open_tiff`, may be shared by threads."""
 
     def __init__(self, path: Path, file: tifffile.TiffFile, image: TiffImage) -> None:
         self.path, self.name, self.vendor = path, path.stem, "tiff"
@@ -104,7 +104,7 @@ class TiffSlide(Slide):
 def open_tiff(path: Path) -> TiffSlide:
     """Open a TIFF that OpenSlide does not read.
 
-    Raises SlideError, which says what of it cannot be read, or which of its images could be the slide.
+    Raises SlideError, which says what cannot be read, or which of its images could be the slide.
     """
     try:
         with tifffile.TiffFile(path) as file:
@@ -117,18 +117,18 @@ def open_tiff(path: Path) -> TiffSlide:
 
 @dataclass(frozen=True)
 class PageShown:
-    """What tifffile reads of a TIFF that OpenSlide shows well: its description, and which image of OME-XML it is."""
+    """The metadata of a TIFF that OpenSlide shows correctly: its description, and which image of OME-XML it is."""
 
     description: str = ""
     ome_number: int | None = 0
 
 
 def compare_by_structure(path: Path, size: Size, levels: int) -> TiffSlide | PageShown:
-    """Return the slide of a TIFF of which OpenSlide shows another image than the slide, or wrong colours, or fewer
-    levels; else what the file says of the image that it shows, with so many `levels` and level 0 of this `size`.
+    """Return the slide if OpenSlide shows another image of the TIFF, wrong colours or fewer levels; else the metadata
+    of the image OpenSlide shows, which has this many `levels` and level 0 of this `size`.
 
-    Raises SlideError where structure does not decide which image is the slide, or the pixels are of a kind that
-    OpenSlide opens, and shows wrongly.
+    Raises SlideError if the structure does not decide which image is the slide, or the pixels are of a kind that
+    OpenSlide opens but shows wrongly.
     """
     try:
         with tifffile.TiffFile(path) as file:
@@ -143,7 +143,7 @@ def compare_by_structure(path: Path, size: Size, levels: int) -> TiffSlide | Pag
 
 
 def _properties(file: tifffile.TiffFile, image: TiffImage) -> dict[str, str]:
-    """Return what the file says of the image, under OpenSlide's names."""
+    """Return the image's metadata under OpenSlide's property names."""
     page, first = image.page, file.pages[0]
     description = page.description or (first.description if isinstance(first, tifffile.TiffPage) else "")
     if file.ome_metadata:
@@ -152,19 +152,19 @@ def _properties(file: tifffile.TiffFile, image: TiffImage) -> dict[str, str]:
     for name, value in zip(("XResolution", "YResolution"), page.resolution, strict=True):
         properties[f"tiff.{name}"] = str(value)
     if description.startswith("Aperio"):
-        found = re.search(r"\bMPP\s*=\s*([\d.]+)", description)
-        properties |= {"aperio.MPP": found[1]} if found else {}
+        match = re.search(r"\bMPP\s*=\s*([\d.]+)", description)
+        properties |= {"aperio.MPP": match[1]} if match else {}
     return properties
 
 
 def _objective(properties: Mapping[str, str]) -> float | None:
-    found = re.search(r"NominalMagnification\s*=\s*\"([\d.]+)\"", properties["tiff.ImageDescription"])
-    found = found or re.search(r"\bAppMag\s*=\s*([\d.]+)", properties["tiff.ImageDescription"])
-    return number(found[1]) if found else None
+    match = re.search(r"NominalMagnification\s*=\s*\"([\d.]+)\"", properties["tiff.ImageDescription"])
+    match = match or re.search(r"\bAppMag\s*=\s*([\d.]+)", properties["tiff.ImageDescription"])
+    return number(match[1]) if match else None
 
 
 def _reader(path: Path, image: TiffImage) -> TileReader:
-    """Return what reads the levels. Raises SlideError, which says what speaks against that."""
+    """Return the reader of the levels. Raises SlideError if colours or storage are not supported."""
     check_colours(path, image)
     levels = []
     for index, pages in enumerate(image.levels):
@@ -181,7 +181,7 @@ def _reader(path: Path, image: TiffImage) -> TileReader:
 
 
 def _storage_problem(page: tifffile.TiffPage) -> tuple[str, str]:
-    """Return what speaks against decoding the tiles, and what to do; ("", "") where nothing does."""
+    """Return the problem with decoding the tiles, and what to do; ("", "") if there is none."""
     compression = f"tiles in a compression ({name_of(page.compression)})"
     width, height = tile_size(page)
     if min(width, height) < 1:
@@ -222,10 +222,10 @@ def _decode(
     index: int,
     planes: Sequence[bytes],
 ) -> NDArray[np.uint8]:
-    """Decode a tile by tifffile, the colours of several planes side by side; white beyond the image's edge."""
+    """Decode a tile by tifffile and join the colours of several planes; white beyond the image's edge."""
     try:
         decoded = [decode(data, index, jpegtables=tables)[0] for data in planes]
-        pixels = to_rgb(np.concatenate([part[0] for part in decoded], axis=-1))
+        pixels = to_rgb(np.concatenate([page[0] for page in decoded], axis=-1))
     except TIFF_FAILURES as error:
         raise ValueError(str(error) or type(error).__name__) from error
     width, height = size

@@ -1,4 +1,4 @@
-"""The colours of a TIFF's image: which kinds of pixels are read, and what makes 8-bit RGB of them."""
+"""Check which kinds of pixels a TIFF's image has, and convert them to 8-bit RGB."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -33,9 +33,9 @@ _JPEG_2000 = frozenset({33003, 33004, 33005, 34712})
 _CODING_STYLE = b"\xff\x52"  # the segment of a JPEG 2000 codestream
 _CHANNELS = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 _FLUORESCENCE = re.compile(r"\b(Fluor|EmissionWavelength|ExcitationWavelength)\s*=|Fluorescence\"")
-# Where light shines through, the median px is this bright in all its colours, and the brightest are nearly grey.
+# In transmitted light the median px is this bright in every channel, and the brightest px are nearly grey.
 _LEAST_MEDIAN, _LEAST_BALANCE = 60, 0.5
-_GRID, _PLACE = 5, 64  # places to look at along a side, and px of their sides
+_GRID, _SIDE = 5, 64  # regions sampled along a side, and their side in px
 
 
 def check_colours(path: Path, image: TiffImage) -> None:
@@ -62,7 +62,7 @@ def check_samples(path: Path, image: TiffImage) -> None:
 def openslide_shows_colours(image: TiffImage) -> bool:
     """Whether OpenSlide shows the colours of a page that it opens.
 
-    It takes the first of several grey samples for all, and a fourth sample of no stated meaning for alpha.
+    It shows only the first of several grey samples, and takes a fourth sample of no stated meaning for alpha.
     """
     page = image.page
     if page.photometric in _GREYS:
@@ -71,7 +71,7 @@ def openslide_shows_colours(image: TiffImage) -> bool:
 
 
 def _sample_problem(page: tifffile.TiffPage) -> tuple[str, str]:
-    """Return what speaks against the numbers that make up the pixels, and what to do; ("", "") where nothing does."""
+    """Return the problem with the number format of the pixels, and what to do; ("", "") if there is none."""
     bits = page.bitspersample
     remedy = f"scale them to 8 bits, and {CONVERT}"
     if page.sampleformat == _SIGNED:
@@ -86,7 +86,7 @@ def _sample_problem(page: tifffile.TiffPage) -> tuple[str, str]:
 
 
 def _colour_problem(image: TiffImage, page: tifffile.TiffPage) -> tuple[str, str]:
-    """Return what speaks against the colours, and what to do; ("", "") where nothing does."""
+    """Return the problem with the colours, and what to do; ("", "") if there is none."""
     samples, channels = page.samplesperpixel, _channel_count(image)
     if page.photometric not in (*_GREYS, _RGB, _PALETTE, _SEPARATED, _YCBCR):
         return f"colours of the kind {name_of(page.photometric)}", CONVERT
@@ -118,13 +118,13 @@ def _channel_count(image: TiffImage) -> int:
 
 
 def _alpha(page: tifffile.TiffPage) -> int | None:
-    """Return the kind of alpha of the last sample, if it is alpha."""
+    """Return the kind of alpha that the last sample is; None if it is not alpha."""
     kinds = page.extrasamples
     return kinds[-1] if kinds and kinds[-1] in (_PREMULTIPLIED, _STRAIGHT) else None
 
 
 def _are_fluorescence(image: TiffImage) -> bool:
-    """Whether the OME-XML gives the channels other names than colours, or dyes and wavelengths."""
+    """Whether the OME-XML names the channels other than by colours, or with dyes or wavelengths."""
     attributes, names = _channels(image)
     if any(name and name not in colours for name, colours in zip(names, _CHANNELS, strict=False)):
         return True
@@ -132,7 +132,7 @@ def _are_fluorescence(image: TiffImage) -> bool:
 
 
 def are_unnamed_channels(image: TiffImage) -> bool:
-    """Whether there are three channels, and nothing says whether they are red, green and blue."""
+    """Whether there are three channels, and the file does not say if they are red, green and blue."""
     names = _channels(image)[1][: len(_CHANNELS)]
     return _channel_count(image) == len(_CHANNELS) and not (len(names) == len(_CHANNELS) and all(names))
 
@@ -144,22 +144,22 @@ def _channels(image: TiffImage) -> tuple[list[str], list[str]]:
     if image.ome_number is None or image.ome_number >= len(images):
         return [], []
     attributes: list[str] = re.findall(r"<(?:\w+:)?Channel\b([^>]*)>", images[image.ome_number])
-    found = [re.search(r"\bName\s*=\s*\"([^\"]*)\"", channel) for channel in attributes]
-    names = [re.sub(r"(?i)^(channel)?\s*[\d: ]*$", "", name[1]).lower() if name else "" for name in found]
+    quoted = [re.search(r"\bName\s*=\s*\"([^\"]*)\"", channel) for channel in attributes]
+    names = [re.sub(r"(?i)^(channel)?\s*[\d: ]*$", "", name[1]).lower() if name else "" for name in quoted]
     return attributes, names
 
 
 def check_brightfield(path: Path, level: int, size: tuple[int, int], read: ReadLevel) -> None:
-    """Raise SlideError unless the pixels of a level of this size are bright in all three channels, as light that shines
-    through a section is; fluorescence is dark.
+    """Raise SlideError unless the pixels of a level of this size are bright in all three channels, as in transmitted
+    light; fluorescence is dark.
     """
     width, height = size
     corners = [
         (round(x), round(y))
-        for y in np.linspace(0, max(height - _PLACE, 0), _GRID)
-        for x in np.linspace(0, max(width - _PLACE, 0), _GRID)
+        for y in np.linspace(0, max(height - _SIDE, 0), _GRID)
+        for x in np.linspace(0, max(width - _SIDE, 0), _GRID)
     ]
-    side_x, side_y = min(_PLACE, width), min(_PLACE, height)
+    side_x, side_y = min(_SIDE, width), min(_SIDE, height)
     pixels = np.concatenate([read(level, x, y, side_x, side_y).reshape(-1, 3) for x, y in corners])
     sums = pixels.sum(axis=1, dtype=int)
     brightest = pixels[sums >= np.percentile(sums, 95)].mean(axis=0)
@@ -171,7 +171,7 @@ def check_brightfield(path: Path, level: int, size: tuple[int, int], read: ReadL
 
 
 def to_rgb_of(page: tifffile.TiffPage) -> Callable[[NDArray], NDArray[np.uint8]]:
-    """Return what makes (h, w, 3) uint8 RGB of a page's decoded samples (h, w, s)."""
+    """Return the function that converts a page's decoded samples (h, w, s) to (h, w, 3) uint8 RGB."""
     if page.photometric == _PALETTE and page.colormap is not None:
         return partial(_by_palette, (np.asarray(page.colormap) >> 8).astype(np.uint8).T)
     if page.photometric == _SEPARATED:
@@ -188,7 +188,7 @@ def _by_palette(colours: NDArray[np.uint8], samples: NDArray) -> NDArray[np.uint
 
 
 def _by_grey(is_bilevel: bool, is_inverted: bool, alpha: int | None, samples: NDArray) -> NDArray[np.uint8]:
-    """Grey, or red, green and blue that are stored as grey."""
+    """Convert grey, or red, green and blue that are stored as grey."""
     pixels = samples.astype(np.uint8)
     pixels = pixels * np.uint8(255) if is_bilevel else pixels
     opacity = pixels[..., -1:] if alpha is not None else pixels[..., :0]
@@ -199,7 +199,7 @@ def _by_grey(is_bilevel: bool, is_inverted: bool, alpha: int | None, samples: ND
 
 
 def _by_colour(alpha: int | None, samples: NDArray) -> NDArray[np.uint8]:
-    """RGB; alpha, the last sample where there is one, is composed on white, other samples are left out."""
+    """Convert RGB; alpha, if it is the last sample, is composed on white, other samples are left out."""
     rgb = np.ascontiguousarray(samples[..., :3], dtype=np.uint8)
     if alpha is None or samples.shape[-1] < 4:
         return rgb
@@ -212,9 +212,9 @@ def _by_colour(alpha: int | None, samples: NDArray) -> NDArray[np.uint8]:
 def _by_ycbcr(
     coefficients: Sequence[int] | None, limits: Sequence[int] | None, alpha: int | None, samples: NDArray
 ) -> NDArray[np.uint8]:
-    """YCbCr by the file's coefficients and limits of black and white, which are fractions; JFIF's where it has none.
+    """Convert YCbCr by the file's coefficients and limits of black and white, which are fractions, or JFIF's.
 
-    Zeros in place of divisors are taken as ones, as libtiff does.
+    Divisors of zero count as one, as in libtiff.
     """
     if coefficients is None and limits is None:
         rgb = ycbcr_to_rgb(samples[..., :3])
@@ -246,11 +246,11 @@ def _needs_conversion(page: tifffile.TiffPage) -> bool:
 
 
 def codestream(page: tifffile.TiffPage) -> tuple[bool, bool]:
-    """Whether the first tile's JPEG 2000 codestream has subsampled colours, which the decoder makes RGB, and whether
-    it has a colour transform of its own, which the decoder reverses.
+    """Return whether the first tile's JPEG 2000 codestream has subsampled colours, which the decoder converts to RGB,
+    and whether it has a colour transform of its own, which the decoder reverses.
     """
-    places = zip(page.dataoffsets, page.databytecounts, strict=False)
-    offset, size = next(((offset, size) for offset, size in places if size), (0, 0))
+    extents = zip(page.dataoffsets, page.databytecounts, strict=False)
+    offset, size = next(((offset, size) for offset, size in extents if size), (0, 0))
     handle = page.parent.filehandle
     handle.seek(offset)
     data: bytes = handle.read(min(size, 1024))
@@ -258,8 +258,10 @@ def codestream(page: tifffile.TiffPage) -> tuple[bool, bool]:
     style = data.find(_CODING_STYLE, start)
     if start < 0 or style < 0:
         return False, False
-    parts = data[start + 42 : start + 42 + 3 * min(page.samplesperpixel, 3)]  # each its depth and steps in x and y
-    return parts[1::3] + parts[2::3] != bytes([1] * (2 * len(parts) // 3)), data[style + 8 : style + 9] not in (
+    components = data[start + 42 : start + 42 + 3 * min(page.samplesperpixel, 3)]  # each its depth and steps in x and y
+    return components[1::3] + components[2::3] != bytes([1] * (2 * len(components) // 3)), data[
+        style + 8 : style + 9
+    ] not in (
         b"",
         b"\0",
     )

@@ -1,9 +1,9 @@
-"""The images of a TIFF, and which of them is the slide.
+"""List the images of a TIFF and choose the one that is the slide.
 
-A TIFF may hold several images: the slide, its label, a macro photograph, thumbnails. Structure decides which one is the
-slide: a tiled pyramid before an untiled page, the largest before smaller ones. A name such as "label" rules an image
-out only where another one can be the slide. Where structure does not decide, the file is refused with a list of what
-it holds.
+A TIFF may hold several images: the slide, its label, a macro photograph, thumbnails. The structure decides which one is
+the slide: a tiled pyramid before an untiled page, the largest before smaller ones. A name such as "label" rules an
+image out only if another one can be the slide. If the structure does not decide, the file is refused with a list of its
+images.
 """
 
 import re
@@ -19,10 +19,10 @@ from utils.slides.levels import Size, whole_downsample
 from utils.slides.resolution import ome_images
 from utils.slides.tiles import Page, keyframe
 
-# Words for the images beside the slide. They may also stand in a slide's own name: "label-free", "macro dissection".
+# Words for the images beside the slide. They may also occur in a slide's own name: "label-free", "macro dissection".
 _WORDS = r"(?:label|macro|thumbnail|overview|slide ?preview|map ?image)"
 _MENTIONED = re.compile(rf"\b{_WORDS}\b", re.IGNORECASE)
-# A line that says nothing else, as vendors write it: "macro 1280x431", "label image #2", "CMU-1 [thumbnail]".
+# A line with nothing else, as vendors write it: "macro 1280x431", "label image #2", "CMU-1 [thumbnail]".
 _SAID_PLAINLY = re.compile(
     rf"(?:^|[\[(:|-]) *(?:slide )?{_WORDS}(?: ?(?:image|picture|photo|photograph))?"
     r"(?:[ ,:#]*\d+)?(?:[ ,:(]*\d+ *x *\d+)?[\])]* *$",
@@ -44,8 +44,8 @@ class TiffImage:
     """One image of a file: the pages of each of its levels (one page, or one per colour), level 0 first.
 
     Attributes:
-        number: its place among the images that tifffile lists.
-        ome_number: its place among the images of the file's OME-XML; None where there is none, or it is not clear.
+        number: its index among the images that tifffile lists.
+        ome_number: its index among the images of the file's OME-XML; None if there is none, or it is ambiguous.
         is_spread: whether other files hold a part of it, or a part is missing.
     """
 
@@ -58,7 +58,7 @@ class TiffImage:
 
     @property
     def page(self) -> tifffile.TiffPage:
-        """The first page of level 0, which says how the image is stored."""
+        """The first page of level 0, which describes how the image is stored."""
         return keyframe(self.levels[0][0])
 
     @property
@@ -110,9 +110,9 @@ class TiffImage:
 
 
 def tiff_images(path: Path, file: tifffile.TiffFile) -> list[TiffImage]:
-    """Return the images of a file, as tifffile makes them of its pages, SubIFDs and OME-XML.
+    """Return the images of a file, as tifffile assembles them from its pages, SubIFDs and OME-XML.
 
-    Images of an OME-TIFF that lie in other files are left out. Raises SlideError where a page is missing or empty.
+    Images of an OME-TIFF that are in other files are left out. Raises SlideError if a page is missing or empty.
     """
     _check_directories(path, file)
     series_list = file.series
@@ -140,7 +140,7 @@ def tiff_images(path: Path, file: tifffile.TiffFile) -> list[TiffImage]:
 
 
 def choose_image(path: Path, images: Sequence[TiffImage]) -> TiffImage:
-    """Return the image that is the slide. Raises SlideError where there is none, or structure does not decide."""
+    """Return the image that is the slide. Raises SlideError if there is none, or the structure does not decide."""
     if not images:
         raise SlideError(f"{path}: a TIFF without an image that can be read; {_INCOMPLETE}")
     candidates = _candidates(images)
@@ -165,7 +165,7 @@ def choose_image(path: Path, images: Sequence[TiffImage]) -> TiffImage:
 
 
 def _candidates(images: Sequence[TiffImage]) -> list[TiffImage]:
-    """Return the images that can be the slide by their names, or in spite of them."""
+    """Return the images that can be the slide by their names, or despite them."""
     unnamed = [image for image in images if not image.mentions_label]
     largest = max((image.area for image in unnamed), default=0)
     if unnamed:  # a word in a longer name does not rule out the largest pyramid by far
@@ -180,8 +180,8 @@ def _candidates(images: Sequence[TiffImage]) -> list[TiffImage]:
 
 
 def _largest(candidates: Sequence[TiffImage]) -> tuple[TiffImage, list[TiffImage]]:
-    """Return the largest pyramid, or the largest page where there is none, or a page of which that is a smaller copy;
-    and the images that may be the slide as well.
+    """Return the largest pyramid (or page, if there is no pyramid or a page is larger), and the images that could be
+    the slide as well.
     """
     pyramids = _not_reduced([image for image in candidates if image.is_pyramid])
     pages = _not_reduced([image for image in candidates if not image.is_pyramid])
@@ -194,7 +194,7 @@ def _largest(candidates: Sequence[TiffImage]) -> tuple[TiffImage, list[TiffImage
 
 
 def _not_reduced(images: list[TiffImage]) -> list[TiffImage]:
-    """Return the images that are not marked as smaller copies, or all where every one is."""
+    """Return the images that are not marked as smaller copies, or all if every one is."""
     return [image for image in images if not image.is_reduced] or images
 
 
@@ -208,7 +208,7 @@ def _listed(images: Sequence[TiffImage]) -> str:
 
 
 def _ome_number(file: tifffile.TiffFile, elements: Sequence[str], size: Size) -> int | None:
-    """Return which image of the OME-XML has this size, and lies in this file where several have it."""
+    """Return the number of the OME-XML image of this size; of several, the one in this file; None if ambiguous."""
     numbers = list(range(len(elements)))
     for axis, side in zip("XY", size, strict=True):
         declared = [re.search(rf"\bSize{axis}\s*=\s*[\"'](\d+)", element) for element in elements]
@@ -220,29 +220,29 @@ def _ome_number(file: tifffile.TiffFile, elements: Sequence[str], size: Size) ->
 
 
 def _check_directories(path: Path, file: tifffile.TiffFile) -> None:
-    """Raise SlideError where the chain of directories breaks off, or a SubIFD is not there.
+    """Raise SlideError if the chain of directories breaks off, or a SubIFD is missing.
 
-    tifffile only logs that and gives the pages before the break, which may be the label or a thumbnail alone.
+    tifffile only logs that and returns the pages before the break, which may be just the label or a thumbnail.
     """
-    # Not by `file.pages`: counting them does not end where the chain goes round late.
+    # Not by `file.pages`: counting them does not end if the chain loops back late.
     file.filehandle.seek(_FIRST_OFFSET_OF_BIG if file.is_bigtiff else _FIRST_OFFSET)
     (offset,) = struct.unpack(file.tiff.offsetformat, file.filehandle.read(file.tiff.offsetsize))
-    seen: set[int] = set()
+    visited: set[int] = set()
     while offset:
-        directory = None if offset in seen else _directory(file, offset)
-        if directory is None and not seen:
+        directory = None if offset in visited else _directory(file, offset)
+        if directory is None and not visited:
             raise SlideError(f"{path}: a TIFF without an image that can be read; {_INCOMPLETE}")
         if directory is None:
-            raise SlideError(f"{path}: its list of pages breaks off after {len(seen)}; {_INCOMPLETE}")
-        seen.add(offset)
+            raise SlideError(f"{path}: its list of pages breaks off after {len(visited)}; {_INCOMPLETE}")
+        visited.add(offset)
         offset, subifds = directory
         if any(subifd and _directory(file, subifd) is None for subifd in subifds):
-            raise SlideError(f"{path}: a page in a SubIFD of page {len(seen) - 1} is missing; {_INCOMPLETE}")
+            raise SlideError(f"{path}: a page in a SubIFD of page {len(visited) - 1} is missing; {_INCOMPLETE}")
 
 
 def _directory(file: tifffile.TiffFile, offset: int) -> tuple[int, Sequence[int]] | None:
-    """Return where the directory after the one at `offset` begins, 0 after the last, and where its SubIFDs do; None
-    where it is cut.
+    """Return the offset of the directory after the one at `offset`, 0 after the last, and the offsets of its SubIFDs;
+    None if the directory is cut off.
     """
     tiff, handle = file.tiff, file.filehandle
     try:
@@ -262,7 +262,7 @@ def _directory(file: tifffile.TiffFile, offset: int) -> tuple[int, Sequence[int]
 
 
 def _offsets(file: tifffile.TiffFile, kind: int, field: bytes) -> Sequence[int]:
-    """Return the offsets in a tag of this type, whose `field` is their number and they themselves, or their place."""
+    """Return the offsets in a tag of this type, whose `field` has their number, and they themselves or their offset."""
     tiff, handle = file.tiff, file.filehandle
     count, values = struct.unpack(tiff.tagformat2, field)
     layout = f"{tiff.byteorder}{count}{_OFFSET_FORMATS[kind]}"

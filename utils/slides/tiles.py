@@ -1,6 +1,7 @@
-"""Reading tiled JPEG and JPEG 2000 TIFFs, SVS among them, without OpenSlide: each tile is decoded once and kept.
+"""Read tiled JPEG and JPEG 2000 TIFFs, such as SVS, without OpenSlide: each tile is decoded once and cached.
 
-Positions and sizes are px of the level read. The pixels are those of OpenSlide wherever `TileReader.open` takes a file.
+Positions and sizes are px of the level read. For every file that `TileReader.open` accepts, the pixels equal
+OpenSlide's.
 """
 
 import logging
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 
 from utils.core.errors import SlideError
 
-# A row of patches of 1024 px touches six rows of 240-px tiles at most, one of 256 px three: of a slide 120,000 px wide
-# these three take the 256 MiB. Strips may be lower than tiles: then it is more rows of them.
+# A row of patches of 1024 px touches at most six rows of 240-px tiles, one of 256 px three; on a slide 120,000 px wide
+# these three take the 256 MiB. Strips may be lower than tiles, so that more rows of them are needed.
 CACHE_ROWS, CACHE_HEIGHT = 6, 1024
 CACHE_BYTES = 256 * 2**20
 MOST_TILE_PIXELS = 2**28  # 1 GB; a level that is a single strip stays below
@@ -38,19 +39,18 @@ _COLOUR_SPACES = {2: "rgb", 6: "ycbcr"}  # TIFF's photometric interpretations
 PLANES_APART = 2  # TIFF's planar configuration of colours that are stored apart
 CODESTREAM = b"\xff\x4f\xff\x51"  # how JPEG 2000 begins
 _SOS, _EOI, _RST = b"\xff\xda", b"\xff\xd9", 0xD0  # JPEG's markers of a scan, the end, and restarts
-# What tifffile raises on damaged or odd files, besides its own error: sizes of 0, counts that no memory holds, pages
-# that do not fit together.
+# Errors that tifffile raises on damaged or odd files: sizes of 0, counts beyond any memory, inconsistent pages.
 TIFF_FAILURES = (
     tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
     ArithmeticError, RuntimeError, MemoryError,
 )  # fmt: skip
 _DECODING_FAILURES = (*TIFF_FAILURES, imagecodecs.Jpeg8Error, imagecodecs.Jpeg2kError)
 
-# tifffile logs every odd tag; our errors say what matters of that.
+# tifffile logs every odd tag; our errors report those that matter.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
-# A tile's number and the bytes of its planes, of which there is one where the colours are stored together, to
+# Decodes a tile, given its number and the bytes of its planes (one, if the colours are stored together), to
 # (tile_height, tile_width, 3) uint8 RGB.
 Decoder = Callable[[int, Sequence[bytes]], NDArray[np.uint8]]
 
@@ -59,7 +59,7 @@ Page = tifffile.TiffPage | tifffile.TiffFrame
 
 
 def keyframe(page: Page) -> tifffile.TiffPage:
-    """Return the page that says how this one is stored: itself, or the first of those that are alike."""
+    """Return the page that describes how this one is stored: itself, or the first of several that are alike."""
     assert page.keyframe is not None  # noqa: S101 - for the type checker: every page has one once the file is read
     return page.keyframe
 
@@ -73,7 +73,7 @@ def tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """A level of the slide: where the tiles of its planes lie in the file, (planes, tiles), and how one is decoded."""
+    """A level of the slide: where its tiles are in the file, as (planes, tiles) arrays, and how to decode one."""
 
     width: int
     height: int
@@ -85,7 +85,7 @@ class Level:
 
     @classmethod
     def of_pages(cls, pages: Sequence[Page], decode: Decoder) -> Self | None:
-        """Return the level whose colours are in these pages; None where they do not list all its tiles."""
+        """Return the level whose colours are in these pages; None if they do not list all its tiles."""
         page = keyframe(pages[0])
         (width, height), (tile_width, tile_height) = (page.imagewidth, page.imagelength), tile_size(page)
         if min(width, height, tile_width, tile_height) < 1:
@@ -96,8 +96,8 @@ class Level:
         byte_counts = np.array([count for page in pages for count in page.databytecounts], dtype=np.int64)
         if not len(offsets) == len(byte_counts) == planes * tiles:
             return None
-        places = offsets.reshape(planes, tiles), byte_counts.reshape(planes, tiles)
-        return cls(width, height, tile_width, tile_height, *places, decode)
+        tables = offsets.reshape(planes, tiles), byte_counts.reshape(planes, tiles)
+        return cls(width, height, tile_width, tile_height, *tables, decode)
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:
@@ -109,7 +109,7 @@ class Level:
 
     @property
     def bytes_to_keep(self) -> int:
-        """Of the rows of tiles that a row of patches touches."""
+        """The size of the rows of tiles that a row of patches touches."""
         rows = max(CACHE_ROWS, 1 + -(-CACHE_HEIGHT // self.tile_height))
         return rows * self.tiles_across * math.prod(self.tile_shape)
 
@@ -118,7 +118,7 @@ class Level:
         return bool(self.byte_counts[:, index].all())
 
     def whole_tile(self, left: int, top: int, right: int, bottom: int) -> int | None:
-        """The number of the one tile of several that is this region, if there is one, and it is not missing."""
+        """Return the number of the tile that is exactly this region; None if there is none, it is missing, or alone."""
         if left % self.tile_width or top % self.tile_height or self.offsets.shape[1] == 1:
             return None
         index = top // self.tile_height * self.tiles_across + left // self.tile_width
@@ -127,17 +127,17 @@ class Level:
 
 
 class _Tile:
-    """Memory for a tile's pixels, when they are there, and how many threads are about to use them."""
+    """Memory for a tile's pixels, a future that is done once they are read, and how many threads use them."""
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
         self.pixels, self.ready, self.users = pixels, Future[None](), 0
 
 
 class _Cache:
-    """The tiles asked for last, up to `limit` bytes, whose memory goes round."""
+    """The most recently used tiles, up to `limit` bytes, whose memory is reused."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
+        self._limit, self._nbytes = limit, 0
         self._tiles: OrderedDict[tuple[int, int], _Tile] = OrderedDict()
         self._spare: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
@@ -152,16 +152,16 @@ class _Cache:
         shape: tuple[int, int, int],
         fill: Callable[[tuple[int, int], NDArray[np.uint8]], None],
     ) -> Iterator[NDArray[np.uint8]]:
-        """The pixels of a tile, for as long as the block lasts. Of the threads that want one at once, one fills it."""
+        """Provide the pixels of a tile within the block. If several threads need one at once, one of them fills it."""
         with self._lock:
-            known = self._tiles.get(key)
-            if known is not None:
+            cached = self._tiles.get(key)
+            if cached is not None:
                 self._tiles.move_to_end(key)
-            tile = known or _Tile(self._room(shape))
+            tile = cached or _Tile(self._room(shape))
             self._tiles[key] = tile
             tile.users += 1
         try:
-            if known is None:
+            if cached is None:
                 self._fill(key, tile, fill)
             tile.ready.result()
             yield tile.pixels
@@ -178,32 +178,32 @@ class _Cache:
             fill(key, tile.pixels)
             tile.ready.set_result(None)
         except BaseException as error:
-            # Who waits for this tile must not wait for ever; the next one to ask for it tries again.
+            # Other threads must not wait for this tile forever; the next request for it tries again.
             tile.ready.set_exception(error)
             with self._lock:
                 if self._tiles.get(key) is tile:
                     del self._tiles[key]
-                    self._held -= tile.pixels.nbytes
+                    self._nbytes -= tile.pixels.nbytes
             raise
 
     def _room(self, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         size = math.prod(shape)
-        while self._tiles and self._held + size > self._limit:
+        while self._tiles and self._nbytes + size > self._limit:
             _, dropped = self._tiles.popitem(last=False)
-            self._held -= dropped.pixels.nbytes
+            self._nbytes -= dropped.pixels.nbytes
             if not dropped.users:
                 self._spare.append(dropped.pixels)
-        self._held += size
+        self._nbytes += size
         self._spare = [pixels for pixels in self._spare if pixels.shape == shape]
         return self._spare.pop() if self._spare else np.empty(shape, dtype=np.uint8)
 
 
 class TileReader:
-    """A tiled slide open for reading; made by `TileReader.open`, shared by threads, to be closed.
+    """A tiled slide open for reading; made by `TileReader.open`, may be shared by threads, must be closed.
 
-    Decoded tiles are kept, the least recently used ones dropped beyond `CACHE_ROWS` rows of tiles and `CACHE_BYTES`. Of
-    several threads that want one tile at once one decodes it; different tiles are decoded at the same time. Only a tile
-    that is asked for whole, and not kept yet, goes straight to who asked: patches that are tiles do not share them.
+    Decoded tiles are cached; beyond `CACHE_ROWS` rows of tiles and `CACHE_BYTES` the least recently used are dropped.
+    If several threads need the same tile at once, one decodes it; different tiles are decoded in parallel. Only a read
+    of exactly one tile that is not cached yet bypasses the cache: patches that coincide with tiles do not share them.
     """
 
     def __init__(self, path: Path, levels: Sequence[Level], background: tuple[int, int, int] = _WHITE) -> None:
@@ -221,11 +221,11 @@ class TileReader:
         level_dimensions: Sequence[tuple[int, int]],
         background: tuple[int, int, int] = _WHITE,
     ) -> Self | None:
-        """A reader for the file, or None unless it is a TIFF whose tiled pages are exactly the levels OpenSlide found.
+        """Return a reader for the file; None unless it is a TIFF whose tiled pages are exactly OpenSlide's levels.
 
         Args:
             level_dimensions: (width, height) of each level.
-            background: what missing tiles, and places beyond the edges, are filled with.
+            background: the colour of missing tiles and of px beyond the edges.
 
         Every level has to be of 8-bit RGB or YCbCr pixels in JPEG tiles of any chroma subsampling, with or without
         shared tables, or in Aperio's JPEG 2000 tiles.
@@ -234,22 +234,22 @@ class TileReader:
         try:
             with tifffile.TiffFile(path, is_ome=False) as file:
                 levels = [_level(file.pages, *dimensions) for dimensions in level_dimensions]
-                # Where an Aperio file lacks a tile, OpenSlide makes it, and those above it, from the finer level.
+                # If an Aperio file lacks a tile, OpenSlide makes it, and those above it, from the finer level.
                 makes_up = file.is_svs and len(levels) > 1
-            found = [level for level in levels if level is not None]
-            if len(found) < len(levels) or (makes_up and any((level.byte_counts == 0).any() for level in found)):
+            readable = [level for level in levels if level is not None]
+            if len(readable) < len(levels) or (makes_up and any((level.byte_counts == 0).any() for level in readable)):
                 return None
-            return cls(path, found, background)
+            return cls(path, readable, background)
         except TIFF_FAILURES:
             return None
 
     def close(self) -> None:
-        """Give the file handle and the decoded tiles back; reading afterwards is a SlideError."""
+        """Close the file and drop the decoded tiles; reading afterwards is a SlideError."""
         self._file.close()
         self._cache = _Cache(0)
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Read (height, width, 3) uint8 RGB at px (x, y) of a level; beyond its edges there is background.
+        """Read (height, width, 3) uint8 RGB at px (x, y) of a level, with background beyond its edges.
 
         Raises:
             SlideError: a tile cannot be read, or the reader is closed.
@@ -270,38 +270,38 @@ class TileReader:
                 tile_x = column * page.tile_width
                 first, last = max(left, tile_x), min(right, tile_x + page.tile_width)
                 index = row * page.tiles_across + column
-                place = region[upper - y : lower - y, first - x : last - x]
+                target = region[upper - y : lower - y, first - x : last - x]
                 if page.is_there(index):
                     with self._cache.tile((level, index), page.tile_shape, self._fill) as tile:
-                        place[...] = tile[upper - tile_y : lower - tile_y, first - tile_x : last - tile_x]
+                        target[...] = tile[upper - tile_y : lower - tile_y, first - tile_x : last - tile_x]
                 else:
-                    place[...] = self._background
+                    target[...] = self._background
         return region
 
     def probes(self, seed: int) -> list[tuple[int, int, int]]:
-        """(level, x, y) of regions of `PROBE` px to compare with OpenSlide's: in each level the corner between four
-        tiles, of some chosen at random those that hold most, and what lies around the far corner; two at level 0.
+        """Return (level, x, y) of regions of `PROBE` px to compare with OpenSlide's: in each level one around the far
+        corner, and one (two at level 0) around a corner between tiles, at the largest of a few tiles drawn at random.
         """
         rng = np.random.default_rng(seed)
-        found = []
+        corners = []
         for number, page in enumerate(self._levels):
             for _ in range(1 if number else 2):
                 index = max(rng.integers(page.offsets.shape[1], size=8), key=lambda index: page.byte_counts[0, index])
                 row, column = divmod(int(index), page.tiles_across)
                 corner = (column + 1) * page.tile_width, (row + 1) * page.tile_height
-                found.append((number, min(corner[0], page.width), min(corner[1], page.height)))
-            found.append((number, page.width, page.height))
-        return [(level, x - PROBE // 2, y - PROBE // 2) for level, x, y in found]
+                corners.append((number, min(corner[0], page.width), min(corner[1], page.height)))
+            corners.append((number, page.width, page.height))
+        return [(level, x - PROBE // 2, y - PROBE // 2) for level, x, y in corners]
 
     def _fill(self, key: tuple[int, int], pixels: NDArray[np.uint8]) -> None:
-        # A copy into memory used before is cheaper than keeping the decoder's own, which would be new each time.
+        # Copying into reused memory is cheaper than keeping the decoder's output, which is newly allocated each time.
         pixels[...] = self._decoded(*key)
 
     def _decoded(self, level: int, index: int) -> NDArray[np.uint8]:
         page = self._levels[level]
-        places = zip(page.offsets[:, index].tolist(), page.byte_counts[:, index].tolist(), strict=True)
+        planes = zip(page.offsets[:, index].tolist(), page.byte_counts[:, index].tolist(), strict=True)
         try:
-            tile = page.decode(index, [self._bytes(*place) for place in places])
+            tile = page.decode(index, [self._bytes(*plane) for plane in planes])
             if tile.shape != page.tile_shape or tile.dtype != np.uint8:
                 raise ValueError(f"it holds {tile.shape} {tile.dtype}, not {page.tile_shape} uint8")
         except _DECODING_FAILURES as error:
@@ -327,7 +327,7 @@ class TileReader:
 
 
 def _level(pages: tifffile.TiffPages, width: int, height: int) -> Level | None:
-    """The level that the one tiled page of this size is, or None where there is none, or one we do not decode."""
+    """Return the level in the only tiled page of this size; None if there is not just one, or we cannot decode it."""
     tiled = [page for page in pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
     fitting = [page for page in tiled if (page.imagewidth, page.imagelength) == (width, height)]
     if len(fitting) != 1:
@@ -337,7 +337,7 @@ def _level(pages: tifffile.TiffPages, width: int, height: int) -> Level | None:
 
 
 def fast_decoder(page: tifffile.TiffPage) -> Decoder | None:
-    """Return what decodes a page's tiles as OpenSlide does; None for tiles that are not JPEG or Aperio's JPEG 2000."""
+    """Return a decoder that gives OpenSlide's pixels; None for tiles that are not JPEG or Aperio's JPEG 2000."""
     plain = (page.bitspersample, page.samplesperpixel, page.sampleformat, page.planarconfig, page.tiledepth)
     if plain != (8, 3, 1, 1, 1) or page.imagedepth != 1 or page.fillorder != 1 or page.predictor != 1:
         return None
@@ -350,7 +350,7 @@ def fast_decoder(page: tifffile.TiffPage) -> Decoder | None:
 
 def _decode_jpeg(_: int, planes: Sequence[bytes], tables: bytes | None, space: str) -> NDArray[np.uint8]:
     (data,) = planes
-    # The decoder fills what it lacks with grey and says nothing, so damage that shows in the markers is looked for.
+    # The decoder silently fills missing data with grey, so the markers are checked for damage.
     body = data.rstrip(b"\0")
     if not body.endswith(_EOI):
         raise ValueError("its JPEG stream has no end")
@@ -373,7 +373,7 @@ def _decode_jpeg_2000(_: int, planes: Sequence[bytes], space: str) -> NDArray[np
 
 
 def ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """JFIF's conversion (..., 3) in fixed point of 16 bits, rounded as libjpeg and OpenSlide round it."""
+    """Convert (..., 3) by JFIF in 16-bit fixed point, rounded as libjpeg and OpenSlide do."""
     luma, blue, red = (pixels[..., channel].astype(np.int32) for channel in range(3))
     blue, red = blue - 128, red - 128
     half = 1 << 15

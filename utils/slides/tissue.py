@@ -1,12 +1,12 @@
-"""Where the tissue is: a mask made from a thumbnail by fixed thresholds on stain colour and optical density.
+"""Detect tissue: a mask made from a thumbnail by fixed thresholds on stain colour and optical density.
 
 Stains absorb more light in one channel than in another; glass, dust, slide edges and unscanned borders absorb all
-alike. So tissue is where the optical densities of the channels differ (chroma), whatever the brightness.
-Nothing is fitted to the image but the tint of its glass (see glass.py where that is strong, or only on part of it): a
-picture full of tissue stays tissue, an empty slide empty.
-Inks are told from stains by hue and density, in the hue-saturation-density plane of van der Laak et al. (2000,
+channels equally. So tissue is where the optical densities of the channels differ (chroma), whatever the brightness.
+Nothing is fitted to the image except the tint of its glass (see glass.py if that is strong, or only on part of it): an
+image full of tissue is all tissue, an empty slide has none.
+Inks are distinguished from stains by hue and density, in the hue-saturation-density plane of van der Laak et al. (2000,
 Cytometry 39:275-284): `u` is how much more red light is absorbed than on average, `v` how much more green than blue.
-Inks of a stain's hue are told by their shape (strokes.py).
+Inks of a stain's hue are recognized by their shape (strokes.py).
 Made for H&E and for brown or blue immunohistochemistry; a green counterstain (trichrome) would be taken for ink.
 """
 
@@ -26,25 +26,25 @@ from utils.slides.strokes import find_strokes
 
 @dataclass(frozen=True)
 class TissueSettings:
-    """The detector's numbers; part of the recipe of the features. Those of strokes and of glass that a first look takes
-    for tissue are constants of their modules: they decide nothing where there is neither.
+    """The detector's settings; part of the features' recipe. Those for strokes, and for glass that the first pass takes
+    for tissue, are constants of their modules: they have no effect on slides without either.
     """
 
-    mpp: float = 8.0  # um/px of the thumbnail that is judged
-    assumed_mpp: float = 0.5  # um/px of a slide that does not say: the usual 20x
-    max_pixels: int = 16_000_000  # of the thumbnail; a slide that would need more is judged more coarsely
-    min_side: int = 64  # px of the thumbnail's longer side; a small image is judged more finely
+    mpp: float = 8.0  # um/px of the thumbnail
+    assumed_mpp: float = 0.5  # um/px of a slide whose mpp is unknown: the usual 20x
+    max_pixels: int = 16_000_000  # of the thumbnail; a slide that would need more gets a coarser one
+    min_side: int = 64  # px of the thumbnail's longer side; a small image gets a finer one
     min_chroma: float = 0.03  # largest minus smallest channel density; glass, even tinted, stays below 0.02
     min_saturation: float = 0.12  # chroma over mean density; grey and black lines stay below 0.1
     black_density: float = 0.55  # every channel denser than this (below 72 of 255): black ink, an edge, a fold
-    ink_density: float = 0.12  # mean density from which a hue no stain has is ink
-    min_glass_chroma: float = 0.02  # of glass that is yellowed, or lit by a warm lamp: less needs no allowance,
-    max_glass_chroma: float = 0.06  # and more is no tint of glass
+    ink_density: float = 0.12  # mean density from which a hue that no stain has is ink
+    min_glass_chroma: float = 0.02  # of glass that is yellowed, or lit by a warm lamp: less needs no correction,
+    max_glass_chroma: float = 0.06  # and more is not a tint of glass
     blue_ink_density: float = 0.3  # higher: bluish haematoxylin has the hue of blue ink, but is paler here
     red_ink_density: float = 0.45  # higher: blood has nearly the hue of red ink, but is paler at this resolution
-    tint_density: float = 0.03  # mean density from which a pixel that touches ink and is tinted like it is its rim,
-    ink_reach_um: float = 200.0  # as far as this from the ink itself
-    halo_um: float = 24.0  # taken off around ink and its rim whatever the hue
+    tint_density: float = 0.03  # mean density from which pixels of an ink's tint that touch it are its rim,
+    ink_reach_um: float = 200.0  # up to this distance from the ink itself
+    halo_um: float = 24.0  # removed around ink and its rim whatever the hue
     closing_um: float = 24.0  # gaps up to twice this are bridged: fat cells' walls, pale mucin, loose stroma
     max_hole_um2: float = 5_000.0  # smaller holes are filled; larger ones stay holes
     min_ink_um2: float = 2_500.0  # smaller spots of an ink's hue are nuclei, blood or pigment
@@ -53,21 +53,21 @@ class TissueSettings:
     max_radius_share: float = 0.05  # and no radius exceeds this share of its longer side
 
     def as_dict(self) -> dict[str, float]:
-        """JSON-able."""
+        """Return the settings for JSON."""
         return asdict(self)
 
 
 TISSUE_SETTINGS = TissueSettings()
 
 _PALE = 205  # of 255, the least of the three channels of glass
-_GLASS_SPREAD = 4  # grey levels around the glass's colour within which it lies
+_GLASS_SPREAD = 4  # grey levels by which the glass's colour may vary
 _GLASS_SHARE = 0.1  # of the image, the least that is glass
-# Greyscale: no more grey levels between the channels anywhere, and so many between the places, where glass has few.
+# Greyscale: at most so many grey levels between the channels of any px, and at least so many between px, unlike glass.
 _NO_COLOUR, _SOMETHING = 2, 60
 _EOSIN = (225, 150, 190)
 _YELLOW_DENSITY, _ORANGE_DENSITY = 0.12, 0.25  # mean density from which they are ink,
 _YELLOW_RIM = -0.5, -0.4  # and highest u and v of its rim
-# Fluorescence: a slide that over half its area is darker than this or lacks a colour, and is not bright elsewhere.
+# Fluorescence: a slide that is darker than this or lacks a channel over half its area, and is not bright elsewhere.
 _DARK, _BRIGHT = 40.0, 130.0  # mean of the three channels, of 255
 _DIM = 120.0  # the brightest twentieth of a brightfield image, even if dense tissue fills it, is over 160
 _ABSENT = 20  # of 255, the least of the three channels; in stained tissue it is higher but for the densest spots
@@ -80,8 +80,8 @@ class TissueMask:
     Attributes:
         mask: (h, w) bool, True = tissue, spanning the whole slide.
         mpp: um per mask px, or None where the slide's mpp is unknown.
-        settings: how it was made.
-        is_grey: whether the slide has no colour, by which the detector knows tissue.
+        settings: the detector's settings.
+        is_grey: whether the slide has no colour, without which the detector cannot find tissue.
     """
 
     mask: NDArray[np.bool_]
@@ -95,7 +95,7 @@ class TissueMask:
         return float(self.mask.mean())
 
     def within(self, area: tuple[int, int, int, int], size: tuple[int, int]) -> NDArray[np.bool_]:
-        """The part of the mask that spans an area (x, y, width, height) of a slide of (width, height) level-0 px."""
+        """Return the mask in an area (x, y, width, height) of a slide of `size` (width, height), all in level-0 px."""
         (rows, columns), (x, y, width, height) = self.mask.shape, area
         left, right = math.floor(x / size[0] * columns), math.ceil((x + width) / size[0] * columns)
         top, bottom = math.floor(y / size[1] * rows), math.ceil((y + height) / size[1] * rows)
@@ -103,7 +103,7 @@ class TissueMask:
 
     @property
     def digest(self) -> str:
-        """Which tissue it is, whoever told it."""
+        """A digest of the mask, the same for the detector's tissue and for outlines."""
         return digest(str(self.mask.shape), np.packbits(self.mask).tobytes())
 
 
@@ -114,8 +114,8 @@ def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> T
         SlideError: the slide cannot be read, or is dark as fluorescence is.
     """
     mpp = slide.mpp or settings.assumed_mpp
-    downsample = judging_downsample(slide.width, slide.height, mpp, settings)
-    # What cannot be read may be tissue: its patches are tried, and counted.
+    downsample = mask_downsample(slide.width, slide.height, mpp, settings)
+    # Unreadable pixels may be tissue, so their patches are tried, and counted.
     thumbnail = slide.thumbnail(downsample=downsample, where_damaged=_EOSIN)
     if _is_fluorescence(thumbnail):
         raise SlideError(
@@ -129,17 +129,17 @@ def detect_tissue(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> T
     return TissueMask(mask, slide.mpp * delivered if slide.mpp else None, settings, is_grey)
 
 
-def judged_shape(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> tuple[int, int]:
-    """(h, w) of the mask of a slide."""
-    downsample = judging_downsample(slide.width, slide.height, slide.mpp or settings.assumed_mpp, settings)
+def mask_shape(slide: Slide, settings: TissueSettings = TISSUE_SETTINGS) -> tuple[int, int]:
+    """Return (h, w) of a slide's mask."""
+    downsample = mask_downsample(slide.width, slide.height, slide.mpp or settings.assumed_mpp, settings)
     return max(1, round(slide.height / downsample)), max(1, round(slide.width / downsample))
 
 
-def judging_downsample(width: int, height: int, mpp: float, settings: TissueSettings = TISSUE_SETTINGS) -> float:
-    """Level-0 px per px of the thumbnail to judge; at least 1."""
-    affordable = math.sqrt(width * height / settings.max_pixels)
-    detailed = max(width, height) / settings.min_side
-    return max(1.0, affordable, min(settings.mpp / mpp, detailed))
+def mask_downsample(width: int, height: int, mpp: float, settings: TissueSettings = TISSUE_SETTINGS) -> float:
+    """Return the level-0 px per px of the mask, and of the thumbnail it is made from; at least 1."""
+    for_max_pixels = math.sqrt(width * height / settings.max_pixels)
+    for_min_side = max(width, height) / settings.min_side
+    return max(1.0, for_max_pixels, min(settings.mpp / mpp, for_min_side))
 
 
 def tissue_mask(
@@ -157,7 +157,7 @@ def tissue_mask(
     mpp = mpp or settings.mpp
     density = np.maximum(optical_density(rgb) - _tint_of_glass(rgb, settings), 0)
     mask = _tissue_of(density, mpp, settings)
-    # A second look, where the glass itself was taken for tissue.
+    # A second pass, if the glass itself was taken for tissue.
     tint = tint_of_border(rgb, mask, mpp)
     if tint is not None:
         density = np.maximum(optical_density(rgb) - tint, 0)
@@ -167,7 +167,7 @@ def tissue_mask(
 
 
 def _tissue_of(density: NDArray[np.float32], mpp: float, settings: TissueSettings) -> NDArray[np.bool_]:
-    """(h, w) bool: the tissue on glass that has no tint."""
+    """Return (h, w) bool: the tissue, after the density has been corrected for the glass's tint."""
     ink = _whole_ink(density, mpp, settings)
     stained = is_stained(density, settings) & ~ink
     strokes = find_strokes(density, stained, mpp)
@@ -182,8 +182,8 @@ def _tissue_of(density: NDArray[np.float32], mpp: float, settings: TissueSetting
 
 
 def _tint_of_glass(rgb: NDArray[np.uint8], settings: TissueSettings) -> NDArray[np.float32]:
-    """(3,) how much denser than in its clearest channel the glass is: the most frequent pale colour, where much of the
-    image is just that.
+    """Return (3,): the density of the glass above that in its clearest channel. Glass is the most frequent pale colour,
+    if it makes up enough of the image; else the tint is 0.
     """
     none = np.zeros(3, dtype=np.float32)
     pale = rgb[rgb.min(axis=-1) >= _PALE]
@@ -192,21 +192,21 @@ def _tint_of_glass(rgb: NDArray[np.uint8], settings: TissueSettings) -> NDArray[
     near = pale[(np.abs(pale - most_frequent_colour(pale)) <= _GLASS_SPREAD).all(axis=-1)]
     tint = optical_density(np.rint(near.mean(axis=0)).astype(np.uint8))
     tint -= tint.min()
-    # Eosin and haematoxylin take most from green; warm light and yellowed glass do not.
+    # Eosin and haematoxylin absorb most in green; warm light and yellowed glass do not.
     is_glass = len(near) > _GLASS_SHARE * rgb[..., 0].size and tint.argmax() != 1
     return tint if is_glass and settings.min_glass_chroma < tint.max() <= settings.max_glass_chroma else none
 
 
 def is_stained(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SETTINGS) -> NDArray[np.bool_]:
-    """(h, w) bool: where the channels' densities differ as in stained tissue, or in ink."""
+    """Return (h, w) bool: pixels whose channels' densities differ as in stained tissue, or in ink."""
     strength = chroma(density)
     return (strength > settings.min_chroma) & (strength > settings.min_saturation * mean_density(density))
 
 
 def find_ink(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SETTINGS) -> NDArray[np.bool_]:
-    """(h, w) bool: what is surely red, green, blue, orange or yellow ink, and whatever is black in all channels."""
+    """Return (h, w) bool: pixels that are surely red, green, blue, orange or yellow ink, or black in all channels."""
     u, v, mean = hue(density)
-    # Stains measured: H&E u -0.8..0.1, v 0.1..1; haematoxylin with DAB u -0.5..0.25, v -0.35..0.3. Ink lies beside.
+    # Stains measured: H&E u -0.8..0.1, v 0.1..1; haematoxylin with DAB u -0.5..0.25, v -0.35..0.3. Ink lies outside.
     green = ((u > 0.2) & (v < 0.1)) | ((u > 0.0) & (v < -0.2))
     blue = (u > 0.35) & (v >= 0.1)
     red = (u < -0.6) & (v > -0.1) & (v < 0.3)
@@ -220,13 +220,13 @@ def find_ink(density: NDArray[np.float32], settings: TissueSettings = TISSUE_SET
 
 
 def _is_yellow(u: NDArray[np.float32], v: NDArray[np.float32], mean: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(h, w) bool: what is surely yellow ink or, where it is dense, orange: thin saffron has nearly that hue."""
+    """Return (h, w) bool: surely yellow ink or, if it is dense, orange; thin saffron has nearly that hue."""
     # Golden brown diaminobenzidine: u -0.66 or more, v -0.63 or more.
     return ((u < -0.5) & (v < -0.9) & (mean > _YELLOW_DENSITY)) | ((u < -0.7) & (v < -0.65) & (mean > _ORANGE_DENSITY))
 
 
 def _whole_ink(density: NDArray[np.float32], mpp: float, settings: TissueSettings) -> NDArray[np.bool_]:
-    """Ink of some size, with the thin and blurred rim that looks like a stain when seen alone."""
+    """Return (h, w) bool: ink of some size, with its thin and blurred rim, which by itself looks like a stain."""
     ink = find_ink(density, settings)
     ink &= ~_small_pieces(ink, _pixels(settings.min_ink_um2, mpp, ink, settings))
     if not ink.any():
@@ -242,8 +242,8 @@ def _whole_ink(density: NDArray[np.float32], mpp: float, settings: TissueSetting
 
 
 def _is_fluorescence(rgb: NDArray[np.uint8]) -> bool:
-    """Mostly grey and bright nowhere; or mostly black or without one colour, and not bright elsewhere: black around H&E
-    is no reason to refuse it.
+    """Whether an image is mostly grey and nowhere bright, or mostly black or without a channel and the rest not bright:
+    black around H&E is no reason to refuse it.
     """
     brightness = rgb.mean(axis=-1)
     if np.quantile(brightness, 0.95) < _DIM and is_stained(optical_density(rgb)).mean() < 0.5:
@@ -253,12 +253,12 @@ def _is_fluorescence(rgb: NDArray[np.uint8]) -> bool:
 
 
 def _steps(radius_um: float, mpp: float, mask: NDArray[np.bool_], settings: TissueSettings) -> int:
-    """A radius in whole px of the mask, bounded so that it stays small beside the image."""
+    """Return a radius in whole px of the mask, bounded so that it stays small compared with the image."""
     return round(min(radius_um / mpp, settings.max_radius_share * max(mask.shape)))
 
 
 def _pixels(area_um2: float, mpp: float, mask: NDArray[np.bool_], settings: TissueSettings) -> float:
-    """An area in px of the mask, bounded so that it stays small beside the image."""
+    """Return an area in px of the mask, bounded so that it stays small compared with the image."""
     return min(area_um2 / mpp**2, settings.max_area_share * mask.size)
 
 
@@ -271,7 +271,7 @@ def _dilate(mask: NDArray[np.bool_], steps: int, within: NDArray[np.bool_] | Non
 
 
 def _close(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
-    """Binary closing that leaves the image's border alone (outside is taken to go on as the border is)."""
+    """Close a mask without changing the image's border, which is taken to continue outside."""
     if steps == 0:
         return mask
     from scipy import ndimage
@@ -282,7 +282,7 @@ def _close(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
 
 
 def _small_pieces(mask: NDArray[np.bool_], below_px: float) -> NDArray[np.bool_]:
-    """The 8-connected pieces of a mask with fewer pixels than `below_px`."""
+    """Return the 8-connected pieces of a mask with fewer pixels than `below_px`."""
     from scipy import ndimage
 
     labels = np.empty(mask.shape, dtype=np.int32)

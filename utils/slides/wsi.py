@@ -1,6 +1,6 @@
-"""Opening slides: OpenSlide for whole-slide formats, Pillow for plain images, one `Slide` for both.
+"""Open slides: whole-slide formats with OpenSlide, plain images with Pillow, both as a `Slide`.
 
-Tiled TIFFs are read past OpenSlide where that gives its very pixels: see `utils.slides.tiles`.
+Tiled TIFFs are read without OpenSlide if that gives the same pixels: see `utils.slides.tiles`.
 """
 
 import math
@@ -28,19 +28,19 @@ from utils.slides.slide import WHITE, Slide, closed, damaged, opaque
 from utils.slides.tiff import PageShown, TiffSlide, compare_by_structure, is_tiff, open_tiff
 from utils.slides.tiles import MOST_TILE_PIXELS, PROBE, TileReader
 
-# Formats whose levels are pages of tiles side by side; elsewhere tiles overlap, or are placed one by one.
+# Formats whose levels are pages of adjacent tiles; in others tiles overlap, or have positions of their own.
 _TILED_VENDORS = frozenset({"aperio", "generic-tiff"})
-# px of a level: OpenSlide takes a position so near to a whole px for it, and blends neighbours further off.
+# px of a level: OpenSlide rounds a position this close to a whole px, and interpolates otherwise.
 _WHOLE = 1 / 512
 
 
 def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
     """Open a slide or a plain image for reading; use it as a context manager, or close it.
 
-    `mpp` is the um per level-0 px as the user tells it, which wins over what the file says.
+    `mpp` is the um per level-0 px given by the user, which overrides the value in the file.
 
-    OpenSlide is asked first; what it does not know are TIFFs of other kinds, read by tifffile (see
-    `utils.slides.tiff`), and plain images (.png, .jpg, .bmp), which become slides of one level.
+    OpenSlide is tried first. Other TIFFs are read by tifffile (see `utils.slides.tiff`), and plain images (.png, .jpg,
+    .bmp) by Pillow, as slides of one level.
 
     Raises:
         SlideError: missing, empty, a folder, damaged, or of a format that neither reads; or `mpp` is not plausible.
@@ -57,15 +57,15 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
     except BaseException:
         slide.close()
         raise
-    found = own if mpp is None else Resolution(mpp)
-    slide.mpp, slide.mpp_problem, slide.own_mpp = found.mpp, found.problem, own.mpp
-    if found.doubt or found.problem not in (None, NOT_IN_FILE):
-        log.warning("%s: %s", path, found.doubt or f"{found.problem}; its um/px is taken as unknown")
+    resolution = own if mpp is None else Resolution(mpp)
+    slide.mpp, slide.mpp_problem, slide.own_mpp = resolution.mpp, resolution.problem, own.mpp
+    if resolution.doubt or resolution.problem not in (None, NOT_IN_FILE):
+        log.warning("%s: %s", path, resolution.doubt or f"{resolution.problem}; its um/px is taken as unknown")
     return slide
 
 
 def _opened(path: Path) -> Slide:
-    """Open the slide by the reader that knows it. Raises SlideError."""
+    """Open the slide with the reader for its format. Raises SlideError."""
     try:
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
@@ -74,9 +74,9 @@ def _opened(path: Path) -> Slide:
         if not isinstance(error, openslide.OpenSlideUnsupportedFormatError):
             raise SlideError(damaged(path, "cannot be opened", error)) from error
         if path.suffix.lower() not in IMAGE_EXTENSIONS | TIFF_EXTENSIONS:
-            known = " ".join(sorted(SLIDE_EXTENSIONS | IMAGE_EXTENSIONS))
+            endings = " ".join(sorted(SLIDE_EXTENSIONS | IMAGE_EXTENSIONS))
             raise SlideError(
-                f"{path}: not a slide that OpenSlide knows; the file is damaged or incomplete, or not one of {known}"
+                f"{path}: not a slide that OpenSlide knows; the file is damaged or incomplete, or not one of {endings}"
             ) from error
         return open_image(path)
     try:
@@ -111,8 +111,8 @@ def slide_mpp(wsi: "Path | str | Slide") -> float | None:
         return slide.mpp
 
 
-class _Judge:
-    """Reads a slide's levels by OpenSlide for comparisons, past damaged tiles too."""
+class _LevelReader:
+    """Reads a slide's levels by OpenSlide for comparisons, even after a damaged tile."""
 
     def __init__(self, path: Path, downsamples: Sequence[float], background: tuple[int, int, int]) -> None:
         self._path, self._downsamples, self._background = path, downsamples, background
@@ -123,9 +123,9 @@ class _Judge:
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Read (height, width, 3) uint8 RGB at px (x, y) of a level. Raises SlideError for damage."""
-        place = round(x * self._downsamples[level]), round(y * self._downsamples[level])
+        corner = round(x * self._downsamples[level]), round(y * self._downsamples[level])
         try:
-            region = self._handle.read_region(place, level, (width, height))
+            region = self._handle.read_region(corner, level, (width, height))
         except openslide.OpenSlideError as error:
             self._handle.close()  # it refuses all later reads
             self._handle = openslide.OpenSlide(self._path)
@@ -142,7 +142,7 @@ class _OpenSlideSlide(Slide):
         properties = handle.properties
         self.width, self.height = handle.dimensions
         self._reader_dimensions = tuple((int(width), int(height)) for width, height in handle.level_dimensions)
-        # By these OpenSlide places regions, as if the rounding of a level's size were spread over the level.
+        # OpenSlide positions regions by these, as if the rounding of a level's size were spread over the level.
         self._reader_downsamples = tuple(float(downsample) for downsample in handle.level_downsamples)
         self.objective = number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
@@ -155,10 +155,10 @@ class _OpenSlideSlide(Slide):
 
     @cached_property
     def _fits(self) -> list[LevelFit]:
-        """How the levels fit level 0, by their sizes and, of formats that anybody writes, their pixels."""
+        """How the levels fit level 0, by their sizes and, in formats with many writers, by their pixels."""
         look = self.vendor in _TILED_VENDORS
-        with closing(_Judge(self.path, self._reader_downsamples, self._background)) as judge:
-            fits = fit_levels(self._reader_dimensions, self._reader_downsamples, judge.read, look=look)
+        with closing(_LevelReader(self.path, self._reader_downsamples, self._background)) as reader:
+            fits = fit_levels(self._reader_dimensions, self._reader_downsamples, reader.read, look=look)
         log_fits(self.path, self._reader_dimensions, fits)
         return fits
 
@@ -190,8 +190,8 @@ class _OpenSlideSlide(Slide):
         column, row = round(x / downsample), round(y / downsample)
         if max(abs(x / downsample - column), abs(y / downsample - row)) < _WHOLE:
             return self._read_level(level, column, row, width, height)
-        place = round(x / downsample * reader_downsample), round(y / downsample * reader_downsample)
-        return self._read_by_openslide(*place, level, width, height)
+        corner = round(x / downsample * reader_downsample), round(y / downsample * reader_downsample)
+        return self._read_by_openslide(*corner, level, width, height)
 
     def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         tiles = self._tile_reader()
@@ -199,11 +199,11 @@ class _OpenSlideSlide(Slide):
             return tiles.read(level, x, y, width, height)
         level_width, level_height = self._reader_dimensions[level]
         downsample = self._reader_downsamples[level]
-        place = _level0(x, width, level_width, downsample), _level0(y, height, level_height, downsample)
-        return self._read_by_openslide(*place, level, width, height)
+        corner = _level0(x, width, level_width, downsample), _level0(y, height, level_height, downsample)
+        return self._read_by_openslide(*corner, level, width, height)
 
     def _tile_reader(self) -> TileReader | None:
-        """The fast reader, chosen at the first read, or None where OpenSlide reads."""
+        """Return the fast reader, chosen at the first read; None if OpenSlide reads the slide."""
         with self._lock:
             if self._handle is None:
                 raise SlideError(closed(self.path))
@@ -221,8 +221,8 @@ class _OpenSlideSlide(Slide):
         return None
 
     def _reads_the_same(self, tiles: TileReader) -> bool:
-        """Whether a few regions equal OpenSlide's pixel by pixel, or are damaged for both readers."""
-        with closing(_Judge(self.path, self._reader_downsamples, self._background)) as judge:
+        """Whether a few regions have OpenSlide's pixels, or are damaged for both readers."""
+        with closing(_LevelReader(self.path, self._reader_downsamples, self._background)) as reader:
             for level, x, y in tiles.probes(derive_seed(self.path.name, self.width, self.height)):
                 downsample = self._reader_downsamples[level]
                 x, y = _whole_near(x, downsample), _whole_near(y, downsample)
@@ -230,7 +230,7 @@ class _OpenSlideSlide(Slide):
                 with suppress(SlideError):
                     ours = tiles.read(level, x, y, PROBE, PROBE)
                 with suppress(SlideError):
-                    theirs = judge.read(level, x, y, PROBE, PROBE)
+                    theirs = reader.read(level, x, y, PROBE, PROBE)
                 same = ours is theirs if ours is None or theirs is None else np.array_equal(ours, theirs)
                 if not same:
                     return False
@@ -249,7 +249,7 @@ class _OpenSlideSlide(Slide):
     def _read_anew(
         self, failed: openslide.OpenSlide, x: int, y: int, level: int, width: int, height: int
     ) -> Image.Image:
-        """Read by a handle of its own: OpenSlide refuses every read of one that has failed anywhere, in any thread."""
+        """Read with a new handle: after one failure, in any thread, OpenSlide refuses every read of the old one."""
         with self._lock:
             if self._handle is failed:
                 self._handle = openslide.OpenSlide(self.path)
@@ -267,14 +267,14 @@ def _check_file(path: Path) -> None:
         raise SlideError(f"{path}: no such file; check the path")
     if not os.access(path, os.R_OK):
         raise SlideError(f"{path}: may not be read; check its permissions")
-    # The .mrxs of a MIRAX slide is but a thumbnail: its pixels are in the folder beside it.
+    # The .mrxs of a MIRAX slide is only a thumbnail: its pixels are in the folder beside it.
     if path.stat().st_size == 0 and not is_mirax(path):
         raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
     check_data_folder(path)
 
 
 def _check_tiles(path: Path, handle: openslide.OpenSlide) -> None:
-    """Raise SlideError for tiles that no memory would hold: OpenSlide ends the process where it gets none."""
+    """Raise SlideError for tiles too large for any memory: OpenSlide ends the process if an allocation fails."""
     for level in range(handle.level_count):
         width, height = (
             number(handle.properties.get(f"openslide.level[{level}].tile-{side}")) for side in ("width", "height")
@@ -287,18 +287,18 @@ def _check_tiles(path: Path, handle: openslide.OpenSlide) -> None:
 
 
 def _level0(start: int, size: int, extent: int, downsample: float) -> int:
-    """The level-0 px nearest to px `start` of a level; before it where a region of `size` would else pass the edge, and
-    the background be blended into the level's last px.
+    """Return the level-0 px nearest to px `start` of a level; rounded down if a region of `size` would otherwise cross
+    the edge and blend the background into the level's last px.
     """
-    place = round(start * downsample)
-    return math.floor(start * downsample) if start + size <= extent < place / downsample + size else place
+    nearest = round(start * downsample)
+    return math.floor(start * downsample) if start + size <= extent < nearest / downsample + size else nearest
 
 
 def _whole_near(start: int, downsample: float) -> int:
-    """The last px of a level, up to `start`, that begins where a level-0 px does."""
-    places = np.arange(max(start, 0), -1, -1)
-    off = np.abs(np.rint(places * downsample) / downsample - places)
-    return int(places[np.argmax(off < _WHOLE)])
+    """Return the last px of a level, up to `start`, that begins where a level-0 px does."""
+    candidates = np.arange(max(start, 0), -1, -1)
+    off = np.abs(np.rint(candidates * downsample) / downsample - candidates)
+    return int(candidates[np.argmax(off < _WHOLE)])
 
 
 def _bounds(properties) -> tuple[int, int, int, int] | None:
@@ -316,7 +316,7 @@ def _bounds(properties) -> tuple[int, int, int, int] | None:
 
 
 def _background(text: str | None) -> tuple[int, int, int]:
-    """OpenSlide's background colour, six hexadecimal digits; white where there is none."""
+    """Parse OpenSlide's background colour, six hexadecimal digits; white if there is none."""
     try:
         red, green, blue = bytes.fromhex(text or "ffffff")
     except ValueError:
