@@ -1,19 +1,19 @@
-"""LiteMIL: learned queries read a bag by multi-head attention (Kussaibi, https://github.com/hkussaibi/LiteMIL).
+"""LiteMIL: learned queries pool a bag by multi-head attention (Kussaibi, https://github.com/hkussaibi/LiteMIL).
 
     h_i = Dropout(ReLU(LN(W x_i + b)))                            the embedding, (N, d)
     z   = mean over queries of MultiheadAttention(q, h, h)        the bag, (d)
     y   = Linear(Dropout(GELU(Linear(z))))                        the logits, (C)
 
-The queries q (Q, d) do not depend on the bag, and that collapses the two large projections of attention. Per head,
+The queries q (Q, d) do not depend on the bag, so the two large projections of attention collapse. Per head,
 
     score_i = q' . (W_k h_i + b_k) / sqrt(e) = h_i . (W_k^T q') / sqrt(e) + const,      q' = W_q q + b_q, e = d / H
 
-where the constant cancels in the softmax: one vector per head and query takes the place of the N keys. And
+where the constant cancels in the softmax: one vector per head and query replaces the N keys. And
 
     sum_i a_i (W_v h_i + b_v) = W_v (sum_i a_i h_i) + b_v sum_i a_i
 
-so the values are projected after the sum, once. The last sum is 1 but for attention dropout. Same parameters and same
-function as `torch.nn.MultiheadAttention`, without the (N, d) tensors of keys and values or their gradients.
+so the values are projected once, after the sum. The last sum is 1 except under attention dropout. The parameters and
+the function are those of `torch.nn.MultiheadAttention`, without the (N, d) tensors of keys, values and their gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from MILS.summaries import AttentionSummary, attend
 class QueryStream(nn.Module):
     """Embedding and query attention: instances (B, N, D) to the bag's embedding (B, d).
 
-    `attn` only holds the parameters, under the names and with the initialisation they have in MultiheadAttention.
+    `attn` only holds the parameters, with the names and the initialisation of MultiheadAttention.
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, num_heads: int, num_queries: int, dropout: float) -> None:
@@ -43,7 +43,7 @@ class QueryStream(nn.Module):
         self.attn_dropout = Dropout(dropout)
 
     def absorbed_query(self) -> Tensor:
-        """The queries seen through the key projection, (H * Q, d), scaled: a score is their product with h."""
+        """Return the scaled queries times the key projection, (H * Q, d): a score is their product with h."""
         heads, d = self.attn.num_heads, self.attn.embed_dim
         w_q, w_k, _ = self.attn.in_proj_weight.chunk(3)
         b_q = self.attn.in_proj_bias[:d]
@@ -51,12 +51,12 @@ class QueryStream(nn.Module):
         return (q @ w_k.unflatten(0, (heads, -1))).flatten(0, 1) / math.sqrt(d // heads)
 
     def score(self, h: Tensor) -> Tensor:
-        """Scores (B, H * Q, N) of embeddings h (B, N, d)."""
+        """Return scores (B, H * Q, N) of embeddings h (B, N, d)."""
         with full_precision(h):
             return functional.linear(h.to(self.query.dtype), self.absorbed_query()).transpose(1, 2)
 
     def read_out(self, summary: AttentionSummary) -> Tensor:
-        """The bag's embedding (B, d). All that follows the sum is linear, so the queries' mean can come first."""
+        """Return the bag's embedding (B, d). All steps after the sum are linear, so the queries are averaged first."""
         heads, d = self.attn.num_heads, self.attn.embed_dim
         w_v, b_v = self.attn.in_proj_weight[2 * d :], self.attn.in_proj_bias[2 * d :]
         pooled = summary.pooled().unflatten(1, (heads, -1)).mean(dim=2).to(w_v.dtype)  # (B, H, d)
@@ -76,7 +76,7 @@ class LiteMIL(AttentionModel):
         num_classes: number C of classes.
         hidden_dim: width d of the embedding, divisible by num_heads.
         num_heads: attention heads H.
-        num_queries: learned queries Q; the bag is the mean of what they read.
+        num_queries: learned queries Q; the bag's embedding is the mean over them.
         dropout: in the embedding, on the attention weights and in the classifier.
 
     aux["attn"] (B, H, N): each head's weights, the mean over queries, before attention dropout.

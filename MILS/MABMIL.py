@@ -7,7 +7,7 @@ ABMIL, Ilse, Tomczak and Welling 2018, https://arxiv.org/abs/1802.04712:
     y   = Linear(sum_i softmax(s)_i h_i)                          (C)
 
 MAD-MIL, Keshvarikhojasteh, Pluim and Veta 2024, https://arxiv.org/abs/2404.05362: h_i is cut into H slices, each slice
-has a score and a sum of its own, and the sums are joined again before the one linear classifier.
+has its own score and sum, and the sums are concatenated before the linear classifier.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from MILS.summaries import AttentionSummary
 
 
 class GatedAttention(nn.Module):
-    """Scores of H heads, each of which reads its own slice of w features: (B, N, H * w) -> (B, H, N).
+    """Scores of H heads, each for its own slice of w features: (B, N, H * w) -> (B, H, N).
 
     All heads, and the two branches of the gate, are computed at once. Initialised as nn.Linear would be.
     """
@@ -61,7 +61,7 @@ class GatedAttention(nn.Module):
 
 
 class SlicedAttentionModel(AttentionModel):
-    """The common body: embedding of H slices, gated attention on each, one linear classifier on all."""
+    """The common base: embedding of H slices, gated attention on each, one linear classifier on all."""
 
     def build(self, num_heads: int, width: int, attention_dim: int, *, gated: bool, dropout: float) -> None:
         self.num_heads = num_heads
@@ -76,8 +76,8 @@ class SlicedAttentionModel(AttentionModel):
         return self.gate(h)
 
     def classify(self, summary: AttentionSummary) -> Tensor:
-        # Each head's weights have summed all slices, which costs one product instead of a copy of h by slices. Of
-        # (B, H, H, w), head by slice, only the diagonal is each head's own.
+        # The weights of each head have summed all slices, in one product instead of a copy of h by slices. Of
+        # (B, H, H, w), head by slice, only the diagonal belongs to the head itself.
         own = summary.pooled().unflatten(2, (self.num_heads, -1)).diagonal(dim1=1, dim2=2)  # (B, w, H)
         return self.classifier(own.transpose(1, 2).flatten(1).to(self.dtype))
 

@@ -9,12 +9,12 @@ https://arxiv.org/abs/2102.03902:
 
     Nystrom:  softmax(q k~^T) pinv(softmax(q~ k~^T)) softmax(q~ k^T) v  +  33-tap convolution of v along the sequence
 
-with q~, k~ the landmarks: means of q and k over consecutive segments. No (N, N) matrix is ever made; time and memory
-grow as N. Attention goes by position: unlike the other models this one heeds the order of the instances.
+with q~, k~ the landmarks: means of q and k over consecutive segments. No (N, N) matrix is ever computed; time and
+memory grow with N. Positions matter: unlike in the other models, the result depends on the order of the instances.
 
-Segments are counted from the end and the first one may be short, which is what the usual zeros in front come to once
-nothing attends to them. A batch without a mask runs as one; with a mask, bag by bag without its padding, since
-landmarks and square depend on each bag's own length.
+Segments are counted from the end and the first one may be short, which equals the usual zeros in front if nothing
+attends to them. A batch without a mask runs as one; with a mask, bag by bag without its padding, since landmarks and
+square depend on each bag's length.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from MILS.registry import register_mil
 
 PINV_ITERATIONS = 6
 RESIDUAL_TAPS = 33
-ATTENTION_CHUNK = 32  # landmarks at a time when a row of attention is written out
+ATTENTION_CHUNK = 32  # landmarks at a time in the computation of a row of attention
 
 
 class Landmarks(NamedTuple):
-    """What Nystrom attention is made of, in at least single precision; n tokens, r of which ask, g landmarks.
+    """The factors of Nystrom attention, in at least single precision; n tokens, r of which are queries, g landmarks.
 
     query (B, H, r, e), key (B, H, n, e), landmark_query and landmark_key (B, H, g, e), inverse (B, H, g, g).
     """
@@ -48,26 +48,26 @@ class Landmarks(NamedTuple):
     inverse: Tensor
 
     def apply(self, value: Tensor) -> Tensor:
-        """Attention times value (B, H, n, e), from the right: no factor larger than its result is kept."""
+        """Multiply the attention by value (B, H, n, e), from the right, so that no factor is larger than its result."""
         read = functional.scaled_dot_product_attention(self.landmark_query, self.key, value)
         return functional.scaled_dot_product_attention(self.query, self.landmark_key, self.inverse @ read)
 
     @torch.no_grad()
     def first_row(self) -> Tensor:
-        """The attention (B, H, n) of the first token, signed as the approximation is."""
+        """Return the attention (B, H, n) of the first token; the approximation can be negative."""
         with full_precision(self.key):
             share = similarity(self.query[:, :, :1], self.landmark_key) @ self.inverse  # (B, H, 1, g)
             row = self.key.new_zeros(*self.key.shape[:2], 1, self.key.shape[2])
             shares, landmarks = share.split(ATTENTION_CHUNK, dim=-1), self.landmark_query.split(ATTENTION_CHUNK, dim=2)
-            for part, landmark_query in zip(shares, landmarks, strict=True):
-                row += part @ similarity(landmark_query, self.key)
+            for share_chunk, landmark_query in zip(shares, landmarks, strict=True):
+                row += share_chunk @ similarity(landmark_query, self.key)
         return row.squeeze(2)
 
 
 class NystromAttention(nn.Module):
     """Multi-head self-attention by landmarks: (B, n, d) -> (B, r, d) for the first r tokens, all by default.
 
-    Parameters bear the names they have in the `nystrom-attention` package.
+    Parameters have the names of the `nystrom-attention` package.
     """
 
     def __init__(self, dim: int, num_heads: int, num_landmarks: int, dropout: float) -> None:
@@ -84,7 +84,7 @@ class NystromAttention(nn.Module):
         rows = x.shape[1] if rows is None else rows
         w_q, w_k, w_v = self.to_qkv.weight.chunk(3)
         means = segment_means(x, self.num_landmarks)
-        # The projections have no bias: the mean of the projected is the projection of the mean.
+        # The projections have no bias, so the mean of projections is the projection of the mean.
         query, key, landmark_query, landmark_key = (
             self._heads(*pair) for pair in ((x[:, :rows], w_q), (x, w_k), (means, w_q), (means, w_k))
         )
@@ -94,7 +94,7 @@ class NystromAttention(nn.Module):
             inverse = iterative_pinv(similarity(landmark_query, landmark_key))
             landmarks = Landmarks(query, key, landmark_query, landmark_key, inverse)
             attended = landmarks.apply(at_least_single(value)).to(value.dtype)
-        # A convolution of what the first rows see gives the first rows.
+        # The first rows of the convolution depend only on the values within its reach.
         attended = attended + self.res_conv(value[:, :, : rows + RESIDUAL_TAPS // 2])[:, :, :rows]
         return self.to_out(attended.transpose(1, 2).flatten(2)), landmarks
 
@@ -105,7 +105,7 @@ class NystromAttention(nn.Module):
 class PyramidEncoding(nn.Module):
     """Position encoding: tokens on a square, plus their depthwise 7x7, 5x5 and 3x3 convolutions, (B, s * s, d).
 
-    The three convolutions are linear on the same square: they run as a single 7x7 one.
+    The three convolutions are linear in the same square, so they are computed as a single 7x7 one.
     """
 
     def __init__(self, dim: int) -> None:
@@ -119,7 +119,7 @@ class PyramidEncoding(nn.Module):
         return x + functional.conv2d(square, weight, bias, padding=3, groups=x.shape[2]).flatten(2).transpose(1, 2)
 
     def kernel(self) -> tuple[Tensor, Tensor]:
-        """Weight (d, 1, 7, 7) and bias (d) of the sum."""
+        """Return weight (d, 1, 7, 7) and bias (d) of the sum."""
         five = functional.pad(self.five.weight, (1, 1, 1, 1))
         three = functional.pad(self.three.weight, (2, 2, 2, 2))
         bias = torch.stack([self.get_parameter(f"{name}.bias") for name in ("seven", "five", "three")])
@@ -137,8 +137,8 @@ class TransMIL(BagModel):
         num_heads: attention heads H.
         dropout: on what each attention layer adds.
 
-    aux["attn"] (B, H, N): what the class token attends to in the last layer, the class token itself left out, repeated
-    instances counted with their originals, negative values (the approximation has some) set to 0, scaled to sum 1.
+    aux["attn"] (B, H, N): attention of the class token in the last layer, without the class token itself, repeated
+    instances added to their originals, negative values (the approximation has some) set to 0, scaled to sum 1.
     aux["attn_raw"] (B, H, N): the same row before the last two steps. Neither carries a gradient.
     """
 
@@ -178,7 +178,7 @@ class TransMIL(BagModel):
         return torch.cat([logits for logits, _ in bags]), {"attn": attn, "attn_raw": raw}
 
     def _forward_full(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and raw attention (B, H, N) of bags x (B, N, D) that are all real."""
+        """Return logits (B, C) and raw attention (B, H, N) of bags x (B, N, D) without padding."""
         instances = x.shape[1]
         side = math.isqrt(instances - 1) + 1
         h = self.instance_embed(x)
@@ -186,32 +186,32 @@ class TransMIL(BagModel):
         h = torch.cat([token, h, h[:, : side * side - instances]], dim=1)
         h = h + self.attention1(self.norm1(h))[0]
         h = torch.cat([h[:, :1], self.position(h[:, 1:])], dim=1)
-        # Only the class token is classified, so the last layer answers for it alone.
+        # Only the class token is classified, so the last layer is computed for it alone.
         read, landmarks = self.attention2(self.norm2(h), rows=1)
         logits = self.classifier(self.norm(h[:, 0] + read[:, 0]))
         return logits, fold_repeats(landmarks.first_row()[..., 1:], instances)
 
 
 def similarity(query: Tensor, key: Tensor) -> Tensor:
-    """Softmax over keys of the scaled products: (B, H, r, e), (B, H, n, e) -> (B, H, r, n)."""
+    """Return the softmax over keys of the scaled products: (B, H, r, e), (B, H, n, e) -> (B, H, r, n)."""
     return torch.softmax(query @ key.mT / math.sqrt(key.shape[-1]), dim=-1)
 
 
 def segment_means(x: Tensor, segments: int) -> Tensor:
-    """Means (B, g, d) of x (B, n, d) over g <= `segments` runs of equal length; the first one may be shorter."""
+    """Return means (B, g, d) of x (B, n, d) over g <= `segments` runs of equal length; the first may be shorter."""
     n = x.shape[1]
     length = math.ceil(n / segments)
     count = math.ceil(n / length)
     first = n - (count - 1) * length
-    rest = x[:, first:].unflatten(1, (count - 1, length))
-    return torch.cat([x[:, :first].mean(dim=1, keepdim=True), rest.mean(dim=2)], dim=1)
+    later_runs = x[:, first:].unflatten(1, (count - 1, length))
+    return torch.cat([x[:, :first].mean(dim=1, keepdim=True), later_runs.mean(dim=2)], dim=1)
 
 
 def iterative_pinv(a: Tensor, iterations: int = PINV_ITERATIONS) -> Tensor:
-    """Approximate Moore-Penrose inverses of a (B, H, g, g) by the third-order iteration of Razavi et al. 2014.
+    """Approximate the Moore-Penrose inverses of a (B, H, g, g) by the third-order iteration of Razavi et al. 2014.
 
-    The first guess, the transpose over the norms, has one scale per bag: one for the whole batch would make a bag's
-    result depend on its neighbours.
+    The first guess, the transpose over the norms, has one scale per bag: with one for the whole batch, a bag's result
+    would depend on the other bags.
     """
     size = a.abs()
     scale = size.sum(dim=-1).amax(dim=(1, 2)) * size.sum(dim=-2).amax(dim=(1, 2))
@@ -231,7 +231,7 @@ def fold_repeats(row: Tensor, instances: int) -> Tensor:
 
 
 def normalised(raw: Tensor) -> Tensor:
-    """Positive part of raw (B, H, N), scaled to sum 1 over N; uniform where nothing is positive."""
+    """Return the positive part of raw (B, H, N), scaled to sum 1 over N; uniform if nothing is positive."""
     positive = raw.clamp(min=0)
     total = positive.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, positive / total, 1 / raw.shape[-1])

@@ -18,27 +18,26 @@ from torch import Tensor, nn
 
 Aux = dict[str, Tensor | None]
 
-# Small bags are padded to each other's length while they make no more than so many rows: beyond that the copy costs
-# more than the calls.
+# Small bags are padded to a common length up to this many rows in all; beyond that the copy costs more than the calls.
 PADDED_ROWS = defaultdict(lambda: 2**15, cpu=768)
 # The buffers of a model that standardises its features.
 _SCALE = ("feature_mean", "feature_std")
 
 
 class ModelError(ValueError):
-    """A model, a hyperparameter or a bag that cannot be used; the message says what would do."""
+    """A model, a hyperparameter or a bag that cannot be used; the message says what is expected."""
 
 
 class BagModel(nn.Module):
     """Base of every model: `model(x, mask=None) -> (logits, aux)`.
 
     x (B, N, D), any float type; mask (B, N) bool, True = padding, or None; logits (B, C); aux["attn"] (B, H, N), which
-    sums to 1 over the real instances of a bag and is 0 on its padding. What stands in the padding, how much of it there
-    is and which bags share the batch change nothing.
+    sums to 1 over the real instances of a bag and is 0 on its padding. The values and the amount of padding, and the
+    other bags of the batch, change nothing.
 
-    A subclass hands its hyperparameters to `super().__init__`, which checks and remembers them: `model.spec` rebuilds
-    the model with `build_mil(**model.spec)`. Its forward takes x through `cast`, which also standardises features where
-    that was set (`set_feature_scale`): the map is part of the weights, and needs no word where the model is used.
+    A subclass passes its hyperparameters to `super().__init__`, which checks and remembers them: `model.spec` rebuilds
+    the model with `build_mil(**model.spec)`. Its forward passes x through `cast`, which also standardises features if a
+    scale is set (`set_feature_scale`): the scale is saved with the weights, so users of the model need not know of it.
     """
 
     feature_mean: Tensor | None
@@ -56,12 +55,12 @@ class BagModel(nn.Module):
             self.register_buffer(name, None)
 
     def set_feature_scale(self, mean: Tensor | None, std: Tensor | None) -> None:
-        """Standardise features from here on, `(x - mean) / std`, each (D,); None for both leaves them as they are."""
+        """Standardise features from now on, `(x - mean) / std`, each (D,); None for both stops that."""
         like = next(self.parameters())
         for name, values in zip(_SCALE, (mean, std), strict=True):
             setattr(self, name, None if values is None else values.to(like.device, like.dtype))
 
-    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is handed on
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is passed on
         self, state_dict: dict[str, Any], prefix: str, *rest: Any
     ) -> None:
         for name in _SCALE:
@@ -71,7 +70,7 @@ class BagModel(nn.Module):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """JSON-able arguments of `build_mil` that make this model again, its weights aside."""
+        """The arguments of `build_mil` that rebuild this model without its weights, for JSON."""
         return {
             "name": type(self).__name__,
             "input_dim": self.input_dim,
@@ -84,12 +83,12 @@ class BagModel(nn.Module):
         return next(self.parameters()).dtype
 
     def require(self, condition: bool, message: str) -> None:
-        """Raise a ModelError that opens with the model's name unless `condition` holds."""
+        """Raise a ModelError that begins with the model's name unless `condition` holds."""
         if not condition:
             raise ModelError(f"{type(self).__name__}: {message}")
 
     def check_bags(self, x: Tensor, mask: Tensor | None) -> None:
-        """Raise ModelError unless x and mask are what `forward` takes and every bag has a real instance."""
+        """Raise ModelError unless `forward` accepts x and mask, and every bag has a real instance."""
         self.require(
             x.dim() == 3 and x.shape[2] == self.input_dim and x.is_floating_point(),
             f"x must be a float tensor (B, N, {self.input_dim}), got {x.dtype} {tuple(x.shape)}",
@@ -101,7 +100,7 @@ class BagModel(nn.Module):
             mask.dtype is torch.bool and mask.shape == x.shape[:2],
             f"mask must be a bool tensor {tuple(x.shape[:2])}, True = padding, got {mask.dtype} {tuple(mask.shape)}",
         )
-        # One look at the result, hence one wait for the device, on the way that is not an error.
+        # Without an error the result is read only once, so the device is waited for only once.
         empty = mask.all(dim=1)
         if empty.any():
             bags = ", ".join(map(str, empty.nonzero().flatten().tolist()))
@@ -110,10 +109,10 @@ class BagModel(nn.Module):
             )
 
     def forward_bags(self, bags: Sequence[Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """A batch of bags of different lengths, each (n_i, D): costs what their instances cost.
+        """Predict a batch of bags of different lengths, each (n_i, D), at the cost of their instances alone.
 
-        Returns logits (B, C) and aux with the entries `forward` has, a list of one (H, n_i) per bag. Equals the bags
-        taken one by one. Raises ModelError for a bag without instances or of another shape.
+        Returns logits (B, C) and aux with the entries of `forward`, a list of one (H, n_i) per bag. Equals predicting
+        the bags one by one. Raises ModelError for a bag without instances or of another shape.
         """
         self.require(len(bags) > 0, "no bag in the batch")
         for bag in bags:
@@ -128,12 +127,10 @@ class BagModel(nn.Module):
                     if values is not None:
                         aux[key][i] = values[row, :, : len(bags[i])]
         order = range(len(bags))
-        return torch.stack([logits[i] for i in order]), {key: [found[i] for i in order] for key, found in aux.items()}
+        return torch.stack([logits[i] for i in order]), {key: [values[i] for i in order] for key, values in aux.items()}
 
     def cast(self, x: Tensor) -> Tensor:
-        """x standardised, where that was set, in the type the first layer wants: the parameters' own, or left to
-        autocast where that is on.
-        """
+        """Return x, standardised if a scale is set, in the parameters' dtype, or in its own if autocast is on."""
         if self.feature_mean is not None and self.feature_std is not None:
             x = (x.to(torch.promote_types(x.dtype, self.feature_mean.dtype)) - self.feature_mean) / self.feature_std
         if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
@@ -142,13 +139,13 @@ class BagModel(nn.Module):
 
 
 def class_options(cls: type[BagModel]) -> dict[str, Any]:
-    """Hyperparameters of a model class and their defaults."""
+    """Return the hyperparameters of a model class and their defaults."""
     parameters = inspect.signature(cls.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def check_options(cls: type[BagModel], values: dict[str, Any]) -> None:
-    """Check hyperparameters against the kind of their defaults: whole numbers are sizes, floats are probabilities."""
+    """Check hyperparameters by the type of their defaults: whole numbers are sizes, floats are probabilities."""
     missing = [key for key in class_options(cls) if key not in values]
     if missing:
         raise ModelError(f"{cls.__name__}: hand {', '.join(missing)} to super().__init__, which remembers them")
@@ -170,7 +167,7 @@ def is_whole(value: object) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context with `model` in evaluation mode; afterwards each module is in the mode it was in."""
+    """Put `model` in evaluation mode within the context; afterwards each module has its former mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -182,7 +179,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def groups_to_pad(lengths: Sequence[int], most_rows: int) -> Iterator[list[int]]:
-    """Indices of bags to pad to one length, like with like: at most `most_rows` rows each, or a single bag.
+    """Group the indices of bags by length, to pad each group to one length: at most `most_rows` rows, or one bag.
 
     Beyond 64 rows no bag is padded to more than one and a half times its length.
     """
@@ -197,7 +194,7 @@ def groups_to_pad(lengths: Sequence[int], most_rows: int) -> Iterator[list[int]]
 
 
 def padded(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Bags (n_i, D), the longest first, as x (B, n_0, D) and its mask, which is None where all are of one length."""
+    """Pad bags (n_i, D), the longest first, to x (B, n_0, D); return it and its mask, None if all have one length."""
     if len(bags) == 1:
         return bags[0].unsqueeze(0), None
     lengths = torch.tensor([len(bag) for bag in bags], device=bags[0].device)

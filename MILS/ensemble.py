@@ -1,4 +1,4 @@
-"""Several trained models that answer as one: the mean of their probabilities."""
+"""Several trained models as one, whose prediction is the mean of their probabilities."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from MILS.bag_model import Aux, BagModel
 
 
 class Ensemble(BagModel):
-    """`members`, models of one kind that take and give the same: logits (B, C) are the logarithms of their mean
-    probabilities, attention (B, H, N) is their mean, or None where theirs is.
+    """`members` are models of one kind, with the same inputs and outputs. Logits (B, C) are the logarithms of their
+    mean probabilities; attention (B, H, N) is their mean, or None if any of theirs is.
     """
 
     def __init__(self, members: Sequence[BagModel]) -> None:
@@ -25,6 +25,6 @@ class Ensemble(BagModel):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:
         answers = [member(x, mask) for member in self.models]
         logarithms = torch.stack([torch.log_softmax(logits, dim=-1) for logits, _ in answers])
-        known = [attn for _, aux in answers if (attn := aux["attn"]) is not None]
-        attn = torch.stack(known).mean(dim=0) if len(known) == len(answers) else None
+        attentions = [attn for _, aux in answers if (attn := aux["attn"]) is not None]
+        attn = torch.stack(attentions).mean(dim=0) if len(attentions) == len(answers) else None
         return torch.logsumexp(logarithms, dim=0) - math.log(len(answers)), {"attn": attn}

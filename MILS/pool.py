@@ -57,7 +57,7 @@ class maxPool(MergeableModel[MaxSummary]):
 
     aux["attn"] (B, 1, N) is a contribution rather than an attention: the share of embedding dimensions whose maximum
     the instance supplies, the first of equals. A dimension that is 0 in every instance has no supplier and does not
-    count; should all be, the weights are uniform.
+    count; if all are, the weights are uniform.
     """
 
     summary_type = MaxSummary
@@ -72,7 +72,7 @@ class maxPool(MergeableModel[MaxSummary]):
         return self.instance_embed
 
     def reduce(self, h: Tensor, mask: Tensor | None) -> tuple[MaxSummary, Tensor]:
-        """The summary, and as trace (B, 1, n) which instances are real."""
+        """Return the summary, and as trace (B, 1, n) which instances are real."""
         real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
         if mask is not None:
             real = ~mask

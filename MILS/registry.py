@@ -1,4 +1,4 @@
-"""The models by name: which there are, which hyperparameters each takes, and how to build one.
+"""The models by name: list them and their hyperparameters, and build one.
 
     model = build_mil("LiteMIL", input_dim=1024, num_classes=2, num_queries=4)
     again = build_mil(**model.spec)
@@ -21,46 +21,46 @@ ModelClass = TypeVar("ModelClass", bound=type[BagModel])
 
 
 def register_mil(cls: ModelClass) -> ModelClass:
-    """Class decorator: make `cls` known under its own name."""
+    """Register the class `cls` under its own name; a class decorator."""
     _MILS[cls.__name__] = cls
     return cls
 
 
 def list_mils() -> list[str]:
-    """Names of the models, in order of registration."""
+    """Return the names of the models, in order of registration."""
     return list(_MILS)
 
 
 def mil_name(name: str) -> str:
-    """The registered name behind `name`, which may be an alias. Raises ModelError if there is none."""
+    """Return the registered name for `name`, which may be an alias. Raises ModelError if there is none."""
     name = _ALIASES.get(name, name)
     if name in _MILS:
         return name
-    by_lower = {known.lower(): known for known in [*_MILS, *_ALIASES]}
+    by_lower = {registered.lower(): registered for registered in [*_MILS, *_ALIASES]}
     nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
     hint = f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
     raise ModelError(f"unknown model {name!r}, expected one of {', '.join(_MILS)}{hint}")
 
 
 def mil_options(name: str) -> dict[str, Any]:
-    """Hyperparameters of the model `name` and their defaults. Raises ModelError for an unknown name."""
+    """Return the hyperparameters of the model `name` and their defaults. Raises ModelError for an unknown name."""
     return class_options(_MILS[mil_name(name)])
 
 
 def build_mil(name: str, *, input_dim: int, num_classes: int, **hyperparameters: Any) -> BagModel:
-    """A freshly initialised model.
+    """Build a freshly initialised model.
 
     Arguments
         name: one of `list_mils()`, or an alias.
         input_dim: length D of an instance's feature vector.
         num_classes: number C of classes, at least 2.
-        hyperparameters: any of `mil_options(name)`; those left out take the model's own defaults.
+        hyperparameters: any of `mil_options(name)`; the others have the model's defaults.
 
     Raises ModelError for an unknown name, an unknown hyperparameter, or a value that does not fit.
     """
     name = mil_name(name)
-    known = class_options(_MILS[name])
-    unknown = [key for key in hyperparameters if key not in known]
+    options = class_options(_MILS[name])
+    unknown = [key for key in hyperparameters if key not in options]
     if unknown:
-        raise ModelError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes {', '.join(known)}")
+        raise ModelError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes {', '.join(options)}")
     return _MILS[name](input_dim, num_classes, **hyperparameters)

@@ -1,11 +1,11 @@
-"""Gradients of a bag that goes through its model block by block, in memory that hardly grows with the bag.
+"""Gradients of a bag that is processed block by block, in memory that hardly grows with the bag.
 
-The forward pass keeps, of each block, its summary, which is small, and at most the product of the first layer. The way
-back goes through the blocks once more: the merge of the summaries tells what each of them is worth; the block is
-computed again from its product, or from its input where that was not kept either, with the dropout it had.
+The forward pass saves each block's summary, which is small, and at most the product of the first layer. The backward
+pass goes through the blocks again: the gradients of the merged summary give those of each block's summary; the block is
+computed again from its product, or from its input if that was not saved, with the same dropout.
 
-What lives on is written into one piece of memory per kind: pieces of it between the short-lived tensors of the blocks
-would leave the heap of a CPU full of holes, as large as what is kept.
+Results that outlive a block are written into one preallocated tensor per kind: allocated between the short-lived
+tensors of the blocks, they would fragment the heap of a CPU by as much memory as they take themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from MILS.layers import weight_gradient
 
-STREAMED_DEVICES = ("cpu", "cuda")  # those whose random state is known to be replayed
+STREAMED_DEVICES = ("cpu", "cuda")  # those whose random state can be replayed
 
 SummaryTuple = TypeVar("SummaryTuple", bound=Any)
 
@@ -30,35 +30,35 @@ def stream(model: Any, x: Tensor, mask: Tensor | None, rows: int, *, keep_produc
     """Return a mergeable model's summary and trace of bags x (B, N, D), `rows` instances at a time, with gradients for
     the parameters.
 
-    `keep_products` spends memory, one (B, N, d) tensor, on not computing the first layer twice.
+    `keep_products` saves one (B, N, d) tensor, so that the first layer is not computed twice.
     """
     trace, *fields = _Stream.apply(model, x, mask, rows, keep_products, *model.parameters())
     return model.summary_type(*fields), trace
 
 
 def blocks_of(x: Tensor, mask: Tensor | None, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """x (B, N, D) and its mask, cut along N."""
+    """Cut x (B, N, D) and its mask into blocks along N."""
     blocks = x.split(rows, dim=1)
     return zip(blocks, [None] * len(blocks) if mask is None else mask.split(rows, dim=1), strict=True)
 
 
 class Joined:
-    """Tensors (..., n_i) joined along their last axis as they come; `tensor` is None before the first."""
+    """Joins tensors (..., n_i) along their last axis as they arrive; `tensor` is None before the first."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
         self.length = 0
 
-    def append(self, part: Tensor) -> None:
-        end = self.length + part.shape[-1]
+    def append(self, values: Tensor) -> None:
+        end = self.length + values.shape[-1]
         if self.memory is None:
-            self.memory = part
+            self.memory = values
         else:
             if end > self.memory.shape[-1]:
-                grown = part.new_empty(*part.shape[:-1], 2 * end)
+                grown = values.new_empty(*values.shape[:-1], 2 * end)
                 grown[..., : self.length] = self.memory[..., : self.length]
                 self.memory = grown
-            self.memory[..., self.length : end] = part
+            self.memory[..., self.length : end] = values
         self.length = end
 
     @property
@@ -66,9 +66,9 @@ class Joined:
         return None if self.memory is None else self.memory[..., : self.length]
 
 
-def merged(parts: Sequence[SummaryTuple]) -> SummaryTuple:
-    """The merge of the summaries of a bag's blocks, in their order."""
-    return functools.reduce(lambda one, other: one.merge(other), parts)
+def merged(summaries: Sequence[SummaryTuple]) -> SummaryTuple:
+    """Merge the summaries of a bag's blocks, in their order."""
+    return functools.reduce(lambda earlier, later: earlier.merge(later), summaries)
 
 
 class _Stream(torch.autograd.Function):
@@ -80,21 +80,21 @@ class _Stream(torch.autograd.Function):
         ctx.model, ctx.rows, ctx.modes = model, rows, modes_of(model)
         ctx.random_state, ctx.autocast = random_state(x.device), autocast_state(x.device)
         products, trace, fields = None, x.new_empty(0), []
-        # Without autocast's cache: a copy of a weight made where gradients are off must not serve where they are on.
+        # Without autocast's cache: a copy of a weight made with gradients off must not be used with gradients on.
         with torch.autocast(x.device.type, **ctx.autocast, cache_enabled=False):
             for i, (block, block_mask) in enumerate(blocks_of(x, mask, rows)):
-                place = slice(i * rows, i * rows + block.shape[1])
+                columns = slice(i * rows, i * rows + block.shape[1])
                 y = model.product(model.prepared(block, block_mask))
                 if i == 0 and keep_products:
                     products = y.new_empty(*x.shape[:2], y.shape[2])
                 if products is not None:
-                    products[:, place] = y
-                part, part_trace = model.summarise_product(y, block_mask)
+                    products[:, columns] = y
+                summary, block_trace = model.summarise_product(y, block_mask)
                 if i == 0:
-                    trace = part_trace.new_empty(*part_trace.shape[:2], x.shape[1])
-                    fields = [field.new_empty(-(-x.shape[1] // rows), *field.shape) for field in part]
-                trace[..., place] = part_trace
-                for field, value in zip(fields, part, strict=True):
+                    trace = block_trace.new_empty(*block_trace.shape[:2], x.shape[1])
+                    fields = [field.new_empty(-(-x.shape[1] // rows), *field.shape) for field in summary]
+                trace[..., columns] = block_trace
+                for field, value in zip(fields, summary, strict=True):
                     field[i] = value
         ctx.fields = fields
         ctx.save_for_backward(x, mask, products, *parameters)
@@ -115,7 +115,7 @@ class _Stream(torch.autograd.Function):
                 f"{type(model).__name__}: was switched between training and evaluation before the backward pass, which "
                 "computes a long bag again in the mode it was in; call backward first"
             )
-        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         grads: dict[int, Tensor] = {}
 
         def grad_of(parameter: Tensor) -> Tensor:
@@ -126,16 +126,16 @@ class _Stream(torch.autograd.Function):
         field_grads = grads_of_fields(model.summary_type, ctx.fields, whole_grads)
         with replaying(ctx.random_state, x.device), torch.autocast(x.device.type, **ctx.autocast):
             for i, (block, block_mask) in enumerate(blocks_of(x, mask, ctx.rows)):
-                place = slice(i * ctx.rows, i * ctx.rows + block.shape[1])
+                columns = slice(i * ctx.rows, i * ctx.rows + block.shape[1])
                 prepared = model.prepared(block, block_mask)
-                y = model.product(prepared) if products is None else products[:, place]
+                y = model.product(prepared) if products is None else products[:, columns]
                 y = y.detach().requires_grad_()
                 with torch.enable_grad():
-                    part, trace = model.summarise_product(y, block_mask)
+                    summary, trace = model.summarise_product(y, block_mask)
                 block_grads = [None if grad is None else grad[i] for grad in field_grads]
-                block_grads.append(None if trace_grad is None else trace_grad[..., place])
-                y_grad, *found = gradients([*part, trace], block_grads, [y, *wanted])
-                for parameter, grad in zip(wanted, found, strict=True):
+                block_grads.append(None if trace_grad is None else trace_grad[..., columns])
+                y_grad, *parameter_grads = gradients([*summary, trace], block_grads, [y, *trained])
+                for parameter, grad in zip(trained, parameter_grads, strict=True):
                     if grad is not None:
                         grad_of(parameter).add_(grad)
                 if y_grad is not None and layer.weight.requires_grad:
@@ -149,18 +149,18 @@ class _Stream(torch.autograd.Function):
 def grads_of_fields(
     summary_type: type[Any], fields: Sequence[Tensor], whole_grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of the blocks' summaries, field by field (K, ...), from those of the fields of their merge."""
+    """Return the gradients of the blocks' summaries, field by field (K, ...), from those of the merged fields."""
     with torch.enable_grad():
         leaves = [field.detach().requires_grad_(field.is_floating_point()) for field in fields]
         whole = merged([summary_type(*values) for values in zip(*leaves, strict=True)])
-    found = iter(gradients(whole, whole_grads, [leaf for leaf in leaves if leaf.requires_grad]))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+    grads = iter(gradients(whole, whole_grads, [leaf for leaf in leaves if leaf.requires_grad]))
+    return [next(grads) if leaf.requires_grad else None for leaf in leaves]
 
 
 def gradients(
     outputs: Sequence[Tensor], output_grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    """torch.autograd.grad of those outputs that depend on anything and that anything depends on."""
+    """Return torch.autograd.grad of the outputs that require a gradient and have one."""
     pairs = [(o, g) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad and g is not None]
     return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
 
@@ -175,7 +175,7 @@ def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def replaying(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Context in which what is drawn on the CPU and on `device` is what was drawn from `state` on."""
+    """Repeat, within the context, the random draws that followed `state` on the CPU and on `device`."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:

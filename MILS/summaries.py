@@ -1,4 +1,4 @@
-"""Summaries of a block of instances that can be merged: under softmax attention, and under the maximum."""
+"""Summaries of blocks of instances that can be merged: for softmax attention and for the maximum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from MILS.layers import at_least_single, full_precision
 
 
 class AttentionSummary(NamedTuple):
-    """A block under softmax attention, kept so that blocks can be merged (online softmax).
+    """A block under softmax attention, in a form in which blocks can be merged (online softmax).
 
     maximum (B, R): the largest score; normaliser (B, R): the sum of exp(score - maximum); kept (B, R): the same sum
     after attention dropout; total (B, R, d): the sum of the values under the weights after dropout.
@@ -33,15 +33,15 @@ class AttentionSummary(NamedTuple):
         )
 
     def pooled(self) -> Tensor:
-        """The values' weighted sum (B, R, d)."""
+        """Return the weighted sum (B, R, d) of the values."""
         return self.total / self.normaliser.unsqueeze(-1)
 
     def mass(self) -> Tensor:
-        """The sum (B, R) of the weights: 1, but under attention dropout."""
+        """Return the sum (B, R) of the weights: 1 except under attention dropout."""
         return self.kept / self.normaliser
 
     def weights(self, scores: Tensor) -> Tensor:
-        """The weights (B, R, N), before dropout, of instances with these scores."""
+        """Return the weights (B, R, N), before dropout, of instances with these scores."""
         return (scores - (self.maximum + self.normaliser.log()).unsqueeze(-1)).exp_()
 
 
@@ -50,10 +50,10 @@ def attend(
 ) -> tuple[AttentionSummary, Tensor]:
     """Reduce values (B, N, d) under the softmax over N of scores (B, R, N).
 
-    Returns the summary and the scores with the padding's at the lowest number there is: the padding then has weight
-    exactly 0, and a block that is nothing but padding merges as nothing. `dropout` acts on the weights (B, R, N).
+    Returns the summary, and the scores with the padding's set to the lowest finite number: padding then has weight
+    exactly 0, and a block of padding alone does not change a merge. `dropout` acts on the weights (B, R, N).
     """
-    # Unnormalised weights sum to as much as N: more than half precision can hold.
+    # Unnormalised weights can sum to N, more than half precision can hold.
     scores = at_least_single(scores)
     if mask is not None:
         scores = scores.masked_fill(mask.unsqueeze(1), torch.finfo(scores.dtype).min)
