@@ -93,12 +93,7 @@ class LiteMIL(AttentionModel):
         dropout: float = 0.25,
     ) -> None:
         super().__init__(
-            input_dim,
-            num_classes,
-            hidden_dim=hidden_dim,
-            num_heads=num_heads,
-            num_queries=num_queries,
-            dropout=dropout,
+            input_dim, num_classes, hidden_dim=hidden_dim, num_heads=num_heads, num_queries=num_queries, dropout=dropout
         )
         self.require(hidden_dim >= 2, f"hidden_dim must be at least 2, got {hidden_dim}")
         self.require(hidden_dim % num_heads == 0, f"hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")

@@ -143,13 +143,7 @@ class TransMIL(BagModel):
     """
 
     def __init__(
-        self,
-        input_dim: int,
-        num_classes: int,
-        *,
-        hidden_dim: int = 512,
-        num_heads: int = 8,
-        dropout: float = 0.1,
+        self, input_dim: int, num_classes: int, *, hidden_dim: int = 512, num_heads: int = 8, dropout: float = 0.1
     ) -> None:
         super().__init__(input_dim, num_classes, hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout)
         self.require(hidden_dim >= 2, f"hidden_dim must be at least 2, got {hidden_dim}")

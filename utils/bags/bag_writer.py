@@ -131,18 +131,14 @@ def _trident_feature_attributes(passport: Passport | None) -> dict[str, str]:
     return {"name": str(slide.get("name")), "encoder": str(recipe.backbone), "savetodir": "."}
 
 
-def _magnification(mpp: float | None) -> float | None:
-    return None if mpp is None else round(10 / mpp, 2)
-
-
 def _trident_coord_attributes(passport: Passport | None, patch_size_level0: int | None) -> dict[str, Any]:
     slide, recipe = (passport.slide, passport.recipe) if passport else ({}, Recipe())
-    patch_size, stride = recipe.patch_size, recipe.stride
+    patch_size, stride, mpp = recipe.patch_size, recipe.stride, slide.get("mpp_delivered")
     values = {
         "patch_size": patch_size,
         "patch_size_level0": patch_size_level0,
         "level0_magnification": slide.get("objective"),
-        "target_magnification": recipe.magnification or _magnification(slide.get("mpp_delivered")),
+        "target_magnification": recipe.magnification or (None if mpp is None else round(10 / mpp, 2)),
         "overlap": None if patch_size is None or stride is None else patch_size - stride,
         "level0_width": slide.get("width"),
         "level0_height": slide.get("height"),

@@ -29,19 +29,13 @@ def grid_fields(attributes: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the recipe's patch size and stride, in pixels at the resolution read, and that magnification."""
     patch_size, overlap = as_length(attributes.get("patch_size")), as_number(attributes.get("overlap"))
     stride = None if patch_size is None or overlap is None else as_length(patch_size - overlap)
-    return {
-        "patch_size": patch_size,
-        "stride": stride,
-        "magnification": as_positive(attributes.get("target_magnification")),
-    }
+    magnification = as_positive(attributes.get("target_magnification"))
+    return {"patch_size": patch_size, "stride": stride, "magnification": magnification}
 
 
 def slide_fields(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "width": as_length(attributes.get("level0_width")),
-        "height": as_length(attributes.get("level0_height")),
-        "objective": as_positive(attributes.get("level0_magnification")),
-    }
+    size = {side: as_length(attributes.get(f"level0_{side}")) for side in ("width", "height")}
+    return size | {"objective": as_positive(attributes.get("level0_magnification"))}
 
 
 def mpp_fields(tile_um: float | None, tile_px: int | None) -> dict[str, Any]:

@@ -64,13 +64,13 @@ def take_inventory(
     the slide's `features (N, D)`. Raises FeatureFileError, naming all files that cannot be read.
     """
     records = {row.wsi_id: earlier[row.wsi_id] for row in rows if row.wsi_id in earlier}
-    fresh = [
+    changed = [
         slide
         for slide, row in enumerate(rows)
-        if row.wsi_id not in earlier or earlier[row.wsi_id].fingerprint != info[slide].fingerprint
+        if row.wsi_id not in records or records[row.wsi_id].fingerprint != info[slide].fingerprint
     ]
     faults = []
-    for slide in progress(fresh, "Reading features", unit="slide", leave=False) if fresh else ():
+    for slide in progress(changed, "Reading features", unit="slide", leave=False) if changed else ():
         wsi_id, fingerprint = rows[slide].wsi_id, info[slide].fingerprint
         assert fingerprint is not None  # noqa: S101 - for the type checker: `peek_bag` sets it
         try:

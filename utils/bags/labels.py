@@ -20,6 +20,9 @@ from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, counted, meant, named
 from utils.core.runtime import log
 
+FindFile = Callable[[str], Path | None]
+ListIds = Callable[[], Iterable[str]]
+
 
 @dataclass(frozen=True)
 class LabelRow:
@@ -99,9 +102,9 @@ def doubted_patients(table: LabelTable) -> str | None:
 def resolve_labels(
     table: LabelTable,
     class_names: Sequence[str],
-    find_file: Callable[[str], Path | None],
+    find_file: FindFile,
     *,
-    ids: Callable[[], Iterable[str]] = tuple,
+    ids: ListIds = tuple,
     label_names: Mapping[str, str] | None = None,
     left_out: Collection[str] = (),
     allow: Collection[str] = (),
@@ -152,12 +155,7 @@ def _with_class(
 
 
 def _with_file(
-    path: Path,
-    rows: Sequence[Row],
-    class_names: Sequence[str],
-    find_file: Callable[[str], Path | None],
-    ids: Callable[[], Iterable[str]],
-    allow: Collection[str],
+    path: Path, rows: Sequence[Row], classes: Sequence[str], find_file: FindFile, ids: ListIds, allow: Collection[str]
 ) -> list[LabelRow]:
     """Return the rows that have a feature file, with that file."""
     files = {row["wsi_id"]: find_file(row["wsi_id"]) for row in rows}
@@ -168,7 +166,7 @@ def _with_file(
         id_hint(near), may_leave_out=len(absent) < len(rows),
     )  # fmt: skip
     return [
-        LabelRow(row["wsi_id"], row["case_id"], class_names.index(row["label"]), file, row)
+        LabelRow(row["wsi_id"], row["case_id"], classes.index(row["label"]), file, row)
         for row in rows
         if (file := files[row["wsi_id"]]) is not None
     ]
@@ -188,7 +186,7 @@ def label_hint(labels: Iterable[str], class_names: Sequence[str]) -> str:
     return ""
 
 
-def near_ids(absent: Sequence[str], ids: Callable[[], Iterable[str]]) -> dict[str, str]:
+def near_ids(absent: Sequence[str], ids: ListIds) -> dict[str, str]:
     """Map ids without a feature file to the near ids with one, if there are any."""
     near = NearIds(ids())
     return {wsi_id: name for wsi_id in absent if (name := near.of(wsi_id)) is not None}
@@ -324,19 +322,18 @@ def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:
 
 
 def _report(
-    csv_path: Path,
+    path: Path,
     kind: str,
     problem: str,
     names: list[str],
     allow: Collection[str],
     hint: str = "",
-    *,
     may_leave_out: bool = True,
 ) -> None:
     """Raise LabelsError for rows with a problem; if its `kind` is in `allow`, only warn."""
     if not names:
         return
-    message = f"{csv_path}: {counted(len(names), 'row')} with a {problem}: {named(names)}"
+    message = f"{path}: {counted(len(names), 'row')} with a {problem}: {named(names)}"
     if kind not in allow:
         instead = f", or leave them out with --allow {kind}" if may_leave_out else ""
         raise LabelsError(f"{message}; {hint or 'mend the table'}{instead}")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from utils.core.errors import SlideError
 from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import log
-from utils.slides.frame import check_position, offset_by_position, qupath_offset
+from utils.slides.frame import check_position, find_offset, qupath_offset
 from utils.slides.outlines import Ring, fill, outlines
 from utils.slides.qupath import Area, read_areas, shortage_of, tissue_areas
 from utils.slides.slide import Slide
@@ -123,7 +123,7 @@ class ContourFile:
         """Return the origin (x, y) of its polygons in level-0 px, as recorded, or as their positions show."""
         frame = self._frame
         if frame is None:
-            return offset_by_position(slide, tissue, cut_out, self.path)
+            return find_offset(slide, tissue, cut_out, self.path)
         size = frame.get("width", slide.width), frame.get("height", slide.height)
         if size != (slide.width, slide.height):
             raise SlideError(

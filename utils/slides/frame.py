@@ -24,9 +24,7 @@ def qupath_offset(slide: Slide) -> NDArray[np.float64]:
     return np.array(slide.bounds[:2] if slide.bounds else (0, 0), dtype=float)
 
 
-def offset_by_position(
-    slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area], path: Path
-) -> NDArray[np.float64]:
+def find_offset(slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area], path: Path) -> NDArray[np.float64]:
     """Return the origin (x, y) in level-0 px of all polygons of a file, by where they would lie.
 
     Raises SlideError if a polygon of tissue lies in the scanned area from neither origin, or polygons contradict each

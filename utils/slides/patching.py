@@ -26,6 +26,8 @@ MOST_UPSAMPLING = 0.05
 _FILTER, _FILTER_REACH = Image.Resampling.BICUBIC, 2
 _BATCHES_AHEAD = 2
 
+OnDamage = Callable[[int, SlideError], None] | None  # takes a patch's number and why it cannot be read
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -238,7 +240,7 @@ def read_batches(
     *,
     workers: int = 1,
     pin_memory: bool = False,
-    on_damage: Callable[[int, SlideError], None] | None = None,
+    on_damage: OnDamage = None,
 ) -> Generator[Tensor]:
     """Yield the plan's patches in their order, (B, P, P, 3) uint8, read ahead by `workers` threads.
 
@@ -264,14 +266,8 @@ def read_batches(
             readers.shutdown(wait=False, cancel_futures=True)
 
 
-def _fill(
-    slide: Slide,
-    plan: PatchPlan,
-    on_damage: Callable[[int, SlideError], None] | None,
-    patches: NDArray[np.uint8],
-    numbers: NDArray[np.integer],
-) -> None:
-    """Read the patches of these numbers into `patches (n, P, P, 3)`."""
+def _fill(slide: Slide, plan: PatchPlan, on_damage: OnDamage, patches: NDArray, numbers: NDArray[np.integer]) -> None:
+    """Read the patches of these numbers into `patches (n, P, P, 3)` uint8."""
     for patch, number in zip(patches, numbers.tolist(), strict=True):
         try:
             patch[...] = read_patch(slide, plan, plan.coords[number])

@@ -37,15 +37,18 @@ _LINE, _FILL, _FAINT = 0.8, 0.45, 0.25  # opacities: of outlines, of dropped pat
 _CONTOUR_WIDTH = 2
 _MARGIN, _STRIP, _FONT = 10, 24, 13  # px; a strip is a line of text
 
+Pixels = NDArray[np.uint8]
+Corners = NDArray[np.integer]
+Scale = NDArray[np.float64]
 Box = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def draw_preview(
-    thumbnail: NDArray[np.uint8],
+    thumbnail: Pixels,
     size: tuple[int, int],
     *,
-    kept: NDArray[np.integer],
-    dropped: Mapping[str, NDArray[np.integer]],
+    kept: Corners,
+    dropped: Mapping[str, Corners],
     size_level0: int,
     mask: NDArray[np.bool_] | None = None,
     mpp: float | None = None,
@@ -80,13 +83,7 @@ def draw_preview(
     return _framed(Image.fromarray(pixels), title, legend, mpp / scale[0] if mpp else None)
 
 
-def _draw_groups(
-    pixels: NDArray[np.uint8],
-    kept: NDArray[np.integer],
-    groups: Mapping[str, NDArray[np.integer]],
-    size_level0: int,
-    scale: NDArray[np.float64],
-) -> None:
+def _draw_groups(pixels: Pixels, kept: Corners, groups: Mapping[str, Corners], size_level0: int, scale: Scale) -> None:
     """Draw the dropped patches by their reason, then the kept ones."""
     if LITTLE_TISSUE in groups:
         plain = pixels.copy()
@@ -112,7 +109,7 @@ def write_preview(path: Path, preview: Image.Image) -> None:
     write_bytes(path, content)
 
 
-def _fitted(thumbnail: NDArray[np.uint8], most: int) -> Image.Image:
+def _fitted(thumbnail: Pixels, most: int) -> Image.Image:
     """Resize the thumbnail so that its longer side is between `_MIN_SIDE` and `most` px."""
     image = Image.fromarray(thumbnail)
     longer = max(image.size)
@@ -124,12 +121,7 @@ def _fitted(thumbnail: NDArray[np.uint8], most: int) -> Image.Image:
 
 
 def _draw_patches(
-    pixels: NDArray[np.uint8],
-    corners: NDArray[np.integer],
-    size_level0: int,
-    scale: NDArray[np.float64],
-    colour: str,
-    fill: float = 0,
+    pixels: Pixels, corners: Corners, size_level0: int, scale: Scale, colour: str, fill: float = 0
 ) -> None:
     """Outline the patches, or tint the area of those too small for that; shade them with the opacity `fill`."""
     if not len(corners):
@@ -142,7 +134,7 @@ def _draw_patches(
         _blend(pixels, _union(_sides(low, high), pixels.shape[:2]), colour, _LINE)
 
 
-def _box(corners: NDArray[np.integer], size_level0: int, scale: NDArray[np.float64]) -> Box:
+def _box(corners: Corners, size_level0: int, scale: Scale) -> Box:
     """Return patches in px of the picture: rounded so that neighbours share an edge, and at least one pixel wide."""
     low = np.rint(corners * scale).astype(np.int64)
     return low, np.maximum(np.rint((corners + size_level0) * scale).astype(np.int64), low + 1)
@@ -187,7 +179,7 @@ def _outline_of(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.b
     return scaled & ~inside
 
 
-def _blend(pixels: NDArray[np.uint8], where: NDArray[np.bool_], colour: str, opacity: float) -> None:
+def _blend(pixels: Pixels, where: NDArray[np.bool_], colour: str, opacity: float) -> None:
     mixed = pixels[where] * (1 - opacity) + np.array(ImageColor.getrgb(colour)) * opacity
     pixels[where] = np.rint(mixed).astype(np.uint8)
 
@@ -243,11 +235,7 @@ def _entry_width(text: str, font: ImageFont.FreeTypeFont) -> int:
 
 
 def _draw_scale_bar(
-    draw: ImageDraw.ImageDraw,
-    middle: int,
-    um_per_pixel: float,
-    width: int,
-    font: ImageFont.FreeTypeFont,
+    draw: ImageDraw.ImageDraw, middle: int, um_per_pixel: float, width: int, font: ImageFont.FreeTypeFont
 ) -> None:
     """Draw a bar of 1, 2 or 5 times a power of ten um, at most a quarter of the picture's width."""
     most = width / 4 * um_per_pixel

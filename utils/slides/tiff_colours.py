@@ -258,10 +258,6 @@ def codestream(page: tifffile.TiffPage) -> tuple[bool, bool]:
     style = data.find(_CODING_STYLE, start)
     if start < 0 or style < 0:
         return False, False
-    components = data[start + 42 : start + 42 + 3 * min(page.samplesperpixel, 3)]  # each its depth and steps in x and y
-    return components[1::3] + components[2::3] != bytes([1] * (2 * len(components) // 3)), data[
-        style + 8 : style + 9
-    ] not in (
-        b"",
-        b"\0",
-    )
+    components = data[start + 42 : start + 42 + 3 * min(page.samplesperpixel, 3)]  # depth, step in x, step in y of each
+    steps = components[1::3] + components[2::3]
+    return steps != bytes([1] * len(steps)), data[style + 8 : style + 9] not in (b"", b"\0")

@@ -216,10 +216,7 @@ class TileReader:
 
     @classmethod
     def open(
-        cls,
-        path: Path | str,
-        level_dimensions: Sequence[tuple[int, int]],
-        background: tuple[int, int, int] = _WHITE,
+        cls, path: Path | str, level_dimensions: Sequence[tuple[int, int]], background: tuple[int, int, int] = _WHITE
     ) -> Self | None:
         """Return a reader for the file; None unless it is a TIFF whose tiled pages are exactly OpenSlide's levels.
 

@@ -302,14 +302,8 @@ def _whole_near(start: int, downsample: float) -> int:
 
 
 def _bounds(properties) -> tuple[int, int, int, int] | None:
-    names = (
-        openslide.PROPERTY_NAME_BOUNDS_X,
-        openslide.PROPERTY_NAME_BOUNDS_Y,
-        openslide.PROPERTY_NAME_BOUNDS_WIDTH,
-        openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
-    )
     try:
-        x, y, width, height = (int(properties[name]) for name in names)
+        x, y, width, height = (int(properties[f"openslide.bounds-{name}"]) for name in ("x", "y", "width", "height"))
     except (KeyError, ValueError):
         return None
     return x, y, width, height
