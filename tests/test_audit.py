@@ -191,7 +191,7 @@ def test_a_table_without_patients(cohort):
 def test_names_and_labels_that_look_like_one(cohort):
     cohort.add_rows("p000,P020-S1,benign", "P021,P021-S1,Benign", "P022,P022-S1,NA")
     told = lines(cohort.audit())
-    assert any("error table: names that seem to stand for one: patient 'P000' and 'p000'" in line for line in told)
+    assert any("error table: names that seem to mean the same: patient 'P000' and 'p000'" in line for line in told)
     assert any("error table: labels that look like one class" in line and "'Benign'" in line for line in told)
     assert any("none of Benign, benign, malignant: P022-S1 ('NA'); 'NA' stands for no label" in line for line in told)
 

@@ -202,7 +202,7 @@ def test_a_missing_file_is_told(table):
 
 def test_a_repeated_id_is_told(table):
     message = table.write("P1,S1,benign", "P2,S2,malignant", "P1,S1,benign").refusal()
-    assert "1 row with a wsi_id that stands in an earlier row: S1; " in message
+    assert "1 row with a wsi_id of an earlier row: S1; " in message
     assert "--allow duplicate" in message
 
 
@@ -217,7 +217,7 @@ def test_a_repeated_id_is_told(table):
 @pytest.mark.parametrize("settings", [{}, {"left_out": ["other"]}, {"allow": ["unknown", "missing"]}])
 def test_a_repeated_id_that_contradicts_itself_is_told_whatever_else_is_left_out(table, row, told, settings):
     message = table.write("P1,S1,benign", "P2,S2,malignant", row).refusal(**settings)
-    assert f"that stands in an earlier row: {told}; " in message
+    assert f"wsi_id of an earlier row: {told}; " in message
 
 
 @pytest.mark.parametrize(

@@ -505,7 +505,7 @@ def test_features_that_are_no_numbers(tmp_path, features):
     ids=["sparse", "meta", "float8"],
 )
 def test_tensors_that_are_no_plain_arrays(tmp_path, tensor):
-    assert "holds a tensor that is no plain array" in refused_by_both(write_pt(tmp_path / "slide.pt", tensor))
+    assert "holds a tensor that is not a plain array" in refused_by_both(write_pt(tmp_path / "slide.pt", tensor))
 
 
 @pytest.mark.parametrize("ending", FORMATS)

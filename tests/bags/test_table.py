@@ -76,7 +76,7 @@ def test_patients_are_read_off_barcodes_where_all_slides_have_one(table):
     ids = ["TCGA-AA-0001-01Z-00-DX1", "tcga-aa-0001-01Z-00-DX2", "TCGA-AB-0002-01A"]
     read = table("wsi_id,label", *(f"{wsi_id},a" for wsi_id in ids))
     assert [row["case_id"] for row in read.rows] == ["TCGA-AA-0001", "TCGA-AA-0001", "TCGA-AB-0002"]
-    assert read.notes == ("no column of patients; the TCGA barcodes tell 2 patients",)
+    assert read.notes == ("no column of patients; the TCGA barcodes give 2 patients",)
     assert table("wsi_id,label", f"{ids[0]},a", "S2,b").patients_from is None, "not where one has none"
 
 
@@ -120,7 +120,7 @@ def test_a_table_without_our_columns_says_what_to_call_them(table):
 def test_a_table_that_names_patients_needs_no_yes(table):
     read = table("patient,wsi_id,label", "P1,S1,a")
     assert missing_patients(read, no_patients=False) is None
-    with pytest.raises(LabelsError, match="the column patient tells the patients; leave --no_patients out"):
+    with pytest.raises(LabelsError, match="the column patient names the patients; leave --no_patients out"):
         missing_patients(read, no_patients=True)
 
 

@@ -260,7 +260,7 @@ def test_a_template_of_the_table_is_written_filled_in_and_given_back(images, scr
     assert rows["mpp"]["own.tif"] == 0.25
     assert rows["note"]["s0.png"] == "not in the file"
     again = script("extractFeatures", "--input_dir", images, "--write_slides_csv", table)
-    assert "is there already, and is not written over" in again.errors[0]
+    assert "exists already and is not overwritten" in again.errors[0]
     (images / "bad.svs").unlink()
     rows.drop("bad.svs").assign(mpp=rows["mpp"].fillna(0.5)).to_csv(table)
     assert extract(*RECIPE, "--mpp", 0.5, "--slides_csv", table).code == 0
@@ -343,7 +343,7 @@ def test_what_another_process_is_at_is_done_last_and_waited_for(
     monkeypatch.setattr(batch, "_SECONDS_BETWEEN_LOOKS", 0.05)
     ended = extract(*RECIPE)
     assert (ended.code, waited) == (0, [{"a.h5"}])
-    said = f"{tmp_path / 'out' / 'a.h5'}: process {holder.pid} on {platform.node()} is extracting it; waiting for that"
+    said = f"{tmp_path / 'out' / 'a.h5'}: process {holder.pid} on {platform.node()} is extracting it; waiting for it"
     assert said in ended.err
     assert report_of(tmp_path)["status"].tolist() == ["done"] * 3
     assert not list((tmp_path / "out").glob(".*"))

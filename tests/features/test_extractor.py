@@ -413,7 +413,7 @@ def test_outlines_that_are_gone_and_files_of_no_slide_are_said(script, tmp_path)
 def test_a_slide_whose_tissue_nobody_drew_fails(slide_cohort, script, tmp_path):
     flags = ("--input", slide_cohort.slides / "P00_0.tif", "--output", tmp_path / "a.h5", *recipe(slide_cohort))
     done = script("extractFeatures", *flags, "--tissue", tmp_path, "--tissue_strict")
-    assert "P00_0.geojson: not there; draw the slide's tissue" in done.errors[0]
+    assert "P00_0.geojson: missing; draw the slide's tissue" in done.errors[0]
     assert "--tissue_strict goes with --tissue" in script("extractFeatures", *flags, "--tissue_strict").errors[0]
     (tmp_path / "drawn").mkdir()
     folder = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out", *recipe(slide_cohort), "--limit", 1)

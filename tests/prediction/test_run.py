@@ -282,7 +282,7 @@ def test_a_table_that_does_not_account_for_the_folder(cohort, models, predict, t
     )
     extra.to_csv(tmp_path / "labels.csv", index=False)
     flags = ("--checkpoint", models[0], "--input_dir", features, "--labels_csv", tmp_path / "labels.csv")
-    assert "wsi_id that stands in an earlier row" in predict(*flags).errors[0]
+    assert "wsi_id of an earlier row" in predict(*flags).errors[0]
     assert "P9-S1" in predict(*flags, "--allow", "duplicate").errors[0]
     assert not (tmp_path / "out").exists()
     outcome = predict(*flags, "--allow", "duplicate", "missing")

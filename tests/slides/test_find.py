@@ -86,7 +86,7 @@ def test_links_to_missing_and_closed_folders_are_told_from_files(tmp_path, monke
     assert reasons(folder) == expected
     assert reasons(folder, extensions=[".svs"]) == expected
     look_for_slides(folder).log(folder)
-    assert "(3: 2024.old, patient9, round): mend them; files and folders without read" in caplog.text
+    assert "(3: 2024.old, patient9, round): repair them; files and folders without read" in caplog.text
     assert "--extensions" not in caplog.text
 
 

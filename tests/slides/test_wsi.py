@@ -613,7 +613,7 @@ def test_a_table_of_mpps(tmp_path, encoding):
         ("wsi,mpp\na,352.8\n", "line 2: mpp '352.8'"),
         ("wsi,mpp\n,0.5\n", "line 2: wsi ''"),
         ("wsi,mpp\nsub/a.svs,0.5\n", "line 2: wsi 'sub/a.svs'; .*without folders"),
-        ("wsi,mpp\na,0.5\nb,0.5\na,0.5\n", "line 4: a stands there twice"),
+        ("wsi,mpp\na,0.5\nb,0.5\na,0.5\n", "line 4: a is in the table twice"),
         ('wsi,mpp\n"a,0.5\n', "not readable as a table"),
     ],
 )

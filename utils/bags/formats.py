@@ -99,7 +99,7 @@ def as_array(values: Any, path: Path) -> np.ndarray:
             return (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
         return np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as failure:
-        raise FeatureFileError(f"{path}: holds a tensor that is no plain array ({failure})") from failure
+        raise FeatureFileError(f"{path}: holds a tensor that is not a plain array ({failure})") from failure
 
 
 def _feature_dataset(file: h5py.File, path: Path, feat_type: str) -> h5py.Dataset:

@@ -81,7 +81,7 @@ def missing_patients(table: LabelTable, no_patients: bool) -> str | None:
     Raises LabelsError for such a table without `no_patients`, and for `no_patients` with one that names its patients.
     """
     if table.patients_from is not None and no_patients:
-        raise LabelsError(f"{table.path}: {table.patients_from} tells the patients; leave --no_patients out")
+        raise LabelsError(f"{table.path}: {table.patients_from} names the patients; leave --no_patients out")
     if table.patients_from is not None:
         return None
     message = f"{unknown_patients(table)}; slides of one patient on both sides of a split make every figure too good"
@@ -133,7 +133,7 @@ def _without_duplicates(path: Path, rows: Sequence[Row], allow: Collection[str])
     first: dict[str, Row] = {}
     repeated = [row for row in rows if first.setdefault(row["wsi_id"], row) is not row]
     contradictions = [_contradiction(first[row["wsi_id"]], row) for row in repeated]
-    _report(path, "duplicate", "wsi_id that stands in an earlier row", contradictions, allow)
+    _report(path, "duplicate", "wsi_id of an earlier row", contradictions, allow)
     return list(first.values())
 
 
@@ -226,7 +226,7 @@ def check_names(table: LabelTable, rows: Sequence[LabelRow], groups: Sequence[st
 def doubtful_names(doubts: Sequence[OneInSeveral]) -> str:
     """Return the error text for names that seem to mean the same slide, patient or group."""
     return (
-        f"names that seem to stand for one: {named(list(map(str, doubts)), most=3)}; write each in one way, or say "
+        f"names that seem to mean the same: {named(list(map(str, doubts)), most=3)}; write each in one way, or say "
         "that they differ with --allow spelling"
     )
 
@@ -238,7 +238,7 @@ def warn_of_patients(table: LabelTable, rows: Sequence[LabelRow]) -> None:
     doubts = several_names([row.columns for row in rows], [row.case_id for row in rows], table.patient_columns)
     if doubts:
         names = named(list(map(str, doubts)), most=3)
-        log.warning("%s: names that seem to stand for one: %s; the intervals take them as several", table.path, names)
+        log.warning("%s: names that seem to mean the same: %s; the intervals take them as several", table.path, names)
 
 
 def group_rows(csv_path: Path, rows: Sequence[Row], column: str | None) -> list[str]:

@@ -178,7 +178,7 @@ def open_packed(packed: Path, paths: Sequence[Path], home: Path | None = None) -
     try:
         return PackedFeatures(packed, paths, home)
     except (OSError, KeyError, ValueError, TypeError) as failure:
-        log.warning("%s: not readable as a packed file (%s); it is made anew", packed, failure)
+        log.warning("%s: not readable as a packed file (%s); it is written again", packed, failure)
         return None
 
 

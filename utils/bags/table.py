@@ -79,7 +79,7 @@ def read_table(csv_path: Path | str) -> LabelTable:
     barcodes = [tcga_case(row["wsi_id"]) for row in rows]
     if all(barcodes):
         rows = [row | {"case_id": case or ""} for row, case in zip(rows, barcodes, strict=True)]
-        notes.append(f"no column of patients; the TCGA barcodes tell {counted(len(set(barcodes)), 'patient')}")
+        notes.append(f"no column of patients; the TCGA barcodes give {counted(len(set(barcodes)), 'patient')}")
         return LabelTable(path, rows, "the TCGA barcodes of the slides", (), tuple(notes))
     return LabelTable(path, [row | {"case_id": row["wsi_id"]} for row in rows], None, (), tuple(notes))
 

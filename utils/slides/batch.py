@@ -51,9 +51,7 @@ def slide_targets(files: ExtractionFiles, slides: Sequence[Path]) -> dict[Path, 
         relative = slide.relative_to(files.input_dir) if files.keep_structure else Path(slide.name)
         targets[slide] = files.output_dir / relative.with_suffix(f".{files.format or 'h5'}")
     in_place = Counter((slide.parent, slide.stem) for slide in slides)
-    remedy = (
-        "name the ending that is wanted with --extensions" if max(in_place.values()) > 1 else "give --keep_structure"
-    )
+    remedy = "name the right ending with --extensions" if max(in_place.values()) > 1 else "give --keep_structure"
     check_distinct(targets, f"rename one of them, or {remedy}")
     chosen = slides[: files.limit]
     index, count = files.part
@@ -294,7 +292,7 @@ def _wait_for_release(claimed: Mapping[_Pair, str]) -> list[_Pair]:
     while not (free := [pair for pair, claim in claims.items() if is_free(claim)]):
         if not is_logged:
             for reason in sorted(set(claimed.values())):
-                log.info("%s; waiting for that, Ctrl-C ends it", reason)
+                log.info("%s; waiting for it, Ctrl-C stops", reason)
             is_logged = True
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     return free

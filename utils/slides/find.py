@@ -45,7 +45,7 @@ _UNKNOWN = "files with unknown endings"
 _SUSPECT = frozenset({_DANGLING, _CLOSED, _PACKED, _FOREIGN, _BESIDE})
 _TAKE = "--extensions takes all files with the endings it names, --input any file"
 _REMEDIES = {
-    _DANGLING: "mend them", _CLOSED: "ask for permission", _PACKED: "unpack those that hold slides",
+    _DANGLING: "repair them", _CLOSED: "ask for permission", _PACKED: "unpack those that hold slides",
     _FOREIGN: "convert them, to OME-TIFF for example", _BESIDE: _TAKE, _PICTURE: _TAKE,
     _UNKNOWN: _TAKE,
 }  # fmt: skip

@@ -38,9 +38,7 @@ class OutlineFolder:
         if len(files) > 1:
             raise SlideError(f"{files[0]} and {files[1]}: which are the outlines of {slide}? Move one of them away")
         if not files and self.is_strict:
-            raise SlideError(
-                f"{folder / expected[0]}: not there; draw the slide's tissue, or leave --tissue_strict out"
-            )
+            raise SlideError(f"{folder / expected[0]}: missing; draw the slide's tissue, or leave --tissue_strict out")
         return files[0] if files else None
 
     def log_unused(self, slides: Iterable[tuple[Path, Path]]) -> None:

@@ -136,7 +136,7 @@ def _shortage(slide: Slide, tissue: TissueMask, fraction: NDArray[np.float64], t
     """Say why no patch of a grid is kept, and what to do."""
     if tissue.is_grey:
         return (
-            f"{slide.path}: it is greyscale, and the detector knows tissue by its colour; draw it and give --tissue, "
+            f"{slide.path}: it is greyscale, and the detector finds tissue by its colour; draw it and give --tissue, "
             "keep every patch with --tissue_threshold 0, or leave the slide out"
         )
     remedy = "lower --tissue_threshold, or " if fraction.max() > 0 else "draw it and give --tissue, or "

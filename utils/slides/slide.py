@@ -184,7 +184,7 @@ class Slide:
     def _check_region(self, level: int, width: int, height: int) -> None:
         self.check_level(level)
         if width < 1 or height < 1:
-            raise SlideError(f"{self.path}: a region of {width} x {height} px asked for; at least 1 x 1 is needed")
+            raise SlideError(f"{self.path}: a region of {width} x {height} px was requested; at least 1 x 1 is needed")
 
     def file_resolution(self) -> Resolution:
         return Resolution(None, NOT_IN_FILE)

@@ -68,7 +68,7 @@ def write_slides_csv(path: Path, slides: Sequence[Path]) -> str:
     Raises ConfigError if the file exists, or two slides have the same name.
     """
     if path.exists():
-        raise ConfigError(f"--write_slides_csv {path}: is there already, and is not written over; give another name")
+        raise ConfigError(f"--write_slides_csv {path}: exists already and is not overwritten; give another name")
     by_name = {slide: Path(slide.name) for slide in slides}
     check_distinct(by_name, "a table knows slides by their names: rename one of them, or give --slide_mpp")
     with alike_once():
@@ -105,9 +105,7 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
     for line, row in _read_rows(path):
         wsi, mpp = (row["wsi"] or "").strip(), number((row["mpp"] or "").replace(",", "."))
         if not wsi or Path(wsi).name != wsi:
-            raise SlideError(
-                f"{path}, line {line}: wsi {wsi!r}; the name of a slide's file is expected, without folders"
-            )
+            raise SlideError(f"{path}, line {line}: wsi {wsi!r}; expected the name of a slide's file, without folders")
         if row["mpp"] is not None and not row["mpp"].strip():
             continue
         if mpp is None or not low <= mpp <= high:
@@ -115,7 +113,7 @@ def read_slides_csv(path: Path | str) -> dict[str, float]:
                 f"{path}, line {line}: mpp {row['mpp']!r} of {wsi}; um per level-0 px are expected, {low:g} to {high:g}"
             )
         if wsi in mpps:
-            raise SlideError(f"{path}, line {line}: {wsi} stands there twice; leave one of its lines")
+            raise SlideError(f"{path}, line {line}: {wsi} is in the table twice; keep one of its lines")
         mpps[wsi] = mpp
     return mpps
 

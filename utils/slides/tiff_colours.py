@@ -43,7 +43,7 @@ def check_colours(path: Path, image: TiffImage) -> None:
     planes = image.axes.translate(str.maketrans("", "", "YX"))
     if planes not in ("", "S", "C"):
         problem = f"a stack of images (axes {image.axes})"
-        raise SlideError(f"{path}: it holds {problem}; save the one that is wanted as a file of its own")
+        raise SlideError(f"{path}: it holds {problem}; save the right one as a separate file")
     for pages in image.levels:
         page = keyframe(pages[0])
         for problem, remedy in (_sample_problem(page), _colour_problem(image, page)):

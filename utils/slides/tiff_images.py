@@ -153,8 +153,8 @@ def choose_image(path: Path, images: Sequence[TiffImage]) -> TiffImage:
     rivals = [image for image in images if image in rivals and image is not chosen and not _is_copy(image, chosen)]
     if rivals:
         raise SlideError(
-            f"{path}: which of its images is the slide cannot be told: {_listed([chosen, *rivals])}; save the one that "
-            "is wanted as a file of its own"
+            f"{path}: cannot tell which of its images is the slide: {_listed([chosen, *rivals])}; save the right "
+            "one as a separate file"
         )
     if chosen.is_spread:
         raise SlideError(

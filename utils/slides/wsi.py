@@ -266,7 +266,7 @@ def _check_file(path: Path) -> None:
     if not path.exists():
         raise SlideError(f"{path}: no such file; check the path")
     if not os.access(path, os.R_OK):
-        raise SlideError(f"{path}: may not be read; check its permissions")
+        raise SlideError(f"{path}: no permission to read it; check its permissions")
     # The .mrxs of a MIRAX slide is only a thumbnail: its pixels are in the folder beside it.
     if path.stat().st_size == 0 and not is_mirax(path):
         raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
