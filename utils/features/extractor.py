@@ -404,7 +404,9 @@ def extract_one(
     return SlideStatus(path, "done", "; ".join(reasons), len(found.coords), found.plan.mpp, seconds, tissue=tissue)
 
 
-def current_status(extractor: WSIFeatureExtractor, slide: Path | Slide, target: Path, told: SlideNotes) -> SlideStatus | None:
+def current_status(
+    extractor: WSIFeatureExtractor, slide: Path | Slide, target: Path, told: SlideNotes
+) -> SlideStatus | None:
     """The status of a slide whose features are there; None where they are of other tissue than is told.
 
     Raises RecipeError where `target` holds something else.
