@@ -39,7 +39,7 @@ from utils.bags.store import Bag, write_bag
 from utils.core.files import write_text
 from utils.core.runtime import derive_seed, progress
 from utils.learning.settings import Training
-from utils.learning.training import fit
+from utils.learning.training import EarlyStopping, fit
 from utils.mil_dataset import MILDataset
 from utils.prediction.faithfulness import measure_faithfulness
 from utils.prediction.feeding import SlideFeed, predict_features
@@ -104,7 +104,7 @@ def trained(name: str, dataset: MILDataset, seed: int) -> BagModel:
     factory = partial(build_mil, name, input_dim=dataset.input_dim, num_classes=2)
     bags = np.arange(TRAINING_BAGS)
     kept = fit(
-        factory, dataset, bags[:-VALIDATION_BAGS], bags[-VALIDATION_BAGS:], SETTINGS, monitor="slide_auc", feed=WHOLE,
+        factory, dataset, bags[:-VALIDATION_BAGS], EarlyStopping(bags[-VALIDATION_BAGS:], WHOLE, "slide_auc"), SETTINGS,
         seed=derive_seed(seed, name), device=torch.device("cpu"),
     )  # fmt: skip
     model = factory()

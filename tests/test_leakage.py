@@ -15,7 +15,7 @@ from utils.bags.store import write_bag
 from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
 from utils.learning import cross_validation as nested_cv
-from utils.learning import run_figures, units
+from utils.learning import jobs, run_figures
 from utils.learning.splits import repeated_splits
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
@@ -137,7 +137,7 @@ class TestInstrumented:
         """
         csv, features = write_cohort(tmp_path / "cohort", patches=(3, 9))
         dataset = MILDataset(csv, features)
-        trainer, read, done = units.Trainer.__call__, MILDataset.features, []
+        trainer, read, done = jobs.Trainer.__call__, MILDataset.features, []
         training_of: list[set[int]] = [set()]
 
         def watched_trainer(self, unit, tell):
@@ -155,7 +155,7 @@ class TestInstrumented:
             return read(self, slide)
 
         tested: list[int] = []
-        monkeypatch.setattr(units.Trainer, "__call__", watched_trainer)
+        monkeypatch.setattr(jobs.Trainer, "__call__", watched_trainer)
         monkeypatch.setattr(MILDataset, "features", watched_read)
         run(dataset, tmp_path / "run", "LiteMIL", grid="lr=1e-3,1e-2 num_heads=2,4", epochs=2, final=final)
         assert len(done) == 3 * 2 * 4 + (3 if final == "refit" else 0)

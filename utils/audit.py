@@ -65,7 +65,7 @@ from utils.core.runtime import progress
 from utils.evaluation.confounding import Confounding, Value, confounding, values_per_class
 from utils.learning.scale import why_unusual
 from utils.learning.settings import Protocol
-from utils.learning.splits import NamedSplit, read_splits, shared_cases, unused_split
+from utils.learning.split_files import NamedSplit, read_splits, shared_cases, unused_split
 
 Level = Literal["error", "warning", "info", "ok"]
 

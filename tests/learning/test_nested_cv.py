@@ -32,8 +32,9 @@ from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
 from utils.evaluation.report import NO_PATIENTS, closing_words, results_table
 from utils.learning import cross_validation as nested_cv
-from utils.learning import plan, run_figures, units
+from utils.learning import dry_run, jobs, protocol, run_figures, testing
 from utils.learning.run_folder import RunFolder
+from utils.learning.run_identity import settings_identity, slides_by_time
 from utils.learning.scale import feature_scale
 from utils.learning.settings import Protocol, Training
 from utils.learning.splits import InnerFold, OuterFold
@@ -110,12 +111,12 @@ class Watch:
     events: list[tuple] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fit, predict_slides = units.fit, nested_cv.predict_slides
+        fit, predict_slides = jobs.fit, testing.predict_slides
         features, batches = MILDataset.features, MILDataset.batches
 
-        def watched_fit(factory, dataset, train, val, *rest, **named):
-            self.events.append(("fit", set(train.tolist()), set(val.tolist())))
-            fitted = fit(factory, dataset, train, val, *rest, **named)
+        def watched_fit(factory, dataset, train, stopping, *rest, **named):
+            self.events.append(("fit", set(train.tolist()), set(stopping.slides.tolist())))
+            fitted = fit(factory, dataset, train, stopping, *rest, **named)
             self.events.append(("end",))
             return fitted
 
@@ -131,8 +132,8 @@ class Watch:
             self.events.append(("batches", set(slides.tolist())))
             return batches(dataset, slides, *rest)
 
-        monkeypatch.setattr(units, "fit", watched_fit)
-        monkeypatch.setattr(nested_cv, "predict_slides", watched_test)
+        monkeypatch.setattr(jobs, "fit", watched_fit)
+        monkeypatch.setattr(testing, "predict_slides", watched_test)
         monkeypatch.setattr(MILDataset, "features", watched_features)
         monkeypatch.setattr(MILDataset, "batches", watched_batches)
 
@@ -381,7 +382,7 @@ class TestSecrecyOfTheTestFold:
 
     def test_spoiling_the_test_slides_changes_no_choice(self, finished, dataset, tmp_path, monkeypatch, no_figures):
         """With each fold's test features replaced by noise, the models, the epochs and their scores stay the same."""
-        predict, tested = nested_cv.predict_slides, set()
+        predict, tested = testing.predict_slides, set()
 
         def spoilt(model, data, slides, feed):
             tested.update(slides.tolist())
@@ -395,7 +396,7 @@ class TestSecrecyOfTheTestFold:
                 patch.setattr(type(data), "features", noise)
                 return predict(model, data, slides, feed)
 
-        monkeypatch.setattr(nested_cv, "predict_slides", spoilt)
+        monkeypatch.setattr(testing, "predict_slides", spoilt)
         results = make_cv(dataset, tmp_path / "run").run()
         assert len(tested) == len(dataset)
         assert results["pooled"] != finished.results["pooled"]
@@ -411,14 +412,14 @@ class Unfitted:
     script: list[dict] = field(default_factory=list)
     states: list[dict] = field(default_factory=list)
 
-    def __call__(self, factory, dataset, train, val, settings: Training, *, seed, **_) -> Fitted:
+    def __call__(self, factory, dataset, train, stopping, settings: Training, *, seed, **_) -> Fitted:
         torch.manual_seed(seed)
         state = {name: 3 * part.clone() for name, part in factory().state_dict().items()}
         validation = {"val_loss": 1.0, **dict.fromkeys([f"val_{name}" for name in METRICS], 0.5)}
         if self.script:
             validation |= self.script[len(self.states)]
         self.states.append(state)
-        answers = torch.full((len(val), 2), 0.5, dtype=torch.float64)
+        answers = torch.full((len(stopping.slides), 2), 0.5, dtype=torch.float64)
         row = {"epoch": 1, "train_loss": 1.0, "lr": settings.lr, **validation}
         return Fitted(state, 1, validation, answers, [row])
 
@@ -427,7 +428,7 @@ class Unfitted:
 def unfitted(monkeypatch, no_figures) -> Unfitted:
     """Runs in no time, where what is tested is not the training."""
     stand_in = Unfitted()
-    monkeypatch.setattr(units, "fit", stand_in)
+    monkeypatch.setattr(jobs, "fit", stand_in)
     quick = partial(predictions_module.bootstrap_intervals, resamples=10)
     monkeypatch.setattr(predictions_module, "bootstrap_intervals", quick)
     return stand_in
@@ -483,7 +484,7 @@ class TestSelection:
                 folds.append(OuterFold(number, test, inner))
             return folds
 
-        monkeypatch.setattr(nested_cv, "repeated_splits", one_class_folds)
+        monkeypatch.setattr(protocol, "repeated_splits", one_class_folds)
         results = make_cv(dataset, tmp_path / "run", n_outer=2).run()
         assert results["fold_results"][0]["slide"]["auc"] is None
         assert results["fold_results"][0]["selection"]["monitor"] == "slide_loss"
@@ -519,8 +520,8 @@ class TestResume:
         def must_not_train(*_, **__):
             raise AssertionError("trained again")
 
-        monkeypatch.setattr(units, "fit", must_not_train)
-        monkeypatch.setattr(nested_cv, "predict_slides", must_not_train)
+        monkeypatch.setattr(jobs, "fit", must_not_train)
+        monkeypatch.setattr(testing, "predict_slides", must_not_train)
         assert make_cv(dataset, finished.folder).run() == finished.results
         assert (contents(finished.folder), (finished.folder / "run.json").read_bytes()) == before
         assert "this run is finished" in aloud.text
@@ -546,7 +547,7 @@ class TestResume:
         assert not any((tmp_path / "other").iterdir())
 
     def test_interrupted_in_any_training_it_goes_on(self, finished, dataset, tmp_path, monkeypatch, aloud):
-        fit, started = units.fit, []
+        fit, started = jobs.fit, []
         rng = random.Random(1)  # noqa: S311 - moments, not secrets
         stops = [rng.randint(1, EPOCHS) for _ in range(TRAININGS)]
 
@@ -563,7 +564,7 @@ class TestResume:
 
             return fit(*arguments, on_epoch=hook if len(started) % 2 else on_epoch, **named)
 
-        monkeypatch.setattr(units, "fit", interrupted)
+        monkeypatch.setattr(jobs, "fit", interrupted)
         for attempt in range(TRAININGS):
             with pytest.raises(Interrupted):
                 make_cv(dataset, tmp_path / "run").run()
@@ -573,7 +574,7 @@ class TestResume:
             if attempt < TRAININGS - 1:
                 # The next session finishes this training and is interrupted in the one after it.
                 assert len(started) == 2 * attempt + 1
-        monkeypatch.setattr(units, "fit", fit)
+        monkeypatch.setattr(jobs, "fit", fit)
         make_cv(dataset, tmp_path / "run").run()
         assert_same(contents(tmp_path / "run"), contents(finished.folder))
         assert f"resuming; {TRAININGS - 1} trainings are done" in aloud.text
@@ -732,7 +733,7 @@ class TestWorkersThatDie:
         def run_out(*_, **__):
             raise MemoryError
 
-        monkeypatch.setattr(units, "fit", run_out)
+        monkeypatch.setattr(jobs, "fit", run_out)
         for mode, less in (
             ("chunked", "--batch_size, --chunk_size or"),
             ("full", "or --hidden_dim, or --mode chunked"),
@@ -820,7 +821,7 @@ class TestFolder:
         cv.run() if is_finished else leave_unfinished(cv)
         for path in features.iterdir():
             os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
-        monkeypatch.setattr(units, "fit", None)
+        monkeypatch.setattr(jobs, "fit", None)
         read = FileRecord.of
         reads: list[str] = []
         monkeypatch.setattr(FileRecord, "of", lambda wsi_id, *rest: reads.append(wsi_id) or read(wsi_id, *rest))
@@ -836,10 +837,10 @@ class TestFolder:
         cv.run() if is_finished else leave_unfinished(cv)
         record = read_json(tmp_path / "run" / "run.json")
         del record["identity"]["features"], record["identity"]["standardized"]
-        record["identity"]["slides"] = cv._slides_by_time()
+        record["identity"]["slides"] = slides_by_time(cv.dataset)
         write_text(tmp_path / "run" / "run.json", json.dumps(record))
         (tmp_path / "run" / "features.csv").unlink()
-        monkeypatch.setattr(units, "fit", None)
+        monkeypatch.setattr(jobs, "fit", None)
         monkeypatch.setattr(FileRecord, "of", None)
         make_cv(dataset, tmp_path / "run").run()
         assert not (tmp_path / "run.1").exists()
@@ -967,13 +968,13 @@ class TestGrid:
         assert "lr=0.01 in 2 of 3 folds; lr=0.001 in 1 of 3 folds" in closing_words(results)
 
     def test_settings_of_training_and_model_reach_both(self, dataset, tmp_path, monkeypatch, no_figures):
-        fit, seen = units.fit, []
+        fit, seen = jobs.fit, []
 
         def spying(factory, data, train, val, settings, **named):
             seen.append((settings.lr, settings.batch_size, factory().spec["hidden_dim"], named["seed"]))
             return fit(factory, data, train, val, settings, **named)
 
-        monkeypatch.setattr(units, "fit", spying)
+        monkeypatch.setattr(jobs, "fit", spying)
         cv = make_cv(dataset, tmp_path, n_outer=2, epochs=1, grid={"hidden_dim": (8, 16), "lr": (1e-3, 1e-2)})
         results = cv.run()
         expected = [(lr, 8, dim) for dim in (8, 16) for lr in (1e-3, 1e-2) for _ in range(2)] * 2
@@ -1028,7 +1029,7 @@ class TestGrid:
                 raise DivergedError("the loss of epoch 1 is nan; lower --lr")
             return unfitted(factory, dataset, train, val, settings, **named)
 
-        monkeypatch.setattr(units, "fit", fit)
+        monkeypatch.setattr(jobs, "fit", fit)
         return rates
 
     def test_that_a_setting_diverged_is_kept_over_a_kill(self, dataset, tmp_path, bursting, monkeypatch, aloud):
@@ -1036,7 +1037,7 @@ class TestGrid:
         grid = {"grid": "lr=1e-3,1e-2"}
         make_cv(dataset, tmp_path / "whole", **grid).run()
         leave_unfinished(make_cv(dataset, tmp_path / "run", **grid))
-        monkeypatch.setattr(units, "fit", None)
+        monkeypatch.setattr(jobs, "fit", None)
         aloud.clear()
         make_cv(dataset, tmp_path / "run", **grid).run()
         assert_same(contents(tmp_path / "run"), contents(tmp_path / "whole"))
@@ -1099,7 +1100,7 @@ class TestStandardize:
         data = self.scaled(tmp_path / "cohort", 1e-4)
         make_cv(data, tmp_path / "whole", n_outer=2).run()
         leave_unfinished(make_cv(data, tmp_path / "run", n_outer=2))
-        monkeypatch.setattr(units, "fit", None)
+        monkeypatch.setattr(jobs, "fit", None)
         make_cv(data, tmp_path / "run", n_outer=2).run()
         assert_same(contents(tmp_path / "run"), contents(tmp_path / "whole"))
 
@@ -1126,13 +1127,13 @@ class TestMonitor:
 
 class TestFinal:
     def test_an_ensemble_answers_with_its_members_mean(self, dataset, tmp_path, monkeypatch, no_figures):
-        fit, states = units.fit, []
+        fit, states = jobs.fit, []
 
         def keeping(*arguments, **named):
             states.append(fit(*arguments, **named))
             return states[-1]
 
-        monkeypatch.setattr(units, "fit", keeping)
+        monkeypatch.setattr(jobs, "fit", keeping)
         results = make_cv(dataset, tmp_path, final="ensemble").run()
         rows = pd.read_csv(tmp_path / "predictions.csv")
         for fold in range(N_OUTER):
@@ -1166,7 +1167,7 @@ class TestFinal:
         assert said == pytest.approx(rows.loc[name, "prob_malignant"], abs=1e-6)
 
     def test_a_refit_trains_on_all_but_the_test_slides(self, dataset, tmp_path, monkeypatch, no_figures):
-        refit, fit, calls, epochs = units.refit, units.fit, [], []
+        refit, fit, calls, epochs = jobs.refit, jobs.fit, [], []
 
         def watched(factory, data, train, settings, **named):
             calls.append((set(train.tolist()), named["epochs"]))
@@ -1177,8 +1178,8 @@ class TestFinal:
             epochs.append(fitted.epoch)
             return fitted
 
-        monkeypatch.setattr(units, "refit", watched)
-        monkeypatch.setattr(units, "fit", counted)
+        monkeypatch.setattr(jobs, "refit", watched)
+        monkeypatch.setattr(jobs, "fit", counted)
         results = make_cv(dataset, tmp_path / "run", final="refit").run()
         rows = pd.read_csv(tmp_path / "run" / "predictions.csv")
         for fold in range(N_OUTER):
@@ -1206,14 +1207,14 @@ class TestFinal:
 
 class TestThreshold:
     def test_is_fitted_on_inner_validation_and_applied_to_the_test(self, dataset, tmp_path, monkeypatch, no_figures):
-        fit, fits = units.fit, []
+        fit, fits = jobs.fit, []
 
-        def keeping(factory, data, train, val, *rest, **named):
-            fitted = fit(factory, data, train, val, *rest, **named)
-            fits.append((data.labels[val], fitted.val_probabilities[:, 1].numpy()))
+        def keeping(factory, data, train, stopping, *rest, **named):
+            fitted = fit(factory, data, train, stopping, *rest, **named)
+            fits.append((data.labels[stopping.slides], fitted.val_probabilities[:, 1].numpy()))
             return fitted
 
-        monkeypatch.setattr(units, "fit", keeping)
+        monkeypatch.setattr(jobs, "fit", keeping)
         results = make_cv(dataset, tmp_path).run()
         rows = pd.read_csv(tmp_path / "predictions.csv")
         at_threshold = np.empty(len(rows), dtype=int)
@@ -1434,7 +1435,7 @@ class TestDryRun:
 
     def test_the_largest_step_of_the_run_is_taken(self, cohort, tmp_path, monkeypatch):
         steps = []
-        monkeypatch.setattr(plan.ModelTraining, "step", lambda _, *step: steps.append(step))
+        monkeypatch.setattr(dry_run.ModelTraining, "step", lambda _, *step: steps.append(step))
         data = MILDataset(*cohort, mode="full", cache="ram")
         make_cv(data, tmp_path / "run", batch_size=3).dry_run()
         sizes = np.array([info.num_instances for info in data.info])
@@ -1454,9 +1455,9 @@ class TestLargeSlides:
     def test_what_their_step_takes_is_said_at_the_start(
         self, free, level, cohort, tmp_path, unfitted, monkeypatch, aloud
     ):
-        monkeypatch.setattr(plan, "_MANY_PATCHES", 100)
-        monkeypatch.setattr(plan, "_FORECAST_ROWS", (32, 64))
-        monkeypatch.setattr(plan, "available_memory", lambda: free)
+        monkeypatch.setattr(dry_run, "_MANY_PATCHES", 100)
+        monkeypatch.setattr(dry_run, "_FORECAST_ROWS", (32, 64))
+        monkeypatch.setattr(dry_run, "available_memory", lambda: free)
         make_cv(MILDataset(*cohort, mode="full"), tmp_path / "run", lambda: small("TransMIL")).run()
         (record,) = [record for record in aloud.records if "TransMIL on whole slides" in record.getMessage()]
         assert re.search(r"\(8 slides, \d+ patches\) takes about \d+ seconds? and 0?\.?\d+.* MB", record.getMessage())
@@ -1465,7 +1466,7 @@ class TestLargeSlides:
 
     def test_chunks_and_small_slides_need_no_word(self, dataset, cohort, tmp_path, unfitted, monkeypatch, aloud):
         make_cv(MILDataset(*cohort, mode="full"), tmp_path / "full").run()
-        monkeypatch.setattr(plan, "_MANY_PATCHES", 1)
+        monkeypatch.setattr(dry_run, "_MANY_PATCHES", 1)
         make_cv(dataset, tmp_path / "chunked").run()
         assert "on whole slides" not in aloud.text
 
@@ -1550,12 +1551,11 @@ class TestKinds:
         table = pd.read_csv(cohort[0], dtype=str)
         table.assign(site=table["case_id"]).to_csv(tmp_path / "same.csv", index=False)
         table.assign(site=table["case_id"].str[1:].astype(int) // 2).to_csv(tmp_path / "other.csv", index=False)
-        identities = [
-            make_cv(MILDataset(tmp_path / f"{name}.csv", cohort[1], group_column="site"), tmp_path / "run")._identity(
-                []
-            )
+        runs = [
+            make_cv(MILDataset(tmp_path / f"{name}.csv", cohort[1], group_column="site"), tmp_path / "run")
             for name in ("same", "other")
         ]
+        identities = [settings_identity(cv.trainer, cv.protocol, []) for cv in runs]
         assert [key for key in identities[0] if identities[0][key] != identities[1][key]] == ["groups"]
 
     def test_figures_come_in_other_formats_without_another_training(self, dataset, tmp_path, caplog):

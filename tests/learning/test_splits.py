@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 
 from utils.core.errors import SplitError
 from utils.core.files import write_json
-from utils.learning.splits import (
-    OuterFold,
-    few_patients,
-    given_splits,
-    nested_splits,
-    read_splits,
-    shared_cases,
-    unused_split,
-)
+from utils.learning.split_files import given_splits, read_splits, shared_cases, unused_split
+from utils.learning.splits import OuterFold, few_patients, nested_splits
 from utils.nested_cv import NestedCrossValidation
 
 GLAS = Path(__file__).parents[2].parent / "shared" / "data" / "glas" / "labels.csv"

@@ -14,7 +14,7 @@ from utils.core.device import amp_dtype
 from utils.core.errors import ConfigError, TrainingError
 from utils.learning import training
 from utils.learning.settings import Training
-from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
+from utils.learning.training import EarlyStopping, Fitted, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
 from utils.prediction.feeding import SlideFeed, predict_features
 from utils.tasks.metrics import METRICS, balanced_class_weights
@@ -34,7 +34,7 @@ def train(dataset, make_model):
         chosen = Training(**({"epochs": 3, "batch_size": 8, "lr": 1e-2} | settings))
         hook = {} if on_epoch is None else {"on_epoch": on_epoch}
         return fit(
-            make, data, slides, val, chosen, monitor=monitor, feed=CHUNKED, seed=seed, device=CPU, **hook
+            make, data, slides, EarlyStopping(val, CHUNKED, monitor), chosen, seed=seed, device=CPU, **hook
         )  # fmt: skip
 
     return run

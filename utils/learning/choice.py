@@ -8,7 +8,8 @@ import numpy as np
 
 from utils.core.errors import TrainingError
 from utils.core.runtime import log
-from utils.learning.selection import Setting, best_of, mean_rank, rank
+from utils.learning.grid import Setting
+from utils.learning.ranking import best_of, mean_rank, rank
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted
 from utils.tasks.task import Task

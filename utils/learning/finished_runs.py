@@ -15,7 +15,7 @@ from utils.core.runtime import derive_seed, log
 from utils.evaluation.predictions import Predictions
 from utils.learning.run_figures import FIGURES, draw_figures
 from utils.learning.settings import Protocol
-from utils.learning.splits import PARTS, NamedSplit, read_splits
+from utils.learning.split_files import PARTS, NamedSplit, read_splits
 from utils.tasks.classification import Classification
 
 _FILES = ("run.json", "outputs.json", "predictions.csv", "splits.json")

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from utils.core.errors import counted
 from utils.core.plots import COLOURS, SMALL, STYLES, bare, legend_below
 from utils.core.text import literal
-from utils.learning.selection import best_of, mean_rank, rank
+from utils.learning.ranking import best_of, mean_rank, rank
 
 _MOST_SETTINGS = 6
 # A training leaves the plot where its loss rises above so many times what the tamest setting needs, or a coin's answer.

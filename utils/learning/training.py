@@ -16,8 +16,8 @@ from utils.bags.dataset import MILDataset
 from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
 from utils.core.runtime import ahead, derive_seed
+from utils.learning.ranking import rank
 from utils.learning.scale import feature_scale, standardize
-from utils.learning.selection import rank
 from utils.learning.settings import Training
 from utils.prediction.feeding import SlideFeed, SlideOutput, predict_features, predict_values
 
@@ -130,33 +130,43 @@ class ModelTraining:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
 
+@dataclass(frozen=True)
+class EarlyStopping:
+    """The slides that are held back from a training, how they are fed, and the slide-level figure of theirs that says
+    which epoch is kept (see `ranking.rank`).
+    """
+
+    slides: np.ndarray
+    feed: SlideFeed
+    monitor: str
+
+
 def fit(
     model_factory: Callable[[], BagModel],
     dataset: MILDataset,
     train: np.ndarray,
-    val: np.ndarray,
+    stopping: EarlyStopping,
     settings: Training,
     *,
-    monitor: str,
-    feed: SlideFeed,
     seed: int,
     device: torch.device,
     on_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Fitted:
-    """Train a fresh model on the slides `train`, keep the epoch that does best on the slides `val`.
+    """Train a fresh model on the slides `train`, and keep the epoch that does best on the slides held back.
 
-    `monitor` says by which slide-level figure (see `selection.rank`); a training without a better one for
-    `settings.patience` epochs ends. `on_epoch` hears each epoch's row of history. Raises DivergedError at a loss or an
-    answer that is not finite.
+    A training without a better epoch for `settings.patience` epochs ends. `on_epoch` is called with each epoch's row of
+    history. Raise DivergedError at a loss or an answer that is not finite.
     """
     training = ModelTraining(model_factory, dataset, train, settings, seed, device)
     best: Fitted | None = None
     history: list[dict[str, Any]] = []
     for epoch in range(1, settings.epochs + 1):
         row = training.epoch(epoch)
-        validation, probabilities = validate(training.model, dataset, val, training.loss_weights, feed)
+        validation, probabilities = validate(
+            training.model, dataset, stopping.slides, training.loss_weights, stopping.feed
+        )
         history.append(row | validation)
-        if best is None or rank(validation, monitor) > rank(best.validation, monitor):
+        if best is None or rank(validation, stopping.monitor) > rank(best.validation, stopping.monitor):
             best = Fitted(training.kept_state(), epoch, validation, torch.from_numpy(probabilities), history)
         on_epoch(history[-1])
         if epoch - best.epoch >= settings.patience:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from utils.core.errors import ConfigError, TrainingError
-from utils.learning.selection import Setting, best_of, grid_settings, mean_rank, rank, read_grid, refit_epochs
+from utils.learning.grid import Setting, grid_settings, read_grid
+from utils.learning.ranking import best_of, mean_rank, rank, refit_epochs
 
 
 def validation(**figures: float | None) -> dict[str, float | None]:

@@ -1,24 +1,16 @@
-"""What the inner loop chooses: the setting of a grid, by its mean inner validation, and a decision threshold.
-
-A validation is the dict that `training.validate` gives: `val_loss`, `val_auc` and so on.
-"""
+"""The settings of a grid, of which the inner loop chooses one."""
 
 import dataclasses
 import itertools
-import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from MILS import mil_options
-from utils.core.errors import ConfigError, TrainingError, meant
+from utils.core.errors import ConfigError, meant
 from utils.core.settings import checked, converted, kinds_of
 from utils.learning.settings import Model, Training
-
-Validation = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -79,35 +71,6 @@ def grid_settings(grid: Mapping[str, Any], model: str) -> list[Setting]:
         training = {name: value for name, value in chosen.items() if name in of_training}
         settings.append(Setting(training, {name: value for name, value in chosen.items() if name not in of_training}))
     return settings
-
-
-def rank(validation: Validation, monitor: str) -> tuple[float, ...]:
-    """What epochs and models are compared by; greater is better, ties are decided by the slide loss."""
-    loss = validation["val_loss"]
-    assert loss is not None  # noqa: S101 - for the type checker: only the AUC can be undefined
-    if monitor == "slide_loss":
-        return (-loss,)
-    score = validation[monitor.replace("slide_", "val_")]
-    if score is None:
-        raise TrainingError(f"{monitor} is undefined for the validation slides; choose by --monitor slide_loss")
-    return (score, -loss)
-
-
-def mean_rank(validations: Sequence[Validation], monitor: str) -> tuple[float, ...]:
-    """What settings are compared by: the mean over the inner folds of what their models are compared by."""
-    return tuple(
-        math.fsum(part) / len(validations) for part in zip(*[rank(one, monitor) for one in validations], strict=True)
-    )
-
-
-def best_of(ranks: Sequence[tuple[float, ...]]) -> int:
-    """The index of the greatest, the first among equals."""
-    return max(range(len(ranks)), key=lambda index: ranks[index])
-
-
-def refit_epochs(epochs: Sequence[int]) -> int:
-    """The median of the inner models' best epochs, rounded up where it falls between two."""
-    return math.ceil(float(np.median(epochs)))
 
 
 def _training_names() -> dict[str, type]:

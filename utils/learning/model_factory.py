@@ -1,0 +1,59 @@
+"""Whether a function makes models that cross-validation can train, keep and load again."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from MILS import ModelError, build_mil
+from MILS.bag_model import BagModel
+from utils.core.errors import ConfigError
+
+ModelFactory = Callable[[], BagModel]
+
+
+def spec_of(model_factory: ModelFactory) -> dict[str, Any]:
+    """Return the spec of the factory's models.
+
+    Raise ConfigError for a factory whose models share weights (they would carry training from fold to fold, into test
+    data) or cannot be rebuilt from a checkpoint.
+    """
+    if not callable(model_factory):
+        raise ConfigError(f"model_factory {model_factory!r}: expected a function that makes a model (build_mil)")
+    if isinstance(model_factory, torch.nn.Module):
+        raise ConfigError(
+            f"model_factory: expected a function that makes a model, found a {type(model_factory).__name__}; each "
+            "training needs a fresh one: give functools.partial(build_mil, ...)"
+        )
+    first, second = model_factory(), model_factory()
+    shared = {parameter.data_ptr() for parameter in first.parameters()} & {p.data_ptr() for p in second.parameters()}
+    if first is second or shared:
+        raise ConfigError(
+            "model_factory returns one shared model; make a new one at every call: lambda: build_mil(...)"
+        )
+    spec = getattr(first, "spec", None)
+    if not isinstance(spec, dict):
+        raise ConfigError(f"{type(first).__name__} has no spec to rebuild it by; make it with MILS.register_mil")
+    _check_rebuilt(first, spec)
+    return spec
+
+
+def _check_rebuilt(model: torch.nn.Module, spec: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless `build_mil` makes the same model of its spec, as a checkpoint is loaded."""
+    name = type(model).__name__
+    try:
+        rebuilt = build_mil(**spec)
+    except (ModelError, TypeError) as error:
+        raise ConfigError(
+            f"model_factory: a checkpoint of {name} could not be loaded ({error}); decorate the class with "
+            "MILS.register_mil, and hand every hyperparameter to super().__init__"
+        ) from error
+    if type(rebuilt) is not type(model):
+        raise ConfigError(f"model_factory: {name} is the name of another model; rename the class, and register it")
+    own, again = ({key: value.shape for key, value in one.state_dict().items()} for one in (model, rebuilt))
+    if own != again:
+        unlike = next(key for key in own | again if own.get(key) != again.get(key))
+        raise ConfigError(
+            f"model_factory: the spec of {name} makes another model (they differ in {unlike}); hand every "
+            "hyperparameter to super().__init__"
+        )

@@ -1,0 +1,104 @@
+"""What nested cross-validation trains: the folds, and the jobs of the inner loop."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from utils.bags.dataset import MILDataset
+from utils.core.errors import ConfigError
+from utils.core.runtime import log
+from utils.learning.grid import Setting
+from utils.learning.jobs import TrainingJob
+from utils.learning.settings import Protocol, Training
+from utils.learning.split_files import given_splits, unused_split
+from utils.learning.splits import OuterFold, few_patients, repeated_splits
+
+
+def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
+    """Return the outer folds of all repeats, dealt from the seed or read from the `splits` file."""
+    strata, unit = data.task.strata(data.labels), data.group_column or "patient"
+    if protocol.splits is None:
+        if note := unused_split([row.columns for row in data.rows]):
+            log.warning(note)
+        return repeated_splits(
+            strata, data.groups, data.task.strata_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
+            protocol.seed, unit,
+        )  # fmt: skip
+    wsi_ids = [row.wsi_id for row in data.rows]
+    folds = given_splits(
+        protocol.splits, wsi_ids, strata, data.groups, data.task.strata_names, unit=unit,
+        allow_missing="missing" in data.allow,
+    )  # fmt: skip
+    for name, count in (("n_outer", len(folds)), ("n_inner", len(folds[0].inner))):
+        given = getattr(protocol, name)
+        if given not in (count, getattr(Protocol, name)):
+            raise ConfigError(f"--{name} {given}: {protocol.splits} holds {count}; leave it out")
+    unused = len(data) - len(np.unique(np.concatenate([fold.test for fold in folds])))
+    if unused:
+        log.warning("%s: %d of %d slides are tested by no fold", protocol.splits, unused, len(data))
+    return folds
+
+
+def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
+    """Log where validation would rest on single patients of a class."""
+    warning = few_patients(folds, data.labels, data.cases, data.class_names)
+    if warning:
+        log.warning(warning)
+
+
+def fold_monitor(data: MILDataset, monitor: str, fold: OuterFold) -> str:
+    """Return what inner validation compares by in a fold: `monitor`, or the loss where that is undefined there."""
+    metric = monitor.removeprefix("slide_")
+    reasons = [data.task.why_undefined(metric, data.labels[inner.val]) for inner in fold.inner]
+    reason = next(filter(None, reasons), "")
+    if not reason:
+        return monitor
+    text = "outer fold %d: an inner fold %s, so the slide loss chooses instead of the %s"
+    log.info(text, fold.number, reason, metric.upper())
+    return "slide_loss"
+
+
+def inner_jobs(
+    data: MILDataset,
+    monitor: str,
+    training: Training,
+    settings: Sequence[Setting],
+    folds: Sequence[OuterFold],
+    standardized: Collection[int] = (),
+) -> list[TrainingJob]:
+    """Return the inner trainings in their order; in folds of the numbers `standardized` models standardise features."""
+    monitors = {fold.number: fold_monitor(data, monitor, fold) for fold in folds}
+    epochs = [with_setting(training, setting).epochs for setting in settings]
+    return [
+        TrainingJob(fold, number, inner, most, monitors[fold.number], fold.number in standardized)
+        for fold in folds
+        for number, most in enumerate(epochs, start=1)
+        for inner in range(1, len(fold.inner) + 1)
+    ]
+
+
+def with_setting(training: Training, setting: Setting) -> Training:
+    """Return the training of a setting of the grid."""
+    return replace(training, **setting.training)
+
+
+def splits_content(data: MILDataset, folds: Sequence[OuterFold], seed: int) -> dict[str, Any]:
+    """Return the content of `splits.json`."""
+
+    def ids(slides: np.ndarray) -> list[str]:
+        return [data.rows[slide].wsi_id for slide in slides.tolist()]
+
+    return {
+        "seed": seed,
+        "folds": [
+            {
+                "fold": fold.number,
+                "repeat": fold.repeat,
+                "test": ids(fold.test),
+                "inner": [{"train": ids(inner.train), "val": ids(inner.val)} for inner in fold.inner],
+            }
+            for fold in folds
+        ],
+    }

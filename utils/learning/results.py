@@ -1,0 +1,36 @@
+"""The files of a finished cross-validation: its tables, figures and `outputs.json`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from utils.bags.dataset import MILDataset
+from utils.core.files import write_json
+from utils.evaluation import report
+from utils.learning import run_figures
+from utils.learning.fold_results import FoldResult, pooled_predictions
+
+
+def write_results(
+    folder: Path,
+    folds: Sequence[FoldResult],
+    data: MILDataset,
+    about: Mapping[str, Any],
+    seed: int,
+    formats: Sequence[str],
+) -> None:
+    """Write the tables, the figures in each of the `formats`, and `outputs.json`, which begins with what is `about` the
+    run. `seed` draws the patients of the intervals.
+    """
+    predictions = pooled_predictions(folds, data, seed)
+    report.write_table(folder / "predictions.csv", predictions.table())
+    report.write_table(folder / "gallery.csv", report.gallery_table(predictions))
+    history = pd.DataFrame([row for fold in folds for row in fold.history])
+    report.write_table(folder / "history.csv", history)
+    monitors = {fold.fold.number: fold.selection["monitor"] for fold in folds}
+    run_figures.draw_figures(folder, predictions, history, monitors, formats)
+    figures = [fold.figures(data) for fold in folds]
+    content = {**about, **report.outputs_content(predictions, figures, data.patients_from)}
+    write_json(folder / "outputs.json", content)

@@ -1,0 +1,49 @@
+"""What makes two training runs the same: with it unchanged, finished parts of a run are kept."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from utils.bags.dataset import MILDataset
+from utils.bags.inventory import FileRecord
+from utils.core.files import digest
+from utils.learning.jobs import Trainer
+from utils.learning.protocol import splits_content
+from utils.learning.settings import Protocol
+from utils.learning.splits import OuterFold
+
+
+def settings_identity(trainer: Trainer, protocol: Protocol, folds: Sequence[OuterFold]) -> dict[str, Any]:
+    """Return what of the settings, the model and the classes makes two runs the same; the slides are left out."""
+    data = trainer.dataset
+    training = {name: value for name, value in asdict(trainer.training).items() if name != "standardize"}
+    given = json.dumps(splits_content(data, folds, protocol.seed)) if protocol.splits else None
+    return {
+        "model": trainer.spec,
+        "training": training,
+        **{name: value for name, value in asdict(protocol).items() if name != "grid"},
+        "splits": given and digest(given),
+        "grid": [str(setting) for setting in trainer.settings],
+        "feed": trainer.feed.as_dict(),
+        "device": trainer.device.type,
+        "feat_type": data.feat_type,
+        "class_names": list(data.class_names),
+        "groups": digest(*data.groups),
+    }
+
+
+def slides_identity(data: MILDataset, records: Sequence[FileRecord], standardized: Sequence[int]) -> dict[str, Any]:
+    """Return what of the slides makes two runs the same: rows, features, and in which folds they are standardised."""
+    return {
+        "slides": digest(*(f"{row.wsi_id}\t{row.case_id}\t{row.label}" for row in data.rows)),
+        "features": digest(*(record.sha256 for record in records)),
+        "standardized": list(standardized),
+    }
+
+
+def slides_by_time(data: MILDataset) -> str:
+    """Return the digest of ids, labels, file sizes and times, by which earlier versions knew the slides."""
+    files = [(row, row.path.stat()) for row in data.rows]
+    lines = [(row.wsi_id, row.case_id, row.label, stat.st_size, stat.st_mtime_ns) for row, stat in files]
+    return digest("\n".join("\t".join(map(str, line)) for line in lines))

@@ -1,0 +1,148 @@
+"""The test of an outer fold: its chosen model on its test slides, once, and the checkpoint that keeps it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from MILS.bag_model import BagModel
+from MILS.ensemble import Ensemble
+from utils.core.errors import TrainingError
+from utils.core.files import appeared
+from utils.learning.choice import Choice, choose, mean_validation
+from utils.learning.fold_results import FoldResult
+from utils.learning.jobs import Trainer, TrainingJob
+from utils.learning.ranking import best_of, rank, refit_epochs
+from utils.learning.splits import OuterFold
+from utils.learning.training import Diverged, Fitted, predict_slides
+from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class FoldTester:
+    """Reads back what jobs have trained, chooses among it and tests the choice, as `final` says (see `Protocol`).
+
+    Each tested model is kept in `folder`. `is_remote` says that other machines write there.
+    """
+
+    trainer: Trainer
+    final: str
+    folder: Path
+    dataset_name: str | None
+    is_remote: bool
+
+    def choice(self, fold: OuterFold, jobs: Sequence[TrainingJob]) -> Choice:
+        """Choose among the settings by the inner trainings of a fold."""
+        settings, data = self.trainer.settings, self.trainer.dataset
+        trained: list[list[Fitted | Diverged]] = [[] for _ in settings]
+        history = []
+        for job in jobs:
+            fitted = self._kept(job)
+            trained[job.setting - 1].append(fitted)
+            history += self._history(job, fitted)
+        return choose(data.task, fold, jobs[0].monitor, settings, trained, data.labels, history)
+
+    def refit_job(self, choice: Choice) -> TrainingJob:
+        """Return the training of the chosen setting on the whole outer training set."""
+        epochs = refit_epochs([fitted.epoch for fitted in choice.fitted])
+        standardizes = "feature_mean" in choice.fitted[0].state_dict
+        return TrainingJob(choice.fold, choice.setting, 0, epochs, choice.monitor, standardizes)
+
+    def test(self, choice: Choice) -> FoldResult:
+        """Test the fold's model on its test slides, and keep it."""
+        trainer, data = self.trainer, self.trainer.dataset
+        final, best = self.final, choice.fitted[choice.best]
+        record = {
+            "chosen_on": "inner validation",
+            "monitor": choice.monitor,
+            "final": final,
+            "outer_fold": choice.fold.number,
+            "setting": trainer.settings[choice.setting - 1].values,
+            "inner_fold": choice.best + 1 if final == "best" else None,
+            "epoch": best.epoch,
+            **best.validation,
+        }
+        states, changes, history = self._final_weights(choice)
+        record |= changes
+        model = self._model(choice.setting, states)
+        outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
+        threshold, temperature = (choice.fitted_to_values[name] for name in ("threshold", "temperature"))
+        record |= {"threshold": threshold, "settings": choice.scores}
+        result = FoldResult(data.task, choice.fold, outputs, threshold, temperature, record, history)
+        self._save(model.cpu(), result)
+        return result
+
+    def save_best(self, results: Sequence[FoldResult]) -> None:
+        """Keep the model of the fold that did best on inner validation; the tests take no part."""
+        # One measure for all folds: where one fold could only use the loss, the loss compares them.
+        monitors = {result.selection["monitor"] for result in results}
+        monitor = monitors.pop() if len(monitors) == 1 else "slide_loss"
+        best = results[best_of([rank(result.selection, monitor) for result in results])]
+        checkpoint = load_checkpoint(self._path(best))
+        selection = checkpoint.selection | {"best_of_all_folds": True}
+        save_checkpoint(self.folder / "all_folds_best.pth", replace(checkpoint, selection=selection))
+
+    def _final_weights(
+        self, choice: Choice
+    ) -> tuple[list[Mapping[str, torch.Tensor]], dict[str, Any], list[dict[str, Any]]]:
+        """Return the weights of the tested model, one set per member, what they change in its record, and the epochs of
+        all trainings of the fold.
+        """
+        if self.final == "best":
+            return [choice.fitted[choice.best].state_dict], {}, choice.history
+        means = mean_validation(choice.fitted)
+        if self.final == "ensemble":
+            epochs = {"epoch": None, "epochs": [fitted.epoch for fitted in choice.fitted]}
+            return [fitted.state_dict for fitted in choice.fitted], epochs | means, choice.history
+        job = self.refit_job(choice)
+        refitted = self._kept(job)
+        assert isinstance(refitted, Fitted)  # noqa: S101 - for the type checker: one that diverges ends the run
+        history = choice.history + self._history(job, refitted)
+        return [refitted.state_dict], {"epoch": refitted.epoch} | means, history
+
+    def _kept(self, job: TrainingJob) -> Fitted | Diverged:
+        if self.is_remote:
+            appeared(self.trainer.path(job))
+        fitted = self.trainer.kept(job)
+        if fitted is None:
+            raise TrainingError(f"{self.trainer.path(job)}: was removed or damaged meanwhile; give the command again")
+        return fitted
+
+    def _history(self, job: TrainingJob, fitted: Fitted | Diverged) -> list[dict[str, Any]]:
+        if isinstance(fitted, Diverged):
+            return []
+        head = {"fold": job.fold.number, "setting": str(self.trainer.settings[job.setting - 1]), "inner": job.inner}
+        return [head | row for row in fitted.history]
+
+    def _model(self, setting: int, states: Sequence[Mapping[str, torch.Tensor]]) -> BagModel:
+        models = [self.trainer.factory(self.trainer.settings[setting - 1])() for _ in states]
+        for model, state in zip(models, states, strict=True):
+            model.load_state_dict(state)
+        return models[0] if len(models) == 1 else Ensemble(models)
+
+    def _path(self, result: FoldResult) -> Path:
+        return self.folder / f"fold_{result.fold.number}_best.pth"
+
+    def _save(self, model: BagModel, result: FoldResult) -> None:
+        data, used = self.trainer.dataset, result.fold.train
+        member = model.models[0] if isinstance(model, Ensemble) else model
+        save_checkpoint(
+            self._path(result),
+            Checkpoint(
+                model=member.spec,
+                state_dict=model.state_dict(),
+                class_names=data.class_names,
+                dataset=self.dataset_name,
+                feed=self.trainer.feed.as_dict(),
+                recipe=data.recipe,
+                mpp_range=data.mpp_range,
+                selection=result.selection | {"best_of_all_folds": False},
+                temperature=result.temperature,
+                seen={
+                    "slide": id_digests("slide", (data.rows[slide].wsi_id for slide in used.tolist())),
+                    "case": id_digests("case", data.cases[used].tolist()),
+                },
+            ),
+        )
