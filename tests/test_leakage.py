@@ -14,8 +14,7 @@ from tests.small import classification_metrics
 from utils.bags.store import write_bag
 from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
-from utils.learning import cross_validation as nested_cv
-from utils.learning import jobs, run_figures
+from utils.learning import jobs, protocol, run_figures
 from utils.learning.splits import repeated_splits
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
@@ -90,7 +89,7 @@ class TestShuffledLabels:
                 for fold in repeated_splits(*arguments)
             ]
 
-        monkeypatch.setattr(nested_cv, "repeated_splits", leaking)
+        monkeypatch.setattr(protocol, "repeated_splits", leaking)
         found, chance = shuffled_runs(tmp_path, SHUFFLES)
         assert np.mean(found) > np.percentile(chance, 99.5)
 

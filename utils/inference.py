@@ -1,5 +1,6 @@
 """SlidePredictor and extractPredict: what trained models say of slides. They live in `utils.prediction.predictor`."""
 
-from utils.prediction.predictor import SlidePrediction, SlidePredictor, extractPredict
+from utils.prediction.predictor import SlidePredictor, extractPredict
+from utils.prediction.slide_prediction import SlidePrediction
 
 __all__ = ["SlidePrediction", "SlidePredictor", "extractPredict"]

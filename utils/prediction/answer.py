@@ -23,10 +23,11 @@ from utils.pictures.caption import title_of
 from utils.pictures.settings import Pictures
 from utils.prediction.faithfulness import Faithfulness
 from utils.prediction.inputs import PredictionFiles
-from utils.prediction.predictor import SlidePrediction, SlidePredictor
+from utils.prediction.predictor import SlidePredictor
 from utils.prediction.records import FAITHFULNESS, clear_pictures, kept_answer, recorded, request_of
 from utils.prediction.scores import Known
 from utils.prediction.settings import PredictionRecipe
+from utils.prediction.slide_prediction import SlidePrediction
 from utils.slides.find import is_slide_file
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps

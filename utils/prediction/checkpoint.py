@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -99,26 +99,32 @@ def load_checkpoint(
     try:
         if is_first_version:
             content = first_version.checkpoint_parts(path, content, class_names, dataset, num_heads)
-        known: dict[str, Any] = {"temperature": None} | content  # which earlier files lack
-        if known["recipe"] is not None:
-            known["recipe"] = Recipe.from_dict(known["recipe"])
-        checkpoint = Checkpoint(**{part.name: known[part.name] for part in fields(Checkpoint)})
-        kinds_of = {"state_dict": dict, "mpp_range": tuple | list | None, "temperature": float | None}
-        for part, kinds in kinds_of.items():
-            if not isinstance(getattr(checkpoint, part), kinds):
-                raise TypeError(f"{part} is no {kinds}")
-        if checkpoint.temperature is not None and not checkpoint.temperature > 0:
-            raise KeyError(f"temperature {checkpoint.temperature}")
-        outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
-        if not checkpoint.seen.keys() >= {"slide", "case"}:
-            raise KeyError("seen")
-        if outputs != names:
-            raise ModelError(f"{names} class names for a model of {outputs} classes")
+        checkpoint = _checked(content)
     except (KeyError, TypeError, AttributeError, IndexError, ModelError, RuntimeError) as failure:
         reason = textwrap.shorten(str(failure), 400, placeholder=" ...")
         raise CheckpointError(f"{path}: its parts do not fit together ({reason}); train the model again") from failure
     if is_first_version:
         first_version.tell_of_it(path, content, heads_given=num_heads is not None)
+    return checkpoint
+
+
+def _checked(content: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint that a file's content makes, if its parts fit together."""
+    content = {"temperature": None} | dict(content)  # which earlier files lack
+    if content["recipe"] is not None:
+        content["recipe"] = Recipe.from_dict(content["recipe"])
+    checkpoint = Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
+    types = {"state_dict": dict, "mpp_range": tuple | list | None, "temperature": float | None}
+    for name, kind in types.items():
+        if not isinstance(getattr(checkpoint, name), kind):
+            raise TypeError(f"{name} is no {kind}")
+    if checkpoint.temperature is not None and not checkpoint.temperature > 0:
+        raise KeyError(f"temperature {checkpoint.temperature}")
+    outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
+    if not checkpoint.seen.keys() >= {"slide", "case"}:
+        raise KeyError("seen")
+    if outputs != names:
+        raise ModelError(f"{names} class names for a model of {outputs} classes")
     return checkpoint
 
 

@@ -14,8 +14,8 @@ from utils.pictures.picture_set import PictureSet, set_paths
 from utils.pictures.placement import check_drawable, check_patches_fit
 from utils.pictures.settings import Pictures
 from utils.prediction.inputs import PredictionFiles
-from utils.prediction.predictor import SlidePrediction
 from utils.prediction.settings import PredictionRecipe
+from utils.prediction.slide_prediction import SlidePrediction
 from utils.slides.find import find_slides, one_per_series
 from utils.slides.slide import Slide
 

@@ -5,130 +5,36 @@ prediction = predictor.predict("slide.h5")
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from MILS import ModelError, mil_name
 from MILS.bag_model import BagModel
 from utils.bags.settings import CohortFiles
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
-from utils.core.cohorts import tcga_case
 from utils.core.device import resolve_device
-from utils.core.differences import first_differences
-from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
-from utils.core.recipe import ASKED_FIELDS, Recipe, mpp_difference
+from utils.core.errors import CheckpointError, ConfigError, RecipeError
+from utils.core.recipe import ASKED_FIELDS, Recipe
 from utils.core.runtime import keep_freed_memory, log
 from utils.core.settings import check_setting
 from utils.features.backbones import canonical_backbone
 from utils.features.extractor import WSIFeatureExtractor, extract_one
 from utils.features.settings import Extraction
-from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint
+from utils.prediction.checkpoint import Checkpoint, load_checkpoint
 from utils.prediction.faithfulness import Faithfulness, measure_faithfulness
 from utils.prediction.feeding import SlideFeed, mean_calibrated, mean_output, predict_features
 from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
 from utils.prediction.settings import Prediction, PredictionRecipe
+from utils.prediction.slide_prediction import SEEN, SlidePrediction
+from utils.prediction.trained_model import TrainedModel, check_alike, common_feed, seen_as
 from utils.slides.batch import SlideNotes
 from utils.slides.slide import Slide
 from utils.slides.wsi import slide_mpp
 from utils.tasks.classification import Classification
-
-SEEN = "%s: this model was trained on this %s; its prediction proves nothing"
-
-
-@dataclass(frozen=True)
-class SlidePrediction:
-    """`probabilities (C,)`; `calibrated (C,)`, the same temperature-scaled, None where a model has no temperature;
-    `attention (H, N)`, each head summing to 1 over the patches; `bag` with their places; `seen_as` "slide" or "case",
-    whichever a model was trained on, "" where neither, None where a checkpoint does not record it;
-    `member_probabilities (M, C)` of several models, None of a single one.
-    """
-
-    slide: str
-    task: Classification
-    probabilities: NDArray[np.float64]
-    calibrated: NDArray[np.float64] | None
-    attention: NDArray[np.float32] | None
-    bag: Bag | StoredBag
-    feed: SlideFeed
-    seen_as: str | None
-    member_probabilities: NDArray[np.float64] | None = None
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.task.class_names
-
-    @property
-    def predicted_class(self) -> str:
-        return self.class_names[int(self.task.decide(self.probabilities))]
-
-    @property
-    def confidence(self) -> float:
-        """The predicted class's probability."""
-        return float(self.probabilities.max())
-
-    @property
-    def seen_in_training(self) -> bool | None:
-        return None if self.seen_as is None else bool(self.seen_as)
-
-    @property
-    def num_instances(self) -> int:
-        return len(self.bag.features)
-
-    @property
-    def coords(self) -> NDArray[np.int64] | None:
-        """`(N, 2)` level-0 px of the patches' top-left corners."""
-        return self.bag.coords
-
-    @property
-    def patch_attention(self) -> NDArray[np.float32] | None:
-        """`(N,)`, the mean over heads; sums to 1."""
-        return None if self.attention is None else self.attention.mean(axis=0)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `<slide>_prediction.json` says of the slide; of several models also each one's probabilities, and their
-        (sample) standard deviation.
-        """
-        members = self.member_probabilities
-        ensemble = {} if members is None else {
-            "member_probabilities": [self._by_class(one) for one in members],
-            "spread": self._by_class(members.std(axis=0, ddof=1)),
-        }  # fmt: skip
-        return {
-            "slide": self.slide,
-            "predicted_class": self.predicted_class,
-            "confidence": self.confidence,
-            "probabilities": self._by_class(self.probabilities),
-            "calibrated_probabilities": None if self.calibrated is None else self._by_class(self.calibrated),
-            **ensemble,
-            "num_instances": self.num_instances,
-            **self.feed.as_dict(),
-            "seen_in_training": self.seen_in_training,
-            "seen_as": self.seen_as,
-        }
-
-    def _by_class(self, values: NDArray[np.float64]) -> dict[str, float]:
-        return dict(zip(self.class_names, values.tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """A checkpoint, where it came from, and its model on the device."""
-
-    path: Path
-    checkpoint: Checkpoint
-    model: BagModel
-
-    def refuse(self, what: str, asked: Any, held: Any) -> None:
-        """Raise CheckpointError unless the checkpoint holds what is asked of it, if anything."""
-        if asked is not None and asked != held:
-            found = f"records no {what}, so not" if held is None else f"was trained with {what} {held!r}, not"
-            raise CheckpointError(f"{self.path}: {found} {asked!r}; leave that setting out")
 
 
 class SlidePredictor:
@@ -136,11 +42,10 @@ class SlidePredictor:
     extractor, raw slides.
 
     `model_path` is a checkpoint or several, of the same classes and made for the same features; of a training run's
-    folder it is the model chosen in it. Each says which model
-    it holds and how slides are fed; `model_class` (a name, a class or a factory), `class_names`, `dataset` and
-    `num_heads` are only checked against it. A checkpoint of the first version may not name its classes, then `dataset`
-    (a known cohort) or `class_names` does, and does not tell its heads: they are `num_heads`, else those of the model
-    that a factory makes, else 4. Raises CheckpointError.
+    folder it is the model chosen in it. Each says which model it holds and how slides are fed; `model_class` (a name, a
+    class or a factory), `class_names`, `dataset` and `num_heads` are only checked against it. A checkpoint of the first
+    version may not name its classes, then `dataset` (a known cohort) or `class_names` does, and does not tell its
+    heads: they are `num_heads`, else those of the model that a factory makes, else 4. Raises CheckpointError.
     """
 
     def __init__(
@@ -163,17 +68,16 @@ class SlidePredictor:
         keep_freed_memory()
         self.device = resolve_device(device)
         self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
-        self.trained: list[_Trained] = []
+        self.trained: list[TrainedModel] = []
         for path in map(chosen_checkpoint, paths):
             checkpoint = load_checkpoint(path, class_names=names, dataset=dataset, num_heads=heads)
-            one = _Trained(path, checkpoint, checkpoint.build().to(self.device))
-            one.refuse("model_class", claimed.get("name"), checkpoint.model["name"])
-            one.refuse("class_names", names, checkpoint.class_names)
-            self.trained.append(one)
+            model = TrainedModel(path, checkpoint, checkpoint.build().to(self.device))
+            model.require(model_class=claimed.get("name"), class_names=names)
+            self.trained.append(model)
         if not self.trained:
             raise ConfigError("model_path: no checkpoint given; give one or several")
         self.require(dataset=dataset, num_heads=num_heads)
-        _check_alike(self.trained)
+        check_alike(self.trained)
         self._warned = False
 
     @property
@@ -266,45 +170,20 @@ class SlidePredictor:
             predict_features(self.task, model, bag, feed, attention=True).attention is not None for model in self.models
         )
 
-    def require(
-        self,
-        *,
-        mil: str | None = None,
-        dataset: str | None = None,
-        input_dim: int | None = None,
-        num_heads: int | None = None,
-        recipe: Recipe | None = None,
-    ) -> None:
-        """Raise CheckpointError, or RecipeError for the recipe, unless the checkpoints hold what is asked, if anything.
-        A checkpoint that records no recipe contradicts none.
+    def require(self, *, recipe: Recipe | None = None, **expected: Any) -> None:
+        """Raise CheckpointError unless the checkpoints hold what is expected of them (see `TrainedModel.require`), and
+        RecipeError where the `recipe` contradicts theirs; one that records no recipe contradicts none.
         """
-        for one in self.trained:
-            model = one.checkpoint.model
-            one.refuse("mil", mil and _known_name(mil), model["name"])
-            one.refuse("dataset", dataset, one.checkpoint.dataset)
-            one.refuse("input_dim", input_dim, model["input_dim"])
-            one.refuse("num_heads", num_heads, model.get("num_heads"))
-            contradictions = (one.checkpoint.recipe or Recipe()).contradictions(recipe or Recipe())
-            if contradictions:
-                raise RecipeError(
-                    f"{one.path}: was trained on features made in another way ({first_differences(contradictions)}); "
-                    "leave those settings out, the checkpoint knows the recipe"
-                )
+        for model in self.trained:
+            model.require(**expected)
+            model.require_recipe(recipe or Recipe())
 
     def provenance(self, prediction: SlidePrediction) -> dict[str, Any]:
         """Which model (of several, lists of what each is), and how the slide's features were made."""
         passport = prediction.bag.passport
-        each = [
-            {
-                "model": one.checkpoint.model,
-                "checkpoint": str(one.path),
-                "selection": one.checkpoint.selection,
-                "temperature": one.checkpoint.temperature,
-            }
-            for one in self.trained
-        ]
+        each = [model.provenance() for model in self.trained]
         return {
-            **(each[0] if len(each) == 1 else {name: [one[name] for one in each] for name in each[0]}),
+            **(each[0] if len(each) == 1 else {name: [record[name] for record in each] for name in each[0]}),
             "recipe": passport.recipe.as_dict() if passport else None,
             "slide_record": passport.slide if passport else None,
         }
@@ -317,31 +196,11 @@ class SlidePredictor:
         """How slides are fed: as asked, else as the checkpoints were evaluated. Raises ConfigError."""
         mode = check_setting(Prediction, "mode", mode)
         chunk_size = check_setting(Prediction, "chunk_size", chunk_size)
-        feeds = [self._feed_of(one.checkpoint, mode, chunk_size) for one in self.trained]
-        for one, feed in zip(self.trained, feeds, strict=True):
-            if feed != feeds[0]:
-                raise ConfigError(
-                    f"{self.path} and {one.path} were evaluated on slides fed differently "
-                    f"({_fed(feeds[0])}; {_fed(feed)}); give --mode"
-                )
-        return feeds[0]
+        return common_feed(self.trained, mode, chunk_size)
 
     def seen_as(self, slide: str, case_id: str | None = None) -> str | None:
-        """Whether a model was trained on the "slide" or on its "case", which is the one given or that of a TCGA
-        barcode; "" for neither, None where a checkpoint does not say.
-        """
-        known = [one.checkpoint.seen for one in self.trained]
-        for kind, name in (("slide", slide), ("case", case_id), ("case", tcga_case(slide))):
-            if name is not None and any(id_digests(kind, [name])[0] in seen[kind] for seen in known):
-                return kind
-        return "" if all(seen["slide"] for seen in known) else None
-
-    def _feed_of(self, checkpoint: Checkpoint, mode: str | None, chunk_size: int | None) -> SlideFeed:
-        trained = checkpoint.slide_feed
-        if mode is None or mode == trained.mode:
-            is_full = trained.mode == "full"
-            return trained if is_full else replace(trained, chunk_size=chunk_size or trained.chunk_size)
-        return SlideFeed.of_mode(mode, chunk_size or 1000)
+        """Return whether a model was trained on the slide (see `trained_model.seen_as`)."""
+        return seen_as(self.trained, slide, case_id)
 
     def _checked_extractor(self, slide: Slide) -> WSIFeatureExtractor:
         """Return the feature extractor, checked to make features of the slide that the models can take."""
@@ -357,74 +216,35 @@ class SlidePredictor:
         return self.feature_extractor
 
     def _check_bag(self, bag: Bag | StoredBag, path: Path) -> None:
-        width, expected = bag.features.shape[1], self.checkpoint.model["input_dim"]
-        found = bag.passport.recipe if bag.passport else Recipe()
-        if width != expected:
-            made, learned = found.backbone, (self.checkpoint.recipe or Recipe()).backbone
-            raise FeatureFileError(
-                f"{path}: features are {width} wide ({made or 'of a backbone that is not recorded'}), the model of "
-                f"{self.path} takes {expected} ({learned or 'not recorded'}); extract the slide with the backbone that "
-                "the model was trained on"
-            )
+        """Check that the models can take a bag; log what differs from the training features, or cannot be compared."""
+        recipe = bag.passport.recipe if bag.passport else Recipe()
+        self.trained[0].check_width(bag.features.shape[1], recipe, path)
         mpp = bag.passport.slide.get("mpp_delivered") if bag.passport else None
-        for told in self._differences(path, found, mpp):
-            log.warning("%s: made in another way than the training features (%s)", path, told)
-        for one in self.trained:
-            self._warn_of_unknown(path, one.checkpoint, found, mpp)
-
-    def _differences(self, path: Path, found: Recipe, mpp: float | None) -> list[str]:
-        """In what a slide's features differ from the training's, each said once; RecipeError unless that is allowed."""
-        all_told = []
-        for one in self.trained:
-            unlike = (one.checkpoint.recipe or Recipe()).differences(found)
-            told = first_differences([*unlike, *mpp_difference(one.checkpoint.mpp_range, mpp)])
-            if told and not self.allow_mismatch:
-                raise RecipeError(
-                    f"{path}: made in another way than the features {one.path} was trained on ({told}); "
-                    "extract it with the training recipe, or give --allow_mismatch"
-                )
-            if told and told not in all_told:
-                all_told.append(told)
-        return all_told
-
-    def _warn_of_unknown(self, path: Path, checkpoint: Checkpoint, found: Recipe, mpp: float | None) -> None:
-        unknown = (checkpoint.recipe or Recipe()).unknown_fields(found)
-        if mpp is None or checkpoint.mpp_range is None:
-            unknown.append("mpp")
+        for difference in self._differences(path, recipe, mpp):
+            log.warning("%s: made in another way than the training features (%s)", path, difference)
+        unknown = next(filter(None, (model.unknown_fields(recipe, mpp) for model in self.trained)), [])
         if unknown and not self._warned:
             log.warning(
                 "%s: %s not recorded on both sides, so not compared with the training", path, ", ".join(unknown)
             )
             self._warned = True
 
+    def _differences(self, path: Path, recipe: Recipe, mpp: float | None) -> list[str]:
+        """Return in what a slide's features differ from the training's, each once. Raise RecipeError unless that is
+        allowed.
+        """
+        differences = {model.path: model.differences(recipe, mpp) for model in self.trained}
+        for model_path, difference in differences.items():
+            if difference and not self.allow_mismatch:
+                raise RecipeError(
+                    f"{path}: made in another way than the features {model_path} was trained on ({difference}); "
+                    "extract it with the training recipe, or give --allow_mismatch"
+                )
+        return list(dict.fromkeys(filter(None, differences.values())))
+
 
 def _features_of(bag: Bag | StoredBag) -> torch.Tensor | StoredFeatures:
     return bag.features if isinstance(bag.features, StoredFeatures) else torch.from_numpy(bag.features)
-
-
-def _check_alike(trained: Sequence[_Trained]) -> None:
-    """Raise CheckpointError unless the checkpoints' answers can be averaged, RecipeError unless their features are of
-    one kind.
-    """
-    first = trained[0]
-    for other in trained[1:]:
-        pairs = [(one.checkpoint.class_names, one.checkpoint.model["input_dim"]) for one in (first, other)]
-        for what, (one, another) in zip(("classes", "feature width"), zip(*pairs, strict=True), strict=True):
-            if one != another:
-                raise CheckpointError(
-                    f"{other.path}: its {what} are {another}, those of {first.path} are {one}; "
-                    "give checkpoints that were trained for the same"
-                )
-        unlike = (first.checkpoint.recipe or Recipe()).differences(other.checkpoint.recipe or Recipe())
-        if unlike:
-            raise RecipeError(
-                f"{other.path}: was trained on features made in another way than those of {first.path} "
-                f"({first_differences(unlike)}); give checkpoints of one recipe"
-            )
-
-
-def _fed(feed: SlideFeed) -> str:
-    return "whole" if feed.mode == "full" else f"in chunks of {feed.chunk_size}"
 
 
 def extractPredict(  # noqa: N802 - the first version's public name
@@ -483,13 +303,6 @@ def asked_recipe(settings: PredictionRecipe) -> Recipe:
     """Return what the settings of `predict.py` say of the recipe. Raises BackboneError for an unknown backbone."""
     given = Recipe(**{name: getattr(settings, name) for name in ASKED_FIELDS})
     return given if given.backbone is None else replace(given, backbone=canonical_backbone(given.backbone))
-
-
-def _known_name(mil: str) -> str:
-    try:
-        return mil_name(mil)
-    except ModelError as error:
-        raise ConfigError(f"--mil {mil}: {error}") from error
 
 
 def _claimed_spec(model_class: Any) -> dict[str, Any]:

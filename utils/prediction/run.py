@@ -21,10 +21,11 @@ from utils.pictures.caption import title_of
 from utils.pictures.index import INDEX, IndexRow, write_index
 from utils.prediction.answer import Answering, Predictors
 from utils.prediction.inputs import DEFAULT_FOLDER, PredictionFiles
-from utils.prediction.predictor import SEEN, SlidePredictor, asked_recipe, extractPredict
+from utils.prediction.predictor import SlidePredictor, asked_recipe, extractPredict
 from utils.prediction.records import ENDING, check_first, is_answer_to
 from utils.prediction.scores import REPORT, Answers, Known, known_slides
 from utils.prediction.settings import Prediction, PredictionRecipe
+from utils.prediction.slide_prediction import SEEN
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.status import STATUSES, SlideStatus
