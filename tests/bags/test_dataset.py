@@ -11,6 +11,7 @@ import torch
 
 import utils.bags.dataset as mil_dataset
 from tests.cohort import synthetic_bag, synthetic_passport, write_cohort
+from utils.bags import cohort_features
 from utils.bags.dataset import MILDataset
 from utils.bags.packed import FileFeatures
 from utils.bags.settings import Cohort
@@ -620,7 +621,7 @@ def test_a_cohort_is_kept_in_memory_up_to_a_share_of_what_is_free(cohort, monkey
         (None, 1, "kept in memory after the first read"),
         (total * 4 - 4, 2, "read from their files in every epoch; --cache DIR packs them into one fast file"),
     ):
-        monkeypatch.setattr(mil_dataset, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(cohort_features, "available_memory", lambda free=free: free)
         dataset = MILDataset(*cohort)
         reads.clear()
         assert torch.equal(dataset.features(3), dataset.features(3))
@@ -630,9 +631,9 @@ def test_a_cohort_is_kept_in_memory_up_to_a_share_of_what_is_free(cohort, monkey
 
 def test_memory_that_is_asked_for_and_not_there_is_refused(cohort, monkeypatch):
     total = sum(info.nbytes for info in MILDataset(*cohort, cache="off").info)
-    monkeypatch.setattr(mil_dataset, "available_memory", lambda: total)
+    monkeypatch.setattr(cohort_features, "available_memory", lambda: total)
     MILDataset(*cohort, cache="ram")
-    monkeypatch.setattr(mil_dataset, "available_memory", lambda: total - 1)
+    monkeypatch.setattr(cohort_features, "available_memory", lambda: total - 1)
     with pytest.raises(ConfigError, match=r"--cache ram: 8 slides, .* GB of memory free; give off or a folder"):
         MILDataset(*cohort, cache="ram")
 

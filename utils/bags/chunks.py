@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,3 +98,37 @@ def _copied(chunk: Chunk, pin_memory: bool) -> Tensor:
     if isinstance(cut, range):
         return bag.copy_(take(features, cut))
     return torch.index_select(features, 0, cut, out=bag)
+
+
+def windows(slides: np.ndarray, sizes: Sequence[int], patches: int) -> Iterator[list[int]]:
+    """Yield runs of the slides that hold about so many patches together; `sizes` are those of all slides."""
+    window: list[int] = []
+    total = 0
+    for slide in slides.tolist():
+        window.append(slide)
+        total += sizes[slide]
+        if total >= patches:
+            yield window
+            window, total = [], 0
+    if window:
+        yield window
+
+
+def shuffled_batches(
+    runs: Iterable[Sequence[int]],
+    chunks_of: Callable[[int], list[Chunk]],
+    batch_size: int,
+    rng: np.random.Generator,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yield the chunks of all slides in batches, shuffled within each of the `runs` of slides."""
+    waiting: list[Chunk] = []
+    for run in runs:
+        fresh = [chunk for slide in run for chunk in chunks_of(slide)]
+        waiting += [fresh[position] for position in rng.permutation(len(fresh))]
+        whole = len(waiting) // batch_size * batch_size
+        for start in range(0, whole, batch_size):
+            yield collate(waiting[start : start + batch_size], pin_memory)
+        waiting = waiting[whole:]
+    if waiting:
+        yield collate(waiting, pin_memory)

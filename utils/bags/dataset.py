@@ -7,9 +7,8 @@ features, label = dataset[0]
 import copy
 import operator
 import shlex
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
@@ -19,25 +18,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.bags import labels
-from utils.bags.chunks import Batch, Chunk, chunks_per_step, collate, cut_chunks, num_chunks
-from utils.bags.feature_folder import FeatureFolder, refuse
+from utils.bags.chunks import Batch, Chunk, chunks_per_step, cut_chunks, num_chunks, shuffled_batches, windows
+from utils.bags.cohort_features import look_at_files, open_features
+from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import FileRecord, take_inventory
-from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack, packed_path
+from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, pack, packed_path
 from utils.bags.settings import BatchSize, Cohort, batch_size_option
-from utils.bags.store import Bag, BagInfo, peek_bag, read_bag
-from utils.bags.table import read_table
+from utils.bags.store import Bag, read_bag
+from utils.bags.table import LabelTable, read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
-from utils.core.errors import ConfigError, FeatureFileError, LabelsError, RecipeError, meant, named
-from utils.core.recipe import COMPARED_FIELDS, Recipe
-from utils.core.runtime import available_memory, log, progress
+from utils.core.errors import ConfigError, LabelsError, meant
+from utils.core.recipe import Recipe
+from utils.core.runtime import log
 from utils.core.settings import checked
 from utils.tasks.classification import Classification
 
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
 SHUFFLE_WINDOW = 2**18
-# Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
-_MEMORY_SHARE = 0.25
 
 
 class MILDataset(Dataset):
@@ -85,30 +83,17 @@ class MILDataset(Dataset):
             chunk_size=chunk_size, feat_type=feat_type, sequential=sequential, group_column=group_column,
             cache=str(cache) if isinstance(cache, Path) else cache, allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
         )  # fmt: skip
-        for name, path in (("csv_path", csv_path), ("features_dir", features_dir)):
-            if path is None:
-                raise ConfigError(f"{name} None: expected a path")
-        if label_names is not None and not (
-            isinstance(label_names, Mapping) and _are_text([*label_names.keys(), *label_names.values()])
-        ):
-            raise ConfigError(f"label_names {label_names!r}: expected names by label, such as {{'0': 'benign'}}")
-        if not isinstance(left_out, Collection) or isinstance(left_out, str) or not _are_text(left_out):
-            raise ConfigError(f"left_out {left_out!r}: expected a list of labels, such as ['unknown']")
+        _check_arguments(csv_path, features_dir, label_names, left_out)
         self.features_dir = Path(features_dir)
         folder = FeatureFolder(self.features_dir)
         table = read_table(csv_path)
         for note in table.notes:
             log.info("%s: %s", csv_path, note)
         self.class_names = asked.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
-        try:
-            self.task = Classification(self.class_names)
-        except ValueError as error:
-            known = {row["label"] for row in table.rows}
-            raise LabelsError(f"{csv_path}: {error}{_how_parted(self.class_names, known)}") from None
+        self.task = _classification(table, self.class_names)
         self.mode, self.chunk_size, self.sequential = asked.mode, asked.chunk_size, asked.sequential
         self.feat_type = feat_type
-        unknown_patients = labels.missing_patients(table, no_patients)
-        for warning in (unknown_patients, labels.doubted_patients(table)):
+        for warning in (labels.missing_patients(table, no_patients), labels.doubted_patients(table)):
             if warning:
                 log.warning(warning)
         self.patients_from = table.patients_from
@@ -126,10 +111,9 @@ class MILDataset(Dataset):
         self.group_column, self.allow = group_column, asked.allow
         log.info("Classes: %s", self._class_counts())
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
-        self.info = self._look(packed)
-        self._check_widths()
-        self._check_recipes()
-        self._features = self._open_features(cache, packed)
+        paths = [row.path for row in self.rows]
+        self.info = look_at_files(paths, feat_type, self.features_dir, packed)
+        self._features = open_features(FileFeatures(paths, self.info, feat_type, self.features_dir), cache, packed)
 
     @classmethod
     def of_cohort(cls, cohort: Cohort) -> "MILDataset":
@@ -172,7 +156,7 @@ class MILDataset(Dataset):
         """Return a copy of a slide's `features (N, D)`, as stored, and its class; for a slice, a list of these."""
         if isinstance(slide, slice):
             return [self[number] for number in range(len(self))[slide]]
-        number = self._number(slide)
+        number = slide_number(slide, len(self))
         return self.features(number).clone(), self.rows[number].label
 
     @property
@@ -199,11 +183,11 @@ class MILDataset(Dataset):
 
     def bag(self, slide: SupportsIndex) -> Bag:
         """One slide with coordinates and passport, read from its file."""
-        return read_bag(self.rows[self._number(slide)].path, self.feat_type)
+        return read_bag(self.rows[slide_number(slide, len(self))].path, self.feat_type)
 
     def features(self, slide: SupportsIndex) -> Tensor:
         """`(N, D)`, float16 or float32 as stored; it may be the cache itself, so copy it before you change it."""
-        return self._features(self._number(slide))
+        return self._features(slide_number(slide, len(self)))
 
     def inventory(self, known: Mapping[str, FileRecord]) -> list[FileRecord]:
         """Return what each slide's feature file holds, in the table's order; only files that are not `known`, or have
@@ -220,7 +204,7 @@ class MILDataset(Dataset):
         smaller ones where these were fewer than 8. `pin_memory` is for a CUDA device.
         """
         batch_size = checked(batch_size_option(), BatchSize, batch_size, "--batch_size ")
-        slides = np.array([self._number(slide) for slide in slides], dtype=np.int64)
+        slides = np.array([slide_number(slide, len(self)) for slide in slides], dtype=np.int64)
         if not len(slides):
             raise ConfigError("MILDataset: batches of no slides; give the number of at least one")
         rng = np.random.default_rng(seed)
@@ -228,16 +212,10 @@ class MILDataset(Dataset):
         per_slide = len(slides) / chunks
         if batch_size == "auto":
             batch_size = chunks_per_step(chunks)
-        waiting: list[Chunk] = []
-        for window in self._windows(rng.permutation(slides)):
-            fresh = [chunk for slide in window for chunk in self._chunks(slide, rng, per_slide)]
-            waiting += [fresh[position] for position in rng.permutation(len(fresh))]
-            whole = len(waiting) // batch_size * batch_size
-            for start in range(0, whole, batch_size):
-                yield collate(waiting[start : start + batch_size], pin_memory)
-            waiting = waiting[whole:]
-        if waiting:
-            yield collate(waiting, pin_memory)
+        sizes = [info.num_instances for info in self.info]
+        runs = windows(rng.permutation(slides), sizes, SHUFFLE_WINDOW)
+        chunks_of = partial(self._chunks, rng=rng, per_slide=per_slide)
+        yield from shuffled_batches(runs, chunks_of, batch_size, rng, pin_memory)
 
     @property
     def window(self) -> int:
@@ -261,112 +239,50 @@ class MILDataset(Dataset):
         other._features = pack(packed_path(folder, self.features_dir, self.feat_type), self._features.files)
         return other
 
-    def _number(self, slide: SupportsIndex) -> int:
-        """Return the slide's number from 0, which is its place in every table of the cohort."""
-        if getattr(slide, "dtype", type(slide)) in (bool, torch.bool):
-            raise TypeError(f"MILDataset: slide {slide} is no number; of a mask give np.flatnonzero(mask)")
-        try:
-            return range(len(self))[operator.index(slide)]
-        except IndexError:
-            raise IndexError(f"MILDataset: no slide {slide}; there are {len(self)}, counted from 0") from None
-
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
         features = self.features(slide)
         cuts = cut_chunks(len(features), self.largest_chunk, sequential=self.sequential, rng=rng)
         weight = 1 / (len(cuts) * per_slide)
         return [Chunk(features, cut, self.rows[slide].label, weight, slide) for cut in cuts]
 
-    def _windows(self, slides: np.ndarray) -> Iterator[list[int]]:
-        window: list[int] = []
-        held = 0
-        for slide in slides.tolist():
-            window.append(slide)
-            held += self.info[slide].num_instances
-            if held >= SHUFFLE_WINDOW:
-                yield window
-                window, held = [], 0
-        if window:
-            yield window
-
     def _class_counts(self) -> str:
         return labels.class_counts([(row.label, row.case_id) for row in self.rows], self.class_names)
 
-    def _check_widths(self) -> None:
-        width = Counter(info.dim for info in self.info).most_common(1)[0][0]
-        first = next(row.path for row, info in zip(self.rows, self.info, strict=True) if info.dim == width)
-        faults = [
-            f"{row.path}: features are {info.dim} wide, those of {first} are {width}"
-            for row, info in zip(self.rows, self.info, strict=True)
-            if info.dim != width
-        ]
-        refuse(FeatureFileError, faults, len(self), "; extract all slides with one backbone")
 
-    def _check_recipes(self) -> None:
-        recorded: dict[str, tuple[Path, Recipe]] = {}  # the first file that says so, by field: some record only a part
-        faults: dict[str, list[Path]] = {}  # the files that differ in the same way
-        for row, info in zip(self.rows, self.info, strict=True):
-            recipe = info.passport.recipe if info.passport else Recipe()
-            for name in COMPARED_FIELDS:
-                if recipe[name] is not None:
-                    recorded.setdefault(name, (row.path, recipe))
-                first, other = recorded.get(name, (row.path, recipe))
-                unlike = other.differences(recipe, [name])
-                if unlike:
-                    fault = f"made in another way than {first} ({'; '.join(unlike)})"
-                    faults.setdefault(fault, []).append(row.path)
-                    break
-        if faults:
-            told = [f"{named([str(path) for path in paths])}: {fault}" for fault, paths in faults.items()]
-            raise RecipeError(f"{'; '.join(told)}; extract all slides with one recipe")
-
-    def _look(self, packed: Path | None) -> list[BagInfo]:
-        """What each feature file holds, without its features; from the packed file where it is there."""
-        paths = [row.path for row in self.rows]
-        opened = None if packed is None else open_packed(packed, paths, self.features_dir)
-        info, faults = [], []
-        for path in progress(paths, "Looking at feature files", unit="slide", leave=False):
-            try:
-                info.append((opened.info(path) if opened else None) or peek_bag(path, self.feat_type))
-            except FeatureFileError as error:
-                faults.append(str(error))
-        if faults:  # the others may hold what only reading them shows: all is told at once
-            faults = [fault for path in paths if (fault := _fault_of(path, self.feat_type))]
-        refuse(FeatureFileError, faults, len(self))
-        return info
-
-    def _open_features(
-        self, cache: str | Path | None, packed: Path | None
-    ) -> FileFeatures | MemoryFeatures | PackedFeatures:
-        files = FileFeatures([row.path for row in self.rows], self.info, self.feat_type, self.features_dir)
-        size = f"{len(self)} slides, {sum(info.nbytes for info in self.info) / 1e9:.2f} GB of features"
-        if packed is not None:
-            features = pack(packed, files)
-            log.info("%s: packed in %s", size, packed)
-            return features
-        free = available_memory()
-        if cache == "off" or (cache is None and not self._fits(free, _MEMORY_SHARE)):
-            advice = "" if cache else "; --cache DIR packs them into one fast file"
-            log.info("%s: read from their files in every epoch%s", size, advice)
-            return files
-        if not self._fits(free, 1):
-            raise ConfigError(f"--cache ram: {size}, {(free or 0) / 1e9:.2f} GB of memory free; give off or a folder")
-        log.info("%s: kept in memory after the first read", size)
-        return MemoryFeatures(files)
-
-    def _fits(self, free: int | None, share: float) -> bool:
-        return free is None or sum(info.nbytes for info in self.info) <= free * share
-
-
-def _fault_of(path: Path, feat_type: str) -> str | None:
+def slide_number(slide: SupportsIndex, count: int) -> int:
+    """Return the slide's number from 0, which is its place in every table of the cohort."""
+    if getattr(slide, "dtype", type(slide)) in (bool, torch.bool):
+        raise TypeError(f"MILDataset: slide {slide} is no number; of a mask give np.flatnonzero(mask)")
     try:
-        read_bag(path, feat_type)
-    except FeatureFileError as error:
-        return str(error)
-    return None
+        return range(count)[operator.index(slide)]
+    except IndexError:
+        raise IndexError(f"MILDataset: no slide {slide}; there are {count}, counted from 0") from None
+
+
+def _check_arguments(csv_path: Any, features_dir: Any, label_names: Any, left_out: Any) -> None:
+    """Raise ConfigError for arguments that are no settings of a command line, where they are of another type."""
+    for name, path in (("csv_path", csv_path), ("features_dir", features_dir)):
+        if path is None:
+            raise ConfigError(f"{name} None: expected a path")
+    if label_names is not None and not (
+        isinstance(label_names, Mapping) and _are_text([*label_names.keys(), *label_names.values()])
+    ):
+        raise ConfigError(f"label_names {label_names!r}: expected names by label, such as {{'0': 'benign'}}")
+    if not isinstance(left_out, Collection) or isinstance(left_out, str) or not _are_text(left_out):
+        raise ConfigError(f"left_out {left_out!r}: expected a list of labels, such as ['unknown']")
 
 
 def _are_text(values: Collection[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def _classification(table: LabelTable, class_names: tuple[str, ...]) -> Classification:
+    """Return the task of these classes. Raise LabelsError unless there are two different ones."""
+    try:
+        return Classification(class_names)
+    except ValueError as error:
+        known = {row["label"] for row in table.rows}
+        raise LabelsError(f"{table.path}: {error}{_how_parted(class_names, known)}") from None
 
 
 def _how_parted(class_names: Sequence[str], labels: Collection[str]) -> str:

@@ -110,10 +110,10 @@ def load_checkpoint(
 
 def _checked(content: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint that a file's content makes, if its parts fit together."""
-    content = {"temperature": None} | dict(content)  # which earlier files lack
-    if content["recipe"] is not None:
-        content["recipe"] = Recipe.from_dict(content["recipe"])
-    checkpoint = Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
+    values: dict[str, Any] = {"temperature": None, **content}  # which earlier files lack
+    if values["recipe"] is not None:
+        values["recipe"] = Recipe.from_dict(values["recipe"])
+    checkpoint = Checkpoint(**{field.name: values[field.name] for field in fields(Checkpoint)})
     types = {"state_dict": dict, "mpp_range": tuple | list | None, "temperature": float | None}
     for name, kind in types.items():
         if not isinstance(getattr(checkpoint, name), kind):

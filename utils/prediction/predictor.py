@@ -92,7 +92,7 @@ class SlidePredictor:
     @property
     def models(self) -> list[BagModel]:
         """One per checkpoint; an ensemble is one model."""
-        return [one.model for one in self.trained]
+        return [each.model for each in self.trained]
 
     def predict(
         self, path: str | Path, mode: str | None = None, chunk_size: int | None = None, feat_type: str = "features"
@@ -144,12 +144,11 @@ class SlidePredictor:
         if not np.isfinite(output.probabilities).all():
             raise CheckpointError(f"{self.path}: its answer for {path} is not finite; train the model again")
         # It was fitted to answers of slides that were fed in the model's own way.
-        checkpoints = [one.checkpoint for one in self.trained]
-        temperatures = [one.temperature if one.slide_feed == feed else None for one in checkpoints]
-        seen_as = self.seen_as(path.stem, case_id)
+        checkpoints = [model.checkpoint for model in self.trained]
+        temperatures = [each.temperature if each.slide_feed == feed else None for each in checkpoints]
         return SlidePrediction(
             path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, temperatures),
-            output.attention, bag, feed, seen_as, output.members,
+            output.attention, bag, feed, self.seen_as(path.stem, case_id), output.members,
         )  # fmt: skip
 
     def faithfulness(self, prediction: SlidePrediction) -> Faithfulness:
@@ -158,17 +157,15 @@ class SlidePredictor:
         """
         if prediction.patch_attention is None:
             raise CheckpointError(f"{self.path}: its model gives no attention, so there is no faithfulness to measure")
-        features = _features_of(prediction.bag)
-        answer = int(self.task.decide(prediction.probabilities))
+        features, answer = _features_of(prediction.bag), int(self.task.decide(prediction.probabilities))
         return measure_faithfulness(self.task, self.models, features, prediction.patch_attention, answer)
 
     def gives_attention(self) -> bool:
         """Whether every model gives the attention it pays, tried on a bag of two patches."""
         bag = torch.zeros(2, self.checkpoint.model["input_dim"])
         feed = SlideFeed.of_mode("full", 2)
-        return all(
-            predict_features(self.task, model, bag, feed, attention=True).attention is not None for model in self.models
-        )
+        outputs = [predict_features(self.task, model, bag, feed, attention=True) for model in self.models]
+        return all(output.attention is not None for output in outputs)
 
     def require(self, *, recipe: Recipe | None = None, **expected: Any) -> None:
         """Raise CheckpointError unless the checkpoints hold what is expected of them (see `TrainedModel.require`), and
@@ -179,11 +176,11 @@ class SlidePredictor:
             model.require_recipe(recipe or Recipe())
 
     def provenance(self, prediction: SlidePrediction) -> dict[str, Any]:
-        """Which model (of several, lists of what each is), and how the slide's features were made."""
+        """Return which model (of several, lists of what each is), and how the slide's features were made."""
+        models = [model.provenance() for model in self.trained]
         passport = prediction.bag.passport
-        each = [model.provenance() for model in self.trained]
         return {
-            **(each[0] if len(each) == 1 else {name: [record[name] for record in each] for name in each[0]}),
+            **(models[0] if len(models) == 1 else {name: [model[name] for model in models] for name in models[0]}),
             "recipe": passport.recipe.as_dict() if passport else None,
             "slide_record": passport.slide if passport else None,
         }

@@ -1,0 +1,100 @@
+"""The feature files of a cohort together: whether they fit each other, and where their features are in use."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.bags.feature_folder import refuse
+from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack
+from utils.bags.store import BagInfo, peek_bag, read_bag
+from utils.core.errors import ConfigError, FeatureFileError, RecipeError, named
+from utils.core.recipe import COMPARED_FIELDS, Recipe
+from utils.core.runtime import available_memory, log, progress
+
+# Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
+_MEMORY_SHARE = 0.25
+
+
+def look_at_files(paths: Sequence[Path], feat_type: str, folder: Path, packed: Path | None) -> list[BagInfo]:
+    """Return what each feature file holds, without its features; from the packed file where there is one.
+
+    Raise FeatureFileError, naming all damaged files, and all whose features are of another width than most;
+    RecipeError for files made in different ways.
+    """
+    opened = None if packed is None else open_packed(packed, paths, folder)
+    info, faults = [], []
+    for path in progress(paths, "Looking at feature files", unit="slide", leave=False):
+        try:
+            info.append((opened.info(path) if opened else None) or peek_bag(path, feat_type))
+        except FeatureFileError as error:
+            faults.append(str(error))
+    if faults:  # the others may hold what only reading them shows: all is told at once
+        faults = [fault for path in paths if (fault := _fault_of(path, feat_type))]
+    refuse(FeatureFileError, faults, len(paths))
+    _check_widths(paths, info)
+    _check_recipes(paths, info)
+    return info
+
+
+def open_features(
+    files: FileFeatures, cache: str | Path | None, packed: Path | None
+) -> FileFeatures | MemoryFeatures | PackedFeatures:
+    """Return the features where `cache` says (see `MILDataset`), and log where that is. Raise ConfigError where the
+    memory does not hold them.
+    """
+    total, free = sum(info.nbytes for info in files.info), available_memory()
+    size = f"{len(files.info)} slides, {total / 1e9:.2f} GB of features"
+
+    def fits(share: float) -> bool:
+        return free is None or total <= free * share
+
+    if packed is not None:
+        features = pack(packed, files)
+        log.info("%s: packed in %s", size, packed)
+        return features
+    if cache == "off" or (cache is None and not fits(_MEMORY_SHARE)):
+        advice = "" if cache else "; --cache DIR packs them into one fast file"
+        log.info("%s: read from their files in every epoch%s", size, advice)
+        return files
+    if not fits(1):
+        raise ConfigError(f"--cache ram: {size}, {(free or 0) / 1e9:.2f} GB of memory free; give off or a folder")
+    log.info("%s: kept in memory after the first read", size)
+    return MemoryFeatures(files)
+
+
+def _fault_of(path: Path, feat_type: str) -> str | None:
+    try:
+        read_bag(path, feat_type)
+    except FeatureFileError as error:
+        return str(error)
+    return None
+
+
+def _check_widths(paths: Sequence[Path], info: Sequence[BagInfo]) -> None:
+    width = Counter(bag.dim for bag in info).most_common(1)[0][0]
+    first = next(path for path, bag in zip(paths, info, strict=True) if bag.dim == width)
+    faults = [
+        f"{path}: features are {bag.dim} wide, those of {first} are {width}"
+        for path, bag in zip(paths, info, strict=True)
+        if bag.dim != width
+    ]
+    refuse(FeatureFileError, faults, len(paths), "; extract all slides with one backbone")
+
+
+def _check_recipes(paths: Sequence[Path], info: Sequence[BagInfo]) -> None:
+    recorded: dict[str, tuple[Path, Recipe]] = {}  # the first file that says so, by field: some record only some fields
+    faults: dict[str, list[Path]] = {}  # the files that differ in the same way
+    for path, bag in zip(paths, info, strict=True):
+        recipe = bag.passport.recipe if bag.passport else Recipe()
+        for name in COMPARED_FIELDS:
+            if recipe[name] is not None:
+                recorded.setdefault(name, (path, recipe))
+            first, other = recorded.get(name, (path, recipe))
+            unlike = other.differences(recipe, [name])
+            if unlike:
+                fault = f"made in another way than {first} ({'; '.join(unlike)})"
+                faults.setdefault(fault, []).append(path)
+                break
+    if faults:
+        texts = [f"{named([str(path) for path in files])}: {fault}" for fault, files in faults.items()]
+        raise RecipeError(f"{'; '.join(texts)}; extract all slides with one recipe")
