@@ -27,19 +27,15 @@ if TYPE_CHECKING:
 
 # What takes seconds to import is imported where it is used, so that --help and a mistyped flag are answered at once.
 
+FLAGS = {
+    "cohort": Cohort, "model": Model, "training": Training, "cross-validation": Protocol, "running": Running,
+    "beyond one machine": Cluster, "before a long run": Rehearsal,
+}  # fmt: skip
+
 
 def main() -> None:
-    groups = {
-        "cohort": Cohort,
-        "model": Model,
-        "training": Training,
-        "cross-validation": Protocol,
-        "running": Running,
-        "beyond one machine": Cluster,
-        "before a long run": Rehearsal,
-    }
     epilog = model_help(Path(__file__).parent / "MILS")
-    cohort, model, training, protocol, running, cluster, rehearsal = cli.parse(str(__doc__), groups, epilog=epilog)
+    cohort, model, training, protocol, running, cluster, rehearsal = cli.parse(str(__doc__), FLAGS, epilog=epilog)
     from datasets.demo import make_demo, next_command
     from utils.core.engine import check_engine
     from utils.evaluation.report import closing_words
@@ -56,11 +52,9 @@ def main() -> None:
     dataset = MILDataset.of_cohort(cohort)
     output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
     where = {name: getattr(running, name) for name in ("device", "jobs", "figure_format")}
-    settings = asdict(training) | asdict(protocol) | asdict(cluster) | where
+    settings = {**asdict(training), **asdict(protocol), **asdict(cluster), **where, "dataset_name": cohort.dataset}
     factory = model_factory(name, model, dataset)
-    cv = NestedCrossValidation(
-        factory, dataset, dataset.class_names, output_dir, dataset_name=cohort.dataset, **settings
-    )
+    cv = NestedCrossValidation(factory, dataset, dataset.class_names, output_dir, **settings)
     if rehearsal.dry_run:
         print(f"\n{cv.dry_run()}\n\nNothing was trained: a dry run (took {cli.took()}).")
         print("Next: the same command without --dry_run")
@@ -70,8 +64,9 @@ def main() -> None:
     chosen = output_dir / "all_folds_best.pth"
     print(f"Results are in {output_dir} (took {cli.took()}); the model chosen on inner validation is {chosen}")
     if is_demo:
-        print("\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n")
-        print(f"  {next_command(chosen)}")
+        print(
+            f"\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n\n  {next_command(chosen)}"
+        )
     else:
         print("\nNext, each slide by the model that did not see it, and a new slide, with heatmaps:\n")
         print(f"  uv run predict.py --out_of_fold {output_dir} --visualize --wsi SLIDES_DIR")

@@ -208,13 +208,12 @@ class MILDataset(Dataset):
         if not len(slides):
             raise ConfigError("MILDataset: batches of no slides; give the number of at least one")
         rng = np.random.default_rng(seed)
-        chunks = sum(num_chunks(self.info[slide].num_instances, self.largest_chunk) for slide in slides)
-        per_slide = len(slides) / chunks
+        sizes = [info.num_instances for info in self.info]
+        chunks = sum(num_chunks(sizes[slide], self.largest_chunk) for slide in slides)
         if batch_size == "auto":
             batch_size = chunks_per_step(chunks)
-        sizes = [info.num_instances for info in self.info]
         runs = windows(rng.permutation(slides), sizes, SHUFFLE_WINDOW)
-        chunks_of = partial(self._chunks, rng=rng, per_slide=per_slide)
+        chunks_of = partial(self._chunks, rng=rng, per_slide=len(slides) / chunks)
         yield from shuffled_batches(runs, chunks_of, batch_size, rng, pin_memory)
 
     @property

@@ -41,7 +41,7 @@ class Confounding:
 def confounding(
     values: Sequence[Value], labels: np.ndarray, cases: np.ndarray, seed: int = 0, permutations: int = PERMUTATIONS
 ) -> Confounding | None:
-    """How well `values (n,)`, one per slide, predict `labels (n,)` int for patients of `cases (n,)` not seen before.
+    """Measure how well `values (n,)`, one per slide, predict `labels (n,)` int for patients of `cases (n,)` not seen before.
 
     A slide is predicted by the smoothed class frequencies of its value among the other folds' patients; numbers are
     first cut at their quintiles. Slides whose value is None are left out. None when there is nothing to test: one
@@ -64,12 +64,8 @@ def confounding(
     groups = [_fold_groups(codes, patient_of, derive_seed(seed, "folds", repeat)) for repeat in range(REPEATS)]
     observed = float(_mean_auc(labels[None], groups, len(classes))[0])
     rng = np.random.default_rng(derive_seed(seed, "permutations"))
-    null = np.concatenate(
-        [
-            _mean_auc(_shuffled(labels, patient_of, rows, rng), groups, len(classes))
-            for rows in _blocks(permutations, len(labels))
-        ]
-    )
+    shuffled = (_shuffled(labels, patient_of, rows, rng) for rows in _blocks(permutations, len(labels)))
+    null = np.concatenate([_mean_auc(block, groups, len(classes)) for block in shuffled])
     # Rounding must not set a figure apart from its equal; an undefined one counts against the field.
     reached = int((~(null < observed - 1e-9)).sum())
     low, middle, high = np.nanpercentile(null, [2.5, 50, 97.5])

@@ -1,0 +1,170 @@
+"""What an audit asks about the label table, its patients and its splits."""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from utils.auditing.files import quartiles
+from utils.auditing.findings import AuditedSlide, Finding, Level, by_class
+from utils.bags import labels
+from utils.bags.labels import is_plain
+from utils.bags.spelling import is_placeholder
+from utils.bags.table import LabelTable, Row, several_names
+from utils.core.cohorts import tcga_case
+from utils.core.errors import LabelsError, counted, named
+from utils.learning.settings import Protocol
+from utils.learning.split_files import NamedSplit, shared_cases
+
+
+def check_columns(table: LabelTable, no_patients: bool) -> list[Finding]:
+    """How the table was read, and whether it names the patients."""
+    findings = [Finding("info", "table", note) for note in table.notes]
+    try:
+        warning = labels.missing_patients(table, no_patients)
+    except LabelsError as error:
+        return [*findings, Finding("error", "table", str(error))]
+    warnings = [text for text in (warning, labels.doubted_patients(table)) if text]
+    return [*findings, *(Finding("warning", "table", text) for text in warnings)]
+
+
+def check_groups(path: Path, rows: Sequence[Row], group_column: str | None) -> tuple[list[Finding], list[str]]:
+    """What no split divides, for each row: patients, where the column does not say."""
+    try:
+        return [], labels.group_rows(path, rows, group_column)
+    except LabelsError as error:
+        return [Finding("error", "table", str(error))], labels.group_rows(path, rows, None)
+
+
+def check_names(
+    table: LabelTable, rows: Sequence[Row], groups: Sequence[str], group_column: str | None
+) -> list[Finding]:
+    """Slides and patients that seem to stand in the table under several names."""
+    doubts = several_names(rows, groups, table.patient_columns, group_column)
+    details = {"names": [asdict(doubt) for doubt in doubts]}
+    return [Finding("error", "table", labels.doubtful_names(doubts), details)] if doubts else []
+
+
+def check_ids(rows: list[Row]) -> tuple[list[Finding], list[Row]]:
+    """The findings, and the first row of each slide that has a usable id."""
+    findings = []
+    empty = [str(n) for n, row in enumerate(rows, start=1) if not row["wsi_id"] or is_placeholder(row["case_id"])]
+    if empty:
+        message = f"no patient (case_id) or no slide (wsi_id) in row {named(empty)} after the header; fill it in"
+        findings.append(Finding("error", "table", message, {"rows": empty}))
+    outside = [row["wsi_id"] for row in rows if not is_plain(row["wsi_id"])]
+    if outside:
+        message = f"wsi_id that would leave the features folder: {named(outside)}; give plain file stems"
+        findings.append(Finding("error", "table", message, {"slides": outside}))
+
+    rows_of: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["wsi_id"] and not is_placeholder(row["case_id"]) and is_plain(row["wsi_id"]):
+            rows_of[row["wsi_id"]].append(row)
+    repeated = {wsi_id: same for wsi_id, same in rows_of.items() if len(same) > 1}
+    disagreements = {wsi_id: _disagreement(same) for wsi_id, same in repeated.items()}
+    against = {wsi_id: what for wsi_id, what in disagreements.items() if what}
+    if against:
+        told = named([f"{wsi_id} ({what})" for wsi_id, what in against.items()])
+        message = f"rows of one wsi_id that contradict each other: {told}; keep the right one"
+        findings.append(Finding("error", "table", message, {"slides": against}))
+    agreeing = [wsi_id for wsi_id, what in disagreements.items() if not what]
+    if agreeing:
+        message = f"wsi_id in several rows that agree: {named(agreeing)}; keep one, or train with --allow duplicate"
+        findings.append(Finding("warning", "table", message, {"slides": agreeing}))
+    return findings, [same[0] for same in rows_of.values()]
+
+
+def _disagreement(rows: Sequence[Row]) -> str:
+    """What rows of one slide say differently about its patient and its class; empty where they agree."""
+    found = {name: list(dict.fromkeys(row[name] for row in rows)) for name in ("case_id", "label")}
+    return "; ".join(f"{name} {' and '.join(values)}" for name, values in found.items() if len(values) > 1)
+
+
+def check_labels(
+    rows: Sequence[Row], classes: Sequence[str], left_out: Collection[str], level: Level
+) -> tuple[list[Finding], list[AuditedSlide]]:
+    """The findings, and the slides that belong to a class."""
+    rare = Counter(row["label"] for row in rows if row["label"] in left_out)
+    unknown = {row["wsi_id"]: row["label"] for row in rows if row["label"] not in {*classes, *left_out}}
+    slides = [AuditedSlide(row, classes.index(row["label"])) for row in rows if row["label"] in classes]
+    findings = [_class_counts(slides, classes)]
+    if len(set(classes)) < 2 or len(set(classes)) < len(classes):
+        message = f"classes {', '.join(classes) or 'none'}; a classifier needs two different ones (--class_names)"
+        findings.append(Finding("error", "table", message))
+    if unknown:
+        told = named([f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()])
+        message = f"{counted(len(unknown), 'slide')} with a label that is none of {', '.join(classes)}: {told}"
+        hint = labels.label_hint(unknown.values(), classes) or "mend the table, give --class_names"
+        message += f"; {hint}, or train with --allow unknown"
+        findings.append(Finding(level, "table", message, {"slides": unknown}))
+    if rare:
+        message = f"{counted(rare.total(), 'slide')} left out, of the labels {', '.join(sorted(rare))}"
+        findings.append(Finding("info", "table", message, {"slides": dict(sorted(rare.items()))}))
+    if not slides:
+        return [*findings, Finding("error", "table", "no slide belongs to a class; check labels and classes")], slides
+    return findings + _check_patients(slides, classes), slides
+
+
+def _class_counts(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> Finding:
+    counts = {
+        name: {"slides": len(mine), "patients": len({slide.case_id for slide in mine})}
+        for name, mine in by_class(slides, classes).items()
+    }
+    words = labels.class_counts([(slide.label, slide.case_id) for slide in slides], classes)
+    return Finding("info", "table", words, counts)
+
+
+def _check_patients(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> list[Finding]:
+    per_patient = Counter(slide.case_id for slide in slides)
+    spread = quartiles(per_patient.values())
+    told = f"slides per patient: {spread['least']:g} to {spread['greatest']:g}, median {spread['median']:g}"
+    findings = [Finding("info", "table", told, spread)]
+    classes_of = defaultdict(set)
+    for slide in slides:
+        classes_of[slide.case_id].add(classes[slide.label])
+    mixed = sorted(case_id for case_id, found in classes_of.items() if len(found) > 1)
+    if mixed:
+        message = f"{counted(len(mixed), 'patient')} with slides of several classes: {named(mixed)}; check the labels"
+        findings.append(Finding("warning", "table", message, {"patients": mixed}))
+    for name, mine in by_class(slides, classes).items():
+        patients = len({slide.case_id for slide in mine})
+        if patients < Protocol.n_outer:
+            message = f"{name} has {counted(patients, 'patient')}, fewer than the {Protocol.n_outer} outer folds"
+            findings.append(Finding("warning", "table", f"{message}; add patients, or lower --n_outer"))
+    return findings
+
+
+def check_splits(splits: Sequence[NamedSplit], case_of: Mapping[str, str], wsi_ids: Sequence[str]) -> list[Finding]:
+    ids = {wsi_id for split in splits for part in split.parts.values() for wsi_id in part}
+    strangers = sorted(ids - case_of.keys())
+    # A slide that the table does not know may be a known patient's, and a barcode tells whose.
+    case_of = dict(case_of) | {wsi_id: tcga_case(wsi_id) or wsi_id for wsi_id in strangers}
+    crossing: dict[str, list[str]] = defaultdict(list)
+    absent: dict[str, list[str]] = defaultdict(list)
+    for split in splits:
+        for case, names in shared_cases(split.parts, case_of).items():
+            crossing[case].append(f"{' and '.join(names)} of {split.name}")
+        held = {wsi_id for ids in split.parts.values() for wsi_id in ids}
+        for wsi_id in wsi_ids:
+            if wsi_id not in held:
+                absent[wsi_id].append(split.name)
+    findings = []
+    if crossing:
+        more = {case: f" and {len(places) - 1} more" if len(places) > 1 else "" for case, places in crossing.items()}
+        told = [f"{case} ({places[0]}{more[case]})" for case, places in crossing.items()]
+        message = f"{counted(len(crossing), 'patient')} on both sides of a split: {named(told)}; split by patient"
+        findings.append(Finding("error", "splits", message, {"patients": crossing}))
+    elif not strangers:
+        findings.append(
+            Finding("ok", "splits", f"no patient is on both sides of any of {counted(len(splits), 'split')}")
+        )
+    if strangers:
+        none_known = len(strangers) == len(ids)
+        message = f"{counted(len(strangers), 'slide')} of the splits not in the table: {named(strangers)}"
+        message += "; none is, so that nothing was checked: write the ids as the table does" if none_known else ""
+        findings.append(Finding("error" if none_known else "warning", "splits", message, {"slides": strangers}))
+    if absent:
+        message = f"{counted(len(absent), 'slide')} in no part of one or more splits: {named(list(absent))}"
+        findings.append(Finding("warning", "splits", message, {"slides": absent}))
+    return findings
