@@ -1,6 +1,5 @@
 """README's commands, run in its order in a copy of the repository: those that need a network, with local stand-ins."""
 
-import dataclasses
 import glob
 import json
 import re
@@ -16,11 +15,12 @@ import pytest
 import torch
 
 from MILS import list_mils
+from tests.core.test_settings import FIELDS
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from tests.synthetic import stained_image, write_pyramid
 from tests.web import zipped
-from utils.core import config
 from utils.core.files import write_text
+from utils.core.settings import flag_of
 from utils.features.backbones import list_backbones
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,10 +187,7 @@ def test_flags_that_are_named_exist(page):
     """Every `--flag` in the prose is one of a command's; those of other programs are few."""
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page.read_text()))
     ours = {"--help", "--version", "--no-preview", "--jobs"}
-    for group in vars(config).values():
-        for field in dataclasses.fields(group) if isinstance(group, type) and dataclasses.is_dataclass(group) else ():
-            if field.metadata:
-                ours |= {config.flag_of(field), field.metadata["alias"]}
+    ours |= {flag for _, field in FIELDS for flag in (flag_of(field), field.metadata["alias"])}
     others = {"--index-url", "--reinstall", "--no-sync", "--with", "--extra"}
     if page.name == "scaling.md":  # of Slurm and Ray
         others |= {"--array", "--gres", "--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--exclusive"}
