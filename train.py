@@ -64,9 +64,8 @@ def main() -> None:
     chosen = output_dir / "all_folds_best.pth"
     print(f"Results are in {output_dir} (took {cli.took()}); the model chosen on inner validation is {chosen}")
     if is_demo:
-        print(
-            f"\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n\n  {next_command(chosen)}"
-        )
+        print("\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n")
+        print(f"  {next_command(chosen)}")
     else:
         print("\nNext, each slide by the model that did not see it, and a new slide, with heatmaps:\n")
         print(f"  uv run predict.py --out_of_fold {output_dir} --visualize --wsi SLIDES_DIR")

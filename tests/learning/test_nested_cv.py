@@ -508,7 +508,7 @@ def leave_unfinished(cv: NestedCrossValidation) -> None:
         raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cv, "_write_results", interrupted)
+        patch.setattr(nested_cv, "write_results", interrupted)
         with pytest.raises(Interrupted):
             cv.run()
 

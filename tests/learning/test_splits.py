@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from utils.core.errors import SplitError
 from utils.core.files import write_json
+from utils.learning.protocol import splits_content
 from utils.learning.split_files import given_splits, read_splits, shared_cases, unused_split
 from utils.learning.splits import OuterFold, few_patients, nested_splits
-from utils.nested_cv import NestedCrossValidation
 
 GLAS = Path(__file__).parents[2].parent / "shared" / "data" / "glas" / "labels.csv"
 
@@ -242,11 +242,8 @@ def test_our_own_split_file_reads_back(tmp_path):
     labels, cases = one_class_patients(4, 4)
     folds = split(labels, cases)
     ids = [f"S{slide}" for slide in range(len(labels))]
-    run = SimpleNamespace(
-        dataset=SimpleNamespace(rows=[SimpleNamespace(wsi_id=wsi_id) for wsi_id in ids]),
-        protocol=SimpleNamespace(seed=0),
-    )
-    write_json(tmp_path / "splits.json", NestedCrossValidation._splits_content(run, folds))  # type: ignore[arg-type]
+    data = SimpleNamespace(rows=[SimpleNamespace(wsi_id=wsi_id) for wsi_id in ids])
+    write_json(tmp_path / "splits.json", splits_content(data, folds, seed=0))  # type: ignore[arg-type]
     found = read_splits(tmp_path / "splits.json")
     expected = [(fold.number, inner.train, inner.val, fold.test) for fold in folds for inner in fold.inner]
     assert len(found) == 6

@@ -41,7 +41,7 @@ class Confounding:
 def confounding(
     values: Sequence[Value], labels: np.ndarray, cases: np.ndarray, seed: int = 0, permutations: int = PERMUTATIONS
 ) -> Confounding | None:
-    """Measure how well `values (n,)`, one per slide, predict `labels (n,)` int for patients of `cases (n,)` not seen before.
+    """Measure how well `values (n,)`, one per slide, predict `labels (n,)` of patients (`cases (n,)`) not seen before.
 
     A slide is predicted by the smoothed class frequencies of its value among the other folds' patients; numbers are
     first cut at their quintiles. Slides whose value is None are left out. None when there is nothing to test: one
