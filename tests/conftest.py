@@ -114,20 +114,51 @@ def slide_cohort(tmp_path_factory) -> SlideCohort:
     return SlideCohort(home / "slides", home / "features", home / "labels.csv", home / "vit.pth")
 
 
+Newcomer = tuple[Path, subprocess.CompletedProcess[str]]  # the folder in which train.py was run, and what it printed
+FIRST_COMMAND = ("--mil", "LiteMIL", "--dataset", "demo")
+SMALL_RUN = ("--n_outer", "3", "--n_inner", "3", "--epochs", "6")
+_SMALL_DEMO = f"""
+import runpy, sys
+from datasets import demo
+demo.TRAINING, demo.HOLDOUT = demo.demo_slides(12, 1), demo.demo_slides(2, 1, first=demo.PATIENTS)
+demo.processors = lambda: 1
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="session")
-def demo_home(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A folder in which a newcomer's first command was run, once for all processes that test, and what it printed."""
+def whole_demo(tmp_path_factory) -> Newcomer:
+    """A newcomer's first command, as it is typed: 48 slides, 20 trainings."""
+    return _run_once(tmp_path_factory, "whole_demo", str(ROOT / "train.py"), *FIRST_COMMAND)
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory) -> Newcomer:
+    """The same on a quarter of the slides, and with nine short trainings."""
+    return _run_once(tmp_path_factory, "small_demo", "-c", _SMALL_DEMO, *FIRST_COMMAND, *SMALL_RUN)
+
+
+def _run_once(tmp_path_factory, name: str, *arguments: str) -> Newcomer:
+    """Run Python in a folder of its own, once for all processes that test."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    home, record = folder / "newcomer", folder / "newcomer.json"
-    with FileLock(folder / "newcomer.lock"):
+    home, record = folder / name, folder / f"{name}.json"
+    with FileLock(folder / f"{name}.lock"):
         if not record.exists():
             home.mkdir()
-            command = [sys.executable, str(ROOT / "train.py"), "--mil", "LiteMIL", "--dataset", "demo"]
-            told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
-            assert told.returncode == 0, told.stderr
-            record.write_text(json.dumps(vars(told)))
+            done = subprocess.run([sys.executable, *arguments], cwd=home, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            record.write_text(json.dumps(vars(done)))
     return home, subprocess.CompletedProcess(**json.loads(record.read_text()))
+
+
+@pytest.fixture
+def coarse_figures(monkeypatch) -> None:
+    """Write figures with few pixels: for tests of which files there are and what they say, not of how they look."""
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *path, **settings: save(self, *path, **settings | {"dpi": 25}))
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,11 @@ import ast
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,16 +23,34 @@ def code() -> list[nbformat.NotebookNode]:
     return [cell for cell in read().cells if cell.cell_type == "code"]
 
 
-def test_it_runs_top_to_bottom_in_three_minutes(demo_home):
-    notebook, before = read(), seconds_of_work()
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": demo_home[0]}}
-    )
-    client.execute()
+IN_SMALL = """
+import utils.nested_cv
+from functools import partial
+from datasets import demo
+demo.TRAINING, demo.HOLDOUT = demo.demo_slides(12, 1), demo.demo_slides(2, 1, first=demo.PATIENTS)
+utils.nested_cv.NestedCrossValidation = partial(utils.nested_cv.NestedCrossValidation, n_inner=2, epochs=3)
+"""
+
+
+def run(notebook: nbformat.NotebookNode, home: Path) -> str:
+    """Run the notebook in a folder; return the AUC of attention that it prints."""
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": home}}).execute()
+    printed = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    return re.search(r"AUC of attention for lesion patches: ([\d.]+)", printed)[1]
+
+
+def test_it_runs_top_to_bottom_on_a_small_demo_with_short_trainings(small_demo, tmp_path):
+    shutil.copytree(small_demo[0] / "datasets", tmp_path / "datasets")
+    notebook = read()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(IN_SMALL))
+    assert 0 <= float(run(notebook, tmp_path)) <= 1
+
+
+@pytest.mark.slow
+def test_it_runs_top_to_bottom_in_three_minutes(whole_demo):
+    before = seconds_of_work()
+    assert float(run(read(), whole_demo[0])) > 0.8
     assert seconds_of_work() - before < 180  # what it takes on one processor, however busy the machine is
-    told = json.dumps([cell.get("outputs") for cell in notebook.cells])
-    found = re.search(r"AUC of attention for lesion patches: ([\d.]+)", told)
-    assert float(found[1]) > 0.8
 
 
 def seconds_of_work() -> float:
