@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,13 +153,22 @@ def _run_once(tmp_path_factory, name: str, *arguments: str) -> Newcomer:
     return home, subprocess.CompletedProcess(**json.loads(record.read_text()))
 
 
-@pytest.fixture
-def coarse_figures(monkeypatch) -> None:
-    """Write figures with few pixels: for tests of which files there are and what they say, not of how they look."""
+@contextmanager
+def drawn_coarsely() -> Iterator[None]:
+    """Write figures with few pixels meanwhile."""
     from matplotlib.figure import Figure
 
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *path, **settings: save(self, *path, **settings | {"dpi": 25}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *path, **settings: save(self, *path, **settings | {"dpi": 25}))
+        yield
+
+
+@pytest.fixture(scope="module")
+def coarse_figures() -> Iterator[None]:
+    """Few pixels, for the tests of a file that ask which figures there are and what they say, not how they look."""
+    with drawn_coarsely():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,74 @@ def shuffled_runs(folder: Path, shuffles: int) -> tuple[list[float], np.ndarray]
     return found, np.mean(permuted, axis=0)
 
 
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> tuple[Path, Path]:
+    """Twenty-four patients of a slide of a few patches, of which there is little to learn."""
+    folder = tmp_path_factory.mktemp("labelled")
+    return write_cohort(folder, patients_per_class=12, slides_per_patient=1, patches=(3, 9), signal=0.5)
+
+
+def leaking(*arguments):
+    """Splits whose inner validation is on the outer test slides: what the tests here are there to find."""
+    return [
+        replace(fold, inner=tuple(replace(inner, val=fold.test) for inner in fold.inner))
+        for fold in repeated_splits(*arguments)
+    ]
+
+
+def chosen_in(folder: Path, fold: int) -> dict[str, object]:
+    """What is trained and chosen for an outer fold: each epoch of each training, the checkpoint's bytes (setting,
+    weights, threshold, temperature), and what it answers for the test slides.
+    """
+    history, answers = (pd.read_csv(folder / name) for name in ("history.csv", "predictions.csv"))
+    answers = answers[answers["fold"] == fold]
+    columns = [name for name in answers if name.startswith(("wsi_id", "prob_", "calibrated_", "predicted"))]
+    return {
+        "history": history[history["fold"] == fold].to_csv(),
+        "checkpoint": (folder / f"fold_{fold}_best.pth").read_bytes(),
+        "answers": answers[columns].to_csv(),
+    }
+
+
+class TestTurnedLabels:
+    """The labels of an outer fold's test slides turned round: the quick form of what shuffled labels show."""
+
+    def turned(self, labelled, folder: Path, monkeypatch, splits=repeated_splits, **changes) -> None:
+        """Train twice on the same splits, into `before` and `after`, the second time with the test slides of the first
+        fold turned round.
+        """
+        csv, features = labelled
+        folds: list = []
+
+        def deal(*arguments):
+            folds.extend(() if folds else splits(*arguments))
+            return folds
+
+        monkeypatch.setattr(protocol, "repeated_splits", deal)
+        settings = {"grid": "lr=1e-3,3e-2 dropout=0,0.25"} | changes
+        run(MILDataset(csv, features), folder / "before", **settings)
+        table = pd.read_csv(csv, dtype=str)
+        is_test = table["wsi_id"].isin(read_json(folder / "before" / "splits.json")["folds"][0]["test"])
+        other = table["label"].map({"benign": "malignant", "malignant": "benign"})
+        table.assign(label=table["label"].where(~is_test, other)).to_csv(folder / "turned.csv", index=False)
+        run(MILDataset(folder / "turned.csv", features), folder / "after", **settings)
+
+    @pytest.mark.parametrize("final", ["best", "ensemble", "refit"])
+    def test_they_change_nothing_that_is_trained_or_chosen_without_them(self, final, labelled, tmp_path, monkeypatch):
+        self.turned(labelled, tmp_path, monkeypatch, final=final)
+        before, after = (chosen_in(tmp_path / name, 1) for name in ("before", "after"))
+        assert before == after
+        # In a fold that trains on those slides it does.
+        before, after = (chosen_in(tmp_path / name, 2) for name in ("before", "after"))
+        assert not [name for name in before if before[name] == after[name]]
+
+    def test_a_choice_by_them_would_show(self, labelled, tmp_path, monkeypatch):
+        self.turned(labelled, tmp_path, monkeypatch, leaking)
+        before, after = (chosen_in(tmp_path / name, 1) for name in ("before", "after"))
+        assert not [name for name in before if before[name] == after[name]]
+
+
+@pytest.mark.slow
 class TestShuffledLabels:
     """Two-sided, so that a leak shows, and so does the bias of a broken split."""
 
@@ -81,14 +149,7 @@ class TestShuffledLabels:
         assert low < np.mean(found) < high
 
     def test_a_choice_by_the_test_slides_would_show(self, tmp_path, monkeypatch):
-        """The same with inner validation on the outer test slides: what the test above is there to find."""
-
-        def leaking(*arguments):
-            return [
-                replace(fold, inner=tuple(replace(inner, val=fold.test) for inner in fold.inner))
-                for fold in repeated_splits(*arguments)
-            ]
-
+        """The same with inner validation on the outer test slides."""
         monkeypatch.setattr(protocol, "repeated_splits", leaking)
         found, chance = shuffled_runs(tmp_path, SHUFFLES)
         assert np.mean(found) > np.percentile(chance, 99.5)
@@ -112,19 +173,20 @@ def signed_cohort(tmp_path_factory) -> tuple[Path, Path]:
 
 
 class TestPatientSignature:
-    def test_folds_by_patient_are_at_chance_where_folds_by_slide_soar(self, signed_cohort, tmp_path):
+    @pytest.mark.parametrize("seeds", [1, pytest.param(5, marks=pytest.mark.slow)])
+    def test_folds_by_patient_are_at_chance_where_folds_by_slide_soar(self, seeds, signed_cohort, tmp_path):
         csv, features = signed_cohort
         table = pd.read_csv(csv, dtype=str)
         table.assign(case_id=table["wsi_id"]).to_csv(tmp_path / "naive.csv", index=False)
         settings = {"epochs": 20, "hidden_dim": 64, "lr": 3e-2, "final": "ensemble"}
         naive = run(MILDataset(tmp_path / "naive.csv", features), tmp_path / "naive", **settings)
         by_patient = [
-            run(MILDataset(csv, features), tmp_path / f"{seed}", **(settings | {"seed": seed})) for seed in range(5)
+            run(MILDataset(csv, features), tmp_path / f"{seed}", **(settings | {"seed": seed})) for seed in range(seeds)
         ]
         assert naive["pooled"]["auc"] > 0.95
         aucs = [results["pooled"]["auc"] for results in by_patient]
         # 24 patients: the permutation distribution of one AUC has a standard deviation of 0.12.
-        assert abs(np.mean(aucs) - 0.5) < 0.15
+        assert abs(np.mean(aucs) - 0.5) < 0.34 / np.sqrt(seeds)
         assert max(aucs) < 0.85
 
 
@@ -156,8 +218,8 @@ class TestInstrumented:
         tested: list[int] = []
         monkeypatch.setattr(jobs.Trainer, "__call__", watched_trainer)
         monkeypatch.setattr(MILDataset, "features", watched_read)
-        run(dataset, tmp_path / "run", "LiteMIL", grid="lr=1e-3,1e-2 num_heads=2,4", epochs=2, final=final)
-        assert len(done) == 3 * 2 * 4 + (3 if final == "refit" else 0)
+        run(dataset, tmp_path / "run", "LiteMIL", grid="lr=1e-2 num_heads=2,4", epochs=2, final=final)
+        assert len(done) == 3 * 2 * 2 + (3 if final == "refit" else 0)
         assert sorted(tested) == list(range(len(dataset)))
         splits = read_json(tmp_path / "run" / "splits.json")["folds"]
         assert [dataset.rows[slide].wsi_id for slide in tested] == [one for fold in splits for one in fold["test"]]

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from MILS import list_mils
+from tests.conftest import SMALL_RUN, drawn_coarsely
 from tests.core.test_settings import FIELDS
-from tests.conftest import SMALL_RUN
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from tests.synthetic import stained_image, write_pyramid
 from tests.web import zipped
@@ -135,7 +136,7 @@ def spread(word: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", PRINTED, ids=typed)
-def test_a_command_of_the_readme(command, workspace, script, monkeypatch, request):
+def test_a_command_of_the_readme(command, workspace, script, monkeypatch):
     monkeypatch.chdir(workspace.home)
     line = typed(command)
     if "network" in command.partition("  # ")[2]:
@@ -144,10 +145,10 @@ def test_a_command_of_the_readme(command, workspace, script, monkeypatch, reques
     words = [part for word in shlex.split(line) for part in spread(word)]
     assert words[:2] == ["uv", "run"], f"no rule for how to run {line!r}"
     name, arguments = (words[4], words[5:]) if words[2:4] == ["python", "-m"] else (words[2], words[3:])
-    if not workspace.is_whole:
-        request.getfixturevalue("coarse_figures")
-        arguments += SMALL_RUN if name == "train.py" else ()
-    outcome = script(name.removesuffix(".py"), *arguments)
+    if name == "train.py" and not workspace.is_whole:
+        arguments += SMALL_RUN
+    with nullcontext() if workspace.is_whole else drawn_coarsely():
+        outcome = script(name.removesuffix(".py"), *arguments)
     assert outcome.code == 0, outcome.err
 
 

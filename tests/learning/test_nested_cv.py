@@ -46,6 +46,8 @@ from utils.prediction.feeding import SlideFeed, predict_features
 from utils.tasks.calibration import scale_probabilities
 from utils.tasks.metrics import METRICS, decision_metrics, fitted_threshold
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 N_OUTER, N_INNER, EPOCHS = 3, 2, 3
 TRAININGS = N_OUTER * N_INNER
 

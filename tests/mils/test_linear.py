@@ -118,8 +118,23 @@ def test_no_product_falls_back_to_a_slow_one(monkeypatch, name):
 
 
 @with_onednn
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_goes_without_it(monkeypatch):
+    monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
+    calls, product = [], layers.ONEDNN_LINEAR
+    monkeypatch.setattr(layers, "ONEDNN_LINEAR", lambda *arguments: [calls.append(1), product(*arguments)][1])
+    layer, x = layers.Linear(16, 4), torch.randn(2, 30, 16)
+    expected = layer(x)
+    assert calls
+    calls.clear()
+    compiled = torch.compile(layer, backend="eager")
+    assert torch.allclose(compiled(x), expected, atol=1e-5)
+    assert not calls
+
+
+@pytest.mark.slow
+@with_onednn
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_model_compiled_to_machine_code_goes_without_it(monkeypatch):
     monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
     layer, x = layers.Linear(16, 4), torch.randn(2, 30, 16)
     compiled = torch.compile(layer, options={"compile_threads": 1})

@@ -33,6 +33,8 @@ from utils.prediction.feeding import SlideFeed
 from utils.prediction.predictor import SlidePredictor
 from utils.tasks.calibration import scale_probabilities
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 CLASSES = ("benign", "malignant")
 
 
@@ -313,7 +315,8 @@ def test_a_folders_pictures_are_drawn_on_the_slides_of_another(cohort, models, p
         write_bag(tmp_path / "in" / f"{name}.h5", Bag(features, coords, 128, bare))
         if name != "three":
             write_pyramid(tmp_path / "slides" / f"{name}.tif", stained_image(512, 512), mpp=0.25)
-    flags = ("--checkpoint", models[0], "--input_dir", tmp_path / "in", "--wsi", tmp_path / "slides", "--visualize")
+    flags = ("--checkpoint", models[0], "--input_dir", tmp_path / "in", "--wsi", tmp_path / "slides", "--visualize",
+             "--top_k", 1)  # fmt: skip
     outcome = predict(*flags)
     out = tmp_path / "out"
     assert outcome.code == 1
@@ -350,7 +353,7 @@ def drawable(tmp_path):
         model = build_mil(mil, input_dim=16, num_classes=2)
         write_model(tmp_path / "model.pth", 1, model=model.spec, state_dict=model.state_dict(), **changes)
         flags = ("--checkpoint", tmp_path / "model.pth", "--input", tmp_path / "slide.h5")
-        return flags, ("--visualize", "--wsi", tmp_path / "slide.tif")
+        return flags, ("--visualize", "--wsi", tmp_path / "slide.tif", "--top_k", 2)
 
     return make
 
@@ -364,7 +367,7 @@ def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_p
     found = of(tmp_path / "out", "slide")["faithfulness"]
     assert found["random_orders"] == (3 if mil == "TransMIL" else 10)
     assert np.isfinite(found["deletion"]["gap"])
-    assert (tmp_path / "out" / "slide_faithfulness.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "slide_faithfulness.png").stat().st_size > 1000
     assert "faithfulness" in (tmp_path / "out" / "slide_report.html").read_text()
 
 
@@ -431,7 +434,7 @@ def test_pictures_say_what_was_seen_in_training_also_when_that_is_learnt_later(
     (tmp_path / "slides").mkdir()
     (tmp_path / "slide.tif").rename(tmp_path / "slides" / "slide.tif")
     (tmp_path / "labels.csv").write_text("case_id,wsi_id,label\nP1,slide,benign\n")
-    drawn, labels = ("--visualize", "--wsi", tmp_path / "slides"), ("--labels_csv", tmp_path / "labels.csv")
+    drawn, labels = ("--visualize", "--wsi", tmp_path / "slides", *drawn[-2:]), ("--labels_csv", tmp_path / "labels.csv")
     out = tmp_path / "out"
     assert predict(*folder, *drawn).code == 0
     assert not any("seen in training" in text for text in texts_of_figures.values())
@@ -567,7 +570,7 @@ def test_a_patch_that_is_gone_is_drawn_again(drawable, predict, tmp_path):
     patches = tmp_path / "out" / "slide_top_patches"
     next(patches.glob("top_1_*.png")).unlink()
     predict(*flags, *drawn)
-    assert len(list(patches.glob("top_*.png"))) == 9
+    assert len(list(patches.glob("top_*.png"))) == 2
 
 
 def test_pictures_follow_a_faithfulness_that_is_measured_later(drawable, predict, tmp_path):
