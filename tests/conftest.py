@@ -45,7 +45,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 # What takes minutes begins first: dealt out last, a long file would leave the other process of the two idle.
-LONGEST = ("test_ray.py", "test_leakage.py", "test_readme.py", "test_demo.py", "test_engine.py", "test_tutorial.py")
+LONGEST = (
+    "test_ray.py", "test_engine.py", "test_run.py", "test_nested_cv.py", "test_commands.py", "test_readme.py",
+    "test_leakage.py", "test_extractor.py", "test_tutorial.py", "test_demo.py", "test_compare.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -155,12 +158,17 @@ def _run_once(tmp_path_factory, name: str, *arguments: str) -> Newcomer:
 
 @contextmanager
 def drawn_coarsely() -> Iterator[None]:
-    """Write figures with few pixels meanwhile."""
+    """Write figures with few pixels meanwhile, their parts where they are without a layout."""
     from matplotlib.figure import Figure
 
     save = Figure.savefig
+
+    def save_coarsely(figure: Figure, *path, **settings) -> None:
+        figure.set_layout_engine("none")
+        save(figure, *path, **settings | {"dpi": 25, "bbox_inches": None})
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda self, *path, **settings: save(self, *path, **settings | {"dpi": 25}))
+        patch.setattr(Figure, "savefig", save_coarsely)
         yield
 
 

@@ -21,6 +21,8 @@ from utils.pictures.attention_map import AttentionMap
 from utils.prediction import answer
 from utils.slides import wsi
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ("--epochs", 2, "--n_outer", 2, "--n_inner", 2, "--batch_size", 4, "--device", "cpu")
 

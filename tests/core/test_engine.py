@@ -202,6 +202,7 @@ class TestRay:
         ray.run(work.tell_environment, ["CUDA_VISIBLE_DEVICES"], lambda _, told: heard.append(told))
         assert heard == [""]
 
+    @pytest.mark.slow
     def test_deaths_at_the_beginning_count_in_a_row(self, ray, tmp_path):
         """One, then a worker that begins and dies of its task, then two more, then one that does it."""
         heard = []

@@ -434,7 +434,7 @@ def test_pictures_say_what_was_seen_in_training_also_when_that_is_learnt_later(
     (tmp_path / "slides").mkdir()
     (tmp_path / "slide.tif").rename(tmp_path / "slides" / "slide.tif")
     (tmp_path / "labels.csv").write_text("case_id,wsi_id,label\nP1,slide,benign\n")
-    drawn, labels = ("--visualize", "--wsi", tmp_path / "slides", *drawn[-2:]), ("--labels_csv", tmp_path / "labels.csv")
+    drawn, labels = (*drawn[:-3], tmp_path / "slides", *drawn[-2:]), ("--labels_csv", tmp_path / "labels.csv")
     out = tmp_path / "out"
     assert predict(*folder, *drawn).code == 0
     assert not any("seen in training" in text for text in texts_of_figures.values())
