@@ -19,6 +19,7 @@ import timm
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from PIL import Image
 
 from tests.synthetic import stained_image, write_pyramid
 from tests.web import Server
@@ -157,24 +158,35 @@ def _run_once(tmp_path_factory, name: str, *arguments: str) -> Newcomer:
 
 
 @contextmanager
-def drawn_coarsely() -> Iterator[None]:
-    """Write figures with few pixels meanwhile, their parts where they are without a layout."""
+def drawn_coarsely(*, blank: bool = False) -> Iterator[None]:
+    """Write figures with few pixels meanwhile, their parts where they are without a layout; or empty PNG files."""
     from matplotlib.figure import Figure
 
-    save = Figure.savefig
+    save = getattr(Figure.savefig, "original", Figure.savefig)
 
-    def save_coarsely(figure: Figure, *path, **settings) -> None:
+    def save_coarsely(figure: Figure, path: Path, **settings) -> None:
+        if blank and settings["format"] == "png":
+            Image.new("RGB", (8, 8)).save(path, "png")
+            return
         figure.set_layout_engine("none")
-        save(figure, *path, **settings | {"dpi": 25, "bbox_inches": None})
+        save(figure, path, **settings | {"dpi": 25, "bbox_inches": None})
 
+    save_coarsely.original = save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", save_coarsely)
         yield
 
 
 @pytest.fixture(scope="module")
+def blank_figures() -> Iterator[None]:
+    """Nothing is drawn into PNG files: for the tests of a file that ask which figures there are and what they say."""
+    with drawn_coarsely(blank=True):
+        yield
+
+
+@pytest.fixture
 def coarse_figures() -> Iterator[None]:
-    """Few pixels, for the tests of a file that ask which figures there are and what they say, not how they look."""
+    """Figures are drawn, with few pixels: for tests that ask whether they can be, and whether two are equal."""
     with drawn_coarsely():
         yield
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from MILS import list_mils
@@ -18,10 +19,11 @@ from tests.conftest import BACKBONE, PATCH
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from tests.synthetic import stained_image, write_pyramid
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.heatmap import save_picture
 from utils.prediction import answer
 from utils.slides import wsi
 
-pytestmark = pytest.mark.usefixtures("coarse_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ("--epochs", 2, "--n_outer", 2, "--n_inner", 2, "--batch_size", 4, "--device", "cpu")
@@ -220,6 +222,7 @@ def test_where_features_are_changes_no_number(slide_cohort, script, tmp_path):
     assert [path.suffix for path in sorted((tmp_path / "packed").iterdir())] == [".packed", ".lock"]
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_the_whole_protocol_in_one_command(slide_cohort, script, tmp_path):
     """Grid, ensemble, repeats and another monitor; then given splits; then its ensemble predicts a raw slide."""
     run, flags = tmp_path / "run", ("--mil", "LiteMIL", *cohort_flags(slide_cohort), *TRAINING, "--epochs", 2)
@@ -283,6 +286,7 @@ def test_bad_training_input_gets_one_line(flags, message, slide_cohort, script, 
     assert not (tmp_path / "run" / "predictions.csv").exists()
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_a_raw_slide_is_predicted_by_the_training_recipe(trained, slide_cohort, script, tmp_path):
     """The same slide, raw and as features, gives the same answer and pictures; nothing but the weights is said."""
     slide = slide_cohort.slides / "P00_0.tif"
@@ -476,11 +480,16 @@ def test_a_slide_that_does_not_tell_its_resolution_is_predicted_by_the_users_wor
     Path("mpp.csv").write_text("wsi,mpp\nplain.png,0.5\n")
     flags = ("--checkpoint", "run/all_folds_best.pth", "--input", "plain.png", "--device", "cpu", "--visualize")
     assert "in --slides_csv (a table wsi,mpp)" in script("predict", *flags).errors[0]
-    bars = []
-    monkeypatch.setattr("utils.pictures.heatmap._scale_bar", lambda *given: bars.append(given))
+    texts = []
+
+    def save(figure, path):
+        texts.extend(text.get_text() for text in figure.findobj(Text))
+        save_picture(figure, path)
+
+    monkeypatch.setattr("utils.pictures.visualizer.save_picture", save)
     told = script("predict", *flags, "--slides_csv", "mpp.csv")
     assert told.code == 0, told.err
-    assert bars
+    assert any(text.endswith(" µm") for text in texts)  # the scale bar
     Path("mpp.csv").write_text("wsi,mpp\nplain.png,0.4\n")
     other = script("predict", *flags, "--slides_csv", "mpp.csv")
     assert "is another prediction" in other.errors[0]

@@ -81,6 +81,25 @@ def test_an_error_stops_the_other_threads():
     assert stop.is_set()
 
 
+@pytest.mark.parametrize(
+    ("work_once_lost", "message", "heard_of_it"),
+    [
+        (work.outlive, "its worker process was killed (signal 9), as when memory runs out", ["begun", "half", "ended"]),
+        (work.run_out_of_memory, "its worker process ran out of memory", ["ended"]),
+    ],
+)
+def test_a_task_whose_process_is_lost_is_done_by_the_other(work_once_lost, message, heard_of_it, tmp_path):
+    heard: dict[int, list] = {1: [], 2: []}
+    tasks = [(number, tmp_path) for number in heard]
+    Processes(2).run(work_once_lost, tasks, lambda task, told: heard[task[0]].append(told))
+    assert not multiprocessing.active_children()
+    assert heard[1] == heard_of_it
+    (lost,) = [told for told in heard[2] if isinstance(told, Lost)]
+    assert (str(lost), lost.for_good, lost.left) == (message, False, 1)
+    assert heard[2][heard[2].index(lost) + 1 :] == heard_of_it
+
+
+@pytest.mark.slow
 def test_a_task_whose_process_dies_is_tried_again_with_fewer_at_a_time(tmp_path):
     """Two kills its first process, three each of them; all others are done, and none of them twice."""
     heard: dict[int, list] = {number: [] for number in range(1, 6)}
@@ -97,6 +116,7 @@ def test_a_task_whose_process_dies_is_tried_again_with_fewer_at_a_time(tmp_path)
     assert str(losses[3][1]).endswith("as when memory runs out (2 times now)")
 
 
+@pytest.mark.slow
 def test_a_task_whose_process_runs_out_of_memory_is_tried_again_with_fewer_at_a_time(tmp_path):
     heard: dict[int, list] = {number: [] for number in range(1, 6)}
     tasks = [(number, tmp_path) for number in heard]

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import read_bag
 from utils.core.errors import ConfigError
+from utils.core.files import is_free
 from utils.features import extraction
 from utils.slides import batch
 from utils.slides.settings import ExtractionFiles
@@ -330,19 +331,21 @@ def test_two_processes_on_one_folder_share_the_slides(tmp_path):
 def test_what_another_process_is_at_is_done_last_and_waited_for(
     slides, extract, tmp_path, monkeypatch, claimed_elsewhere
 ):
-    holder, waited = claimed_elsewhere(tmp_path / "out" / "a.h5"), []
-    original = batch._wait_for_release
+    holder, looks = claimed_elsewhere(tmp_path / "out" / "a.h5"), []
 
-    def wait_for_release(claimed):
-        waited.append({target.name for _, target in claimed})
-        assert sorted(path.name for path in (tmp_path / "out").glob("*.h5")) == ["b.h5", "c.h5"]
-        threading.Timer(0.3, lambda: (holder.kill(), holder.wait())).start()
-        return original(claimed)
+    def look(claim):
+        if not looks:
+            assert sorted(path.name for path in (tmp_path / "out").glob("*.h5")) == ["b.h5", "c.h5"]
+            threading.Timer(0.3, lambda: (holder.kill(), holder.wait())).start()
+        looks.append(is_free(claim))
+        return looks[-1]
 
-    monkeypatch.setattr(batch, "_wait_for_release", wait_for_release)
+    monkeypatch.setattr(batch, "is_free", look)
     monkeypatch.setattr(batch, "_SECONDS_BETWEEN_LOOKS", 0.05)
     ended = extract(*RECIPE)
-    assert (ended.code, waited) == (0, [{"a.h5"}])
+    assert ended.code == 0
+    assert looks == [False] * (len(looks) - 1) + [True]  # of one slide alone
+    assert len(looks) > 1
     said = f"{tmp_path / 'out' / 'a.h5'}: process {holder.pid} on {platform.node()} is extracting it; waiting for it"
     assert said in ended.err
     assert report_of(tmp_path)["status"].tolist() == ["done"] * 3
@@ -355,7 +358,7 @@ def test_waiting_for_another_process_can_be_interrupted(slides, extract, tmp_pat
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "_wait_for_release", interrupt)
+    monkeypatch.setattr(batch, "is_free", interrupt)
     assert extract(*RECIPE).code == 130
     assert sorted(report_of(tmp_path).index) == ["b.h5", "c.h5"]
 

@@ -46,7 +46,7 @@ from utils.prediction.feeding import SlideFeed, predict_features
 from utils.tasks.calibration import scale_probabilities
 from utils.tasks.metrics import METRICS, decision_metrics, fitted_threshold
 
-pytestmark = pytest.mark.usefixtures("coarse_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 N_OUTER, N_INNER, EPOCHS = 3, 2, 3
 TRAININGS = N_OUTER * N_INNER
@@ -1574,7 +1574,7 @@ class TestKinds:
         assert {name: after[name] for name in before} == before
         assert {name for name in after if name not in before} == {f"{name}.pdf" for name in run_figures.FIGURES}
 
-    def test_three_classes(self, tmp_path):
+    def test_three_classes(self, tmp_path, coarse_figures):
         names = ("CCRCC", "CHRCC", "PRCC")
         cohort = write_cohort(tmp_path / "cohort", classes=names, slides_per_patient=1, signal=4)
         data = MILDataset(*cohort, class_names=("PRCC", "CCRCC", "CHRCC"), chunk_size=30)
@@ -1587,7 +1587,7 @@ class TestKinds:
         assert [("PRCC", "CCRCC", "CHRCC")[k] for k in probabilities.argmax(axis=1)] == rows["predicted"].tolist()
         assert results["pooled"]["auc"] > 0.8
         assert results["pooled"]["accuracy"] == pytest.approx((rows["predicted"] == rows["label"]).mean())
-        assert (tmp_path / "run" / "roc.png").stat().st_size > 5000
+        assert (tmp_path / "run" / "roc.png").stat().st_size > 1000
 
     def test_true_labels_are_learned_and_shuffled_ones_are_not(self, tmp_path, no_figures):
         """If anything of a test slide leaked into training, labels without meaning would be predicted too."""

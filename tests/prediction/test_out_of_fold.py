@@ -19,7 +19,7 @@ from utils.nested_cv import NestedCrossValidation
 from utils.prediction.out_of_fold import OutOfFold
 from utils.prediction.predictor import SlidePredictor
 
-pytestmark = pytest.mark.usefixtures("coarse_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 SLIDES = 8
 

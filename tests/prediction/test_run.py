@@ -33,7 +33,7 @@ from utils.prediction.feeding import SlideFeed
 from utils.prediction.predictor import SlidePredictor
 from utils.tasks.calibration import scale_probabilities
 
-pytestmark = pytest.mark.usefixtures("coarse_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 CLASSES = ("benign", "malignant")
 
@@ -302,6 +302,7 @@ def test_two_inputs_of_one_name_are_refused(cohort, models, predict, tmp_path):
     assert "would both be written to" in outcome.errors[0]
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_a_folders_pictures_are_drawn_on_the_slides_of_another(cohort, models, predict, tmp_path):
     """Each on the slide of its name; a slide that is not there is that slide's failure alone; new looks draw anew."""
     (tmp_path / "in").mkdir()
@@ -358,6 +359,7 @@ def drawable(tmp_path):
     return make
 
 
+@pytest.mark.usefixtures("coarse_figures")
 @pytest.mark.parametrize("mil", list_mils())
 def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_path):
     flags, drawn = drawable(mil)
@@ -609,6 +611,7 @@ def test_an_unreadable_answer_is_its_slides_failure_alone(cohort, models, predic
     assert "no prediction that can be read" in outcome.errors[0]
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_names_with_dollar_signs_are_no_mathematics(predict, tmp_path):
     name, classes = "a$_{$b", ("x$\\frac$", "y")
     rng = np.random.default_rng(0)
