@@ -486,7 +486,7 @@ def test_a_slide_that_does_not_tell_its_resolution_is_predicted_by_the_users_wor
         texts.extend(text.get_text() for text in figure.findobj(Text))
         save_picture(figure, path)
 
-    monkeypatch.setattr("utils.pictures.visualizer.save_picture", save)
+    monkeypatch.setattr("utils.pictures.picture_set.save_picture", save)
     told = script("predict", *flags, "--slides_csv", "mpp.csv")
     assert told.code == 0, told.err
     assert any(text.endswith(" µm") for text in texts)  # the scale bar
