@@ -17,7 +17,7 @@ def main() -> None:
     files, recipe, cluster = cli.parse(str(__doc__), groups)
     # Imported when the command line is known to be right: they take seconds.
     from utils.core.errors import ConfigError
-    from utils.features.extraction import closing_words, extract_slides, rehearse
+    from utils.features.extraction import closing_words, dry_run, extract_slides
     from utils.features.extractor import WSIFeatureExtractor
     from utils.slides.batch import SlideFiles
     from utils.slides.slide_mpps import write_slides_csv
@@ -29,7 +29,7 @@ def main() -> None:
     if files.dry_run and cluster.is_asked_for:
         raise ConfigError("--dry_run looks from this machine alone; leave --ray out")
     if files.dry_run:
-        statuses, told = rehearse(extractor, files)
+        statuses, told = dry_run(extractor, files)
     else:
         statuses = extract_slides(extractor, files, cluster)
         told = closing_words(files, statuses, cli.took())

@@ -17,7 +17,7 @@ from utils.core import cli
 from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError
 from utils.core.model_help import model_help
-from utils.learning.settings import Model, Protocol, Rehearsal, Running, Training
+from utils.learning.settings import DryRun, Model, Protocol, Running, Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "cohort": Cohort, "model": Model, "training": Training, "cross-validation": Protocol, "running": Running,
-    "beyond one machine": Cluster, "before a long run": Rehearsal,
+    "beyond one machine": Cluster, "before a long run": DryRun,
 }  # fmt: skip
 
 
 def main() -> None:
     epilog = model_help(Path(__file__).parent / "MILS")
-    cohort, model, training, protocol, running, cluster, rehearsal = cli.parse(str(__doc__), FLAGS, epilog=epilog)
+    cohort, model, training, protocol, running, cluster, run = cli.parse(str(__doc__), FLAGS, epilog=epilog)
     from datasets.demo import make_demo, next_command
     from utils.core.engine import check_engine
     from utils.evaluation.report import closing_words
@@ -47,7 +47,7 @@ def main() -> None:
     is_demo = cohort.dataset == "demo" and cohort.labels_csv is None
     if is_demo:
         make_demo()
-    if rehearsal.dry_run:
+    if run.dry_run:
         print(audited(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
     output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
@@ -55,7 +55,7 @@ def main() -> None:
     settings = {**asdict(training), **asdict(protocol), **asdict(cluster), **where, "dataset_name": cohort.dataset}
     factory = model_factory(name, model, dataset)
     cv = NestedCrossValidation(factory, dataset, dataset.class_names, output_dir, **settings)
-    if rehearsal.dry_run:
+    if run.dry_run:
         print(f"\n{cv.dry_run()}\n\nNothing was trained: a dry run (took {cli.took()}).")
         print("Next: the same command without --dry_run")
         return

@@ -22,7 +22,7 @@ from report import processor, table, versions
 
 from utils.core.cluster import Cluster
 from utils.core.engine import Engine, Processes, open_engine
-from utils.core.errors import counted
+from utils.core.errors import plural
 from utils.core.runtime import be_quiet
 from utils.slides.batch import SlideStatus, work_through
 
@@ -71,7 +71,7 @@ def overhead(folder: Path, number: int) -> str:
             few = dict(list(targets.items())[:10])
             start = seconds_of(engine, no_op, few, report)
             took = seconds_of(engine, no_op, targets, report)
-            rows.append([f"Ray, {counted(actors, 'actor')}", f"{1e3 * (took - start) / (number - len(few)):.2f}"])
+            rows.append([f"Ray, {plural(actors, 'actor')}", f"{1e3 * (took - start) / (number - len(few)):.2f}"])
     return f"### Overhead: {number:,} slides that take no time\n\n{table(' | ms a slide', rows)}"
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.synthetic import MPP, PATTERNS, SITES, Patient, draw_slide, write_slide
-from utils.core.engine import Processes, Tell, threads
+from utils.core.engine import Processes, Send, threads
 from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.runtime import keep_freed_memory, log, processors, progress_bar
@@ -124,11 +124,11 @@ def make_test_slide(path: Path = TEST_SLIDE) -> None:
     _extract(ExtractionFiles(input=path, overwrite=True))
 
 
-def _draw(task: tuple[DemoSlide, Path], tell: Tell) -> None:
+def _draw(task: tuple[DemoSlide, Path], send: Send) -> None:
     row, home = task
     keep_freed_memory()
     row.draw(row.wsi(home), row.mask(home))
-    tell(row.wsi_id)
+    send(row.wsi_id)
 
 
 def _extract(files: ExtractionFiles) -> None:

@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.cohorts import KNOWN_COHORTS, KnownCohort
-from utils.core.errors import DownloadError, counted
+from utils.core.errors import DownloadError, plural
 from utils.core.files import whole_file, write_json, write_text
 from utils.core.runtime import file_size, log, progress, progress_bar
 from utils.features.backbones import backbone_spec
@@ -274,16 +274,16 @@ def _tell_classes(path: Path, rows: Sequence[Mapping[str, str]], known: KnownCoh
     counts = Counter(known.label_names.get(row["label"], row["label"]) for row in rows)
     told = ", ".join(f"{name} {counts[name]}" for name in known.class_names)
     rare = sum(counts[name] for name in known.left_out)
-    left = f"; {counted(rare, 'slide')} of {', '.join(known.left_out)} left out" if rare else ""
-    log.info("%s: %s (%s)%s", path, counted(sum(counts[name] for name in known.class_names), "slide"), told, left)
+    left = f"; {plural(rare, 'slide')} of {', '.join(known.left_out)} left out" if rare else ""
+    log.info("%s: %s (%s)%s", path, plural(sum(counts[name] for name in known.class_names), "slide"), told, left)
 
 
 def _tell_missing(features: Path, rows: Sequence[Mapping[str, str]], known: KnownCohort) -> None:
     wanted = [row["wsi_id"] for row in rows if row["label"] not in known.left_out]
     missing = [name for name in wanted if not (features / f"{name}.pt").exists()]
-    log.info("%s: %s", features, counted(len(list(features.glob("*.pt"))), "feature file"))
+    log.info("%s: %s", features, plural(len(list(features.glob("*.pt"))), "feature file"))
     if missing:
-        told = counted(len(missing), "slide")
+        told = plural(len(missing), "slide")
         log.warning("%s without features, such as %s; train with --allow missing", told, missing[0])
 
 

@@ -201,10 +201,10 @@ class TestInstrumented:
         trainer, read, done = jobs.Trainer.__call__, MILDataset.features, []
         training_of: list[set[int]] = [set()]
 
-        def watched_trainer(self, unit, tell):
+        def watched_trainer(self, unit, send):
             training_of[0] = set(unit.fold.train.tolist())
             assert not training_of[0] & set(unit.fold.test.tolist())
-            trainer(self, unit, tell)
+            trainer(self, unit, send)
             training_of[0] = set()
             done.append(unit.name)
 

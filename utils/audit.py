@@ -53,7 +53,7 @@ from utils.bags.feature_folder import FeatureFolder
 from utils.bags.settings import CohortFiles
 from utils.bags.table import LabelTable, Row, read_table
 from utils.core.cohorts import cohort_classes
-from utils.core.errors import counted
+from utils.core.errors import plural
 from utils.learning.split_files import read_splits, unused_split
 
 
@@ -163,7 +163,7 @@ def as_text(findings: Sequence[Finding]) -> str:
         mine = [f"  {finding.level:8} {finding.message}" for finding in findings if finding.topic == topic]
         lines += [topic, *mine, ""]
     counts = Counter(finding.level for finding in findings)
-    return "\n".join([*lines, f"{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}"])
+    return "\n".join([*lines, f"{plural(counts['error'], 'error')}, {plural(counts['warning'], 'warning')}"])
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 
 from MILS import ModelError, build_mil, list_mils
-from utils.core.errors import counted
+from utils.core.errors import plural
 from utils.core.files import digest, read_record, set_aside, write_json, write_records, write_text
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress
@@ -122,7 +122,7 @@ def folder_name(names: Sequence[str]) -> str:
     if len(joined.encode()) <= _LONGEST_NAME:
         return joined
     start = plain[0].encode()[: _LONGEST_NAME // 2].decode(errors="ignore")
-    return f"{start}_vs_{counted(len(names) - 1, 'other').replace(' ', '_')}_{digest(*names)[:8]}"
+    return f"{start}_vs_{plural(len(names) - 1, 'other').replace(' ', '_')}_{digest(*names)[:8]}"
 
 
 def _record(runs: Sequence[Run], metrics: Sequence[str]) -> dict[str, Any]:
@@ -329,7 +329,7 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
     )
     sentences = [
         [
-            f"{counted(slides, 'slide')} of {counted(patients, 'patient')}, tested in {counted(folds, 'fold')}.",
+            f"{plural(slides, 'slide')} of {plural(patients, 'patient')}, tested in {plural(folds, 'fold')}.",
             "A difference is the first run's figure minus the second's, over all tested slides.",
             primary,
             pairs,

@@ -57,7 +57,7 @@ from utils.bags.store import (
     write_bag,
 )
 from utils.core.differences import differences, first_differences
-from utils.core.errors import FeatureFileError, LiteMILError, named
+from utils.core.errors import FeatureFileError, LiteMILError, first_few
 from utils.core.files import check_distinct
 from utils.core.passport import Passport
 from utils.core.report import update_report
@@ -259,7 +259,7 @@ def _slides_of(sources: Iterable[Path], slides_dir: Path) -> dict[Path, Path]:
     if not slides:
         raise ConfigError(f"{slides_dir}: no slide bears a feature file's name, such as {without[0]}; check the folder")
     if without:
-        log.warning("%s: no slide for %s; their um per pixel is not known", slides_dir, named(without, _NAMED))
+        log.warning("%s: no slide for %s; their um per pixel is not known", slides_dir, first_few(without, _NAMED))
     return slides
 
 
@@ -291,7 +291,7 @@ def _reasons(title: str, statuses: Sequence[FileStatus]) -> list[str]:
     for status in statuses:
         files.setdefault(_reason(status), []).append(status.file.name)
     by_count = sorted(files.items(), key=lambda item: -len(item[1]))
-    lines = [f"  {named(names, _NAMED)}: {reason}" for reason, names in by_count[:_TOLD]]
+    lines = [f"  {first_few(names, _NAMED)}: {reason}" for reason, names in by_count[:_TOLD]]
     if len(by_count) > _TOLD:
         lines.append(f"  and {len(by_count) - _TOLD} more reasons: see {REPORT}")
     return [title, *lines] if lines else []

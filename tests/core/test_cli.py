@@ -18,7 +18,7 @@ from utils.core import cli, runtime
 from utils.core.errors import ConfigError, LiteMILError, SlideError
 from utils.core.settings import REQUIRED, flag_of, option
 from utils.features.settings import Extraction
-from utils.learning.settings import Model, Protocol, Rehearsal, Running, Training
+from utils.learning.settings import DryRun, Model, Protocol, Running, Training
 from utils.pictures.settings import Pictures
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.slides.settings import ExtractionFiles
@@ -31,7 +31,7 @@ SCRIPTS = {
         "training": Training,
         "protocol": Protocol,
         "running": Running,
-        "rehearsal": Rehearsal,
+        "dry run": DryRun,
     },
     "predict": {"prediction": Prediction, "recipe": PredictionRecipe, "pictures": Pictures},
     "convert": {"conversion": Conversion},

@@ -20,7 +20,16 @@ import torch
 from tests.conftest import is_running
 from tests.core import work
 from utils.core.cluster import Cluster
-from utils.core.engine import Lost, Processes, Threads, check_engine, open_engine, threads, threads_each, worker_number
+from utils.core.engine import (
+    Processes,
+    Threads,
+    WorkerDied,
+    check_engine,
+    open_engine,
+    threads,
+    threads_each,
+    worker_number,
+)
 from utils.core.errors import ConfigError, EngineError, TrainingError
 from utils.core.processes import is_out_of_memory
 from utils.core.runtime import log, processors
@@ -38,7 +47,7 @@ def engine(request):
 
 def test_every_task_is_done_and_heard_in_its_order_of_telling(engine):
     heard: dict[int, list] = {}
-    engine.run(work.square, [3, 4, 5], lambda task, told: heard.setdefault(task, []).append(told))
+    engine.run(work.square, [3, 4, 5], lambda task, message: heard.setdefault(task, []).append(message))
     assert heard == {task: [("threads", 1), ("square", task * task)] for task in (3, 4, 5)}
 
 
@@ -65,11 +74,11 @@ def test_threads_have_numbers_of_their_own():
     heard = []
     barrier = threading.Barrier(2)
 
-    def meet(_: int, tell) -> None:
+    def meet(_: int, send) -> None:
         barrier.wait(10)
-        tell(worker_number())
+        send(worker_number())
 
-    Threads(2).run(meet, [1, 2], lambda _, told: heard.append(told))
+    Threads(2).run(meet, [1, 2], lambda _, message: heard.append(message))
     assert sorted(heard) == [0, 1]
     assert worker_number() == 0
 
@@ -91,11 +100,11 @@ def test_an_error_stops_the_other_threads():
 def test_a_task_whose_process_is_lost_is_done_by_the_other(work_once_lost, message, heard_of_it, tmp_path):
     heard: dict[int, list] = {1: [], 2: []}
     tasks = [(number, tmp_path) for number in heard]
-    Processes(2).run(work_once_lost, tasks, lambda task, told: heard[task[0]].append(told))
+    Processes(2).run(work_once_lost, tasks, lambda task, message: heard[task[0]].append(message))
     assert not multiprocessing.active_children()
     assert heard[1] == heard_of_it
-    (lost,) = [told for told in heard[2] if isinstance(told, Lost)]
-    assert (str(lost), lost.for_good, lost.left) == (message, False, 1)
+    (lost,) = [message for message in heard[2] if isinstance(message, WorkerDied)]
+    assert (str(lost), lost.for_good, lost.workers_left) == (message, False, 1)
     assert heard[2][heard[2].index(lost) + 1 :] == heard_of_it
 
 
@@ -104,14 +113,14 @@ def test_a_task_whose_process_dies_is_tried_again_with_fewer_at_a_time(tmp_path)
     """Two kills its first process, three each of them; all others are done, and none of them twice."""
     heard: dict[int, list] = {number: [] for number in range(1, 6)}
     tasks = [(number, tmp_path) for number in heard]
-    Processes(2).run(work.outlive, tasks, lambda task, told: heard[task[0]].append(told))
+    Processes(2).run(work.outlive, tasks, lambda task, message: heard[task[0]].append(message))
     assert not multiprocessing.active_children()
-    losses = {number: [told for told in heard[number] if isinstance(told, Lost)] for number in heard}
+    losses = {number: [message for message in heard[number] if isinstance(message, WorkerDied)] for number in heard}
     assert {number: len(lost) for number, lost in losses.items()} == {1: 0, 2: 1, 3: 2, 4: 0, 5: 0}
     assert [lost.for_good for lost in losses[3]] == [False, True]
-    assert [told for told in heard[2] if told not in losses[2]] == ["begun", "half", "begun", "half", "ended"]
+    assert [message for message in heard[2] if message not in losses[2]] == ["begun", "half", "begun", "half", "ended"]
     assert all(heard[number] == ["begun", "half", "ended"] for number in (1, 4, 5))
-    assert {lost.left for number in (2, 3) for lost in losses[number] if not lost.for_good} == {1}
+    assert {lost.workers_left for number in (2, 3) for lost in losses[number] if not lost.for_good} == {1}
     assert str(losses[2][0]) == "its worker process was killed (signal 9), as when memory runs out"
     assert str(losses[3][1]).endswith("as when memory runs out (2 times now)")
 
@@ -120,7 +129,7 @@ def test_a_task_whose_process_dies_is_tried_again_with_fewer_at_a_time(tmp_path)
 def test_a_task_whose_process_runs_out_of_memory_is_tried_again_with_fewer_at_a_time(tmp_path):
     heard: dict[int, list] = {number: [] for number in range(1, 6)}
     tasks = [(number, tmp_path) for number in heard]
-    Processes(2).run(work.run_out_of_memory, tasks, lambda task, told: heard[task[0]].append(told))
+    Processes(2).run(work.run_out_of_memory, tasks, lambda task, message: heard[task[0]].append(message))
     assert not multiprocessing.active_children()
     assert heard[1] == heard[4] == heard[5] == ["ended"]
     lost, ended = heard[2]
@@ -132,9 +141,9 @@ def test_a_task_whose_process_runs_out_of_memory_is_tried_again_with_fewer_at_a_
 def test_memory_that_runs_out_in_this_process_ends_it_without_a_traceback(tmp_path):
     heard = []
     Processes().run(
-        work.run_out_of_memory, [(1, tmp_path), (3, tmp_path), (4, tmp_path)], lambda _, told: heard.append(told)
+        work.run_out_of_memory, [(1, tmp_path), (3, tmp_path), (4, tmp_path)], lambda _, message: heard.append(message)
     )
-    assert [str(told) for told in heard] == ["ended", "it ran out of memory"]
+    assert [str(message) for message in heard] == ["ended", "it ran out of memory"]
     assert heard[1].for_good
 
 
@@ -154,14 +163,16 @@ def test_whether_memory_ran_out(failure, is_so):
 
 def test_processes_that_all_die_are_not_begun_again_and_again():
     heard = []
-    Processes(2).run(work.die, [1, 2, 3, 4, 5], lambda task, told: heard.append(told))
+    Processes(2).run(work.die, [1, 2, 3, 4, 5], lambda task, message: heard.append(message))
     assert [lost.for_good for lost in heard] in ([False, True], [False, False, True])
     assert "ended unexpectedly (exit code 7)" in str(heard[0])
 
 
-def without_process(told):
+def without_process(message):
     """Which ran in between is another each time."""
-    return dataclasses.replace(told, process=0) if isinstance(told, Lost) and told.process > 0 else told
+    return (
+        dataclasses.replace(message, process=0) if isinstance(message, WorkerDied) and message.process > 0 else message
+    )
 
 
 class TestRay:
@@ -169,11 +180,11 @@ class TestRay:
         """What is told last is heard with the end, so that nothing is both ended and lost."""
         heard: dict[int, list] = {number: [] for number in range(1, 5)}
         tasks = [(number, tmp_path) for number in heard]
-        ray.run(work.outlive, tasks, lambda task, told: heard[task[0]].append(without_process(told)))
-        assert heard.pop(2) == ["begun", Lost(1, False, HERE, 0), "begun", "half", "ended"]
+        ray.run(work.outlive, tasks, lambda task, message: heard[task[0]].append(without_process(message)))
+        assert heard.pop(2) == ["begun", WorkerDied(1, False, HERE, 0), "begun", "half", "ended"]
         assert heard.pop(3) == [
-            *("begun", Lost(1, False, HERE, 0), "begun", Lost(2, False, HERE, 0), "begun"),
-            Lost(3, True, HERE, 0),
+            *("begun", WorkerDied(1, False, HERE, 0), "begun", WorkerDied(2, False, HERE, 0), "begun"),
+            WorkerDied(3, True, HERE, 0),
         ]
         assert heard == {number: ["begun", "half", "ended"] for number in (1, 4)}
 
@@ -191,14 +202,14 @@ class TestRay:
     def test_what_cannot_be_sent_is_nobodys_death(self, ray):
         heard = []
         with pytest.raises(Exception, match="missing 1 required positional argument: 'second'"):
-            ray.run(work.tell_oddly, [0], lambda _, told: heard.append(told))
+            ray.run(work.send_oddly, [0], lambda _, message: heard.append(message))
         assert not heard
 
     def test_more_threads_than_any_node_has_processors_are_given_all_the_same(self, ray):
         """As a run goes on that was begun on a larger machine."""
         heard = []
         with threads(processors() + 1):
-            ray.run(work.square, [2], lambda _, told: heard.append(told))
+            ray.run(work.square, [2], lambda _, message: heard.append(message))
         assert heard == [("threads", processors() + 1), ("square", 4)]
 
     def test_workers_that_die_at_their_beginning_are_replaced_so_often(self, ray, caplog):
@@ -211,30 +222,30 @@ class TestRay:
         heard: dict[int, list] = {}
         tasks = [work.Deadly(tmp_path / str(deaths), deaths) for deaths in (1, 2)]
         once = dataclasses.replace(ray, retries=0)
-        once.run(work.tell_name, tasks, lambda task, told: heard.setdefault(task.deaths, []).append(told))
-        lost = {deaths: [(told.times, told.for_good) for told in all_told if isinstance(told, Lost)]
-                for deaths, all_told in heard.items()}  # fmt: skip
+        once.run(work.send_name, tasks, lambda task, message: heard.setdefault(task.deaths, []).append(message))
+        lost = {deaths: [(message.times, message.for_good) for message in messages if isinstance(message, WorkerDied)]
+                for deaths, messages in heard.items()}  # fmt: skip
         assert lost == {1: [(1, False)], 2: [(1, False), (2, True)]}
         assert heard[1][-1] == "1"
 
     def test_workers_without_a_share_of_a_gpu_see_none(self, ray):
         heard = []
-        ray.run(work.tell_environment, ["CUDA_VISIBLE_DEVICES"], lambda _, told: heard.append(told))
+        ray.run(work.send_environment, ["CUDA_VISIBLE_DEVICES"], lambda _, message: heard.append(message))
         assert heard == [""]
 
     @pytest.mark.slow
     def test_deaths_at_the_beginning_count_in_a_row(self, ray, tmp_path):
         """One, then a worker that begins and dies of its task, then two more, then one that does it."""
         heard = []
-        ray.run(work.Unpacked(work.begun_by_two_of_five, tmp_path), [0], lambda _, told: heard.append(told))
-        assert list(map(without_process, heard)) == [Lost(1, False, HERE, 0), "done by 4"]
+        ray.run(work.Unpacked(work.begun_by_two_of_five, tmp_path), [0], lambda _, message: heard.append(message))
+        assert list(map(without_process, heard)) == [WorkerDied(1, False, HERE, 0), "done by 4"]
 
     def test_workers_that_cannot_begin_do_not_end_those_that_work(self, ray, tmp_path, caplog):
         """As on a node without room in its memory."""
         heard, warnings = [], logging.Handler()
         warnings.emit = lambda record: (tmp_path / f"warning_{record.created}").touch()
         log.addHandler(warnings)
-        ray.run(work.Unpacked(work.begun_by_the_first, tmp_path), [1, 2], lambda _, told: heard.append(told))
+        ray.run(work.Unpacked(work.begun_by_the_first, tmp_path), [1, 2], lambda _, message: heard.append(message))
         assert heard == ["done", "done"]
         assert [message.split(" (")[1] for message in caplog.messages] == [
             "1 in a row)",
@@ -255,7 +266,7 @@ class TestRay:
     def test_workers_have_the_drivers_word_on_downloads(self, ray, monkeypatch):
         monkeypatch.setenv("HF_HOME", "/weights/of/ours")
         heard = []
-        ray.run(work.tell_environment, ["HF_HOME"], lambda _, told: heard.append(told))
+        ray.run(work.send_environment, ["HF_HOME"], lambda _, message: heard.append(message))
         assert heard == ["/weights/of/ours"]
 
     def test_a_node_without_what_is_needed_is_named(self, ray):
@@ -272,7 +283,7 @@ class TestRay:
     def test_workers_begin_where_the_driver_is(self, ray, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         heard = []
-        ray.run(work.where, [1], lambda _, told: heard.append(told))
+        ray.run(work.where, [1], lambda _, message: heard.append(message))
         assert heard == [tmp_path]
 
     def test_what_is_asked_for_in_vain_is_told(self, monkeypatch):
@@ -433,8 +444,8 @@ UNGUARDED = """
 from functools import partial
 from utils.core.engine import Processes, refuse_rerun
 
-def work(payload, task, tell):
-    tell(task)
+def work(payload, task, send):
+    send(task)
 
 refuse_rerun()
 Processes(2).run(partial(work, bytes(2**20)), [1, 2], print)

@@ -22,7 +22,6 @@ import torch
 from utils.core import files
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, LiteMILError
 from utils.core.files import (
-    appeared,
     check_distinct,
     check_writable,
     claim_on,
@@ -32,6 +31,7 @@ from utils.core.files import (
     digest,
     is_free,
     read_json,
+    wait_for_file,
     whole_file,
     write_bytes,
     write_json,
@@ -184,8 +184,8 @@ def test_a_folder_that_cannot_be_written_is_one_line_of_the_error_asked_for(tmp_
 def test_a_file_that_shows_late_is_waited_for_but_not_for_ever(tmp_path):
     late = tmp_path / "late"
     threading.Timer(0.3, late.touch).start()
-    assert appeared(late, 30).exists()
-    assert not appeared(tmp_path / "never", 0.2).exists()
+    assert wait_for_file(late, 30).exists()
+    assert not wait_for_file(tmp_path / "never", 0.2).exists()
 
 
 def test_a_folder_is_tried_without_a_trace(tmp_path):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from utils.core import runtime
 from utils.core.device import resolve_device, run_metadata, seed_everything
 from utils.core.errors import ConfigError
-from utils.core.runtime import ahead, available_memory, derive_seed, duration, progress, progress_bar, versions
+from utils.core.runtime import available_memory, derive_seed, duration, prefetch, progress, progress_bar, versions
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_items_are_made_one_ahead_and_in_their_order():
             made.append((number, threading.get_ident()))
             yield number
 
-    started = ahead(items())
+    started = prefetch(items())
     assert next(started) == 0
     for _ in range(1000):  # the next one is made meanwhile
         if len(made) == 2:
@@ -288,7 +288,7 @@ def test_items_are_made_one_ahead_and_in_their_order():
     assert [number for number, _ in made] == [0, 1]
     assert list(started) == [1, 2, 3, 4]
     assert main not in {thread for _, thread in made}
-    assert list(ahead([])) == []
+    assert list(prefetch([])) == []
 
 
 def test_what_fails_while_it_is_made_ahead_fails_where_it_is_asked_for():
@@ -296,14 +296,14 @@ def test_what_fails_while_it_is_made_ahead_fails_where_it_is_asked_for():
         yield 1
         raise ConfigError("no second one")
 
-    started = ahead(items())
+    started = prefetch(items())
     assert next(started) == 1
     with pytest.raises(ConfigError, match="no second one"):
         next(started)
 
 
 def test_what_is_made_ahead_may_be_left_alone():
-    started = ahead(iter(range(10**9)))
+    started = prefetch(iter(range(10**9)))
     next(started)
     started.close()
 

@@ -21,7 +21,7 @@ from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError
 from utils.core.settings import flag_of
 from utils.features.settings import Extraction
-from utils.learning.settings import Model, Protocol, Rehearsal, Running, Training
+from utils.learning.settings import DryRun, Model, Protocol, Running, Training
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.pictures.settings import Pictures
@@ -40,7 +40,7 @@ GIVEN = {
     Protocol: {},
     Running: {},
     Cluster: {"ray": "local"},
-    Rehearsal: {},
+    DryRun: {},
     Comparison: {"runs": (Path("a"), Path("b"))},
     Demo: {},
     Download: {"name": "breast"},

@@ -13,47 +13,47 @@ from utils.core.errors import ConfigError, TrainingError
 from utils.core.runtime import log, processors
 
 
-def square(task: int, tell) -> None:
-    tell(("threads", torch.get_num_threads()))
-    tell(("square", task * task))
+def square(task: int, send) -> None:
+    send(("threads", torch.get_num_threads()))
+    send(("square", task * task))
 
 
-def fail_at_two(task: int, tell) -> None:
+def fail_at_two(task: int, send) -> None:
     if task == 2:
         raise TrainingError("the loss is nan")
     time.sleep(0.05)
-    tell(task)
+    send(task)
 
 
-def die(task: int, tell) -> None:
+def die(task: int, send) -> None:
     os._exit(7)
 
 
-def take_long(task: Path, tell) -> None:
+def take_long(task: Path, send) -> None:
     """Sign in, then outlast every patience."""
     task.write_text(str(os.getpid()))
     time.sleep(600)
 
 
-def warn(task: int, tell) -> None:
+def warn(task: int, send) -> None:
     log.warning("task %d on %s", task, processors())
-    tell(worker_number())
+    send(worker_number())
 
 
-def outlive(task: tuple[int, Path], tell) -> None:
+def outlive(task: tuple[int, Path], send) -> None:
     """Two kills its first worker, three each of them."""
     number, folder = task
-    tell("begun")
-    tell("half")
+    send("begun")
+    send("half")
     if number == 3 or (number == 2 and not (folder / "died").exists()):
         if number == 2:
             (folder / "died").touch()
         time.sleep(0.5)  # what was told is on its way
         os.kill(os.getpid(), signal.SIGKILL)
-    tell("ended")
+    send("ended")
 
 
-def run_out_of_memory(task: tuple[int, Path], tell) -> None:
+def run_out_of_memory(task: tuple[int, Path], send) -> None:
     """Two does it once, three each time."""
     number, folder = task
     if number == 3:
@@ -61,11 +61,11 @@ def run_out_of_memory(task: tuple[int, Path], tell) -> None:
     if number == 2 and not (folder / "ran_out").exists():
         (folder / "ran_out").touch()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    tell("ended")
+    send("ended")
 
 
-def divide(task: int, tell) -> None:
-    tell(1 / task)
+def divide(task: int, send) -> None:
+    send(1 / task)
 
 
 class Unpacked:
@@ -74,8 +74,8 @@ class Unpacked:
     def __init__(self, call, argument) -> None:
         self.parts = call, (argument,)
 
-    def __call__(self, task: int, tell) -> None:
-        tell(task)
+    def __call__(self, task: int, send) -> None:
+        send(task)
 
     def __reduce__(self):
         return self.parts
@@ -99,10 +99,10 @@ def begun_by_the_first(folder: Path):
     return partial(wait_for_files, folder, 3)
 
 
-def wait_for_files(folder: Path, count: int, _: int, tell) -> None:
+def wait_for_files(folder: Path, count: int, _: int, send) -> None:
     while len(list(folder.glob("warning_*"))) < count:
         time.sleep(0.05)
-    tell("done")
+    send("done")
 
 
 class Deadly:
@@ -123,25 +123,25 @@ def die_a_few_times(file: Path, deaths: int) -> Path:
     return file
 
 
-def tell_name(file: Path, tell) -> None:
-    tell(file.name)
+def send_name(file: Path, send) -> None:
+    send(file.name)
 
 
 def ask(for_what: str):
     raise ConfigError(for_what)
 
 
-def tell_environment(name: str, tell) -> None:
-    tell(os.environ.get(name))
+def send_environment(name: str, send) -> None:
+    send(os.environ.get(name))
 
 
-def die_before(last: int, number: int, _: int, tell) -> None:
+def die_before(last: int, number: int, _: int, send) -> None:
     if number < last:
         os._exit(1)
-    tell(f"done by {number}")
+    send(f"done by {number}")
 
 
-def greet(_: int, tell) -> None:
+def greet(_: int, send) -> None:
     log.info("hello")
     log.warning("careful")
 
@@ -151,13 +151,13 @@ class TwoPartError(Exception):
         super().__init__(f"{first} and {second}")
 
 
-def fail_oddly(_: int, tell) -> None:
+def fail_oddly(_: int, send) -> None:
     raise TwoPartError("a", "b")
 
 
-def tell_oddly(_: int, tell) -> None:
-    tell(TwoPartError("a", "b"))
+def send_oddly(_: int, send) -> None:
+    send(TwoPartError("a", "b"))
 
 
-def where(_: int, tell) -> None:
-    tell(Path.cwd())
+def where(_: int, send) -> None:
+    send(Path.cwd())

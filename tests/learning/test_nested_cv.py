@@ -26,7 +26,7 @@ from tests.cohort import write_cohort
 from tests.small import TASK, classification_metrics
 from utils.bags.inventory import FileRecord
 from utils.bags.store import read_bag, write_bag
-from utils.core.engine import Lost, Processes, threads
+from utils.core.engine import Processes, WorkerDied, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
@@ -701,11 +701,14 @@ class TestWorkersThatDie:
         class Mortal(Processes):
             deaths, for_good = 2, False
 
-            def run(self, work, tasks, hear) -> None:
+            def run(self, work, tasks, on_message) -> None:
                 for times in range(1, self.deaths + 1):
-                    hear(tasks[0], {"epoch": 1, "lr": 0.1})
-                    hear(tasks[0], Lost(times, self.for_good and times == self.deaths, "node7", 321, left=3))
-                super().run(work, tasks[self.for_good :], hear)
+                    on_message(tasks[0], {"epoch": 1, "lr": 0.1})
+                    on_message(
+                        tasks[0],
+                        WorkerDied(times, self.for_good and times == self.deaths, "node7", 321, workers_left=3),
+                    )
+                super().run(work, tasks[self.for_good :], on_message)
 
         monkeypatch.setattr(nested_cv, "open_engine", lambda *_: nullcontext(Mortal()))
         return Mortal

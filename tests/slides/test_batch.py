@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from utils.core.engine import Lost
+from utils.core.engine import WorkerDied
 from utils.core.errors import SlideError
 from utils.slides.batch import SlideStatus, work_through
 
@@ -20,15 +20,15 @@ class Mortal:
     def __init__(self, deaths: dict[str, tuple[int, bool]]) -> None:
         self.deaths, self.order = deaths, []
 
-    def run(self, work: Callable, tasks: list, hear: Callable) -> None:
+    def run(self, work: Callable, tasks: list, on_message: Callable) -> None:
         for task in tasks:
             name = task[0].name
             self.order.append(name)
             deaths, for_good = self.deaths.get(name, (0, False))
             for times in range(1, deaths + 1):
-                hear(task, Lost(times, for_good and times == deaths, "node7", 321))
+                on_message(task, WorkerDied(times, for_good and times == deaths, "node7", 321))
             if not for_good:
-                work(task, lambda told, task=task: hear(task, told))
+                work(task, lambda message, task=task: on_message(task, message))
 
 
 @pytest.fixture

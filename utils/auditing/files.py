@@ -15,7 +15,7 @@ from utils.bags import labels
 from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import root_mean_square
 from utils.bags.store import peek_bag, read_bag
-from utils.core.errors import FeatureFileError, LabelsError, counted, named
+from utils.core.errors import FeatureFileError, LabelsError, first_few, plural
 from utils.core.files import digest
 from utils.core.passport import Passport
 from utils.core.recipe import COMPARED_FIELDS, MPP_TOLERANCE
@@ -52,16 +52,16 @@ def check_files(
         findings.append(Finding("error", "files", message, {"slides": damaged}))
     if missing:
         near = labels.near_ids(missing, lambda: folder.files)
-        names = named([labels.missed_id(wsi_id, near) for wsi_id in missing])
-        message = f"{counted(len(missing), 'slide')} without a feature file in {folder.path}: {names}"
+        names = first_few([labels.missed_id(wsi_id, near) for wsi_id in missing])
+        message = f"{plural(len(missing), 'slide')} without a feature file in {folder.path}: {names}"
         message += f"; {labels.id_hint(near) or 'extract them'}"
         message += ", or train with --allow missing" if len(missing) < len(slides) else ""
         findings.append(Finding(level, "files", message, {"slides": missing}))
     if slides and not findings:
-        findings = [Finding("ok", "files", f"{counted(len(slides), 'slide')}, each with a feature file that opens")]
+        findings = [Finding("ok", "files", f"{plural(len(slides), 'slide')}, each with a feature file that opens")]
     rowless = [file.name for wsi_id, files in folder.files.items() if wsi_id not in wsi_ids for file in files]
     if rowless:
-        message = f"{counted(len(rowless), 'feature file')} without a row in the table: {named(rowless)}"
+        message = f"{plural(len(rowless), 'feature file')} without a row in the table: {first_few(rowless)}"
         findings.append(Finding("info", "files", message, {"files": rowless}))
     return findings, bags
 
@@ -81,7 +81,7 @@ def check_content(bags: Sequence[AuditedBag], feat_type: str, classes: Sequence[
     for group in copies:
         across = len({bag.case_id for bag in group}) > 1 or len({bag.label for bag in group}) > 1
         what = "the same features under several patients or labels" if across else "the same features more than once"
-        told = named([f"{bag.wsi_id} ({bag.case_id}, {classes[bag.label]})" for bag in group])
+        told = first_few([f"{bag.wsi_id} ({bag.case_id}, {classes[bag.label]})" for bag in group])
         details = {"slides": [bag.wsi_id for bag in group]}
         findings.append(Finding("error" if across else "warning", "content", f"{what}: {told}; keep one", details))
     if bags and not copies:
@@ -109,7 +109,7 @@ def check_scale(bags: Sequence[AuditedBag], feat_type: str) -> list[Finding]:
     if not squares:
         return findings
     median = float(np.median(squares))
-    of = counted(len(squares), "slide") + (f"; of {len(bags)}, others were not read" if every > 1 else "")
+    of = plural(len(squares), "slide") + (f"; of {len(bags)}, others were not read" if every > 1 else "")
     details = {"rms": median, "read": len(squares)}
     why = why_unusual(np.array(squares), bags[0].info.dim)
     if why is None:
@@ -129,10 +129,8 @@ def check_bags(bags: Sequence[AuditedBag], classes: Sequence[str]) -> list[Findi
             findings.append(Finding("info", "bags", f"{name}: {told}, {middle}", {"class": name} | spread))
     small = {bag.wsi_id: bag.info.num_instances for bag in bags if bag.info.num_instances < SMALL_BAG}
     if small:
-        told = named([f"{wsi_id} ({size})" for wsi_id, size in small.items()])
-        message = (
-            f"{counted(len(small), 'slide')} of fewer than {SMALL_BAG} patches: {told}; look at their tissue masks"
-        )
+        told = first_few([f"{wsi_id} ({size})" for wsi_id, size in small.items()])
+        message = f"{plural(len(small), 'slide')} of fewer than {SMALL_BAG} patches: {told}; look at their tissue masks"
         findings.append(Finding("warning", "bags", message, {"slides": small}))
     return findings
 
@@ -158,9 +156,9 @@ def check_recipes(bags: Sequence[AuditedBag]) -> list[Finding]:
         findings.append(Finding("warning", "recipe", f"{message}; extract all slides at one resolution"))
     findings += _check_unknown_mpp(recorded)
     if recorded and not findings:
-        findings.append(Finding("ok", "recipe", f"{counted(len(recorded), 'slide')} recorded as made in one way"))
+        findings.append(Finding("ok", "recipe", f"{plural(len(recorded), 'slide')} recorded as made in one way"))
     if len(recorded) < len(bags):
-        message = f"{len(bags) - len(recorded)} of {counted(len(bags), 'slide')} without a record of how they were made"
+        message = f"{len(bags) - len(recorded)} of {plural(len(bags), 'slide')} without a record of how they were made"
         findings.append(Finding("info", "recipe", message))
     return findings
 
@@ -171,7 +169,7 @@ def _check_unknown_mpp(recorded: Mapping[str, Passport]) -> list[Finding]:
     if not unknown:
         return []
     message = (
-        f"{counted(len(unknown), 'slide')} of {len(recorded)} whose um/px is not known: {named(unknown)}; their "
+        f"{plural(len(unknown), 'slide')} of {len(recorded)} whose um/px is not known: {first_few(unknown)}; their "
         "patches may show another magnification than the others', so extract them with --slides_csv, or with "
         "--slide_mpp if it is the same for all"
     )

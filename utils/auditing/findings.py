@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from utils.bags.store import BagInfo
 from utils.bags.table import Row
-from utils.core.errors import counted, named
+from utils.core.errors import first_few, plural
 
 Level = Literal["error", "warning", "info", "ok"]
 # What is each slide's own tells slides apart, not how they were made.
@@ -56,8 +56,8 @@ def by_class(slides: Sequence[AnySlide], classes: Sequence[str]) -> dict[str, li
 def slides_text(slides_of: Mapping[str, list[str]]) -> str:
     """Each value with its slides; those of the commonest one are only counted."""
     first, *others = slides_of.items()
-    told = [f"{short(value)} in {counted(len(slides), 'slide')} ({named(slides)})" for value, slides in others]
-    return f"{short(first[0])} in {counted(len(first[1]), 'slide')}, {', '.join(told)}"
+    told = [f"{short(value)} in {plural(len(slides), 'slide')} ({first_few(slides)})" for value, slides in others]
+    return f"{short(first[0])} in {plural(len(first[1]), 'slide')}, {', '.join(told)}"
 
 
 def short(value: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from utils.auditing.findings import IDENTITY, AuditedBag, AuditedSlide, Finding, fields
 from utils.bags.spelling import is_placeholder
 from utils.core.cohorts import tcga_site
-from utils.core.errors import counted, named
+from utils.core.errors import first_few, plural
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
 from utils.core.runtime import progress
@@ -84,19 +84,19 @@ def _remedy(nuisance: Nuisance, counts: Mapping[str, int], slides: Sequence[Audi
         return "a model that does not clearly beat this AUC may have learned no more"
     fewest = min(counts, key=lambda name: counts[name])
     if counts[fewest] < Protocol.n_outer:
-        have = f"{fewest} comes with {counted(counts[fewest], 'value')} of it for {Protocol.n_outer} outer folds"
+        have = f"{fewest} comes with {plural(counts[fewest], 'value')} of it for {Protocol.n_outer} outer folds"
         return f"{have}, so that no split can separate the two: add slides of that class from elsewhere"
     values_of: dict[str, set[Value]] = defaultdict(set)
     for slide, value in zip(slides, nuisance.values, strict=True):
         values_of[slide.case_id].add(value)
     several = sorted(case_id for case_id, values in values_of.items() if len(values - {None}) > 1)
     if several:
-        return f"folds cannot keep patients and its values whole: several values in {named(several)}"
+        return f"folds cannot keep patients and its values whole: several values in {first_few(several)}"
     train = f"train with --group_column {nuisance.column}"
     if not nuisance.in_table:
         return f"add it to the table as a column {nuisance.column} and {train}"
     unknown = nuisance.values.count(None)
-    return f"{train}, after filling it in for {counted(unknown, 'slide')}" if unknown else train
+    return f"{train}, after filling it in for {plural(unknown, 'slide')}" if unknown else train
 
 
 def _nuisances(slides: Sequence[AuditedSlide], bags: Sequence[AuditedBag]) -> list[Nuisance]:

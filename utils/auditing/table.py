@@ -12,7 +12,7 @@ from utils.bags.labels import is_plain
 from utils.bags.spelling import is_placeholder
 from utils.bags.table import LabelTable, Row, several_names
 from utils.core.cohorts import tcga_case
-from utils.core.errors import LabelsError, counted, named
+from utils.core.errors import LabelsError, first_few, plural
 from utils.learning.settings import Protocol
 from utils.learning.split_files import NamedSplit, shared_cases
 
@@ -50,11 +50,11 @@ def check_ids(rows: list[Row]) -> tuple[list[Finding], list[Row]]:
     findings = []
     empty = [str(n) for n, row in enumerate(rows, start=1) if not row["wsi_id"] or is_placeholder(row["case_id"])]
     if empty:
-        message = f"no patient (case_id) or no slide (wsi_id) in row {named(empty)} after the header; fill it in"
+        message = f"no patient (case_id) or no slide (wsi_id) in row {first_few(empty)} after the header; fill it in"
         findings.append(Finding("error", "table", message, {"rows": empty}))
     outside = [row["wsi_id"] for row in rows if not is_plain(row["wsi_id"])]
     if outside:
-        message = f"wsi_id that would leave the features folder: {named(outside)}; give plain file stems"
+        message = f"wsi_id that would leave the features folder: {first_few(outside)}; give plain file stems"
         findings.append(Finding("error", "table", message, {"slides": outside}))
 
     rows_of: dict[str, list[Row]] = defaultdict(list)
@@ -65,12 +65,12 @@ def check_ids(rows: list[Row]) -> tuple[list[Finding], list[Row]]:
     disagreements = {wsi_id: _disagreement(same) for wsi_id, same in repeated.items()}
     against = {wsi_id: what for wsi_id, what in disagreements.items() if what}
     if against:
-        told = named([f"{wsi_id} ({what})" for wsi_id, what in against.items()])
+        told = first_few([f"{wsi_id} ({what})" for wsi_id, what in against.items()])
         message = f"rows of one wsi_id that contradict each other: {told}; keep the right one"
         findings.append(Finding("error", "table", message, {"slides": against}))
     agreeing = [wsi_id for wsi_id, what in disagreements.items() if not what]
     if agreeing:
-        message = f"wsi_id in several rows that agree: {named(agreeing)}; keep one, or train with --allow duplicate"
+        message = f"wsi_id in several rows that agree: {first_few(agreeing)}; keep one, or train with --allow duplicate"
         findings.append(Finding("warning", "table", message, {"slides": agreeing}))
     return findings, [same[0] for same in rows_of.values()]
 
@@ -93,13 +93,13 @@ def check_labels(
         message = f"classes {', '.join(classes) or 'none'}; a classifier needs two different ones (--class_names)"
         findings.append(Finding("error", "table", message))
     if unknown:
-        told = named([f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()])
-        message = f"{counted(len(unknown), 'slide')} with a label that is none of {', '.join(classes)}: {told}"
+        told = first_few([f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()])
+        message = f"{plural(len(unknown), 'slide')} with a label that is none of {', '.join(classes)}: {told}"
         hint = labels.label_hint(unknown.values(), classes) or "mend the table, give --class_names"
         message += f"; {hint}, or train with --allow unknown"
         findings.append(Finding(level, "table", message, {"slides": unknown}))
     if rare:
-        message = f"{counted(rare.total(), 'slide')} left out, of the labels {', '.join(sorted(rare))}"
+        message = f"{plural(rare.total(), 'slide')} left out, of the labels {', '.join(sorted(rare))}"
         findings.append(Finding("info", "table", message, {"slides": dict(sorted(rare.items()))}))
     if not slides:
         return [*findings, Finding("error", "table", "no slide belongs to a class; check labels and classes")], slides
@@ -125,12 +125,14 @@ def _check_patients(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> l
         classes_of[slide.case_id].add(classes[slide.label])
     mixed = sorted(case_id for case_id, found in classes_of.items() if len(found) > 1)
     if mixed:
-        message = f"{counted(len(mixed), 'patient')} with slides of several classes: {named(mixed)}; check the labels"
+        message = (
+            f"{plural(len(mixed), 'patient')} with slides of several classes: {first_few(mixed)}; check the labels"
+        )
         findings.append(Finding("warning", "table", message, {"patients": mixed}))
     for name, mine in by_class(slides, classes).items():
         patients = len({slide.case_id for slide in mine})
         if patients < Protocol.n_outer:
-            message = f"{name} has {counted(patients, 'patient')}, fewer than the {Protocol.n_outer} outer folds"
+            message = f"{name} has {plural(patients, 'patient')}, fewer than the {Protocol.n_outer} outer folds"
             findings.append(Finding("warning", "table", f"{message}; add patients, or lower --n_outer"))
     return findings
 
@@ -153,18 +155,18 @@ def check_splits(splits: Sequence[NamedSplit], case_of: Mapping[str, str], wsi_i
     if crossing:
         more = {case: f" and {len(places) - 1} more" if len(places) > 1 else "" for case, places in crossing.items()}
         told = [f"{case} ({places[0]}{more[case]})" for case, places in crossing.items()]
-        message = f"{counted(len(crossing), 'patient')} on both sides of a split: {named(told)}; split by patient"
+        message = f"{plural(len(crossing), 'patient')} on both sides of a split: {first_few(told)}; split by patient"
         findings.append(Finding("error", "splits", message, {"patients": crossing}))
     elif not strangers:
         findings.append(
-            Finding("ok", "splits", f"no patient is on both sides of any of {counted(len(splits), 'split')}")
+            Finding("ok", "splits", f"no patient is on both sides of any of {plural(len(splits), 'split')}")
         )
     if strangers:
         none_known = len(strangers) == len(ids)
-        message = f"{counted(len(strangers), 'slide')} of the splits not in the table: {named(strangers)}"
+        message = f"{plural(len(strangers), 'slide')} of the splits not in the table: {first_few(strangers)}"
         message += "; none is, so that nothing was checked: write the ids as the table does" if none_known else ""
         findings.append(Finding("error" if none_known else "warning", "splits", message, {"slides": strangers}))
     if absent:
-        message = f"{counted(len(absent), 'slide')} in no part of one or more splits: {named(list(absent))}"
+        message = f"{plural(len(absent), 'slide')} in no part of one or more splits: {first_few(list(absent))}"
         findings.append(Finding("warning", "splits", message, {"slides": absent}))
     return findings

@@ -7,7 +7,7 @@ from pathlib import Path
 from utils.bags.feature_folder import refuse
 from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, open_packed, pack
 from utils.bags.store import BagInfo, peek_bag, read_bag
-from utils.core.errors import ConfigError, FeatureFileError, RecipeError, named
+from utils.core.errors import ConfigError, FeatureFileError, RecipeError, first_few
 from utils.core.recipe import COMPARED_FIELDS, Recipe
 from utils.core.runtime import available_memory, log, progress
 
@@ -96,5 +96,5 @@ def _check_recipes(paths: Sequence[Path], info: Sequence[BagInfo]) -> None:
                 faults.setdefault(fault, []).append(path)
                 break
     if faults:
-        texts = [f"{named([str(path) for path in files])}: {fault}" for fault, files in faults.items()]
+        texts = [f"{first_few([str(path) for path in files])}: {fault}" for fault, files in faults.items()]
         raise RecipeError(f"{'; '.join(texts)}; extract all slides with one recipe")

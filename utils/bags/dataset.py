@@ -27,7 +27,7 @@ from utils.bags.settings import BatchSize, Cohort, batch_size_option
 from utils.bags.store import Bag, read_bag
 from utils.bags.table import LabelTable, read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
-from utils.core.errors import ConfigError, LabelsError, meant
+from utils.core.errors import ConfigError, LabelsError, did_you_mean
 from utils.core.recipe import Recipe
 from utils.core.runtime import log
 from utils.core.settings import checked
@@ -298,5 +298,5 @@ def _why_not_there(name: str, home: Path) -> str:
     if name in KNOWN_COHORTS:
         return f"{missing}; fetch it with python -m datasets.download {name}, or give --labels_csv and --features_dir"
     there = [folder.name for folder in home.parent.glob("*/") if (folder / "labels.csv").exists()]
-    near = meant(name, [*KNOWN_COHORTS, "demo", *there])
+    near = did_you_mean(name, [*KNOWN_COHORTS, "demo", *there])
     return f"{missing}{near}; for a cohort of your own give --labels_csv and --features_dir"

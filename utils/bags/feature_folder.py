@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils.bags.store import is_feature_file
-from utils.core.errors import FeatureFileError, LabelsError, LiteMILError, counted, named
+from utils.core.errors import FeatureFileError, LabelsError, LiteMILError, first_few, plural
 
 _MOST_FAULTS = 5  # faulty feature files that an error names
 
@@ -34,9 +34,9 @@ class FeatureFolder:
         if not repeated:
             return
         slides = [f"slide {wsi_id} has {' and '.join(map(self._name, files))}" for wsi_id, files in repeated.items()]
-        count = f"{counted(len(slides), 'slide')} with several feature files: " if len(slides) > 1 else ""
+        count = f"{plural(len(slides), 'slide')} with several feature files: " if len(slides) > 1 else ""
         raise LabelsError(
-            f"{self.path}: {count}{named(slides)}; keep one of them, or give the subfolder with the right ones"
+            f"{self.path}: {count}{first_few(slides)}; keep one of them, or give the subfolder with the right ones"
         )
 
     def _name(self, file: Path) -> str:

@@ -17,7 +17,7 @@ from utils.bags.spelling import (
 )
 from utils.bags.table import LabelTable, OneInSeveral, Row, doubtful_patients, several_names, unknown_patients
 from utils.core.cohorts import tcga_site
-from utils.core.errors import LabelsError, counted, meant, named
+from utils.core.errors import LabelsError, did_you_mean, first_few, plural
 from utils.core.runtime import log
 
 FindFile = Callable[[str], Path | None]
@@ -70,8 +70,8 @@ def doubtful_classes(classes: Sequence[str]) -> str | None:
     if not pairs:
         return None
     return (
-        f"labels that look like one class spelled in two ways: {named(pairs)}; write each class in one way, or name "
-        f"the classes if they differ: --class_names {shlex.join(classes)}"
+        f"labels that look like one class spelled in two ways: {first_few(pairs)}; write each class in one way, or "
+        f"name the classes if they differ: --class_names {shlex.join(classes)}"
     )
 
 
@@ -143,7 +143,7 @@ def _with_class(
     """Return the rows whose label is a class."""
     count = sum(row["label"] in left_out for row in rows)
     if count:
-        log.info("%s: %s left out, of the labels %s", path, counted(count, "row"), ", ".join(sorted(left_out)))
+        log.info("%s: %s left out, of the labels %s", path, plural(count, "row"), ", ".join(sorted(left_out)))
     rows = [row for row in rows if row["label"] not in left_out]
     unknown = {row["wsi_id"]: row["label"] for row in rows if row["label"] not in class_names}
     _report(
@@ -180,7 +180,7 @@ def label_hint(labels: Iterable[str], class_names: Sequence[str]) -> str:
         alike = [name for name in class_names if plain_class(name) == plain_class(label)]
         if alike:
             return f"{label!r} is {alike[0]!r} in another spelling: write the class in one way"
-        near = meant(label, class_names)
+        near = did_you_mean(label, class_names)
         if near:
             return f"{label!r}: {near.removeprefix('; ')}"
     return ""
@@ -206,14 +206,14 @@ def class_counts(slides: Sequence[tuple[int, str]], class_names: Sequence[str]) 
     """Return how many slides and patients each class has, given every slide's class and patient."""
     patients_of = [{patient for label, patient in slides if label == index} for index in range(len(class_names))]
     counts = [
-        f"{name} {counted(sum(label == index for label, _ in slides), 'slide')} of "
-        f"{counted(len(patients_of[index]), 'patient')}"
+        f"{name} {plural(sum(label == index for label, _ in slides), 'slide')} of "
+        f"{plural(len(patients_of[index]), 'patient')}"
         for index, name in enumerate(class_names)
     ]
     all_patients = set().union(*patients_of)
     several = sum(sum(patient in patients for patients in patients_of) > 1 for patient in all_patients)
     mixed = f" ({several} in {'both' if len(class_names) == 2 else 'several'})" if several else ""
-    return f"{'; '.join(counts)}; {counted(len(all_patients), 'patient')} in all{mixed}"
+    return f"{'; '.join(counts)}; {plural(len(all_patients), 'patient')} in all{mixed}"
 
 
 def check_names(table: LabelTable, rows: Sequence[LabelRow], groups: Sequence[str], column: str | None) -> None:
@@ -226,7 +226,7 @@ def check_names(table: LabelTable, rows: Sequence[LabelRow], groups: Sequence[st
 def doubtful_names(doubts: Sequence[OneInSeveral]) -> str:
     """Return the error text for names that seem to mean the same slide, patient or group."""
     return (
-        f"names that seem to mean the same: {named(list(map(str, doubts)), most=3)}; write each in one way, or say "
+        f"names that seem to mean the same: {first_few(list(map(str, doubts)), most=3)}; write each in one way, or say "
         "that they differ with --allow spelling"
     )
 
@@ -237,7 +237,7 @@ def warn_of_patients(table: LabelTable, rows: Sequence[LabelRow]) -> None:
         log.warning("%s; the intervals take each slide as a patient of its own", unknown_patients(table))
     doubts = several_names([row.columns for row in rows], [row.case_id for row in rows], table.patient_columns)
     if doubts:
-        names = named(list(map(str, doubts)), most=3)
+        names = first_few(list(map(str, doubts)), most=3)
         log.warning("%s: names that seem to mean the same: %s; the intervals take them as several", table.path, names)
 
 
@@ -259,7 +259,7 @@ def group_rows(csv_path: Path, rows: Sequence[Row], column: str | None) -> list[
         near = _near_column(column, columns)
         why = "" if column in columns else f" (there is no column {column}, and these are no TCGA barcodes{near})"
         raise LabelsError(
-            f"{csv_path}: {counted(len(unknown), 'row')} without a {column}{why}: {named(unknown)}; fill it in"
+            f"{csv_path}: {plural(len(unknown), 'row')} without a {column}{why}: {first_few(unknown)}; fill it in"
         )
     first: dict[str, str] = {}
     for row, group in zip(rows, groups, strict=True):
@@ -274,7 +274,7 @@ def group_rows(csv_path: Path, rows: Sequence[Row], column: str | None) -> list[
 def _near_column(column: str, columns: Iterable[str]) -> str:
     """Suggest a column of the same name in another case, or of a similar name; "" if there is none."""
     same = [name for name in columns if name.casefold() == column.casefold()]
-    return f"; did you mean {same[0]}?" if same else meant(column, columns)
+    return f"; did you mean {same[0]}?" if same else did_you_mean(column, columns)
 
 
 def _group(row: Row, column: str) -> str:
@@ -300,7 +300,7 @@ def _log_mixed_patients(csv_path: Path, rows: Sequence[LabelRow]) -> None:
         classes_of.setdefault(row.case_id, set()).add(row.label)
     mixed = [case_id for case_id, classes in classes_of.items() if len(classes) > 1]
     if mixed:
-        log.info("%s: patients with slides of several classes, which stay in one fold: %s", csv_path, named(mixed))
+        log.info("%s: patients with slides of several classes, which stay in one fold: %s", csv_path, first_few(mixed))
 
 
 def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:
@@ -316,7 +316,7 @@ def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:
         bare = without_ending(without_folder(outside[0]))
         cure = f"write {bare}" if is_plain(bare) and bare else "give the stems of feature files"
         raise LabelsError(
-            f"{csv_path}: wsi_id {named(outside)} would leave the features folder; give names without folder and "
+            f"{csv_path}: wsi_id {first_few(outside)} would leave the features folder; give names without folder and "
             f"ending: {cure}"
         )
 
@@ -333,7 +333,7 @@ def _report(
     """Raise LabelsError for rows with a problem; if its `kind` is in `allow`, only warn."""
     if not names:
         return
-    message = f"{path}: {counted(len(names), 'row')} with a {problem}: {named(names)}"
+    message = f"{path}: {plural(len(names), 'row')} with a {problem}: {first_few(names)}"
     if kind not in allow:
         instead = f", or leave them out with --allow {kind}" if may_leave_out else ""
         raise LabelsError(f"{message}; {hint or 'mend the table'}{instead}")

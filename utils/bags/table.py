@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.bags.spelling import is_placeholder, spelled_alike
 from utils.core.cohorts import tcga_case
-from utils.core.errors import LabelsError, counted, named
+from utils.core.errors import LabelsError, first_few, plural
 from utils.core.headers import DELIMITERS, SLIDE_NAMES, plain_header
 
 Row = dict[str, str]
@@ -79,7 +79,7 @@ def read_table(csv_path: Path | str) -> LabelTable:
     barcodes = [tcga_case(row["wsi_id"]) for row in rows]
     if all(barcodes):
         rows = [row | {"case_id": case or ""} for row, case in zip(rows, barcodes, strict=True)]
-        notes.append(f"no column of patients; the TCGA barcodes give {counted(len(set(barcodes)), 'patient')}")
+        notes.append(f"no column of patients; the TCGA barcodes give {plural(len(set(barcodes)), 'patient')}")
         return LabelTable(path, rows, "the TCGA barcodes of the slides", (), tuple(notes))
     return LabelTable(path, [row | {"case_id": row["wsi_id"]} for row in rows], None, (), tuple(notes))
 
@@ -183,7 +183,7 @@ def _column_of(path: Path, name: str, columns: Sequence[str], rows: Sequence[Row
     first = candidates[0]
     if any(not _are_equivalent(rows, first, column) for column in candidates[1:]):
         raise LabelsError(
-            f"{path}: the columns {named(candidates)} could each be {name}; rename the right one to {name}"
+            f"{path}: the columns {first_few(candidates)} could each be {name}; rename the right one to {name}"
         )
     return first, f"the column {first} is taken as {name}"
 
@@ -212,8 +212,8 @@ def _check_rows(path: Path, columns: Sequence[str], values: Sequence[Sequence[st
     uneven = [repr(",".join(row)) for row in values if len(row) != len(columns)]
     if uneven:
         raise LabelsError(
-            f"{path}: {counted(len(uneven), 'row')} with more or fewer fields than the header's {len(columns)}: "
-            f"{named(uneven)}; quote a field that holds a comma"
+            f"{path}: {plural(len(uneven), 'row')} with more or fewer fields than the header's {len(columns)}: "
+            f"{first_few(uneven)}; quote a field that holds a comma"
         )
 
 

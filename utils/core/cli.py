@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core import runtime
-from utils.core.errors import LiteMILError, meant
+from utils.core.errors import LiteMILError, did_you_mean
 from utils.core.settings import flag_of
 
 _started = time.monotonic()
@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
         unknown = next((flag for flag in flags if flag not in known), None)
         if unknown is not None:
-            self.error(f"unrecognized arguments: {unknown}{meant(unknown, known)}")
+            self.error(f"unrecognized arguments: {unknown}{did_you_mean(unknown, known)}")
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
@@ -228,7 +228,7 @@ def _one_of(words: Sequence[str], also: Mapping[str, str]) -> Callable[[str], st
         if text not in words and text not in also:
             listed = ", ".join(map(repr, words))
             raise argparse.ArgumentTypeError(
-                f"invalid choice: {text!r} (choose from {listed}){meant(text, [*also, *words])}"
+                f"invalid choice: {text!r} (choose from {listed}){did_you_mean(text, [*also, *words])}"
             )
         return text
 

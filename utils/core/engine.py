@@ -1,7 +1,8 @@
 """Where work is done: in this process, in threads or processes of this machine, or on the machines of a Ray cluster.
 
-An engine does `work(task, tell)` for every task, some at a time; what a task tells, `hear(task, told)` hears in this
-process, in the thread that asked. Orchestrators know `Engine` only, and which one it is decides nothing but the time.
+An engine calls `work(task, send)` for every task, several at once. Whatever a task passes to `send` reaches
+`on_message(task, message)` in the calling thread. Callers depend on `Engine` alone; the choice of engine changes the
+speed, never the results.
 """
 
 import importlib.util
@@ -31,14 +32,14 @@ from urllib.parse import urlsplit
 import torch
 
 from utils.core.cluster import Cluster
-from utils.core.errors import ConfigError, EngineError, LiteMILError, counted
-from utils.core.processes import OUT_OF_MEMORY, Lost, Pool, is_out_of_memory, sendable
+from utils.core.errors import ConfigError, EngineError, LiteMILError, plural
+from utils.core.processes import OUT_OF_MEMORY, Pool, WorkerDied, is_out_of_memory, sendable
 from utils.core.runtime import log, processors, share_processors, threads_are_given
 
 Task = TypeVar("Task")
-Tell = Callable[[Any], None]
-Work = Callable[[Task, Tell], None]
-Hear = Callable[[Task, Any], None]
+Send = Callable[[Any], None]
+Work = Callable[[Task, Send], None]
+OnMessage = Callable[[Task, Any], None]
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -54,7 +55,7 @@ class Engine(Protocol):
         """On how many each task is to compute."""
         ...
 
-    def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+    def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
         """Do all tasks; the first error that a task raises ends everything and is raised here."""
         ...
 
@@ -113,10 +114,9 @@ def open_engine(cluster: Cluster, otherwise: Engine, device: str = "auto") -> It
 
 @dataclass(frozen=True)
 class Processes:
-    """With one job everything happens in this process, otherwise in new ones of as many threads as this one has at the
-    time. When this process ends, in whatever way, so do they. The task of one that dies or runs out of memory is done
-    again, with fewer at a time until it is alone; then once more. `Lost` is heard of it each time. Work and tasks must
-    be what pickle takes.
+    """One job runs in this process. Several run in spawned processes with this process's current thread count; they end
+    when this process does, however it ends. A task whose process dies or runs out of memory is tried again with fewer
+    at a time until it runs alone, then once more; each time a `WorkerDied` is sent. Work and tasks must be picklable.
     """
 
     jobs: int = 1
@@ -125,15 +125,17 @@ class Processes:
     def threads(self) -> int:
         return threads_each(self.jobs)
 
-    def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+    def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
         if self.jobs == 1:
             for task in tasks:
                 try:
-                    work(task, partial(hear, task))
+                    work(task, partial(on_message, task))
                 except Exception as failure:
                     if not is_out_of_memory(failure):
                         raise
-                    hear(task, Lost(1, for_good=True, node=platform.node(), process=0, how=f"it {OUT_OF_MEMORY}"))
+                    on_message(
+                        task, WorkerDied(1, for_good=True, node=platform.node(), process=0, how=f"it {OUT_OF_MEMORY}")
+                    )
                     return
         elif tasks:
             with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +143,7 @@ class Processes:
                 # waited for for ever.
                 parcel = Path(folder) / "work.pickle"
                 parcel.write_bytes(pickle.dumps(work))
-                Pool(parcel, tasks, hear).run(min(self.jobs, len(tasks)))
+                Pool(parcel, tasks, on_message).run(min(self.jobs, len(tasks)))
 
 
 # Which of an engine's workers in this process this thread is.
@@ -155,8 +157,8 @@ def worker_number() -> int:
 
 @dataclass(frozen=True)
 class Threads:
-    """Threads of this process, each with a number (`worker_number`). What ends all, Ctrl-C too, sets `stop`, which work
-    that takes long has to heed.
+    """Threads of this process, each with a number (`worker_number`). An error in any thread, or Ctrl-C, sets `stop`;
+    long-running work must check it.
     """
 
     jobs: int = 1
@@ -166,30 +168,30 @@ class Threads:
     def threads(self) -> int:
         return torch.get_num_threads()
 
-    def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+    def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
         waiting, messages = deque(tasks), SimpleQueue()
 
-        def labour(number: int) -> None:
+        def do_tasks(number: int) -> None:
             _this_thread.number = number
             while not self.stop.is_set():
                 try:
                     task = waiting.popleft()
                 except IndexError:
                     return
-                work(task, lambda told, task=task: messages.put((task, told)))
+                work(task, lambda message, task=task: messages.put((task, message)))
 
         def listen() -> None:
             while not messages.empty():
-                hear(*messages.get())
+                on_message(*messages.get())
 
         with ThreadPoolExecutor(self.jobs) as pool:
-            labours = {pool.submit(labour, number) for number in range(self.jobs)}
+            futures = {pool.submit(do_tasks, number) for number in range(self.jobs)}
             try:
-                while labours:
-                    ended, labours = wait(labours, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
+                while futures:
+                    ended, futures = wait(futures, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
                     listen()
-                    for one in ended:
-                        one.result()
+                    for future in ended:
+                        future.result()
                 listen()
             except BaseException:
                 self.stop.set()
@@ -206,10 +208,10 @@ _RAY_ENVIRONMENT = {
 # What of the driver's environment its workers need too, for they may have been begun without: names begin so.
 _OF_DOWNLOADS = ("HF_", "TORCH_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _RETRIES = 2
-_DEATHS_BEFORE_A_TASK = 3
-_SECONDS_TO_HEED = 1
+_MOST_IDLE_DEATHS = 3
+_SECONDS_BETWEEN_CHECKS = 1
 _SECONDS_TO_BEGIN = 60
-_SECONDS_BETWEEN_REMARKS = 300
+_SECONDS_BETWEEN_WARNINGS = 300
 _SECONDS_TO_ANSWER = 10
 
 
@@ -229,14 +231,14 @@ def _joined(address: str) -> Iterator[Any]:
     if ray.is_initialized():  # by the notebook or script that we are called from
         yield ray
         return
-    where = {"address": address}
+    arguments = {"address": address}
     if address == "local":
-        where |= {"num_cpus": processors(), "include_dashboard": False}
+        arguments |= {"num_cpus": processors(), "include_dashboard": False}
     ending = signal.getsignal(signal.SIGTERM)
     try:
         if address not in ("local", "auto"):
-            _call_on(address)
-        ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
+            _check_reachable(address)
+        ray.init(**arguments, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as failure:  # Ray raises a bare one where its node takes too long to start
         remedy = "start one with ray start --head; one that asks for a token is joined with RAY_AUTH_MODE=token"
         failed = "no Ray cluster can be joined there"
@@ -258,34 +260,34 @@ def _handle_sigterm(handler: Any) -> None:
 
 
 @contextmanager
-def _sigterm_put_off() -> Iterator[Callable[[], None]]:
+def _sigterm_deferred() -> Iterator[Callable[[], None]]:
     """Yield what acts on a SIGTERM that has come meanwhile: Ray's calls lose the exception of a handler."""
-    before, came = signal.getsignal(signal.SIGTERM), threading.Event()
+    before, received = signal.getsignal(signal.SIGTERM), threading.Event()
 
-    def heed() -> None:
-        if came.is_set():
+    def check_sigterm() -> None:
+        if received.is_set():
             _handle_sigterm(before)
             signal.raise_signal(signal.SIGTERM)
 
-    _handle_sigterm(lambda *_: came.set())
+    _handle_sigterm(lambda *_: received.set())
     try:
-        yield heed
+        yield check_sigterm
     finally:
         _handle_sigterm(before)
-    heed()
+    check_sigterm()
 
 
-def _call_on(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raise OSError where nobody answers; Ray itself would try for minutes."""
-    there = urlsplit(f"//{address}")
-    socket.create_connection((there.hostname, there.port), _SECONDS_TO_ANSWER).close()
+    head = urlsplit(f"//{address}")
+    socket.create_connection((head.hostname, head.port), _SECONDS_TO_ANSWER).close()
 
 
 @dataclass(frozen=True)
 class _OnRay:
-    """Actors, each doing one task at a time. A task whose actor dies is done again by another, at most `retries` times,
-    or once more where it may not have begun; `Lost` is heard of it each time. An actor takes a processor for each of
-    its threads, and `gpus`, a number or a fraction.
+    """Actors, each doing one task at a time. If an actor dies, another retries its task, at most `retries` times,
+    or once more if it may not have started; each time a `WorkerDied` is sent. An actor takes a processor for each of
+    its threads, and `gpus` GPUs, a number or a fraction.
     """
 
     ray: Any
@@ -309,28 +311,28 @@ class _OnRay:
         sharers = math.ceil(jobs / gpus) if on_gpu else 0  # of a GPU
         if not _room(nodes, 1, sharers):
             raise EngineError(f"--ray {cluster.ray}: no node has what a worker needs; give its processors to ray start")
-        wanted = min(jobs, _room(nodes, 1, sharers))
-        count = max(count for count in range(1, most + 1) if _room(nodes, count, sharers) >= wanted)
-        if wanted < jobs:
-            log.warning("the cluster has processors for %d of %s", wanted, counted(jobs, "worker"))
-            jobs = cluster.actors or wanted  # those that were asked for may find room later
-        if on_gpu and sharers > 1 and math.ceil(wanted / sharers) < gpus:  # Ray fills one before it takes the next
+        workers = min(jobs, _room(nodes, 1, sharers))
+        count = max(count for count in range(1, most + 1) if _room(nodes, count, sharers) >= workers)
+        if workers < jobs:
+            log.warning("the cluster has processors for %d of %s", workers, plural(jobs, "worker"))
+            jobs = cluster.actors or workers  # those that were asked for may find room later
+        if on_gpu and sharers > 1 and math.ceil(workers / sharers) < gpus:  # Ray fills one before it takes the next
             log.warning(
                 "%s share the GPUs by %d, which leaves some of the %d idle; give --actors %d",
-                counted(jobs, "worker"), sharers, gpus, sharers * gpus,
+                plural(jobs, "worker"), sharers, gpus, sharers * gpus,
             )  # fmt: skip
         share = f" and {'a' if sharers == 1 else f'1/{sharers} of a'} GPU" if on_gpu else ""
         log.info(
             "Ray %s: %s of %s%s each, on %s with %s and %s",
-            cluster.ray, counted(jobs, "actor"), counted(count, "thread"), share, counted(len(nodes), "node"),
-            counted(cpus, "processor"), counted(gpus, "GPU"),
+            cluster.ray, plural(jobs, "actor"), plural(count, "thread"), share, plural(len(nodes), "node"),
+            plural(cpus, "processor"), plural(gpus, "GPU"),
         )  # fmt: skip
         retries = _RETRIES if cluster.retries is None else cluster.retries
         return cls(ray, jobs, count, 1 / sharers if on_gpu else 0.0, retries)
 
-    def run(self, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
+    def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
         if tasks:
-            _Crew(self, work, tasks, hear).labour()
+            _ActorPool(self, work, tasks, on_message).run()
 
 
 def _room(nodes: Sequence[Mapping[str, float]], count: int, sharers: int) -> int:
@@ -364,14 +366,14 @@ class _Parcel:
     level: int
 
 
-class _Crew:
+class _ActorPool:
     """The workers of one run, and what each is doing."""
 
-    def __init__(self, engine: _OnRay, work: Work[Task], tasks: Sequence[Task], hear: Hear[Task]) -> None:
-        self.engine, self.ray, self.tasks, self.hear = engine, engine.ray, tasks, hear
+    def __init__(self, engine: _OnRay, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
+        self.engine, self.ray, self.tasks, self.on_message = engine, engine.ray, tasks, on_message
         self.waiting = deque(range(len(tasks)))
-        self.losses: Counter[int] = Counter()
-        self.spared: set[int] = set()  # whose worker has died before it was known to have begun
+        self.deaths: Counter[int] = Counter()
+        self.unstarted: set[int] = set()  # whose worker has died before it was known to have begun
         self.died_on: dict[int, str] = {}  # the node where the task's worker died
         self.busy: dict[Any, _Worker] = {}  # by the stream of what each says
         count = torch.get_num_threads()
@@ -381,53 +383,53 @@ class _Crew:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.parcel = self.ray.put(_Parcel(packed, str(Path.cwd()), sys.path, environment, count, log.level))
         # A run that was begun with more threads than there is room for now goes on with them all the same.
-        self.takes = {"num_cpus": min(count, engine.threads), "num_gpus": engine.gpus}
-        self.kind = self.ray.remote(**self.takes, max_restarts=0)(_Actor)
-        self.never_begun = 0  # in a row
-        self.remark_at = math.inf
-        self.said: set[str] = set()
+        self.resources = {"num_cpus": min(count, engine.threads), "num_gpus": engine.gpus}
+        self.actor_class = self.ray.remote(**self.resources, max_restarts=0)(_Actor)
+        self.idle_deaths = 0  # in a row
+        self.warn_at = math.inf
+        self.logged: set[str] = set()
 
-    def labour(self) -> None:
+    def run(self) -> None:
         for _ in range(min(self.engine.jobs, len(self.tasks))):
-            self._hire()
+            self._start_worker()
         try:
-            with _sigterm_put_off() as heed:
+            with _sigterm_deferred() as check_sigterm:
                 while self.waiting or any(worker.task is not None for worker in self.busy.values()):
-                    ready, _ = self.ray.wait(list(self.busy), timeout=_SECONDS_TO_HEED)
-                    heed()
-                    for one in ready:
-                        self._look(one)
-                    if time.monotonic() > self.remark_at:
-                        self._remark()
+                    ready, _ = self.ray.wait(list(self.busy), timeout=_SECONDS_BETWEEN_CHECKS)
+                    check_sigterm()
+                    for stream in ready:
+                        self._receive(stream)
+                    if time.monotonic() > self.warn_at:
+                        self._warn_of_waiting()
         finally:
             for worker in self.busy.values():
                 self.ray.kill(worker.actor)
 
-    def _remark(self) -> None:
+    def _warn_of_waiting(self) -> None:
         """That workers are waited for; while there is none at all, again and again."""
-        self.remark_at = math.inf
+        self.warn_at = math.inf
         begun = sum(bool(worker.node) for worker in self.busy.values())
         if begun == 0:
-            self.remark_at = time.monotonic() + _SECONDS_BETWEEN_REMARKS
+            self.warn_at = time.monotonic() + _SECONDS_BETWEEN_WARNINGS
             log.warning(
                 "no worker has begun yet: the cluster is busy, or none of its nodes has the %s%s that one needs",
-                counted(self.takes["num_cpus"], "processor"), " and GPU" if self.engine.gpus else "",
+                plural(self.resources["num_cpus"], "processor"), " and GPU" if self.engine.gpus else "",
             )  # fmt: skip
         elif begun < len(self.busy):
             log.warning("%d of %d workers have begun: for the others there is no room yet", begun, len(self.busy))
 
-    def _hire(self) -> None:
-        actor = self.kind.remote()
+    def _start_worker(self) -> None:
+        actor = self.actor_class.remote()
         self.busy[self._streaming(actor.begin, self.parcel)] = _Worker(actor)
-        self.remark_at = time.monotonic() + _SECONDS_TO_BEGIN
+        self.warn_at = time.monotonic() + _SECONDS_TO_BEGIN
 
-    def _give(self, worker: _Worker) -> None:
+    def _assign(self, worker: _Worker) -> None:
         """The next task, if possible one over which no worker of its node has died; without one it is let go."""
         if self.waiting:
-            elsewhere = (place for place, task in enumerate(self.waiting) if self.died_on.get(task) != worker.node)
-            place = next(elsewhere, 0)
-            worker.task, worker.has_begun = self.waiting[place], False
-            del self.waiting[place]
+            elsewhere = (index for index, task in enumerate(self.waiting) if self.died_on.get(task) != worker.node)
+            index = next(elsewhere, 0)
+            worker.task, worker.has_begun = self.waiting[index], False
+            del self.waiting[index]
             self.busy[self._streaming(worker.actor.do, self.tasks[worker.task])] = worker
         else:
             self.ray.kill(worker.actor)
@@ -435,73 +437,71 @@ class _Crew:
     def _streaming(self, method: Any, argument: Any) -> Any:
         return method.options(num_returns="streaming").remote(argument)
 
-    def _look(self, one: Any) -> None:
-        worker = self.busy[one]
+    def _receive(self, stream: Any) -> None:
+        worker = self.busy[stream]
         try:
-            kind, said = self.ray.get(next(one))
+            kind, content = self.ray.get(next(stream))
         except (self.ray.exceptions.RayTaskError, self.ray.exceptions.RaySystemError):
             raise  # nobody died: a bug, or what cannot be sent
         except self.ray.exceptions.RayError as failure:
-            del self.busy[one]
+            del self.busy[stream]
             self.ray.kill(worker.actor)  # it may only be out of reach
-            self._mourn(worker, failure)
+            self._on_death(worker, failure)
             return
         if kind == "process":
-            worker.node, worker.process = said
+            worker.node, worker.process = content
         elif kind == "begun":
             worker.has_begun = True
         elif kind == "log":
-            self._log(said)
+            self._log(content)
         elif kind == "error":
-            raise said
+            raise content
         elif worker.task is not None:
-            for told in said:
-                self.hear(self.tasks[worker.task], told)
+            for message in content:
+                self.on_message(self.tasks[worker.task], message)
         if kind == "ended":
             if worker.task is None:
-                self.never_begun = 0
-            del self.busy[one]
-            self._give(worker)
+                self.idle_deaths = 0
+            del self.busy[stream]
+            self._assign(worker)
 
     def _log(self, record: logging.LogRecord) -> None:
         """What every worker has to say, such as which model it has loaded, is said once."""
         if record.levelno <= logging.INFO:
-            if record.msg in self.said:
+            if record.msg in self.logged:
                 return
-            self.said.add(record.msg)
+            self.logged.add(record.msg)
         log.handle(record)
 
-    def _mourn(self, worker: _Worker, failure: Exception) -> None:
-        """Of a worker that has died over its task, or before it had one. A task that it may not have begun with, for
-        it may have died of what it had done before, is tried once more than others.
-        """
+    def _on_death(self, worker: _Worker, failure: Exception) -> None:
+        """Handle a dead worker. If it may have died before it started the task, the task gets one extra try."""
         task = worker.task
         if task is None:
-            self._mourn_beginner(worker, failure)
+            self._on_death_without_a_task(worker, failure)
             return
         if not worker.has_begun:
-            self.spared.add(task)
-        self.losses[task] += 1
-        times = self.losses[task]
-        lost = Lost(times, times - (task in self.spared) > self.engine.retries, worker.node, worker.process)
-        self.hear(self.tasks[task], lost)
-        if not lost.for_good:
+            self.unstarted.add(task)
+        self.deaths[task] += 1
+        times = self.deaths[task]
+        death = WorkerDied(times, times - (task in self.unstarted) > self.engine.retries, worker.node, worker.process)
+        self.on_message(self.tasks[task], death)
+        if not death.for_good:
             self.waiting.appendleft(task)
             self.died_on[task] = worker.node
         if self.waiting:
-            self._hire()
+            self._start_worker()
 
-    def _mourn_beginner(self, worker: _Worker, failure: Exception) -> None:
-        """Another is begun in its stead, a few times in a row; then the others have to do without."""
+    def _on_death_without_a_task(self, worker: _Worker, failure: Exception) -> None:
+        """Start a replacement; after three deaths in a row, go on with the workers that are left."""
         reason = (str(failure).strip() or repr(failure)).splitlines()[-1].strip()
         if getattr(failure, "actor_init_failed", False):
             raise _cannot_begin(reason, str(Path.cwd())) from failure
-        self.never_begun += 1
+        self.idle_deaths += 1
         if not self.waiting:
             return
-        how_often = f"{self.never_begun} in a row"
-        if self.never_begun < _DEATHS_BEFORE_A_TASK:
-            self._hire()
+        how_often = f"{self.idle_deaths} in a row"
+        if self.idle_deaths < _MOST_IDLE_DEATHS:
+            self._start_worker()
         elif not self.busy:
             raise EngineError(
                 f"--ray: workers ended before their first task, {how_often}, as when memory runs out; give fewer "
@@ -520,13 +520,13 @@ def _cannot_begin(reason: str, folder: str) -> EngineError:
 
 class _Actor:
     """A process of a Ray cluster. What it does comes piece by piece: ("process", its node and id), ("begun", None) with
-    the task, ("told", [what]), ("log", a record), ("error", an exception), at last ("ended", [what was told last]).
+    the task, ("messages", [what]), ("log", a record), ("error", an exception), at last ("ended", [what was told last]).
     """
 
     def begin(self, parcel: _Parcel) -> Iterator[tuple[str, Any]]:
         node = platform.node()
         yield "process", (node, os.getpid())
-        sys.path += [one for one in parcel.path if one not in sys.path]
+        sys.path += [folder for folder in parcel.path if folder not in sys.path]
         os.environ.update(parcel.environment)
         log.setLevel(parcel.level)
         log.propagate = False
@@ -544,28 +544,28 @@ class _Actor:
         yield "ended", []
 
     def do(self, task: Any) -> Iterator[tuple[str, Any]]:
-        """What is told last comes with the end, lest a death come between."""
+        """Send the last message together with the end marker, so that a worker cannot die between the two."""
         messages: SimpleQueue[tuple[str, Any] | None] = SimpleQueue()
-        thread = threading.Thread(target=self._labour, args=(task, messages))
+        thread = threading.Thread(target=self._work_on, args=(task, messages))
         yield "begun", None
         thread.start()
         last: list[Any] = []
         while (message := messages.get()) is not None:
-            if message[0] != "told":
+            if message[0] != "messages":
                 yield message
                 continue
             if last:
-                yield "told", last
+                yield "messages", last
             last = message[1]
         thread.join()
         yield "ended", last
 
-    def _labour(self, task: Any, messages: SimpleQueue) -> None:
+    def _work_on(self, task: Any, messages: SimpleQueue) -> None:
         torch.set_num_threads(self.count)  # of this thread
         handler = _Forwarding(messages)
         log.addHandler(handler)
         try:
-            self.work(task, lambda told: messages.put(("told", [told])))
+            self.work(task, lambda message: messages.put(("messages", [message])))
         except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
             messages.put(("error", sendable(failure)))
         finally:

@@ -68,19 +68,19 @@ class CheckpointError(LiteMILError):
     """A checkpoint that cannot be read, or that contradicts what is asked of it."""
 
 
-def meant(found: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the nearest of the known words, whatever their case; nothing where none is near."""
-    plain = {word.casefold(): word for word in known}
-    near = difflib.get_close_matches(found.casefold(), plain, n=1)
-    return f"; did you mean {plain[near[0]]}?" if near else ""
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the nearest of the choices, ignoring case; "" if none is near."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    near = difflib.get_close_matches(word.casefold(), by_folded, n=1)
+    return f"; did you mean {by_folded[near[0]]}?" if near else ""
 
 
-def counted(number: int, what: str) -> str:
-    """ "1 row", "2 rows": for messages."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def plural(number: int, noun: str) -> str:
+    """Return "1 row" or "2 rows", for messages."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def named(names: Sequence[str], most: int = 5) -> str:
-    """The first of the names, and how many more there are: for messages."""
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first few names, and how many more there are, for messages."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

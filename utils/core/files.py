@@ -110,7 +110,7 @@ def _node(owner: filelock.OwnerRecord) -> str:
     return owner.hostname.partition("?")[0]  # a container's has more to it
 
 
-def appeared(path: Path, seconds: float = 60) -> Path:
+def wait_for_file(path: Path, seconds: float = 60) -> Path:
     """Wait until the path exists, up to `seconds`, and return it: network file systems can take a while to show a file
     that another machine has just written.
     """

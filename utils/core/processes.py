@@ -33,10 +33,10 @@ _OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_A
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Heard of a task whose worker, at last `process` on `node`, died `times` times: it is done again, elsewhere where
-    there is another node, unless that was `for_good`. Of a process of this machine, it is known `how` it ended, in a
-    clause, and with how many workers the work goes on (`left`).
+class WorkerDied:
+    """Message about a task whose worker has died `times` times, last as `process` on `node`. The task is retried, on
+    another node if there is one, unless `for_good` is set. For a process of this machine, `how` says in a clause how
+    it ended, and `workers_left` how many workers go on.
     """
 
     times: int
@@ -44,7 +44,7 @@ class Lost:
     node: str
     process: int
     how: str = ""
-    left: int = 0
+    workers_left: int = 0
 
     def __str__(self) -> str:
         how_often = "" if self.times == 1 else f" ({self.times} times now)"
@@ -54,10 +54,10 @@ class Lost:
 
 
 class Pool:
-    """Worker processes that do `tasks` with the pickled work in the file `parcel`; what they tell, `hear` hears."""
+    """Worker processes that do `tasks` with the pickled work in the file `parcel`."""
 
-    def __init__(self, parcel: Path, tasks: Sequence[Any], hear: Callable[[Any, Any], None]) -> None:
-        self.parcel, self.tasks, self.hear = parcel, tasks, hear
+    def __init__(self, parcel: Path, tasks: Sequence[Any], on_message: Callable[[Any, Any], None]) -> None:
+        self.parcel, self.tasks, self.on_message = parcel, tasks, on_message
         self.waiting = deque(range(len(tasks)))
         self.deaths: Counter[int] = Counter()
         self.workers: dict[Connection, _Worker] = {}
@@ -93,8 +93,8 @@ class Pool:
             return
         if kind == "error":
             raise content
-        if kind == "told":
-            self.hear(self.tasks[worker.task], content)
+        if kind == "message":
+            self.on_message(self.tasks[worker.task], content)
             return
         self.has_begun = True
         self.has_ended_one |= kind == "ended"
@@ -131,8 +131,8 @@ class Pool:
             self._start()
         process = worker.process.pid or 0
         how = f"its worker process {worker.how_it_ended}"
-        lost = Lost(times, is_for_good, platform.node(), process, how, len(self.workers))
-        self.hear(self.tasks[worker.task], lost)
+        death = WorkerDied(times, is_for_good, platform.node(), process, how, len(self.workers))
+        self.on_message(self.tasks[worker.task], death)
 
     def _on_death_without_a_task(self, worker: "_Worker") -> None:
         if not self.has_begun:
@@ -200,7 +200,7 @@ def _serve(connection: Connection, parcel: Path, threads: int) -> None:
         work = pickle.loads(parcel.read_bytes())  # noqa: S301 - written by the process that began us
         connection.send(("ready", None))
         while True:
-            work(tasks.get(), lambda content: connection.send(("told", content)))
+            work(tasks.get(), lambda content: connection.send(("message", content)))
             connection.send(("ended", None))
     except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
         connection.send(("out of memory", None) if is_out_of_memory(failure) else ("error", sendable(failure)))

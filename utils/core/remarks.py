@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.core.errors import named
+from utils.core.errors import first_few
 from utils.core.runtime import log
 
 _NAMED = 3
@@ -44,5 +44,5 @@ def alike_once() -> Iterator[None]:
             if len(more) == 1:
                 log.log(level, "%s: %s", *more, message)
             elif more:
-                names = named([Path(file).name for file in more], _NAMED)
+                names = first_few([Path(file).name for file in more], _NAMED)
                 log.log(level, "the same of %d more (%s): %s", len(more), names, message)

@@ -208,8 +208,8 @@ def file_size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
 
 
-def ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, each made in a thread while the one before it is in use."""
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items, each made in a thread while the one before it is in use."""
     waiting = iter(items)
 
     def following() -> list[Item]:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from utils.core.errors import ConfigError, meant
+from utils.core.errors import ConfigError, did_you_mean
 
 REQUIRED: Any = dataclasses.MISSING
 
@@ -72,7 +72,7 @@ def converted(kind: Any, value: Any, also: Iterable[str] = ()) -> Any:
     if origin is Literal:
         if isinstance(value, str) and value in parts:
             return value
-        raise ValueError(f"one of {', '.join(parts)}{meant(str(value), [*also, *parts])}")
+        raise ValueError(f"one of {', '.join(parts)}{did_you_mean(str(value), [*also, *parts])}")
     if origin is tuple:
         if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
             raise ValueError(_EXPECTED_LISTS.get(parts[0], "a list of words"))
@@ -124,7 +124,7 @@ def check_names(owner: str, names: Iterable[str], known: Collection[str]) -> Non
     """Raise ConfigError, with the nearest known name, where a setting is none."""
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise ConfigError(f"{owner}: no setting {', '.join(unknown)}{meant(unknown[0], known)}")
+        raise ConfigError(f"{owner}: no setting {', '.join(unknown)}{did_you_mean(unknown[0], known)}")
 
 
 @functools.cache

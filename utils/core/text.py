@@ -6,8 +6,8 @@ from collections.abc import Sequence
 NOTICE = "For research, not a diagnosis."
 
 
-def literal(text: str) -> str:
-    """A text that Matplotlib shows as it is: between two dollar signs it would read mathematics."""
+def escape_mathtext(text: str) -> str:
+    """Return a text that Matplotlib shows as it is: it would read mathematics between two dollar signs."""
     return text.replace("$", r"\$")
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from utils.core.plots import COLOURS, LEGEND, STYLES, bare, bare_axes, legend_below
-from utils.core.text import literal
+from utils.core.text import escape_mathtext
 from utils.evaluation.bootstrap import mean_roc
 from utils.evaluation.figures import chance_line, pooled_title, with_interval
 from utils.evaluation.predictions import Predictions
@@ -33,11 +33,11 @@ def comparison_figure(differences: Mapping[str, Mapping[tuple[str, str], tuple[f
             text = f"{difference:+z.3f} ({low:+z.3f} to {high:+z.3f})"
             axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.axvline(0, color="black", lw=0.8, ls="--", zorder=0)
-    axes.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=9)
+    axes.set_yticks(range(len(names)), [escape_mathtext(name) for name in names], fontsize=9)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if len(pairs) > 1 and name in differences else "normal")
     if len(pairs) < 2:
-        axes.set_title(literal(" - ".join(pairs[0])) if pairs else "No difference is defined", fontsize=10)
+        axes.set_title(escape_mathtext(" - ".join(pairs[0])) if pairs else "No difference is defined", fontsize=10)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     figure.set_figheight(0.9 + 0.38 * max(1, len(names)))
@@ -54,7 +54,7 @@ def runs_roc_figure(runs: Mapping[str, Predictions]) -> Figure:
         figure, axes = bare_axes(5, 4.8)
         _draw_runs(axes, runs, first.task.ranked[0], width=60)
         legend_below(figure)
-        axes.set_title(f"{title}\n{fill(f'positive: {literal(first.class_names[1])}', 60)}", fontsize=10)
+        axes.set_title(f"{title}\n{fill(f'positive: {escape_mathtext(first.class_names[1])}', 60)}", fontsize=10)
         return figure
     columns = min(_COLUMNS, len(first.task.ranked))
     rows = -(-len(first.task.ranked) // columns)
@@ -63,7 +63,7 @@ def runs_roc_figure(runs: Mapping[str, Predictions]) -> Figure:
     for axes, index in zip(plots, first.task.ranked, strict=False):
         _draw_runs(axes, runs, index, width=44)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), **LEGEND | {"handlelength": 2.5})
-        axes.set_title(fill(literal(first.class_names[index]), 40), fontsize=9)
+        axes.set_title(fill(escape_mathtext(first.class_names[index]), 40), fontsize=9)
     for axes in plots[len(first.task.ranked) :]:
         axes.set_axis_off()
     figure.suptitle(f"{title}\neach class against the rest", fontsize=10)
@@ -78,6 +78,6 @@ def _draw_runs(axes: Axes, runs: Mapping[str, Predictions], index: int, width: i
     chance_line(axes)
     for (name, predictions), colour, style in zip(runs.items(), cycle(COLOURS), cycle(STYLES), strict=False):
         ranking = predictions.rankings[index]
-        label = fill(f"{literal(name)}: AUC {with_interval(ranking.auc, ranking.auc_interval, '')}", width)
+        label = fill(f"{escape_mathtext(name)}: AUC {with_interval(ranking.auc, ranking.auc_interval, '')}", width)
         curve = mean_roc(*predictions.one_against_rest(index), predictions.repeats)
         axes.plot(*(curve or ([], [])), color=colour, ls=style, lw=1.6, label=label)

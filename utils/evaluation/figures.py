@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from utils.core.plots import COLOURS, LEGEND, SMALL, STYLES, bare, bare_axes, legend_below
-from utils.core.text import literal
+from utils.core.text import escape_mathtext
 from utils.evaluation.bootstrap import mean_precision, mean_roc, pooled_metrics, roc_band
 from utils.evaluation.predictions import Predictions
 from utils.tasks.metrics import BINS, probability_bins
@@ -51,7 +51,7 @@ def roc_figure(predictions: Predictions) -> Figure:
             band = roc_band(is_class, scores, predictions.cases, predictions.seed, repeats=predictions.repeats)
             if band is not None:
                 axes.fill_between(*band, color=line["color"], alpha=0.15, lw=0)
-        ranking, name = predictions.rankings[index], literal(predictions.class_names[index])
+        ranking, name = predictions.rankings[index], escape_mathtext(predictions.class_names[index])
         label = fill(f"{name}: AUC {with_interval(ranking.auc, ranking.auc_interval)}", _ENTRY)
         axes.plot(*curve, **line, label=label)
     folds = predictions.folds is not None
@@ -73,7 +73,7 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
         curve = mean_precision(*predictions.one_against_rest(index), predictions.repeats)
         if curve is None:
             continue
-        ranking, name = predictions.rankings[index], literal(predictions.class_names[index])
+        ranking, name = predictions.rankings[index], escape_mathtext(predictions.class_names[index])
         value = with_interval(ranking.average_precision, ranking.average_precision_interval)
         label = fill(f"{name}: AP {value}, chance {ranking.prevalence:.3f}", _ENTRY)
         axes.plot(*curve, **line, label=label)
@@ -99,7 +99,7 @@ def confusion_figure(predictions: Predictions) -> Figure:
         text = f"{count}\n{share[row, column]:.0%}"
         size = 10 if num_classes <= 4 else SMALL
         axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=size)
-    names = [literal(name) for name in predictions.class_names]
+    names = [escape_mathtext(name) for name in predictions.class_names]
     wrapped = [fill(name, 16) for name in names]
     widest = max(len(line) for name in wrapped for line in name.splitlines())
     if widest * num_classes > 40:
@@ -122,7 +122,7 @@ def calibration_figure(predictions: Predictions) -> Figure:
     Temperature-scaled probabilities are drawn beside, where there are any.
     """
     if len(predictions.class_names) == 2:
-        positive = literal(predictions.class_names[1])
+        positive = escape_mathtext(predictions.class_names[1])
         x_label, y_label = f"Predicted probability of {positive}", f"Observed share of {positive}"
     else:
         x_label, y_label = "Probability of the predicted class", "Accuracy"
@@ -183,7 +183,7 @@ def _class_lines(predictions: Predictions) -> Iterator[tuple[int, dict[str, Any]
 def _finish_curves(figure: Figure, axes: Axes, predictions: Predictions, shown: str) -> None:
     """Add the legend below, and a title that says which slides, which class is meant, and what is drawn."""
     is_binary = len(predictions.class_names) == 2
-    meaning = f"positive: {literal(predictions.class_names[1])}" if is_binary else "each class against the rest"
+    meaning = f"positive: {escape_mathtext(predictions.class_names[1])}" if is_binary else "each class against the rest"
     about = f"{fill(meaning, _ENTRY)}\n({shown})"
     if axes.lines:
         legend_below(figure)

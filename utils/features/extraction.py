@@ -11,7 +11,7 @@ import numpy as np
 from utils.bags.store import peek_bag
 from utils.core.cluster import Cluster
 from utils.core.engine import Threads, open_engine, worker_number
-from utils.core.errors import ConfigError, FeatureFileError, SlideError, counted
+from utils.core.errors import ConfigError, FeatureFileError, SlideError, plural
 from utils.core.files import claimed
 from utils.core.recipe import Recipe
 from utils.core.remarks import alike_once
@@ -160,7 +160,7 @@ def _written(path: Path) -> int | None:
     return None
 
 
-def rehearse(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:
+def dry_run(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:
     """Return what `extract_slides` would do with each slide, and a text of that with its cost.
 
     Patches are counted on thumbnails, and the time is estimated from a trial on some of them. Writes nothing. Raises as
@@ -203,7 +203,7 @@ def _plan_words(
         seconds = patches / rate / len(extractor.devices)
         cost += f", about {duration(seconds)} at {rate:.0f} patches/s, as just tried on {extractor.device}"
     failed = sum(status.status == "failed" for status in statuses)
-    failures = [f"{failed} of {counted(len(statuses), 'slide')} would fail"] if failed else []
+    failures = [f"{failed} of {plural(len(statuses), 'slide')} would fail"] if failed else []
     notes = _scale_note(files, {status.slide: status.mpp for status in statuses})
     mend = "mend what fails, then " if failed else ""
     end = f"Nothing was extracted: a dry run. Next: {mend}the same command without --dry_run"
@@ -255,12 +255,12 @@ def _outline_words(files: ExtractionFiles, statuses: Sequence[SlideStatus]) -> l
     """Lines that count the slides whose tissue comes from outlines, of this run or of earlier ones."""
     outlined = sum(status.tissue == OUTLINES for status in statuses)
     kept = sum(KEPT_OUTLINES in status.reason for status in statuses)
-    earlier = f"{counted(kept, 'slide')} {'keeps' if kept == 1 else 'keep'} the tissue of earlier outlines"
+    earlier = f"{plural(kept, 'slide')} {'keeps' if kept == 1 else 'keep'} the tissue of earlier outlines"
     if files.tissue is None:
         compare = "--tissue DIR compares it with the files there, --overwrite has it detected"
         return [f"{earlier}; {compare}"] if kept else []
     others = "" if files.tissue_strict else ", else detected"
-    lines = [f"Tissue by {files.tissue} in {outlined - kept} of {counted(len(statuses), 'slide')}{others}"]
+    lines = [f"Tissue by {files.tissue} in {outlined - kept} of {plural(len(statuses), 'slide')}{others}"]
     if kept:
         lines.append(
             f"{earlier}, of which {files.tissue} has no file: put it back, or move the features away to have the "

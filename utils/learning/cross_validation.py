@@ -23,7 +23,7 @@ from utils.bags.settings import CohortFiles
 from utils.core.cluster import Cluster
 from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata
 from utils.core.engine import Engine, Processes, open_engine, refuse_rerun, threads
-from utils.core.errors import ConfigError, counted, named
+from utils.core.errors import ConfigError, first_few, plural
 from utils.core.files import read_json, write_json, write_records
 from utils.core.runtime import derive_seed, log, versions
 from utils.core.settings import check_names
@@ -157,7 +157,7 @@ class NestedCrossValidation:
         )
         identity |= slides_identity(self.dataset, records, standardization.folds)
         changed = [new.wsi_id for new in records if new.wsi_id in before and before[new.wsi_id].sha256 != new.sha256]
-        details = {"features": f"features of {named(changed)}"} if changed else {}
+        details = {"features": f"features of {first_few(changed)}"} if changed else {}
 
         def new_record() -> dict[str, Any]:
             return self._record(engine) | self._chosen_threads(engine, folds).as_dict()
@@ -192,7 +192,7 @@ class NestedCrossValidation:
     def _log_resumed(self, begun: Mapping[str, Any], engine: Engine) -> None:
         """Say that a run goes on as it began: what is trained now must fit what is kept."""
         if begun["threads"] != engine.threads:
-            log.info("each training goes on with %s, as the run began", counted(begun["threads"], "thread"))
+            log.info("each training goes on with %s, as the run began", plural(begun["threads"], "thread"))
         torch_then = begun["versions"]["torch"]
         if torch_then != versions()["torch"]:
             log.warning("the run was begun with PyTorch %s; its last digits may differ", torch_then)
@@ -219,7 +219,7 @@ class NestedCrossValidation:
         trainer = self.trainer
         if self._is_sent_away:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
-            counts = counted(engine.jobs, "training"), counted(torch.get_num_threads(), "thread")
+            counts = plural(engine.jobs, "training"), plural(torch.get_num_threads(), "thread")
             log.info("%s at a time, on %s each", *counts)
         tester = FoldTester(trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for)
         jobs = self.jobs(folds, standardization.folds)

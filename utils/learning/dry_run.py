@@ -14,7 +14,7 @@ from MILS.bag_model import BagModel
 from utils.bags.chunks import chunks_per_step, num_chunks
 from utils.bags.dataset import MILDataset
 from utils.core.device import peak_memory
-from utils.core.errors import DivergedError, counted
+from utils.core.errors import DivergedError, plural
 from utils.core.runtime import available_memory, duration, file_size, log, progress
 from utils.core.text import aligned
 from utils.learning.jobs import Trainer, TrainingJob
@@ -130,7 +130,7 @@ def log_large_steps(trainer: Trainer, job: TrainingJob) -> None:
     seconds, memory = _forecast(trainer, job, trainer.dataset.input_dim, patches)
     an_epoch = seconds / patches * sizes.mean() * len(job.fold.inner[job.inner - 1].train)
     text = (
-        f"{trainer.spec['name']} on whole slides: the largest training step ({counted(len(slides), 'slide')}, "
+        f"{trainer.spec['name']} on whole slides: the largest training step ({plural(len(slides), 'slide')}, "
         f"{patches:,} patches) takes about {duration(seconds)} and {file_size(memory)} of memory, an epoch about "
         f"{duration(an_epoch)}; --mode chunked and a smaller --batch_size take less memory"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.core.errors import ConfigError, counted, named
+from utils.core.errors import ConfigError, first_few, plural
 from utils.core.files import read_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import derive_seed, log
@@ -115,7 +115,7 @@ def read_run(path: Path, name: str) -> Run:
     tested = {(split.fold, wsi_id) for split in splits for wsi_id in split.parts["test"]}
     strangers = sorted(tested ^ set(zip(_folds(predictions).tolist(), predictions.slides.tolist(), strict=True)))
     if strangers:
-        slides = named([f"{wsi_id} of fold {fold}" for fold, wsi_id in strangers])
+        slides = first_few([f"{wsi_id} of fold {fold}" for fold, wsi_id in strangers])
         raise ConfigError(f"{path}: predictions.csv and splits.json are not of one run ({slides}); train it again")
     return Run(path, name, outputs, predictions, splits)
 
@@ -171,7 +171,7 @@ def _check_same_slides(first: Run, other: Run) -> None:
     for alone, run in ((mine.keys() - theirs, first), (theirs.keys() - mine, other)):
         if alone:
             raise ConfigError(
-                f"{both}: {counted(len(alone), 'slide')} in {run.path} alone: {named(sorted(alone))}; train both on "
+                f"{both}: {plural(len(alone), 'slide')} in {run.path} alone: {first_few(sorted(alone))}; train both on "
                 "the same labels.csv and splits"
             )
     for column, what in (("label", "label"), ("case_id", "patient")):
@@ -179,7 +179,7 @@ def _check_same_slides(first: Run, other: Run) -> None:
         if differing:
             told = [f"{wsi_id} ({mine[wsi_id][column]}, {theirs[wsi_id][column]})" for wsi_id in differing]
             raise ConfigError(
-                f"{both}: {counted(len(differing), 'slide')} with another {what}: {named(told)}; train both on the "
+                f"{both}: {plural(len(differing), 'slide')} with another {what}: {first_few(told)}; train both on the "
                 "same labels.csv"
             )
 
@@ -192,7 +192,7 @@ def _check_same_splits(first: Run, other: Run) -> None:
             if moved:
                 raise ConfigError(
                     f"{other.path}: not the splits of {first.path}: the {part} part of {theirs.name} differs in "
-                    f"{counted(len(moved), 'slide')}: {named(moved)}; {remedy}"
+                    f"{plural(len(moved), 'slide')}: {first_few(moved)}; {remedy}"
                 )
         if (mine.fold, mine.repeat) != (theirs.fold, theirs.repeat):
             raise ConfigError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from MILS import mil_options
-from utils.core.errors import ConfigError, meant
+from utils.core.errors import ConfigError, did_you_mean
 from utils.core.settings import checked, converted, kinds_of
 from utils.learning.settings import Model, Training
 
@@ -86,7 +86,7 @@ def _kinds(model: str) -> dict[str, type]:
 
 def _check_name(name: str, kinds: Mapping[str, type], model: str) -> None:
     if name not in kinds:
-        near = meant(name, kinds)
+        near = did_you_mean(name, kinds)
         raise ConfigError(
             f"--grid {name}: no hyperparameter of training or {model}; these are: {', '.join(kinds)}{near}"
         )

@@ -9,7 +9,7 @@ import torch
 
 from MILS import build_mil
 from utils.bags.dataset import MILDataset
-from utils.core.engine import Tell
+from utils.core.engine import Send
 from utils.core.errors import DivergedError, TrainingError
 from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.core.tensors import load_tensors, save_tensors
@@ -53,10 +53,10 @@ class Trainer:
     seed: int
     folder: Path
 
-    def __call__(self, job: TrainingJob, tell: Tell) -> None:
+    def __call__(self, job: TrainingJob, send: Send) -> None:
         keep_freed_memory()
         try:
-            fitted = self._train(job, tell)
+            fitted = self._train(job, send)
         except TrainingError as error:
             part = f"inner fold {job.inner}" if job.inner else "refit"
             setting = str(self.settings[job.setting - 1])
@@ -67,14 +67,14 @@ class Trainer:
                 raise TrainingError(f"{reason}{remedy}") from error
             fitted = Diverged(reason)  # the other settings may do
         save_tensors(self.path(job), {part.name: getattr(fitted, part.name) for part in fields(fitted)})
-        tell(None)
+        send(None)
 
-    def _train(self, job: TrainingJob, tell: Tell) -> Fitted:
+    def _train(self, job: TrainingJob, send: Send) -> Fitted:
         setting = self.settings[job.setting - 1]
         common: dict[str, Any] = {
             "seed": derive_seed(self.seed, "outer", job.fold.number, "inner", job.inner, str(setting)),
             "device": self.device,
-            "on_epoch": tell,
+            "on_epoch": send,
         }
         factory, training = self.factory(setting), self.training_of(job)
         if not job.inner:

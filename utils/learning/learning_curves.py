@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from utils.core.errors import counted
+from utils.core.errors import plural
 from utils.core.plots import COLOURS, SMALL, STYLES, bare, legend_below
-from utils.core.text import literal
+from utils.core.text import escape_mathtext
 from utils.learning.ranking import best_of, mean_rank, rank
 
 _MOST_SETTINGS = 6
@@ -66,7 +66,7 @@ def learning_figure(history: pd.DataFrame, monitors: Mapping[int, str]) -> Figur
     trainings = _trainings(history, monitors)
     settings = _ordered_settings(trainings)
     shown = settings[:_MOST_SETTINGS]
-    title = counted(len(trainings), "inner training")
+    title = plural(len(trainings), "inner training")
     if len(settings) > 1:
         title += f" of {len(settings)} settings"
         if len(shown) < len(settings):
@@ -148,10 +148,10 @@ def _panels_of_settings(trainings: Sequence[_Training], shown: Sequence[str]) ->
     panels: dict[str, list[_Curve]] = {}
     for name, column, some in [*columns, *_scores(trainings)]:
         for number, setting in enumerate(shown):
-            remarks = [f"chosen in {chosen[setting]} of {counted(len(orders), 'fold')}"]
+            remarks = [f"chosen in {chosen[setting]} of {plural(len(orders), 'fold')}"]
             if finished[setting] < most:
                 remarks.append(f"without the {most - finished[setting]} of {most} trainings that diverged")
-            label = f"{literal(setting)}, mean ({', '.join(remarks)})"
+            label = f"{escape_mathtext(setting)}, mean ({', '.join(remarks)})"
             label = label if column == "train_loss" else None  # one entry for all plots
             curve = _Curve([one for one in some if one.setting == setting], column, number, label)
             panels.setdefault(name, []).append(curve)
@@ -215,7 +215,7 @@ def _cut_off(axes: Axes, curves: Sequence[_Curve]) -> str:
             line.set_clip_on(True)  # the dots, too
     trainings = {training for curve in curves for training in curve.trainings}
     wild = {one for curve in curves for one in curve.trainings if one.values(curve.column).max() > top}
-    how_many = f"{len(wild)} of {counted(len(trainings), 'training')}"
+    how_many = f"{len(wild)} of {plural(len(trainings), 'training')}"
     return f"(cut off above: {how_many}, up to {every.max():.2g}, and their mean)"
 
 

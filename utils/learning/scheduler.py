@@ -5,8 +5,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils.core.engine import Engine, Lost
-from utils.core.errors import EngineError, counted
+from utils.core.engine import Engine, WorkerDied
+from utils.core.errors import EngineError, plural
 from utils.core.runtime import log, progress_bar
 from utils.learning.epochs import Epochs
 from utils.learning.jobs import Trainer, TrainingJob
@@ -22,7 +22,7 @@ def train_jobs(trainer: Trainer, jobs: Sequence[TrainingJob], engine: Engine, re
         engine.run(trainer, [job for job in jobs if job.name not in ended], display)
     if display.given_up:
         first, *rest = display.given_up
-        others = f" (and {counted(len(rest), 'other training')})" if rest else ""
+        others = f" (and {plural(len(rest), 'other training')})" if rest else ""
         raise EngineError(f"{first}{others}; {remedy} (what is finished is kept)")
 
 
@@ -32,10 +32,10 @@ class _Display:
     def __init__(self, bar: tqdm, epochs: Epochs, given_up: list[str]) -> None:
         self.bar, self.epochs, self.given_up = bar, epochs, given_up
 
-    def __call__(self, job: TrainingJob, message: dict[str, Any] | Lost | None) -> None:
+    def __call__(self, job: TrainingJob, message: dict[str, Any] | WorkerDied | None) -> None:
         """Take a job's row of history, None for its end, or the news that its worker died."""
         epochs, steps, score = self.epochs, 0, {}
-        if isinstance(message, Lost):
+        if isinstance(message, WorkerDied):
             steps = -self._restart(job, message)
         elif message is None:  # it has ended, perhaps before its last epoch
             epochs.end(job.name)
@@ -47,10 +47,10 @@ class _Display:
         self.bar.set_postfix({"trainings": f"{len(epochs.ended)}/{len(epochs.most)}"} | score, refresh=False)
         self.bar.update(steps)
 
-    def _restart(self, job: TrainingJob, message: Lost) -> int:
+    def _restart(self, job: TrainingJob, message: WorkerDied) -> int:
         """Return how many epochs a job that is trained again loses."""
         if message.for_good:
             self.given_up.append(f"{job.name}: {message}")
-        again = f"trained again, {message.left} at a time" if message.left else "trained again"
+        again = f"trained again, {message.workers_left} at a time" if message.workers_left else "trained again"
         log.warning("%s: %s; it is %s", job.name, message, "given up" if message.for_good else again)
         return self.epochs.restart(job.name)

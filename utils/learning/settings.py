@@ -118,7 +118,7 @@ class Running(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal(Settings):
+class DryRun(Settings):
     """What `train.py` does instead of training."""
 
     dry_run: bool = option(

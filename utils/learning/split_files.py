@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.bags.labels import id_hint, missed_id, near_ids
 from utils.bags.spelling import without_ending
-from utils.core.errors import SplitError, counted, named
+from utils.core.errors import SplitError, first_few, plural
 from utils.core.files import read_json
 from utils.core.runtime import log
 from utils.learning.splits import InnerFold, OuterFold
@@ -99,9 +99,9 @@ def given_splits(
     strangers = sorted({one for split in splits for part in split.parts.values() for one in part} - index_of.keys())
     if strangers and not allow_missing:
         near = near_ids(strangers, lambda: wsi_ids)
-        names = named([missed_id(wsi_id, near) for wsi_id in strangers])
+        names = first_few([missed_id(wsi_id, near) for wsi_id in strangers])
         raise SplitError(
-            f"{path}: {counted(len(strangers), 'slide')} of the splits not in the cohort: {names}; "
+            f"{path}: {plural(len(strangers), 'slide')} of the splits not in the cohort: {names}; "
             f"{id_hint(near) or 'add them to the table'}, or leave them out with --allow missing"
         )
     case_of = dict(zip(wsi_ids, cases.tolist(), strict=True))
@@ -112,7 +112,9 @@ def given_splits(
         found = {name: np.array(sorted({index_of[one] for one in ids}), dtype=int) for name, ids in parts.items()}
         lacking = [name for label, name in enumerate(class_names) if label not in labels[found["train"]]]
         if lacking:
-            raise SplitError(f"{path}: the train part of {split.name} has no slide of class {named(lacking)}; mend it")
+            raise SplitError(
+                f"{path}: the train part of {split.name} has no slide of class {first_few(lacking)}; mend it"
+            )
         inner = InnerFold(found["train"], found["val"])
         place = (split.repeat or 1, split.fold)
         known = folds.setdefault(place, OuterFold(split.fold, found["test"], (), place[0]))
@@ -148,8 +150,8 @@ def _check_given(path: Path, name: str, parts: dict[str, list[str]], case_of: Ma
     shared = [f"{case} ({' and '.join(places)})" for case, places in shared_cases(parts, case_of).items()]
     if shared:
         raise SplitError(
-            f"{path}: {counted(len(shared), unit)} on both sides of {name}: {named(shared)}; such splits overestimate "
-            f"every figure, so split by {unit}"
+            f"{path}: {plural(len(shared), unit)} on both sides of {name}: {first_few(shared)}; such splits "
+            f"overestimate every figure, so split by {unit}"
         )
 
 
@@ -193,7 +195,7 @@ def _read_ours(path: Path, known: Collection[str]) -> list[NamedSplit]:
     places = [_place(fold) for fold in content["folds"]]
     twice = sorted({place for place in places if places.count(place) > 1})
     if twice:
-        raise SplitError(f"{path}: {named(twice)} more than once; give each fold a number of its own")
+        raise SplitError(f"{path}: {first_few(twice)} more than once; give each fold a number of its own")
     return splits
 
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 import numpy as np
 
-from utils.core.errors import SplitError, counted
+from utils.core.errors import SplitError, plural
 from utils.core.runtime import derive_seed
 
 _SHUFFLES = 10
@@ -101,7 +101,7 @@ def few_patients(folds: Sequence[OuterFold], labels: np.ndarray, cases: np.ndarr
     place, rarest = thin[0]
     fewer = "add patients" if len(folds[0].inner) == 2 else "give a smaller --n_inner"
     return (
-        f"{len(thin)} of {counted(len(validated), 'inner fold')} validate on one patient of a class or none (the "
+        f"{len(thin)} of {plural(len(validated), 'inner fold')} validate on one patient of a class or none (the "
         f"first: {place}, {rarest}); what is chosen there, from epoch to threshold, is mostly chance: {fewer}, or "
         "average over the inner models with --final ensemble"
     )
@@ -132,7 +132,7 @@ def _shortage(
     fewest, rarest = int(patients.min()), class_names[int(patients.argmin())]
     if fewest == 0:
         return f"no slide has the class {rarest!r}; leave it out of --class_names"
-    found = f"--n_outer {n_outer} --n_inner {n_inner}: only {counted(fewest, unit)} with class {rarest!r}"
+    found = f"--n_outer {n_outer} --n_inner {n_inner}: only {plural(fewest, unit)} with class {rarest!r}"
     for outer in sorted(range(2, fewest + 1), key=lambda outer: abs(outer - n_outer)):
         tests = _grouped_folds(labels, cases, outer, derive_seed(seed, "outer"))
         inner = min(n_inner, _most_inner(labels, cases, len(class_names), tests))

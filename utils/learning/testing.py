@@ -10,7 +10,7 @@ import torch
 from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble
 from utils.core.errors import TrainingError
-from utils.core.files import appeared
+from utils.core.files import wait_for_file
 from utils.learning.choice import Choice, choose, mean_validation
 from utils.learning.fold_results import FoldResult
 from utils.learning.jobs import Trainer, TrainingJob
@@ -104,7 +104,7 @@ class FoldTester:
 
     def _kept(self, job: TrainingJob) -> Fitted | Diverged:
         if self.is_remote:
-            appeared(self.trainer.path(job))
+            wait_for_file(self.trainer.path(job))
         fitted = self.trainer.kept(job)
         if fitted is None:
             raise TrainingError(f"{self.trainer.path(job)}: was removed or damaged meanwhile; give the command again")

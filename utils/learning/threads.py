@@ -16,7 +16,7 @@ from torch import Tensor
 from MILS.bag_model import BagModel
 from utils.bags.chunks import Batch
 from utils.core.engine import threads
-from utils.core.errors import counted
+from utils.core.errors import plural
 from utils.core.runtime import progress, threads_are_given
 
 # Features, patches times width, of a step below which one thread is enough: a thousand patches of 1024.
@@ -38,7 +38,7 @@ class ThreadChoice:
     seconds: Mapping[int, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"each training computes on {counted(self.threads, 'thread')}: {self.reason}"
+        return f"each training computes on {plural(self.threads, 'thread')}: {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return what run.json keeps of it."""

@@ -15,7 +15,7 @@ from utils.bags.chunks import Batch
 from utils.bags.dataset import MILDataset
 from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
-from utils.core.runtime import ahead, derive_seed
+from utils.core.runtime import derive_seed, prefetch
 from utils.learning.ranking import rank
 from utils.learning.scale import feature_scale, standardize
 from utils.learning.settings import Training
@@ -98,7 +98,7 @@ class ModelTraining:
         size = self.settings.batch_size
         if self.device.type != "cuda":
             return self.dataset.batches(self.train, size, seed)
-        return ahead(self.dataset.batches(self.train, size, seed, pin_memory=True))
+        return prefetch(self.dataset.batches(self.train, size, seed, pin_memory=True))
 
     def _steps(self, batches: Iterable[Batch]) -> float:
         """A step on each batch; the loss is the mean over chunks, each weighing its share of its slide."""

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from utils.core.text import literal
+from utils.core.text import escape_mathtext
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import signed
 
@@ -29,7 +29,7 @@ def faithfulness_figure(
         _draw_curves(one, record[name], record["random_orders"])
         one.set_title(f"{name.capitalize()}: gap {record[name]['gap']:+.3f}", fontsize=9)
         one.set_xlabel(f"Share of patches {done}", fontsize=8)
-    axes[0].set_ylabel(f"Probability of {literal(class_name)}", fontsize=8)
+    axes[0].set_ylabel(f"Probability of {escape_mathtext(class_name)}", fontsize=8)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=7)
     if maps:
         told = [one for one in record["rank_correlation_with_random_weights"] if one is not None]
@@ -39,7 +39,7 @@ def faithfulness_figure(
         ):
             _draw_map(one, shown, cmap)
             one.set_title(name, fontsize=9)
-    figure.suptitle(literal(title), fontsize=10)
+    figure.suptitle(escape_mathtext(title), fontsize=10)
     return signed(figure)
 
 

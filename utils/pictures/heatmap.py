@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.core.plots import save_figure
-from utils.core.text import NOTICE, literal
+from utils.core.text import NOTICE, escape_mathtext
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.overlay import Overlay, Picture
 
@@ -45,7 +45,7 @@ def heatmap_figure(overlay: Overlay, *, title: str, top_k: int) -> Figure:
     axes = figure.subplots()
     _draw_slide(axes, overlay.picture)
     _draw_heat(axes, overlay, top_k)
-    axes.set_title(literal(title), fontsize=10)
+    axes.set_title(escape_mathtext(title), fontsize=10)
     return signed(figure)
 
 
@@ -77,8 +77,10 @@ def detailed_figure(
     _draw_concentration(held, attention)
     _draw_probabilities(classes, probabilities)
     text.set_axis_off()
-    text.text(0, 1, literal("\n".join(lines)), va="top", fontsize=7.5, linespacing=1.4, transform=text.transAxes)
-    figure.suptitle(literal(title), fontsize=12)
+    text.text(
+        0, 1, escape_mathtext("\n".join(lines)), va="top", fontsize=7.5, linespacing=1.4, transform=text.transAxes
+    )
+    figure.suptitle(escape_mathtext(title), fontsize=12)
     return signed(figure)
 
 
@@ -107,7 +109,7 @@ def patch_grid_figure(
         for cell, patch, caption in zip(cells, patches, captions, strict=False):
             cell.imshow(patch)
             cell.set_title(caption, fontsize=8)
-    figure.suptitle(literal(title), fontsize=10)
+    figure.suptitle(escape_mathtext(title), fontsize=10)
     return signed(figure)
 
 
@@ -187,7 +189,7 @@ def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
 
 
 def _draw_probabilities(axes: Axes, probabilities: Mapping[str, float]) -> None:
-    names, values = [literal(name) for name in probabilities], list(probabilities.values())
+    names, values = [escape_mathtext(name) for name in probabilities], list(probabilities.values())
     best = values.index(max(values))
     bars = axes.barh(names, values, color=["#222222" if index == best else "#aaaaaa" for index in range(len(values))])
     axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=9)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from utils.core.errors import counted
+from utils.core.errors import plural
 from utils.core.files import set_aside
 from utils.core.page import write_page
 from utils.core.runtime import log, versions
@@ -54,7 +54,7 @@ def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> N
     columns = _columns(rows)
     values = {
         "generator": _GENERATOR,
-        "title": f"{counted(len(rows), 'slide')} predicted",
+        "title": f"{plural(len(rows), 'slide')} predicted",
         "summary": _summary(rows),
         "notes": notes,
         "notice": NOTICE,

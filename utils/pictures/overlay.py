@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
-from utils.core.errors import ConfigError, meant
+from utils.core.errors import ConfigError, did_you_mean
 from utils.core.settings import check_setting
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.settings import Pictures
@@ -54,7 +54,7 @@ class Look:
 
     def __post_init__(self) -> None:
         if self.cmap not in colormaps:
-            near = meant(self.cmap, colormaps)
+            near = did_you_mean(self.cmap, colormaps)
             raise ConfigError(f"--cmap {self.cmap}: Matplotlib has no such colour map{near}; try viridis or magma")
         for name in ("alpha", "scale"):
             check_setting(Pictures, name, getattr(self, name))

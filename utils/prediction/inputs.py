@@ -8,7 +8,7 @@ from utils.bags.labels import LabelRow
 from utils.bags.store import is_feature_file
 from utils.bags.table import read_table
 from utils.core.cohorts import cohort_classes
-from utils.core.errors import ConfigError, FeatureFileError, counted
+from utils.core.errors import ConfigError, FeatureFileError, plural
 from utils.core.files import check_distinct
 from utils.core.runtime import log
 from utils.prediction.out_of_fold import RECORD, OutOfFold
@@ -72,7 +72,7 @@ class PredictionFiles:
         labels.warn_of_patients(table, found)
         if len(found) < len(sources):
             log.info(
-                "%s of %s have no label, and are not scored", counted(len(sources) - len(found), "slide"), len(sources)
+                "%s of %s have no label, and are not scored", plural(len(sources) - len(found), "slide"), len(sources)
             )
         return {row.wsi_id: row for row in found}
 
@@ -107,7 +107,7 @@ def _inputs_of(asked: Prediction) -> list[Path]:
         named = " ".join(sorted({slide.suffix for slide in slides}))
         log.warning(
             "%s: holds feature files; left out: %s. For those give --extensions %s",
-            folder, counted(len(slides), "slide"), named,
+            folder, plural(len(slides), "slide"), named,
         )  # fmt: skip
     if ours != folder.resolve():  # a folder may be its own output folder
         files = [path for path in files if not path.resolve().is_relative_to(ours)]

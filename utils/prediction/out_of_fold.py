@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from utils.bags.feature_folder import FeatureFolder
-from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, counted, named
+from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, first_few, plural
 from utils.core.files import read_json
 from utils.core.runtime import log
 from utils.evaluation.predictions import Predictions
@@ -50,9 +50,9 @@ def _instead(folder: Path) -> str:
     """Return what could be given instead of a folder that is no run."""
     runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
     if runs:
-        return f"give one of the runs in it: {named(runs)}"
+        return f"give one of the runs in it: {first_few(runs)}"
     files = sorted(path.name for path in folder.glob("*.pth"))
-    return f"give one of its files: {named(files)}" if files else "give the output folder of train.py"
+    return f"give one of its files: {first_few(files)}" if files else "give the output folder of train.py"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class OutOfFold:
         predictions = _read_predictions(folder / PREDICTIONS)
         repeats = int(predictions.repeats.max())
         if repeat is not None and repeat > repeats:
-            raise ConfigError(f"--repeat {repeat}: {folder} has {counted(repeats, 'repeat')}; give one of those")
+            raise ConfigError(f"--repeat {repeat}: {folder} has {plural(repeats, 'repeat')}; give one of those")
         if repeat is not None:
             predictions = predictions.where(predictions.repeats == repeat)
         slides = _first_test_of_each(predictions)
@@ -118,7 +118,7 @@ class OutOfFold:
         missing = sorted(self.slides.keys() - folder.files.keys())
         if missing and ("missing" not in allow or not files):
             raise FeatureFileError(
-                f"{place}: no feature file of {counted(len(missing), 'slide')} of {self.folder}: {named(missing)}; "
+                f"{place}: no feature file of {plural(len(missing), 'slide')} of {self.folder}: {first_few(missing)}; "
                 "give their folder with --input_dir, or leave them out with --allow missing"
             )
         return files
@@ -139,9 +139,9 @@ class OutOfFold:
         log.warning(
             "%s: of %d of %d slides the probabilities differ by up to %.2g (%s): perhaps their "
             "features have changed since, or the device or versions differ",
-            table, len(unlike), len(apart), most, named(unlike, 3),
+            table, len(unlike), len(apart), most, first_few(unlike, 3),
         )  # fmt: skip
-        return f"{len(unlike)} of {counted(len(apart), 'slide')} are not answered as in {table}."
+        return f"{len(unlike)} of {plural(len(apart), 'slide')} are not answered as in {table}."
 
 
 def _features_dir(record: Mapping[str, Any]) -> Path | None:

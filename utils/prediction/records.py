@@ -6,7 +6,7 @@ from typing import Any
 
 from utils.bags.direct_read import Fingerprint
 from utils.core.differences import differences, first_differences
-from utils.core.errors import ConfigError, named
+from utils.core.errors import ConfigError, first_few
 from utils.core.files import read_record
 from utils.core.plots import FORMATS, figure_paths
 from utils.slides.find import is_slide_file
@@ -98,7 +98,7 @@ def _check_request(target: Path, record: Mapping[str, Any], request: Mapping[str
     if unlike:
         paths = record["checkpoint"] if isinstance(record["checkpoint"], list) else [record["checkpoint"]]
         raise ConfigError(
-            f"{target}: is another prediction, by {named(paths, 1)} ({first_differences(unlike)}); give another "
+            f"{target}: is another prediction, by {first_few(paths, 1)} ({first_differences(unlike)}); give another "
             "--output_dir, or --overwrite"
         )
 

@@ -12,8 +12,8 @@ from utils.core.cluster import Cluster
 from utils.core.cohorts import SYNTHETIC
 from utils.core.device import resolve_device
 from utils.core.engine import Threads, open_engine
-from utils.core.errors import ConfigError, counted, named
-from utils.core.files import appeared, clear_parts, read_json, read_record
+from utils.core.errors import ConfigError, first_few, plural
+from utils.core.files import clear_parts, read_json, read_record, wait_for_file
 from utils.core.recipe import ASKED_FIELDS
 from utils.core.runtime import log
 from utils.core.text import NOTICE
@@ -169,19 +169,19 @@ def _conclude(
     return what is to be said of it.
     """
     files = work.files
-    records = [read_json(appeared(path)) for path in made]
+    records = [read_json(wait_for_file(path)) for path in made]
     ours = set(made)
     others = [read_record(path) for path in sorted(folder.glob(f"*{ENDING}")) if path not in ours]
     others = [record for record in others if is_answer_to(record, work.settings_of(str(record.get("slide"))))]
     everything = sorted([*records, *others], key=lambda record: record["slide"])
     answers = Answers(everything, rows, work.predictors.first.checkpoint.task, work.known)
     words = [answers.write(folder, work.threshold, work.settings[0], files.asked.overwrite, files.asked.figure_format)]
-    notes = _about(work) + ([f"{counted(failed, 'slide')} without an answer: see {REPORT}."] if failed else [])
+    notes = _about(work) + ([f"{plural(failed, 'slide')} without an answer: see {REPORT}."] if failed else [])
     write_index(folder / INDEX, [_index_row(record, answers, folder) for record in everything], notes)
     if files.run is not None:
         words.append(_out_of_fold_words(files, records))
     if others:
-        words.append(f"With {counted(len(others), 'slide')} of earlier commands in {folder}.")
+        words.append(f"With {plural(len(others), 'slide')} of earlier commands in {folder}.")
     return [text for text in words if text]
 
 
@@ -216,7 +216,7 @@ def _about(work: Answering) -> list[str]:
     if run is not None:
         notes = [f"{models} of {run.folder}, each slide by the model of the fold that did not see it."]
     else:
-        paths = named([str(one.path) for one in trained], 3)
+        paths = first_few([str(one.path) for one in trained], 3)
         notes = [f"{models} ({paths})" + (", which answer as their mean." if trained[1:] else ".")]
     if any(one.checkpoint.dataset == SYNTHETIC for one in trained):
         notes.append("Trained on synthetic slides, drawn by rule: what is said of tissue means nothing.")

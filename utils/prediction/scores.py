@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.bags.labels import LabelRow
-from utils.core.errors import ConfigError, counted
+from utils.core.errors import ConfigError, plural
 from utils.core.files import digest, read_record, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
@@ -111,7 +111,7 @@ class Answers:
             seed=_SEED,
             calibrated=None if None in scaled else self._by_class(scaled),
             decisions=None if threshold is None else self.task.decide(values, threshold),
-            title=f"{counted(len(rows), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else ""),
+            title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else ""),
         )
 
     def scores(self, threshold: float | None) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Answers:
         if lost:
             log.warning(
                 "%s: holds %s by other settings; moved to %s",
-                folder / TABLE, counted(len(lost), "slide"), *set_aside(folder / TABLE),
+                folder / TABLE, plural(len(lost), "slide"), *set_aside(folder / TABLE),
             )  # fmt: skip
 
     def _labels_digest(self) -> str:
@@ -236,4 +236,4 @@ def scores_text(scores: Mapping[str, Any]) -> str:
 
 
 def _seen_words(seen: int) -> str:
-    return f"{counted(seen, 'slide')} seen in training, or of patients seen there: their predictions prove nothing."
+    return f"{plural(seen, 'slide')} seen in training, or of patients seen there: their predictions prove nothing."

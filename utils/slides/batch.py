@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from utils.core.engine import Engine, Lost, Tell, threads
+from utils.core.engine import Engine, Send, WorkerDied, threads
 from utils.core.errors import BackboneError, ConfigError, DiskFullError, LiteMILError, NoTissueError, SlideError
 from utils.core.files import check_distinct, check_writable, claim_on, clear_parts, clear_parts_of, is_free
 from utils.core.recipe import Recipe
@@ -262,14 +262,14 @@ class _Batch:
         self._tries: Counter[Path] = Counter()
         self._report_time = time.monotonic()
 
-    def on_message(self, on_finished: Callable[[], object], pair: _Pair, message: SlideStatus | Lost) -> None:
+    def on_message(self, on_finished: Callable[[], object], pair: _Pair, message: SlideStatus | WorkerDied) -> None:
         """Take a slide's status, or the news that the worker on it has died."""
         slide, _ = pair
         if isinstance(message, SlideStatus) and message.status == CLAIMED:
             self.claimed[pair] = message.reason
             return
         self._tries[slide] += 1
-        if isinstance(message, Lost):
+        if isinstance(message, WorkerDied):
             clear_parts_of(message.node, message.process, self._report.parent)
             if not message.for_good:
                 log.warning("%s", f"{slide}: {message}; it is tried again")  # each time, not once for all slides
@@ -298,7 +298,7 @@ def _wait_for_release(claimed: Mapping[_Pair, str]) -> list[_Pair]:
     return free
 
 
-def _send_status(work: Work, pair: _Pair, send: Tell) -> None:
+def _send_status(work: Work, pair: _Pair, send: Send) -> None:
     send(attempt(work, *pair))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from urllib.parse import quote
 
-from utils.core.errors import counted
+from utils.core.errors import plural
 from utils.core.page import write_page
 from utils.slides.preview import LEGEND_COLOURS
 
@@ -38,7 +38,7 @@ def write_contact_sheet(path: Path, rows: Sequence[SheetRow], about: Sequence[st
     """Write the page of these slides; the lines of `about`, such as the recipe, follow the totals at the top."""
     statuses = Counter(row.status for row in rows)
     values = {
-        "title": counted(len(rows), "slide"),
+        "title": plural(len(rows), "slide"),
         "totals": _totals(rows, statuses),
         "about": ". ".join(about),
         "colours": LEGEND_COLOURS,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import openslide
 
-from utils.core.errors import SlideError, named
+from utils.core.errors import SlideError, first_few
 from utils.core.runtime import log
 from utils.slides.mirax import data_files, data_folder, is_mirax
 from utils.slides.picture_names import is_picture_name, words_of
@@ -267,7 +267,7 @@ def no_slide_words(folder: Path, listing: FoundSlides, extensions: Sequence[str]
 
 
 def _names(paths: Sequence[Path]) -> str:
-    return named([path.name for path in paths], _NAMED)
+    return first_few([path.name for path in paths], _NAMED)
 
 
 def one_per_series(slides: Sequence[Path]) -> list[Path]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.errors import SlideError, named
+from utils.core.errors import SlideError, first_few
 from utils.core.runtime import log
 
 Size = tuple[int, int]
@@ -106,9 +106,9 @@ def log_fits(path: Path, sizes: Sequence[Size], fits: Sequence[LevelFit]) -> Non
     unlike = [str(level) for level, fit in enumerate(fits) if math.isinf(fit.downsample)]
     padded = [str(level) for level, fit in enumerate(fits) if fit.size != sizes[level]]
     if padded:
-        log.info("%s: level %s padded beyond the slide's edge; the padding is left out", path, named(padded))
+        log.info("%s: level %s padded beyond the slide's edge; the padding is left out", path, first_few(padded))
     if unlike:
-        log.warning("%s: level %s does not show what level 0 shows, and is not used", path, named(unlike))
+        log.warning("%s: level %s does not show what level 0 shows, and is not used", path, first_few(unlike))
 
 
 def _padded(size: Size, level_size: Size) -> LevelFit:

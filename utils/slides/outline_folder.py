@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.core.errors import ConfigError, SlideError, counted, meant, named
+from utils.core.errors import ConfigError, SlideError, did_you_mean, first_few, plural
 from utils.core.runtime import log
 
 _ENDING = ".geojson"
@@ -50,11 +50,11 @@ class OutlineFolder:
         free = [name.as_posix() for name, slide in expected.items() if slide not in outlined]
         unused = sorted(name.as_posix() for name in files.keys() - used)
         if unused:
-            hints = [meant(name, free).removeprefix("; ") for name in unused[:_NAMED]]
+            hints = [did_you_mean(name, free).removeprefix("; ") for name in unused[:_NAMED]]
             words = [f"{name} ({hint})" if hint else name for name, hint in zip(unused, hints, strict=False)]
             log.warning(
                 "%s: %d of %s match no slide by name, and are not used: %s",
-                self.path, len(unused), counted(len(files), "file"), named([*words, *unused[_NAMED:]], _NAMED),
+                self.path, len(unused), plural(len(files), "file"), first_few([*words, *unused[_NAMED:]], _NAMED),
             )  # fmt: skip
 
     def log_missing(self, slide: Path) -> None:
@@ -62,7 +62,9 @@ class OutlineFolder:
         files = sorted(path.relative_to(self.path).as_posix() for path in self._all_files())
         if files and self.file_of(slide, Path()) is None:
             name = _names_of(slide)[0]
-            log.warning("%s: no file for %s; there are %s%s", self.path, slide.name, named(files), meant(name, files))
+            log.warning(
+                "%s: no file for %s; there are %s%s", self.path, slide.name, first_few(files), did_you_mean(name, files)
+            )
 
     def _files_in(self, folder: Path) -> list[Path]:
         """List the files of a folder, which is read only once."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.core.errors import SlideError, named
+from utils.core.errors import SlideError, first_few
 from utils.core.runtime import log
 from utils.slides.outlines import Ring, is_inside
 
@@ -105,7 +105,7 @@ def shortage_of(areas: Sequence[Area], tissue_classes: Collection[str]) -> str:
     """Say why no area of a file is tissue, and what to do."""
     if not areas:
         return "no polygon in it; draw the tissue as areas, or move the file away"
-    names = named(sorted({area.class_name for area in areas}))
+    names = first_few(sorted({area.class_name for area in areas}))
     if tissue_classes:
         return f"no area of --tissue_classes {','.join(tissue_classes)} in it; there are {names}"
     return f"none of its areas is tissue, by their classes ({names}); draw the tissue too, or give --tissue_classes"

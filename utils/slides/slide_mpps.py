@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from utils.core.errors import ConfigError, SlideError, counted, named
+from utils.core.errors import ConfigError, SlideError, first_few, plural
 from utils.core.files import check_distinct, write_records
 from utils.core.headers import DELIMITERS, SLIDE_NAMES, plain_header
 from utils.core.remarks import alike_once
@@ -47,10 +47,10 @@ class SlideMpps:
         if where.is_dir():
             log.warning(
                 "%s: %d of %s match no slide of %s by name: %s",
-                self.path, len(unused), counted(len(self.rows), "row"), where, named(sorted(unused), _NAMED),
+                self.path, len(unused), plural(len(self.rows), "row"), where, first_few(sorted(unused), _NAMED),
             )  # fmt: skip
         elif len(unused) == len(self.rows):
-            log.warning("%s: no row for %s; there are %s", self.path, where.name, named(sorted(unused), _NAMED))
+            log.warning("%s: no row for %s; there are %s", self.path, where.name, first_few(sorted(unused), _NAMED))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def write_slides_csv(path: Path, slides: Sequence[Path]) -> str:
         rows = [_row(slide) for slide in progress(slides, "Looking at slides", unit="slide", leave=False)]
     write_records(path, rows)
     empty = sum(not row.mpp for row in rows)
-    summary = f"{path}: {counted(len(rows), 'slide')}, {len(rows) - empty} with their own um/px, {empty} without"
+    summary = f"{path}: {plural(len(rows), 'slide')}, {len(rows) - empty} with their own um/px, {empty} without"
     fill = "fill those in, " if empty else "correct what is wrong, "
     return f"{summary}\nNext: {fill}and give it with --slides_csv {path}"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from utils.core.errors import counted, named
+from utils.core.errors import first_few, plural
 from utils.core.recipe import MPP_TOLERANCE
 
 OUTLINES = "outlines"  # the source of a slide's tissue, if not the detector
@@ -82,8 +82,8 @@ def unlike_scales(mpps: Mapping[Path, float | None]) -> tuple[str, dict[Path, fl
         return "", {}
     least, most = min(unlike.values()), max(unlike.values())
     span = f"{least:.3g}" if _are_alike(least, most) else f"{least:.3g} to {most:.3g}"
-    names = named([slide.name for slide in unlike], _NAMED)
-    which = f"the patches of {counted(len(unlike), 'slide')} have {span} um/px ({names})"
+    names = first_few([slide.name for slide in unlike], _NAMED)
+    which = f"the patches of {plural(len(unlike), 'slide')} have {span} um/px ({names})"
     remainder = f"those of {len(mpp_of) - len(unlike)} {common:.3g}"
     return f"{which}, {remainder}: their features show different scales; --mpp cuts all at one", unlike
 
@@ -98,7 +98,7 @@ def status_table(statuses: Sequence[SlideStatus]) -> str:
     for status in statuses:
         own = (status.slide.as_posix(),) if status.patches is not None else ()
         groups.setdefault((status.status, status.why, *own), []).append(status)
-    names = [named([status.slide.name for status in group], _NAMED) for group in groups.values()]
+    names = [first_few([status.slide.name for status in group], _NAMED) for group in groups.values()]
     width = max(map(len, names))
     lines = [f"{'slide':{width}}  {'':10}  {'patches':>8}  {'um/px':>6}"]
     for name, group in zip(names, groups.values(), strict=True):

@@ -11,7 +11,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.errors import SlideError, counted
+from utils.core.errors import SlideError, plural
 from utils.slides.levels import ReadLevel
 from utils.slides.resolution import ome_images
 from utils.slides.slide import WHITE, opaque
@@ -95,7 +95,7 @@ def _colour_problem(image: TiffImage, page: tifffile.TiffPage) -> tuple[str, str
     if page.photometric == _SEPARATED and (samples < 4 or page.tags.valueof(332, _CMYK) != _CMYK):
         return f"{samples} inks that are not cyan, magenta, yellow and black", CONVERT
     if page.photometric in (_RGB, _YCBCR) and samples < len(_CHANNELS):
-        return f"{counted(samples, 'colour')} per pixel, where red, green and blue are expected", CONVERT
+        return f"{plural(samples, 'colour')} per pixel, where red, green and blue are expected", CONVERT
     if len(image.levels[0]) > 1 and page.photometric not in _GREYS:
         return f"{len(image.levels[0])} pages of the kind {name_of(page.photometric)} for one image", CONVERT
     if channels not in (1, len(_CHANNELS)) or (channels > 1 and _are_fluorescence(image)):

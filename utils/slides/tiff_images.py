@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tifffile
 
-from utils.core.errors import SlideError, named
+from utils.core.errors import SlideError, first_few
 from utils.slides.levels import Size, whole_downsample
 from utils.slides.resolution import ome_images
 from utils.slides.tiles import Page, keyframe
@@ -204,7 +204,7 @@ def _is_copy(image: TiffImage, chosen: TiffImage) -> bool:
 
 
 def _listed(images: Sequence[TiffImage]) -> str:
-    return named([str(image) for image in images], _MOST_LISTED)
+    return first_few([str(image) for image in images], _MOST_LISTED)
 
 
 def _ome_number(file: tifffile.TiffFile, elements: Sequence[str], size: Size) -> int | None:
