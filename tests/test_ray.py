@@ -57,7 +57,7 @@ def workers(driver: int) -> set[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if (folder / "cmdline").read_bytes().startswith(b"ray::_Actor"):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::Actor"):
                 found.add(int(folder.name))
         except OSError:  # it has ended
             continue

@@ -66,7 +66,7 @@ def test_what_workers_log_is_logged_here(engine, caplog):
         pytest.skip("processes of this machine log to its stderr themselves")
     with caplog.at_level("WARNING"):
         engine.run(work.warn, [7], lambda *_: None)
-    there = 1 if type(engine).__name__ == "_OnRay" else processors()  # its share of the machine
+    there = 1 if type(engine).__name__ == "OnRay" else processors()  # its share of the machine
     assert [record.getMessage() for record in caplog.records] == [f"task 7 on {there}"]
 
 
