@@ -39,7 +39,8 @@ from torchvision import transforms
 
 from utils.core.runtime import keep_freed_memory
 from utils.feature_extractor import WSIFeatureExtractor
-from utils.features.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, backbone_spec
+from utils.features.backbones import Backbone, backbone_spec
+from utils.features.transform import IMAGENET_MEAN, IMAGENET_STD
 from utils.slides.patching import PatchGrid, plan_patches, read_batches
 from utils.slides.wsi import open_slide
 

@@ -6,7 +6,7 @@ import pytest
 
 from utils import doctor
 from utils.core import runtime
-from utils.features import backbones
+from utils.features import weights
 
 
 @pytest.fixture(autouse=True)
@@ -99,13 +99,13 @@ def test_a_small_disk_and_little_memory_are_noted(monkeypatch):
 
 
 def test_the_hub_and_the_token(monkeypatch):
-    monkeypatch.setattr(backbones, "get_token", lambda: "hf_secret")
-    reached, told = backbones.hub_access(1)
+    monkeypatch.setattr(weights, "get_token", lambda: "hf_secret")
+    reached, told = weights.hub_access(1)
     assert not reached
     assert "logged in" in told
     assert "hf_secret" not in str(doctor.examine())
-    monkeypatch.setattr(backbones, "HF_HUB_OFFLINE", True)
-    assert "offline" in backbones.hub_access(1)[1]
+    monkeypatch.setattr(weights, "HF_HUB_OFFLINE", True)
+    assert "offline" in weights.hub_access(1)[1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for nvidia-smi")

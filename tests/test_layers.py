@@ -26,8 +26,8 @@ LIBRARIES = {
         "datasets/synthetic.py",
     },
     "h5py": {"utils/bags"},
-    "timm": {"utils/features/backbones.py"},
-    "huggingface_hub": {"utils/features/backbones.py"},
+    "timm": {"utils/features/networks.py"},
+    "huggingface_hub": {"utils/features/weights.py"},
     "sklearn": {"utils/learning"},
     "matplotlib": {
         "utils/pictures", "utils/core/plots.py", "utils/evaluation/figures.py", "utils/learning/learning_curves.py",

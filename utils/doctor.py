@@ -204,7 +204,7 @@ def _disk() -> Finding:
 
 
 def _hub() -> Finding:
-    from utils.features.backbones import hub_access
+    from utils.features.weights import hub_access
 
     reached, found = hub_access(_SECONDS)
     remedy = "" if reached else "backbones can come from local files: --weights FILE (README, Troubleshooting)"

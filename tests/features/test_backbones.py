@@ -16,18 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from utils.core.errors import BackboneError
-from utils.features import backbones
-from utils.features.backbones import (
-    Transform,
-    backbone_spec,
-    canonical_backbone,
-    digest_weights,
-    list_backbones,
-    load_backbone,
-    read_weights,
-    rename_dinov2,
-)
+from utils.features import backbones, networks, weights
+from utils.features.backbones import backbone_spec, canonical_backbone, list_backbones, load_backbone
 from utils.features.stain import stain_names
+from utils.features.transform import Transform
+from utils.features.weights import digest_weights, read_weights, rename_dinov2
 
 SMALL = "timm:test_vit"  # timm's own model for tests: 0.4 M weights
 # By their cards: width, depth, heads, side of a token, prefix tokens, positions, width of the feed-forward layer.
@@ -436,7 +429,7 @@ def test_a_gated_model_says_where_to_ask(name, monkeypatch):
     def refuse(*args, **kwargs):
         raise GatedRepoError("403 Client Error.\n\nAccess is restricted", response=Response())  # type: ignore[arg-type]
 
-    monkeypatch.setattr(backbones, "hf_hub_download", refuse)
+    monkeypatch.setattr(weights, "hf_hub_download", refuse)
     page = f"https://huggingface.co/{backbone_spec(name).repo}"
     with pytest.raises(BackboneError, match=rf"{re.escape(page)},.*hf auth login.*--weights") as error:
         load_backbone(name)
@@ -444,14 +437,14 @@ def test_a_gated_model_says_where_to_ask(name, monkeypatch):
 
 
 def test_a_download_goes_through_the_same_strict_load(monkeypatch, tmp_path):
-    save_file(backbones._ResNetToLayer3().state_dict(), tmp_path / "model.safetensors")
+    save_file(networks.ResNetToLayer3().state_dict(), tmp_path / "model.safetensors")
     asked = []
 
     def download(repo, filename, revision=None):
         asked.append((repo, filename, revision))
         return str(tmp_path / filename)
 
-    monkeypatch.setattr(backbones, "hf_hub_download", download)
+    monkeypatch.setattr(weights, "hf_hub_download", download)
     backbone = load_backbone("resnet50.tv_in1k")
     assert asked == [("timm/resnet50.tv_in1k", "model.safetensors", None)]
     assert backbone.weights_digest == load_backbone("resnet50", tmp_path / "model.safetensors").weights_digest
@@ -464,7 +457,7 @@ def test_a_pinned_revision_is_asked_for(monkeypatch):
         asked.append((repo, filename, revision))
         raise OSError("no network")
 
-    monkeypatch.setattr(backbones, "hf_hub_download", download)
+    monkeypatch.setattr(weights, "hf_hub_download", download)
     with pytest.raises(BackboneError, match="no network"):
         load_backbone("virchow2")
     assert asked == [("paige-ai/Virchow2", "model.safetensors", "3158645804b69e3f3bc4439d4116edddf0840a72")]
