@@ -131,7 +131,7 @@ def test_a_shard_that_reports_while_the_sheet_is_written_is_on_it(slides, extrac
 
 def test_what_qc_dropped_is_told_of_slides_that_are_skipped(slides, extract, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "utils.features.extractor.patch_quality", lambda patches, _: np.array(["pen"] + [""] * (len(patches) - 1))
+        "utils.features.encoding.patch_quality", lambda patches, _: np.array(["pen"] + [""] * (len(patches) - 1))
     )
     for _ in range(2):
         assert extract(*RECIPE, "--qc").code == 0

@@ -24,10 +24,10 @@ from utils.bags.store import read_bag, write_bag
 from utils.core.errors import ConfigError, FeatureFileError, RecipeError, SlideError
 from utils.core.files import _machine
 from utils.core.recipe import Recipe
-from utils.features import extraction
-from utils.features import extractor as feature_extractor
+from utils.features import encoding, extraction
 from utils.features.extraction import extract_slides
-from utils.features.extractor import WSIFeatureExtractor, extract_one
+from utils.features.extractor import WSIFeatureExtractor
+from utils.features.one_slide import extract_one
 from utils.features.settings import Extraction
 from utils.slides.batch import slide_targets
 from utils.slides.find import find_slides
@@ -433,7 +433,7 @@ def test_quality_control_drops_patches_and_tells_why(slide_cohort, script, tmp_p
             np.arange(len(patches)) % 3 == 0, "pen", np.where(np.arange(len(patches)) % 3 == 1, "", "white")
         )
 
-    monkeypatch.setattr(feature_extractor, "patch_quality", judge)
+    monkeypatch.setattr(encoding, "patch_quality", judge)
     flags = ("--input_dir", slide.parent, "--limit", 1, "--output_dir", tmp_path, *recipe(slide_cohort), "--qc")
     done = script("extractFeatures", *flags)
     assert done.code == 0, done.err
@@ -444,7 +444,7 @@ def test_quality_control_drops_patches_and_tells_why(slide_cohort, script, tmp_p
     assert bag.passport.recipe.qc
     report = pd.read_csv(tmp_path / "extraction_report.csv")
     assert report["reason"][0] == f"--qc dropped {len(whole.coords[::3])} pen, {len(whole.coords[2::3])} white"
-    monkeypatch.setattr(feature_extractor, "patch_quality", lambda patches, _: np.full(len(patches), "blurred"))
+    monkeypatch.setattr(encoding, "patch_quality", lambda patches, _: np.full(len(patches), "blurred"))
     done = script("extractFeatures", *flags, "--overwrite")
     assert done.code == 0
     assert "1 no tissue" in done.out

@@ -860,7 +860,7 @@ def test_a_raw_slide_is_predicted_from_what_qc_leaves(predict, tmp_path, monkeyp
     torch.manual_seed(0)
     model = build_mil("LiteMIL", input_dim=45, num_classes=2)
     path = write_model(tmp_path / "m.pth", 1, model=model.spec, state_dict=model.state_dict(), recipe=recipe)
-    monkeypatch.setattr("utils.features.extractor.patch_quality", lambda patches, _: np.array(["pen"] * 3 + [""] * 61))
+    monkeypatch.setattr("utils.features.encoding.patch_quality", lambda patches, _: np.array(["pen"] * 3 + [""] * 61))
     assert predict("--checkpoint", path, "--input", tmp_path / "slide.tif").code == 0
     assert of(tmp_path / "out", "slide")["num_instances"] == 61
 

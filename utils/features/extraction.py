@@ -17,7 +17,8 @@ from utils.core.recipe import Recipe
 from utils.core.remarks import alike_once
 from utils.core.report import update_report
 from utils.core.runtime import duration, file_size, log, progress
-from utils.features.extractor import WSIFeatureExtractor, current_status, extract_one
+from utils.features.extractor import WSIFeatureExtractor
+from utils.features.one_slide import current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
 from utils.slides.folder_report import scales_in
 from utils.slides.settings import ExtractionFiles
@@ -180,7 +181,7 @@ def dry_run(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[lis
         with extractor.opened(slide, told.mpp) as opened:
             plan = extractor.plan(opened, replace(told, preview=None))
             if not rates:
-                rates.append(extractor.rate(opened, plan))
+                rates.append(extractor.encoder.rate(opened, plan))
         return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
 
     _ = extractor.backbone  # if it cannot be loaded, that is not specific to one slide

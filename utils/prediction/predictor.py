@@ -21,7 +21,8 @@ from utils.core.recipe import ASKED_FIELDS, Recipe
 from utils.core.runtime import keep_freed_memory, log
 from utils.core.settings import check_setting
 from utils.features.backbones import canonical_backbone
-from utils.features.extractor import WSIFeatureExtractor, extract_one
+from utils.features.extractor import WSIFeatureExtractor
+from utils.features.one_slide import extract_one
 from utils.features.settings import Extraction
 from utils.prediction.checkpoint import Checkpoint, load_checkpoint
 from utils.prediction.faithfulness import Faithfulness, measure_faithfulness
@@ -124,7 +125,7 @@ class SlidePredictor:
     def keep_features(self, slide: Slide, folder: Path) -> Path:
         """Return the feature file of an open slide in `folder`, made unless it is there, by the same recipe."""
         target = folder / f"{slide.path.stem}.h5"
-        extract_one(self._checked_extractor(slide), slide, target, told=SlideNotes(slide.told_mpp))
+        extract_one(self._checked_extractor(slide), slide, target, notes=SlideNotes(slide.told_mpp))
         return target
 
     def predict_bag(
