@@ -62,6 +62,16 @@ def open_features(
     return MemoryFeatures(files)
 
 
+def share(features: FileFeatures | MemoryFeatures | PackedFeatures, path: Path) -> FileFeatures | PackedFeatures:
+    """Return the features for several processes: those kept in memory are packed into one file."""
+    if isinstance(features, MemoryFeatures):
+        log.info("several processes share the features: packed into one file, not in memory")
+        return pack(path, features.files)
+    if isinstance(features, FileFeatures):
+        log.info("each process reads the feature files in every epoch; --cache DIR packs them for all")
+    return features
+
+
 def _fault_of(path: Path, feat_type: str) -> str | None:
     try:
         read_bag(path, feat_type)

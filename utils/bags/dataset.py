@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 
 from utils.bags import labels
 from utils.bags.chunks import Batch, Chunk, chunks_per_step, cut_chunks, num_chunks, shuffled_batches, windows
-from utils.bags.cohort_features import look_at_files, open_features
+from utils.bags.cohort_features import look_at_files, open_features, share
 from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import FileRecord, take_inventory
-from utils.bags.packed import FileFeatures, MemoryFeatures, PackedFeatures, pack, packed_path
+from utils.bags.packed import FileFeatures, MemoryFeatures, packed_path
 from utils.bags.settings import BatchSize, Cohort, batch_size_option
 from utils.bags.store import Bag, read_bag
 from utils.bags.table import LabelTable, read_table
@@ -47,8 +47,7 @@ class MILDataset(Dataset):
     patches that are neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur,
     sorted. `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only
     leave a row out (see `utils.bags.labels.resolve_labels`). `group_column` names the column whose values splits keep
-    together, instead of the patient. `no_patients` takes each slide as a patient of its own, where the table names
-    none.
+    together, instead of the patient. `no_patients` takes each slide as a patient where the table names none.
 
     `cache` says where the features are in use: "off" reads them from their files whenever they are needed, "ram" keeps
     them in memory, a folder holds them in one packed file that all processes share and later runs find again. By
@@ -139,7 +138,6 @@ class MILDataset(Dataset):
         )
 
     def __len__(self) -> int:
-        """How many slides there are."""
         return len(self.rows)
 
     def __repr__(self) -> str:
@@ -227,15 +225,9 @@ class MILDataset(Dataset):
         return isinstance(self._features, MemoryFeatures)
 
     def shared(self, folder: Path) -> "MILDataset":
-        """The dataset for several processes: what this one's memory would hold is packed into a file in `folder`."""
-        if isinstance(self._features, PackedFeatures):
-            return self
-        if isinstance(self._features, FileFeatures):
-            log.info("each process reads the feature files in every epoch; --cache DIR packs them for all")
-            return self
-        log.info("several processes share the features: packed into one file, not in memory")
+        """Return the dataset for several processes: features that this one keeps in memory are packed into `folder`."""
         other = copy.copy(self)
-        other._features = pack(packed_path(folder, self.features_dir, self.feat_type), self._features.files)
+        other._features = share(self._features, packed_path(folder, self.features_dir, self.feat_type))
         return other
 
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:

@@ -88,7 +88,7 @@ def given_splits(
     unit: str = "patient",
     allow_missing: bool = False,
 ) -> list[OuterFold]:
-    """The folds that a file (see `read_splits`) deals to the slides `wsi_ids`, of `labels (n,)` and `cases (n,)`.
+    """Return the folds that a file (see `read_splits`) deals to slides `wsi_ids` of `labels (n,)` and `cases (n,)`.
 
     Splits whose tests overlap (random ones drawn again and again) are each a repeat of their own. `allow_missing`
     leaves out slides of the file that are none of `wsi_ids`. Raises SplitError for such slides, for a patient on both
@@ -96,30 +96,36 @@ def given_splits(
     """
     splits = read_splits(path, wsi_ids)
     index_of = {wsi_id: index for index, wsi_id in enumerate(wsi_ids)}
-    strangers = sorted({one for split in splits for part in split.parts.values() for one in part} - index_of.keys())
-    if strangers and not allow_missing:
+    if not allow_missing:
+        _check_in_cohort(path, splits, wsi_ids)
+    case_of = dict(zip(wsi_ids, cases.tolist(), strict=True))
+    folds: dict[tuple[int, int], OuterFold] = {}
+    for split in splits:
+        ids = {name: [wsi_id for wsi_id in part if wsi_id in index_of] for name, part in split.parts.items()}
+        _check_given(path, split.name, ids, case_of, unit)
+        slides = {name: np.array(sorted({index_of[wsi_id] for wsi_id in ids[name]}), dtype=int) for name in ids}
+        lacking = [name for label, name in enumerate(class_names) if label not in labels[slides["train"]]]
+        if lacking:
+            raise SplitError(
+                f"{path}: the train part of {split.name} has no slide of class {first_few(lacking)}; mend it"
+            )
+        inner = InnerFold(slides["train"], slides["val"])
+        key = (split.repeat or 1, split.fold)
+        fold = folds.setdefault(key, OuterFold(split.fold, slides["test"], (), key[0]))
+        folds[key] = replace(fold, inner=(*fold.inner, inner))
+    return _with_repeats(path, list(folds.values()), all(split.repeat is not None for split in splits))
+
+
+def _check_in_cohort(path: Path, splits: Sequence[NamedSplit], wsi_ids: Sequence[str]) -> None:
+    listed = {wsi_id for split in splits for part in split.parts.values() for wsi_id in part}
+    strangers = sorted(listed - set(wsi_ids))
+    if strangers:
         near = near_ids(strangers, lambda: wsi_ids)
         names = first_few([missed_id(wsi_id, near) for wsi_id in strangers])
         raise SplitError(
             f"{path}: {plural(len(strangers), 'slide')} of the splits not in the cohort: {names}; "
             f"{id_hint(near) or 'add them to the table'}, or leave them out with --allow missing"
         )
-    case_of = dict(zip(wsi_ids, cases.tolist(), strict=True))
-    folds: dict[tuple[int, int], OuterFold] = {}
-    for split in splits:
-        parts = {name: [one for one in ids if one in index_of] for name, ids in split.parts.items()}
-        _check_given(path, split.name, parts, case_of, unit)
-        found = {name: np.array(sorted({index_of[one] for one in ids}), dtype=int) for name, ids in parts.items()}
-        lacking = [name for label, name in enumerate(class_names) if label not in labels[found["train"]]]
-        if lacking:
-            raise SplitError(
-                f"{path}: the train part of {split.name} has no slide of class {first_few(lacking)}; mend it"
-            )
-        inner = InnerFold(found["train"], found["val"])
-        place = (split.repeat or 1, split.fold)
-        known = folds.setdefault(place, OuterFold(split.fold, found["test"], (), place[0]))
-        folds[place] = replace(known, inner=(*known.inner, inner))
-    return _with_repeats(path, list(folds.values()), all(split.repeat is not None for split in splits))
 
 
 def unused_split(rows: Sequence[Mapping[str, str]]) -> str:

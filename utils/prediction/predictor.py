@@ -101,9 +101,8 @@ class SlidePredictor:
         """Predict a feature file or a raw slide.
 
         By default the slide is fed as in the checkpoint's evaluation; `mode` "full" or "chunked" says otherwise, and
-        of chunks `chunk_size` (else that of the evaluation, else 1000). Full slides are streamed from their feature
-        file by every model but TransMIL: memory does not grow with them. Raises RecipeError when the features were made
-        in another way than the model's, FeatureFileError, SlideError.
+        of chunks `chunk_size` (else that of the evaluation, else 1000). Every model but TransMIL streams full slides
+        from their file. Raises RecipeError for features of another recipe, FeatureFileError, SlideError.
         """
         prediction = self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
         if prediction.seen_as:
