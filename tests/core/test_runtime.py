@@ -147,25 +147,25 @@ def test_the_limits_of_a_batch_job_are_found(tmp_path):
     write_group(mount / "slurm/job_7/step_0", "max", 10, 0)
     write_group(mount / "slurm/job_7", "1000", 700, 100)
     write_group(mount / "slurm", "5000", 700, 100)
-    assert runtime._left_of_limits(tmp_path) == [400, 4400]
+    assert runtime._free_within_limits(tmp_path) == [400, 4400]
 
 
 def test_the_limits_of_a_container_are_found(tmp_path):
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("5:cpu:/x\n4:memory:/docker/abc\n0::/\n")
     write_group(tmp_path / "sys/fs/cgroup/memory/docker/abc", "1000", 1200, 0, version=1)
-    assert runtime._left_of_limits(tmp_path) == [0], "never less than nothing"
+    assert runtime._free_within_limits(tmp_path) == [0], "never less than nothing"
 
 
 def test_a_system_without_limits_has_none(tmp_path):
-    assert runtime._left_of_limits(tmp_path) == []
+    assert runtime._free_within_limits(tmp_path) == []
 
 
 def test_the_tightest_bound_counts(monkeypatch):
     monkeypatch.setattr(runtime, "_system_memory", lambda: 1000)
-    monkeypatch.setattr(runtime, "_left_of_limits", lambda: [2000, 300])
+    monkeypatch.setattr(runtime, "_free_within_limits", lambda: [2000, 300])
     assert available_memory() == 300
-    monkeypatch.setattr(runtime, "_left_of_limits", lambda: [2000])
+    monkeypatch.setattr(runtime, "_free_within_limits", lambda: [2000])
     assert available_memory() == 1000
     monkeypatch.setattr(runtime, "_system_memory", lambda: None)
     assert available_memory() is None

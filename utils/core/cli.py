@@ -1,4 +1,4 @@
-"""Command lines made from the config classes, and the one place where an error becomes an exit code."""
+"""Make command lines from the config classes, and turn errors into exit codes."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ _TAKES = {
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with each flag's default, and the description's line breaks kept."""
+    """Prints each flag's default in the help, and keeps the description's line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -39,17 +39,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that refuses in one line, where argparse prints the whole usage first."""
+    """A parser whose errors are one line; argparse would print the whole usage first."""
 
     def refuse_unknown(self, words: Sequence[str]) -> None:
-        """Refuse a flag that is none, with the nearest that is one: before what is missing, of which it may be the
-        reason.
-        """
-        known = [spelling for action in self._actions for spelling in action.option_strings]
+        """Refuse an unknown flag, and suggest the nearest; before missing flags, as it may be one of them misspelt."""
+        spellings = [spelling for action in self._actions for spelling in action.option_strings]
         flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
-        unknown = next((flag for flag in flags if flag not in known), None)
+        unknown = next((flag for flag in flags if flag not in spellings), None)
         if unknown is not None:
-            self.error(f"unrecognized arguments: {unknown}{did_you_mean(unknown, known)}")
+            self.error(f"unrecognized arguments: {unknown}{did_you_mean(unknown, spellings)}")
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
@@ -58,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None = None, epilog: str = "") -> list[Any]:
     """Parse a command line into one frozen config per group, in the groups' order.
 
-    `groups` maps a title of the help text to a config class; no two classes may share a flag. What is mistyped ends the
+    `groups` maps titles of the help text to config classes, which may not share a flag. A wrong command line ends the
     process with one line on stderr and exit code 2.
     """
     parser = _Parser(
@@ -110,7 +108,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def begin(description: str, groups: dict[str, type]) -> None:
-    """Answer `--help` and refuse what `parse` would refuse, before a command imports what takes seconds."""
+    """Answer `--help` and refuse a wrong command line, before a command's imports take seconds."""
 
     def check() -> None:
         parse(description, groups)
@@ -119,9 +117,9 @@ def begin(description: str, groups: dict[str, type]) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`, which imports PyTorch itself: the environment of its threads is set before. A LiteMILError
-    becomes one line on stderr and exit code 1, Ctrl-C becomes 130, and the end that a batch system asks for (SIGTERM)
-    143.
+    """Run a script's `main`. The environment of PyTorch's threads is set before, so that `main` itself has to import
+    PyTorch. A LiteMILError becomes one line on stderr and exit code 1, Ctrl-C exit code 130, and SIGTERM, which batch
+    systems send, 143.
     """
     runtime.prepare_threads()
     runtime.start_logging()
@@ -138,7 +136,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def given_flags(config: Any, leave_out: Sequence[str] = ()) -> list[str]:
-    """Return the words of a command line that give a config what is not its default, without some fields."""
+    """Return the words of a command line that set a config's values other than defaults, without some fields."""
     words: list[str] = []
     for field in _options(type(config)):
         value = getattr(config, field.name)
@@ -150,12 +148,12 @@ def given_flags(config: Any, leave_out: Sequence[str] = ()) -> list[str]:
 
 
 def took() -> str:
-    """Return how long the command has taken so far, in words; it goes into the last lines of each."""
+    """Return how long the command has taken so far, in words, for its last lines."""
     return runtime.duration(time.monotonic() - _started)
 
 
 def _terminated(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)  # on the way out, what is half-written is removed
+    sys.exit(128 + signal.SIGTERM)  # upon which half-written files are removed
 
 
 def _options(config: type) -> list[dataclasses.Field]:
@@ -170,7 +168,7 @@ def _spellings(field: dataclasses.Field) -> list[str]:
 
 
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
-    """The keyword arguments of `add_argument` for a field of this type."""
+    """Return the keyword arguments of `add_argument` for a field of this type."""
     settings: dict[str, Any] = {"help": argparse.SUPPRESS if field.metadata["hidden"] else field.metadata["help"]}
     if not field.metadata["positional"]:
         settings["dest"] = field.name
@@ -192,21 +190,21 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
 
 
 def _takes(name: str, kind: type) -> str:
-    """Return what stands for a flag's value in the help text: what its name says, else its type."""
+    """Return the placeholder of a flag's value in the help text, by its name, else by its type."""
     by_name = (word for ending, word in _TAKES.items() if name.endswith(ending))
     return next(by_name, {int: "N", float: "X", str: "NAME", Path: "FILE"}[kind])
 
 
 def _without_none(hint: Any) -> Any:
-    """Of `X | None`, X."""
+    """Return X for `X | None`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [part for part in typing.get_args(hint) if part is not type(None)]
-        return typing.Union[tuple(kinds)]  # noqa: UP007 - made of what there is
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return typing.Union[tuple(kinds)]  # noqa: UP007 - it is computed
     return hint
 
 
 def _kind_and_words(hint: Any) -> tuple[Any, tuple[str, ...]]:
-    """Of `int | Literal["auto"]`, int and ("auto",)."""
+    """Return int and ("auto",) for `int | Literal["auto"]`."""
     if typing.get_origin(hint) is typing.Union:
         kind, literal = typing.get_args(hint)
         return kind, typing.get_args(literal)

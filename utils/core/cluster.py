@@ -1,4 +1,4 @@
-"""Whether the work is handed to a Ray cluster."""
+"""The flags that hand the work to a Ray cluster."""
 
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -9,30 +9,30 @@ from utils.core.settings import Settings, option
 
 def _is_address(text: str) -> bool:
     try:
-        there = urlsplit(f"//{text}")
-        return bool(there.hostname and there.port) and there.netloc == text
+        head = urlsplit(f"//{text}")
+        return bool(head.hostname and head.port) and head.netloc == text
     except ValueError:
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster(Settings):
-    """Whether the work is handed to Ray; no number depends on it but by rounding."""
+    """Whether the work is handed to Ray; it changes results at most by rounding."""
 
     ray: str | None = option(
         None,
-        "hand the work to Ray: local starts it on this machine, auto joins the cluster this machine belongs to, or its "
-        "head's address",
+        "hand the work to Ray: local starts it on this machine, auto joins this machine's cluster, HOST:PORT the one "
+        "with that head",
         metavar="local|auto|HOST:PORT",
     )
     actors: int | None = option(
         None,
-        "workers on Ray (default: one per GPU, or per as many processors as this process has threads); more than GPUs "
-        "share them",
+        "workers on Ray (default: one per GPU, or per as many processors as this process has threads); if there are "
+        "more than GPUs, they share them",
         least=1,
     )
     retries: int | None = option(
-        None, "on Ray, how often a task whose worker died is done again by another (default: 2)", least=0
+        None, "how often another worker on Ray retries a task whose worker has died (default: 2)", least=0
     )
 
     def __post_init__(self) -> None:

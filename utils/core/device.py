@@ -1,4 +1,4 @@
-"""What a process computes on: its device and precision, the seeds of all generators, and the record of all that."""
+"""The device and precision a process computes with, the seeds of its generators, and a record of them."""
 
 import platform
 import random
@@ -14,7 +14,7 @@ from utils.core.runtime import git_commit, versions
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU; a device that is asked for by name and absent is an error."""
+    """Return the device; `auto` takes CUDA, then MPS, then the CPU. Raise ConfigError for one that is absent."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -23,18 +23,18 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"--device {name}: unknown; use auto, cpu, mps, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ConfigError(f"--device {name}: PyTorch sees {found} CUDA devices; use --device auto or cpu")
+        count = torch.cuda.device_count()
+        raise ConfigError(f"--device {name}: PyTorch sees {count} CUDA devices; use --device auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("--device mps: PyTorch sees no Apple GPU; use --device auto or cpu")
     return device
 
 
 def amp_dtype(precision: str, device: torch.device, auto: str | None = None) -> torch.dtype | None:
-    """What autocast computes in on this device for a `--precision`; None where it is off.
+    """Return what autocast computes in on this device for a `--precision`; None if it is off.
 
-    `auto`, where not said, is bf16 on a CUDA device that has it, else fp16 there, and off elsewhere. Raises ConfigError
-    for a precision the device lacks.
+    The precision `auto` is the one in `auto`, by default bf16 on a CUDA device that has it, else fp16; it is off on
+    other devices. Raises ConfigError for a precision that the device lacks.
     """
     if precision == "fp32":
         return None
@@ -59,7 +59,7 @@ def seed_everything(seed: int) -> None:
 
 
 def run_metadata(device: torch.device) -> dict[str, Any]:
-    """What a reader of the results may want to know about the process that made them."""
+    """Return what a reader of results may want to know about the process that made them."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "argv": sys.argv,
@@ -73,17 +73,17 @@ def run_metadata(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:
-    """The most bytes taken by this process, by any one process it started and ended, and by this one's tensors on a
-    CUDA device; None where the system does not tell.
+    """Return the most bytes taken by this process, by any one of its child processes that have ended, and by its
+    tensors on a CUDA device; None if the system does not say.
     """
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"process": _peak("RUSAGE_SELF"), "worker": _peak("RUSAGE_CHILDREN"), "device": on_device}
 
 
-def _peak(whose: str) -> int | None:
+def _peak(processes: str) -> int | None:
     try:
         import resource  # not on Windows
     except ImportError:
         return None
-    peak = resource.getrusage(getattr(resource, whose)).ru_maxrss
+    peak = resource.getrusage(getattr(resource, processes)).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

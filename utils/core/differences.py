@@ -1,29 +1,29 @@
-"""Compare what is there with what is asked for, and say in few words what differs."""
+"""Compare two sets of settings, and say in a few words what differs."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Of what differs a message names so many settings, each value in so many characters.
+# A message names at most so many settings that differ, and shortens each value to so many characters.
 _MOST_DIFFERENCES, _MOST_CHARACTERS = 4, 60
 
 
 def differences(
     expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str], *, strict: bool = False
 ) -> list[str]:
-    """Return what differs, as 'field: found X, expected Y'; of a field that is a set of settings, each setting that
-    does. A field that one side does not know (None) differs only if `strict`.
+    """Return what differs, as 'field: found X, expected Y'; for a field that holds settings itself, each setting that
+    differs. A field that is unknown (None) on one side differs only if `strict`.
     """
     lines = []
     for name in fields:
-        left, right = expected.get(name), found.get(name)
-        if left != right and (strict or (left is not None and right is not None)):
-            lines += _differences_of(name, left, right)
+        pair = expected.get(name), found.get(name)
+        if pair[0] != pair[1] and (strict or None not in pair):
+            lines += _differences_of(name, *pair)
     return lines
 
 
 def first_differences(lines: Sequence[str]) -> str:
-    """Return the first few differences in a line, and how many more there are: for messages."""
+    """Return the first few differences in a line, and how many more there are, for messages."""
     more = len(lines) - _MOST_DIFFERENCES
     return "; ".join(lines[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
@@ -36,7 +36,7 @@ def _differences_of(name: str, expected: Any, found: Any) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as text of a few characters: of a digest, or of what is long, the beginning."""
+    """Return a value as a short text; of a digest or a long text, its beginning."""
     if value is None:
         return "none"
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Where work is done: in this process, in threads or processes of this machine, or on the machines of a Ray cluster.
+"""Run work in this process, in threads or processes of this machine, or on the machines of a Ray cluster.
 
 An engine calls `work(task, send)` for every task, several at once. Whatever a task passes to `send` reaches
 `on_message(task, message)` in the calling thread. Callers depend on `Engine` alone; the choice of engine changes the
@@ -38,24 +38,24 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Engine(Protocol):
-    """What does work, `jobs` tasks at a time."""
+    """Runs work on tasks, `jobs` at a time."""
 
     @property
     def jobs(self) -> int: ...
 
     @property
     def threads(self) -> int:
-        """On how many each task is to compute."""
+        """How many threads each task computes on."""
         ...
 
     def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
-        """Do all tasks; the first error that a task raises ends everything and is raised here."""
+        """Run the work on all tasks. The first error that a task raises ends the run and is raised here."""
         ...
 
 
 def threads_each(jobs: int) -> int:
-    """The threads of this process, no more than it has processors unless the user says so, shared out among `jobs`
-    processes.
+    """Return this process's threads per process if `jobs` processes share them: at most its processors, unless the user
+    has set their number.
     """
     count = torch.get_num_threads()
     return max(1, (count if threads_are_given() else min(count, processors())) // jobs)
@@ -63,7 +63,7 @@ def threads_each(jobs: int) -> int:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute on `count` threads for a while."""
+    """Compute on `count` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -73,7 +73,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def refuse_rerun() -> None:
-    """Raise EngineError in a process of `Processes` that is only importing the script that began it."""
+    """Raise EngineError in a process of `Processes` that is importing the script which started it."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise EngineError(
             'with several jobs each process imports the script again: let it begin with if __name__ == "__main__"'
@@ -81,7 +81,7 @@ def refuse_rerun() -> None:
 
 
 def check_engine(cluster: Cluster, jobs: int = 1, device: str = "auto") -> None:
-    """Raise what `open_engine` can tell at once: ConfigError for what does not go with Ray, EngineError without it."""
+    """Raise ConfigError for settings that do not go with Ray, EngineError if Ray is not installed."""
     if not cluster.is_asked_for:
         return
     if device not in ("auto", "cpu", "cuda", "mps"):
@@ -93,13 +93,13 @@ def check_engine(cluster: Cluster, jobs: int = 1, device: str = "auto") -> None:
 
 
 @contextmanager
-def open_engine(cluster: Cluster, otherwise: Engine, device: str = "auto") -> Iterator[Engine]:
-    """Ray where it is asked for, whose workers take a GPU each (or a share of one) where the device is "cuda", or it is
-    "auto" and there are any; else the other engine, of this machine. Raises ConfigError, EngineError.
+def open_engine(cluster: Cluster, local: Engine, device: str = "auto") -> Iterator[Engine]:
+    """Yield an engine on Ray if it is asked for, otherwise the `local` one. Workers on Ray take a GPU each, or a share
+    of one, if the device is "cuda", or "auto" and there are GPUs. Raises ConfigError, EngineError.
     """
-    check_engine(cluster, otherwise.jobs, device)
+    check_engine(cluster, local.jobs, device)
     if not cluster.is_asked_for:
-        yield otherwise
+        yield local
         return
     from utils.core.on_ray import OnRay, joined_cluster
 
@@ -134,19 +134,19 @@ class Processes:
                     return
         elif tasks:
             with tempfile.TemporaryDirectory() as folder:
-                # Through a file: a process that ends before it has read the first 64 kB of what it begins with is
-                # waited for for ever.
+                # The work goes through a file: if a process ended before it had read the first 64 kB of a pipe, we
+                # would wait forever.
                 parcel = Path(folder) / "work.pickle"
                 parcel.write_bytes(pickle.dumps(work))
                 Pool(parcel, tasks, on_message).run(min(self.jobs, len(tasks)))
 
 
-# Which of an engine's workers in this process this thread is.
+# The number of this thread among an engine's workers in this process.
 _this_thread = threading.local()
 
 
 def worker_number() -> int:
-    """From 0; where an engine has one worker in a process, it is 0."""
+    """Return this thread's number among the workers in this process, from 0; 0 if it is the only one."""
     return getattr(_this_thread, "number", 0)
 
 

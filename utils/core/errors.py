@@ -1,4 +1,4 @@
-"""The errors LiteMIL raises on purpose: one line that names the file, the value found, the value expected, the remedy.
+"""The errors LiteMIL raises on purpose: one line with the file, the value found, the value expected and the remedy.
 
 The scripts catch LiteMILError only, print that line to stderr and exit with 1; anything else is a bug and keeps its
 traceback.
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 
 class LiteMILError(Exception):
-    """Something the user can mend; the message says how."""
+    """A problem that the user can solve; the message says how."""
 
 
 class ConfigError(LiteMILError):
@@ -17,7 +17,7 @@ class ConfigError(LiteMILError):
 
 
 class DiskFullError(LiteMILError):
-    """No space, or no quota, left for a file: no fault of the one that was being made, and the next would fail too."""
+    """No space or quota is left for a file; the next one would fail as well."""
 
 
 class SlideError(LiteMILError):
@@ -29,7 +29,7 @@ class NoTissueError(SlideError):
 
 
 class BackboneError(LiteMILError):
-    """A feature backbone that is unknown, or whose weights cannot be had or do not fit."""
+    """A feature backbone that is unknown, or whose weights cannot be fetched or do not fit."""
 
 
 class FeatureFileError(LiteMILError):
@@ -37,7 +37,7 @@ class FeatureFileError(LiteMILError):
 
 
 class RecipeError(LiteMILError):
-    """Features made in another way than the ones they are to be used with."""
+    """Features made with another recipe than those they are used with."""
 
 
 class LabelsError(LiteMILError):
@@ -49,7 +49,7 @@ class SplitError(LiteMILError):
 
 
 class DownloadError(LiteMILError):
-    """Something published that cannot be fetched, or that is not what was published."""
+    """A published file that cannot be fetched, or that differs from what was published."""
 
 
 class TrainingError(LiteMILError):
@@ -57,15 +57,15 @@ class TrainingError(LiteMILError):
 
 
 class DivergedError(TrainingError):
-    """A training whose loss or answers are no finite numbers any more."""
+    """A training whose loss or predictions are no longer finite."""
 
 
 class EngineError(LiteMILError):
-    """Work sent to other processes that did not come back."""
+    """Work that other processes could not do."""
 
 
 class CheckpointError(LiteMILError):
-    """A checkpoint that cannot be read, or that contradicts what is asked of it."""
+    """A checkpoint that cannot be read, or that contradicts the settings."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

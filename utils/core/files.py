@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and loading that executes nothing.
+"""Write files that are whole or absent, claim them among processes, and read and write JSON and tables.
 
-A file is written under a temporary name beside its place, flushed to disk and renamed, so that a killed process never
-leaves half a file under the final name. PyTorch files are read with `weights_only=True`.
+A file is written under a temporary name in the same folder, flushed to disk and renamed, so that a killed process never
+leaves half a file under the final name.
 """
 
 import csv
@@ -25,13 +25,13 @@ import filelock
 from utils.core.errors import ConfigError, DiskFullError, LiteMILError
 
 _SECONDS_TO_BE_FORGOTTEN = 24 * 3600
-_SECONDS_WITHOUT_A_SIGN = 600  # after which a claim of another machine's process is taken over
+_SECONDS_WITHOUT_A_SIGN = 600  # after which another machine's claim is taken over
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
 @contextmanager
 def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends well, else remove it."""
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, otherwise remove it."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,12 +46,12 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
     try:
         os.close(handle)
         yield part
-        # mkstemp makes private files; the result gets the permissions any other new file would have.
+        # mkstemp makes private files; the result gets the permissions of any other new file.
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o666 & ~umask)
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
         part.replace(path)
     except OSError as failure:
         reason, kind = failure.strerror or failure, _kind_of(failure, error)
@@ -66,33 +66,35 @@ def _kind_of(failure: OSError, error: type[LiteMILError]) -> type[LiteMILError]:
 
 @contextmanager
 def claimed(path: Path, seconds: float = 0.1) -> Iterator[str]:
-    """Yield "" while it is this process that may make a file, or else, after so many seconds, the one that may.
+    """Yield "" if this process may make a file; else, after `seconds`, the process that may.
 
-    A claim is a hidden file beside it, which network file systems keep as well. A dead process's is taken over: at once
-    on its own machine, elsewhere when it has shown no sign of life for ten minutes. Where no claim can be written, nor
-    can the file, which is left to tell.
+    A claim is a hidden file beside it, which works on network file systems too. The claim of a dead process is taken
+    over: at once on the same machine, elsewhere after ten minutes without a sign of life. If no claim can be written,
+    the file itself cannot either, and writing it will say so.
     """
-    claim, other = claim_on(path), ""
+    claim, other_process = claim_on(path), ""
     try:
         claim.acquire(timeout=seconds)
     except filelock.Timeout:
         owner = claim.owner
-        other = f"process {owner.pid} on {_node(owner)}" if owner else "another process"
+        other_process = f"process {owner.pid} on {_node(owner)}" if owner else "another process"
     except OSError:
         pass
     try:
-        yield other
+        yield other_process
     finally:
         claim.release()
 
 
 def claim_on(path: Path) -> filelock.SoftFileLease:
-    """A claim on making a file, not taken yet; only one that goes on looking learns of a death on another machine."""
+    """Return a claim on making a file, not taken yet. The death of an owner on another machine shows only with time, so
+    use the same claim for all attempts.
+    """
     return _claim(path.with_name(f".{path.name}.claim"))
 
 
 def is_free(claim: filelock.SoftFileLease) -> bool:
-    """Whether nobody alive holds it."""
+    """Whether no living process holds the claim."""
     try:
         with claim.acquire(blocking=False):
             return True
@@ -107,7 +109,7 @@ def _claim(file: Path) -> filelock.SoftFileLease:
 
 
 def _node(owner: filelock.OwnerRecord) -> str:
-    return owner.hostname.partition("?")[0]  # a container's has more to it
+    return owner.hostname.partition("?")[0]  # a container's name is longer
 
 
 def wait_for_file(path: Path, seconds: float = 60) -> Path:
@@ -121,7 +123,7 @@ def wait_for_file(path: Path, seconds: float = 60) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ConfigError where no file can be made in it; it is made itself where it is missing."""
+    """Make the folder if it is missing; raise ConfigError if no file can be made in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -132,9 +134,7 @@ def check_writable(folder: Path) -> None:
 
 
 def set_aside(*paths: Path) -> list[Path]:
-    """Move files out of the way, to `<stem>.<number>` beside them with the next free number, and return their new
-    places.
-    """
+    """Move files out of the way, to `<stem>.<number>` beside them with the next free number; return the new paths."""
     number = 1
     while any(_numbered(path, number).exists() for path in paths):
         number += 1
@@ -146,18 +146,18 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def clear_parts(folder: Path) -> None:
-    """Remove files that killed processes left half-written in a folder, and their claims: those of dead processes of
-    this machine; of other machines, files that nobody has written to for a day.
+    """Remove what killed processes of this machine left in a folder, half-written files and claims; and half-written
+    files of other machines that have not changed for a day.
     """
     for claim in folder.glob(".*.claim"):
         is_free(_claim(claim))
     for part in folder.glob(".*.part"):
-        found = re.search(r"\.(\w+)-(\d+)\.[^.]*\.part$", part.name)
-        if found is None:
+        owner = re.search(r"\.(\w+)-(\d+)\.[^.]*\.part$", part.name)
+        if owner is None:
             continue
-        with suppress(OSError):  # it has its name by now, or is another user's
-            is_left = _is_forgotten(part) if found[1] != _machine() else not _is_running(int(found[2]))
-            if is_left:
+        with suppress(OSError):  # it has been renamed since, or is another user's
+            is_abandoned = _is_forgotten(part) if owner[1] != _machine() else not _is_running(int(owner[2]))
+            if is_abandoned:
                 part.unlink()
 
 
@@ -166,7 +166,7 @@ def _is_forgotten(part: Path) -> bool:
 
 
 def clear_parts_of(node: str, process: int, folder: Path) -> None:
-    """Remove what a dead process of a machine left half-written, or claimed, anywhere below a folder."""
+    """Remove the half-written files and claims of a dead process, anywhere below a folder."""
     for claim in map(_claim, folder.rglob(".*.claim")):
         owner = claim.owner
         if owner and (_machine(_node(owner)), owner.pid) == (_machine(node), process):
@@ -180,7 +180,7 @@ def _machine(node: str = "") -> str:
 
 
 def _is_running(process: int) -> bool:
-    if os.name != "posix":  # nothing can be asked there without harm
+    if os.name != "posix":  # os.kill would end the process there
         return True
     try:
         os.kill(process, 0)
@@ -201,12 +201,12 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write valid JSON: a NaN or an infinity raises ValueError instead of reaching the file."""
+    """Write valid JSON; raise ValueError for a NaN or an infinity."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
-    """Write dataclasses of one kind, at least one, as a CSV table: a column per field, empty where it is None."""
+    """Write dataclasses of one kind, at least one, as a CSV table: a column per field, None as an empty cell."""
     names = [field.name for field in dataclasses.fields(records[0])]
     table = io.StringIO()
     lines = csv.writer(table, lineterminator="\n")
@@ -216,12 +216,12 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
 
 
 def check_distinct(targets: Mapping[Path, Path], remedy: str = "rename one of them") -> None:
-    """Raise ConfigError when two sources (the keys) would be written to one file (the values)."""
+    """Raise ConfigError if two sources (the keys) would be written to one file (the values)."""
     owners: dict[Path, Path] = {}
     for source, target in targets.items():
-        other = owners.setdefault(target, source)
-        if other is not source:
-            raise ConfigError(f"{other} and {source} would both be written to {target}; {remedy}")
+        owner = owners.setdefault(target, source)
+        if owner is not source:
+            raise ConfigError(f"{owner} and {source} would both be written to {target}; {remedy}")
 
 
 def read_json(path: Path, error: type[LiteMILError] = LiteMILError) -> Any:
@@ -232,7 +232,7 @@ def read_json(path: Path, error: type[LiteMILError] = LiteMILError) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the object in the JSON file `path`; an empty one where there is none that can be read."""
+    """Return the object in the JSON file `path`; an empty one if there is none that can be read."""
     try:
         record = read_json(path) if path.exists() else {}
     except LiteMILError:
@@ -240,11 +240,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def digest(*parts: str | bytes) -> str:
-    """The sha256 of the parts, each preceded by its length so that ("ab", "c") and ("a", "bc") differ."""
+def digest(*contents: str | bytes) -> str:
+    """Return the SHA-256 of contents, each preceded by its length so that ("ab", "c") and ("a", "bc") differ."""
     total = hashlib.sha256()
-    for part in parts:
-        content = part.encode() if isinstance(part, str) else part
-        total.update(len(content).to_bytes(8, "little"))
-        total.update(content)
+    for content in contents:
+        data = content.encode() if isinstance(content, str) else content
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
     return total.hexdigest()

@@ -5,14 +5,14 @@ from numpy.typing import NDArray
 
 
 def level0_size(pixels: int, downsample: float) -> int:
-    """The nearest whole number of level-0 pixels spanned by `pixels` pixels of a level; at least 1."""
+    """Return how many level-0 pixels `pixels` pixels of a level span, rounded; at least 1."""
     return max(1, round(pixels * downsample))
 
 
 def usable_extent(extent_level0: int, extent_level: int, downsample: float) -> int:
-    """Level-0 pixels along one axis that a level really shows.
+    """Return the level-0 pixels along one axis that a level really shows.
 
-    A pyramid level is cut to whole pixels, so its last column can lie outside the level: a grid that stays inside
+    A pyramid level is cut to whole pixels, so the last level-0 column can lie outside it; a grid that stays within
     `usable_extent` never reads beyond the level's edge.
     """
     # The margin keeps a product such as 550 * 2.001818... = 1100.9999999999998 from losing a column.
@@ -22,16 +22,16 @@ def usable_extent(extent_level0: int, extent_level: int, downsample: float) -> i
 def patch_grid(
     width: int, height: int, size_level0: int, stride_level0: int, least_remainder: float | None = None
 ) -> NDArray[np.int64]:
-    """Top-left corners (x, y) of every patch of a regular grid that lies inside the slide.
+    """Return the top-left corners (x, y) of all patches of a regular grid that lie inside the slide.
 
     Args:
         width, height: the slide in level-0 px.
         size_level0, stride_level0: side of a patch and distance between neighbours, in level-0 px, both >= 1.
-        least_remainder: where the grid leaves so many level-0 px at the right or bottom edge, above 0, one more column
-            or row ends at that edge and overlaps the one before; None leaves the remainder out.
+        least_remainder: if the grid leaves at least so many level-0 px (above 0) at the right or bottom edge, one more
+            column or row ends at that edge and overlaps the one before; None leaves the remainder out.
 
     Returns:
-        (M, 2) int64 in level-0 px, row by row; M = 0 where the slide is smaller than one patch.
+        (M, 2) int64 in level-0 px, row by row; M = 0 if the slide is smaller than one patch.
 
     Raises:
         ValueError: a size or a stride below 1.
@@ -46,7 +46,7 @@ def patch_grid(
 
 
 def _starts(last: int, stride: int, least_remainder: float | None) -> NDArray[np.int64]:
-    """Where patches start along one axis, `last` being the last place for one; none where that is below 0."""
+    """Return the starts of patches along one axis, up to `last`; none if that is below 0."""
     starts = np.arange(0, last + 1, stride, dtype=np.int64)
     if least_remainder is None or not len(starts) or last - starts[-1] < least_remainder:
         return starts
@@ -56,10 +56,10 @@ def _starts(last: int, stride: int, least_remainder: float | None) -> NDArray[np
 def covered_fraction(
     mask: NDArray[np.bool_], coords: NDArray[np.integer], size_level0: int, slide_width: int, slide_height: int
 ) -> NDArray[np.float64]:
-    """The fraction of each patch's footprint that a mask marks, exact to float rounding.
+    """Return the fraction of each patch's footprint that a mask marks, exact to float rounding.
 
-    Each mask pixel is a rectangle of `slide_width / w` by `slide_height / h` level-0 px, and a patch that cuts through
-    it counts the part it covers. What of a footprint lies outside the slide counts as unmarked.
+    Each mask pixel is a rectangle of `slide_width / w` by `slide_height / h` level-0 px; a patch that cuts through it
+    counts the fraction it covers. Anything of a footprint outside the slide counts as unmarked.
 
     Args:
         mask: (h, w) bool over the whole slide; its scale may differ between x and y.
@@ -90,7 +90,7 @@ def covered_fraction(
 
 
 def _integral_at(integral: NDArray[np.int64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The integral image at fractional positions: bilinear, which is exact because the mask is constant in a cell."""
+    """Return the integral image at fractional positions: bilinear, which is exact as the mask is constant in a cell."""
     left = np.minimum(x.astype(np.int64), integral.shape[1] - 2)
     top = np.minimum(y.astype(np.int64), integral.shape[0] - 2)
     right_share, bottom_share = x - left, y - top

@@ -1,9 +1,8 @@
-"""Headers of tables as people write them."""
+"""The column headers of users' tables."""
 
 import re
 
-# Other names of the column that names a slide, without case, blanks and separators; those of the first line are taken
-# before those of the second.
+# Other names of the column of slides, without case, blanks and separators; those in the first line come first.
 SLIDE_NAMES = (
     "wsiid wsi wsiname wsifile slideid slide slidename slidefile slidebarcode slidesubmitterid",
     "imageid image imagename imagefile filename file",

@@ -1,4 +1,4 @@
-"""Which flags each model takes, read off the models' source text: importing them, and PyTorch, takes seconds."""
+"""The flags of each model for `--help`, read from the source text: importing the models with PyTorch takes seconds."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def model_help(folder: Path) -> str:
-    """Return, for `--help`, the flags of each model that the files in `folder` register, and its own defaults."""
+    """Return the flags of each model that the files in `folder` register, with the model's own defaults."""
     lines = ["each model's hyperparameters and their defaults:"]
     for name, options in keyword_defaults(folder, "register_mil").items():
         lines.append(f"  {name:16} " + "  ".join(_flag(option, default) for option, default in options.items()))
@@ -20,8 +20,8 @@ def _flag(option: str, default: Any) -> str:
 
 
 def keyword_defaults(folder: Path, decorator: str) -> dict[str, dict[str, Any]]:
-    """Return the keyword-only arguments of `__init__`, with their defaults, of each class in the folder's files that
-    bears the decorator; files and classes in their order.
+    """Return the keyword-only arguments of `__init__`, with their defaults, of each class with the decorator in the
+    folder's files, in order.
     """
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
     classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]

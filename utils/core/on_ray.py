@@ -26,14 +26,14 @@ from utils.core.processes import WorkerDied
 from utils.core.ray_actor import Actor, Parcel, cannot_begin
 from utils.core.runtime import log, processors
 
-# What Ray would otherwise do by itself: run each worker by `uv run` in a copy of the folder; report on its users; print
-# a page, of a worker or a node that is lost, into the progress.
+# Keep Ray from running each worker by `uv run` in a copy of the folder, from reporting on its users, and from printing
+# a page about each lost worker or node into the progress.
 _RAY_ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was|has been marked dead because|raylet has lagging heartbeats",
 }
-# What of the driver's environment its workers need too, for they may have been begun without: names begin so.
+# Workers may have been started without these variables of the driver's environment; given are beginnings of names.
 _OF_DOWNLOADS = ("HF_", "TORCH_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _RETRIES = 2
 _MOST_IDLE_DEATHS = 3
@@ -45,8 +45,8 @@ _SECONDS_TO_ANSWER = 10
 
 @contextmanager
 def joined_cluster(address: str) -> Iterator[Any]:
-    """The ray module while this process is part of a cluster: the one it belongs to already, else a new one of this
-    machine ("local"), the one this machine belongs to ("auto"), or that of an address.
+    """Yield the ray module while this process belongs to a cluster: the one it has joined already, else a new one on
+    this machine ("local"), the one this machine belongs to ("auto"), or the one at an address.
     """
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -56,24 +56,24 @@ def joined_cluster(address: str) -> Iterator[Any]:
         raise EngineError(
             f"--ray {address}: Ray cannot be imported ({failure}); install it with uv sync --extra ray"
         ) from failure
-    if ray.is_initialized():  # by the notebook or script that we are called from
+    if ray.is_initialized():  # by the notebook or script that calls us
         yield ray
         return
     arguments = {"address": address}
     if address == "local":
         arguments |= {"num_cpus": processors(), "include_dashboard": False}
-    ending = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address not in ("local", "auto"):
             _check_reachable(address)
         ray.init(**arguments, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as failure:  # Ray raises a bare one where its node takes too long to start
+    except Exception as failure:  # Ray raises a bare one if its node takes too long to start
         remedy = "start one with ray start --head; one that asks for a token is joined with RAY_AUTH_MODE=token"
         failed = "no Ray cluster can be joined there"
         if address == "local":
             failed, remedy = "Ray cannot be started on this machine", "without --ray this process does the same alone"
         raise EngineError(f"--ray {address}: {failed} ({' '.join(str(failure).split())}); {remedy}") from failure
-    _handle_sigterm(ending)  # which Ray has made its own
+    _handle_sigterm(handler)  # Ray has set its own
     try:
         if address == "auto":
             log.info("Ray auto: the cluster is that of %s", ray.get_runtime_context().gcs_address)
@@ -89,7 +89,7 @@ def _handle_sigterm(handler: Any) -> None:
 
 @contextmanager
 def _sigterm_deferred() -> Iterator[Callable[[], None]]:
-    """Yield what acts on a SIGTERM that has come meanwhile: Ray's calls lose the exception of a handler."""
+    """Hold back SIGTERM, whose exception Ray's calls would lose; yield a function that acts on one received so far."""
     before, received = signal.getsignal(signal.SIGTERM), threading.Event()
 
     def check_sigterm() -> None:
@@ -106,7 +106,7 @@ def _sigterm_deferred() -> Iterator[Callable[[], None]]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise OSError where nobody answers; Ray itself would try for minutes."""
+    """Raise OSError if nothing answers at the address; Ray itself would try for minutes."""
     head = urlsplit(f"//{address}")
     socket.create_connection((head.hostname, head.port), _SECONDS_TO_ANSWER).close()
 
@@ -126,8 +126,8 @@ class OnRay:
 
     @classmethod
     def of_cluster(cls, ray: Any, cluster: Cluster, device: str) -> "OnRay":
-        """As many actors as asked for, or one for each GPU, or for as many processors as this process has threads; of
-        the most threads, up to this process's, with which the nodes have room for all of them.
+        """Return an engine of as many actors as asked for, by default one per GPU or per as many processors as this
+        process has threads. Each has the most threads, up to this process's, with which all of them fit the nodes.
         """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
@@ -143,7 +143,7 @@ class OnRay:
         count = max(count for count in range(1, most + 1) if _room(nodes, count, sharers) >= workers)
         if workers < jobs:
             log.warning("the cluster has processors for %d of %s", workers, plural(jobs, "worker"))
-            jobs = cluster.actors or workers  # those that were asked for may find room later
+            jobs = cluster.actors or workers  # there may be room later for all that were asked for
         if on_gpu and sharers > 1 and math.ceil(workers / sharers) < gpus:  # Ray fills one before it takes the next
             log.warning(
                 "%s share the GPUs by %d, which leaves some of the %d idle; give --actors %d",
@@ -164,15 +164,15 @@ class OnRay:
 
 
 def _room(nodes: Sequence[Mapping[str, float]], count: int, sharers: int) -> int:
-    """For so many workers of so many threads; where a GPU has `sharers`, each needs its share of one of its node."""
+    """Return how many workers of `count` threads fit the nodes; with `sharers`, that many share each GPU of a node."""
     fit = [(int(node.get("CPU", 0)) // count, int(node.get("GPU", 0)) * sharers) for node in nodes]
     return sum(min(pair) if sharers else pair[0] for pair in fit)
 
 
 @dataclass
 class _Worker:
-    """An actor, on a node a process as soon as there is one, and the number of the task that it was given, None while
-    it begins; whether it has begun with that, too.
+    """An actor: its node and process once they are known, the number of its task (None while the actor starts), and
+    whether it has begun that task.
     """
 
     actor: Any
@@ -189,16 +189,16 @@ class _ActorPool:
         self.engine, self.ray, self.tasks, self.on_message = engine, engine.ray, tasks, on_message
         self.waiting = deque(range(len(tasks)))
         self.deaths: Counter[int] = Counter()
-        self.unstarted: set[int] = set()  # whose worker has died before it was known to have begun
-        self.died_on: dict[int, str] = {}  # the node where the task's worker died
-        self.busy: dict[Any, _Worker] = {}  # by the stream of what each says
+        self.unstarted: set[int] = set()  # tasks whose worker died and may not have begun them
+        self.died_on: dict[int, str] = {}  # by task: the node where its worker died
+        self.busy: dict[Any, _Worker] = {}  # by the stream of their messages
         count = torch.get_num_threads()
-        packed = self.ray.cloudpickle.dumps(work)  # what the script itself defines, too
+        packed = self.ray.cloudpickle.dumps(work)  # including what the script itself defines
         environment = {name: value for name, value in os.environ.items() if name.upper().startswith(_OF_DOWNLOADS)}
-        if not engine.gpus:  # Ray itself would let them see all of their node
+        if not engine.gpus:  # Ray would let them see all GPUs of their node
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.parcel = self.ray.put(Parcel(packed, str(Path.cwd()), sys.path, environment, count, log.level))
-        # A run that was begun with more threads than there is room for now goes on with them all the same.
+        # A run that was started with more threads than fit now keeps them all the same.
         self.resources = {"num_cpus": min(count, engine.threads), "num_gpus": engine.gpus}
         self.actor_class = self.ray.remote(**self.resources, max_restarts=0)(Actor)
         self.idle_deaths = 0  # in a row
@@ -222,7 +222,7 @@ class _ActorPool:
                 self.ray.kill(worker.actor)
 
     def _warn_of_waiting(self) -> None:
-        """That workers are waited for; while there is none at all, again and again."""
+        """Warn of workers that have not started; repeat it as long as none has."""
         self.warn_at = math.inf
         begun = sum(bool(worker.node) for worker in self.busy.values())
         if begun == 0:
@@ -240,7 +240,7 @@ class _ActorPool:
         self.warn_at = time.monotonic() + _SECONDS_TO_BEGIN
 
     def _assign(self, worker: _Worker) -> None:
-        """The next task, if possible one over which no worker of its node has died; without one it is let go."""
+        """Give the worker the next task, if possible one that has killed no worker on its node; without one, end it."""
         if self.waiting:
             elsewhere = (index for index, task in enumerate(self.waiting) if self.died_on.get(task) != worker.node)
             index = next(elsewhere, 0)
@@ -258,7 +258,7 @@ class _ActorPool:
         try:
             kind, content = self.ray.get(next(stream))
         except (self.ray.exceptions.RayTaskError, self.ray.exceptions.RaySystemError):
-            raise  # nobody died: a bug, or what cannot be sent
+            raise  # no worker died: it is a bug, or something that cannot be sent
         except self.ray.exceptions.RayError as failure:
             del self.busy[stream]
             self.ray.kill(worker.actor)  # it may only be out of reach
@@ -282,7 +282,7 @@ class _ActorPool:
             self._assign(worker)
 
     def _log(self, record: logging.LogRecord) -> None:
-        """What every worker has to say, such as which model it has loaded, is said once."""
+        """Log once what every worker logs, such as which model it has loaded."""
         if record.levelno <= logging.INFO:
             if record.msg in self.logged:
                 return

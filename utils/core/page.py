@@ -10,9 +10,9 @@ from utils.core.files import write_text
 
 
 def write_page(path: Path, template: Path, values: Mapping[str, Any]) -> None:
-    """Write the page `template` to `path`, filled with the values; text becomes no HTML.
+    """Write the page `template` to `path`, filled with the values, whose text is escaped.
 
-    Raises jinja2.UndefinedError for a value that the template needs and does not get.
+    Raises jinja2.UndefinedError if a value that the template needs is missing.
     """
     environment = Environment(
         loader=FileSystemLoader(template.parent), autoescape=True, undefined=StrictUndefined,

@@ -1,7 +1,7 @@
-"""The feature passport: how a bag's patches were cut and encoded, carried by its file and by every model trained on it.
+"""The feature passport: how a bag's patches were cut and encoded. A feature file and every model trained on it hold it.
 
-`recipe` is what a user chose and is the same for every slide of an extraction; `slide` is what was found and delivered
-for one slide; `software` are package versions. Two bags fit together when what is known of both recipes agrees.
+`recipe` is what the user chose, the same for every slide of an extraction; `slide` describes one slide and its patches;
+`software` holds package versions. Two bags fit together if their recipes agree in everything that both know.
 """
 
 import json
@@ -33,12 +33,11 @@ class Passport:
 
     @classmethod
     def from_json(cls, text: str) -> "Passport":
-        """Raises ValueError, KeyError or TypeError for a text that is no passport."""
+        """Read a passport; raise ValueError, KeyError or TypeError for a text that is none."""
         content = json.loads(text, parse_constant=_no_number)
-        parts = [content[name] for name in ("recipe", "slide", "software")]
-        if not all(isinstance(part, dict) for part in parts):
+        recipe, slide, software = (content[name] for name in ("recipe", "slide", "software"))
+        if not all(isinstance(fields, dict) for fields in (recipe, slide, software)):
             raise ValueError("recipe, slide or software is not a set of fields")
-        recipe, slide, software = parts
         return cls(Recipe.from_dict(recipe), slide, software, content["schema"])
 
 

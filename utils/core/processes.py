@@ -1,8 +1,7 @@
-"""Worker processes of this machine, fed one task at a time by the process that began them.
+"""Worker processes of this machine; the process that started them sends them one task at a time.
 
-A worker that dies, or runs out of memory, takes its task's try with it and nothing else: the others go on. As it may
-have died of too little memory, it is not replaced while another is left, so that its task is tried again with fewer at
-a time.
+If a worker dies or runs out of memory, only its try of the task is lost, and the other workers go on. It may have died
+of too little memory, so it is not replaced while others are left: its task is retried with fewer workers.
 """
 
 import multiprocessing
@@ -26,7 +25,7 @@ import torch
 from utils.core.errors import EngineError
 from utils.core.runtime import log
 
-# So many workers may die one after the other without a task before the work is given up.
+# The work is given up after this many deaths, one after the other, of workers without a task.
 _MOST_IDLE_DEATHS = 3
 OUT_OF_MEMORY = "ran out of memory"
 _OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -65,7 +64,7 @@ class Pool:
         self.idle_deaths = 0
 
     def run(self, jobs: int) -> None:
-        """Do all tasks, `jobs` at a time. Raises what a task raises; EngineError where no worker can begin."""
+        """Do all tasks, `jobs` at a time. Raise what a task raises; EngineError if no worker can start."""
         try:
             for _ in range(jobs):
                 self._start()
@@ -103,7 +102,7 @@ class Pool:
             return
         try:
             worker.connection.send(self.tasks[self.waiting[0]])
-        except OSError:  # it has died since; the task was not begun, and is another's
+        except OSError:  # the worker has died since; it has not begun the task
             worker.task = -1
             self._on_death(worker)
             return
@@ -111,7 +110,7 @@ class Pool:
 
     def _dismiss(self, worker: "_Worker") -> None:
         del self.workers[worker.connection]
-        worker.connection.close()  # it then ends by itself
+        worker.connection.close()  # upon which it ends
         worker.process.join()
 
     def _on_death(self, worker: "_Worker") -> None:
@@ -123,9 +122,9 @@ class Pool:
         times = self.deaths[worker.task]
         was_alone = all(other.task < 0 for other in self.workers.values())
         is_for_good = times > 1 and was_alone
-        if not is_for_good:  # the others first, unless it was the only one
+        if not is_for_good:  # other tasks come first, unless it ran alone
             (self.waiting.appendleft if was_alone else self.waiting.append)(worker.task)
-        elif not self.has_ended_one:  # the others would go the same way
+        elif not self.has_ended_one:  # the other tasks would fail as well
             self.waiting.clear()
         if self.waiting and not self.workers:
             self._start()
@@ -150,7 +149,7 @@ class Pool:
 
 @dataclass
 class _Worker:
-    """A process, the connection to it, and the number of the task that it was given, -1 while it begins."""
+    """A process, the connection to it, and the number of its task, -1 while it starts."""
 
     process: Any
     connection: Connection
@@ -164,7 +163,7 @@ class _Worker:
         process = context.Process(target=_serve, args=(theirs, parcel, torch.get_num_threads()))
         with _sigint_blocked():
             process.start()
-        theirs.close()  # so that we are told when the process ends
+        theirs.close()  # so that the connection breaks when the process ends
         return cls(process, ours)
 
     @property
@@ -179,7 +178,7 @@ class _Worker:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Processes started meanwhile leave Ctrl-C to this one, from their very beginning; this one hears it afterwards."""
+    """Block Ctrl-C for processes that are started within the block; this process receives it afterwards."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -191,13 +190,13 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 def _serve(connection: Connection, parcel: Path, threads: int) -> None:
-    """Do in this process what the one that began it sends, until that closes the connection or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where a mask is not inherited
+    """Do the tasks that the parent process sends, until it closes the connection or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # if a mask is not inherited
     tasks: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_fetch, args=(connection, tasks), daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        work = pickle.loads(parcel.read_bytes())  # noqa: S301 - written by the process that began us
+        work = pickle.loads(parcel.read_bytes())  # noqa: S301 - written by the process that started us
         connection.send(("ready", None))
         while True:
             work(tasks.get(), lambda content: connection.send(("message", content)))
@@ -215,17 +214,19 @@ def _fetch(connection: Connection, tasks: SimpleQueue) -> None:
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
-    """Whether there was too little memory, of the machine or of its GPU: PyTorch raises several kinds of error then."""
+    """Whether memory ran out, on the machine or its GPU: PyTorch raises several kinds of error."""
     if isinstance(failure, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(failure, RuntimeError) and any(words in str(failure) for words in _OUT_OF_MEMORY_WORDS)
 
 
 def sendable(failure: BaseException) -> BaseException:
-    """With its node and traceback as a note, for neither is sent; its text alone where pickle cannot have it."""
+    """Return the error with its node and traceback as a note, as pickle leaves them out; a RuntimeError with its text
+    if it cannot be pickled.
+    """
     try:
-        sent = pickle.loads(pickle.dumps(failure))  # noqa: S301 - made here
+        copy = pickle.loads(pickle.dumps(failure))  # noqa: S301 - made here
     except Exception:  # noqa: BLE001 - its class's own code
-        sent = RuntimeError(f"{type(failure).__name__}: {failure}")
-    sent.add_note(f"on {platform.node()}:\n{''.join(traceback.format_exception(failure))}")
-    return sent
+        copy = RuntimeError(f"{type(failure).__name__}: {failure}")
+    copy.add_note(f"on {platform.node()}:\n{''.join(traceback.format_exception(failure))}")
+    return copy

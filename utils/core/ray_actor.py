@@ -20,7 +20,7 @@ from utils.core.runtime import log, share_processors
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a worker begins with: the work, pickled, and what it is to have of the driver's."""
+    """What a worker starts with: the pickled work, and settings of the driver's process."""
 
     work: bytes
     folder: str
@@ -36,8 +36,8 @@ def cannot_begin(reason: str, folder: str) -> EngineError:
 
 
 class Actor:
-    """A process of a Ray cluster. What it does comes piece by piece: ("process", its node and id), ("begun", None) with
-    the task, ("messages", [what]), ("log", a record), ("error", an exception), at last ("ended", [what was told last]).
+    """A process of a Ray cluster. Its methods stream what happens: ("process", node and id), ("begun", None) as a task
+    starts, ("messages", [message]), ("log", record), ("error", exception), and ("ended", [last message]).
     """
 
     def begin(self, parcel: Parcel) -> Iterator[tuple[str, Any]]:
@@ -51,7 +51,7 @@ class Actor:
         share_processors(self.count)
         try:
             os.chdir(parcel.folder)
-            self.work = pickle.loads(parcel.work)  # noqa: S301 - written by the process that began us
+            self.work = pickle.loads(parcel.work)  # noqa: S301 - written by the process that started us
         except (OSError, ImportError, AttributeError) as failure:
             yield "error", cannot_begin(f"on {node}: {failure}", parcel.folder)
         except LiteMILError as failure:
@@ -61,7 +61,7 @@ class Actor:
         yield "ended", []
 
     def do(self, task: Any) -> Iterator[tuple[str, Any]]:
-        """Send the last message together with the end marker, so that a worker cannot die between the two."""
+        """Do a task. The last message is sent together with the end, so that the worker cannot die between the two."""
         messages: SimpleQueue[tuple[str, Any] | None] = SimpleQueue()
         thread = threading.Thread(target=self._work_on, args=(task, messages))
         yield "begun", None
@@ -78,7 +78,7 @@ class Actor:
         yield "ended", last
 
     def _work_on(self, task: Any, messages: SimpleQueue) -> None:
-        torch.set_num_threads(self.count)  # of this thread
+        torch.set_num_threads(self.count)  # it is a setting of the thread
         handler = _MessageHandler(messages)
         log.addHandler(handler)
         try:
@@ -91,7 +91,7 @@ class Actor:
 
 
 class _MessageHandler(logging.Handler):
-    """Log records as messages."""
+    """Sends log records as messages."""
 
     def __init__(self, messages: SimpleQueue) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The recipe of features: how patches were cut and encoded, the same for every slide of an extraction.
 
-It is told by flags, recorded in every feature file's passport and in every checkpoint, completed where other toolkits'
-files leave something open, and compared wherever features and a model, or two files, meet.
+It is set by flags and recorded in every feature file's passport and in every checkpoint. Gaps in other toolkits' files
+are filled, and recipes are compared whenever features meet a model or other features.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,20 +11,21 @@ from typing import Any, Self
 from utils.core.differences import differences
 from utils.core.errors import RecipeError
 
-# What makes features incomparable when it differs; stride, tissue threshold and level do not (mpp is compared apart).
+# Features that differ in one of these cannot be compared. Stride, tissue threshold and level may differ; mpp is checked
+# separately.
 ENCODING_FIELDS = ("backbone", "weights_digest", "transform", "patch_size")
-# Where mpp is not known, other toolkits tell the magnification the patches were read at; ours do not.
+# Other toolkits record the magnification of their patches if the mpp is unknown; ours do not.
 COMPARED_FIELDS = (*ENCODING_FIELDS, "magnification")
-# What the features of this tool record, known or not.
+# What this tool records of its features, known or not.
 OUR_FIELDS = (
     "backbone", "weights_digest", "transform", "precision", "dtype", "patch_size", "stride", "level", "mpp",
     "tissue_threshold", "tissue", "qc", "edge",
 )  # fmt: skip
-# What a user may ask for when a raw slide is predicted.
+# What a user may set for the prediction of a raw slide.
 ASKED_FIELDS = ("backbone", "patch_size", "stride", "level", "mpp", "tissue_threshold")
 # Scanners of one nominal magnification differ by about this much (0.22 to 0.25 um/px at "40x").
 MPP_TOLERANCE = 0.15
-# The backbones that go by several names, in hubs and other toolkits; case, "_" and "-" make no other name.
+# The other names of backbones, in hubs and other toolkits; case does not matter, and "_" is "-".
 BACKBONE_ALIASES = {
     "resnet50": ("resnet50.tv_in1k", "timm/resnet50.tv_in1k", "resnet50_imagenet"),
     "phikon-v2": ("owkin/phikon-v2", "phikonv2"),
@@ -39,16 +40,16 @@ BACKBONE_ALIASES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How features are made; None where that is not known.
+    """How features are made; None is unknown.
 
     Attributes
-        backbone: its one name; weights_digest: of its weights (SHA-256); transform: how patches become its input.
+        backbone: its canonical name; weights_digest: SHA-256 of its weights; transform: how patches become its input.
         precision: what the backbone computed in; dtype: what the features are stored in.
         patch_size, stride: pixels at the resolution read.
-        level: the pyramid level read, or mpp: the um per pixel resampled to; magnification: other toolkits' word.
+        level: the pyramid level read, or mpp: the um per pixel resampled to; magnification: for other toolkits' files.
         tissue_threshold: least fraction of tissue in a patch; tissue: the detector's settings.
-        qc: settings of the quality control, None without it; edge: "keep", None where the grid's rest was dropped.
-        others: what a file records besides.
+        qc: settings of the quality control, None without it; edge: "keep", or None if the grid's rest was dropped.
+        others: anything else that a file records.
         recorded: the names that a file records, known or not, in its order.
     """
 
@@ -77,41 +78,41 @@ class Recipe:
         return cls(**own, others=others, recorded=tuple(content))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` reads: all that was recorded, and what is known besides."""
-        known = [name for name in _OWN if getattr(self, name) is not None]
-        return {name: self[name] for name in dict.fromkeys([*self.recorded, *known])}
+        """Return what `from_dict` reads: every recorded field, and every other one that is known."""
+        names = [name for name in _OWN if getattr(self, name) is not None]
+        return {name: self[name] for name in dict.fromkeys([*self.recorded, *names])}
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name) if name in _OWN else self.others.get(name)
 
     def differences(self, other: "Recipe", names: Iterable[str] = COMPARED_FIELDS) -> list[str]:
-        """Return in what `other` differs from this, of the fields that both know (see `core.differences`)."""
+        """Return how `other` differs from this recipe in the fields that both know (see `core.differences`)."""
         return differences(self.as_dict(), other.as_dict(), names)
 
-    def contradictions(self, asked: "Recipe") -> list[str]:
-        """Return in what the settings asked for contradict this recipe, if it says anything of them."""
-        lines = self.differences(asked, ASKED_FIELDS)
+    def contradictions(self, flags: "Recipe") -> list[str]:
+        """Return how the user's settings contradict this recipe, in the fields that it knows."""
+        lines = self.differences(flags, ASKED_FIELDS)
         for name, instead in (("level", "mpp"), ("mpp", "level")):  # one or the other is read
-            if asked[name] is not None and self[name] is None and self[instead] is not None:
-                lines.append(f"{name}: found {asked[name]}, expected {instead} {self[instead]}")
+            if flags[name] is not None and self[name] is None and self[instead] is not None:
+                lines.append(f"{name}: found {flags[name]}, expected {instead} {self[instead]}")
         return lines
 
     def unknown_fields(self, other: "Recipe", names: Iterable[str] = ENCODING_FIELDS) -> list[str]:
-        """Return the fields that cannot be compared because one of the two does not know them."""
+        """Return the fields that cannot be compared because they are unknown in one of the two recipes."""
         return [name for name in names if self[name] is None or other[name] is None]
 
-    def completed(self, asked: "Recipe", **by_default: Any) -> "Recipe":
-        """Return this recipe with what is asked for where it says nothing, else the defaults; patches that are not said
-        to overlap lie side by side.
+    def completed(self, flags: "Recipe", **defaults: Any) -> "Recipe":
+        """Return this recipe with its unknown fields filled from the user's settings, else from the defaults. If there
+        is no stride, patches lie side by side.
         """
-        left_open = by_default | asked.as_dict()
-        known = replace(self, **{name: value for name, value in left_open.items() if self[name] is None})
-        return known if known.stride is not None else replace(known, stride=known.patch_size)
+        values = defaults | flags.as_dict()
+        recipe = replace(self, **{name: value for name, value in values.items() if self[name] is None})
+        return recipe if recipe.stride is not None else replace(recipe, stride=recipe.patch_size)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of an extraction by this recipe, under their names in `features.settings.Extraction`.
+        """Return the settings of an extraction with this recipe, named as in `features.settings.Extraction`.
 
-        Raises RecipeError where it leaves one open.
+        Raises RecipeError if one is unknown.
         """
         resolution = "level" if self.mpp is None else "mpp"
         needed = ("backbone", "patch_size", "stride", resolution, "tissue_threshold", "dtype")
@@ -124,9 +125,9 @@ class Recipe:
         return {name: self[name] for name in needed} | {"qc": bool(self.qc), "edge": self.edge or "drop"}
 
     def __str__(self) -> str:
-        """Return the recipe in a line, for a person."""
+        """Return the recipe in a line, for people."""
         resolution = f"level {self.level}" if self.mpp is None else f"{self.mpp:g} µm/px"
-        parts = [
+        texts = [
             self.backbone,
             f"patches of {self.patch_size} px at {resolution}",
             f"{self.stride} px apart",
@@ -134,21 +135,21 @@ class Recipe:
             f"quality control {'on' if self.qc else 'off'}",
             *(["edges kept"] if self.edge == "keep" else []),
         ]
-        return ", ".join(map(str, parts))
+        return ", ".join(map(str, texts))
 
 
-def mpp_difference(expected: tuple[float, float] | None, found: float | None) -> list[str]:
-    """Like `Recipe.differences`, for the delivered um/px against the (least, greatest) seen in training."""
-    if expected is None or found is None:
+def mpp_difference(expected: tuple[float, float] | None, mpp: float | None) -> list[str]:
+    """Return, as `Recipe.differences`, how the delivered um/px differs from the (least, greatest) seen in training."""
+    if expected is None or mpp is None:
         return []
     least, greatest = expected
-    if least / (1 + MPP_TOLERANCE) <= found <= greatest * (1 + MPP_TOLERANCE):
+    if least / (1 + MPP_TOLERANCE) <= mpp <= greatest * (1 + MPP_TOLERANCE):
         return []
-    return [f"mpp: found {found:.4g} um/px, expected {least:.4g} to {greatest:.4g}"]
+    return [f"mpp: found {mpp:.4g} um/px, expected {least:.4g} to {greatest:.4g}"]
 
 
 def backbone_name(name: str) -> str:
-    """The one name of a backbone, whatever alias and case it is called by; an unknown one's own, in small letters.
+    """Return the canonical name of a backbone for any of its aliases, in any case; an unknown name in small letters.
 
     `timm:<model>` stays as it is.
     """
@@ -162,5 +163,5 @@ def _normalised_name(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
-_OWN = tuple(part.name for part in fields(Recipe) if part.name not in ("others", "recorded"))
+_OWN = tuple(item.name for item in fields(Recipe) if item.name not in ("others", "recorded"))
 _ONE_NAME = {_normalised_name(alias): name for name, aliases in BACKBONE_ALIASES.items() for alias in (name, *aliases)}

@@ -1,4 +1,4 @@
-"""Log lines that say the same of many files: said of the first, and of the others once, with their number."""
+"""Log lines that repeat for many files: logged for the first, then once for all others with their number."""
 
 import logging
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ _NAMED = 3
 
 
 class _Alike(logging.Filter):
-    """Lets the first line of a kind through and counts the others, which differ in the file they begin with."""
+    """Lets the first of several lines through that differ only in the file they begin with, and counts the others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.files: dict[tuple[int, str], dict[str, None]] = {}  # by level and what is said of them, in their order
+        self.files: dict[tuple[int, str], dict[str, None]] = {}  # by level and text, in order
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING or not (record.args and str(record.msg).startswith("%s: ")):
@@ -30,8 +30,8 @@ class _Alike(logging.Filter):
 
 @contextmanager
 def alike_once() -> Iterator[None]:
-    """Within the block, say warnings and errors that differ in their file only once; at its end how many more files
-    they hold for, and the first names.
+    """Within the block, log warnings and errors that differ only in their file once; at its end, log how many more
+    files they hold for, and the first few names.
     """
     alike = _Alike()
     log.addFilter(alike)

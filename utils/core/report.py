@@ -1,7 +1,7 @@
-"""The report of a batch: a CSV table with a row per file, which a later run of the batch never makes poorer.
+"""The report of a batch: a CSV table with a row per file, which later runs of the batch extend.
 
-A row is kept as long as the file that it tells of is there, whatever a later run looks at: fewer slides, others, or
-with settings that every file refuses.
+A row is kept as long as its file exists, even if a later run works on fewer or other slides, or with settings that
+make every file fail.
 """
 
 import csv
@@ -27,16 +27,16 @@ class Row(Protocol):
 
     @property
     def output(self) -> str:
-        """The file that was made of it, seen from the report's folder; "" in reports that do not say."""
+        """The file that was made of it, relative to the report's folder; "" in reports that do not say."""
         ...
 
     @property
     def is_made(self) -> bool:
-        """Whether there was such a file in the end."""
+        """Whether that file was made, or existed already."""
         ...
 
     def after(self, earlier: Self, is_there: bool) -> Self:
-        """Return this row with what an earlier one of the same file knew better; `is_there`: that file."""
+        """Return this row, completed from an earlier row of the same file; `is_there` is whether the file exists."""
         ...
 
 
@@ -45,12 +45,12 @@ _SECONDS_TO_WAIT = 60
 
 
 def update_report(path: Path, rows: Mapping[Path, AnyRow], kind: type[AnyRow]) -> list[AnyRow]:
-    """Write the rows, by the files they tell of, and those of an earlier report that still hold; return all of them,
-    in the order of their sources. Of several processes one at a time does so.
+    """Write the rows, given by their output files, and those of an earlier report that still hold; return all of them,
+    sorted by source. Processes do this one at a time.
 
-    Something else under the report's name is set aside first.
+    Another file under the report's name is moved aside first.
     """
-    with claimed(path, _SECONDS_TO_WAIT):  # after that, better a row too few than none at all
+    with claimed(path, _SECONDS_TO_WAIT):  # then write all the same: rather lose a row than all of them
         return _updated(path, rows, kind)
 
 
@@ -65,21 +65,21 @@ def _updated(path: Path, rows: Mapping[Path, AnyRow], kind: type[AnyRow]) -> lis
         row = dataclasses.replace(row, output=output)  # type: ignore[type-var]
         before = by_output.pop(output, None) or by_source.pop(row.source, None)
         merged[output] = row if before is None else row.after(before, file.exists())
-    others = [row for row in (*by_output.values(), *by_source.values()) if _holds(row, folder)]
-    everything = sorted([*merged.values(), *others], key=lambda row: row.source)
-    if everything:
-        write_records(path, everything)
-    return everything
+    still_true = [row for row in (*by_output.values(), *by_source.values()) if _holds(row, folder)]
+    all_rows = sorted([*merged.values(), *still_true], key=lambda row: row.source)
+    if all_rows:
+        write_records(path, all_rows)
+    return all_rows
 
 
 def _holds(row: Row, folder: Path) -> bool:
-    """Whether the file that a row tells of is there or, where none could be made, its source."""
+    """Whether the output file of a row exists or, if none could be made, its source."""
     return (folder / row.output if row.is_made and row.output else row.source).exists()
 
 
 def read_report(path: Path, kind: type[AnyRow], *, only_look: bool = False) -> list[AnyRow]:
-    """Return the rows of an earlier report; none where there is none, or something else, which is set aside unless
-    this should `only_look`.
+    """Return the rows of an earlier report; none if there is none, or another file, which is moved aside unless
+    `only_look` is set.
     """
     if not path.exists():
         return []
@@ -98,7 +98,7 @@ def read_report(path: Path, kind: type[AnyRow], *, only_look: bool = False) -> l
 
 
 def _value(text: str, hint: Any) -> Any:
-    """Return a cell as its field's type; an empty one is None where the field may be."""
+    """Return a cell as its field's type; an empty cell is None if the field allows it."""
     kinds = typing.get_args(hint) or (hint,)
     if text == "" and NoneType in kinds:
         return None

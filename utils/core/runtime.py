@@ -1,4 +1,4 @@
-"""How a process runs: its share of the machine, threads, log lines, progress bars, versions. No slow imports."""
+"""How a process runs: its share of the machine, threads, log lines, progress bars, versions. Imports nothing slow."""
 
 import ctypes
 import hashlib
@@ -22,22 +22,22 @@ log = logging.getLogger("litemil")
 Item = TypeVar("Item")
 
 _RECORDED_PACKAGES = ("torch", "numpy", "timm", "h5py", "openslide-python", "openslide-bin", "scikit-learn")
-# Where cgroups, version 2 and version 1, tell a memory limit: the line of /proc/self/cgroup, the mount, limit and use.
+# The memory limits of cgroups, version 2 and version 1: line of /proc/self/cgroup, mount, and files of limit and usage.
 _MEMORY_LIMITS = (
     (r"^0::(/.*)$", "sys/fs/cgroup", "memory.max", "memory.current"),
     (r"^\d+:memory:(/.*)$", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-# Where they tell how much of the processors: the line, the mount, and the files of quota and period in microseconds.
+# Their processor limits: line, mount, and files of quota and period in microseconds.
 _PROCESSOR_LIMITS = (
     (r"^0::(/.*)$", "sys/fs/cgroup", ("cpu.max",)),
     (r"^\d+:(?:\S+,)?cpu(?:,\S+)?:(/.*)$", "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
 )
-# What says how OpenMP's threads wait, of GNU's and LLVM's libraries; and what we say where the user has not.
+# The variables by which OpenMP (GNU's and LLVM's) decides how threads wait, and our values if the user sets none.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 _ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 # What malloc.h calls the settings.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Where output is not a terminal (a log, a batch system), a bar prints a line at this interval instead of redrawing.
+# If output is not a terminal (a log, a batch system), a bar prints a line at this interval instead of redrawing.
 _SECONDS_BETWEEN_LOG_LINES = 30
 
 _quiet = threading.Event()
@@ -47,20 +47,20 @@ _thread_limit: str | None = None
 tqdm.set_lock(threading.RLock())
 
 
-def derive_seed(*parts: int | str) -> int:
-    """A seed for one piece of work from everything that identifies it; the same parts give the same seed everywhere."""
-    name = "/".join(str(part) for part in parts)
+def derive_seed(*names: int | str) -> int:
+    """Return the seed of one piece of work, from all that identifies it; equal names give the same seed everywhere."""
+    name = "/".join(map(str, names))
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
 def versions() -> dict[str, str]:
-    """LiteMIL's, Python's and the packages' versions that can change a number."""
-    found = {"litemil": version_of("litemil"), "python": platform.python_version()}
-    return found | {name: version_of(name) for name in _RECORDED_PACKAGES}
+    """Return the versions of LiteMIL, Python and the packages that can change a result."""
+    ours = {"litemil": version_of("litemil"), "python": platform.python_version()}
+    return ours | {name: version_of(name) for name in _RECORDED_PACKAGES}
 
 
 def version_of(package: str) -> str:
-    """Return the version of an installed package, "not installed" where there is none."""
+    """Return the version of a package, "not installed" if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -68,11 +68,11 @@ def version_of(package: str) -> str:
 
 
 def prepare_threads() -> None:
-    """Say, in the environment, how threads are to wait and how many there may be; before PyTorch is loaded, which reads
-    it then. What the user has set stays.
+    """Set, in the environment, how threads wait and how many there may be, unless the user has. Call it before PyTorch
+    is loaded.
 
-    OpenMP's threads would spin while they wait for each other, and so take from each other, and from everyone else on
-    a busy machine, the time that they wait for; and it knows nothing of a container's share of the processors.
+    By default OpenMP's threads spin while they wait for each other, which takes processor time from each other and from
+    everyone else on a busy machine; and OpenMP ignores a container's share of the processors.
     """
     global _thread_limit
     if not any(name in os.environ for name in WAITING):
@@ -87,32 +87,32 @@ def threads_are_given() -> bool:
 
 
 def threads_wait_asleep() -> bool:
-    """Whether OpenMP's threads were told to sleep while they wait."""
+    """Whether OpenMP's threads sleep while they wait."""
     return os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" or os.environ.get("GOMP_SPINCOUNT") == "0"
 
 
 def visible_processors() -> int:
-    """Return on how many processors this process may be run."""
+    """Return how many processors this process may run on, whatever its share of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processors() -> int:
-    """Return how many processors this process may use: of those it may be run on, as many as its share of them fills in
-    a batch job or a container, at least 1.
+    """Return how many processors this process may use, at least 1: those it may run on, within its share in a batch job
+    or container.
     """
     shares = [visible_processors(), *_shares_of_processors()]
     return max(1, min(int(min(shares)), _most_processors or shares[0]))
 
 
 def share_processors(count: int) -> None:
-    """Use no more than so many from here on."""
+    """Use at most `count` processors from now on."""
     global _most_processors
     _most_processors = count
 
 
 def keep_freed_memory() -> None:
-    """Let the C library (glibc; elsewhere nothing happens) keep what freed tensors of up to 32 MiB, the most it allows,
-    took, for the next ones: it is handed back and fetched again page by page in every batch otherwise.
+    """Let glibc keep the memory of freed tensors of up to 32 MiB, the most it allows, for the next ones; otherwise each
+    batch returns it and fetches it again page by page. Do nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -130,36 +130,36 @@ def git_commit() -> str | None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory free for use, within a batch job's or container's limits; None where the system does not tell."""
+    """Return the bytes of free memory within a batch job's or container's limits; None if the system does not say."""
     free = _system_memory()
-    return free if free is None else min([free, *_left_of_limits()])
+    return free if free is None else min([free, *_free_within_limits()])
 
 
 def _system_memory() -> int | None:
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        # What the kernel could hand out, caches included; the pages that sysconf counts leave them out.
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        if found:
-            return int(found[1]) * 1024
+        # It includes caches that the kernel could free; the pages that sysconf counts do not.
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if match:
+            return int(match[1]) * 1024
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
 
 
-def _left_of_limits(root: Path = Path("/")) -> list[int]:
-    """The bytes left of each memory limit that a batch system or a container sets on this process."""
-    lefts = (
-        _left_of(group, limit, used)
+def _free_within_limits(root: Path = Path("/")) -> list[int]:
+    """Return the bytes left of each memory limit that a batch system or container sets on this process."""
+    free = (
+        _free_of(group, limit, used)
         for line, mount, limit, used in _MEMORY_LIMITS
         for group in _groups(root, line, mount)
     )
-    return [left for left in lefts if left is not None]
+    return [count for count in free if count is not None]
 
 
 def _shares_of_processors(root: Path = Path("/")) -> list[float]:
-    """The processors, or parts of one, that each limit of a batch system or a container allows this process."""
+    """Return the processors, or fractions of one, that each limit of a batch system or container allows."""
     shares = (
         _share_of(group, files) for line, mount, files in _PROCESSOR_LIMITS for group in _groups(root, line, mount)
     )
@@ -167,7 +167,7 @@ def _shares_of_processors(root: Path = Path("/")) -> list[float]:
 
 
 def _groups(root: Path, line: str, mount: str) -> list[Path]:
-    """The folders of the cgroups that this process is in, and of those above them, by their `line` of its cgroups."""
+    """Return the folders of this process's cgroups that match `line`, and of their parents."""
     try:
         membership = (root / "proc/self/cgroup").read_text()
     except OSError:
@@ -184,19 +184,19 @@ def _share_of(group: Path, files: Sequence[str]) -> float | None:
         return None
 
 
-def _left_of(group: Path, limit: str, used: str) -> int | None:
+def _free_of(group: Path, limit: str, used: str) -> int | None:
     try:
-        bound, held = int((group / limit).read_text()), int((group / used).read_text())
+        limit_bytes, used_bytes = int((group / limit).read_text()), int((group / used).read_text())
         statistics = (group / "memory.stat").read_text()
     except (OSError, ValueError):  # a group without a limit says "max", or has no such file
         return None
-    # Cached file contents count as held, though they are handed back on demand.
+    # Cached file contents count as used, though they are freed on demand.
     caches = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
-    return max(0, bound - held + max(map(int, caches), default=0))
+    return max(0, limit_bytes - used_bytes + max(map(int, caches), default=0))
 
 
 def duration(seconds: float) -> str:
-    """In words, as precise as an estimate is."""
+    """Return a time in words, as precise as an estimate is."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -204,35 +204,35 @@ def duration(seconds: float) -> str:
 
 
 def file_size(count: float) -> str:
-    """Bytes, in words."""
+    """Return a number of bytes in words."""
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:
     """Yield the items, each made in a thread while the one before it is in use."""
-    waiting = iter(items)
+    iterator = iter(items)
 
-    def following() -> list[Item]:
-        return list(itertools.islice(waiting, 1))
+    def take_one() -> list[Item]:
+        return list(itertools.islice(iterator, 1))
 
-    with ThreadPoolExecutor(max_workers=1) as maker:
-        upcoming = maker.submit(following)
-        while made := upcoming.result():
-            upcoming = maker.submit(following)
-            yield from made
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        upcoming = thread.submit(take_one)
+        while item := upcoming.result():
+            upcoming = thread.submit(take_one)
+            yield from item
 
 
 def progress(items: Iterable[Item], description: str, **bar: Any) -> "tqdm[Item]":
-    """A tqdm bar over `items`; on a terminal it redraws, in a log it prints a line now and then."""
-    return tqdm(items, desc=description, **_manners(), **bar)
+    """Return a tqdm bar over `items`; on a terminal it redraws, in a log it prints a line now and then."""
+    return tqdm(items, desc=description, **_bar_settings(), **bar)
 
 
 def progress_bar(description: str, total: int | None, **bar: Any) -> tqdm:
-    """A bar that is moved by hand, with the manners of `progress`."""
-    return tqdm(desc=description, total=total, **_manners(), **bar)
+    """Return a bar that is moved by hand, printed as that of `progress`."""
+    return tqdm(desc=description, total=total, **_bar_settings(), **bar)
 
 
-def _manners() -> dict[str, Any]:
+def _bar_settings() -> dict[str, Any]:
     if _quiet.is_set():
         return {"disable": True}
     terminal = sys.stderr.isatty()
@@ -240,7 +240,7 @@ def _manners() -> dict[str, Any]:
 
 
 class _BarFriendlyHandler(logging.Handler):
-    """Writes log lines to stderr above whatever progress bar is being drawn."""
+    """Writes log lines to stderr above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -257,6 +257,6 @@ def start_logging() -> None:
 
 
 def be_quiet() -> None:
-    """No progress and no remarks from here on: only warnings and errors."""
+    """Show no progress and no remarks from now on, only warnings and errors."""
     log.setLevel(logging.WARNING)
     _quiet.set()

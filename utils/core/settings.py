@@ -1,9 +1,8 @@
-"""What the settings classes are made of. Each command's classes stand beside what they configure.
+"""The building blocks of settings classes. Each command's classes stand beside what they configure.
 
 `core/cli.py` makes the command line from them, and they hold every default once. A field made with `option` is also a
-flag; its help, limits and other spellings stand beside its default. Values of another type, unknown words and numbers
-out of range raise ConfigError naming the flag, the value and what is expected, whether they come from a command line or
-from Python.
+flag; its help, limits and other spellings stand beside its default. Values of a wrong type, unknown words and numbers
+out of range raise ConfigError with the flag, the value and what is expected, on the command line as in Python.
 """
 
 import dataclasses
@@ -35,9 +34,9 @@ def option(
     also: Mapping[str, str] | None = None,
     hidden: bool = False,
 ) -> Any:
-    """A dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory; a `positional` one is given
-    by its place, not by a name. Of the flags that share a name in `one_of`, one has to be given. `also` maps other
-    words for a choice to the choice. A `hidden` flag works and is not in the help text.
+    """Return a dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory; a `positional` one is
+    given by position, not by name. One of the flags that share a name in `one_of` has to be given. `also` maps other
+    words for a choice to the choice. A `hidden` flag works, but is not in the help text.
     """
     metadata = {
         "help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar,
@@ -49,7 +48,7 @@ def option(
 
 
 def flag_of(field: dataclasses.Field) -> str:
-    """The name a person knows the field by."""
+    """Return the name by which users know the field."""
     if field.metadata.get("positional"):
         return field.metadata["metavar"] or field.name
     return field.metadata.get("flag") or f"--{field.name}"
@@ -61,27 +60,27 @@ _EXPECTED_LISTS = {str: "a list of text", Path: "a list of paths"}
 
 def converted(kind: Any, value: Any, also: Iterable[str] = ()) -> Any:
     """Return `value` as the type `kind` of a setting: NumPy's numbers become Python's, text becomes a path, a list a
-    tuple. Raises ValueError, which says what is expected, where that would change what was meant; `also` holds what
-    may have been meant besides the words of `kind`.
+    tuple. Raises ValueError, which says what is expected, for a value that does not fit; its message also suggests
+    words in `also`.
     """
     if getattr(value, "shape", None) == ():  # a number of NumPy or PyTorch
         value = value.item()
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _converted_to_one_of(parts, value)
+        return _converted_to_one_of(args, value)
     if origin is Literal:
-        if isinstance(value, str) and value in parts:
+        if isinstance(value, str) and value in args:
             return value
-        raise ValueError(f"one of {', '.join(parts)}{did_you_mean(str(value), [*also, *parts])}")
+        raise ValueError(f"one of {', '.join(args)}{did_you_mean(str(value), [*also, *args])}")
     if origin is tuple:
         if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
-            raise ValueError(_EXPECTED_LISTS.get(parts[0], "a list of words"))
-        if isinstance(value, set | frozenset) and parts[0] in _EXPECTED_LISTS:
-            raise ValueError(f"{_EXPECTED_LISTS[parts[0]]}, whose order counts: a set has none")
+            raise ValueError(_EXPECTED_LISTS.get(args[0], "a list of words"))
+        if isinstance(value, set | frozenset) and args[0] in _EXPECTED_LISTS:
+            raise ValueError(f"{_EXPECTED_LISTS[args[0]]}, whose order counts: a set has none")
         try:
-            return tuple(converted(parts[0], item) for item in value)
+            return tuple(converted(args[0], item) for item in value)
         except ValueError as error:
-            raise ValueError(_EXPECTED_LISTS.get(parts[0], str(error))) from None
+            raise ValueError(_EXPECTED_LISTS.get(args[0], str(error))) from None
     fitting: tuple[type, ...] = {float: (int, float), Path: (str, os.PathLike)}.get(kind, (kind,))
     if not isinstance(value, fitting) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(_EXPECTED[kind])
@@ -102,8 +101,8 @@ def _converted_to_one_of(kinds: Iterable[Any], value: Any) -> Any:
 
 
 def checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
-    """Return the value of a setting in its type, once it is known to be one of its words or within its limits. Raises
-    ConfigError, which begins with `name` and the value.
+    """Return the value of a setting in its type, after checking its words or limits. Raises ConfigError, whose message
+    begins with `name` and the value.
     """
     also = field.metadata["also"]
     try:
@@ -120,11 +119,11 @@ def checked(field: dataclasses.Field, kind: Any, value: Any, name: str) -> Any:
     return value
 
 
-def check_names(owner: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Raise ConfigError, with the nearest known name, where a setting is none."""
-    unknown = sorted(set(names) - set(known))
+def check_names(owner: str, names: Iterable[str], settings: Collection[str]) -> None:
+    """Raise ConfigError, with the nearest name, if one of the names is not among the settings."""
+    unknown = sorted(set(names) - set(settings))
     if unknown:
-        raise ConfigError(f"{owner}: no setting {', '.join(unknown)}{did_you_mean(unknown[0], known)}")
+        raise ConfigError(f"{owner}: no setting {', '.join(unknown)}{did_you_mean(unknown[0], settings)}")
 
 
 @functools.cache
@@ -134,13 +133,13 @@ def kinds_of(config: type) -> dict[str, Any]:
 
 
 def check_setting(config: type, name: str, value: Any) -> Any:
-    """Return `value` as the setting `name` of a config class takes it. Raises ConfigError where it does not."""
+    """Return `value` in the type of the setting `name` of a config class. Raises ConfigError if it does not fit."""
     field = next(field for field in dataclasses.fields(config) if field.name == name)
     return checked(field, kinds_of(config)[name], value, f"{flag_of(field)} ")
 
 
 class Settings:
-    """Checks names, types, words and limits of its settings when the dataclass is made."""
+    """Checks names, types, words and limits of the settings when the dataclass is made."""
 
     def __new__(cls, **settings: Any) -> Self:
         check_names(cls.__name__, settings, [field.name for field in dataclasses.fields(cls)])  # type: ignore[arg-type]
@@ -160,5 +159,5 @@ SEED = 42
 
 
 def figure_format_option() -> Any:
-    """Return the field of a settings class that says the file formats of its figures."""
+    """Return the field of a settings class for the file formats of its figures."""
     return option(FIGURE_FORMAT, "file format of the figures, one or several of png, pdf and svg (default: png)")

@@ -1,4 +1,4 @@
-"""Files of tensors: written whole, and loaded with `weights_only=True`, which executes nothing of what they hold."""
+"""Write and load files of tensors; with `weights_only=True` nothing in them is executed."""
 
 import io
 import pickle
@@ -14,8 +14,7 @@ import torch
 from utils.core.errors import LiteMILError
 from utils.core.files import write_bytes
 
-# What a pickled NumPy array or scalar needs to come back. Both homes of NumPy's reconstructors are named: files written
-# by NumPy 1 say numpy.core, files written by NumPy 2 say numpy._core.
+# What unpickling a NumPy array or scalar needs: files written by NumPy 1 name numpy.core, by NumPy 2 numpy._core.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY_GLOBALS: list[Any] = [
@@ -25,7 +24,7 @@ _NUMPY_GLOBALS: list[Any] = [
     *[(_RECONSTRUCT, f"numpy.{home}.multiarray._reconstruct") for home in ("core", "_core")],
     *[(_SCALAR, f"numpy.{home}.multiarray.scalar") for home in ("core", "_core")],
 ]
-# What PyTorch's readers stumble over in a damaged file, besides what they raise on purpose.
+# What PyTorch's readers raise for a damaged file, on purpose or not.
 _LOAD_FAILURES = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -46,17 +45,17 @@ def save_tensors(path: Path, content: Any) -> None:
 
 
 def tensor_bytes(content: Any) -> bytes:
-    """`torch.save` into a buffer: the bytes depend on the content alone, not on a file's name."""
+    """Return what `torch.save` writes; as it is a buffer, the bytes do not depend on a file's name."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
 
 
 def load_tensors(path: Path, error: type[LiteMILError], expected: str) -> Any:
-    """Load a file of tensors, NumPy arrays and plain values onto the CPU; nothing it contains is executed.
+    """Load a file of tensors, NumPy arrays and plain values onto the CPU; nothing in it is executed.
 
-    Raises `error` naming the file when it is missing, damaged, or holds anything else. `expected` says in the message
-    what the file should have been.
+    Raises `error` with the file's name if it is missing, damaged, or holds anything else; the message says that
+    `expected` should be in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,7 +70,7 @@ def load_tensors(path: Path, error: type[LiteMILError], expected: str) -> Any:
 
 
 def _load_failure(failure: Exception) -> str:
-    """Why, in a few words: PyTorch's own message is long, and advises to load the file unsafely."""
+    """Return why loading failed, in a few words; PyTorch's message is long and advises to load the file unsafely."""
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     forbidden = re.search(r"GLOBAL ([\w.]+)", str(failure))

@@ -1,8 +1,8 @@
-"""Words in figures, pages and tables."""
+"""Text in figures, pages and tables."""
 
 from collections.abc import Sequence
 
-# What each prediction, its pictures and its pages carry.
+# Printed with each prediction, its pictures and its pages.
 NOTICE = "For research, not a diagnosis."
 
 
@@ -12,7 +12,7 @@ def escape_mathtext(text: str) -> str:
 
 
 def aligned(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
-    """Return blocks of rows as text, the columns flush right, with a rule between the blocks."""
+    """Return blocks of rows as text, with columns aligned at the right and a rule between blocks."""
     rows = [row for block in blocks for row in block]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     texts = [
@@ -24,10 +24,10 @@ def aligned(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
 
 
 def figure_text(value: float | None) -> str:
-    """Return a figure to three decimals, "-" for one that is undefined."""
+    """Return a number with three decimals, "-" if it is undefined."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def interval_text(limits: Sequence[float] | None) -> str:
-    """Return an interval to three decimals, "-" for one that is undefined."""
+    """Return an interval with three decimals, "-" if it is undefined."""
     return "-" if limits is None else f"{limits[0]:.3f}-{limits[1]:.3f}"
