@@ -38,7 +38,7 @@ def main() -> None:
     cohort, model, training, protocol, running, cluster, run = cli.parse(str(__doc__), FLAGS, epilog=epilog)
     from datasets.demo import make_demo, next_command
     from utils.core.engine import check_engine
-    from utils.evaluation.report import closing_words
+    from utils.evaluation.closing_table import closing_words
     from utils.mil_dataset import MILDataset
     from utils.nested_cv import NestedCrossValidation
 

@@ -38,8 +38,9 @@ from MILS.bag_model import BagModel
 from utils.bags.store import Bag, write_bag
 from utils.core.files import write_text
 from utils.core.runtime import derive_seed, progress
+from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
-from utils.learning.training import EarlyStopping, fit
+from utils.learning.training import fit
 from utils.mil_dataset import MILDataset
 from utils.prediction.faithfulness import measure_faithfulness
 from utils.prediction.feeding import SlideFeed, predict_features

@@ -30,7 +30,8 @@ from utils.core.engine import Processes, WorkerDied, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
-from utils.evaluation.report import NO_PATIENTS, closing_words, results_table
+from utils.evaluation.closing_table import closing_words, results_table
+from utils.evaluation.outputs import NO_PATIENTS
 from utils.learning import cross_validation as nested_cv
 from utils.learning import dry_run, jobs, protocol, run_figures, testing
 from utils.learning.run_folder import RunFolder

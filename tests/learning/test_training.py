@@ -13,8 +13,9 @@ from tests.small import TASK
 from utils.core.device import amp_dtype
 from utils.core.errors import ConfigError, TrainingError
 from utils.learning import training
+from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
-from utils.learning.training import EarlyStopping, Fitted, fit, learning_rate, predict_slides, refit, validate
+from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
 from utils.prediction.feeding import SlideFeed, predict_features
 from utils.tasks.metrics import METRICS, balanced_class_weights

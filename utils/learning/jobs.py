@@ -13,11 +13,12 @@ from utils.core.engine import Send
 from utils.core.errors import DivergedError, TrainingError
 from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.core.tensors import load_tensors, save_tensors
+from utils.learning.early_stopping import EarlyStopping
 from utils.learning.grid import Setting
 from utils.learning.model_factory import ModelFactory
 from utils.learning.settings import Training
 from utils.learning.splits import OuterFold
-from utils.learning.training import Diverged, EarlyStopping, Fitted, fit, refit
+from utils.learning.training import Diverged, Fitted, fit, refit
 from utils.prediction.feeding import SlideFeed
 
 

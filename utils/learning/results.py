@@ -8,7 +8,7 @@ import pandas as pd
 
 from utils.bags.dataset import MILDataset
 from utils.core.files import write_json
-from utils.evaluation import report
+from utils.evaluation import outputs
 from utils.learning import run_figures
 from utils.learning.fold_results import FoldResult, pooled_predictions
 
@@ -25,12 +25,12 @@ def write_results(
     run. `seed` draws the patients of the intervals.
     """
     predictions = pooled_predictions(folds, data, seed)
-    report.write_table(folder / "predictions.csv", predictions.table())
-    report.write_table(folder / "gallery.csv", report.gallery_table(predictions))
+    outputs.write_table(folder / "predictions.csv", predictions.table())
+    outputs.write_table(folder / "gallery.csv", outputs.gallery_table(predictions))
     history = pd.DataFrame([row for fold in folds for row in fold.history])
-    report.write_table(folder / "history.csv", history)
+    outputs.write_table(folder / "history.csv", history)
     monitors = {fold.fold.number: fold.selection["monitor"] for fold in folds}
     run_figures.draw_figures(folder, predictions, history, monitors, formats)
     figures = [fold.figures(data) for fold in folds]
-    content = {**about, **report.outputs_content(predictions, figures, data.patients_from)}
+    content = {**about, **outputs.outputs_content(predictions, figures, data.patients_from)}
     write_json(folder / "outputs.json", content)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from utils.core.engine import Engine, WorkerDied
 from utils.core.errors import EngineError, plural
 from utils.core.runtime import log, progress_bar
-from utils.learning.epochs import Epochs
+from utils.learning.epoch_count import Epochs
 from utils.learning.jobs import Trainer, TrainingJob
 
 

@@ -16,7 +16,7 @@ from utils.bags.dataset import MILDataset
 from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
 from utils.core.runtime import derive_seed, prefetch
-from utils.learning.ranking import rank
+from utils.learning.early_stopping import EarlyStopping
 from utils.learning.scale import feature_scale, standardize
 from utils.learning.settings import Training
 from utils.prediction.feeding import SlideFeed, SlideOutput, predict_features, predict_values
@@ -130,17 +130,6 @@ class ModelTraining:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
 
-@dataclass(frozen=True)
-class EarlyStopping:
-    """The slides that are held back from a training, how they are fed, and the slide-level figure of theirs that says
-    which epoch is kept (see `ranking.rank`).
-    """
-
-    slides: np.ndarray
-    feed: SlideFeed
-    monitor: str
-
-
 def fit(
     model_factory: Callable[[], BagModel],
     dataset: MILDataset,
@@ -166,10 +155,10 @@ def fit(
             training.model, dataset, stopping.slides, training.loss_weights, stopping.feed
         )
         history.append(row | validation)
-        if best is None or rank(validation, stopping.monitor) > rank(best.validation, stopping.monitor):
+        if best is None or stopping.is_better(validation, best.validation):
             best = Fitted(training.kept_state(), epoch, validation, torch.from_numpy(probabilities), history)
         on_epoch(history[-1])
-        if epoch - best.epoch >= settings.patience:
+        if stopping.is_over(epoch, best.epoch, settings.patience):
             break
     assert best is not None  # noqa: S101 - for the type checker: there is at least one epoch
     return best

@@ -19,8 +19,9 @@ from utils.core.files import digest, read_record, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
+from utils.evaluation.closing_table import figures_row, intervals_row, task_of, text_table
+from utils.evaluation.outputs import write_table
 from utils.evaluation.predictions import Predictions
-from utils.evaluation.report import figures_row, intervals_row, task_of, text_table, write_table
 from utils.prediction.records import ENDING
 from utils.tasks.classification import Classification
 

@@ -1,6 +1,6 @@
 """What a progress bar expects of trainings that may stop early."""
 
-from utils.learning.epochs import Epochs
+from utils.learning.epoch_count import Epochs
 
 
 def test_while_none_has_ended_each_may_take_all_its_epochs():

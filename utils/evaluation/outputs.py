@@ -1,0 +1,78 @@
+"""What a cross-validation writes: `outputs.json`, and its tables beside `predictions.csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.core.files import write_text
+from utils.evaluation.predictions import Predictions
+from utils.tasks.metrics import mean_and_std
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GALLERY_SIZE = 10
+# What outputs.json says where the table names no patients.
+NO_PATIENTS = "nothing: each slide was taken as a patient of its own"
+
+
+def gallery_table(predictions: Predictions) -> pd.DataFrame:
+    """Return the slides most worth a look, by the repeats' mean (see `Task.gallery`)."""
+    import pandas as pd
+
+    mean, names = predictions.mean_over_repeats(), predictions.task.outputs
+    kinds = predictions.task.gallery(mean.labels, mean.values)
+    return pd.DataFrame(
+        [
+            {
+                "kind": kind,
+                "wsi_id": mean.slides[row],
+                "case_id": mean.cases[row],
+                "label": mean.label_names[row],
+                "predicted": names[int(mean.predicted[row])],
+                **{f"prob_{name}": mean.values[row, index] for index, name in enumerate(names)},
+            }
+            for kind, rows in kinds.items()
+            for row in rows[:GALLERY_SIZE]
+        ]
+    )
+
+
+def outputs_content(
+    predictions: Predictions, fold_figures: Sequence[dict[str, Any]], patients_from: str | None
+) -> dict[str, Any]:
+    """Return the figures of `outputs.json`; `fold_figures` are those of each outer fold, with its record."""
+    summary: dict[str, Any] = {
+        "class_names": list(predictions.task.outputs),
+        "n_slides": predictions.n_slides,
+        "n_cases": predictions.n_cases,
+        "n_folds": len(fold_figures),
+        "n_repeats": predictions.n_repeats,
+        "patients_from": patients_from or NO_PATIENTS,
+    }
+    for level in ("chunk", "slide", "thresholded"):
+        summary |= _over_folds(level, [fold[level] or {} for fold in fold_figures])
+    return summary | {
+        "pooled": predictions.metrics,
+        "intervals_95": predictions.intervals,
+        "pooled_thresholded": predictions.decision_metrics,
+        "pooled_calibrated": predictions.calibrated_metrics,
+        "fold_results": list(fold_figures),
+    }
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _over_folds(level: str, folds: Sequence[dict[str, float | None]]) -> dict[str, Any]:
+    """Mean and standard deviation of each figure, and over how many folds: those where it is defined."""
+    summary: dict[str, Any] = {}
+    for name in max(folds, key=len):  # a fold without a threshold has nothing at it
+        values = [fold.get(name) for fold in folds]
+        mean, std = mean_and_std(values)
+        known = sum(value is not None for value in values)
+        summary |= {f"{level}_{name}_mean": mean, f"{level}_{name}_std": std, f"{level}_{name}_folds": known}
+    return summary

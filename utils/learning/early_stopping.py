@@ -1,0 +1,25 @@
+"""Which epoch of a training is kept, and when the training ends."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.learning.ranking import Validation, rank
+from utils.prediction.feeding import SlideFeed
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """The slides held back from a training, how they are fed, and the slide-level figure that compares its epochs."""
+
+    slides: np.ndarray
+    feed: SlideFeed
+    monitor: str
+
+    def is_better(self, validation: Validation, best: Validation) -> bool:
+        """Return whether an epoch's validation beats the best so far."""
+        return rank(validation, self.monitor) > rank(best, self.monitor)
+
+    def is_over(self, epoch: int, best_epoch: int, patience: int) -> bool:
+        """Return whether the training ends after an epoch: the best one lies `patience` epochs back."""
+        return epoch - best_epoch >= patience
