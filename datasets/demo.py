@@ -1,12 +1,12 @@
-"""The demo cohort and the test slide: synthetic H&E-like slides of two growth patterns, drawn without network.
+"""The demo cohort and the test slide: synthetic H&E-like slides of two growth patterns, drawn offline.
 
-    uv run train.py --mil LiteMIL --dataset demo    makes what is not there, and trains on it
+    uv run train.py --mil LiteMIL --dataset demo    makes what is missing, and trains on it
     uv run python -m datasets.demo                  only makes it
     uv run python -m datasets.demo --test_slide     makes testSlides/testSlide.svs and its features
 
 datasets/demo/ holds 48 slides of 24 patients from three sites (`wsi/`), where their lesions are (`masks/`, white on
 black, a pixel per 16 level-0 pixels), `labels.csv`, and `stain-texture` features (`features/`); `holdout/` six slides
-of other patients, to predict. The same versions of the packages draw the same pixels.
+of other patients, for prediction. The same versions of the packages draw the same pixels.
 """
 
 from dataclasses import dataclass
@@ -57,43 +57,43 @@ class DemoSlide:
     site: str
 
     def wsi(self, folder: Path) -> Path:
-        """Where it is in the cohort's folder, or that of the held-out slides."""
+        """Return its path in the cohort's folder, or that of the held-out slides."""
         return folder / "wsi" / f"{self.wsi_id}.tif"
 
     def mask(self, folder: Path) -> Path:
-        """Where its lesion's mask is."""
+        """Return the path of its lesion's mask."""
         return folder / "masks" / f"{self.wsi_id}.png"
 
     def draw(self, target: Path, mask: Path | None = None, size: tuple[int, int] = SIZE) -> None:
-        """Write the slide, of so many px across and down, and, where asked for, its lesion's mask."""
-        patient, slide = (int(part) for part in self.wsi_id.split("-")[1:])
-        like = Patient.drawn(self.label, self.site, np.random.default_rng([patient]))
-        drawn = draw_slide(like, *size, np.random.default_rng([patient, slide]))
+        """Write the slide, `size` px across and down, and its lesion's mask if a path for it is given."""
+        number, slide = map(int, self.wsi_id.split("-")[1:])
+        patient = Patient.drawn(self.label, self.site, np.random.default_rng([number]))
+        drawing = draw_slide(patient, *size, np.random.default_rng([number, slide]))
         if mask is not None:
-            with whole_file(mask) as part:
-                drawn.lesion_image().save(part, format="png")
-        write_slide(target, drawn.image, self.site)
+            with whole_file(mask) as temporary:
+                drawing.lesion_image().save(temporary, format="png")
+        write_slide(target, drawing.image, self.site)
 
 
 def demo_slides(patients: int, slides_each: int, first: int = 0) -> list[DemoSlide]:
-    """The slides of so many patients, equally many of each pattern at each site."""
-    found = []
+    """Return the slides of so many patients, equally many of each pattern at each site."""
+    slides = []
     for number in range(first, first + patients):
         label, site = PATTERNS[number % 2], list(SITES)[number // 2 % len(SITES)]
         case = f"synthetic-{number + 1:02d}"
-        found += [DemoSlide(case, f"{case}-{slide + 1}", label, site) for slide in range(slides_each)]
-    return found
+        slides += [DemoSlide(case, f"{case}-{slide + 1}", label, site) for slide in range(slides_each)]
+    return slides
 
 
 TRAINING, HOLDOUT = demo_slides(PATIENTS, SLIDES_EACH), demo_slides(HELD_OUT, 1, first=PATIENTS)
 
 
 def make_demo(folder: Path = FOLDER) -> None:
-    """Make what is missing of the demo cohort; what is there stays."""
-    places = {folder: TRAINING, folder / "holdout": HOLDOUT}
+    """Make the missing files of the demo cohort; existing ones are kept."""
+    slides = {folder: TRAINING, folder / "holdout": HOLDOUT}
     missing = [
         (row, home)
-        for home, rows in places.items()
+        for home, rows in slides.items()
         for row in rows
         if not (row.wsi(home).exists() and row.mask(home).exists())
     ]
@@ -105,7 +105,7 @@ def make_demo(folder: Path = FOLDER) -> None:
                 bar.update()
 
             Processes(min(processors(), len(missing))).run(_draw, missing, move)
-    for home, rows in places.items():
+    for home, rows in slides.items():
         if not (home / "labels.csv").exists():
             write_records(home / "labels.csv", rows)
     if not all((folder / "features" / f"{row.wsi_id}.h5").exists() for row in TRAINING):
@@ -113,7 +113,7 @@ def make_demo(folder: Path = FOLDER) -> None:
 
 
 def next_command(checkpoint: Path, folder: Path = FOLDER) -> str:
-    """What to try when a model is trained on the cohort: a slide that it has not seen, with its heatmap."""
+    """Return the command to try after training on the cohort: predict a slide it has not seen, with its heatmap."""
     slide = HOLDOUT[0].wsi(folder / "holdout")
     return f"uv run predict.py --checkpoint {checkpoint} --input {slide} --visualize"
 
@@ -139,14 +139,14 @@ def _extract(files: ExtractionFiles) -> None:
 
 def main() -> None:
     """Make the cohort, or the test slide."""
-    (asked,) = cli.parse(str(__doc__), _FLAGS)
-    if asked.test_slide:
+    (demo,) = cli.parse(str(__doc__), _FLAGS)
+    if demo.test_slide:
         make_test_slide()
     else:
         make_demo()
-    place = TEST_SLIDE if asked.test_slide else FOLDER
-    print(f"{place}: synthetic, drawn by rule; not tissue of anyone (took {cli.took()})")
-    if not asked.test_slide:
+    path = TEST_SLIDE if demo.test_slide else FOLDER
+    print(f"{path}: synthetic, drawn by rule; not tissue of anyone (took {cli.took()})")
+    if not demo.test_slide:
         print("\nNext:\n\n  uv run train.py --mil LiteMIL --dataset demo")
 
 

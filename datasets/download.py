@@ -5,7 +5,8 @@
     uv run python -m datasets.download test-slide              testSlides/CMU-1-Small-Region.svs
 
 The features are Zenodo record 10563985 (Keshvarikhojasteh et al. 2024, https://arxiv.org/abs/2404.05362), whose API
-tells sizes and MD5; the labels are the study's own tables at a fixed commit. Interrupted, the same command goes on.
+states sizes and MD5; the labels are the study's own tables at a fixed commit. The same command resumes an interrupted
+download.
 """
 
 from dataclasses import dataclass
@@ -61,13 +62,14 @@ TEST_SLIDE = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CM
 TEST_SLIDE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
 TEST_SLIDE_BYTES = 1_938_955
 
-_ATTEMPTS, _PAUSE = 6, 2.0  # without a byte of progress; seconds before the second, twice as many before each further
+_ATTEMPTS = 6  # without a byte of progress
+_PAUSE = 2.0  # seconds before the second attempt, twice as many before each further one
 _TIMEOUT = 60  # s without an answer
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _PIECE = 2**20
 _MEMBER = re.compile(r"(?:[^/]+/)*pt_files/([^/\\]+\.pt)")
 _SLIDE_ENDINGS = (".svs", ".tif", ".tiff", ".ndpi")
-# Of the record's features: ImageNet's ResNet50 cut after layer3, patches of 256 px at 20x, not resized.
+# How the record's features were made: ImageNet's ResNet50 cut after layer3, patches of 256 px at 20x, not resized.
 RECIPE = {
     "backbone": "resnet50", "transform": backbone_spec("resnet50").transform.as_dict(),
     "patch_size": 256, "stride": 256, "mpp": 0.5,
@@ -98,38 +100,37 @@ _SOURCES = {
 
 
 def download_cohort(name: str, folder: Path, labels_only: bool = False) -> None:
-    """Fetch a cohort's labels and features into a folder; what is there and whole is not fetched again.
+    """Fetch a cohort's labels and features into a folder; files that exist and are complete are not fetched again.
 
-    Raises DownloadError where the network fails for good, something that was fetched is not what was published, or the
-    disk is too small.
+    Raises DownloadError if the network keeps failing, a file is not what was published, or the disk is too small.
     """
-    source, known = _SOURCES[name], KNOWN_COHORTS[name]
+    source, cohort = _SOURCES[name], KNOWN_COHORTS[name]
     table = folder / source.table
     fetch(TABLES + source.table, table, algorithm="sha256", expected=source.sha256)
     rows = _our_rows(table.read_text(encoding="utf-8-sig"), table)
     _write_labels(folder / "labels.csv", rows)
     table.unlink()
-    _tell_classes(folder / "labels.csv", rows, known)
+    _log_classes(folder / "labels.csv", rows, cohort)
     if labels_only:
         return
     features = folder / "features"
     if not _is_unpacked(features, source.archive):
-        listed = _listed(source.archive)
+        entry = _record_entry(source.archive)
         archive = folder / source.archive
-        # Unpacked they take about as much again.
-        _check_space(folder, 2 * listed["size"] - (_size(archive) or _size(_part(archive))), source.archive)
+        # The unpacked files take about as much again.
+        _check_space(folder, 2 * entry["size"] - (_size(archive) or _size(_part(archive))), source.archive)
         fetch(
-            listed["links"]["self"], archive, size=listed["size"], algorithm="md5",
-            expected=listed["checksum"].removeprefix("md5:"),
+            entry["links"]["self"], archive, size=entry["size"], algorithm="md5",
+            expected=entry["checksum"].removeprefix("md5:"),
         )  # fmt: skip
         _unpack(archive, features)
         write_json(features / "recipe.json", RECIPE)
         archive.unlink()
-    _tell_missing(features, rows, known)
+    _log_missing(features, rows, cohort)
 
 
 def fetch(url: str, target: Path, *, algorithm: str, expected: str, size: int | None = None) -> None:
-    """Fetch a file, going on from what an earlier attempt left; `target` appears when its digest is the expected one.
+    """Fetch a file, continuing an earlier attempt; it gets the name `target` once its digest is the expected one.
 
     Raises DownloadError.
     """
@@ -138,41 +139,46 @@ def fetch(url: str, target: Path, *, algorithm: str, expected: str, size: int | 
     if target.exists() and _digest(target, algorithm) == expected:
         return
     _make_folder(target.parent)
-    part, failures, has_told_of_retries = _part(target), 0, False
+    part = _part(target)
     with progress_bar(target.name, size, unit="B", unit_scale=True) as bar:
-        while True:
-            before = _size(part)
-            bar.n = before
-            try:
-                if _continue(url, part, size, bar):
-                    break
-            except (OSError, http.client.HTTPException) as failure:
-                if getattr(failure, "errno", None) in _OF_THE_DISK:
-                    remedy = "free some space, or give another --output_dir"
-                    raise DownloadError(f"{part}: cannot be written ({failure}); {remedy}") from failure
-                failures = 1 if _size(part) > before else failures + 1
-                if failures == _ATTEMPTS or _is_final(failure):
-                    kept = f"the first {file_size(_size(part))} are kept: " if _size(part) else ""
-                    raise DownloadError(
-                        f"{url}: cannot be fetched ({failure}); {kept}run the same command again"
-                    ) from failure
-                if not has_told_of_retries:
-                    has_told_of_retries = True
-                    log.info("%s: %s; tried again, up to %d times without progress", url, failure, _ATTEMPTS)
-                bar.set_postfix_str(f"attempt {failures + 1} of {_ATTEMPTS}")
-                time.sleep(_PAUSE * 2 ** (failures - 1))
-    found = _digest(part, algorithm)
-    if found != expected:
+        _fetch_with_retries(url, part, size, bar)
+    digest = _digest(part, algorithm)
+    if digest != expected:
         part.unlink()
         raise DownloadError(
-            f"{url}: what came is damaged ({algorithm} {found}, expected {expected}) and was removed; run the same "
+            f"{url}: what came is damaged ({algorithm} {digest}, expected {expected}) and was removed; run the same "
             "command again"
         )
     part.replace(target)
 
 
+def _fetch_with_retries(url: str, part: Path, size: int | None, bar: Any) -> None:
+    failures, has_logged_a_retry = 0, False
+    while True:
+        before = _size(part)
+        bar.n = before
+        try:
+            if _continue(url, part, size, bar):
+                return
+        except (OSError, http.client.HTTPException) as failure:
+            if getattr(failure, "errno", None) in _DISK_ERRORS:
+                remedy = "free some space, or give another --output_dir"
+                raise DownloadError(f"{part}: cannot be written ({failure}); {remedy}") from failure
+            failures = 1 if _size(part) > before else failures + 1
+            if failures == _ATTEMPTS or _is_final(failure):
+                kept = f"the first {file_size(_size(part))} are kept: " if _size(part) else ""
+                raise DownloadError(
+                    f"{url}: cannot be fetched ({failure}); {kept}run the same command again"
+                ) from failure
+            if not has_logged_a_retry:
+                has_logged_a_retry = True
+                log.info("%s: %s; tried again, up to %d times without progress", url, failure, _ATTEMPTS)
+            bar.set_postfix_str(f"attempt {failures + 1} of {_ATTEMPTS}")
+            time.sleep(_PAUSE * 2 ** (failures - 1))
+
+
 def _continue(url: str, part: Path, size: int | None, bar: Any) -> bool:
-    """Append to `part` what is missing of its `size`, where that is known; True when there is no more."""
+    """Append the rest of the file to `part`; return True once it is complete. `size` is None if it is unknown."""
     have = _size(part)
     if size is not None and have >= size:
         return True
@@ -180,36 +186,36 @@ def _continue(url: str, part: Path, size: int | None, bar: Any) -> bool:
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - addresses of this file and of the record
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
-            begins = f"bytes {have}-"  # where a server goes on elsewhere than asked, all is fetched anew
-            goes_on = have > 0 and (answer.headers.get("Content-Range") or "").startswith(begins)
+            expected_range = f"bytes {have}-"  # if a server sends another range, everything is fetched anew
+            goes_on = have > 0 and (answer.headers.get("Content-Range") or "").startswith(expected_range)
             if answer.status == http.HTTPStatus.PARTIAL_CONTENT and not goes_on:
                 part.unlink()
                 raise http.client.IncompleteRead(b"")
             length = answer.headers.get("Content-Length")
             with part.open("ab" if goes_on else "wb") as file:
                 bar.n = have if goes_on else 0
-                came, most = 0, float("inf") if size is None else size - bar.n
-                while came <= most and (piece := answer.read(_PIECE)):
+                received, most = 0, float("inf") if size is None else size - bar.n
+                while received <= most and (piece := answer.read(_PIECE)):
                     file.write(piece)
                     bar.update(len(piece))
-                    came += len(piece)
+                    received += len(piece)
             expected = most if size is not None else int(length or 0)
-            if came < expected:
-                raise http.client.IncompleteRead(b"", int(expected) - came)
+            if received < expected:
+                raise http.client.IncompleteRead(b"", int(expected) - received)
     except urllib.error.HTTPError as failure:
-        if failure.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # there is no more than we have
+        if failure.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # we have all of it
             return True
         raise
     return True
 
 
 def _is_final(failure: Exception) -> bool:
-    """Whether to ask again is in vain: the server knows of no such file, or lets nobody have it."""
+    """Whether retrying is pointless: the server has no such file, or refuses it."""
     return isinstance(failure, urllib.error.HTTPError) and 400 <= failure.code < 500 and failure.code not in (408, 429)
 
 
-def _listed(archive: str) -> dict[str, Any]:
-    """What the record says of one of its files: `size`, `checksum`, `links`."""
+def _record_entry(archive: str) -> dict[str, Any]:
+    """Return the record's entry of one of its files: `size`, `checksum`, `links`."""
     try:
         with urllib.request.urlopen(RECORD, timeout=_TIMEOUT) as answer:
             files = json.loads(answer.read())["files"]
@@ -221,18 +227,18 @@ def _listed(archive: str) -> dict[str, Any]:
 
 
 def _unpack(archive: Path, features: Path) -> None:
-    """The archive's feature files, each whole or absent; those that are there already are left."""
+    """Unpack the archive's feature files, each whole or absent; skip those that exist already."""
     try:
         with zipfile.ZipFile(archive) as file:
-            members = {found[1]: one for one in file.infolist() if (found := _MEMBER.fullmatch(one.filename))}
-            missing = [(name, one) for name, one in members.items() if _size(features / name) != one.file_size]
-            _check_space(features, sum(one.file_size for _, one in missing), archive.name)
+            members = {match[1]: info for info in file.infolist() if (match := _MEMBER.fullmatch(info.filename))}
+            missing = [(name, info) for name, info in members.items() if _size(features / name) != info.file_size]
+            _check_space(features, sum(info.file_size for _, info in missing), archive.name)
             if not members:
                 raise DownloadError(f"{archive}: no pt_files/*.pt in it; look at the record's page")
-            for name, one in progress(missing, "Unpacking", unit="file"):
-                with file.open(one) as packed, whole_file(features / name) as part, part.open("wb") as unpacked:
+            for name, info in progress(missing, "Unpacking", unit="file"):
+                with file.open(info) as packed, whole_file(features / name) as part, part.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked, _PIECE)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as failure:  # the last two: packed in another way
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as failure:  # the last two: an unknown compression
         raise DownloadError(f"{archive}: damaged ({failure}); remove it and run the same command again") from failure
     except OSError as failure:
         raise DownloadError(
@@ -241,12 +247,12 @@ def _unpack(archive: Path, features: Path) -> None:
 
 
 def _is_unpacked(features: Path, archive: str) -> bool:
-    """Whether nothing is left to do: the declaration is written last."""
+    """Whether everything is unpacked: the recipe is written last."""
     return (features / "recipe.json").exists() and not (features.parent / archive).exists()
 
 
 def _our_rows(text: str, table: Path) -> list[dict[str, str]]:
-    """The study's table with our columns first, the others as they are."""
+    """Return the rows of the study's table with our columns first and the others as they are."""
     rows = list(csv.DictReader(io.StringIO(text)))
     label = next((name for name in ("label", "oncotree_code") if rows and name in rows[0]), None)
     if label is None or "slide_id" not in rows[0]:
@@ -254,9 +260,9 @@ def _our_rows(text: str, table: Path) -> list[dict[str, str]]:
     ours = []
     for row in rows:
         slide = row["slide_id"]
-        ending = next((one for one in _SLIDE_ENDINGS if slide.lower().endswith(one)), "")
-        named = {"case_id": row["case_id"], "wsi_id": slide[: len(slide) - len(ending)], "label": row[label]}
-        ours.append(named | {name: value for name, value in row.items() if name and name not in ("case_id", "label")})
+        ending = next((ending for ending in _SLIDE_ENDINGS if slide.lower().endswith(ending)), "")
+        columns = {"case_id": row["case_id"], "wsi_id": slide[: len(slide) - len(ending)], "label": row[label]}
+        ours.append(columns | {name: value for name, value in row.items() if name and name not in ("case_id", "label")})
     return ours
 
 
@@ -270,35 +276,36 @@ def _write_labels(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     write_text(path, content.getvalue())
 
 
-def _tell_classes(path: Path, rows: Sequence[Mapping[str, str]], known: KnownCohort) -> None:
-    counts = Counter(known.label_names.get(row["label"], row["label"]) for row in rows)
-    told = ", ".join(f"{name} {counts[name]}" for name in known.class_names)
-    rare = sum(counts[name] for name in known.left_out)
-    left = f"; {plural(rare, 'slide')} of {', '.join(known.left_out)} left out" if rare else ""
-    log.info("%s: %s (%s)%s", path, plural(sum(counts[name] for name in known.class_names), "slide"), told, left)
+def _log_classes(path: Path, rows: Sequence[Mapping[str, str]], cohort: KnownCohort) -> None:
+    counts = Counter(cohort.label_names.get(row["label"], row["label"]) for row in rows)
+    by_class = ", ".join(f"{name} {counts[name]}" for name in cohort.class_names)
+    rare = sum(counts[name] for name in cohort.left_out)
+    omitted = f"; {plural(rare, 'slide')} of {', '.join(cohort.left_out)} left out" if rare else ""
+    total = plural(sum(counts[name] for name in cohort.class_names), "slide")
+    log.info("%s: %s (%s)%s", path, total, by_class, omitted)
 
 
-def _tell_missing(features: Path, rows: Sequence[Mapping[str, str]], known: KnownCohort) -> None:
-    wanted = [row["wsi_id"] for row in rows if row["label"] not in known.left_out]
-    missing = [name for name in wanted if not (features / f"{name}.pt").exists()]
+def _log_missing(features: Path, rows: Sequence[Mapping[str, str]], cohort: KnownCohort) -> None:
+    slides = [row["wsi_id"] for row in rows if row["label"] not in cohort.left_out]
+    missing = [slide for slide in slides if not (features / f"{slide}.pt").exists()]
     log.info("%s: %s", features, plural(len(list(features.glob("*.pt"))), "feature file"))
     if missing:
-        told = plural(len(missing), "slide")
-        log.warning("%s without features, such as %s; train with --allow missing", told, missing[0])
+        count = plural(len(missing), "slide")
+        log.warning("%s without features, such as %s; train with --allow missing", count, missing[0])
 
 
-def _check_space(folder: Path, needed: int, what: str) -> None:
+def _check_space(folder: Path, needed: int, file: str) -> None:
     _make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DownloadError(
-            f"{folder}: {file_size(free)} free, but {what} needs {file_size(needed)}; free some space, or give "
+            f"{folder}: {file_size(free)} free, but {file} needs {file_size(needed)}; free some space, or give "
             "--output_dir on another disk"
         )
 
 
 def _make_folder(folder: Path) -> None:
-    """Raises DownloadError where it cannot be."""
+    """Make a folder; raise DownloadError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
@@ -319,19 +326,19 @@ def _size(path: Path) -> int:
 
 
 def main() -> None:
-    """Fetch what is asked for, and say what to do with it."""
-    (asked,) = cli.parse(str(__doc__), _FLAGS)
-    if asked.name == "test-slide":
-        target = (asked.output_dir or Path("testSlides")) / TEST_SLIDE.rsplit("/", 1)[1]
+    """Fetch what is asked for, and print the next step."""
+    (download,) = cli.parse(str(__doc__), _FLAGS)
+    if download.name == "test-slide":
+        target = (download.output_dir or Path("testSlides")) / TEST_SLIDE.rsplit("/", 1)[1]
         fetch(TEST_SLIDE, target, algorithm="sha256", expected=TEST_SLIDE_SHA256, size=TEST_SLIDE_BYTES)
         print(f"{target}: a real slide, skin, H&E (OpenSlide's test data, CC0; took {cli.took()})")
         print(f"\nNext:\n\n  uv run extractFeatures.py --input {target} --output_dir features --mpp 0.5 --preview")
         return
-    folder = asked.output_dir or Path("datasets") / asked.name
-    download_cohort(asked.name, folder, asked.labels_only)
-    print(f"{folder}: the cohort's {'labels' if asked.labels_only else 'labels and features'} (took {cli.took()})")
-    if not asked.labels_only:
-        print(f"\nNext:\n\n  uv run train.py --mil LiteMIL --dataset {asked.name}")
+    folder = download.output_dir or Path("datasets") / download.name
+    download_cohort(download.name, folder, download.labels_only)
+    print(f"{folder}: the cohort's {'labels' if download.labels_only else 'labels and features'} (took {cli.took()})")
+    if not download.labels_only:
+        print(f"\nNext:\n\n  uv run train.py --mil LiteMIL --dataset {download.name}")
 
 
 if __name__ == "__main__":

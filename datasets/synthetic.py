@@ -1,7 +1,7 @@
-"""Synthetic H&E-like slides of two growth patterns, glandular and solid: drawn by rule, not tissue of anyone.
+"""Synthetic H&E-like slides of two growth patterns, glandular and solid: drawn by rule, nobody's tissue.
 
-A lesion consists of units of the same content in both patterns, ten nuclei and a pale space: in the glandular one the
-nuclei form a ring around a lumen, in the solid one both are scattered. So the patterns differ in how things lie, and
+A lesion consists of units with the same content in both patterns, ten nuclei and a pale space: in the glandular pattern
+the nuclei form a ring around a lumen, in the solid one both are scattered. So the patterns differ in architecture and
 hardly in colour. Stroma, lymphocytes and fat are alike in both.
 """
 
@@ -59,7 +59,7 @@ SITES = {
 
 @dataclass(frozen=True)
 class Patient:
-    """What the slides of a patient have in common; factors of what is usual."""
+    """What the slides of a patient have in common, as factors of the usual values."""
 
     pattern: str
     site: str
@@ -70,7 +70,7 @@ class Patient:
 
     @classmethod
     def drawn(cls, pattern: str, site: str, rng: np.random.Generator) -> Self:
-        """A patient like others of the pattern and site."""
+        """Draw a patient of the pattern and site at random."""
         return cls(pattern, site, *rng.normal(1, (0.05, 0.06, 0.06, 0.06)).clip(0.6, 1.4).tolist())
 
 
@@ -81,14 +81,14 @@ class Drawn(NamedTuple):
     lesion: Mask
 
     def lesion_image(self) -> Image.Image:
-        """The lesion as black and white, one pixel per square of `MASK_PX`: white where most of it is lesion."""
+        """Return the lesion in black and white, one pixel per square of `MASK_PX`, white if most of it is lesion."""
         height, width = (side // MASK_PX for side in self.lesion.shape)
         squares = self.lesion[: height * MASK_PX, : width * MASK_PX].reshape(height, MASK_PX, width, MASK_PX)
         return Image.fromarray(squares.mean(axis=(1, 3)) > 0.5)
 
 
 def draw_slide(patient: Patient, width: int, height: int, rng: np.random.Generator) -> Drawn:
-    """A slide of a patient: tissue with a lesion in stroma, on glass."""
+    """Draw a slide of a patient: tissue with a lesion in stroma, on glass."""
     canvas = _Canvas(width, height, rng)
     tissue, lesion = _regions(canvas)
     fibres = rng.uniform(0, np.pi)
@@ -106,14 +106,14 @@ def draw_slide(patient: Patient, width: int, height: int, rng: np.random.Generat
 
 
 def write_slide(path: Path, image: NDArray[np.uint8], site: str) -> None:
-    """A pyramidal TIFF of JPEG tiles with its um per px; one that ends in .svs is laid out as Aperio's."""
+    """Write a pyramidal TIFF of JPEG tiles with its um per px; a path that ends in .svs gets Aperio's layout."""
     aperio = f"Aperio Image Library v0 \r\n{DESCRIPTION}|AppMag = {10 / MPP:g}|MPP = {MPP}"
     description = aperio if path.suffix == ".svs" else DESCRIPTION
     jpeg: dict[str, Any] = {
         "compression": "jpeg", "compressionargs": {"level": SITES[site].quality}, "photometric": "rgb",
         "metadata": None, "description": description,
     }  # fmt: skip
-    with whole_file(path) as part, tifffile.TiffWriter(part) as writer:
+    with whole_file(path) as temporary, tifffile.TiffWriter(temporary) as writer:
         for downsample in _DOWNSAMPLES:
             level, is_first = _reduced(image, downsample), downsample == 1
             if path.suffix == ".svs" and not is_first:
@@ -135,7 +135,7 @@ class _Canvas:
         return np.zeros((self.height, self.width), np.float32)
 
     def noise(self, sigma: float) -> Field:
-        """A random field of mean 0 and spread 1, smooth over `sigma` px."""
+        """Return a random field of mean 0 and standard deviation 1, smooth over `sigma` px."""
         coarse = max(1, int(sigma / 2.5))
         height, width = self.height // coarse + 2, self.width // coarse + 2
         image = Image.fromarray(self._smooth((height, width), sigma / coarse, sigma / coarse))
@@ -143,7 +143,7 @@ class _Canvas:
         return np.asarray(full)[: self.height, : self.width]
 
     def streaks(self, sigma: float, length: float, angle: float) -> Field:
-        """The same, smooth over `length` px along an angle and over `sigma` px across."""
+        """Return such a field, smooth over `length` px along an angle and over `sigma` px across."""
         coarse = max(1, int(sigma))
         side = int(np.hypot(self.width, self.height)) // coarse + 2
         image = Image.fromarray(self._smooth((side, side), sigma / coarse, length / coarse))
@@ -156,16 +156,16 @@ class _Canvas:
         return (field / field.std()).astype(np.float32, copy=False)
 
     def stamp(self, field: Field, centres: Points, shapes: Sequence[Field]) -> None:
-        """Draw shapes (odd sides) around centres (n, 2) of x, y: the greatest of what overlaps."""
-        chosen = self.rng.integers(len(shapes), size=len(centres)).tolist()
-        for (x, y), one in zip(centres.round().astype(int).tolist(), chosen, strict=True):
-            reach = len(shapes[one]) // 2
+        """Draw shapes (odd sides) around centres (n, 2) of x, y; the greatest value counts where they overlap."""
+        numbers = self.rng.integers(len(shapes), size=len(centres)).tolist()
+        for (x, y), number in zip(centres.round().astype(int).tolist(), numbers, strict=True):
+            reach = len(shapes[number]) // 2
             if reach <= x < self.width - reach and reach <= y < self.height - reach:
-                part = field[y - reach : y + reach + 1, x - reach : x + reach + 1]
-                np.maximum(part, shapes[one], out=part)
+                window = field[y - reach : y + reach + 1, x - reach : x + reach + 1]
+                np.maximum(window, shapes[number], out=window)
 
     def lattice(self, step: float, jitter: float, where: Mask) -> Points:
-        """(n, 2) points x, y of a hexagonal lattice, each moved a little, as far as they lie where they may."""
+        """Return the (n, 2) points x, y of a hexagonal lattice, each moved a little, that lie in the mask `where`."""
         rows, columns = np.mgrid[0 : self.height / (step * 0.866), 0 : self.width / step]
         points = np.stack([(columns + 0.5 * (rows % 2)) * step, rows * step * 0.866], axis=-1).reshape(-1, 2)
         points += self.rng.normal(0, jitter, points.shape)
@@ -175,13 +175,13 @@ class _Canvas:
 
 
 def _regions(canvas: _Canvas) -> tuple[Mask, Mask]:
-    """Where there is tissue, and where in it the lesion."""
+    """Return the masks of the tissue and of the lesion in it."""
     rows, columns = np.ogrid[-1 : 1 : canvas.height * 1j, -1 : 1 : canvas.width * 1j]
     from_middle = np.square(np.maximum(abs(rows), abs(columns)))
     shape = 0.35 * canvas.noise(140) - 1.6 * np.square(from_middle)
     tissue = shape > np.quantile(shape[::8, ::8], 1 - _TISSUE)
-    place = canvas.noise(200) + 0.25 * canvas.noise(40)
-    return tissue, tissue & (place > np.quantile(place[::8, ::8][tissue[::8, ::8]], 1 - _LESION))
+    field = canvas.noise(200) + 0.25 * canvas.noise(40)
+    return tissue, tissue & (field > np.quantile(field[::8, ::8][tissue[::8, ::8]], 1 - _LESION))
 
 
 def _draw_lesion(canvas: _Canvas, where: Mask, patient: Patient, nuclei: Field, pale: Field) -> None:
@@ -194,11 +194,11 @@ def _draw_lesion(canvas: _Canvas, where: Mask, patient: Patient, nuclei: Field, 
         step = 2 * np.pi * np.arange(number)
         angle = turn + np.concatenate([step[:_NUCLEI] / _NUCLEI, step[:_PALE] / _PALE])
         away = radius * np.repeat([_RING, 1.15 * _SPACE], [_NUCLEI, _PALE])
-    else:  # at the points of a sunflower's head, which are evenly apart
+    else:  # at the points of a sunflower's head, which are evenly spaced
         order = rng.permuted(np.tile(np.arange(number), (len(centres), 1)), axis=1)
         angle, away = turn + order * _GOLDEN_ANGLE, radius * np.sqrt((order + 0.5) / number)
-    places = _around(centres, angle + rng.normal(0, 0.05, angle.shape), away)
-    nuclear, spaces = (places[:, part].reshape(-1, 2) for part in (slice(_NUCLEI), slice(_NUCLEI, None)))
+    points = _around(centres, angle + rng.normal(0, 0.05, angle.shape), away)
+    nuclear, spaces = (points[:, kind].reshape(-1, 2) for kind in (slice(_NUCLEI), slice(_NUCLEI, None)))
     canvas.stamp(pale, spaces, [_blob(extent, 1.0, 0.0, 0.35) for extent in extents])
     canvas.stamp(nuclei, nuclear, _nuclei(rng, 5.2 * patient.nuclear_size, 1.15))
 
@@ -215,7 +215,7 @@ def _draw_stroma(canvas: _Canvas, where: Mask, patient: Patient, fibres: float, 
 
 
 def _around(centres: Points, angle: Points, away: Points) -> Points:
-    """(n, k, 2) points at angles and distances (n, k) from centres (n, 2)."""
+    """Return the (n, k, 2) points at angles and distances (n, k) from centres (n, 2)."""
     return centres[:, None] + np.stack([np.cos(angle), np.sin(angle)], axis=-1) * away[..., None]
 
 
@@ -225,8 +225,8 @@ def _nuclei(rng: np.random.Generator, extent: float, ratio: float) -> list[Field
 
 
 def _blob(extent: float, ratio: float, turn: float, softness: float) -> Field:
-    """An ellipse of 1 on 0 of the area of a circle of `extent` px; its rim is `softness` of that wide, so that several
-    small ones have as many pixels of each value as one of the same area.
+    """Return an ellipse of 1 on 0 with the area of a circle of `extent` px. Its rim is `softness` of that wide, so that
+    several small ones have as many pixels of each value as one of the same area.
     """
     reach = int(np.ceil(extent * ratio**0.5 * (1 + softness)))
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]

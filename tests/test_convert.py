@@ -211,11 +211,11 @@ def test_each_slides_own_mpp_places_its_patches(tmp_path, caplog):
 
 def test_slides_that_do_not_fit(tmp_path, bags):
     write_slide(tmp_path / "slides" / "other.tif", MPP)
-    with pytest.raises(ConfigError, match=r"no slide bears a feature file's name, such as P000-S1\.h5"):
+    with pytest.raises(ConfigError, match=r"no slide has a feature file's name, such as P000-S1\.h5"):
         run(bags, tmp_path / "out", slides_dir=tmp_path / "slides")
     for folder in "ab":
         write_slide(tmp_path / "slides" / folder / "P000-S1.tif", MPP)
-    with pytest.raises(ConfigError, match=r"a/P000-S1\.tif and .*b/P000-S1\.tif both bear its name"):
+    with pytest.raises(ConfigError, match=r"a/P000-S1\.tif and .*b/P000-S1\.tif both have its name"):
         run(bags, tmp_path / "out", slides_dir=tmp_path / "slides")
     with pytest.raises(SlideError, match="not a folder"):
         run(bags, tmp_path / "out", slides_dir=tmp_path / "nowhere")

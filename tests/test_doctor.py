@@ -18,7 +18,7 @@ def no_network(monkeypatch):
 
 
 def found(what: str) -> doctor.Finding:
-    return next(finding for finding in doctor.examine() if finding.what == what)
+    return next(finding for finding in doctor.examine() if finding.subject == what)
 
 
 def test_a_whole_installation(capsys):
@@ -55,7 +55,7 @@ def test_a_driver_without_cuda_says_why(monkeypatch):
     monkeypatch.setattr(doctor, "_driver", lambda: "470.1")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     finding = found("device")
-    assert (finding.state, "GPU driver 470.1, but" in finding.found) == ("note", True)
+    assert (finding.state, "GPU driver 470.1, but" in finding.text) == ("note", True)
     assert "update the driver" in finding.remedy
 
 
@@ -65,17 +65,17 @@ def test_a_slide_that_cannot_be_read_and_one_that_is_not_there(monkeypatch, tmp_
     (tmp_path / "testSlide.svs").write_bytes(b"no slide")
     finding = found("slides")
     assert finding.state == "BAD"
-    assert str(tmp_path) not in finding.found
+    assert str(tmp_path) not in finding.text
 
 
 def test_processors_are_told_with_their_limit_and_what_competes(monkeypatch):
     monkeypatch.setattr(runtime, "visible_processors", lambda: 64)
     monkeypatch.setattr(runtime, "processors", lambda: 4)
     monkeypatch.setattr("os.getloadavg", lambda: (1.5, 0, 0), raising=False)
-    assert found("processors").found == "4 of 64: a limit of the batch system or container; load 1.5"
+    assert found("processors").text == "4 of 64: a limit of the batch system or container; load 1.5"
     monkeypatch.setattr("os.getloadavg", lambda: (9.0, 0, 0), raising=False)
     finding = found("processors")
-    assert (finding.state, finding.found.endswith("load 9.0, as much as there is")) == ("note", True)
+    assert (finding.state, finding.text.endswith("load 9.0, as much as there is")) == ("note", True)
     assert "OMP_NUM_THREADS" in finding.remedy
 
 
@@ -84,10 +84,10 @@ def test_threads_are_told_with_how_they_wait(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     finding = found("threads")
-    assert (finding.state, "those that wait spin" in finding.found) == ("note", True)
+    assert (finding.state, "those that wait spin" in finding.text) == ("note", True)
     assert finding.remedy.endswith("unset OMP_WAIT_POLICY")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    assert found("threads").found.endswith("as OMP_NUM_THREADS says; those that wait sleep")
+    assert found("threads").text.endswith("as OMP_NUM_THREADS says; those that wait sleep")
 
 
 def test_a_small_disk_and_little_memory_are_noted(monkeypatch):
@@ -95,7 +95,7 @@ def test_a_small_disk_and_little_memory_are_noted(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage._replace(free=5e9))
     monkeypatch.setattr("utils.core.runtime.available_memory", lambda: 1_000_000_000)
     assert [found(what).state for what in ("disk", "memory")] == ["note", "note"]
-    assert "5.00 GB free here" in found("disk").found
+    assert "5.00 GB free here" in found("disk").text
 
 
 def test_the_hub_and_the_token(monkeypatch):

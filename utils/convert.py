@@ -1,4 +1,4 @@
-"""Feature files of any layout rewritten as ours; the same command again goes on where it was killed.
+"""Rewrite feature files of any layout as ours; the same command resumes an interrupted run.
 
 uv run python -m utils.convert pt_files/ converted/
 uv run python -m utils.convert slide.pt slide.h5 --dtype float16
@@ -19,7 +19,7 @@ class Conversion(Settings):
     """Which feature files `utils.convert` rewrites as ours, and how."""
 
     input: Path = option(REQUIRED, "a feature file, or a folder of them", metavar="IN", positional=True)
-    output: Path = option(REQUIRED, "where it goes: a file for a file, or a folder", metavar="OUT", positional=True)
+    output: Path = option(REQUIRED, "the output: a file for a file, or a folder", metavar="OUT", positional=True)
     format: Literal["h5", "pt"] | None = option(None, "feature file format (default: h5, or as OUT ends)")
     dtype: Literal["float16", "float32"] | None = option(None, "precision of the features (default: as stored)")
     feat_type: str = option("features", "name of the features inside each file")
@@ -66,15 +66,15 @@ from utils.slides.find import find_slides
 from utils.slides.wsi import slide_mpp
 
 REPORT = "conversion_report.csv"
-# How many reasons the summary tells, and how many files it names for each.
-_TOLD, _NAMED = 10, 3
+# How many reasons the summary lists, and how many files it names for each.
+_MAX_REASONS, _NAMED = 10, 3
 
 
 @dataclass(frozen=True)
 class FileStatus:
-    """What became of one file: "done", "there already" or "failed". `coordinates` are "yes", "none" or "withheld";
-    `reason` says why it failed, or why they are withheld. In the report, `output` is the file made of it, and
-    `last_error` why a later run could not make that file anew.
+    """The status of one file: "done", "there already" or "failed". `coordinates` are "yes", "none" or "withheld";
+    `reason` says why it failed, or why they are withheld. In the report, `output` is the converted file, and
+    `last_error` says why a later run could not convert it again.
     """
 
     file: Path
@@ -96,14 +96,14 @@ class FileStatus:
         return self.status != "failed"
 
     def after(self, earlier: Self, is_there: bool) -> Self:
-        """Return this row or, where a run failed and left the file as it was, the earlier one."""
+        """Return this row or, if a run failed and did not change the file, the earlier one."""
         if self.is_made or not (earlier.is_made and is_there):
             return self
         return replace(earlier, output=self.output, last_error=self.reason)
 
 
 def convert(conversion: Conversion) -> list[FileStatus]:
-    """Convert a feature file or a folder of them, skip what is there, go on past a bad file.
+    """Convert a feature file or a folder of them; skip finished ones and continue past failures.
 
     For a folder, also writes `conversion_report.csv`. Raises for a single file that fails, and ConfigError for an input
     and an output that do not go together.
@@ -129,9 +129,9 @@ def _guarded(source: Path, target: Path, conversion: Conversion, slide: Path | N
 
 
 def convert_one(source: Path, target: Path, conversion: Conversion, slide: Path | None = None) -> FileStatus:
-    """Make sure that `target` holds the bag of `source`: write it unless it is there.
+    """Make sure that `target` holds the bag of `source`: write it unless it exists.
 
-    The mpp is the slide's where one is given, else `conversion.mpp`. Raises FeatureFileError for a bad source, for
+    The mpp is the slide's if a slide is given, else `conversion.mpp`. Raises FeatureFileError for a bad source, for
     values that `conversion.dtype` cannot hold, and for a target that holds something else unless
     `conversion.overwrite`; SlideError for a bad slide.
     """
@@ -146,60 +146,62 @@ def convert_one(source: Path, target: Path, conversion: Conversion, slide: Path 
 
 
 def _there_already(source: Path, target: Path, conversion: Conversion, mpp: float | None) -> FileStatus:
-    """Raises FeatureFileError unless `target` is what converting `source` would give, as far as can be told without
-    reading the features, and not older.
+    """Return the status of a file that has been converted already.
+
+    Raises FeatureFileError unless `target` is what converting `source` would give, as far as this shows without reading
+    the features, and is not older.
     """
-    wanted, places = peek_bag(source, conversion.feat_type), peek_coords(source, conversion.feat_type, mpp)
-    dtype = np.dtype(conversion.dtype or wanted.dtype)
-    wanted = replace(wanted, dtype=dtype, passport=_noted(wanted.passport, wanted.dtype, dtype))
+    info, coords = peek_bag(source, conversion.feat_type), peek_coords(source, conversion.feat_type, mpp)
+    dtype = np.dtype(conversion.dtype or info.dtype)
+    info = replace(info, dtype=dtype, passport=_with_dtype(info.passport, info.dtype, dtype))
     remedy = "move it, or convert with --overwrite"
     try:
-        held, held_coords = peek_bag(target), peek_coords(target).coords
+        target_info, target_coords = peek_bag(target), peek_coords(target).coords
     except FeatureFileError as error:
         raise FeatureFileError(f"{error}; is in the way: {remedy}") from error
-    expected, found = _told(wanted), _told(held)
-    unlike = differences(expected, found, expected | found, strict=True)
-    if not np.array_equal(held_coords, places.coords):
+    expected, actual = _facts(info), _facts(target_info)
+    unlike = differences(expected, actual, expected | actual, strict=True)
+    if not np.array_equal(target_coords, coords.coords):
         unlike.append("other coordinates")
     if target.stat().st_mtime_ns < source.stat().st_mtime_ns:
         unlike.append("older than its source")
     if unlike:
         raise FeatureFileError(f"{target}: is there, from another conversion ({first_differences(unlike)}); {remedy}")
-    return _status(source, "there already", wanted, places.coords, places.problem)
+    return _status(source, "there already", info, coords.coords, coords.problem)
 
 
-def _told(info: BagInfo) -> dict[str, Any]:
+def _facts(info: BagInfo) -> dict[str, Any]:
     recipe = info.passport.recipe.as_dict() if info.passport else {}
     return {"features": f"({info.num_instances}, {info.dim}) {info.dtype}"} | recipe
 
 
-def _status(source: Path, status: str, info: BagInfo, coords: np.ndarray | None, withheld: str | None) -> FileStatus:
-    coordinates = "yes" if coords is not None else "withheld" if withheld else "none"
-    return FileStatus(source, status, withheld or "", info.num_instances, info.dim, str(info.dtype), coordinates)
+def _status(source: Path, status: str, info: BagInfo, coords: np.ndarray | None, problem: str | None) -> FileStatus:
+    coordinates = "yes" if coords is not None else "withheld" if problem else "none"
+    return FileStatus(source, status, problem or "", info.num_instances, info.dim, str(info.dtype), coordinates)
 
 
 def _cast(bag: Bag, dtype: str | None, path: Path) -> Bag:
-    stored, kept = bag.features.dtype, np.dtype(dtype or bag.features.dtype)
-    with np.errstate(over="ignore"):  # what overflows is refused in our own words
-        features = bag.features.astype(kept, copy=False)
+    stored, new = bag.features.dtype, np.dtype(dtype or bag.features.dtype)
+    with np.errstate(over="ignore"):  # an overflow raises our own error below
+        features = bag.features.astype(new, copy=False)
     if not np.isfinite(features).all():
         largest = np.abs(bag.features).max()
         raise FeatureFileError(
-            f"{path}: features of up to {largest:.4g}, and {kept} ends at {np.finfo(kept).max:.4g}; "
+            f"{path}: features of up to {largest:.4g}, and {new} ends at {np.finfo(new).max:.4g}; "
             "convert with --dtype float32"
         )
-    return replace(bag, features=features, passport=_noted(bag.passport, stored, kept))
+    return replace(bag, features=features, passport=_with_dtype(bag.passport, stored, new))
 
 
-def _noted(passport: Passport | None, stored: np.dtype, kept: np.dtype) -> Passport | None:
-    """The passport of features that are rounded to `kept`: its `dtype` is the coarsest they have been through."""
-    if passport is None or kept.itemsize >= stored.itemsize:
+def _with_dtype(passport: Passport | None, stored: np.dtype, new: np.dtype) -> Passport | None:
+    """Return the passport of features rounded to `new`; its `dtype` is the coarsest that the features ever had."""
+    if passport is None or new.itemsize >= stored.itemsize:
         return passport
-    return replace(passport, recipe=replace(passport.recipe, dtype=str(kept)))
+    return replace(passport, recipe=replace(passport.recipe, dtype=str(new)))
 
 
 def _targets(conversion: Conversion) -> dict[Path, Path]:
-    """Each feature file of the input and where it goes; no source would be overwritten."""
+    """Map each feature file of the input to its output; raise ConfigError if a source would be overwritten."""
     source, output = conversion.input, conversion.output
     if not source.exists():
         raise FeatureFileError(f"{source}: no such file or folder; give a feature file, or a folder of them")
@@ -222,8 +224,8 @@ def _targets(conversion: Conversion) -> dict[Path, Path]:
 def _target_file(conversion: Conversion) -> Path:
     source, output, ending = conversion.input, conversion.output, conversion.format
     if not is_feature_file(source):
-        known = " ".join(FEATURE_EXTENSIONS)
-        raise FeatureFileError(f"{source}: ends in {source.suffix!r}; expected a feature file ({known})")
+        endings = " ".join(FEATURE_EXTENSIONS)
+        raise FeatureFileError(f"{source}: ends in {source.suffix!r}; expected a feature file ({endings})")
     if output.is_dir() or not output.suffix:
         return output / f"{source.stem}.{ending or 'h5'}"
     if output.suffix not in (".h5", ".pt"):
@@ -234,37 +236,37 @@ def _target_file(conversion: Conversion) -> Path:
 
 
 def _feature_files(folder: Path) -> list[Path]:
-    found = [file for file in folder.glob("[!.]*") if is_feature_file(file) and not file.is_dir()]
-    if found:
-        return sorted(found)
+    files = [file for file in folder.glob("[!.]*") if is_feature_file(file) and not file.is_dir()]
+    if files:
+        return sorted(files)
     inner = sorted({file.parent.name for file in folder.glob("[!.]*/[!.]*") if is_feature_file(file)})
     remedy = f"give one of its folders: {', '.join(inner)}" if inner else "give the folder that holds them"
     raise FeatureFileError(f"{folder}: no feature file ({' '.join(FEATURE_EXTENSIONS)}) in it; {remedy}")
 
 
 def _slides_of(sources: Iterable[Path], slides_dir: Path) -> dict[Path, Path]:
-    """The slide of each feature file that has one, by its name."""
+    """Map each feature file to the slide with its name, if there is one."""
     by_name: dict[str, list[Path]] = {}
     for slide in find_slides(slides_dir):
         by_name.setdefault(slide.stem, []).append(slide)
     slides, without = {}, []
     for source in sources:
-        first, *others = by_name.get(source.stem, [None])
-        if others:
-            raise ConfigError(f"{source}: {first} and {others[0]} both bear its name; keep one of them in --slides_dir")
+        first, *more = by_name.get(source.stem, [None])
+        if more:
+            raise ConfigError(f"{source}: {first} and {more[0]} both have its name; keep one of them in --slides_dir")
         if first is None:
             without.append(source.name)
         else:
             slides[source] = first
     if not slides:
-        raise ConfigError(f"{slides_dir}: no slide bears a feature file's name, such as {without[0]}; check the folder")
+        raise ConfigError(f"{slides_dir}: no slide has a feature file's name, such as {without[0]}; check the folder")
     if without:
         log.warning("%s: no slide for %s; their um per pixel is not known", slides_dir, first_few(without, _NAMED))
     return slides
 
 
 def summary(statuses: Sequence[FileStatus]) -> str:
-    """The closing table: files and patches by what became of them, and the reasons."""
+    """Return the closing table: files and patches by status, and the reasons."""
     kinds: dict[tuple[str, str, str], list[FileStatus]] = {}
     for status in statuses:
         features = f"{status.dim} {status.dtype}" if status.dim else "-"
@@ -279,26 +281,26 @@ def summary(statuses: Sequence[FileStatus]) -> str:
         for side, column in zip("<<<>>", zip(*rows, strict=True), strict=True)
     ]
     lines = ["  ".join(row) for row in zip(*columns, strict=True)]
-    withheld = [status for status in statuses if status.coordinates == "withheld"]
-    lines += _reasons("Coordinates withheld (where um per pixel is what lacks, give --mpp or --slides_dir):", withheld)
+    no_coords = [status for status in statuses if status.coordinates == "withheld"]
+    lines += _reasons("Coordinates withheld (where um per pixel is what lacks, give --mpp or --slides_dir):", no_coords)
     lines += _reasons("Failed:", [status for status in statuses if status.status == "failed"])
     return "\n".join(lines)
 
 
 def _reasons(title: str, statuses: Sequence[FileStatus]) -> list[str]:
-    """A line for each reason, the most frequent first, and the files it holds for."""
+    """Return a line for each reason, the most frequent first, with its files."""
     files: dict[str, list[str]] = {}
     for status in statuses:
         files.setdefault(_reason(status), []).append(status.file.name)
     by_count = sorted(files.items(), key=lambda item: -len(item[1]))
-    lines = [f"  {first_few(names, _NAMED)}: {reason}" for reason, names in by_count[:_TOLD]]
-    if len(by_count) > _TOLD:
-        lines.append(f"  and {len(by_count) - _TOLD} more reasons: see {REPORT}")
+    lines = [f"  {first_few(names, _NAMED)}: {reason}" for reason, names in by_count[:_MAX_REASONS]]
+    if len(by_count) > _MAX_REASONS:
+        lines.append(f"  and {len(by_count) - _MAX_REASONS} more reasons: see {REPORT}")
     return [title, *lines] if lines else []
 
 
 def _reason(status: FileStatus) -> str:
-    """The reason without the file it begins with: many files may share it."""
+    """Return the reason without the file it begins with, as many files may share it."""
     subject, separator, reason = status.reason.partition(": ")
     return reason if separator and Path(subject).stem == status.file.stem else status.reason
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Nothing of ours is imported up here: what is checked may be what cannot be imported.
+# Our own modules are imported inside the checks, as one of them may be what cannot be imported.
 
 _OK, _NOTE, _BAD = "ok", "note", "BAD"
 _LEAST_DISK, _LEAST_MEMORY = 20e9, 4e9  # bytes: features of some hundred slides; a backbone and its patches
@@ -26,20 +26,20 @@ _SECONDS = 10  # to wait for a program or the network
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one thing: `state` "ok", "note" (it works, but) or "BAD", and what to do where it is not ok."""
+    """The result of one check: `state` is "ok", "note" (works, with a limitation) or "BAD"; `remedy` is the way out."""
 
-    what: str
+    subject: str
     state: str
-    found: str
+    text: str
     remedy: str = ""
 
     def __str__(self) -> str:
-        line = f"{self.state:5}{self.what:12}{self.found}"
+        line = f"{self.state:5}{self.subject:12}{self.text}"
         return f"{line}\n{'':17}-> {self.remedy}" if self.remedy else line
 
 
 def examine() -> list[Finding]:
-    """Everything that is checked, each on its own: what one check cannot import does not stop the others."""
+    """Run all checks; if one fails to import something, the others still run."""
     checks: dict[str, Callable[[], Finding]] = {
         "python": _python,
         "litemil": _litemil,
@@ -54,17 +54,17 @@ def examine() -> list[Finding]:
         "hub": _hub,
     }
     findings = []
-    for what, check in checks.items():
+    for subject, check in checks.items():
         try:
             findings.append(check())
         except Exception as failure:  # noqa: BLE001 - a broken package raises anything, and the report is for that
             remedy = "run `uv sync`; if it stays, ask with this report"
-            findings.append(Finding(what, _BAD, f"{type(failure).__name__}: {failure}", remedy))
+            findings.append(Finding(subject, _BAD, f"{type(failure).__name__}: {failure}", remedy))
     return findings
 
 
 def as_text(findings: list[Finding]) -> str:
-    """The report."""
+    """Return the report."""
     bad = sum(finding.state == _BAD for finding in findings)
     fine = "Everything that LiteMIL needs is there. Next:\n\n  uv run train.py --mil LiteMIL --dataset demo"
     verdict = f"{bad} of {len(findings)} checks failed" if bad else fine
@@ -95,18 +95,18 @@ def _torch() -> Finding:
 def _device() -> Finding:
     import torch
 
-    with warnings.catch_warnings(record=True) as told:  # why CUDA is not to be had
+    with warnings.catch_warnings(record=True) as caught:  # they say why there is no CUDA
         warnings.simplefilter("always")
         has_cuda = torch.cuda.is_available()
     driver = _driver()
     if has_cuda:
         for index in range(torch.cuda.device_count()):
             torch.ones(8, 8, device=f"cuda:{index}").sum().item()  # a driver that is too old fails here
-        each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        names = ", ".join(f"{one.name} ({one.total_memory / 1e9:.0f} GB)" for one in each)
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        names = ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus)
         return Finding("device", _OK, f"{names}; driver {driver or 'unknown'}")
     if driver:
-        reason = " ".join(str(told[0].message).split())[:160] if told else "PyTorch sees no CUDA device"
+        reason = " ".join(str(caught[0].message).split())[:160] if caught else "PyTorch sees no CUDA device"
         remedy = "update the driver, or install a PyTorch for it (README, Troubleshooting); until then the CPU computes"
         return Finding("device", _NOTE, f"GPU driver {driver}, but {reason}", remedy)
     if torch.backends.mps.is_available():
@@ -115,21 +115,21 @@ def _device() -> Finding:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version; None without one."""
+    """Return the NVIDIA driver's version; None without one."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
         return None
     return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
 
 
 def _packages() -> Finding:
-    found = [f"{name} {getattr(importlib.import_module(name), '__version__', '')}".strip() for name in _PACKAGES]
-    return Finding("packages", _OK, ", ".join(found))
+    versions = [f"{name} {getattr(importlib.import_module(name), '__version__', '')}".strip() for name in _PACKAGES]
+    return Finding("packages", _OK, ", ".join(versions))
 
 
 def _slides() -> Finding:
@@ -169,7 +169,7 @@ def _processors() -> Finding:
 
 
 def _threads() -> Finding:
-    """Before PyTorch is imported, which reads the environment then."""
+    """Check the threads, before PyTorch is imported and reads the environment."""
     from utils.core.runtime import WAITING, prepare_threads, threads_are_given, threads_wait_asleep
 
     prepare_threads()
@@ -177,12 +177,12 @@ def _threads() -> Finding:
     import torch
 
     count = torch.get_num_threads()
-    whose = "as OMP_NUM_THREADS says" if threads_are_given() else "at most, training fewer where that is faster"
+    source = "as OMP_NUM_THREADS says" if threads_are_given() else "at most, training fewer where that is faster"
     if threads_wait_asleep():
-        return Finding("threads", _OK, f"{count}, {whose}; those that wait sleep")
+        return Finding("threads", _OK, f"{count}, {source}; those that wait sleep")
     names = ", ".join(name for name in WAITING if name in os.environ)
     remedy = f"on a busy machine they slow each other down: unset {names}"
-    return Finding("threads", _NOTE, f"{count}, {whose}; those that wait spin", remedy)
+    return Finding("threads", _NOTE, f"{count}, {source}; those that wait spin", remedy)
 
 
 def _memory() -> Finding:
@@ -206,13 +206,13 @@ def _disk() -> Finding:
 def _hub() -> Finding:
     from utils.features.weights import hub_access
 
-    reached, found = hub_access(_SECONDS)
+    reached, text = hub_access(_SECONDS)
     remedy = "" if reached else "backbones can come from local files: --weights FILE (README, Troubleshooting)"
-    return Finding("hub", _OK if reached else _NOTE, found, remedy)
+    return Finding("hub", _OK if reached else _NOTE, text, remedy)
 
 
 def main() -> None:
-    """Print the report; exit code 1 where something failed."""
+    """Print the report; exit with code 1 if a check failed."""
     findings = examine()
     print(as_text(findings))
     if any(finding.state == _BAD for finding in findings):
