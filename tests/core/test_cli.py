@@ -268,7 +268,7 @@ def test_a_default_of_zero_is_told(capsys):
     text = capsys.readouterr().out
     assert "how many (default: 0)" in text
     assert "100 % is the most (default: 0.0)" in text
-    assert "learning rate at the cosine's end (default: 1e-06)" in help_of(capsys, "train")
+    assert "learning rate at the end of the cosine (default: 1e-06)" in help_of(capsys, "train")
 
 
 def test_help_keeps_the_descriptions_lines(capsys):

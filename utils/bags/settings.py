@@ -1,4 +1,4 @@
-"""Where a cohort's slides and labels are, and how a slide is fed to a model."""
+"""The files of a cohort, and how a slide is fed to a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,8 @@ BatchSize = int | Literal["auto"]
 
 
 def batch_size_option() -> Any:
-    """Return the field of a settings class that says how many chunks a training takes per step."""
-    return option("auto", "chunks (or whole slides) per step; auto: 128, or so few that an epoch has 8 steps", least=1)
+    """Return the field of a settings class for the chunks per training step."""
+    return option("auto", "chunks (or whole slides) per step; auto: 128, or fewer for 8 steps per epoch", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +23,19 @@ class CohortFiles(Settings):
     labels_csv: Path | None = option(None, "table case_id,wsi_id,label (default: datasets/<dataset>/labels.csv)")
     class_names: tuple[str, ...] | None = option(
         None,
-        "classes in order, the positive one last (default: the known cohort's, else the labels sorted)",
+        "classes in order, the positive one last (default: those of a public cohort, else the sorted labels)",
         metavar="NAME",
     )
     feat_type: str = option("features", "name of the features inside each file")
-    no_patients: bool = option(False, "take each slide as a patient of its own, where the table names no patients")
+    no_patients: bool = option(False, "treat each slide as a patient of its own if the table names no patients")
     allow: tuple[Literal["missing", "unknown", "duplicate", "spelling"], ...] = option(
         (),
-        "leave out rows without a feature file (missing), with a label that is no class (unknown), or that repeat a "
-        "wsi_id (duplicate); take patients whose names hardly differ as several (spelling)",
+        "leave out rows without a feature file (missing), with a label that is no class (unknown), or with a repeated "
+        "wsi_id (duplicate); treat patients whose names hardly differ as different (spelling)",
     )
     group_column: str | None = option(
         None,
-        "column whose values no split divides, such as site (default: the patient; site is read off TCGA barcodes)",
+        "column whose groups are never split, such as site (default: the patient; site is read from TCGA barcodes)",
     )
 
 
@@ -48,11 +48,11 @@ class Cohort(CohortFiles):
     )
     mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
     chunk_size: int = option(1000, "most patches in a chunk", least=1)
-    sequential: bool = option(False, "cut slides into runs of patches that are neighbours in the file, not at random")
+    sequential: bool = option(False, "make chunks of consecutive patches in the file, not of random ones")
     cache: str | None = option(
         None,
         "off, ram, or a folder for one packed file that all runs share "
-        "(default: ram where the cohort fits a quarter of the free memory, else off)",
+        "(default: ram if the cohort fits in a quarter of the free memory, else off)",
         metavar="off|ram|DIR",
     )
 

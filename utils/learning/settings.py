@@ -13,12 +13,12 @@ from utils.core.settings import REQUIRED, SEED, FigureFormat, Settings, figure_f
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Settings):
-    """Which model; a hyperparameter that is not given is the model's own default, one that it lacks is an error."""
+    """Which model. A hyperparameter that is not given has the model's default; one that the model lacks is an error."""
 
     mil: str = option(
         REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool", metavar="MODEL"
     )
-    input_dim: int | None = option(None, "feature width (default: read off the features)", least=1, hidden=True)
+    input_dim: int | None = option(None, "feature width (default: that of the features)", least=1, hidden=True)
     hidden_dim: int | None = option(None, "hidden width", least=1, most=65536)
     num_heads: int | None = option(None, "attention heads", least=1, most=65536)
     num_queries: int | None = option(None, "learnable queries", least=1, most=65536)
@@ -27,32 +27,32 @@ class Model(Settings):
     dropout: float | None = option(None, "dropout probability", least=0, most=1)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The hyperparameters that were given."""
+        """Return the hyperparameters that were given."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if name not in ("mil", "input_dim") and value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Settings):
-    """One training."""
+    """How one model is trained."""
 
-    epochs: int = option(100, "most epochs of a training", least=1)
-    patience: int = option(10, "stop after so many epochs without a better slide-level validation", least=1)
+    epochs: int = option(100, "maximum number of epochs", least=1)
+    patience: int = option(10, "stop after so many epochs without better validation at slide level", least=1)
     batch_size: BatchSize = batch_size_option()
     lr: float = option(1e-4, "peak learning rate of AdamW", least=1e-8, most=1)
     weight_decay: float = option(0.01, "weight decay of AdamW", least=0, most=10)
     warmup_epochs: int = option(
-        5, "epochs in which the learning rate rises, a quarter of --epochs at the most; then a cosine", least=0
+        5, "epochs in which the learning rate rises, at most a quarter of --epochs; a cosine follows", least=0
     )
-    final_lr: float = option(1e-6, "learning rate at the cosine's end", least=0, most=1)
-    clip_norm: float = option(1.0, "greatest norm of a step's gradient", least=1e-12)
+    final_lr: float = option(1e-6, "learning rate at the end of the cosine", least=0, most=1)
+    clip_norm: float = option(1.0, "maximum norm of the gradient", least=1e-12)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "of training: auto is bf16 on a CUDA device that has it, else fp16 there; fp32 elsewhere"
+        "auto", "precision of training; auto: bf16 on a CUDA device that has it, else fp16; fp32 on other devices"
     )
     use_amp: bool = option(True, "the same as --precision fp32", flag="--no_amp", hidden=True)
     standardize: Literal["auto", "on", "off"] = option(
         "auto",
-        "standardise each feature over a training's slides, as a part of the model; auto: where the features' scale is "
+        "standardise each feature over the training slides, as a part of the model; auto: if the features' scale is "
         "far from what models are initialised for, such as 1e4 times larger or L2-normalised",
     )
 
@@ -63,7 +63,7 @@ class Training(Settings):
 
     @property
     def amp_precision(self) -> str:
-        """`precision`, both ways of giving it considered."""
+        """The precision, from --precision or --no_amp."""
         return self.precision if self.use_amp else "fp32"
 
 
@@ -76,28 +76,28 @@ class Protocol(Settings):
     """Nested cross-validation."""
 
     n_outer: int = option(5, "outer folds: each slide is tested once", least=2)
-    n_inner: int = option(4, "inner folds: they choose epoch, setting and model", least=2)
-    repeats: int = option(1, "how often the whole is repeated, on other folds", least=1)
+    n_inner: int = option(4, "inner folds: they select epoch, setting and model", least=2)
+    repeats: int = option(1, "how often the whole cross-validation is repeated, on other folds", least=1)
     splits: Path | None = option(
         None,
-        "take the folds from a file: our splits.json, or a splits_<k>.csv of CLAM, or a folder of those",
+        "take the folds from a file: our splits.json, a splits_<k>.csv of CLAM, or a folder of those",
         metavar="FILE|DIR",
     )
     grid: str | None = option(
         None,
-        'settings to choose from in the inner loop, such as "lr=1e-4,3e-4 hidden_dim=128,256": any hyperparameter of '
-        "training or model; they take the place of the flags",
+        'settings to select from in the inner loop, such as "lr=1e-4,3e-4 hidden_dim=128,256": any hyperparameters of '
+        "training or model; they override the flags",
         metavar="NAME=V,V...",
     )
     monitor: Monitor = option(
         "slide_auc",
-        "what inner validation compares epochs, settings and models by",
+        "metric of the inner validation that selects epoch, setting and model",
         also={name.removeprefix("slide_"): name for name in typing.get_args(Monitor)},
     )
     final: Final = option(
         "best",
-        "the model that is tested: the best inner one of the chosen setting, the mean of its inner models (ensemble), "
-        "or one trained anew on the whole outer training set for the median best epoch (refit)",
+        "the model that is tested: the best inner model of the selected setting, the mean of its inner models "
+        "(ensemble), or one trained again on the whole outer training set for the median best epoch (refit)",
     )
     seed: int = option(SEED, "seed of splits, weights and batches", least=0)
 
@@ -109,11 +109,11 @@ class Protocol(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Running(Settings):
-    """Where and how a run is done; no number depends on it but by rounding."""
+    """Where and how a run is done; it changes results at most by rounding."""
 
-    output_dir: Path | None = option(None, "results (default: outputs/<mil>/<dataset>)")
+    output_dir: Path | None = option(None, "folder for the results (default: outputs/<mil>/<dataset>)")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    jobs: int = option(1, "trainings side by side, each in a process of its own with its share of the threads", least=1)
+    jobs: int = option(1, "trainings in parallel, each in its own process with its share of the threads", least=1)
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
 
 

@@ -10,16 +10,16 @@ from utils.core.settings import Settings, option
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures(Settings):
-    """What `--visualize` draws."""
+    """What `--visualize` draws, and how."""
 
     visualize: bool = option(False, "draw the attention: heatmap, report page, patches, QuPath tiles and .npz")
     wsi: Path | None = option(
         None,
-        "the slide the feature file was made from, with --input_dir their folder (needed with --visualize)",
+        "the slide of the feature file, or the folder of slides for --input_dir (needed with --visualize)",
         metavar="FILE|DIR",
     )
-    top_k: int = option(10, "how many of the most attended patches are shown", least=1)
-    scale: Literal["attention", "percentile"] = option("percentile", "what colour shows: attention, or its percentile")
+    top_k: int = option(10, "how many patches with the highest attention are shown", least=1)
+    scale: Literal["attention", "percentile"] = option("percentile", "whether colour shows attention or its percentile")
     cmap: str = option("viridis", "Matplotlib colour map")
     alpha: float = option(0.5, "opacity of the heatmap over the slide", least=0, most=1)
 

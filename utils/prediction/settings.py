@@ -15,43 +15,41 @@ class Prediction(Settings):
 
     checkpoint: tuple[Path, ...] = option(
         (),
-        "trained model (.pth), which says architecture, classes and recipe, or the folder of a training run, whose "
-        "chosen model is taken; several answer as their mean",
+        "trained model (.pth), which holds architecture, classes and recipe, or the folder of a training run, for its "
+        "selected model; the predictions of several are averaged",
         metavar="FILE|RUN",
         one_of="models",
     )
     out_of_fold: Path | None = option(
         None,
-        "instead of --checkpoint, the folder of a training run: each slide of its cohort is predicted by the model of "
-        "the fold that did not see it",
+        "instead of --checkpoint, the folder of a training run: each slide of its cohort is predicted by the model "
+        "whose fold did not see it",
         metavar="RUN",
         one_of="models",
     )
-    repeat: int | None = option(
-        None, "of the repeats of --out_of_fold, take this one (default: the first)", least=1, metavar="N"
-    )
+    repeat: int | None = option(None, "the repeat of --out_of_fold to use (default: the first)", least=1, metavar="N")
     input: Path | None = option(
         None, "feature file (.h5, .pt, .pth) or raw slide; give this or --input_dir", one_of="slides"
     )
     input_dir: Path | None = option(
         None,
-        "a folder of feature files or, where it holds none, of slides; give this or --input (with "
-        "--out_of_fold: where the features are, if not where the run found them)",
+        "a folder of feature files or, if it has none, of slides; give this or --input (with --out_of_fold: the folder "
+        "of the features, if they have moved since the run)",
         one_of="slides",
     )
     extensions: tuple[str, ...] | None = option(
-        None, "of --input_dir, only slides with these endings, e.g. .svs .ndpi", metavar="EXT"
+        None, "only slides of --input_dir with these endings, e.g. .svs .ndpi", metavar="EXT"
     )
     labels_csv: Path | None = option(
-        None, "table case_id,wsi_id,label: the predictions of --input_dir are scored, as on an external cohort"
+        None, "table case_id,wsi_id,label, to score the predictions of --input_dir, as for an external cohort"
     )
     allow: tuple[Literal["missing", "unknown", "duplicate"], ...] = option(
         (),
-        "leave out rows of --labels_csv without a slide, with a label that is no class, or that repeat a wsi_id; of "
-        "--out_of_fold slides without features (missing)",
+        "leave out rows of --labels_csv without a slide (missing), with a label that is no class (unknown), or with a "
+        "repeated wsi_id (duplicate); with --out_of_fold, slides without features (missing)",
     )
     output_dir: Path | None = option(
-        None, "where the results go (default: outputs/inference/<model>_<dataset>)", alias="--output"
+        None, "folder for the results (default: outputs/inference/<model>_<dataset>)", alias="--output"
     )
     overwrite: bool = option(
         False, "overwrite existing predictions made by another model, with other settings or from another input"
@@ -59,25 +57,25 @@ class Prediction(Settings):
     mode: Literal["full", "chunked"] | None = option(
         None, "how the slide is fed (default: as in the model's evaluation)"
     )
-    chunk_size: int | None = option(None, "most patches in a chunk (default: as in the model's evaluation)", least=1)
+    chunk_size: int | None = option(None, "patches per chunk at most (default: as in the model's evaluation)", least=1)
     feat_type: str = option("features", "name of the features inside the file")
     faithfulness: bool = option(
         False, "measure whether the attention matters: remove and add patches in its order, and in random ones"
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
-    allow_mismatch: bool = option(False, "predict although the features were made in another way than the model's")
-    # What the checkpoint says already, but for some of the first version's; a flag that contradicts it is an error.
+    allow_mismatch: bool = option(False, "predict even if the features were made with another recipe than the model's")
+    # The checkpoint holds these, except some of the first version's; a flag that contradicts it is an error.
     mil: str | None = option(None, "architecture the checkpoint must hold", hidden=True)
     dataset: str | None = option(
         None,
-        "cohort the checkpoint must have been trained on; names the classes where the checkpoint, one of the first "
-        "version, does not",
+        "cohort the checkpoint must have been trained on; gives the classes if a checkpoint of the first version "
+        "does not",
         hidden=True,
     )
     input_dim: int | None = option(None, "feature width the checkpoint must take", least=1, hidden=True)
     num_heads: int | None = option(
-        None, "attention heads, where the checkpoint does not say: those of the first version (default 4)", least=1
+        None, "attention heads of a checkpoint of the first version, which does not record them (default 4)", least=1
     )
 
     def __post_init__(self) -> None:
@@ -103,35 +101,35 @@ class Prediction(Settings):
             )
 
     def _check_out_of_fold(self) -> None:
-        """Raise ConfigError for what contradicts a run that knows its models, slides and labels."""
+        """Raise ConfigError for flags that contradict a run, which knows its models, slides and labels."""
         for name in ("checkpoint", "input", "labels_csv", "extensions"):
             if getattr(self, name):
                 raise ConfigError(
                     f"--out_of_fold {self.out_of_fold}: knows its models, slides and labels; leave --{name} out"
                 )
-        of_a_table = [word for word in self.allow if word != "missing"]
-        if of_a_table:
+        about_rows = [word for word in self.allow if word != "missing"]
+        if about_rows:
             raise ConfigError(
-                f"--allow {' '.join(of_a_table)}: goes with --labels_csv; leave it out with --out_of_fold"
+                f"--allow {' '.join(about_rows)}: goes with --labels_csv; leave it out with --out_of_fold"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionRecipe(Settings):
-    """Extraction on the fly. Where the training features' recipe is recorded, these must agree with it."""
+    """How raw slides are extracted; if the recipe of the training features is recorded, these must agree with it."""
 
-    backbone: str | None = option(None, "backbone, where the checkpoint records none")
-    weights: Path | None = option(None, "the backbone's local weights instead of a download")
-    patch_size: int | None = option(None, "patch edge in pixels, at the resolution asked for", least=1)
+    backbone: str | None = option(None, "backbone, if the checkpoint records none")
+    weights: Path | None = option(None, "local weights of the backbone instead of a download")
+    patch_size: int | None = option(None, "patch edge in pixels, at --level or --mpp", least=1)
     stride: int | None = option(None, "distance between patch corners, in pixels at the resolution read", least=1)
-    level: int | None = option(None, "pyramid level read", least=0)
+    level: int | None = option(None, "pyramid level to read", least=0)
     mpp: float | None = option(None, "um per pixel of the patches", least=0.05, most=40)
     tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
     slides_csv: Path | None = option(
-        None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
+        None, "table wsi,mpp: um per level-0 pixel of slides whose own value is missing or wrong"
     )
     slide_mpp: float | None = option(
-        None, "um per level-0 pixel of all slides, but for those in --slides_csv", least=0.05, most=40
+        None, "um per level-0 pixel of all slides except those in --slides_csv", least=0.05, most=40
     )
     batch_size: int = option(Extraction.batch_size, "patches per forward pass", least=1)
     save_features: bool = option(False, "keep the features as <output_dir>/<slide>.h5")

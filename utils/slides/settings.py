@@ -23,35 +23,35 @@ class ExtractionFiles(Settings):
     extensions: tuple[str, ...] | None = option(None, "only files with these endings, e.g. .svs .ndpi", metavar="EXT")
     keep_structure: bool = option(False, "keep the subfolders of --input_dir in --output_dir")
     slides_csv: Path | None = option(
-        None, "table wsi,mpp: the um per level-0 pixel of slides whose own is missing or wrong"
+        None, "table wsi,mpp: um per level-0 pixel of slides whose own value is missing or wrong"
     )
     slide_mpp: float | None = option(
-        None, "um per level-0 pixel of all slides, but for those in --slides_csv", least=0.05, most=40
+        None, "um per level-0 pixel of all slides except those in --slides_csv", least=0.05, most=40
     )
     write_slides_csv: Path | None = option(
-        None, "write a table for --slides_csv, with what each slide says itself, then stop", metavar="FILE"
+        None, "write a table for --slides_csv with each slide's own values, then stop", metavar="FILE"
     )
-    save_tissue: bool = option(False, "write each slide's tissue to tissue/<slide>.geojson, which QuPath edits")
+    save_tissue: bool = option(False, "write each slide's tissue to tissue/<slide>.geojson, for editing in QuPath")
     tissue: Path | None = option(
         None,
-        "folder of <slide>.geojson, drawn or edited in QuPath, that say where the tissue is; the detector looks at "
-        "slides without one",
+        "folder of <slide>.geojson with tissue outlines, drawn or edited in QuPath; on slides without a file the "
+        "tissue is detected",
         metavar="DIR",
     )
-    tissue_strict: bool = option(False, "a slide without a file in --tissue fails, instead of being detected")
+    tissue_strict: bool = option(False, "fail a slide without a file in --tissue, instead of detecting its tissue")
     tissue_classes: tuple[str, ...] | None = option(
-        None, "only the areas of these classes of --tissue are tissue, such as Tumor (default: all)", metavar="CLASS"
+        None, "take only outlines of these classes in --tissue, such as Tumor (default: all)", metavar="CLASS"
     )
     preview: bool | None = option(
         None,
-        "a picture of each slide's tissue and patches, in previews/, and contact_sheet.html (default: of a folder)",
+        "draw each slide's tissue and patches in previews/, and contact_sheet.html (default: for a folder)",
     )
-    limit: int | None = option(None, "only the first N slides, to try a recipe on a subset", least=1, metavar="N")
+    limit: int | None = option(None, "extract only the first N slides, to try a recipe", least=1, metavar="N")
     shard: str | None = option(
-        None, "the i-th of n parts of the slides, for array jobs: every n-th slide, largest first", metavar="i/n"
+        None, "extract the i-th of n parts, for array jobs: every n-th slide, largest first", metavar="i/n"
     )
     overwrite: bool = option(False, "replace feature files that were made with another recipe")
-    dry_run: bool = option(False, "say what would be extracted, and what it would cost, then stop")
+    dry_run: bool = option(False, "print what would be extracted, and its time and disk space, then stop")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,11 +84,11 @@ class ExtractionFiles(Settings):
 
     @property
     def part(self) -> tuple[int, int]:
-        """The number of the shard, from 1, and of how many."""
+        """The number of the shard, from 1, and the number of shards."""
         if self.shard is None:
             return 1, 1
-        found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        index, count = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= index <= count:
             raise ConfigError(f"--shard {self.shard}: give i/n, such as 1/8 to 8/8")
         return index, count
