@@ -226,8 +226,11 @@ class MILDataset(Dataset):
 
     def shared(self, folder: Path) -> "MILDataset":
         """Return the dataset for several processes: features that this one keeps in memory are packed into `folder`."""
+        features = share(self._features, packed_path(folder, self.features_dir, self.feat_type))
+        if features is self._features:
+            return self
         other = copy.copy(self)
-        other._features = share(self._features, packed_path(folder, self.features_dir, self.feat_type))
+        other._features = features
         return other
 
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
