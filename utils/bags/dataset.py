@@ -128,13 +128,9 @@ class MILDataset(Dataset):
             cohort.mode,
             cohort.chunk_size,
             cohort.feat_type,
-            sequential=cohort.sequential,
-            group_column=cohort.group_column,
-            cache=cohort.cache,
             label_names=classes.label_names,
             left_out=classes.left_out,
-            allow=cohort.allow,
-            no_patients=cohort.no_patients,
+            **{name: getattr(cohort, name) for name in ("sequential", "group_column", "cache", "allow", "no_patients")},
         )
 
     def __len__(self) -> int:
