@@ -15,7 +15,7 @@ from utils.slides.settings import ExtractionFiles
 def main() -> None:
     groups = {"files": ExtractionFiles, "recipe": Extraction, "beyond one machine": Cluster}
     files, recipe, cluster = cli.parse(str(__doc__), groups)
-    # Imported when the command line is known to be right: they take seconds.
+    # These imports take seconds, so that a wrong command line is refused before them.
     from utils.core.errors import ConfigError
     from utils.features.extraction import closing_words, dry_run, extract_slides
     from utils.features.extractor import WSIFeatureExtractor
@@ -29,11 +29,11 @@ def main() -> None:
     if files.dry_run and cluster.is_asked_for:
         raise ConfigError("--dry_run looks from this machine alone; leave --ray out")
     if files.dry_run:
-        statuses, told = dry_run(extractor, files)
+        statuses, text = dry_run(extractor, files)
     else:
         statuses = extract_slides(extractor, files, cluster)
-        told = closing_words(files, statuses, cli.took())
-    print(told)
+        text = closing_words(files, statuses, cli.took())
+    print(text)
     if any(status.status == "failed" for status in statuses):
         sys.exit(1)
 

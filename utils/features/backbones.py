@@ -1,8 +1,4 @@
-"""Feature backbones: which there are, how their weights are found, and how patches become features.
-
-Weights come from a local file or from a hub, and are only ever read as tensors: no pickle is executed, no remote code
-is trusted. What a backbone does to a patch is a `Transform` that can be written into a feature file.
-"""
+"""The registry of feature backbones, and a backbone that turns patches into features."""
 
 import difflib
 import hashlib
@@ -34,7 +30,7 @@ from utils.features.transform import Transform
 from utils.features.weights import StateDict, digest_weights, download, load_strictly, read_weights, rename_dinov2
 
 _TIMM = "timm:"
-# What is computed of so few patches stays in a processor's cache: a ResNet is 1.5 times as fast as with 16.
+# Activations of so few patches stay in a processor's cache: a ResNet is 1.5 times as fast as with 16.
 _PATCHES_ON_CPU = 4
 
 
@@ -44,16 +40,16 @@ class BackboneSpec:
 
     Attributes:
         dim: length of a feature.
-        token: what the feature is: "pooled" (over positions), "cls", or "cls+mean" (CLS, then the mean of the patch
-            tokens; registers take no part).
-        precision: what it computes in on a CUDA device, as its card does: fp16, bf16 or fp32.
+        token: which output is the feature: "pooled" (over positions), "cls", or "cls+mean" (CLS, then the mean of the
+            patch tokens, without registers).
+        precision: fp16, bf16 or fp32 on a CUDA device, as its model card says.
         build: makes the network, without weights.
-        repo, filename: where its weights are on the Hugging Face hub; None where it needs none.
+        repo, filename: its weights on the Hugging Face hub; None if it needs none.
         revision: the commit of `repo`; None means the newest.
-        gated: whether access has to be asked for.
+        gated: whether access has to be requested.
         rename: turns the published state dict into the network's own.
         finish: makes the network that computes the features from the one with the published weights.
-        spare: prefixes of weights the network does not use; a file may hold them.
+        spare: prefixes of weights that a file may hold and the network does not use.
     """
 
     name: str
@@ -78,7 +74,7 @@ class BackboneSpec:
 
     @property
     def access(self) -> str | None:
-        """How to get the weights, where they are gated."""
+        """How to get the weights; None if they are not gated."""
         if not self.gated:
             return None
         return f"gated: ask for access at https://huggingface.co/{self.repo}, then log in with `hf auth login`"
@@ -86,16 +82,16 @@ class BackboneSpec:
 
 @dataclass(eq=False)
 class Backbone:
-    """A network with its weights, and the transform that goes with it.
+    """A network with its weights, and its transform.
 
     Attributes:
         name: canonical name.
         dim: D, the length of a feature.
-        transform: what is done to a patch first.
+        transform: how a patch is changed first.
         module: (B, 3, S, S) float to (B, D), in eval mode.
-        weights_digest: sha256 of the published weights that make the features; of a descriptor, of its version.
-        precision: what it computes in on a CUDA device: fp16, bf16 or fp32.
-        device: where it is; `to` moves it.
+        weights_digest: SHA-256 of the published weights; for a descriptor, of its version.
+        precision: fp16, bf16 or fp32 on a CUDA device.
+        device: `to` moves the network to another.
     """
 
     name: str
@@ -119,13 +115,13 @@ class Backbone:
 
     @torch.inference_mode()
     def embed(self, patches: NDArray[np.uint8] | Tensor) -> Tensor:
-        """(B, P, P, 3) uint8 RGB to (B, D) float32 features, on the device of the network.
+        """Turn (B, P, P, 3) uint8 RGB patches into (B, D) float32 features, on the device of the network.
 
-        Each feature depends on its own patch only, to float rounding. Autocast, where the caller has switched it on,
-        applies to the network and not to the transform. A CPU takes a few patches at a time, which costs no speed.
+        Each feature depends on its own patch only, to float rounding. The caller's autocast applies to the network, not
+        to the transform. A CPU takes a few patches at a time, which costs no speed.
 
         Raises:
-            BackboneError: not uint8, or of another shape.
+            BackboneError: the patches are not uint8, or of another shape.
         """
         batch = torch.as_tensor(patches)
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
@@ -137,35 +133,35 @@ class Backbone:
         return torch.cat([self.module(images).float() for images in self.prepare(batch)])
 
     def prepare(self, patches: Tensor) -> Iterator[Tensor]:
-        """(B, P, P, 3) uint8, part by part, to what the network takes: (b, 3, S, S) on its device, channels last."""
-        parts = patches.split(_PATCHES_ON_CPU) if self.device.type == "cpu" else (patches,)
-        for part in parts:
+        """Yield (B, P, P, 3) uint8 patches, a few at a time, as the network takes them: (b, 3, S, S), channels last."""
+        batches = patches.split(_PATCHES_ON_CPU) if self.device.type == "cpu" else (patches,)
+        for batch in batches:
             with torch.autocast(self.device.type, enabled=False):
-                images = self.transform(part.to(self.device, non_blocking=True))
+                images = self.transform(batch.to(self.device, non_blocking=True))
             yield images.contiguous(memory_format=torch.channels_last)
 
 
 def list_backbones() -> list[str]:
-    """The names of the registry, sorted; besides them `timm:<model>` is any model of timm."""
+    """Return the names of the registry, sorted; any other model of timm is called `timm:<model>`."""
     return sorted(_REGISTRY)
 
 
 def backbone_spec(name: str) -> BackboneSpec:
-    """The registry's entry for a name or alias; not for `timm:` names, which have none."""
+    """Return the registry's entry for a name or alias; `timm:` names have none."""
     return _REGISTRY[canonical_backbone(name)]
 
 
 def canonical_backbone(name: str) -> str:
-    """The one name of a backbone, whatever alias and case it is asked for by; `timm:<model>` stays as it is.
+    """Return the one name of a backbone for any of its aliases, in any case; `timm:<model>` stays as it is.
 
     Raises:
-        BackboneError: unknown; the message lists the known ones and the nearest.
+        BackboneError: the name is unknown; the message lists those that are known, and the nearest.
     """
-    known = backbone_name(name)
-    if known in _REGISTRY or known.startswith(_TIMM):
-        return known
+    canonical = backbone_name(name)
+    if canonical in _REGISTRY or canonical.startswith(_TIMM):
+        return canonical
     aliases = [alias for spec in _REGISTRY.values() for alias in (spec.name, *spec.aliases)]
-    near = difflib.get_close_matches(known, aliases, n=1)
+    near = difflib.get_close_matches(canonical, aliases, n=1)
     hint = f"did you mean {backbone_name(near[0])}? " if near else ""
     if load_timm().is_model(name.strip()):
         hint = f"did you mean {_TIMM}{name.strip()}? "
@@ -173,15 +169,15 @@ def canonical_backbone(name: str) -> str:
 
 
 def load_backbone(name: str, weights: Path | str | None = None) -> Backbone:
-    """A backbone with its weights, on the CPU.
+    """Load a backbone with its weights, on the CPU.
 
     Args:
         name: a name of the registry, one of its aliases, or `timm:<model>`.
-        weights: a local .pth, .pt, .bin or .safetensors file; None downloads the published weights, or takes them from
+        weights: a local .pth, .pt, .bin or .safetensors file; None downloads the published weights, unless they are in
             the hub's cache.
 
     Raises:
-        BackboneError: unknown name; weights that cannot be had, be read safely, or do not fit.
+        BackboneError: the name is unknown, or the weights cannot be fetched, cannot be read safely or do not fit.
     """
     name = canonical_backbone(name)
     path = None if weights is None else Path(weights)
@@ -198,13 +194,13 @@ def load_backbone(name: str, weights: Path | str | None = None) -> Backbone:
     else:
         file = path or download(name, spec.repo, spec.filename, spec.revision, spec.access)
         state = read_weights(file)
-        # Drawing up to a thousand million random weights first would take half a minute.
+        # Initialising up to a thousand million weights at random first would take half a minute.
         with torch.device("meta"):
             module = spec.build()
         module.to_empty(device="cpu")
         load_strictly(module, spec.rename(state) if spec.rename else state, file, spec.spare)
         digest = digest_weights(module.state_dict())
-    # The digest stays that of the published weights, whatever is made of them for speed.
+    # The digest is that of the published weights, before `finish` changes them for speed.
     module = spec.finish(module.eval()) if spec.finish else module
     return Backbone(spec.name, spec.dim, spec.transform, module, digest, spec.precision)
 
@@ -242,10 +238,10 @@ def _stain(name: str, *, texture: bool) -> BackboneSpec:
     )
 
 
-# Sizes, transforms, token rules and precisions follow the cards at https://huggingface.co/<repo>. Where one names no
-# precision, it is for UNI and UNI2-h that of their laboratory's toolkit, https://github.com/mahmoodlab/TRIDENT, and for
-# the others fp32. The gated ones were not run by us with their real weights: tested of them are the architecture, the
-# token rule and the transform.
+# Sizes, transforms, token rules and precisions follow the model cards at https://huggingface.co/<repo>. If a card names
+# no precision, UNI and UNI2-h take that of their laboratory's toolkit, https://github.com/mahmoodlab/TRIDENT, and the
+# others fp32. We have not run the gated ones with their real weights: tests cover their architecture, token rule and
+# transform.
 _REGISTRY: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (

@@ -50,40 +50,39 @@ def extract_slides(
     For a folder, also writes its report (see `utils.slides.batch`), previews and a contact sheet. Raises for a single
     slide that fails, ConfigError for slides that would share an output file.
     """
-    known, cluster = _slide_files(extractor, files), cluster or Cluster()
-    targets = known.targets()
+    slide_files, cluster = _slide_files(extractor, files), cluster or Cluster()
+    targets = slide_files.targets()
     if files.input is not None:
         if cluster.is_asked_for:
             raise ConfigError("--ray shares the slides of a folder out; give --input_dir with it")
         (pair,) = targets.items()
-        status = _Extraction.of((extractor,), known, targets)(*pair)
+        status = _Extraction.of((extractor,), slide_files, targets)(*pair)
         if status.status == CLAIMED:
             raise SlideError(f"{status.reason}; wait for that, or give another --output")
         return [status]
-    here = Threads(len(extractor.devices), extractor.stop)
-    with open_engine(cluster, here, extractor.config.device) as engine:
+    local = Threads(len(extractor.devices), extractor.stop)
+    with open_engine(cluster, local, extractor.config.device) as engine:
         extractors = [extractor]
         if not cluster.is_asked_for:
             extractors += [extractor.on(device) for device in extractor.devices[1:]]
-            _ = [
-                one.backbone for one in extractors
-            ]  # a backbone that cannot be loaded stops the batch before it starts
-        known.clear_parts(targets)
-        work = _Extraction.of(extractors, known, targets)
+            for each in extractors:
+                _ = each.backbone  # one that cannot be loaded stops the batch before it starts
+        slide_files.clear_parts(targets)
+        work = _Extraction.of(extractors, slide_files, targets)
         with alike_once():  # a doubtful um/px would be logged here and again at extraction
-            _warn_of_scales(extractor, known, targets)
+            _warn_of_scales(extractor, slide_files, targets)
             statuses = work_through(targets, engine, work, report_path(files))
     statuses = _with_scales(statuses, targets, report_path(files))
     if files.preview is not False:
-        known.write_sheet(_latest_recipe)
+        slide_files.write_sheet(_latest_recipe)
     return statuses
 
 
-def _warn_of_scales(extractor: WSIFeatureExtractor, known: SlideFiles, targets: Mapping[Path, Path]) -> None:
+def _warn_of_scales(extractor: WSIFeatureExtractor, slide_files: SlideFiles, targets: Mapping[Path, Path]) -> None:
     """Warn if patches of these slides (of many, a sample) would differ in um/px, among each other or from features that
     are in the folder already.
     """
-    mpps = scales_in(report_path(known.files).parent, set(targets.values()))
+    mpps = scales_in(report_path(slide_files.files).parent, set(targets.values()))
     target_mpp = extractor.config.target_mpp
     if target_mpp is not None:
         mpps |= dict.fromkeys(targets, target_mpp)
@@ -91,20 +90,20 @@ def _warn_of_scales(extractor: WSIFeatureExtractor, known: SlideFiles, targets: 
         some = list(targets)[:: -(-len(targets) // _LOOKED_AT)]
         for slide in progress(some, "Looking at resolutions", unit="slide", leave=False):
             with suppress(SlideError):  # reported when the slide is extracted
-                mpps[slide] = extractor.delivered_mpp(slide, known.mpps.of(slide))
+                mpps[slide] = extractor.delivered_mpp(slide, slide_files.mpps.of(slide))
     text, _ = unlike_scales(mpps)
     if text:
-        log.warning("%s: %s", known.files.input_dir, text)
+        log.warning("%s: %s", slide_files.files.input_dir, text)
 
 
 def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], report: Path) -> list[SlideStatus]:
     """Add a remark, in the report too, to slides whose um/px is not that of most in the folder."""
-    _, others = unlike_scales(scales_in(report.parent))
-    if not others.keys() & {status.slide for status in statuses}:
+    _, outliers = unlike_scales(scales_in(report.parent))
+    if not outliers.keys() & {status.slide for status in statuses}:
         return list(statuses)
     marked = [
         replace(status, reason="; ".join(filter(None, [status.reason, f"{status.mpp:.3g} um/px, unlike most"])))
-        if status.slide in others
+        if status.slide in outliers
         else status
         for status in statuses
     ]
@@ -117,12 +116,12 @@ def _latest_recipe(features: Sequence[Path]) -> Recipe | None:
 
     Settings that every file refused leave no file, and so no recipe.
     """
-    there = [path for path in features if path.is_file()]
-    if not there:
+    files = [path for path in features if path.is_file()]
+    if not files:
         return None
     try:
-        passport = peek_bag(max(there, key=lambda path: path.stat().st_mtime_ns)).passport
-    except FeatureFileError:  # a file in the way, as its row says
+        passport = peek_bag(max(files, key=lambda path: path.stat().st_mtime_ns)).passport
+    except FeatureFileError:  # some other file, as its row in the report says
         return None
     return passport and passport.recipe
 
@@ -131,55 +130,55 @@ def _latest_recipe(features: Sequence[Path]) -> Recipe | None:
 class _Extraction:
     """Extracts one slide with the worker's own extractor, unless another process is extracting it.
 
-    `before` is when each file that was there as the run began had been written.
+    `times` are when each feature file had been written before the run began, None if it did not exist.
     """
 
     extractors: tuple[WSIFeatureExtractor, ...]
-    known: SlideFiles
-    before: Mapping[Path, int | None]
+    slide_files: SlideFiles
+    times: Mapping[Path, int | None]
 
     @classmethod
-    def of(cls, extractors: Sequence[WSIFeatureExtractor], known: SlideFiles, targets: Mapping[Path, Path]) -> Self:
-        return cls(tuple(extractors), known, {target: _written(target) for target in targets.values()})
+    def of(cls, extractors: Sequence[WSIFeatureExtractor], files: SlideFiles, targets: Mapping[Path, Path]) -> Self:
+        return cls(tuple(extractors), files, {target: _write_time(target) for target in targets.values()})
 
     def __call__(self, slide: Path, target: Path) -> SlideStatus:
-        extractor, told = self.extractors[worker_number()], self.known.notes(slide, target)
-        with claimed(target) as other:
-            if other:
-                return SlideStatus(slide, CLAIMED, f"{target}: {other} is extracting it")
-            is_new = _written(target) not in (None, self.before[target])
-            status = extract_one(extractor, slide, target, self.known.files.overwrite and not is_new, told)
+        extractor, notes = self.extractors[worker_number()], self.slide_files.notes(slide, target)
+        with claimed(target) as owner:
+            if owner:
+                return SlideStatus(slide, CLAIMED, f"{target}: {owner} is extracting it")
+            is_new = _write_time(target) not in (None, self.times[target])
+            status = extract_one(extractor, slide, target, self.slide_files.files.overwrite and not is_new, notes)
         if is_new and status.status == "skipped":
             status = replace(status, reason=f"made by another process meanwhile; {status.reason}")
         return status
 
 
-def _written(path: Path) -> int | None:
-    """The time a file was written, or None if it does not exist."""
+def _write_time(path: Path) -> int | None:
+    """Return when a file was written, in ns, or None if it does not exist."""
     with suppress(OSError):
         return path.stat().st_mtime_ns
     return None
 
 
 def dry_run(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[list[SlideStatus], str]:
-    """Return what `extract_slides` would do with each slide, and a text of that with its cost.
+    """Return what `extract_slides` would do with each slide, and a text that says so with its cost.
 
     Patches are counted on thumbnails, and the time is estimated from a trial on some of them. Writes nothing. Raises as
     `extract_slides` does.
     """
-    known = _slide_files(extractor, files)
-    targets = known.targets()
+    slide_files = _slide_files(extractor, files)
+    targets = slide_files.targets()
     rates = []
 
-    def look(slide: Path, target: Path) -> SlideStatus:
-        told = known.notes(slide, target)
+    def plan_slide(slide: Path, target: Path) -> SlideStatus:
+        notes = slide_files.notes(slide, target)
         current = None
         if target.exists() and not files.overwrite:
-            current = current_status(extractor, slide, target, told)
+            current = current_status(extractor, slide, target, notes)
         if current is not None:
             return current
-        with extractor.opened(slide, told.mpp) as opened:
-            plan = extractor.plan(opened, replace(told, preview=None))
+        with extractor.opened(slide, notes.mpp) as opened:
+            plan = extractor.plan(opened, replace(notes, preview=None))
             if not rates:
                 rates.append(extractor.encoder.rate(opened, plan))
         return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
@@ -187,16 +186,16 @@ def dry_run(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[lis
     _ = extractor.backbone  # if it cannot be loaded, that is not specific to one slide
     with alike_once():
         if files.input_dir is not None:
-            _warn_of_scales(extractor, known, targets)
+            _warn_of_scales(extractor, slide_files, targets)
         bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
-        statuses = [announced(attempt(look, slide, target)) for slide, target in bar]
+        statuses = [announced(attempt(plan_slide, slide, target)) for slide, target in bar]
     return statuses, "\n".join([status_table(statuses), "", *_plan_words(extractor, files, statuses, rates)])
 
 
 def _plan_words(
     extractor: WSIFeatureExtractor, files: ExtractionFiles, statuses: Sequence[SlideStatus], rates: Sequence[float]
 ) -> list[str]:
-    """The lines below a dry run's table: the cost, by the patches per second of a trial, and what may be wrong."""
+    """Return the lines below a dry run's table: the cost, from the patches per second of a trial, and the problems."""
     patches = sum(status.patches or 0 for status in statuses if status.status == PLANNED)
     size = patches * extractor.backbone.dim * np.dtype(extractor.config.dtype).itemsize
     cost = f"{patches} patches to extract, {file_size(size)} of features"
@@ -213,12 +212,12 @@ def _plan_words(
 
 def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took: str) -> str:
     """Return the closing lines: the number of slides by status, the outputs, the time it took, and the next step."""
-    done = [status for status in statuses if status.status == "done"]
-    patches = sum(status.patches or 0 for status in done)
-    others = ", ".join(f"{sum(status.status == name for status in statuses)} {name}" for name in STATUSES[1:])
-    lines = [f"{len(done)} extracted ({patches} patches), {others} (took {took})"]
+    extracted = [status for status in statuses if status.status == "done"]
+    patches = sum(status.patches or 0 for status in extracted)
+    counts = ", ".join(f"{sum(status.status == name for status in statuses)} {name}" for name in STATUSES[1:])
+    lines = [f"{len(extracted)} extracted ({patches} patches), {counts} (took {took})"]
     lines += _scale_note(files, {status.slide: status.mpp for status in statuses if status.is_made})
-    unknown = sum(status.mpp is None for status in done)
+    unknown = sum(status.mpp is None for status in extracted)
     if unknown:
         lines.append(
             f"{unknown} of the extracted slides have no known um/px; it is recorded as unknown "
@@ -246,32 +245,32 @@ def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took:
 
 
 def _scale_note(files: ExtractionFiles, mpps: Mapping[Path, float | None]) -> list[str]:
-    """A line if patches of these slides, or of others in the folder's reports, differ in um/px."""
-    there = scales_in(report_path(files).parent) if files.input_dir is not None else {}
-    text, _ = unlike_scales(there | dict(mpps))
+    """Return a line if patches of these slides, or of others in the folder's reports, differ in um/px."""
+    reported = scales_in(report_path(files).parent) if files.input_dir is not None else {}
+    text, _ = unlike_scales(reported | dict(mpps))
     return [f"Note: {text}"] if text else []
 
 
 def _outline_words(files: ExtractionFiles, statuses: Sequence[SlideStatus]) -> list[str]:
-    """Lines that count the slides whose tissue comes from outlines, of this run or of earlier ones."""
+    """Return lines that count the slides whose tissue comes from outlines, of this run or of earlier ones."""
     outlined = sum(status.tissue == OUTLINES for status in statuses)
-    kept = sum(KEPT_OUTLINES in status.reason for status in statuses)
-    earlier = f"{plural(kept, 'slide')} {'keeps' if kept == 1 else 'keep'} the tissue of earlier outlines"
+    earlier = sum(KEPT_OUTLINES in status.reason for status in statuses)
+    kept = f"{plural(earlier, 'slide')} {'keeps' if earlier == 1 else 'keep'} the tissue of earlier outlines"
     if files.tissue is None:
         compare = "--tissue DIR compares it with the files there, --overwrite has it detected"
-        return [f"{earlier}; {compare}"] if kept else []
-    others = "" if files.tissue_strict else ", else detected"
-    lines = [f"Tissue by {files.tissue} in {outlined - kept} of {plural(len(statuses), 'slide')}{others}"]
-    if kept:
+        return [f"{kept}; {compare}"] if earlier else []
+    otherwise = "" if files.tissue_strict else ", else detected"
+    lines = [f"Tissue by {files.tissue} in {outlined - earlier} of {plural(len(statuses), 'slide')}{otherwise}"]
+    if earlier:
         lines.append(
-            f"{earlier}, of which {files.tissue} has no file: put it back, or move the features away to have the "
+            f"{kept}, of which {files.tissue} has no file: put it back, or move the features away to have the "
             "tissue detected"
         )
     return lines
 
 
 def _cohort_flags(features_dir: Path | None) -> str:
-    """The flags that name the cohort of these features: its name alone where they are in its default folder."""
+    """Return the flags that name the cohort of these features: its name alone if they are in its default folder."""
     folder = Path(str(features_dir))
     if folder.name == "features" and folder.parent.parent.resolve() == Path("datasets").resolve():
         return f"--dataset {folder.parent.name}"

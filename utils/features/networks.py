@@ -23,7 +23,7 @@ def load_timm() -> Any:
 
 
 class ResNetToLayer3(nn.Module):
-    """A ResNet cut after its third stage, averaged over positions; its weights keep the ResNet's names."""
+    """A ResNet cut after its third stage and averaged over positions; its weights keep the ResNet's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,9 +49,9 @@ class ClassAndMeanToken(nn.Module):
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Put every BatchNorm into the convolution before it: the same features to float rounding, in half the time.
+    """Fold every BatchNorm into the convolution before it: the same features to float rounding, in half the time.
 
-    For a ResNet, whose layers are registered in the order in which they compute.
+    It works for a ResNet, whose layers are registered in the order in which they compute.
     """
     for block in network.modules():
         for (name, conv), (norm_name, norm) in itertools.pairwise(list(block.named_children())):
@@ -102,7 +102,7 @@ def _classifier_prefixes(network: Any) -> tuple[str, ...]:
 
 
 def _timm_transform(name: str, config: Mapping[str, Any]) -> Transform:
-    """The whole patch at the model's own input size: its centre crop would lose tissue at the rim."""
+    """Return the transform to the model's own input size, of the whole patch: a centre crop would lose tissue."""
     channels, height, width = config["input_size"]
     if channels != 3 or height != width:
         raise BackboneError(
@@ -118,7 +118,7 @@ def _timm_transform(name: str, config: Mapping[str, Any]) -> Transform:
 
 
 def measured_dim(name: str, network: nn.Module, transform: Transform) -> int:
-    """D, by embedding one black patch: what timm says of its models' widths is not always what they return."""
+    """Return D, measured on one black patch: the widths that timm states are not always those that models return."""
     side = transform.resize or 224
     with torch.inference_mode():
         features = network.eval()(torch.zeros(1, 3, side, side))

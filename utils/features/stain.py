@@ -1,8 +1,8 @@
 """Descriptors of a patch that need no weights: its colour alone, or colour with texture and nuclear density.
 
-Colour is measured where the stains add up: optical densities are separated into haematoxylin, eosin and a residual
-(Ruifrok and Johnston 2001, Anal Quant Cytol Histol 23:291-299). `stain` holds nothing spatial, so that what a model
-reaches with it is the share of a label that colour explains; `stain-texture` adds what a few scales show of shape.
+Colour is measured in optical densities, which add up, separated into haematoxylin, eosin and a residual (Ruifrok and
+Johnston 2001, Anal Quant Cytol Histol 23:291-299). `stain` holds nothing spatial, so a model trained on it shows how
+much of a label colour explains; `stain-texture` adds shape at a few scales.
 """
 
 import math
@@ -40,11 +40,11 @@ _FAINT = 0.01  # density; nothing is divided by smaller spreads, which are noise
 
 
 class StainDescriptor(nn.Module):
-    """Images (B, 3, P, P) of 0..1 to descriptors (B, D) float32; `stain_names` names the D values.
+    """Turns images (B, 3, P, P) of 0..1 into descriptors (B, D) float32; `stain_names` names the D values.
 
-    `stain` does not depend on where a pixel lies. `stain-texture` needs patches of 64 px and more, looks at the
-    largest square in the middle whose side is a multiple of 32, and is the same for a patch turned by 90 degrees where
-    P is even. Both are finite for every image.
+    `stain` does not depend on the positions of pixels. `stain-texture` needs patches of 64 px or more, uses the largest
+    central square whose side is a multiple of 32, and is the same for a patch turned by 90 degrees if P is even. Both
+    are finite for every image.
     """
 
     weight: Tensor
@@ -59,17 +59,17 @@ class StainDescriptor(nn.Module):
             self.register_buffer(name, value.float())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Raises BackboneError for patches too small to have a texture."""
+        """Raise BackboneError for patches that are too small for texture."""
         if self.texture and images.shape[-1] < _LEAST:
             raise BackboneError(f"stain-texture: patches of {images.shape[-1]} px; {_LEAST} px and more are expected")
         # Autocast would separate the stains in half precision.
         with torch.autocast(images.device.type, enabled=False):
             bins = _Bins(self.weight, self.bias, self.least, self.width)
-            return torch.cat([_describe(part, bins, self.texture) for part in images.float().split(_AT_ONCE)])
+            return torch.cat([_describe(batch, bins, self.texture) for batch in images.float().split(_AT_ONCE)])
 
 
 def stain_names(texture: bool) -> list[str]:
-    """What the D values of `stain`, or with `texture` of `stain-texture`, are, in their order.
+    """Return the names of the D values of `stain`, or with `texture` of `stain-texture`, in order.
 
     Densities are optical densities to base 10; absorbance is their mean over the three colours. `stain`:
 
@@ -79,9 +79,9 @@ def stain_names(texture: bool) -> list[str]:
     - chroma: mean and std of the largest minus the smallest density of a pixel; stained_share: of pixels with chroma
       over 0.03.
 
-    `stain-texture`, besides, of haematoxylin and absorbance averaged over squares of 2, 4, 8 and 16 px:
+    `stain-texture` also has, of haematoxylin and absorbance averaged over squares of 2, 4, 8 and 16 px:
 
-    - std; gradient_mean and gradient_std; anisotropy: 0 where gradients point everywhere, 1 where along one line;
+    - std; gradient_mean and gradient_std; anisotropy: 0 if gradients point everywhere, 1 if along one line;
       curvature: the mean absolute Laplacian;
     - haematoxylin_eosin_correlation at each of the scales;
     - nuclear_share and nuclear_edge at three densities of haematoxylin: share of the area above it, and share of the
@@ -92,7 +92,7 @@ def stain_names(texture: bool) -> list[str]:
     names = [f"{density}_{measure}" for density in DENSITIES for measure in ("mean", "std", "skew", *_percentiles())]
     names.append("dark_share")
     names += [f"{colour}_{measure}" for measure in ("mean", "std") for colour in _COLOURS]
-    names += [f"{_COLOURS[one]}_{_COLOURS[other]}_correlation" for one, other in _COLOUR_PAIRS]
+    names += [f"{_COLOURS[first]}_{_COLOURS[second]}_correlation" for first, second in _COLOUR_PAIRS]
     names += ["chroma_mean", "chroma_std", "stained_share"]
     return names + _texture_names() if texture else names
 
@@ -113,13 +113,14 @@ def _texture_names() -> list[str]:
         *(f"haematoxylin_eosin_{scale}px_correlation" for scale in SCALES),
         *(f"nuclear_{measure}_{level}" for level in _NUCLEAR_DENSITIES for measure in ("share", "edge")),
         *("peaks", "peak_height_mean", "peak_height_std", "peak_prominence"),
-        *(f"{what}_block_std" for what in ("haematoxylin", "absorbance", "nuclear_share", "peaks")),
+        *(f"{measure}_block_std" for measure in ("haematoxylin", "absorbance", "nuclear_share", "peaks")),
     ]
 
 
 class _Bins(NamedTuple):
-    """How densities are counted: one, in units of a bin above the least that there can be, is `weight` (4, 3) times the
-    logarithms of the light transmitted plus `bias` (4, 1); `least` and `width` (4, 1) of a bin turn it back.
+    """The bins of the density histograms. A density, in bins above the least possible one, is `weight` (4, 3) times the
+    logarithms of the transmitted light, plus `bias` (4, 1); the `least` density and the `width` (4, 1) of a bin turn it
+    back.
     """
 
     weight: Tensor
@@ -134,13 +135,13 @@ def _bins() -> _Bins:
     least = densest * separation.clamp(max=0).sum(dim=1, keepdim=True)
     width = densest * separation.abs().sum(dim=1, keepdim=True) / (_BINS - 1)
     weight = -separation / width
-    # White, for which the light is counted as 256/255, has density 0.
+    # White has density 0; its transmitted light is taken as 256/255.
     bias = -(least / width) - weight.sum(dim=1, keepdim=True) * math.log10(256 / 255)
     return _Bins(weight, bias, least, width)
 
 
 def _separation() -> Tensor:
-    """(4, 3) float64: `DENSITIES` from the optical densities of the colours; the residual is what no stain can make."""
+    """Return the (4, 3) float64 matrix from the colours' densities to `DENSITIES`; no stain makes the residual."""
     stains = nn.functional.normalize(torch.tensor([_HAEMATOXYLIN, _EOSIN], dtype=torch.float64))
     residual = nn.functional.normalize(torch.linalg.cross(stains[0], stains[1]), dim=0)
     separation = torch.linalg.inv(torch.stack([*stains, residual])).T
@@ -148,29 +149,29 @@ def _separation() -> Tensor:
 
 
 def _describe(images: Tensor, bins: _Bins, texture: bool) -> Tensor:
-    images = images.contiguous()  # colour by colour from here on: channels-last images would be read with gaps
+    images = images.contiguous()  # what follows reads colour by colour, with gaps if images were channels-last
     transmitted = (images + 1 / 255).log10_()
     weight = bins.weight.expand(len(images), -1, -1)
-    counted = torch.baddbmm(bins.bias, weight, transmitted.flatten(2)).unflatten(2, images.shape[2:])
-    features = [*_density_statistics(counted, bins), *_colour_statistics(images, transmitted)]
+    bin_units = torch.baddbmm(bins.bias, weight, transmitted.flatten(2)).unflatten(2, images.shape[2:])
+    features = [*_density_statistics(bin_units, bins), *_colour_statistics(images, transmitted)]
     if texture:
-        features += _texture_statistics(counted, bins)
+        features += _texture_statistics(bin_units, bins)
     return torch.cat(features, dim=1)
 
 
-def _density_statistics(counted: Tensor, bins: _Bins) -> list[Tensor]:
-    """From a histogram of each density: the order of the pixels cannot matter, and nothing is sorted."""
-    batch, channels, number = *counted.shape[:2], counted[0, 0].numel()
-    first = torch.arange(batch * channels, dtype=torch.int32, device=counted.device).mul_(_BINS)
-    found = counted.flatten(2).int().add_(first.view(batch, channels, 1))
-    counts = torch.bincount(found.flatten(), minlength=batch * channels * _BINS).view(batch, channels, _BINS)
+def _density_statistics(bin_units: Tensor, bins: _Bins) -> list[Tensor]:
+    """Measure each density on its histogram, which needs no sorting and ignores the positions of pixels."""
+    batch, channels, number = *bin_units.shape[:2], bin_units[0, 0].numel()
+    first = torch.arange(batch * channels, dtype=torch.int32, device=bin_units.device).mul_(_BINS)
+    indices = bin_units.flatten(2).int().add_(first.view(batch, channels, 1))
+    counts = torch.bincount(indices.flatten(), minlength=batch * channels * _BINS).view(batch, channels, _BINS)
     share = counts / number
-    values = (torch.arange(_BINS, device=counted.device) + 0.5) * bins.width + bins.least
+    values = (torch.arange(_BINS, device=bin_units.device) + 0.5) * bins.width + bins.least
     mean = (share * values).sum(dim=2, keepdim=True)
     deviation = values - mean
     std = (share * deviation.square()).sum(dim=2, keepdim=True).sqrt()
     skew = (share * deviation**3).sum(dim=2, keepdim=True) / (std + _FAINT) ** 3
-    ranks = torch.tensor([math.ceil(percent / 100 * number) for percent in _PERCENTILES], device=counted.device)
+    ranks = torch.tensor([math.ceil(percent / 100 * number) for percent in _PERCENTILES], device=bin_units.device)
     reached = torch.searchsorted(counts.cumsum(dim=2), ranks.expand(batch, channels, -1).contiguous())
     percentiles = (reached + 0.5) * bins.width + bins.least
     dark = (share[:, -1] * (values[-1] > _DARK)).sum(dim=1, keepdim=True)
@@ -184,7 +185,7 @@ def _colour_statistics(images: Tensor, transmitted: Tensor) -> list[Tensor]:
     covariance = centred @ centred.mT / flat.shape[2]
     variance = covariance.diagonal(dim1=1, dim2=2)
     spread = (variance.unsqueeze(1) * variance.unsqueeze(2)).sqrt() + _FAINT**2
-    correlation = torch.stack([(covariance / spread)[:, one, other] for one, other in _COLOUR_PAIRS], dim=1)
+    correlation = torch.stack([(covariance / spread)[:, first, second] for first, second in _COLOUR_PAIRS], dim=1)
     red, green, blue = transmitted.flatten(2).unbind(dim=1)
     low, high = torch.minimum(red, green), torch.maximum(red, green)
     chroma = torch.maximum(high, blue) - torch.minimum(low, blue)
@@ -192,10 +193,10 @@ def _colour_statistics(images: Tensor, transmitted: Tensor) -> list[Tensor]:
     return [mean.flatten(1), variance.sqrt(), correlation, *_mean_std(chroma), stained]
 
 
-def _texture_statistics(counted: Tensor, bins: _Bins) -> list[Tensor]:
-    side = counted.shape[-1] // _GRAIN * _GRAIN
-    start = (counted.shape[-1] - side) // 2
-    maps = _halved(counted[..., start : start + side, start : start + side])
+def _texture_statistics(bin_units: Tensor, bins: _Bins) -> list[Tensor]:
+    side = bin_units.shape[-1] // _GRAIN * _GRAIN
+    start = (bin_units.shape[-1] - side) // 2
+    maps = _halved(bin_units[..., start : start + side, start : start + side])
     maps = maps * bins.width.unsqueeze(2) + bins.least.unsqueeze(2)
     haematoxylin, eosin, absorbance = maps[:, :1], maps[:, 1:2], maps[:, 3:]
     maps = torch.cat([haematoxylin, absorbance, eosin], dim=1)
@@ -212,7 +213,7 @@ def _texture_statistics(counted: Tensor, bins: _Bins) -> list[Tensor]:
 
 
 def _edges(maps: Tensor) -> list[Tensor]:
-    """Five (B, C) statistics of maps (B, C, h, w)."""
+    """Return five (B, C) statistics of maps (B, C, h, w)."""
     right, left, below, above = maps[..., 1:-1, 2:], maps[..., 1:-1, :-2], maps[..., 2:, 1:-1], maps[..., :-2, 1:-1]
     across, down = (right - left).div_(2), (below - above).div_(2)
     curvature = (right + left).add_(below).add_(above).sub_(maps[..., 1:-1, 1:-1], alpha=4).abs_()
@@ -236,7 +237,7 @@ def _nuclear_areas(nuclei: Tensor) -> list[Tensor]:
 
 
 def _peaks(nuclei: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """(B, 1, h, w) 1 where a peak is and 0 elsewhere, and four (B, 1) statistics of the peaks."""
+    """Return (B, 1, h, w), 1 at peaks and 0 elsewhere, and four (B, 1) statistics of the peaks."""
     smooth = _box(nuclei, 3)
     reach = _PEAK_WIDTH // 2
     highest = nn.functional.max_pool2d(smooth, (1, _PEAK_WIDTH), stride=1, padding=(0, reach))
@@ -251,32 +252,32 @@ def _peaks(nuclei: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _box(maps: Tensor, width: int) -> Tensor:
-    """The mean over squares of `width`, at the rim over what there is of them."""
+    """Return means over squares of `width`; at the rim, over the part of them that lies inside."""
     reach = width // 2
     maps = nn.functional.avg_pool2d(maps, (1, width), stride=1, padding=(0, reach), count_include_pad=False)
     return nn.functional.avg_pool2d(maps, (width, 1), stride=1, padding=(reach, 0), count_include_pad=False)
 
 
 def _between_blocks(maps: Tensor) -> Tensor:
-    """(B, C) spread between the means of sixteen parts."""
+    """Return the (B, C) standard deviation between the means of sixteen blocks."""
     blocks = nn.functional.avg_pool2d(maps, maps.shape[-1] // _BLOCKS)
     return _mean_std(blocks.flatten(2))[1].flatten(1)
 
 
 def _halved(maps: Tensor) -> Tensor:
-    """The means over squares of two px; by sums of rows and of columns, several times as fast as pooling."""
+    """Return means over squares of two px; sums of rows and columns are several times as fast as pooling."""
     rows = maps[..., ::2, :] + maps[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]).div_(4)
 
 
 def _mean_std(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the last axis, which stays with length 1."""
+    """Return mean and standard deviation over the last axis, which stays with length 1."""
     mean = values.mean(dim=-1, keepdim=True)
     return mean, (values - mean).square_().mean(dim=-1, keepdim=True).sqrt_()
 
 
-def _correlation(one: Tensor, other: Tensor) -> Tensor:
-    """(B, 1) of two maps (B, h, w), 0 where one of them is constant."""
-    one, other = (part.flatten(1) - part.flatten(1).mean(dim=1, keepdim=True) for part in (one, other))
-    product, *variances = ((a * b).mean(dim=1, keepdim=True) for a, b in ((one, other), (one, one), (other, other)))
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Return (B, 1) correlations of two maps (B, h, w), 0 where one of them is constant."""
+    x, y = (values.flatten(1) - values.flatten(1).mean(dim=1, keepdim=True) for values in (x, y))
+    product, *variances = ((a * b).mean(dim=1, keepdim=True) for a, b in ((x, y), (x, x), (y, y)))
     return product / ((variances[0] * variances[1]).sqrt() + _FAINT**2)

@@ -1,4 +1,4 @@
-"""What is done to patches before a backbone sees them, as a `Transform` that can be written into a feature file."""
+"""Resize, crop and normalise patches for a backbone; a `Transform` can be written into a feature file."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,11 +11,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to a patch before the network sees it.
+    """How a patch is changed before the network sees it.
 
     Attributes:
-        resize: px of the shorter side after resizing, None to leave the size alone.
-        crop: px of the square cut from the middle, None to cut nothing.
+        resize: px of the shorter side after resizing, None to keep the size.
+        crop: px of the square cut from the middle, None to keep everything.
         interpolation: "bilinear" or "bicubic", antialiased.
         mean, std: per channel, of values scaled to 0..1.
     """
@@ -27,14 +27,14 @@ class Transform:
     std: tuple[float, ...] = IMAGENET_STD
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able: the tuples as lists."""
+        """Return it for JSON, with lists for tuples."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """(B, P, P, 3) uint8 to (B, 3, S, S) float32, on the device of `patches`.
+        """Turn (B, P, P, 3) uint8 into (B, 3, S, S) float32, on the device of `patches`.
 
-        Resizing is PIL's: the same filters, widened when shrinking, first across and then down, clipped and rounded to
-        whole grey levels after each. PIL does it in fixed point, so that a value can differ by a level of 255.
+        It resizes as PIL does: with the same filters, widened when shrinking, first across and then down, clipped and
+        rounded to whole grey levels after each. PIL computes in fixed point, so a value can differ by a level of 255.
         """
         images = patches.float().permute(0, 3, 1, 2)
         if self.resize is not None:

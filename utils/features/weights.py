@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from utils.core.errors import BackboneError
 from utils.core.tensors import load_tensors
 
-# HfHubHTTPError's own bases name the HTTP library at work (requests or httpx), whose failures can come through as well.
+# HfHubHTTPError's bases are the errors of its HTTP library (requests or httpx), which can come through as well.
 HUB_FAILURES: tuple[type[Exception], ...] = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 _MAX_NAMED_KEYS = 4
 
@@ -28,10 +28,10 @@ StateDict = dict[str, Tensor]
 
 
 def digest_weights(state: Mapping[str, Tensor]) -> str:
-    """sha256 over the names (sorted), shapes, dtypes and bytes of a state dict, in hexadecimal.
+    """Return the SHA-256 over the names (sorted), shapes, dtypes and bytes of a state dict, in hexadecimal.
 
-    Equal for the same weights whatever file format they came in. BatchNorm's step counters take no part: they do not
-    touch the features, and some files lack them.
+    The file format of the weights does not matter. BatchNorm's step counters are left out: they do not affect the
+    features, and some files lack them.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -44,10 +44,10 @@ def digest_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def read_weights(path: Path) -> StateDict:
-    """The tensors of a weights file, by name; a dict nested as `state_dict` or `model` is unwrapped.
+    """Return the tensors of a weights file, by name; a dict nested as `state_dict` or `model` is unwrapped.
 
     Raises:
-        BackboneError: missing, unreadable, or holding anything else than tensors.
+        BackboneError: the file is missing, unreadable, or holds anything but tensors.
     """
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
@@ -71,7 +71,7 @@ def _read_safetensors(path: Path) -> StateDict:
 
 
 def rename_dinov2(state: StateDict) -> StateDict:
-    """Weights of a Hugging Face Dinov2Model (any depth and width) as those of timm's vision transformer.
+    """Rename the weights of a Hugging Face Dinov2Model (any depth and width) to those of timm's vision transformer.
 
     The query, key and value projections become one; the mask token, used in pretraining only, is dropped. Names that
     are not a Dinov2Model's pass unchanged, so that a strict load reports them.
@@ -88,11 +88,11 @@ def rename_dinov2(state: StateDict) -> StateDict:
             split.setdefault(f"{match[1]}qkv.{match[3]}", {})[match[2]] = tensor
         else:
             renamed[name] = tensor
-    for name, parts in split.items():
-        if parts.keys() == {"q", "k", "v"}:
-            renamed[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
+    for name, projections in split.items():
+        if projections.keys() == {"q", "k", "v"}:
+            renamed[name] = torch.cat([projections["q"], projections["k"], projections["v"]])
         else:
-            renamed |= {name.replace("qkv", part): tensor for part, tensor in parts.items()}
+            renamed |= {name.replace("qkv", letter): tensor for letter, tensor in projections.items()}
     return renamed
 
 
@@ -112,24 +112,27 @@ _DINOV2_NAMES = (
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: Path, spare: tuple[str, ...]) -> None:
-    """Copy the weights in, or say which of them do not fit."""
-    wanted = module.state_dict()
-    given = {name: tensor for name, tensor in state.items() if name in wanted or not name.startswith(spare)}
+    """Copy the weights into the module; those that begin with a prefix in `spare` may be left over.
+
+    Raises BackboneError, which says which of them do not fit.
+    """
+    expected = module.state_dict()
+    weights = {name: tensor for name, tensor in state.items() if name in expected or not name.startswith(spare)}
     misfits = {
-        "missing": [name for name in wanted if name not in given and not _is_counter(name)],
-        "unexpected": [name for name in given if name not in wanted],
+        "missing": [name for name in expected if name not in weights and not _is_counter(name)],
+        "unexpected": [name for name in weights if name not in expected],
         "of another shape": [
-            f"{name} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
-            for name, tensor in given.items()
-            if name in wanted and tensor.shape != wanted[name].shape
+            f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+            for name, tensor in weights.items()
+            if name in expected and tensor.shape != expected[name].shape
         ],
     }
     if any(misfits.values()):
-        said = "; ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in misfits.items() if names)
+        text = "; ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in misfits.items() if names)
         raise BackboneError(
-            f"{source}: not the weights of this backbone, {len(wanted)} are expected: {said}; give the matching file"
+            f"{source}: not the weights of this backbone, {len(expected)} are expected: {text}; give the matching file"
         )
-    module.load_state_dict(given, strict=False)
+    module.load_state_dict(weights, strict=False)
 
 
 def _few(names: list[str]) -> str:
@@ -152,7 +155,7 @@ def download(name: str, repo: str, filename: str, revision: str | None, access: 
 
 
 def hub_access(timeout: float) -> tuple[bool, str]:
-    """Whether weights can be fetched from the hub, and how that is known; whether a token is there, never which."""
+    """Return whether weights can be fetched from the hub, and a text that says why, and whether there is a token."""
     token = "logged in" if get_token() else "not logged in, as gated models need (`hf auth login`)"
     if HF_HUB_OFFLINE:
         return False, f"offline, as HF_HUB_OFFLINE says; {token}"
