@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -35,6 +36,9 @@ from utils.slides.settings import ExtractionFiles
 # workers behind everything else that the machine does.
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+
+# Begun in the background (`nohup ... &`), a process ignores Ctrl-C, and so would all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shared and busy machines miss hypothesis' 200 ms now and then; the same examples every time make a failure repeatable.
 settings.register_profile("litemil", deadline=None, derandomize=True)

@@ -17,7 +17,7 @@ COMMANDS = [
     "train.py", "predict.py", "extractFeatures.py", "-m utils.audit", "-m utils.compare", "-m utils.convert",
     "-m utils.doctor", "-m datasets.download", "-m datasets.demo",
 ]  # fmt: skip
-SLOW = {"torch", "numpy", "scipy", "pandas", "sklearn", "matplotlib", "timm", "h5py", "openslide", "PIL"}
+SLOW = {"torch", "numpy", "scipy", "pandas", "sklearn", "matplotlib", "timm", "h5py", "openslide", "PIL", "tqdm"}
 
 
 def started(command: str, flag: str) -> subprocess.CompletedProcess[str]:

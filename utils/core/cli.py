@@ -38,6 +38,14 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return text + " (default: %(default)s)"
 
 
+class _PrintVersion(argparse.Action):
+    """Looks the version up when asked for it: that imports much."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> typing.NoReturn:
+        sys.stdout.write(f"LiteMIL {runtime.version_of('litemil')}\n")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line; argparse would print the whole usage first."""
 
@@ -102,8 +110,7 @@ def _program() -> str:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("every command")
     group.add_argument("-q", "--quiet", action="store_true", help="only results, warnings and errors: no progress")
-    version = f"LiteMIL {runtime.version_of('litemil')}"
-    group.add_argument("--version", action="version", version=version, help="print the version and stop")
+    group.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and stop")
     group.add_argument("-h", "--help", action="help", help="print this text and stop")
 
 

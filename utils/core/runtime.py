@@ -1,8 +1,8 @@
 """How a process runs: its share of the machine, threads, log lines, progress bars, versions. Imports nothing slow."""
 
 import ctypes
+import functools
 import hashlib
-import importlib.metadata
 import itertools
 import logging
 import os
@@ -14,9 +14,10 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 log = logging.getLogger("litemil")
 Item = TypeVar("Item")
@@ -43,8 +44,6 @@ _SECONDS_BETWEEN_LOG_LINES = 30
 _quiet = threading.Event()
 _most_processors: int | None = None
 _thread_limit: str | None = None
-# Each process has its own bars; tqdm's own lock is shared with forked ones and stays taken when one is killed.
-tqdm.set_lock(threading.RLock())
 
 
 def derive_seed(*names: int | str) -> int:
@@ -61,9 +60,11 @@ def versions() -> dict[str, str]:
 
 def version_of(package: str) -> str:
     """Return the version of a package, "not installed" if it is missing."""
+    from importlib import metadata  # imports much that only this function needs
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return "not installed"
 
 
@@ -224,12 +225,22 @@ def prefetch(items: Iterable[Item]) -> Iterator[Item]:
 
 def progress(items: Iterable[Item], description: str, **bar: Any) -> "tqdm[Item]":
     """Return a tqdm bar over `items`; on a terminal it redraws, in a log it prints a line now and then."""
-    return tqdm(items, desc=description, **_bar_settings(), **bar)
+    return _bar_class()(items, desc=description, **_bar_settings(), **bar)
 
 
-def progress_bar(description: str, total: int | None, **bar: Any) -> tqdm:
+def progress_bar(description: str, total: int | None, **bar: Any) -> "tqdm[Any]":
     """Return a bar that is moved by hand, printed as that of `progress`."""
-    return tqdm(desc=description, total=total, **_bar_settings(), **bar)
+    return _bar_class()(desc=description, total=total, **_bar_settings(), **bar)
+
+
+@functools.cache
+def _bar_class() -> "type[tqdm[Any]]":
+    """Import tqdm: not at once, as a command that shows its help needs no bar."""
+    from tqdm import tqdm
+
+    # Each process has its own bars; tqdm's own lock is shared with forked ones and stays taken when one is killed.
+    tqdm.set_lock(threading.RLock())
+    return tqdm
 
 
 def _bar_settings() -> dict[str, Any]:
@@ -244,7 +255,7 @@ class _BarFriendlyHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+        _bar_class().write(prefix + record.getMessage(), file=sys.stderr)
 
 
 def start_logging() -> None:
