@@ -120,6 +120,21 @@ def test_another_machines_claim_is_taken_over_without_a_sign_of_life(tmp_path, c
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_claim_whose_process_was_killed_before_it_signed_is_free_after_a_minute(tmp_path):
+    """The lock's own rule is that a claim without a name is held for ever."""
+    file = tmp_path / ".a.h5.claim"
+    file.touch()
+    with claimed(tmp_path / "a.h5") as other:
+        assert other == "another process"
+    assert not is_free(claim_on(tmp_path / "a.h5"))
+    os.utime(file, (time.time() - 100,) * 2)
+    with claimed(tmp_path / "a.h5") as other:
+        assert other == ""
+    file.touch()
+    os.utime(file, (time.time() - 100,) * 2)
+    assert is_free(claim_on(tmp_path / "a.h5"))
+
+
 def test_where_nothing_can_be_written_nothing_is_claimed(tmp_path):
     tmp_path.chmod(0o500)
     with claimed(tmp_path / "a.h5") as other:

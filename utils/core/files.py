@@ -26,6 +26,7 @@ from utils.core.errors import ConfigError, DiskFullError, LiteMILError
 
 _SECONDS_TO_BE_FORGOTTEN = 24 * 3600
 _SECONDS_WITHOUT_A_SIGN = 600  # after which another machine's claim is taken over
+_SECONDS_TO_SIGN = 60
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
@@ -74,6 +75,7 @@ def claimed(path: Path, seconds: float = 0.1) -> Iterator[str]:
     """
     claim, other_process = claim_on(path), ""
     try:
+        _remove_unsigned(claim)
         claim.acquire(timeout=seconds)
     except filelock.Timeout:
         owner = claim.owner
@@ -96,6 +98,7 @@ def claim_on(path: Path) -> filelock.SoftFileLease:
 def is_free(claim: filelock.SoftFileLease) -> bool:
     """Whether no living process holds the claim."""
     try:
+        _remove_unsigned(claim)
         with claim.acquire(blocking=False):
             return True
     except filelock.Timeout:
@@ -106,6 +109,17 @@ def is_free(claim: filelock.SoftFileLease) -> bool:
 
 def _claim(file: Path) -> filelock.SoftFileLease:
     return filelock.SoftFileLease(file, lease_duration=_SECONDS_WITHOUT_A_SIGN)
+
+
+def _remove_unsigned(claim: filelock.SoftFileLease) -> None:
+    """Remove a claim that has been empty for a minute. Its process was killed before it could write its name there, and
+    a lock without a name is held for ever.
+    """
+    file = Path(claim.lock_file)
+    with suppress(FileNotFoundError):
+        status = file.stat()
+        if status.st_size == 0 and time.time() - status.st_mtime > _SECONDS_TO_SIGN:
+            file.unlink()
 
 
 def _node(owner: filelock.OwnerRecord) -> str:
