@@ -235,9 +235,9 @@ def _fold_figures(predictions: Predictions) -> list[dict[str, float | None]]:
 def _fold_sizes(run: Run) -> list[tuple[int, int]]:
     """How many slides each outer fold was trained on, those of inner validation among them, and tested on."""
     trained: dict[int, set[str]] = {}
-    tested = {split.fold: len(set(split.parts["test"])) for split in run.splits}
+    tested = {split.fold: len(set(split.slides["test"])) for split in run.splits}
     for split in run.splits:
-        trained.setdefault(split.fold, set()).update(split.parts["train"], split.parts["val"])
+        trained.setdefault(split.fold, set()).update(split.slides["train"], split.slides["val"])
     return [(len(trained[fold]), tested[fold]) for fold in sorted(tested)]
 
 

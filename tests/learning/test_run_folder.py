@@ -10,7 +10,7 @@ from utils.learning.run_folder import RunFolder
 
 
 def hold(path: Path, ready, go) -> None:
-    with RunFolder(path).held():
+    with RunFolder(path).locked():
         ready.set()
         go.wait(30)
         os._exit(1)  # without letting go of anything
@@ -24,14 +24,14 @@ def test_another_process_is_kept_out_until_it_ends(tmp_path):
     assert ready.wait(30)
     with (
         pytest.raises(ConfigError, match="another process is training into this folder"),
-        RunFolder(tmp_path / "a" / "run").held(),
+        RunFolder(tmp_path / "a" / "run").locked(),
     ):
         pytest.fail("was let in")
-    with RunFolder(tmp_path / "a" / "other").held():
+    with RunFolder(tmp_path / "a" / "other").locked():
         pass
     go.set()
     process.join(30)
-    with RunFolder(tmp_path / "a" / "run").held():
+    with RunFolder(tmp_path / "a" / "run").locked():
         pass
     assert not list((tmp_path / "a").iterdir())
 
@@ -41,7 +41,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
-    with RunFolder(tmp_path / "run").held():
+    with RunFolder(tmp_path / "run").locked():
         pass
 
 
@@ -49,7 +49,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match=r"cannot be written .*give another --output_dir"),
-        RunFolder(tmp_path / "file" / "run").held(),
+        RunFolder(tmp_path / "file" / "run").locked(),
     ):
         pytest.fail("was let in")
 

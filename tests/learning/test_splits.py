@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from utils.core.errors import SplitError
 from utils.core.files import write_json
 from utils.learning.protocol import splits_content
-from utils.learning.split_files import given_splits, read_splits, shared_cases, unused_split
+from utils.learning.split_files import folds_from_file, read_splits, shared_cases, unused_split
 from utils.learning.splits import OuterFold, few_patients, nested_splits
 
 GLAS = Path(__file__).parents[2].parent / "shared" / "data" / "glas" / "labels.csv"
@@ -101,7 +101,7 @@ def test_a_slide_of_given_splits_that_just_misses_one_is_told_with_it(tmp_path):
     with pytest.raises(
         SplitError, match=r"not in the cohort: 7 \(there is 007\); a spreadsheet has made the ids numbers"
     ):
-        given_splits(path, ["007", "S2", "S3", "S4"], np.array([0, 1, 0, 1]), np.array(list("abcd")), ("x", "y"))
+        folds_from_file(path, ["007", "S2", "S3", "S4"], np.array([0, 1, 0, 1]), np.array(list("abcd")), ("x", "y"))
 
 
 def promised(message: str, n_outer: int, n_inner: int) -> tuple[int, int] | None:
@@ -249,10 +249,10 @@ def test_our_own_split_file_reads_back(tmp_path):
     assert len(found) == 6
     for got, (number, *parts) in zip(found, expected, strict=True):
         assert got.fold == number
-        assert got.parts == {
+        assert got.slides == {
             name: [ids[slide] for slide in part] for name, part in zip(("train", "val", "test"), parts, strict=True)
         }
-        assert not shared_cases(got.parts, dict(zip(ids, cases.tolist(), strict=True)))
+        assert not shared_cases(got.slides, dict(zip(ids, cases.tolist(), strict=True)))
     assert found[3].name == "fold 2, inner 2 of splits.json"
 
 
@@ -260,15 +260,15 @@ def test_a_table_of_parts_is_read_as_text(tmp_path):
     path = write_parts(tmp_path / "splits_3.csv", ["007", "a.b", "c"], ["d.svs"], ["e.h5", "f.PT"])
     (found,) = read_splits(path)
     assert (found.name, found.fold) == ("splits_3.csv", 3)
-    assert found.parts == {"train": ["007", "a.b", "c"], "val": ["d"], "test": ["e", "f"]}
-    assert read_splits(path, {"d.svs"})[0].parts["val"] == ["d.svs"]
+    assert found.slides == {"train": ["007", "a.b", "c"], "val": ["d"], "test": ["e", "f"]}
+    assert read_splits(path, {"d.svs"})[0].slides["val"] == ["d.svs"]
 
 
 def test_whole_numbers_that_pandas_made_floats_are_ids_again(tmp_path):
     path = tmp_path / "splits_0.csv"
     pd.DataFrame({"train": pd.Series([1, 2, 3]), "val": pd.Series([4]), "test": pd.Series([5, 6])}).to_csv(path)
     assert "4.0" in path.read_text()
-    assert read_splits(path)[0].parts == {"train": ["1", "2", "3"], "val": ["4"], "test": ["5", "6"]}
+    assert read_splits(path)[0].slides == {"train": ["1", "2", "3"], "val": ["4"], "test": ["5", "6"]}
 
 
 def test_a_folder_of_tables_in_the_order_of_their_numbers(tmp_path):
@@ -276,7 +276,7 @@ def test_a_folder_of_tables_in_the_order_of_their_numbers(tmp_path):
         write_parts(tmp_path / f"splits_{number}.csv", [f"train{number}"], ["v"], ["t"])
         pd.DataFrame({"train": [True], "val": [False], "test": [False]}).to_csv(tmp_path / f"splits_{number}_bool.csv")
         (tmp_path / f"splits_{number}_descriptor.csv").write_text(",train,val,test\nbenign,1,1,1\n")
-    assert [(found.fold, found.parts["train"]) for found in read_splits(tmp_path)] == [
+    assert [(found.fold, found.slides["train"]) for found in read_splits(tmp_path)] == [
         (0, ["train0"]),
         (2, ["train2"]),
         (10, ["train10"]),

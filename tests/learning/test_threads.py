@@ -10,7 +10,7 @@ from utils.core import runtime
 from utils.core.engine import threads
 from utils.core.files import read_json, write_json
 from utils.learning import threads as chooser
-from utils.learning.threads import ThreadChoice, choose_threads, fastest, some_of, thread_counts
+from utils.learning.threads import ThreadChoice, choose_threads, fastest, thread_counts, trial_bags
 from utils.nested_cv import NestedCrossValidation
 
 CPU = torch.device("cpu")
@@ -39,13 +39,13 @@ def large(monkeypatch):
 
 
 def test_small_steps_take_one_thread_without_a_trial(make_model, monkeypatch):
-    monkeypatch.setattr(chooser, "tried", None)
+    monkeypatch.setattr(chooser, "step_seconds", None)
     assert choose(make_model, batch(900, 100), most=64) == ThreadChoice(1, "its steps are small")
     assert chooser._SMALL_STEP == 1024 * 1024, "a thousand patches of 1024 features"
 
 
 def test_large_steps_are_tried_and_the_choice_is_written_down(make_model, large, monkeypatch):
-    monkeypatch.setattr(chooser, "tried", lambda *_: {1: 0.2, 2: 0.1})
+    monkeypatch.setattr(chooser, "step_seconds", lambda *_: {1: 0.2, 2: 0.1})
     choice = choose(make_model, large)
     assert str(choice) == (
         "each training computes on 2 threads: fastest in a trial (a step of 200 ms on 1, 100 ms on 2); "
@@ -64,7 +64,7 @@ def test_a_trial_measures_each_number_of_threads(make_model, large):
 
 
 def test_what_the_user_says_is_not_tried(make_model, large, monkeypatch):
-    monkeypatch.setattr(chooser, "tried", None)
+    monkeypatch.setattr(chooser, "step_seconds", None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert choose(make_model, large, most=3) == ThreadChoice(3, "OMP_NUM_THREADS")
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -85,7 +85,7 @@ def test_one_slow_turn_decides_nothing(make_model, monkeypatch):
 
     monkeypatch.setattr(chooser.time, "perf_counter", lambda: clock["now"])
     with threads(1):
-        found = chooser.tried(Model(), [torch.ones(3, 4)], [1, 2])
+        found = chooser.step_seconds(Model(), [torch.ones(3, 4)], [1, 2])
     assert found == pytest.approx({1: 1.0, 2: 0.5})
 
 
@@ -110,9 +110,9 @@ def test_doubling_numbers_are_tried_up_to_the_most():
 
 
 def test_a_trial_takes_a_few_patches_only():
-    assert [len(bag) for bag in some_of(batch(1000, 2000, 3000, 4000, width=1).bags)] == [1000, 2000, 1096]
-    assert [len(bag) for bag in some_of(batch(50_000, width=1).bags)] == [4096]
-    assert [len(bag) for bag in some_of(batch(5, 6, width=1).bags)] == [5, 6]
+    assert [len(bag) for bag in trial_bags(batch(1000, 2000, 3000, 4000, width=1).bags)] == [1000, 2000, 1096]
+    assert [len(bag) for bag in trial_bags(batch(50_000, width=1).bags)] == [4096]
+    assert [len(bag) for bag in trial_bags(batch(5, 6, width=1).bags)] == [5, 6]
 
 
 def test_a_run_says_and_keeps_what_was_chosen(dataset, make_model, tmp_path, monkeypatch, caplog):
@@ -137,7 +137,7 @@ def test_a_run_says_and_keeps_what_was_chosen(dataset, make_model, tmp_path, mon
     content = read_json(tmp_path / "run" / "run.json") | {"finished": False}
     write_json(tmp_path / "run" / "run.json", content)
     monkeypatch.setattr(chooser, "_SMALL_STEP", 1)
-    monkeypatch.setattr(chooser, "tried", None)
+    monkeypatch.setattr(chooser, "step_seconds", None)
     assert run()["threads"] == 1
     assert "each training goes on with 1 thread, as the run began" in caplog.text
     assert "its steps are small" not in caplog.text

@@ -138,16 +138,16 @@ def _check_patients(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> l
 
 
 def check_splits(splits: Sequence[NamedSplit], case_of: Mapping[str, str], wsi_ids: Sequence[str]) -> list[Finding]:
-    ids = {wsi_id for split in splits for part in split.parts.values() for wsi_id in part}
+    ids = {wsi_id for split in splits for part in split.slides.values() for wsi_id in part}
     strangers = sorted(ids - case_of.keys())
     # A slide that the table does not know may be a known patient's, and a barcode tells whose.
     case_of = dict(case_of) | {wsi_id: tcga_case(wsi_id) or wsi_id for wsi_id in strangers}
     crossing: dict[str, list[str]] = defaultdict(list)
     absent: dict[str, list[str]] = defaultdict(list)
     for split in splits:
-        for case, names in shared_cases(split.parts, case_of).items():
+        for case, names in shared_cases(split.slides, case_of).items():
             crossing[case].append(f"{' and '.join(names)} of {split.name}")
-        held = {wsi_id for ids in split.parts.values() for wsi_id in ids}
+        held = {wsi_id for ids in split.slides.values() for wsi_id in ids}
         for wsi_id in wsi_ids:
             if wsi_id not in held:
                 absent[wsi_id].append(split.name)

@@ -1,4 +1,4 @@
-"""NestedCrossValidation: inner folds choose the model, outer folds test it once, and a killed run goes on.
+"""NestedCrossValidation: inner folds choose the model, outer folds test it once, and a killed run can be resumed.
 
 cv = NestedCrossValidation(functools.partial(build_mil, "LiteMIL", input_dim=1024, num_classes=2),
                            dataset, dataset.class_names, "outputs/LiteMIL/mine")
@@ -45,7 +45,7 @@ from utils.learning.testing import FoldTester
 from utils.learning.threads import THREADS, ThreadChoice, choose_threads
 from utils.prediction.feeding import SlideFeed
 
-# What the features were, beside the results.
+# The digests of the features, beside the results.
 INVENTORY = "features.csv"
 
 
@@ -53,14 +53,14 @@ class NestedCrossValidation:
     """Nested, patient-level, stratified cross-validation of one model on one dataset.
 
     `model_factory` makes a fresh, untrained model at every call. For each outer fold, one model per inner fold (and
-    setting of the `grid`) is trained on the rest and stopped on that inner fold's slides; the setting with the best
-    mean inner validation gives the model that is tested on the outer fold, as `final` says. What is reported is
-    slide-level and out of fold.
+    setting of the `grid`) is trained on the other inner folds and stopped early on that one. The setting with the best
+    mean inner validation gives the model that is tested on the outer fold, as `final` says. All reported figures are
+    out of fold, at slide level.
 
-    Beyond those named, every other field of `Training`, `Protocol`, `Running` (`utils.learning.settings`) and
-    `Cluster` is a keyword argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values),
-    `final`, `monitor`, `seed`, `jobs`, `ray` and so on. With several `jobs`, or on Ray, the factory must be what pickle
-    takes: `functools.partial(build_mil, ...)`, not a lambda.
+    Every field of `Training`, `Protocol`, `Running` (`utils.learning.settings`) and `Cluster` is a keyword argument:
+    `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`, `jobs`,
+    `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable: `functools.partial(build_mil, ...)`,
+    not a lambda.
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
     dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when
@@ -104,14 +104,14 @@ class NestedCrossValidation:
             model_factory, self.spec, tuple(self.settings), self.training, dataset, feed, self.device,
             self.protocol.seed, self.output_dir / "resume",
         )  # fmt: skip
-        _check_trainer(self.trainer, self._is_sent_away)
+        _check_trainer(self.trainer, self._uses_workers)
 
     def run(self) -> dict[str, Any]:
-        """Train what is not trained yet, write every result, return the content of `outputs.json`."""
+        """Train what is not trained yet, write all results and return the content of `outputs.json`."""
         refuse_rerun()
         folds = self.folds()
         folder = RunFolder(self.output_dir)
-        with self._engine() as engine, folder.held():
+        with self._engine() as engine, folder.locked():
             begun, standardization = self._begin(folder, folds, engine)
             if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
@@ -130,7 +130,7 @@ class NestedCrossValidation:
                     seed, formats = derive_seed(self.protocol.seed, "bootstrap"), self.running.figure_format
                     write_results(self.output_dir, results, self.dataset, about, seed, formats)
                     seconds = round(time.time() - started, 1)
-                    # On Ray others than this process needed it.
+                    # On Ray, other processes used the memory.
                     memory = None if self.cluster.is_asked_for else peak_memory(self.device)
                     record = self._record(engine) | {name: begun[name] for name in THREADS if name in begun}
                     folder.finish(record | {"seconds": seconds, "peak_memory": memory})
@@ -140,16 +140,15 @@ class NestedCrossValidation:
     def _begin(
         self, folder: RunFolder, folds: list[OuterFold], engine: Engine
     ) -> tuple[dict[str, Any], Standardization]:
-        """Take the folder; return its run.json, and in which folds models standardise features."""
+        """Take the folder. Return its run.json, and in which folds models standardise features."""
         standardize, record = self.training.standardize, folder.record()
-        known = {} if record is None else record["identity"]
+        recorded = {} if record is None else record["identity"]
         identity = settings_identity(self.trainer, self.protocol, folds)
+        # An earlier version did not read the features.
         earlier = identity | {"slides": slides_by_time(self.dataset)}
-        is_earlier = standardize != "on" and "features" not in known
-        if is_earlier and all(known.get(name) == value for name, value in earlier.items()):
-            return folder.take(earlier, dict), Standardization(
-                standardize
-            )  # of a version that did not look at features
+        is_earlier = standardize != "on" and "features" not in recorded
+        if is_earlier and all(recorded.get(name) == value for name, value in earlier.items()):
+            return folder.take(earlier, dict), Standardization(standardize)
         before = read_inventory(self.output_dir / INVENTORY)
         records = self.dataset.inventory(before)
         standardization = Standardization.decide(
@@ -168,15 +167,15 @@ class NestedCrossValidation:
         return begun, standardization
 
     @property
-    def _is_sent_away(self) -> bool:
-        """Whether trainings leave this process."""
+    def _uses_workers(self) -> bool:
+        """Return whether the trainings run in other processes."""
         return self.running.jobs > 1 or self.cluster.is_asked_for
 
     def _engine(self) -> AbstractContextManager[Engine]:
         return open_engine(self.cluster, Processes(self.running.jobs), str(self.device))
 
     def _chosen_threads(self, engine: Engine, folds: Sequence[OuterFold]) -> ThreadChoice:
-        """Choose on how many threads each training of a new run computes, and say it."""
+        """Choose the number of threads of each training of a new run, and log it."""
         slides, size = folds[0].inner[0].train, with_setting(self.training, self.settings[0]).batch_size
         choice = choose_threads(
             self.trainer.factory(self.settings[0]),
@@ -190,25 +189,25 @@ class NestedCrossValidation:
         return choice
 
     def _log_resumed(self, begun: Mapping[str, Any], engine: Engine) -> None:
-        """Say that a run goes on as it began: what is trained now must fit what is kept."""
+        """Log the thread count and the PyTorch version that a resumed run began with, if this session's differ."""
         if begun["threads"] != engine.threads:
             log.info("each training goes on with %s, as the run began", plural(begun["threads"], "thread"))
-        torch_then = begun["versions"]["torch"]
-        if torch_then != versions()["torch"]:
-            log.warning("the run was begun with PyTorch %s; its last digits may differ", torch_then)
+        torch_version = begun["versions"]["torch"]
+        if torch_version != versions()["torch"]:
+            log.warning("the run was begun with PyTorch %s; its last digits may differ", torch_version)
 
     def dry_run(self) -> str:
-        """Return what a run would do and take: the folds, and an estimate from a short trial of every setting."""
+        """Return the folds, and the time and memory that a run would take, from a short trial of every setting."""
         folds = self.folds()
         warn_of_few_patients(self.dataset, folds)
         jobs = self.jobs(folds)
         with self._engine() as engine, threads(self._chosen_threads(engine, folds).threads):
             return dry_run.report(
-                self.trainer, folds, jobs, self.protocol.final, engine.jobs, self._is_sent_away, self.output_dir
+                self.trainer, folds, jobs, self.protocol.final, engine.jobs, self._uses_workers, self.output_dir
             )
 
     def folds(self) -> list[OuterFold]:
-        """Return the outer folds of all repeats, dealt from the seed or read from the `splits` file."""
+        """Return the outer folds of all repeats, drawn by the seed or read from the `splits` file."""
         return outer_folds(self.dataset, self.protocol)
 
     def jobs(self, folds: Sequence[OuterFold], standardized: Collection[int] = ()) -> list[TrainingJob]:
@@ -217,7 +216,7 @@ class NestedCrossValidation:
 
     def _run_folds(self, folds: list[OuterFold], engine: Engine, standardization: Standardization) -> list[FoldResult]:
         trainer = self.trainer
-        if self._is_sent_away:
+        if self._uses_workers:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
             counts = plural(engine.jobs, "training"), plural(torch.get_num_threads(), "thread")
             log.info("%s at a time, on %s each", *counts)
@@ -232,17 +231,17 @@ class NestedCrossValidation:
         return results
 
     def _remedy(self) -> str:
-        """Return what helps where the workers of a training die again and again."""
+        """Return the advice for a training whose workers die again and again."""
         if self.cluster.is_asked_for:
             return "give the same again with fewer --actors"
-        # Then it was the only one in the end.
+        # In the end it ran alone, so fewer workers would not help.
         less = "--batch_size, --chunk_size or --hidden_dim"
         if self.dataset.largest_chunk is None:
             less = "--batch_size or --hidden_dim, or --mode chunked"
         return f"it needs more memory, or a smaller {less}"
 
     def _record(self, engine: Engine) -> dict[str, Any]:
-        # Where `predict.py --out_of_fold` finds the slides again.
+        # `predict.py --out_of_fold` finds the features by it.
         features = str(self.dataset.features_dir.resolve())
         return {
             "dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, **run_metadata(self.device)
@@ -250,12 +249,11 @@ class NestedCrossValidation:
 
 
 def _configs(settings: Mapping[str, Any], *kinds: type) -> list[Any]:
-    """The settings as config classes, each with the fields that are its own."""
-    names = [[part.name for part in fields(kind)] for kind in kinds]
-    check_names("NestedCrossValidation", settings, [name for known in names for name in known])
+    """Return the settings as config classes, each with its own fields."""
+    names_of = {kind: [field.name for field in fields(kind)] for kind in kinds}
+    check_names("NestedCrossValidation", settings, [name for names in names_of.values() for name in names])
     return [
-        kind(**{name: value for name, value in settings.items() if name in known})
-        for kind, known in zip(kinds, names, strict=True)
+        kind(**{name: value for name, value in settings.items() if name in names}) for kind, names in names_of.items()
     ]
 
 
@@ -278,15 +276,15 @@ def _spec_for(model_factory: ModelFactory, dataset: MILDataset) -> dict[str, Any
     return spec
 
 
-def _check_trainer(trainer: Trainer, is_sent_away: bool) -> None:
-    """Try every setting, and whether the work can be sent to other processes, before anything is begun."""
+def _check_trainer(trainer: Trainer, uses_workers: bool) -> None:
+    """Raise ConfigError for a setting that makes no model, or a factory that cannot be sent to the workers."""
     for setting in trainer.settings:
         with_setting(trainer.training, setting)
         try:
             trainer.factory(setting)()
         except ModelError as error:
             raise ConfigError(f"--grid {setting}: {error}") from error
-    if is_sent_away:
+    if uses_workers:
         try:
             pickle.dumps(trainer.model_factory)
         except (pickle.PicklingError, AttributeError, TypeError) as failure:

@@ -1,4 +1,4 @@
-"""Which epoch of a training is kept, and when the training ends."""
+"""Early stopping: which epoch of a training is kept, and when the training ends."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from utils.prediction.feeding import SlideFeed
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """The slides held back from a training, how they are fed, and the slide-level figure that compares its epochs."""
+    """The validation slides of a training, how they are fed to the model, and the metric that compares its epochs."""
 
     slides: np.ndarray
     feed: SlideFeed
     monitor: str
 
     def is_better(self, validation: Validation, best: Validation) -> bool:
-        """Return whether an epoch's validation beats the best so far."""
+        """Return whether an epoch's validation is better than the best so far."""
         return rank(validation, self.monitor) > rank(best, self.monitor)
 
     def is_over(self, epoch: int, best_epoch: int, patience: int) -> bool:
-        """Return whether the training ends after an epoch: the best one lies `patience` epochs back."""
+        """Return whether the training ends: the best epoch is `patience` epochs back."""
         return epoch - best_epoch >= patience

@@ -1,4 +1,4 @@
-"""What an outer fold comes to: the answers for its test slides, what was fitted on inner validation, its figures."""
+"""The result of an outer fold: the predictions of its test slides and their figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from utils.tasks.classification import Classification
 
 @dataclass(frozen=True)
 class FoldResult:
-    """An outer fold: what the tested model says of its test slides, the decision `threshold` that inner validation
-    gave (two classes only), the `temperature` that it gave, the record of the selection, and the epochs of all
+    """The result of an outer fold: the tested model's output for each test slide; the decision `threshold` (two classes
+    only) and the `temperature`, fitted on inner validation; the record of the model's selection; and the epochs of all
     trainings.
     """
 
@@ -30,19 +30,19 @@ class FoldResult:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """`(n, C)` of the test slides."""
+        """Return the probabilities `(n, C)` of the test slides."""
         return np.stack([output.probabilities for output in self.outputs])
 
     @property
     def calibrated(self) -> np.ndarray | None:
-        """The same, temperature-scaled, where there is a temperature."""
-        answers = [mean_calibrated(self.task, [output], [self.temperature]) for output in self.outputs]
-        scaled = [answer for answer in answers if answer is not None]
+        """Return the temperature-scaled probabilities `(n, C)`, or None without a temperature."""
+        slides = [mean_calibrated(self.task, [output], [self.temperature]) for output in self.outputs]
+        scaled = [probabilities for probabilities in slides if probabilities is not None]
         return np.stack(scaled) if scaled else None
 
     @property
     def decisions(self) -> np.ndarray:
-        """`(n,)` int, what is decided for the test slides, at the threshold where there is one."""
+        """Return the predicted classes `(n,)` int of the test slides, at the threshold if there is one."""
         return self.task.decide(self.probabilities, self.threshold)
 
     def figures(self, data: MILDataset) -> dict[str, Any]:
@@ -66,9 +66,9 @@ class FoldResult:
 
 
 def pooled_predictions(results: Sequence[FoldResult], data: MILDataset, seed: int) -> Predictions:
-    """Return the out-of-fold answers of all folds: the repeats' one after the other, each in the label table's order.
+    """Return the out-of-fold predictions of all folds, sorted by repeat, then in the label table's order.
 
-    Calibrated probabilities, and decisions at a threshold, are there where every fold has them.
+    Calibrated probabilities, and decisions at a threshold, are included only if every fold has them.
     """
     slides = np.concatenate([result.fold.test for result in results])
     sizes = [len(result.fold.test) for result in results]

@@ -1,4 +1,4 @@
-"""The settings of a grid, of which the inner loop chooses one."""
+"""Parse a grid of hyperparameters and list its settings, of which the inner loop chooses one."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from utils.learning.settings import Model, Training
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the grid: the hyperparameters of training and of the model that take the place of the given ones."""
+    """One point of the grid: the hyperparameters of training and of the model that override the flags."""
 
     training: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -29,27 +29,28 @@ class Setting:
 
 
 def read_grid(text: str, model: str) -> dict[str, tuple[Any, ...]]:
-    """ "lr=1e-4,3e-4 hidden_dim=128,256" as names and values, which are not checked yet. Raises ConfigError for names
-    that `model` has no grid of.
+    """Return the names and values in a text such as "lr=1e-4,3e-4 hidden_dim=128,256"; the values are not checked yet.
+
+    Raises ConfigError for names that are no hyperparameters of training or of `model`.
     """
     grid: dict[str, tuple[Any, ...]] = {}
     kinds = _kinds(model)
-    for part in text.split():
-        name, equals, listed = part.partition("=")
+    for item in text.split():
+        name, equals, values = item.partition("=")
         if not equals or not name or name in grid:
             raise ConfigError(
-                f'--grid {part}: not understood; write each name once, as in "lr=1e-4,3e-4 dropout=0,0.25"'
+                f'--grid {item}: not understood; write each name once, as in "lr=1e-4,3e-4 dropout=0,0.25"'
             )
         _check_name(name, kinds, model)
-        grid[name] = tuple(_value(value, kinds[name]) for value in listed.split(","))
+        grid[name] = tuple(_value(value, kinds[name]) for value in values.split(","))
     if not grid:
         raise ConfigError('--grid: empty; write names and values, as in "lr=1e-4,3e-4 dropout=0,0.25"')
     return grid
 
 
 def grid_settings(grid: Mapping[str, Any], model: str) -> list[Setting]:
-    """Every combination of the grid's values, the last name's moving fastest; one empty setting without a grid. Values
-    are checked as those of flags are.
+    """Return every combination of the grid's values, those of the last name varying fastest; one empty setting for no
+    grid. Values are checked like those of flags.
     """
     if not isinstance(grid, Mapping):
         raise ConfigError(f'--grid {grid!r}: expected names and values, such as {{"lr": [1e-4, 3e-4]}}')
@@ -64,24 +65,25 @@ def grid_settings(grid: Mapping[str, Any], model: str) -> list[Setting]:
         valid[name] = [_checked(name, value, kinds[name]) for value in values]
         if len(set(valid[name])) < len(values):
             raise ConfigError(f"--grid {name}: give each value once; found {list(values)}")
-    of_training = _training_names()
+    training_kinds = _training_kinds()
     settings = []
     for combination in itertools.product(*valid.values()):
-        chosen = dict(zip(valid, combination, strict=True))
-        training = {name: value for name, value in chosen.items() if name in of_training}
-        settings.append(Setting(training, {name: value for name, value in chosen.items() if name not in of_training}))
+        values = dict(zip(valid, combination, strict=True))
+        training = {name: value for name, value in values.items() if name in training_kinds}
+        settings.append(Setting(training, {name: value for name, value in values.items() if name not in training}))
     return settings
 
 
-def _training_names() -> dict[str, type]:
-    # Of int | "auto", int.
+def _training_kinds() -> dict[str, type]:
+    """Return the type of each number among the settings of training."""
+    # int | "auto" counts as int.
     kinds = {name: (typing.get_args(kind) or (kind,))[0] for name, kind in kinds_of(Training).items()}
     return {name: kind for name, kind in kinds.items() if kind in (int, float)}
 
 
 def _kinds(model: str) -> dict[str, type]:
-    """Each hyperparameter's type."""
-    return _training_names() | {name: type(default) for name, default in mil_options(model).items()}
+    """Return the type of each hyperparameter."""
+    return _training_kinds() | {name: type(default) for name, default in mil_options(model).items()}
 
 
 def _check_name(name: str, kinds: Mapping[str, type], model: str) -> None:
@@ -93,20 +95,20 @@ def _check_name(name: str, kinds: Mapping[str, type], model: str) -> None:
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:
-    """Return a value in its type; where a flag has the name, within the flag's limits, too."""
+    """Return a value as its type; if a flag has the name, check it against the flag's limits."""
     try:
         value = converted(kind, value)
     except ValueError as error:
         raise ConfigError(f"--grid {name}={value!r}: expected {error}") from None
     for config in (Training, Model):
-        field = next((part for part in dataclasses.fields(config) if part.name == name), None)
-        if field is not None:
-            checked(field, kind, value, f"--grid {name}=")
+        for setting in dataclasses.fields(config):
+            if setting.name == name:
+                checked(setting, kind, value, f"--grid {name}=")
     return value
 
 
 def _value(text: str, kind: type) -> Any:
-    """Return the number or truth that a grid's text means; other text as it is, which is then refused."""
+    """Return a grid's text as a number or truth; other text as it is, which `_checked` refuses."""
     truths = {"true": True, "false": False}
     try:
         return truths[text.lower()] if kind is bool else kind(text)

@@ -1,4 +1,4 @@
-"""Training jobs: each one is trained once, in this process or another, and then read back."""
+"""Training jobs: each is trained once, in this process or another, saved to a file and read back from it."""
 
 import functools
 from dataclasses import dataclass, fields, replace
@@ -24,8 +24,8 @@ from utils.prediction.feeding import SlideFeed
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training, the job of resume: with which setting (from 1), on which inner fold (from 1; 0 is the refit on the
-    whole outer training set), for at most how many epochs, compared by what; whether its model standardises features.
+    """One training, which is resumed as a whole. `setting` counts from 1, `inner` folds too; `inner` 0 is the refit on
+    the whole outer training set. At most `epochs` are compared by `monitor`.
     """
 
     fold: OuterFold
@@ -42,7 +42,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains jobs and keeps each in a file of `folder`; can be sent to other processes."""
+    """Trains jobs and saves each to a file in `folder`; can be sent to other processes."""
 
     model_factory: ModelFactory
     spec: dict[str, Any]
@@ -59,15 +59,15 @@ class Trainer:
         try:
             fitted = self._train(job, send)
         except TrainingError as error:
-            part = f"inner fold {job.inner}" if job.inner else "refit"
+            inner = f"inner fold {job.inner}" if job.inner else "refit"
             setting = str(self.settings[job.setting - 1])
-            at_setting = f" with {setting}" if setting else ""
-            reason = f"outer fold {job.fold.number}, {part}{at_setting}: {error}"
+            with_setting = f" with {setting}" if setting else ""
+            reason = f"outer fold {job.fold.number}, {inner}{with_setting}: {error}"
             if not (isinstance(error, DivergedError) and job.inner and len(self.settings) > 1):
                 remedy = "; or leave this setting out of --grid" if setting else ""
                 raise TrainingError(f"{reason}{remedy}") from error
-            fitted = Diverged(reason)  # the other settings may do
-        save_tensors(self.path(job), {part.name: getattr(fitted, part.name) for part in fields(fitted)})
+            fitted = Diverged(reason)  # another setting may work
+        save_tensors(self.path(job), {field.name: getattr(fitted, field.name) for field in fields(fitted)})
         send(None)
 
     def _train(self, job: TrainingJob, send: Send) -> Fitted:
@@ -85,19 +85,19 @@ class Trainer:
         return fit(factory, self.dataset, inner.train, stopping, training, **common)
 
     def training_of(self, job: TrainingJob) -> Training:
-        """The job's settings of training."""
+        """Return the job's settings of training."""
         standardize = "on" if job.standardize else "off"
         return replace(self.training, **self.settings[job.setting - 1].training, standardize=standardize)
 
     def factory(self, setting: Setting) -> ModelFactory:
-        """What makes the setting's models: the given factory, or its models with other hyperparameters."""
+        """Return the factory of a setting's models: the one given, with the setting's hyperparameters."""
         return functools.partial(build_mil, **(self.spec | setting.model)) if setting.model else self.model_factory
 
     def path(self, job: TrainingJob) -> Path:
         return self.folder / f"{job.name}.pt"
 
-    def kept(self, job: TrainingJob) -> Fitted | Diverged | None:
-        """The job as an earlier run, or another process, ended it; None where there is none that can be read."""
+    def saved(self, job: TrainingJob) -> Fitted | Diverged | None:
+        """Return the job's saved result, or None if there is none; a damaged file is removed."""
         path = self.path(job)
         if not path.is_file():
             return None
@@ -110,7 +110,7 @@ class Trainer:
             path.unlink()
             return None
 
-    def epochs_of_kept(self, job: TrainingJob) -> int | None:
-        """Return after how many epochs the kept job ended; None where it is not kept."""
-        kept = self.kept(job)
-        return len(kept.history) if isinstance(kept, Fitted) else None if kept is None else 0
+    def saved_epochs(self, job: TrainingJob) -> int | None:
+        """Return how many epochs the saved job took, 0 if it diverged; None if it is not saved."""
+        saved = self.saved(job)
+        return len(saved.history) if isinstance(saved, Fitted) else None if saved is None else 0

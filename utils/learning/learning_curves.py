@@ -1,4 +1,4 @@
-"""The figure of learning curves: every inner training to its end, their mean, and the epochs that were kept."""
+"""Draw the learning curves: every inner training to its end, their mean, and the epochs that were kept."""
 
 import math
 from collections import Counter
@@ -19,7 +19,7 @@ from utils.core.text import escape_mathtext
 from utils.learning.ranking import best_of, mean_rank, rank
 
 _MOST_SETTINGS = 6
-# A training leaves the plot where its loss rises above so many times what the tamest setting needs, or a coin's answer.
+# Losses above this multiple of the steadiest setting's median peak, or of chance (log 2), are cut off.
 _WILD = 10
 _FIGURES = {"slide_auc": "AUC", "slide_balanced_accuracy": "balanced accuracy", "slide_f1_macro": "macro F1"}
 _CAPTION = (
@@ -30,24 +30,24 @@ _CAPTION = (
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """An inner training of a setting in an outer fold: its rows of `history`, an epoch each, the `monitor` that its
-    epochs were compared by, and the index of the row that was kept.
+    """An inner training: its outer fold and setting, its `rows` of the history, one per epoch, the `monitor` that
+    compared them, and the index of the `best` one, which was kept.
     """
 
     fold: int
     setting: str
     rows: pd.DataFrame
     monitor: str
-    kept: int
+    best: int
 
     def values(self, column: str) -> np.ndarray:
-        """`(epochs,)`"""
+        """Return a column `(epochs,)`."""
         return self.rows[column].to_numpy(dtype=float)
 
 
 @dataclass(frozen=True, eq=False)
 class _Curve:
-    """A column of the history of some trainings, drawn as the `number`-th of a plot's curves."""
+    """A column of the trainings' histories, drawn in the plot's colour and style `number`."""
 
     trainings: Sequence[_Training]
     column: str
@@ -56,31 +56,31 @@ class _Curve:
 
 
 def learning_figure(history: pd.DataFrame, monitors: Mapping[int, str]) -> Figure:
-    """Draw the losses of the inner trainings, and the figure that their epochs were compared by where that is another.
+    """Draw the losses of the inner trainings, and the metric that compared their epochs, if it is not the loss.
 
-    `history` has a row per `fold`, `setting`, `inner` and `epoch` with `train_loss`, `val_loss` and the figures that
+    `history` has a row per `fold`, `setting`, `inner` and `epoch` with `train_loss`, `val_loss` and the metric that
     `monitors` names for each fold; `inner` 0, a refit, has no validation and is left out. The mean is over all
-    trainings at every epoch: over those that still run it would fall as soon as a bad one stops. Of several settings,
-    each with a colour, the six at most are drawn that inner validation puts first.
+    trainings at every epoch: over those still running it would fall as soon as a bad one stops. Of several settings,
+    each in its colour, at most the six best on inner validation are drawn.
     """
     trainings = _trainings(history, monitors)
     settings = _ordered_settings(trainings)
-    shown = settings[:_MOST_SETTINGS]
+    drawn_settings = settings[:_MOST_SETTINGS]
     title = plural(len(trainings), "inner training")
     if len(settings) > 1:
         title += f" of {len(settings)} settings"
-        if len(shown) < len(settings):
-            title += f"; drawn are the {len(shown)} that inner validation puts first"
-        panels = _panels_of_settings(trainings, shown)
+        if len(drawn_settings) < len(settings):
+            title += f"; drawn are the {len(drawn_settings)} that inner validation puts first"
+        panels = _panels_of_settings(trainings, drawn_settings)
     else:
-        panels = _panels_of_one(trainings)
+        panels = _panels_of_single_setting(trainings)
     figure = Figure(figsize=(1 + 3.4 * len(panels), 3.6), layout="constrained")
     for axes, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
         for curve in curves:
             _draw(axes, curve)
-        label, _, where = name.partition("\n")
+        label, _, note = name.partition("\n")
         bare(axes, "Epoch", label)
-        axes.set_title(where or _cut_off(axes, curves), fontsize=SMALL)
+        axes.set_title(note or _cut_off(axes, curves), fontsize=SMALL)
         _end_with(axes, [training for curve in curves for training in curve.trainings])
     figure.suptitle(title, fontsize=10)
     caption = fill(_CAPTION, 60 if len(panels) == 1 else 106)
@@ -90,89 +90,87 @@ def learning_figure(history: pd.DataFrame, monitors: Mapping[int, str]) -> Figur
 
 def _trainings(history: pd.DataFrame, monitors: Mapping[int, str]) -> list[_Training]:
     inner = history.loc[history["inner"] > 0]
-    named = inner.assign(setting=inner["setting"].astype(object).where(inner["setting"].notna(), "").astype(str))
+    inner = inner.assign(setting=inner["setting"].astype(object).where(inner["setting"].notna(), "").astype(str))
     trainings = []
-    for (fold, setting, _), rows in named.groupby(["fold", "setting", "inner"], sort=False):
+    for (fold, setting, _), rows in inner.groupby(["fold", "setting", "inner"], sort=False):
         monitor = monitors[int(fold)]
         ordered = rows.sort_values("epoch")
-        kept = best_of([rank(row, monitor) for row in ordered.to_dict("records")])
-        trainings.append(_Training(int(fold), setting, ordered, monitor, kept))
+        best = best_of([rank(row, monitor) for row in ordered.to_dict("records")])
+        trainings.append(_Training(int(fold), setting, ordered, monitor, best))
     return trainings
 
 
-def _choices(trainings: Sequence[_Training]) -> dict[int, list[str]]:
-    """By outer fold, the settings as inner validation orders them, the chosen one first; those of which a training
-    diverged, and has no history, last.
+def _orders(trainings: Sequence[_Training]) -> list[list[str]]:
+    """Return each outer fold's order of the settings, the best on inner validation first; settings with a training that
+    diverged, and so has no history, last.
     """
-    choices = {}
+    orders = []
     settings = list(dict.fromkeys(training.setting for training in trainings))
     for fold in dict.fromkeys(training.fold for training in trainings):
         validations: dict[str, list[dict[str, Any]]] = {setting: [] for setting in settings}
         for training in trainings:
             if training.fold == fold:
-                kept = training.rows.iloc[training.kept].to_dict()
-                validations[training.setting].append(kept)
+                validations[training.setting].append(training.rows.iloc[training.best].to_dict())
         monitor = next(training.monitor for training in trainings if training.fold == fold)
         most = max(map(len, validations.values()))
         ranks = {setting: mean_rank(each, monitor) for setting, each in validations.items() if len(each) == most}
         best_first = sorted(ranks, key=lambda setting, ranks=ranks: ranks[setting], reverse=True)
-        choices[fold] = best_first + [setting for setting in settings if setting not in ranks]
-    return choices
+        orders.append(best_first + [setting for setting in settings if setting not in ranks])
+    return orders
 
 
 def _ordered_settings(trainings: Sequence[_Training]) -> list[str]:
-    """The settings, those first that most outer folds chose, then by their mean place in the folds' orders."""
-    orders = list(_choices(trainings).values())
+    """Return the settings by how many outer folds chose them, then by their mean position in the folds' orders."""
+    orders = _orders(trainings)
     chosen = Counter(order[0] for order in orders)
-    places = {setting: sum(order.index(setting) for order in orders) for setting in orders[0]}
-    return sorted(places, key=lambda setting: (-chosen[setting], places[setting]))
+    positions = {setting: sum(order.index(setting) for order in orders) for setting in orders[0]}
+    return sorted(positions, key=lambda setting: (-chosen[setting], positions[setting]))
 
 
-def _panels_of_one(trainings: Sequence[_Training]) -> dict[str, list[_Curve]]:
-    """Of a single setting: both losses in one plot, and what the epochs were compared by."""
+def _panels_of_single_setting(trainings: Sequence[_Training]) -> dict[str, list[_Curve]]:
+    """Return one plot of both losses, and one of the metric that compared the epochs."""
     losses = [
         _Curve(trainings, "train_loss", 0, "training, mean"),
         _Curve(trainings, "val_loss", 1, "validation, mean"),
     ]
-    scores = {name: [_Curve(some, column, 1, None)] for name, column, some in _scores(trainings)}
-    return {"Loss": losses} | scores
+    return {"Loss": losses} | {name: [_Curve(group, column, 1, None)] for name, column, group in _scores(trainings)}
 
 
-def _panels_of_settings(trainings: Sequence[_Training], shown: Sequence[str]) -> dict[str, list[_Curve]]:
-    """A plot for each loss, and for what the epochs were compared by, with a curve for each setting."""
-    orders = _choices(trainings).values()
+def _panels_of_settings(trainings: Sequence[_Training], settings: Sequence[str]) -> dict[str, list[_Curve]]:
+    """Return a plot of each loss and of the metric that compared the epochs, with a curve for each setting."""
+    orders = _orders(trainings)
     chosen = Counter(order[0] for order in orders)
     finished = Counter(training.setting for training in trainings)
     most = max(finished.values())
     columns = [("Training loss", "train_loss", trainings), ("Validation loss", "val_loss", trainings)]
     panels: dict[str, list[_Curve]] = {}
-    for name, column, some in [*columns, *_scores(trainings)]:
-        for number, setting in enumerate(shown):
+    for name, column, group in [*columns, *_scores(trainings)]:
+        for number, setting in enumerate(settings):
             remarks = [f"chosen in {chosen[setting]} of {plural(len(orders), 'fold')}"]
             if finished[setting] < most:
                 remarks.append(f"without the {most - finished[setting]} of {most} trainings that diverged")
             label = f"{escape_mathtext(setting)}, mean ({', '.join(remarks)})"
             label = label if column == "train_loss" else None  # one entry for all plots
-            curve = _Curve([one for one in some if one.setting == setting], column, number, label)
+            curve = _Curve([training for training in group if training.setting == setting], column, number, label)
             panels.setdefault(name, []).append(curve)
     return panels
 
 
 def _scores(trainings: Sequence[_Training]) -> list[tuple[str, str, list[_Training]]]:
-    """What epochs were compared by besides the loss: its name, its column, and the trainings."""
-    found = []
+    """Return name, column and trainings of each metric other than the loss that compared epochs."""
+    scores = []
     for monitor in sorted({training.monitor for training in trainings} - {"slide_loss"}):
-        some = [training for training in trainings if training.monitor == monitor]
+        group = [training for training in trainings if training.monitor == monitor]
         name = f"Validation {_FIGURES.get(monitor, monitor.removeprefix('slide_'))}"
-        if len(some) < len(trainings):
-            part, whole = (len({training.fold for training in group}) for group in (some, trainings))
-            name += f"\n({part} of {whole} outer folds; in the others the loss chose)"
-        found.append((name, monitor.replace("slide_", "val_"), some))
-    return found
+        if len(group) < len(trainings):
+            folds, all_folds = (len({training.fold for training in each}) for each in (group, trainings))
+            name += f"\n({folds} of {all_folds} outer folds; in the others the loss chose)"
+        scores.append((name, monitor.replace("slide_", "val_"), group))
+    return scores
 
 
 def _draw(axes: Axes, curve: _Curve) -> None:
-    """Draw each training faintly, with a dot at the epoch kept, and their mean."""
+    """Draw each training faintly, with a dot at its best epoch, and their mean."""
     colour, style = COLOURS[curve.number], STYLES[curve.number]
     lengths = sorted(len(training.rows) for training in curve.trainings)
     is_point, faint = lengths[-1] == 1, min(0.3, 6 / len(lengths))
@@ -180,9 +178,9 @@ def _draw(axes: Axes, curve: _Curve) -> None:
         epochs, values = training.rows["epoch"].to_numpy(), training.values(curve.column)
         axes.plot(epochs, values, color=colour, alpha=faint, lw=0.7, marker="." if is_point else None)
         if curve.column != "train_loss":
-            kept = epochs[training.kept], values[training.kept]
-            axes.plot(*kept, "o", color=colour, ms=4, mew=0.6, mec="white", clip_on=False, zorder=5)
-    mean = np.mean([_carried(training.values(curve.column), lengths[-1]) for training in curve.trainings], axis=0)
+            best = epochs[training.best], values[training.best]
+            axes.plot(*best, "o", color=colour, ms=4, mew=0.6, mec="white", clip_on=False, zorder=5)
+    mean = np.mean([_extended(training.values(curve.column), lengths[-1]) for training in curve.trainings], axis=0)
     epochs = np.arange(1, len(mean) + 1)
     half = lengths[len(lengths) // 2]  # the last epoch that at least half of them reach
     line: dict[str, Any] = {"color": colour, "ls": style, "lw": 2.2, "zorder": 4}
@@ -192,35 +190,35 @@ def _draw(axes: Axes, curve: _Curve) -> None:
     axes.plot(epochs[:half], mean[:half], **line, **marker, label=curve.label)
 
 
-def _carried(values: np.ndarray, length: int) -> np.ndarray:
-    """`(length,)`: the values, the last of them again and again."""
+def _extended(values: np.ndarray, length: int) -> np.ndarray:
+    """Return the values `(length,)`, the last one repeated."""
     return np.append(values, np.full(length - len(values), values[-1]))
 
 
 def _cut_off(axes: Axes, curves: Sequence[_Curve]) -> str:
-    """Let the axis of a loss end where the tame trainings do; return what to say of those that go on above, if any."""
+    """End the axis of a loss above the steady trainings; return a note about those cut off, or ""."""
     if not curves[0].column.endswith("_loss"):
         return ""
     peaks = [[training.values(curve.column).max() for training in curve.trainings] for curve in curves]
-    every = np.concatenate(peaks)
-    tame = every[every <= _WILD * max(math.log(2), min(map(np.median, peaks)))]
-    if len(tame) == len(every):
+    all_peaks = np.concatenate(peaks)
+    steady = all_peaks[all_peaks <= _WILD * max(math.log(2), min(map(np.median, peaks)))]
+    if len(steady) == len(all_peaks):
         return ""
     low = min(training.values(curve.column).min() for curve in curves for training in curve.trainings)
-    top = tame.max()
+    top = steady.max()
     margin = 0.05 * (top - low) or 0.01
     axes.set_ylim(low - margin, top + margin)
     for line in axes.lines:
         if np.max(line.get_ydata()) > top:
             line.set_clip_on(True)  # the dots, too
     trainings = {training for curve in curves for training in curve.trainings}
-    wild = {one for curve in curves for one in curve.trainings if one.values(curve.column).max() > top}
-    how_many = f"{len(wild)} of {plural(len(trainings), 'training')}"
-    return f"(cut off above: {how_many}, up to {every.max():.2g}, and their mean)"
+    wild = {training for curve in curves for training in curve.trainings if training.values(curve.column).max() > top}
+    counts = f"{len(wild)} of {plural(len(trainings), 'training')}"
+    return f"(cut off above: {counts}, up to {all_peaks.max():.2g}, and their mean)"
 
 
 def _end_with(axes: Axes, trainings: Sequence[_Training]) -> None:
-    """Let the epochs end where the longest training does."""
+    """End the epoch axis with the longest training."""
     longest = max(len(training.rows) for training in trainings)
     axes.set_xlim((0.5, 1.5) if longest == 1 else (1, longest))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

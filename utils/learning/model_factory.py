@@ -1,4 +1,4 @@
-"""Whether a function makes models that cross-validation can train, keep and load again."""
+"""Check that a function makes models that cross-validation can train, save and load again."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ ModelFactory = Callable[[], BagModel]
 def spec_of(model_factory: ModelFactory) -> dict[str, Any]:
     """Return the spec of the factory's models.
 
-    Raise ConfigError for a factory whose models share weights (they would carry training from fold to fold, into test
+    Raises ConfigError for a factory whose models share weights (training would leak from fold to fold, into the test
     data) or cannot be rebuilt from a checkpoint.
     """
     if not callable(model_factory):
@@ -39,7 +39,7 @@ def spec_of(model_factory: ModelFactory) -> dict[str, Any]:
 
 
 def _check_rebuilt(model: torch.nn.Module, spec: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless `build_mil` makes the same model of its spec, as a checkpoint is loaded."""
+    """Raise ConfigError unless `build_mil` rebuilds the model from its spec, as it does for a checkpoint."""
     name = type(model).__name__
     try:
         rebuilt = build_mil(**spec)
@@ -50,9 +50,9 @@ def _check_rebuilt(model: torch.nn.Module, spec: Mapping[str, Any]) -> None:
         ) from error
     if type(rebuilt) is not type(model):
         raise ConfigError(f"model_factory: {name} is the name of another model; rename the class, and register it")
-    own, again = ({key: value.shape for key, value in one.state_dict().items()} for one in (model, rebuilt))
-    if own != again:
-        unlike = next(key for key in own | again if own.get(key) != again.get(key))
+    expected, shapes = ({key: value.shape for key, value in each.state_dict().items()} for each in (model, rebuilt))
+    if shapes != expected:
+        unlike = next(key for key in expected | shapes if expected.get(key) != shapes.get(key))
         raise ConfigError(
             f"model_factory: the spec of {name} makes another model (they differ in {unlike}); hand every "
             "hyperparameter to super().__init__"

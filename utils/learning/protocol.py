@@ -1,4 +1,4 @@
-"""What nested cross-validation trains: the folds, and the jobs of the inner loop."""
+"""Plan a nested cross-validation: its folds, and the training jobs of the inner loop."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -12,12 +12,12 @@ from utils.core.runtime import log
 from utils.learning.grid import Setting
 from utils.learning.jobs import TrainingJob
 from utils.learning.settings import Protocol, Training
-from utils.learning.split_files import given_splits, unused_split
+from utils.learning.split_files import folds_from_file, unused_split
 from utils.learning.splits import OuterFold, few_patients, repeated_splits
 
 
 def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
-    """Return the outer folds of all repeats, dealt from the seed or read from the `splits` file."""
+    """Return the outer folds of all repeats, drawn by the seed or read from the `splits` file."""
     strata, unit = data.task.strata(data.labels), data.group_column or "patient"
     if protocol.splits is None:
         if note := unused_split([row.columns for row in data.rows]):
@@ -27,14 +27,14 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
             protocol.seed, unit,
         )  # fmt: skip
     wsi_ids = [row.wsi_id for row in data.rows]
-    folds = given_splits(
+    folds = folds_from_file(
         protocol.splits, wsi_ids, strata, data.groups, data.task.strata_names, unit=unit,
         allow_missing="missing" in data.allow,
     )  # fmt: skip
     for name, count in (("n_outer", len(folds)), ("n_inner", len(folds[0].inner))):
-        given = getattr(protocol, name)
-        if given not in (count, getattr(Protocol, name)):
-            raise ConfigError(f"--{name} {given}: {protocol.splits} holds {count}; leave it out")
+        value = getattr(protocol, name)
+        if value not in (count, getattr(Protocol, name)):
+            raise ConfigError(f"--{name} {value}: {protocol.splits} holds {count}; leave it out")
     unused = len(data) - len(np.unique(np.concatenate([fold.test for fold in folds])))
     if unused:
         log.warning("%s: %d of %d slides are tested by no fold", protocol.splits, unused, len(data))
@@ -42,14 +42,14 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
 
 
 def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
-    """Log where validation would rest on single patients of a class."""
+    """Warn if inner folds validate on a single patient of a class, or on none."""
     warning = few_patients(folds, data.labels, data.cases, data.class_names)
     if warning:
         log.warning(warning)
 
 
 def fold_monitor(data: MILDataset, monitor: str, fold: OuterFold) -> str:
-    """Return what inner validation compares by in a fold: `monitor`, or the loss where that is undefined there."""
+    """Return the monitor of an outer fold: `monitor`, or the loss if that is undefined in an inner fold."""
     metric = monitor.removeprefix("slide_")
     reasons = [data.task.why_undefined(metric, data.labels[inner.val]) for inner in fold.inner]
     reason = next(filter(None, reasons), "")
@@ -68,19 +68,19 @@ def inner_jobs(
     folds: Sequence[OuterFold],
     standardized: Collection[int] = (),
 ) -> list[TrainingJob]:
-    """Return the inner trainings in their order; in folds of the numbers `standardized` models standardise features."""
+    """Return the inner trainings; in the folds numbered `standardized`, the models standardise features."""
     monitors = {fold.number: fold_monitor(data, monitor, fold) for fold in folds}
     epochs = [with_setting(training, setting).epochs for setting in settings]
     return [
-        TrainingJob(fold, number, inner, most, monitors[fold.number], fold.number in standardized)
+        TrainingJob(fold, number, inner, max_epochs, monitors[fold.number], fold.number in standardized)
         for fold in folds
-        for number, most in enumerate(epochs, start=1)
+        for number, max_epochs in enumerate(epochs, start=1)
         for inner in range(1, len(fold.inner) + 1)
     ]
 
 
 def with_setting(training: Training, setting: Setting) -> Training:
-    """Return the training of a setting of the grid."""
+    """Return the settings of training, with those of a setting of the grid."""
     return replace(training, **setting.training)
 
 

@@ -1,7 +1,4 @@
-"""How epochs, settings and models are compared.
-
-A validation is the dict that `training.validate` gives: `val_loss`, `val_auc` and so on.
-"""
+"""Rank epochs, settings and models by their validation: the `val_loss`, `val_auc`, ... of `training.validate`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +11,7 @@ Validation = Mapping[str, float | None]
 
 
 def rank(validation: Validation, monitor: str) -> tuple[float, ...]:
-    """What epochs and models are compared by; greater is better, ties are decided by the slide loss."""
+    """Return the rank of an epoch or a model; greater is better, the slide loss breaks ties."""
     loss = validation["val_loss"]
     assert loss is not None  # noqa: S101 - for the type checker: only the AUC can be undefined
     if monitor == "slide_loss":
@@ -26,17 +23,16 @@ def rank(validation: Validation, monitor: str) -> tuple[float, ...]:
 
 
 def mean_rank(validations: Sequence[Validation], monitor: str) -> tuple[float, ...]:
-    """What settings are compared by: the mean over the inner folds of what their models are compared by."""
-    return tuple(
-        math.fsum(part) / len(validations) for part in zip(*[rank(one, monitor) for one in validations], strict=True)
-    )
+    """Return the rank of a setting: the mean of its models' ranks over the inner folds."""
+    ranks = [rank(validation, monitor) for validation in validations]
+    return tuple(math.fsum(values) / len(ranks) for values in zip(*ranks, strict=True))
 
 
 def best_of(ranks: Sequence[tuple[float, ...]]) -> int:
-    """The index of the greatest, the first among equals."""
+    """Return the index of the greatest rank, the first of equal ones."""
     return max(range(len(ranks)), key=lambda index: ranks[index])
 
 
 def refit_epochs(epochs: Sequence[int]) -> int:
-    """The median of the inner models' best epochs, rounded up where it falls between two."""
+    """Return the median of the inner models' best epochs, rounded up."""
     return math.ceil(float(np.median(epochs)))

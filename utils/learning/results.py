@@ -1,4 +1,4 @@
-"""The files of a finished cross-validation: its tables, figures and `outputs.json`."""
+"""Write the results of a cross-validation: its tables, figures and `outputs.json`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +21,8 @@ def write_results(
     seed: int,
     formats: Sequence[str],
 ) -> None:
-    """Write the tables, the figures in each of the `formats`, and `outputs.json`, which begins with what is `about` the
-    run. `seed` draws the patients of the intervals.
+    """Write the tables, the figures in each of the `formats`, and `outputs.json`, which begins with the entries of
+    `about`. `seed` draws the patients of the intervals.
     """
     predictions = pooled_predictions(folds, data, seed)
     outputs.write_table(folder / "predictions.csv", predictions.table())

@@ -1,4 +1,4 @@
-"""The figures of a training run: those of its predictions, and its learning curves."""
+"""Draw the figures of a training run: those of its predictions, and its learning curves."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def draw_figures(
     *,
     missing_only: bool = False,
 ) -> list[Path]:
-    """Write the figures of a run in each of the formats, or those alone that are not there; return what was written.
+    """Write the figures of a run in each of the formats, or only the missing ones; return their paths.
 
-    `monitors` says by outer fold what chose its epochs.
+    `monitors` maps each outer fold to the metric that compared its epochs.
     """
     from utils.evaluation.figures import prediction_figures
     from utils.learning.learning_curves import learning_figure

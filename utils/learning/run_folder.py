@@ -1,4 +1,4 @@
-"""The folder of a training run: whose it is, what of it is finished, and what another run left there."""
+"""A training run's output folder: which run owns it, whether it is finished, and moving another run's results aside."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +14,9 @@ from utils.core.runtime import log
 
 
 class RunFolder:
-    """A run's `identity` is what makes two runs the same: with it unchanged, finished parts are kept.
+    """The folder of a run. Two commands with the same `identity` are the same run, so its finished trainings are kept.
 
-    `run.json` holds it, and whether the run is finished; `resume/` what an unfinished run needs to go on.
+    `run.json` holds the identity, and whether the run is finished; `resume/` holds the trainings of an unfinished run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,14 +25,14 @@ class RunFolder:
         self.is_new = False  # after `take`: whether this session began the run
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes out meanwhile. Raises ConfigError when one is in already."""
-        place = self.path.resolve()
-        # Beside the folder, which may have to move aside.
-        lock_file = place.with_name(f".{place.name}.lock")
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder. Raises ConfigError if another one holds it."""
+        folder = self.path.resolve()
+        # Beside the folder, which may be moved aside.
+        lock_file = folder.with_name(f".{folder.name}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock_file.touch()  # says what is wrong where it cannot be; taking the lock would not
+            lock_file.touch()  # its error names the cause; that of the lock would not
             lock = filelock.FileLock(lock_file)
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -50,19 +50,19 @@ class RunFolder:
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows removes it when it is let go
+            with suppress(OSError):  # Windows removes it on release
                 lock_file.unlink()
             lock.release()
 
     def record(self) -> dict[str, Any] | None:
-        """Return the folder's run.json, None where there is none. Raises ConfigError for one that is no run's."""
+        """Return the folder's run.json, or None. Raises ConfigError if it is not the record of a run."""
         path = self.path / "run.json"
         if not path.is_file():
             return None
-        found = read_json(path)
-        if not isinstance(found, dict) or "finished" not in found:
+        content = read_json(path)
+        if not isinstance(content, dict) or "finished" not in content:
             raise ConfigError(f"{path}: not the record of a training run; give another --output_dir")
-        return {"identity": {}} | found
+        return {"identity": {}} | content
 
     def take(
         self,
@@ -70,22 +70,22 @@ class RunFolder:
         record: Callable[[], Mapping[str, Any]],
         details: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Make the folder that of the run with this identity, and return its run.json: that of an earlier session,
-        finished or not, or else a new one with what `record` returns. Another run's folder is moved aside, said with
-        the parts of the identity that differ; `details` tells more of a part than its name. Raises ConfigError for a
-        folder that holds something else.
+        """Take the folder for the run with this identity, and return its run.json: that of an earlier session, finished
+        or not, or a new one with what `record` returns.
+
+        Another run's folder is moved aside; a warning names the fields of the identity that differ, by their `details`
+        if there are any. Raises ConfigError if the folder holds anything else.
         """
         self.identity = identity
-        found = self.record()
-        if found is not None:
-            known = found["identity"]
-            differing = sorted(name for name, value in identity.items() if known.get(name) != value)
+        content = self.record()
+        if content is not None:
+            recorded = content["identity"]
+            differing = sorted(name for name, value in identity.items() if recorded.get(name) != value)
             changed = [(details or {}).get(name, name) for name in differing]
             if not changed:
-                if not found["finished"]:
-                    done = len(list(self.resume.glob("*.pt")))
-                    log.info("%s: resuming; %d trainings are done", self.path, done)
-                return found
+                if not content["finished"]:
+                    log.info("%s: resuming; %d trainings are done", self.path, len(list(self.resume.glob("*.pt"))))
+                return content
             aside = _next_free(self.path)
             self.path.rename(aside)
             log.warning("%s held another run (%s differs); moved to %s", self.path, ", ".join(changed), aside)
@@ -98,10 +98,10 @@ class RunFolder:
         self._write(record, finished=True)
 
     def clear_leftovers(self) -> None:
-        """Remove what only an unfinished run needs, and the half-written files of killed ones."""
+        """Remove what only an unfinished run needs, and half-written files of killed runs."""
         shutil.rmtree(self.resume, ignore_errors=True)
-        for part in self.path.glob(".*.part"):
-            part.unlink(missing_ok=True)
+        for path in self.path.glob(".*.part"):
+            path.unlink(missing_ok=True)
 
     def _write(self, record: Mapping[str, Any], *, finished: bool) -> dict[str, Any]:
         content = {"identity": self.identity, **record, "finished": finished}

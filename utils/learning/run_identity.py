@@ -1,4 +1,4 @@
-"""What makes two training runs the same: with it unchanged, finished parts of a run are kept."""
+"""The identity of a training run: a run with the same one is resumed, any other is a new run."""
 
 import json
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from utils.learning.splits import OuterFold
 
 
 def settings_identity(trainer: Trainer, protocol: Protocol, folds: Sequence[OuterFold]) -> dict[str, Any]:
-    """Return what of the settings, the model and the classes makes two runs the same; the slides are left out."""
+    """Return the identity's fields of settings, model and classes."""
     data = trainer.dataset
     training = {name: value for name, value in asdict(trainer.training).items() if name != "standardize"}
-    given = json.dumps(splits_content(data, folds, protocol.seed)) if protocol.splits else None
+    splits = json.dumps(splits_content(data, folds, protocol.seed)) if protocol.splits else None
     return {
         "model": trainer.spec,
         "training": training,
         **{name: value for name, value in asdict(protocol).items() if name != "grid"},
-        "splits": given and digest(given),
+        "splits": splits and digest(splits),
         "grid": [str(setting) for setting in trainer.settings],
         "feed": trainer.feed.as_dict(),
         "device": trainer.device.type,
@@ -34,7 +34,7 @@ def settings_identity(trainer: Trainer, protocol: Protocol, folds: Sequence[Oute
 
 
 def slides_identity(data: MILDataset, records: Sequence[FileRecord], standardized: Sequence[int]) -> dict[str, Any]:
-    """Return what of the slides makes two runs the same: rows, features, and in which folds they are standardised."""
+    """Return the identity's fields of the slides: rows, features, and in which folds features are standardised."""
     return {
         "slides": digest(*(f"{row.wsi_id}\t{row.case_id}\t{row.label}" for row in data.rows)),
         "features": digest(*(record.sha256 for record in records)),
@@ -43,7 +43,7 @@ def slides_identity(data: MILDataset, records: Sequence[FileRecord], standardize
 
 
 def slides_by_time(data: MILDataset) -> str:
-    """Return the digest of ids, labels, file sizes and times, by which earlier versions knew the slides."""
+    """Return the digest by which earlier versions identified the slides: of ids, labels, file sizes and times."""
     files = [(row, row.path.stat()) for row in data.rows]
     lines = [(row.wsi_id, row.case_id, row.label, stat.st_size, stat.st_mtime_ns) for row, stat in files]
     return digest("\n".join("\t".join(map(str, line)) for line in lines))

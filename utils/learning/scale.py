@@ -1,11 +1,11 @@
-"""The scale of features: whether it is one that models are initialised for, and the standardisation of those it is not.
+"""Standardise features whose scale is far from the one that models are initialised for.
 
-A first layer's weights are drawn for inputs whose root mean square is about 1. Far from it a model without a
-normalisation of its own learns little or nothing, so that a comparison would credit architectures for the scale.
+The weights of a first layer are drawn for inputs with a root mean square of about 1. Far from it, a model without its
+own normalisation learns little or nothing, so that a comparison of architectures would measure the scale.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -17,20 +17,19 @@ from utils.core.errors import ConfigError
 from utils.core.runtime import log
 from utils.learning.splits import OuterFold
 
-# Root mean squares that count as usual: features of common encoders lie within.
+# The usual range of root mean squares, which holds those of common encoders.
 USUAL = 0.1, 10.0
-# Features are looked at in pieces of so many rows.
-_ROWS = 4096
-# Features of one length per patch (L2-normalised) are known by it, but for the rounding of half precision; of fewer
-# features than these, the length is about 1 by chance too often.
+_ROWS = 4096  # read at a time
+# L2-normalised features have length 1 in every patch, to the rounding of half precision. With fewer features than
+# this, other features often have about that length by chance.
 _ROUNDING, _FEWEST_OF_LENGTH_1 = 5e-3, 8
-# A feature that varies by less, relative to its mean, is constant but for rounding.
+# A feature with a smaller deviation, relative to its mean, is constant to rounding.
 _CONSTANT = 1e-6
 
 
 def why_unusual(rms: np.ndarray, dim: int) -> str | None:
-    """Return why features are not of the scale that models are initialised for; None where they are. `rms (slides,)`
-    are the slides' root mean squares, `dim` is the features' number.
+    """Return why features are not of the scale that models are initialised for, or None. `rms (slides,)` are the
+    slides' root mean squares, `dim` is the number of features.
     """
     median = float(np.median(rms))
     if dim >= _FEWEST_OF_LENGTH_1 and bool((np.abs(rms * dim**0.5 - 1) < _ROUNDING).all()):
@@ -44,42 +43,43 @@ def why_unusual(rms: np.ndarray, dim: int) -> str | None:
 
 @dataclass(frozen=True)
 class Standardization:
-    """Whether models standardise their features: what was `asked` (auto, on, off), the numbers of the outer `folds` in
-    which they do, and the median `rms` of the slides' features (None where they were not looked at).
+    """Whether models standardise their features: the `mode` (auto, on, off), the numbers of the outer `folds` in which
+    they do, and the median `rms` of the slides' features (None if they were not read).
     """
 
-    asked: str
+    mode: str
     folds: tuple[int, ...] = ()
     rms: float | None = None
 
     @classmethod
-    def decide(cls, asked: str, folds: Sequence[OuterFold], rms: np.ndarray, dim: int) -> Self:
-        """Decide from the root mean squares `rms (slides,)` of `dim` features; for "auto", each outer fold by its
-        training slides alone. What is decided, or would help, is said.
+    def decide(cls, mode: str, folds: Sequence[OuterFold], rms: np.ndarray, dim: int) -> Self:
+        """Decide from the root mean squares `rms (slides,)` of `dim` features, and log the decision or the advice.
+
+        "auto" decides for each outer fold by its training slides alone.
         """
-        why = {fold.number: reason for fold in folds if (reason := why_unusual(rms[fold.train], dim))}
-        unusual = list(why)
-        chosen = {"auto": unusual, "off": [], "on": [fold.number for fold in folds]}[asked]
-        median = float(np.median(rms))
-        if unusual and asked != "on":
-            found = why_unusual(rms, dim) or why[unusual[0]]
+        reasons = {fold.number: reason for fold in folds if (reason := why_unusual(rms[fold.train], dim))}
+        unusual = list(reasons)
+        chosen = {"auto": unusual, "off": [], "on": [fold.number for fold in folds]}[mode]
+        if unusual and mode != "on":
+            reason = why_unusual(rms, dim) or reasons[unusual[0]]
             where = "" if len(unusual) == len(folds) else f" in outer fold {', '.join(map(str, unusual))}"
-            if asked == "auto":
-                log.info("%s: each feature is standardised%s (--standardize off leaves them as they are)", found, where)
+            if mode == "auto":
+                text = "%s: each feature is standardised%s (--standardize off leaves them as they are)"
+                log.info(text, reason, where)
             else:
-                log.warning("%s: they may learn little; give --standardize auto", found)
-        return cls(asked, tuple(chosen), median)
+                log.warning("%s: they may learn little; give --standardize auto", reason)
+        return cls(mode, tuple(chosen), float(np.median(rms)))
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"folds": list(self.folds)}
+        return {"asked": self.mode, "folds": list(self.folds), "rms": self.rms}
 
 
 def feature_scale(features: Callable[[int], Tensor], slides: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation `(D,)`, float32, of each feature over the patches of `slides`. Each slide
-    weighs the same, as it does in the loss: a few large ones do not decide.
+    """Return mean and standard deviation `(D,)`, float32, of each feature over the patches of `slides`. Each slide has
+    the same weight, as in the loss.
 
-    The deviation of a feature that varies less than half of the others do is theirs, their median: one that hardly
-    occurs in training would otherwise be blown up in slides where it does.
+    No deviation is below the features' median: a feature that hardly varies in training would otherwise be blown up in
+    slides where it does.
     """
     means, variances = zip(*(_moments(features(int(slide))) for slide in slides), strict=True)
     means, variances = torch.stack(means), torch.stack(variances)
@@ -94,12 +94,12 @@ def standardize(model: BagModel, mean: Tensor, std: Tensor) -> None:
     if not isinstance(model, BagModel):
         raise ConfigError(f"{type(model).__name__}: cannot standardise features; give --standardize off")
     probe = torch.randn(1, 4, model.input_dim, generator=torch.Generator().manual_seed(0))
-    answers = []
+    logits = []
     for shift in (0.0, 1.0):
         model.set_feature_scale(torch.full_like(mean, shift), torch.ones_like(std))
         with torch.no_grad(), evaluating(model):
-            answers.append(model(probe.to(next(model.parameters()).device))[0])
-    if torch.equal(*answers):
+            logits.append(model(probe.to(next(model.parameters()).device))[0])
+    if torch.equal(*logits):
         raise ConfigError(
             f"{type(model).__name__}: does not standardise features, for its forward takes x as it is; begin it with "
             "x = self.cast(x), or give --standardize off"
@@ -108,13 +108,13 @@ def standardize(model: BagModel, mean: Tensor, std: Tensor) -> None:
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance `(D,)` in double precision of `features (N, D)`, taken about the first row so that a large
-    offset costs no digits.
+    """Return mean and variance `(D,)` of `features (N, D)` in double precision, computed about the first row, so that
+    a large offset costs no digits.
     """
     origin = features[0].double()
     sums, squares = torch.zeros_like(origin), torch.zeros_like(origin)
-    for part in features.split(_ROWS):
-        deviations = part.double() - origin
+    for block in features.split(_ROWS):
+        deviations = block.double() - origin
         sums += deviations.sum(dim=0)
         squares += deviations.square().sum(dim=0)
     mean = sums / len(features)

@@ -1,4 +1,4 @@
-"""Run training jobs on an engine, and show how far they are."""
+"""Run training jobs on an engine, and show their progress."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,31 +13,31 @@ from utils.learning.jobs import Trainer, TrainingJob
 
 
 def train_jobs(trainer: Trainer, jobs: Sequence[TrainingJob], engine: Engine, remedy: str) -> None:
-    """Train those jobs that are not kept yet. Raise EngineError, with the `remedy`, for jobs whose workers died."""
-    ended = {job.name: count for job in jobs if (count := trainer.epochs_of_kept(job)) is not None}
+    """Train the jobs that are not saved yet. Raise EngineError, with the `remedy`, for jobs whose workers died."""
+    ended = {job.name: count for job in jobs if (count := trainer.saved_epochs(job)) is not None}
     epochs = Epochs({job.name: job.epochs for job in jobs}, ended)
     name = "Refitting" if jobs and jobs[0].inner == 0 else "Training"
     with progress_bar(name, epochs.expected, unit="epoch", initial=epochs.count) as bar:
         display = _Display(bar, epochs, [])
         engine.run(trainer, [job for job in jobs if job.name not in ended], display)
     if display.given_up:
-        first, *rest = display.given_up
-        others = f" (and {plural(len(rest), 'other training')})" if rest else ""
-        raise EngineError(f"{first}{others}; {remedy} (what is finished is kept)")
+        first, *more = display.given_up
+        and_more = f" (and {plural(len(more), 'other training')})" if more else ""
+        raise EngineError(f"{first}{and_more}; {remedy} (what is finished is kept)")
 
 
 class _Display:
-    """Shows the epochs of jobs as they report them; `given_up` are the jobs that no worker survived."""
+    """Shows the epochs that jobs report; `given_up` are the jobs whose workers all died."""
 
     def __init__(self, bar: tqdm, epochs: Epochs, given_up: list[str]) -> None:
         self.bar, self.epochs, self.given_up = bar, epochs, given_up
 
     def __call__(self, job: TrainingJob, message: dict[str, Any] | WorkerDied | None) -> None:
-        """Take a job's row of history, None for its end, or the news that its worker died."""
+        """Take a job's row of history, None at its end, or that its worker died."""
         epochs, steps, score = self.epochs, 0, {}
         if isinstance(message, WorkerDied):
             steps = -self._restart(job, message)
-        elif message is None:  # it has ended, perhaps before its last epoch
+        elif message is None:
             epochs.end(job.name)
         else:
             epochs.step(job.name)
@@ -48,7 +48,7 @@ class _Display:
         self.bar.update(steps)
 
     def _restart(self, job: TrainingJob, message: WorkerDied) -> int:
-        """Return how many epochs a job that is trained again loses."""
+        """Return how many epochs the job loses, which is trained again or given up."""
         if message.for_good:
             self.given_up.append(f"{job.name}: {message}")
         again = f"trained again, {message.workers_left} at a time" if message.workers_left else "trained again"

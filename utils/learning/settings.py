@@ -13,7 +13,7 @@ from utils.core.settings import REQUIRED, SEED, FigureFormat, Settings, figure_f
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Settings):
-    """Which model. A hyperparameter that is not given has the model's default; one that the model lacks is an error."""
+    """The model. A hyperparameter that is not given has the model's default; one that the model lacks is an error."""
 
     mil: str = option(
         REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool", metavar="MODEL"
@@ -63,7 +63,7 @@ class Training(Settings):
 
     @property
     def amp_precision(self) -> str:
-        """The precision, from --precision or --no_amp."""
+        """Return the precision, from --precision or --no_amp."""
         return self.precision if self.use_amp else "fp32"
 
 

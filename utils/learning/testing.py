@@ -1,4 +1,4 @@
-"""The test of an outer fold: its chosen model on its test slides, once, and the checkpoint that keeps it."""
+"""Test each outer fold's chosen model on its test slides, once, and save it as a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +11,9 @@ from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble
 from utils.core.errors import TrainingError
 from utils.core.files import wait_for_file
-from utils.learning.choice import Choice, choose, mean_validation
 from utils.learning.fold_results import FoldResult
 from utils.learning.jobs import Trainer, TrainingJob
+from utils.learning.model_selection import Choice, choose, mean_validation
 from utils.learning.ranking import best_of, rank, refit_epochs
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted, predict_slides
@@ -22,9 +22,9 @@ from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint,
 
 @dataclass(frozen=True)
 class FoldTester:
-    """Reads back what jobs have trained, chooses among it and tests the choice, as `final` says (see `Protocol`).
+    """Reads the trained jobs, chooses among them and tests the chosen model, as `final` says (see `Protocol`).
 
-    Each tested model is kept in `folder`. `is_remote` says that other machines write there.
+    Each tested model is saved in `folder`. `is_remote`: other machines write the trainings.
     """
 
     trainer: Trainer
@@ -39,7 +39,7 @@ class FoldTester:
         trained: list[list[Fitted | Diverged]] = [[] for _ in settings]
         history = []
         for job in jobs:
-            fitted = self._kept(job)
+            fitted = self._read(job)
             trained[job.setting - 1].append(fitted)
             history += self._history(job, fitted)
         return choose(data.task, fold, jobs[0].monitor, settings, trained, data.labels, history)
@@ -51,7 +51,7 @@ class FoldTester:
         return TrainingJob(choice.fold, choice.setting, 0, epochs, choice.monitor, standardizes)
 
     def test(self, choice: Choice) -> FoldResult:
-        """Test the fold's model on its test slides, and keep it."""
+        """Test the fold's model on its test slides, and save it."""
         trainer, data = self.trainer, self.trainer.dataset
         final, best = self.final, choice.fitted[choice.best]
         record = {
@@ -75,8 +75,8 @@ class FoldTester:
         return result
 
     def save_best(self, results: Sequence[FoldResult]) -> None:
-        """Keep the model of the fold that did best on inner validation; the tests take no part."""
-        # One measure for all folds: where one fold could only use the loss, the loss compares them.
+        """Save the model of the fold that did best on inner validation; the test slides play no role."""
+        # All folds are compared by one metric: the loss, if they used several.
         monitors = {result.selection["monitor"] for result in results}
         monitor = monitors.pop() if len(monitors) == 1 else "slide_loss"
         best = results[best_of([rank(result.selection, monitor) for result in results])]
@@ -87,8 +87,8 @@ class FoldTester:
     def _final_weights(
         self, choice: Choice
     ) -> tuple[list[Mapping[str, torch.Tensor]], dict[str, Any], list[dict[str, Any]]]:
-        """Return the weights of the tested model, one set per member, what they change in its record, and the epochs of
-        all trainings of the fold.
+        """Return the weights of the tested model, one set per member, the changes to its record, and the epochs of all
+        trainings of the fold.
         """
         if self.final == "best":
             return [choice.fitted[choice.best].state_dict], {}, choice.history
@@ -97,15 +97,15 @@ class FoldTester:
             epochs = {"epoch": None, "epochs": [fitted.epoch for fitted in choice.fitted]}
             return [fitted.state_dict for fitted in choice.fitted], epochs | means, choice.history
         job = self.refit_job(choice)
-        refitted = self._kept(job)
-        assert isinstance(refitted, Fitted)  # noqa: S101 - for the type checker: one that diverges ends the run
+        refitted = self._read(job)
+        assert isinstance(refitted, Fitted)  # noqa: S101 - for the type checker: a refit that diverges ends the run
         history = choice.history + self._history(job, refitted)
         return [refitted.state_dict], {"epoch": refitted.epoch} | means, history
 
-    def _kept(self, job: TrainingJob) -> Fitted | Diverged:
+    def _read(self, job: TrainingJob) -> Fitted | Diverged:
         if self.is_remote:
             wait_for_file(self.trainer.path(job))
-        fitted = self.trainer.kept(job)
+        fitted = self.trainer.saved(job)
         if fitted is None:
             raise TrainingError(f"{self.trainer.path(job)}: was removed or damaged meanwhile; give the command again")
         return fitted
@@ -126,7 +126,7 @@ class FoldTester:
         return self.folder / f"fold_{result.fold.number}_best.pth"
 
     def _save(self, model: BagModel, result: FoldResult) -> None:
-        data, used = self.trainer.dataset, result.fold.train
+        data, slides = self.trainer.dataset, result.fold.train
         member = model.models[0] if isinstance(model, Ensemble) else model
         save_checkpoint(
             self._path(result),
@@ -141,8 +141,8 @@ class FoldTester:
                 selection=result.selection | {"best_of_all_folds": False},
                 temperature=result.temperature,
                 seen={
-                    "slide": id_digests("slide", (data.rows[slide].wsi_id for slide in used.tolist())),
-                    "case": id_digests("case", data.cases[used].tolist()),
+                    "slide": id_digests("slide", (data.rows[slide].wsi_id for slide in slides.tolist())),
+                    "case": id_digests("case", data.cases[slides].tolist()),
                 },
             ),
         )

@@ -1,4 +1,4 @@
-"""One training: AdamW, warm-up and cosine, class-balanced loss, early stopping on slide-level validation."""
+"""Train one model: AdamW, warm-up and cosine, class-balanced loss, early stopping on slide-level validation."""
 
 import itertools
 import math
@@ -24,8 +24,8 @@ from utils.prediction.feeding import SlideFeed, SlideOutput, predict_features, p
 
 @dataclass(frozen=True)
 class Fitted:
-    """The kept epoch of a training: its weights (copied, on the CPU) and its number from 1, its validation figures and
-    its `val_probabilities (n, C)` (empty where nothing was held back); and every epoch's row for history.csv.
+    """The best epoch of a training: a copy of its weights on the CPU, its number from 1, its validation figures and its
+    `val_probabilities (n, C)` (empty without validation slides); and every epoch's row for history.csv.
     """
 
     state_dict: dict[str, Tensor]
@@ -37,16 +37,16 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Diverged:
-    """A training that ended without a model, and why."""
+    """A training that ended without a model, and the reason."""
 
     reason: str
 
 
 class ModelTraining:
-    """A fresh model in training on some slides, one epoch after the other. It standardises features, by those of these
-    slides, where `settings.standardize` is "on"; what "auto" means is decided before (`learning.scale`).
+    """A fresh model, trained on the slides `train` epoch by epoch. It standardises features by those slides if
+    `settings.standardize` is "on"; "auto" is resolved before (`learning.scale`).
 
-    Everything random derives from `seed`, each epoch on its own.
+    All random numbers derive from `seed`, those of each epoch independently.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class ModelTraining:
             self.parameters,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
-            fused=device.type in ("cpu", "cuda"),  # the same step in one piece: several times faster
+            fused=device.type in ("cpu", "cuda"),  # the same step, several times faster
         )
         self.amp_dtype = amp_dtype(settings.amp_precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
 
     def epoch(self, number: int) -> dict[str, Any]:
-        """Train for one epoch, the `number`-th from 1; its row of history. Raises DivergedError at a loss that is not
+        """Train for one epoch, counted from 1, and return its row of history. Raises DivergedError if the loss is not
         finite.
         """
         rate = learning_rate(number, self.settings)
@@ -83,7 +83,7 @@ class ModelTraining:
             group["lr"] = rate
         epoch_seed = derive_seed(self.seed, "epoch", number)
         seed_everything(epoch_seed)
-        loss = self._steps(self._fed(epoch_seed))
+        loss = self._steps(self._batches(epoch_seed))
         if not math.isfinite(loss):
             remedy = "lower --lr" + (", or give --precision fp32" if self.amp_dtype is not None else "")
             raise DivergedError(f"the loss of epoch {number} is {loss} at learning rate {rate:.3g}; {remedy}")
@@ -93,15 +93,15 @@ class ModelTraining:
         """Train for one step, on the first batch of an epoch over `slides`."""
         self._steps(itertools.islice(self.dataset.batches(slides, batch_size, self.seed), 1))
 
-    def _fed(self, seed: int) -> Iterable[Batch]:
-        """An epoch's batches; for a GPU in page-locked memory, each made while the GPU works on the one before."""
+    def _batches(self, seed: int) -> Iterable[Batch]:
+        """Return an epoch's batches; for a GPU, prefetched into page-locked memory."""
         size = self.settings.batch_size
         if self.device.type != "cuda":
             return self.dataset.batches(self.train, size, seed)
         return prefetch(self.dataset.batches(self.train, size, seed, pin_memory=True))
 
     def _steps(self, batches: Iterable[Batch]) -> float:
-        """A step on each batch; the loss is the mean over chunks, each weighing its share of its slide."""
+        """Take a step on each batch and return the mean loss over chunks, each weighted by its share of its slide."""
         self.model.train()
         weights = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
         losses, sizes = [], []
@@ -109,12 +109,12 @@ class ModelTraining:
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 logits, _ = self.model.forward_bags(batch.bags)
-            each = self.dataset.task.loss(logits, batch.labels, weights)
-            loss = (each * batch.weights).mean()
+            chunk_losses = self.dataset.task.loss(logits, batch.labels, weights)
+            loss = (chunk_losses * batch.weights).mean()
             self._step(loss)
             losses.append(loss.detach())
             sizes.append(len(batch.labels))
-        # Looked at when all is done: a look in between would wait for the device.
+        # Copied only now: each copy waits for the device.
         return float(np.average(torch.stack(losses).cpu().double().numpy(), weights=sizes))
 
     def _step(self, loss: Tensor) -> None:
@@ -125,8 +125,8 @@ class ModelTraining:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def kept_state(self) -> dict[str, Tensor]:
-        """A copy of the weights, on the CPU."""
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of the weights, on the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
 
@@ -141,10 +141,10 @@ def fit(
     device: torch.device,
     on_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Fitted:
-    """Train a fresh model on the slides `train`, and keep the epoch that does best on the slides held back.
+    """Train a fresh model on the slides `train`, and keep the epoch that does best on the validation slides.
 
-    A training without a better epoch for `settings.patience` epochs ends. `on_epoch` is called with each epoch's row of
-    history. Raise DivergedError at a loss or an answer that is not finite.
+    Training stops after `settings.patience` epochs without a better one. `on_epoch` is called with each epoch's row of
+    history. Raises DivergedError if a loss or a prediction is not finite.
     """
     training = ModelTraining(model_factory, dataset, train, settings, seed, device)
     best: Fitted | None = None
@@ -156,7 +156,7 @@ def fit(
         )
         history.append(row | validation)
         if best is None or stopping.is_better(validation, best.validation):
-            best = Fitted(training.kept_state(), epoch, validation, torch.from_numpy(probabilities), history)
+            best = Fitted(training.weights(), epoch, validation, torch.from_numpy(probabilities), history)
         on_epoch(history[-1])
         if stopping.is_over(epoch, best.epoch, settings.patience):
             break
@@ -175,32 +175,32 @@ def refit(
     device: torch.device,
     on_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Fitted:
-    """Train a fresh model on the slides `train` for the first `epochs` epochs of the schedule, as `fit` does; nothing
-    is held back to stop it by.
+    """Train a fresh model on the slides `train` for the first `epochs` epochs of the schedule, as `fit` does, but
+    without validation and early stopping.
     """
     training = ModelTraining(model_factory, dataset, train, settings, seed, device)
     history = []
     for epoch in range(1, epochs + 1):
         history.append(training.epoch(epoch))
         on_epoch(history[-1])
-    return Fitted(training.kept_state(), epochs, {}, torch.empty(0, len(dataset.task.outputs)), history)
+    return Fitted(training.weights(), epochs, {}, torch.empty(0, len(dataset.task.outputs)), history)
 
 
 def learning_rate(epoch: int, settings: Training) -> float:
-    """The rate of epoch 1, 2, ...: a linear warm-up (shorter in a short training), then a cosine to `final_lr`."""
+    """Return the learning rate of an epoch: a linear warm-up (shorter in a short training), then a cosine."""
     warmup = min(settings.warmup_epochs, settings.epochs // 4)
     if epoch <= warmup:
         return settings.lr * epoch / warmup
-    done = (epoch - 1 - warmup) / max(1, settings.epochs - 1 - warmup)
+    progress = (epoch - 1 - warmup) / max(1, settings.epochs - 1 - warmup)
     final = min(settings.final_lr, settings.lr)
-    return final + (settings.lr - final) * 0.5 * (1 + math.cos(math.pi * done))
+    return final + (settings.lr - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def validate(
     model: BagModel, dataset: MILDataset, slides: np.ndarray, loss_weights: np.ndarray, feed: SlideFeed
 ) -> tuple[dict[str, float | None], np.ndarray]:
-    """Return the slide-level figures `val_loss`, `val_auc`, ... of the slides, and their values `(n, C)`. Raise
-    DivergedError at a value that is not finite.
+    """Return the slide-level figures `val_loss`, `val_auc`, ... of the slides, and their values `(n, C)`. Raises
+    DivergedError if a value is not finite.
     """
     features = (dataset.features(int(slide)) for slide in slides)
     values = predict_values(dataset.task, model, features, feed)
@@ -210,8 +210,8 @@ def validate(
 
 
 def predict_slides(model: BagModel, dataset: MILDataset, slides: np.ndarray, feed: SlideFeed) -> list[SlideOutput]:
-    """Return the model's answer for each slide. Raise DivergedError at one that is not finite."""
-    with evaluating(model):  # once, and not for each slide again
+    """Return the model's output for each slide. Raises DivergedError if one is not finite."""
+    with evaluating(model):  # once for all slides
         outputs = [predict_features(dataset.task, model, dataset.features(int(slide)), feed) for slide in slides]
     _check_finite(model, np.stack([output.probabilities for output in outputs]))
     return outputs
@@ -220,5 +220,5 @@ def predict_slides(model: BagModel, dataset: MILDataset, slides: np.ndarray, fee
 def _check_finite(model: BagModel, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         on_cpu = next(model.parameters()).device.type == "cpu"
-        remedy = "lower --lr" + ("" if on_cpu else ", or give --precision fp32")  # which is on already on a CPU
+        remedy = "lower --lr" + ("" if on_cpu else ", or give --precision fp32")  # a CPU computes in fp32 anyway
         raise DivergedError(f"the model's answer for a slide is not finite; {remedy}")
