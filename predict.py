@@ -22,20 +22,20 @@ def main() -> None:
         "pictures": Pictures,
         "beyond one machine": Cluster,
     }
-    asked, recipe, pictures, cluster = cli.parse(str(__doc__), groups)
-    draws = pictures.visualize or asked.faithfulness or asked.labels_csv is not None
-    if asked.figure_format != Prediction.figure_format and not draws:
+    settings, recipe, pictures, cluster = cli.parse(str(__doc__), groups)
+    draws = pictures.visualize or settings.faithfulness or settings.labels_csv is not None
+    if settings.figure_format != Prediction.figure_format and not draws:
         raise ConfigError(
-            f"--figure_format {' '.join(asked.figure_format)}: no figure is drawn; give --visualize, --faithfulness or "
-            "--labels_csv with it"
+            f"--figure_format {' '.join(settings.figure_format)}: no figure is drawn; give --visualize, --faithfulness "
+            "or --labels_csv with it"
         )
-    # Imported when the command line is known to be right: they take seconds, and what draws is not always needed.
+    # These imports take seconds, so that a wrong command line is refused before them.
     from utils.core.device import resolve_device
     from utils.prediction.inputs import PredictionFiles
     from utils.prediction.run import make_predictors, predict_files
 
-    files = PredictionFiles(asked)
-    device = resolve_device(asked.device)
+    files = PredictionFiles(settings)
+    device = resolve_device(settings.device)
     drawing = None
     if pictures.visualize:
         from utils.prediction.pictures import PredictionPictures

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from MILS.bag_model import BagModel
     from utils.mil_dataset import MILDataset
 
-# What takes seconds to import is imported where it is used, so that --help and a mistyped flag are answered at once.
+# Imports that take seconds are made where they are used, so that --help and a mistyped flag are answered at once.
 
 FLAGS = {
     "cohort": Cohort, "model": Model, "training": Training, "cross-validation": Protocol, "running": Running,
@@ -41,18 +41,19 @@ def main() -> None:
     from utils.evaluation.closing_table import closing_words
     from utils.mil_dataset import MILDataset
     from utils.nested_cv import NestedCrossValidation
+    from utils.prediction.trained_model import model_name
 
-    name = checked_name(model)
+    name = model_name(model.mil)
     check_engine(cluster, running.jobs, running.device)
     is_demo = cohort.dataset == "demo" and cohort.labels_csv is None
     if is_demo:
         make_demo()
     if run.dry_run:
-        print(audited(cohort, protocol))
+        print(audit_text(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
     output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
-    where = {name: getattr(running, name) for name in ("device", "jobs", "figure_format")}
-    settings = {**asdict(training), **asdict(protocol), **asdict(cluster), **where, "dataset_name": cohort.dataset}
+    settings = {**asdict(training), **asdict(protocol), **asdict(cluster), "dataset_name": cohort.dataset}
+    settings |= {field: getattr(running, field) for field in ("device", "jobs", "figure_format")}
     factory = model_factory(name, model, dataset)
     cv = NestedCrossValidation(factory, dataset, dataset.class_names, output_dir, **settings)
     if run.dry_run:
@@ -72,26 +73,16 @@ def main() -> None:
         print(f"  uv run predict.py --checkpoint {chosen} --input SLIDE --visualize")
 
 
-def audited(cohort: Cohort, protocol: Protocol) -> str:
-    """What an audit finds about the cohort."""
+def audit_text(cohort: Cohort, protocol: Protocol) -> str:
+    """Return the findings of an audit of the cohort."""
     from utils.audit import Audit, as_text, audit_cohort
 
-    shared = {field.name: getattr(cohort, field.name) for field in fields(CohortFiles)}
-    return as_text(audit_cohort(Audit(**shared, dataset=cohort.dataset, splits=protocol.splits)))
-
-
-def checked_name(model: Model) -> str:
-    """Return the model's own name for `--mil`, which may be an alias. Raise ConfigError for an unknown one."""
-    from MILS import ModelError, mil_name
-
-    try:
-        return mil_name(model.mil)
-    except ModelError as error:
-        raise ConfigError(f"--mil {model.mil}: {error}") from error
+    files = {field.name: getattr(cohort, field.name) for field in fields(CohortFiles)}
+    return as_text(audit_cohort(Audit(**files, dataset=cohort.dataset, splits=protocol.splits)))
 
 
 def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], BagModel]:
-    """What makes a fresh model for each training; the settings are tried once here, so that they fail early."""
+    """Return a function that makes a fresh model for each training. Raises ConfigError for settings it cannot have."""
     from MILS import ModelError, build_mil
 
     if model.input_dim not in (None, dataset.input_dim):

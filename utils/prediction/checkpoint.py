@@ -24,17 +24,22 @@ from utils.tasks.classification import Classification
 
 FORMAT = "litemil-checkpoint"
 VERSION = 1
-# What every weight of an ensemble is called by.
+# The prefix of the weights of an ensemble's members.
 _MEMBER = re.compile(r"members\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`model`: the spec that rebuilds it, or each member of an ensemble; `recipe` and `mpp_range`: how the training
-    features were made, where known; `feed`: how a slide is fed (`SlideFeed.as_dict`); `selection`: which score on which
-    split chose these weights; `seen`: digests of the case and slide ids it was trained or selected on, never the ids
-    (they may be patients'); empty where they are not known; `temperature`: what calibrates the probabilities
-    (`tasks.calibration`), fitted on inner validation, where that was done.
+    """A trained model with all that its prediction needs.
+
+    Attributes
+        model: the spec that rebuilds the model, or each member of an ensemble.
+        feed: how a slide is fed (`SlideFeed.as_dict`).
+        recipe, mpp_range: how the training features were made, if known.
+        selection: which score on which split chose these weights.
+        seen: digests of the case and slide ids it was trained or selected on, empty if unknown; never the ids
+            themselves, which may identify patients.
+        temperature: calibrates the probabilities (`tasks.calibration`); fitted on inner validation, else None.
     """
 
     model: dict[str, Any]
@@ -58,7 +63,7 @@ class Checkpoint:
         return SlideFeed(self.feed["chunk_size"], self.feed["aggregation"], self.feed.get("sequential", False))
 
     def build(self) -> BagModel:
-        """The trained model, in evaluation mode, on the CPU."""
+        """Return the trained model, in evaluation mode, on the CPU."""
         members = {_MEMBER.match(name) and name.split(".")[1] for name in self.state_dict}
         is_ensemble = bool(members) and None not in members
         model = Ensemble([build_mil(**self.model) for _ in members]) if is_ensemble else build_mil(**self.model)
@@ -67,13 +72,13 @@ class Checkpoint:
 
 
 def id_digests(kind: str, ids: Iterable[str]) -> list[str]:
-    """Sorted digests of `kind` ("case" or "slide") ids."""
+    """Return the sorted digests of ids of a `kind` ("case" or "slide")."""
     return sorted({digest("litemil", kind, name) for name in ids})
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Equal checkpoints give equal bytes."""
-    content = {part.name: getattr(checkpoint, part.name) for part in fields(Checkpoint)}
+    """Write a checkpoint; equal checkpoints give equal bytes."""
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     content["recipe"] = checkpoint.recipe and checkpoint.recipe.as_dict()
     save_tensors(path, {"format": FORMAT, "format_version": VERSION, **content})
 
@@ -81,36 +86,36 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(
     path: Path, *, class_names: Sequence[str] | None = None, dataset: str | None = None, num_heads: int | None = None
 ) -> Checkpoint:
-    """Read a checkpoint, today's or the first version's.
+    """Read a checkpoint of this or of the first version.
 
-    `class_names`, `dataset` and `num_heads` say of a file of the first version what it may not say itself (see
-    `first_version.checkpoint_parts`); a file of today says it all. Raises CheckpointError, naming the file, when it is
-    missing, damaged or no checkpoint of LiteMIL's.
+    `class_names`, `dataset` and `num_heads` complete a file of the first version (see
+    `first_version.checkpoint_fields`). Raises CheckpointError, with the path, for a file that is missing, damaged or
+    not a LiteMIL checkpoint.
     """
     path = Path(path)
     try:
         content = load_tensors(path, CheckpointError, "a checkpoint written by train.py")
     except CheckpointError as failure:
-        whose = origin(names_of_pickle(path))
-        raise (CheckpointError(f"{failure}{whose}") if whose else failure) from failure.__cause__
+        hint = origin(names_of_pickle(path))
+        raise (CheckpointError(f"{failure}{hint}") if hint else failure) from failure.__cause__
     is_first_version = first_version.is_first_version(content)
     if not is_first_version:
         _check_format(path, content)
     try:
         if is_first_version:
-            content = first_version.checkpoint_parts(path, content, class_names, dataset, num_heads)
-        checkpoint = _checked(content)
+            content = first_version.checkpoint_fields(path, content, class_names, dataset, num_heads)
+        checkpoint = _parse(content)
     except (KeyError, TypeError, AttributeError, IndexError, ModelError, RuntimeError) as failure:
         reason = textwrap.shorten(str(failure), 400, placeholder=" ...")
         raise CheckpointError(f"{path}: its parts do not fit together ({reason}); train the model again") from failure
     if is_first_version:
-        first_version.tell_of_it(path, content, heads_given=num_heads is not None)
+        first_version.log_assumptions(path, content, has_num_heads=num_heads is not None)
     return checkpoint
 
 
-def _checked(content: Mapping[str, Any]) -> Checkpoint:
-    """Return the checkpoint that a file's content makes, if its parts fit together."""
-    values: dict[str, Any] = {"temperature": None, **content}  # which earlier files lack
+def _parse(content: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint with a file's content. Raises one of several errors if its fields do not fit together."""
+    values: dict[str, Any] = {"temperature": None, **content}  # earlier files lack it
     if values["recipe"] is not None:
         values["recipe"] = Recipe.from_dict(values["recipe"])
     checkpoint = Checkpoint(**{field.name: values[field.name] for field in fields(Checkpoint)})
@@ -130,8 +135,9 @@ def _checked(content: Mapping[str, Any]) -> Checkpoint:
 
 def _check_format(path: Path, content: Any) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = first_version.weights_in(content)
-        names = ", ".join(map(str, found)) or "nothing" if isinstance(found, dict) else f"a {type(found).__name__}"
+        weights = first_version.weights_in(content)
+        is_dict = isinstance(weights, dict)
+        names = ", ".join(map(str, weights)) or "nothing" if is_dict else f"a {type(weights).__name__}"
         raise CheckpointError(
             f"{path}: not a LiteMIL checkpoint; give a fold_<k>_best.pth or all_folds_best.pth "
             f"(it holds {textwrap.shorten(names, 100, placeholder=' ...')}){origin(names_in(content))}"

@@ -1,11 +1,12 @@
-"""Whether attention matters: what a model says as patches are taken away or added in its order, and in random ones.
+"""Measure whether attention matters: predict while patches are removed or added in its order, and in random orders.
 
 Deletion and insertion curves (Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421), and the map of the same model
-with random weights (Adebayo et al. 2018, https://arxiv.org/abs/1810.03292). Models that merge see the slide once: its
-patches are reduced group by group, and every curve comes from merging groups.
+with random weights (Adebayo et al. 2018, https://arxiv.org/abs/1810.03292). A mergeable model reads the slide once: it
+summarises groups of patches, and every point of a curve merges summaries.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,9 @@ from utils.core.runtime import derive_seed, progress
 from utils.prediction.feeding import SlideFeed, blocks_of, mean_output, predict_features
 from utils.tasks.task import Task
 
-# The shares of the patches up to a half that are taken away or added; beyond it lie their complements.
-_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-# Random orders; a model that does not merge sees every part of the slide anew, and gets fewer.
+# The fractions of the patches that are removed or added, up to a half; their complements complete the curve.
+_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+# Random orders; fewer for a model that cannot merge, which reads the patches anew for every point of a curve.
 _ORDERS, _FEW_ORDERS = 10, 3
 _RANDOM_MODELS = 3
 _BAR_DELAY_SECONDS = 5
@@ -34,8 +35,8 @@ _WHOLE = SlideFeed(None, "merge")
 
 @dataclass(frozen=True)
 class Curves:
-    """The predicted class's probability along a way: `most_first (G,)` and `least_first (G,)` by attention, `random
-    (R, G)` in random orders, at `fractions (G,)` of the patches taken away or added.
+    """The predicted class's probability with `fractions (G,)` of the patches removed or added: by attention in
+    `most_first (G,)` and `least_first (G,)`, in random orders in `random (R, G)`.
     """
 
     fractions: NDArray[np.float64]
@@ -44,12 +45,12 @@ class Curves:
     random: NDArray[np.float64]
 
     def area(self, curve: NDArray[np.float64]) -> Any:
-        """The mean probability along `curve (..., G)`."""
+        """Return the mean probability along `curve (..., G)`."""
         return np.trapezoid(curve, self.fractions, axis=-1) / np.ptp(self.fractions)
 
     def as_dict(self, sign: int) -> dict[str, Any]:
-        """`gap`: by how much attention beats random orders, a positive number where it does; `sign` 1 where high
-        probabilities are to come early, -1 where low ones are.
+        """Return the entries of a record. `gap` is positive if attention beats random orders; `sign` is 1 if the
+        probability should rise early, -1 if it should fall early.
         """
         most, least, random = (self.area(curve) for curve in (self.most_first, self.least_first, self.random))
         return {
@@ -69,8 +70,8 @@ class Curves:
 @dataclass(frozen=True)
 class Faithfulness:
     """`deletion` and `insertion` curves of the class `class_index`; `randomised (N,)`, the attention of the same model
-    with random weights, and the rank correlation of the map with it and with other such ones (None where all patches of
-    either have the same attention).
+    with random weights; and the rank correlations of the attention with this and other random ones (None if either is
+    the same for all patches).
     """
 
     class_index: int
@@ -97,7 +98,7 @@ def measure_faithfulness(
     class_index: int,
     seed: int = 0,
 ) -> Faithfulness:
-    """Measure the `attention (N,)` of `models`, which answer as their mean, for `features (N, D)` of a slide fed whole.
+    """Measure the `attention (N,)` of `models`, whose predictions are averaged, for `features (N, D)` of a whole slide.
 
     Patches of equal attention are in random order. Raises FeatureFileError for a slide of fewer than two patches.
     """
@@ -116,81 +117,74 @@ def measure_faithfulness(
     groups = torch.empty((len(orders), count), dtype=torch.int8)
     for row, order in zip(groups, orders, strict=True):
         row[torch.from_numpy(order)] = group
-    answers = np.mean([_answers(task, member, features, groups)[..., class_index] for member in members], axis=0)
-    first, rest = answers[:, 0], answers[:, 1]  # (O, G): the first groups alone, and all but they
+    averages = np.mean([_probabilities(task, member, features, groups)[..., class_index] for member in members], axis=0)
+    prefixes, suffixes = averages[:, 0], averages[:, 1]  # (O, G): the first groups alone, and all but the first ones
     fractions = edges / count
-    # What is left when the least attended go is the most attended, and the other way round.
-    deletion = Curves(fractions[:-1], rest[0], first[0, ::-1], rest[1:])
-    insertion = Curves(fractions[1:], first[0], rest[0, ::-1], first[1:])
-    maps = [
-        _randomised_attention(task, models, features, derive_seed(seed, "weights", one))
-        for one in range(_RANDOM_MODELS)
-    ]
-    return Faithfulness(class_index, deletion, insertion, maps[0], [_rank_correlation(attention, one) for one in maps])
+    # Without the least attended patches, the most attended remain, and the other way round.
+    deletion = Curves(fractions[:-1], suffixes[0], prefixes[0, ::-1], suffixes[1:])
+    insertion = Curves(fractions[1:], prefixes[0], suffixes[0, ::-1], prefixes[1:])
+    seeds = [derive_seed(seed, "weights", number) for number in range(_RANDOM_MODELS)]
+    randomised = [_randomised_attention(task, models, features, model_seed) for model_seed in seeds]
+    correlations = [_rank_correlation(attention, weights) for weights in randomised]
+    return Faithfulness(class_index, deletion, insertion, randomised[0], correlations)
 
 
 def _edges(count: int) -> NDArray[np.int64]:
-    """How many patches are taken away or added, from 0 to all, the same from either end."""
-    early = np.unique(np.rint(np.array(_SHARES) * count).astype(np.int64))
-    return np.unique(np.concatenate([[0], early, count - early, [count]]))
+    """Return the numbers of patches that are removed or added, from 0 to all, the same from either end."""
+    counts = np.unique(np.rint(np.array(_FRACTIONS) * count).astype(np.int64))
+    return np.unique(np.concatenate([[0], counts, count - counts, [count]]))
 
 
-def _answers(
+def _probabilities(
     task: Task, model: BagModel, features: torch.Tensor | StoredFeatures, groups: torch.Tensor
 ) -> NDArray[np.float64]:
-    """`(O, 2, G, C)` probabilities, per order, of the first 1, 2, ... G groups, and of all but the first 0, 1, ..."""
+    """Return `(O, 2, G, C)`: for each order, the probabilities of the first 1, 2, ... G groups, and of all but the
+    first 0, 1, ...
+    """
     if isinstance(model, MergeableModel):
-        each = [
-            _of_prefixes_and_suffixes(model, parts) for parts in model.summaries(blocks_of(features, model), groups)
-        ]
-        return task.activate(torch.stack(each))
+        orders = model.summaries(blocks_of(features, model), groups)
+        return task.activate(torch.stack([_prefix_and_suffix_logits(model, summaries) for summaries in orders]))
     assert isinstance(features, torch.Tensor)  # noqa: S101 - for the type checker: read whole for such a model
     device, number = next(model.parameters()).device, int(groups.max()) + 1
     logits = []
     with evaluating(model):
         for row in progress(groups, "Taking patches away", unit="order", leave=False, delay=_BAR_DELAY_SECONDS):
-            kept = [row <= last for last in range(number)] + [row >= begin for begin in range(number)]
-            logits.append(torch.cat([model(features[mask].to(device)[None])[0] for mask in kept]))
+            masks = [row <= last for last in range(number)] + [row >= first for first in range(number)]
+            logits.append(torch.cat([model(features[mask].to(device)[None])[0] for mask in masks]))
     return task.activate(torch.stack(logits).unflatten(1, (2, number)))
 
 
-def _of_prefixes_and_suffixes(model: MergeableModel, parts: list[Any]) -> torch.Tensor:
-    """Logits `(2, G, C)`."""
-
-    def merged(parts: Sequence[Any], join: Callable[[Any, Any], Any]) -> list[Any]:
-        found = [parts[0]]
-        for part in parts[1:]:
-            found.append(join(found[-1], part))
-        return found
-
-    first = merged(parts, lambda known, part: known.merge(part))
-    rest = merged(parts[::-1], lambda known, part: part.merge(known))[::-1]
+def _prefix_and_suffix_logits(model: MergeableModel, summaries: list[Any]) -> torch.Tensor:
+    """Return the logits `(2, G, C)` of the first 1, 2, ... G groups, and of the last G, ... 2, 1."""
+    prefixes = list(itertools.accumulate(summaries, lambda merged, summary: merged.merge(summary)))
+    suffixes = list(itertools.accumulate(summaries[::-1], lambda merged, summary: summary.merge(merged)))[::-1]
     with evaluating(model):
-        return torch.cat([model.classify(summary) for summary in [*first, *rest]]).unflatten(0, (2, len(parts)))
+        logits = [model.classify(summary) for summary in [*prefixes, *suffixes]]
+        return torch.cat(logits).unflatten(0, (2, len(summaries)))
 
 
 def _randomised_attention(
     task: Task, models: Sequence[BagModel], features: torch.Tensor | StoredFeatures, seed: int
 ) -> NDArray[np.float64]:
-    """`(N,)` of the models with fresh weights."""
+    """Return the attention `(N,)` of the models with random weights."""
     outputs = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for model in models:
             for member in model.models if isinstance(model, Ensemble) else [model]:
                 fresh = build_mil(**member.spec).to(next(member.parameters()).device)
-                fresh.set_feature_scale(member.feature_mean, member.feature_std)  # of the features, not of the weights
+                fresh.set_feature_scale(member.feature_mean, member.feature_std)  # the features' scale stays
                 outputs.append(predict_features(task, fresh, features, _WHOLE, attention=True))
     attention = mean_output(outputs).attention
     assert attention is not None  # noqa: S101 - for the type checker: every model attends
     return attention.mean(axis=0).astype(np.float64)
 
 
-def _rank_correlation(one: NDArray, other: NDArray) -> float | None:
-    """Spearman's, None where either is constant."""
+def _rank_correlation(first: NDArray, second: NDArray) -> float | None:
+    """Return Spearman's rank correlation, None if either is constant."""
     from scipy.stats import rankdata  # slow to import, and not always needed
 
-    ranks = [rankdata(values) for values in (one, other)]
+    ranks = [rankdata(values) for values in (first, second)]
     if any(np.ptp(values) == 0 for values in ranks):
         return None
     return float(np.corrcoef(ranks)[0, 1])

@@ -1,7 +1,7 @@
-"""From a slide's features to the slide's answer: the one function that validation, test and prediction share.
+"""Run a model over a slide's features: the code that validation, test and prediction share.
 
-`mean`: the instance-weighted mean of the chunks' probabilities. `merge`: the exact answer for the slide as one bag,
-streamed in blocks for every model that can.
+`mean` is the instance-weighted mean of the chunks' probabilities. `merge` is the exact output for the slide as one bag,
+streamed in blocks if the model can.
 """
 
 import math
@@ -22,8 +22,8 @@ from utils.tasks.task import Task
 
 @dataclass(frozen=True)
 class SlideFeed:
-    """How a slide is fed: `chunk_size` None is the whole slide; `aggregation` "mean" or "merge"; chunks are runs of
-    neighbours (`sequential`), or each spread over the slide.
+    """How a slide is fed to a model: `chunk_size` None is the whole slide; `aggregation` is "mean" or "merge"; chunks
+    are consecutive patches if `sequential`, else each is spread over the slide.
     """
 
     chunk_size: int | None
@@ -32,7 +32,7 @@ class SlideFeed:
 
     @classmethod
     def of_mode(cls, mode: str, chunk_size: int, sequential: bool = False) -> "SlideFeed":
-        """Chunked slides are averaged, full ones merged."""
+        """Return the feed of a mode: "chunked" averages chunks, "full" merges the slide."""
         return cls(chunk_size, "mean", sequential) if mode == "chunked" else cls(None, "merge")
 
     @property
@@ -50,9 +50,9 @@ class SlideFeed:
 
 @dataclass(frozen=True)
 class SlideOutput:
-    """`probabilities (C,)` of the slide; `chunk_probabilities (K, C)` and `chunk_sizes (K,)` of its chunks;
-    `attention (H, N)`, per head summing to 1 over the slide, or None; `members (M, C)`, what each of an ensemble's
-    models says by itself, or None of a single one.
+    """The output for a slide: its `probabilities (C,)`; `chunk_probabilities (K, C)` and `chunk_sizes (K,)` of its
+    chunks; `attention (H, N)`, each head summing to 1 over the slide, or None; and the probabilities of each model of
+    an ensemble, `members (M, C)`, or None of a single one.
     """
 
     probabilities: np.ndarray
@@ -63,7 +63,7 @@ class SlideOutput:
 
     @property
     def each(self) -> np.ndarray:
-        """`(M, C)` of each model, be it one."""
+        """Return the probabilities of each model, `(M, C)`."""
         return self.probabilities[None] if self.members is None else self.members
 
 
@@ -71,9 +71,9 @@ class SlideOutput:
 def predict_features(
     task: Task, model: BagModel, features: torch.Tensor | StoredFeatures, feed: SlideFeed, attention: bool = False
 ) -> SlideOutput:
-    """Run `model` (in evaluation mode) over `features (N, D)`; `attention` asks for the weights too.
+    """Run `model`, in evaluation mode, over `features (N, D)`. The output has attention only if `attention` is given.
 
-    Stored features fed whole are streamed from their file, if the model can.
+    Stored features of a full slide are streamed from their file, if the model can.
     """
     if isinstance(features, StoredFeatures) and not (feed.mode == "full" and streams(model)):
         features = features.whole()
@@ -90,7 +90,7 @@ def predict_features(
             whole = _predict_bag(task, model, features, attention)
         if whole is not None:
             return SlideOutput(whole[0], each, sizes, whole[1])
-        weights = _spread([weights for _, weights in chunks], cuts, len(features)) if attention else None
+        weights = _join_attention([weights for _, weights in chunks], cuts, len(features)) if attention else None
         return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
 
 
@@ -98,57 +98,57 @@ def predict_features(
 def predict_values(task: Task, model: BagModel, slides: Iterable[torch.Tensor], feed: SlideFeed) -> np.ndarray:
     """Return the values `(n, C)` of slides, each `(N, D)`: those of `predict_features`, to rounding.
 
-    Slides of one chunk are predicted together, as many as fit in a block: each pass costs its calls, however small.
+    Slides of one chunk are predicted together, as many as fit in a block, because small forward passes are slow.
     """
     device = next(model.parameters()).device
-    most = 0 if isinstance(model, Ensemble) else min(BLOCK_ROWS[device.type], feed.chunk_size or math.inf)
-    found: list[np.ndarray] = []
-    waiting: list[torch.Tensor] = []
+    largest = 0 if isinstance(model, Ensemble) else min(BLOCK_ROWS[device.type], feed.chunk_size or math.inf)
+    values: list[np.ndarray] = []
+    bags: list[torch.Tensor] = []
 
-    def predict_waiting() -> None:
-        if waiting:
-            logits, _ = model.forward_bags(waiting)
-            found.extend(task.activate(logits))
-            waiting.clear()
+    def predict_bags() -> None:
+        if bags:
+            logits, _ = model.forward_bags(bags)
+            values.extend(task.activate(logits))
+            bags.clear()
 
     with evaluating(model):
         for features in slides:
-            if sum(map(len, waiting)) + len(features) > BLOCK_ROWS[device.type] or len(features) > most:
-                predict_waiting()
-            if len(features) > most:
-                found.append(predict_features(task, model, features, feed).probabilities)
+            if sum(map(len, bags)) + len(features) > BLOCK_ROWS[device.type] or len(features) > largest:
+                predict_bags()
+            if len(features) > largest:
+                values.append(predict_features(task, model, features, feed).probabilities)
             else:
-                waiting.append(features.to(device))
-        predict_waiting()
-    return np.stack(found)
+                bags.append(features.to(device))
+        predict_bags()
+    return np.stack(values)
 
 
 def streams(model: BagModel) -> bool:
-    """Whether a slide can go through in blocks."""
+    """Return whether a model can read a slide in blocks."""
     members = model.models if isinstance(model, Ensemble) else [model]
     return all(isinstance(member, MergeableModel) for member in members)
 
 
 def blocks_of(features: torch.Tensor | StoredFeatures, model: BagModel) -> Iterable[torch.Tensor]:
-    """The features `(N, D)` in blocks `(n, D)`, in their order, as large as the model takes them."""
+    """Return the features `(N, D)` in blocks `(n, D)`, in their order, of the size for the model's device."""
     rows = BLOCK_ROWS[next(model.parameters()).device.type]
     return [features] if isinstance(features, torch.Tensor) else features.blocks(rows)
 
 
 def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
-    """The mean of several models' answers for one slide, which they were fed in the same chunks; each model of an
-    ensemble counts as one. The attention of models with different numbers of heads is the mean of their heads' means.
+    """Return the mean of several models' outputs for a slide fed in the same chunks; each model of an ensemble counts
+    as one. If the models' numbers of heads differ, their attention is first averaged over the heads.
     """
     members = np.concatenate([output.each for output in outputs])
     counts = [len(output.each) for output in outputs]
-    known = [output.attention for output in outputs if output.attention is not None]
-    if len({len(weights) for weights in known}) > 1:
-        known = [weights.mean(axis=0, keepdims=True) for weights in known]
+    attentions = [output.attention for output in outputs if output.attention is not None]
+    if len({len(weights) for weights in attentions}) > 1:
+        attentions = [weights.mean(axis=0, keepdims=True) for weights in attentions]
     return SlideOutput(
         members.mean(axis=0),
         np.average([output.chunk_probabilities for output in outputs], axis=0, weights=counts),
         outputs[0].chunk_sizes,
-        np.average(known, axis=0, weights=counts).astype(np.float32) if len(known) == len(outputs) else None,
+        np.average(attentions, axis=0, weights=counts).astype(np.float32) if len(attentions) == len(outputs) else None,
         members,
     )
 
@@ -156,8 +156,8 @@ def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
 def mean_calibrated(
     task: Task, outputs: Sequence[SlideOutput], temperatures: Sequence[float | None]
 ) -> np.ndarray | None:
-    """Return `(C,)` of a slide: each model's values calibrated by its checkpoint's temperature, then averaged; None
-    unless all have one.
+    """Return a slide's values `(C,)`: each model's, calibrated by its checkpoint's temperature, then averaged; None
+    unless all have a temperature.
     """
     scaled = [
         task.calibrate(output.each, temperature)
@@ -170,23 +170,23 @@ def mean_calibrated(
 def _predict_bag(
     task: Task, model: BagModel, features: torch.Tensor | StoredFeatures, attention: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Probabilities `(C,)` in float64 and attention `(H, N)` of one bag."""
+    """Return the probabilities `(C,)` in float64 and the attention `(H, N)` of one bag."""
     if isinstance(model, MergeableModel):
         logits, aux = model.forward_blocks(blocks_of(features, model), attention=attention)
     else:
-        assert isinstance(features, torch.Tensor)  # noqa: S101 - for the type checker: it is no model that streams
+        assert isinstance(features, torch.Tensor)  # noqa: S101 - for the type checker: read whole for such a model
         logits, aux = model(features.to(next(model.parameters()).device)[None])
     attn = aux["attn"] if attention else None
     weights = None if attn is None else attn[0].float().cpu().numpy()
     return task.activate(logits[0]), weights
 
 
-def _spread(weights: list[np.ndarray | None], cuts: list[Cut], num_instances: int) -> np.ndarray | None:
-    """The chunks' attention as one distribution over the slide, each chunk in proportion to its size."""
-    known = [part for part in weights if part is not None]
-    if len(known) < len(cuts):
+def _join_attention(weights: list[np.ndarray | None], cuts: list[Cut], num_instances: int) -> np.ndarray | None:
+    """Return the chunks' attention as one distribution over the slide, each chunk in proportion to its size."""
+    chunks = [chunk for chunk in weights if chunk is not None]
+    if len(chunks) < len(cuts):
         return None
-    spread = np.empty((known[0].shape[0], num_instances), dtype=np.float32)
-    for part, cut in zip(known, cuts, strict=True):
-        spread[:, cut] = part * (len(cut) / num_instances)
-    return spread
+    attention = np.empty((chunks[0].shape[0], num_instances), dtype=np.float32)
+    for chunk, cut in zip(chunks, cuts, strict=True):
+        attention[:, cut] = chunk * (len(cut) / num_instances)
+    return attention

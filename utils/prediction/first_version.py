@@ -1,7 +1,7 @@
-"""Checkpoints of the first version, in today's terms.
+"""Read checkpoints of the first version.
 
-It wrote LiteMIL's state dict under the parameter names of today, bare (`fold_<k>_best.pth`) or with the class names
-beside it (`all_folds_best.pth`). The tensors' shapes tell every size but the number of heads.
+It wrote LiteMIL's state dict, with the same parameter names as today, by itself (`fold_<k>_best.pth`) or together with
+the class names (`all_folds_best.pth`). The tensors' shapes give every size except the number of heads.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from utils.core.errors import CheckpointError
 from utils.core.runtime import log
 from utils.prediction.feeding import SlideFeed
 
-# Its train.py built no other LiteMIL, whatever --num_heads said.
+# The first train.py ignored --num_heads.
 _NUM_HEADS = 4
 _CHOSEN_BY = "the first version of LiteMIL"
 
 
 def weights_in(content: Any) -> Any:
-    """What would be the state dict in a file of the first version."""
+    """Return what is the state dict if the file is of the first version."""
     return content.get("model_state_dict", content) if isinstance(content, dict) else content
 
 
@@ -32,18 +32,18 @@ def is_first_version(content: Any) -> bool:
     return isinstance(weights, dict) and any(str(name).startswith("stream.") for name in weights)
 
 
-def checkpoint_parts(
+def checkpoint_fields(
     path: Path,
     content: dict[str, Any],
     class_names: Sequence[str] | None,
     dataset: str | None,
     num_heads: int | None,
 ) -> dict[str, Any]:
-    """The fields of a `Checkpoint` from a file of the first version and what the user says of it.
+    """Return the fields of a `Checkpoint` from a file of the first version and the user's settings.
 
-    The class names are the file's, else those of the known cohort `dataset`, else `class_names`; `num_heads` is 4 where
-    it is None. Raises CheckpointError where class names are missing, or they or the heads contradict each other or the
-    tensors; ModelError, TypeError or AttributeError where the file is damaged.
+    The class names are the file's, else those of the known cohort `dataset`, else `class_names`; `num_heads` None is 4.
+    Raises CheckpointError if class names are missing or contradict each other, or if they or the heads contradict the
+    tensors; ModelError, TypeError or AttributeError if the file is damaged.
     """
     weights = weights_in(content)
     model = _spec(weights) | {"num_heads": _NUM_HEADS if num_heads is None else num_heads}
@@ -68,9 +68,9 @@ def checkpoint_parts(
     }
 
 
-def tell_of_it(path: Path, parts: dict[str, Any], heads_given: bool) -> None:
-    """Log what was read off the tensors and what was assumed, and that the best of all folds is reported too well."""
-    model, selection = parts["model"], parts["selection"]
+def log_assumptions(path: Path, checkpoint: dict[str, Any], has_num_heads: bool) -> None:
+    """Warn of the sizes that were read from the tensors or assumed, and that the reported accuracy is optimistic."""
+    model, selection = checkpoint["model"], checkpoint["selection"]
     log.warning(
         "%s: a checkpoint of the first version; by its tensors a %s of %d features, hidden_dim %d, num_queries %d and "
         "%d classes, with num_heads %d %s",
@@ -81,7 +81,7 @@ def tell_of_it(path: Path, parts: dict[str, Any], heads_given: bool) -> None:
         model["num_queries"],
         model["num_classes"],
         model["num_heads"],
-        "as given" if heads_given else "assumed, for the file does not say (--num_heads)",
+        "as given" if has_num_heads else "assumed, for the file does not say (--num_heads)",
     )
     if "slide_accuracy" in selection:
         log.warning(
@@ -92,8 +92,8 @@ def tell_of_it(path: Path, parts: dict[str, Any], heads_given: bool) -> None:
 
 
 def _spec(weights: dict[str, Any]) -> dict[str, Any]:
-    """LiteMIL's arguments but for the heads (and dropout, which prediction does not use)."""
-    # The width is read off a vector, which cannot be transposed: the message is then about the matrix that is.
+    """Return LiteMIL's arguments except the heads, and dropout, which prediction does not use."""
+    # Read the width from a vector, so that a transposed matrix is the one that the error names.
     (hidden_dim,) = _shape(weights, "stream.project.1.weight", 1)
     (num_classes,) = _shape(weights, "classifier.3.bias", 1)
     num_queries, _ = _shape(weights, "stream.query", 2)
@@ -108,32 +108,32 @@ def _spec(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape(weights: dict[str, Any], name: str, axes: int) -> tuple[int, ...]:
-    part = weights.get(name)
-    found = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
-    if isinstance(found, str) or len(found) != axes:
-        raise ModelError(f"{name} is {found}, not a tensor of {axes} axes")
-    return found
+    tensor = weights.get(name)
+    shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+    if isinstance(shape, str) or len(shape) != axes:
+        raise ModelError(f"{name} is {shape}, not a tensor of {axes} axes")
+    return shape
 
 
 def _class_names(
-    path: Path, recorded: Any, dataset: str | None, given: Sequence[str] | None, num_classes: int
+    path: Path, recorded: Any, dataset: str | None, class_names: Sequence[str] | None, num_classes: int
 ) -> tuple[str, ...]:
-    """The names, on which all who name them must agree."""
+    """Return the class names. Raises CheckpointError if there are none, or if the file and the user disagree."""
     if recorded is not None and not (isinstance(recorded, list | tuple) and all(isinstance(n, str) for n in recorded)):
         raise TypeError(f"class_names are {recorded!r}")
     cohort = KNOWN_COHORTS.get(dataset or "")
-    sources = {"the file": recorded, f"--dataset {dataset}": cohort and cohort.class_names, "class_names": given}
-    named = [(source, tuple(names)) for source, names in sources.items() if names is not None]
-    fitting = [name for name, known in KNOWN_COHORTS.items() if len(known.class_names) == num_classes]
-    remedy = "give " + " or ".join([*(f"--dataset {name}" for name in fitting), "SlidePredictor's class_names"])
-    if not named:
+    sources = {"the file": recorded, f"--dataset {dataset}": cohort and cohort.class_names, "class_names": class_names}
+    names_by = {source: tuple(names) for source, names in sources.items() if names is not None}
+    cohorts = [name for name, cohort in KNOWN_COHORTS.items() if len(cohort.class_names) == num_classes]
+    remedy = "give " + " or ".join([*(f"--dataset {name}" for name in cohorts), "SlidePredictor's class_names"])
+    if not names_by:
         raise CheckpointError(f"{path}: does not say what its {num_classes} classes are called; {remedy}")
-    source, names = named[0]
-    for other, others in named[1:]:
-        if others != names:
+    source, names = next(iter(names_by.items()))
+    for second_source, second_names in names_by.items():
+        if second_names != names:
             raise CheckpointError(
-                f"{path}: its classes are {', '.join(names)} by {source}, {', '.join(others)} by {other}; "
-                "leave out the one that is wrong"
+                f"{path}: its classes are {', '.join(names)} by {source}, {', '.join(second_names)} by "
+                f"{second_source}; leave out the one that is wrong"
             )
     if len(names) != num_classes:
         raise CheckpointError(

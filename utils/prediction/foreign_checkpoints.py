@@ -1,4 +1,4 @@
-"""Whose a file is that is no checkpoint of LiteMIL's: told by the names in it; nothing in it is executed."""
+"""Recognize checkpoints of other tools by the names in them; nothing in a file is executed."""
 
 import io
 import pickletools
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MOST_BYTES = 50_000_000  # of a pickle that is looked through; the tensors lie elsewhere
-_MOST_PICKLES = 5  # one after the other, as PyTorch once wrote its files
+_MOST_BYTES = 50_000_000  # of a pickle, which holds no tensors
+_MOST_PICKLES = 5  # old PyTorch files hold several in a row
 _TRAIN = "LiteMIL predicts with models of its own: train one on the same features (train.py), or predict with {}"
 _STATE_DICT = (
     "of a LiteMIL save its state_dict (torch.save(model.state_dict(), FILE)), of any other give the fold_<k>_best.pth "
@@ -21,9 +21,9 @@ _ENCODER = "a backbone encodes patches: give its weights to extractFeatures.py -
 
 @dataclass(frozen=True)
 class _Kind:
-    """`names`: beginnings of names, each of which stands in every file of the kind."""
+    """A kind of file: every file of it has a name with each of the prefixes `names`."""
 
-    what: str
+    description: str
     names: tuple[str, ...]
     advice: str
 
@@ -47,29 +47,29 @@ _KINDS = (
 
 
 def origin(names: Iterable[str]) -> str:
-    """Return whose file the names speak for and what to do instead, as the end of a message; "" where nobody is known.
+    """Return the kind of a file with these names and the advice, as the end of a message; "" for an unknown kind.
 
-    A first part, such as Lightning's "model.", may stand before the names.
+    The names may have a first component such as Lightning's "model.".
     """
-    known = set(names)
-    known |= {name.partition(".")[2] for name in known}
+    variants = set(names)
+    variants |= {name.partition(".")[2] for name in variants}
     for kind in _KINDS:
-        if all(any(name.startswith(beginning) for name in known) for beginning in kind.names):
-            return f"; it looks like {kind.what}; {kind.advice}"
+        if all(any(name.startswith(prefix) for name in variants) for prefix in kind.names):
+            return f"; it looks like {kind.description}; {kind.advice}"
     return ""
 
 
 def names_in(content: Any) -> list[str]:
-    """Return the names of what a file holds, and of what its parts do."""
+    """Return the keys of a file's content and of the dicts in it."""
     if not isinstance(content, dict):
         return []
-    return [str(name) for part in (content, *content.values()) if isinstance(part, dict) for name in part]
+    return [str(name) for level in (content, *content.values()) if isinstance(level, dict) for name in level]
 
 
 def names_of_pickle(path: Path) -> list[str]:
-    """Return the words in a file that cannot be loaded as plain tensors: its pickle is read, and not executed.
+    """Return the strings in the pickle of a file that cannot be loaded as plain tensors, without executing it.
 
-    Of a damaged file they are those up to the damage.
+    Of a damaged file, return those before the damage.
     """
     words = []
     try:

@@ -1,4 +1,4 @@
-"""A finished training run, found by its folder: the model chosen in it, and its out-of-fold answers."""
+"""Read a finished training run for prediction: the model chosen in it, and its out-of-fold predictions."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -15,14 +15,14 @@ from utils.core.runtime import log
 from utils.evaluation.predictions import Predictions
 
 RECORD, CHOSEN, PREDICTIONS = "run.json", "all_folds_best.pth", "predictions.csv"
-# What float rounding on another device makes of a probability, at the most.
+# The largest difference of a probability that rounding on another device explains.
 _ROUNDING = 1e-4
 
 
 def chosen_checkpoint(path: Path) -> Path:
-    """Return the file of a checkpoint, which of a training run's folder is the model chosen in it.
+    """Return the path itself or, for a training run's folder, the checkpoint of the model chosen in it.
 
-    Raises CheckpointError for a folder that holds no run, or one that is not finished.
+    Raises CheckpointError for a folder without a finished run.
     """
     if not path.is_dir():
         return path
@@ -34,7 +34,7 @@ def chosen_checkpoint(path: Path) -> Path:
 
 
 def run_record(folder: Path) -> dict[str, Any]:
-    """Return what `run.json` of a finished run says. Raises CheckpointError where there is none."""
+    """Return the `run.json` of a finished run. Raises CheckpointError if there is none."""
     path = folder / RECORD
     if not path.is_file():
         raise CheckpointError(f"{folder}: no training run (it has no {RECORD}); {_instead(folder)}")
@@ -47,7 +47,7 @@ def run_record(folder: Path) -> dict[str, Any]:
 
 
 def _instead(folder: Path) -> str:
-    """Return what could be given instead of a folder that is no run."""
+    """Return the advice for a folder that is not a run."""
     runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
     if runs:
         return f"give one of the runs in it: {first_few(runs)}"
@@ -57,7 +57,7 @@ def _instead(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class TestedSlide:
-    """What a run says of a slide: the fold that tested it, and its `probabilities` by class."""
+    """A slide of a run: its patient and label, the fold that tested it, and its `probabilities` by class."""
 
     case_id: str
     label: str
@@ -67,8 +67,8 @@ class TestedSlide:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """The slides of a finished run, each with the fold whose model has not seen it; `features_dir` is None where the
-    run does not tell. Of `repeats`, `slides` has each slide's first, or the one asked for.
+    """The slides of a finished run, each with the fold that tested it, in the first or the chosen one of `repeats`.
+    `features_dir` is None if the run does not record it.
     """
 
     folder: Path
@@ -79,8 +79,8 @@ class OutOfFold:
 
     @classmethod
     def read(cls, folder: Path, repeat: int | None = None) -> Self:
-        """Read a run's folder. Raises CheckpointError where it is not finished or damaged, ConfigError for a repeat
-        that it does not have.
+        """Read a run's folder. Raises CheckpointError if the run is unfinished or damaged, ConfigError if it does not
+        have the repeat.
         """
         record = run_record(folder)
         predictions = _read_predictions(folder / PREDICTIONS)
@@ -95,61 +95,62 @@ class OutOfFold:
 
     @property
     def folds(self) -> list[int]:
-        """The folds that the slides are tested by."""
+        """Return the folds that test the slides."""
         return sorted({slide.fold for slide in self.slides.values()})
 
     def checkpoint(self, fold: int) -> Path:
         return self.folder / f"fold_{fold}_best.pth"
 
     def sources(self, features_dir: Path | None, allow: Collection[str]) -> list[Path]:
-        """Return the slides' feature files, from the run's own folder where none is given.
+        """Return the slides' feature files, by default from the run's own folder.
 
-        Raises FeatureFileError for slides without one, unless `allow` has "missing", LabelsError for slides with two,
-        ConfigError where no folder is known.
+        Raises FeatureFileError for slides without one, unless `allow` has "missing"; LabelsError for slides with two;
+        ConfigError if the folder is unknown.
         """
-        place = features_dir or self.features_dir
-        if place is None:
+        path = features_dir or self.features_dir
+        if path is None:
             raise ConfigError(f"{self.folder}: does not say where its features are; give their folder with --input_dir")
-        if not place.is_dir():
-            raise FeatureFileError(f"{place}: no such folder; give that of the features with --input_dir")
-        folder = FeatureFolder(place)
+        if not path.is_dir():
+            raise FeatureFileError(f"{path}: no such folder; give that of the features with --input_dir")
+        folder = FeatureFolder(path)
         folder.check_unique(self.slides)
-        files = [path for slide in sorted(self.slides) if (path := folder.find(slide)) is not None]
+        files = [file for slide in sorted(self.slides) if (file := folder.find(slide)) is not None]
         missing = sorted(self.slides.keys() - folder.files.keys())
         if missing and ("missing" not in allow or not files):
             raise FeatureFileError(
-                f"{place}: no feature file of {plural(len(missing), 'slide')} of {self.folder}: {first_few(missing)}; "
+                f"{path}: no feature file of {plural(len(missing), 'slide')} of {self.folder}: {first_few(missing)}; "
                 "give their folder with --input_dir, or leave them out with --allow missing"
             )
         return files
 
     def agreement(self, records: Sequence[Mapping[str, Any]]) -> str:
-        """Return how far the probabilities of new answers agree with the run's own; log where they do not."""
-        apart = {
+        """Return whether the probabilities of new predictions agree with the run's own; warn if they do not."""
+        differences = {
             record["slide"]: max(
                 abs(record["probabilities"].get(name, math.inf) - value)
                 for name, value in self.slides[record["slide"]].probabilities.items()
             )
             for record in records
         }
-        most, table = max(apart.values()), self.folder / PREDICTIONS
-        unlike = sorted((slide for slide, value in apart.items() if value > _ROUNDING), key=lambda name: -apart[name])
+        largest, table = max(differences.values()), self.folder / PREDICTIONS
+        unlike = [slide for slide, value in differences.items() if value > _ROUNDING]
         if not unlike:
-            return f"The probabilities are those of {table} (largest difference {most:.1g})."
+            return f"The probabilities are those of {table} (largest difference {largest:.1g})."
+        unlike.sort(key=lambda slide: -differences[slide])
         log.warning(
             "%s: of %d of %d slides the probabilities differ by up to %.2g (%s): perhaps their "
             "features have changed since, or the device or versions differ",
-            table, len(unlike), len(apart), most, first_few(unlike, 3),
+            table, len(unlike), len(differences), largest, first_few(unlike, 3),
         )  # fmt: skip
-        return f"{len(unlike)} of {plural(len(apart), 'slide')} are not answered as in {table}."
+        return f"{len(unlike)} of {plural(len(differences), 'slide')} are not answered as in {table}."
 
 
 def _features_dir(record: Mapping[str, Any]) -> Path | None:
-    """Return where the run's features are: as it records or, of a run of before, in the cohort's usual place."""
+    """Return the run's features folder: the recorded one or, for a run of an earlier version, the cohort's default."""
     if record.get("features_dir"):
         return Path(record["features_dir"])
-    usual = Path("datasets") / str(record.get("dataset")) / "features"
-    return usual if usual.is_dir() else None
+    default = Path("datasets") / str(record.get("dataset")) / "features"
+    return default if default.is_dir() else None
 
 
 def _read_predictions(path: Path) -> Predictions:

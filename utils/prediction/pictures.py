@@ -1,4 +1,4 @@
-"""The pictures of `predict.py --visualize`: on which slides, and how they look."""
+"""Draw the pictures of `predict.py --visualize` on the slides of the predictions."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,66 +21,68 @@ from utils.slides.slide import Slide
 
 
 class PredictionPictures:
-    """The pictures that `predict.py --visualize` was asked for: on which slides, and how they look.
+    """The settings of the pictures, and the slide that each input's pictures are drawn on.
 
-    Raises ConfigError where that contradicts the inputs.
+    Raises ConfigError if the settings contradict the inputs.
     """
 
-    def __init__(self, asked: Pictures, files: PredictionFiles, recipe: PredictionRecipe, device: torch.device) -> None:
-        self.asked, self.recipe, self.allow_renamed = asked, recipe, files.asked.allow_mismatch
-        self.formats = files.asked.figure_format
-        self.look = Look(asked.cmap, asked.alpha, asked.scale, device)
-        wsi, one = asked.wsi, files.asked.input is not None
+    def __init__(
+        self, settings: Pictures, files: PredictionFiles, recipe: PredictionRecipe, device: torch.device
+    ) -> None:
+        self.settings, self.recipe, self.allow_renamed = settings, recipe, files.settings.allow_mismatch
+        self.formats = files.settings.figure_format
+        self.look = Look(settings.cmap, settings.alpha, settings.scale, device)
+        wsi, is_single = settings.wsi, files.settings.input is not None
         self._slides: dict[str, Path] | None = None
         if files.are_raw:
-            if wsi not in (None, files.asked.input):
+            if wsi not in (None, files.settings.input):
                 raise ConfigError(f"--wsi {wsi}: the input is raw slides itself; leave --wsi out")
         elif wsi is None:
             raise ConfigError("--visualize needs the slide of each feature file: give it, or their folder, with --wsi")
         elif is_feature_file(wsi):
             raise ConfigError(f"--wsi {wsi}: a feature file; give the slide it was made from")
-        elif wsi.is_dir() and not one:
+        elif wsi.is_dir() and not is_single:
             self._slides = {slide.stem: slide for slide in one_per_series(find_slides(wsi))}
-        elif not one:
+        elif not is_single:
             raise ConfigError(f"--wsi {wsi}: no folder; give the one that holds the slides of --input_dir")
 
     @property
     def cmap(self) -> str:
-        """The colour map of every picture."""
-        return self.asked.cmap
+        """Return the colour map of every picture."""
+        return self.settings.cmap
 
-    def settings(self, source: Path) -> dict[str, Any]:
-        """What changes a slide's pictures."""
-        look = {name: getattr(self.asked, name) for name in ("top_k", "scale", "cmap", "alpha")}
+    def picture_settings(self, source: Path) -> dict[str, Any]:
+        """Return the settings that change a slide's pictures."""
+        look = {name: getattr(self.settings, name) for name in ("top_k", "scale", "cmap", "alpha")}
         footprint = {name: getattr(self.recipe, name) for name in ("patch_size", "level")}
         return look | footprint | {"wsi": str(self.slide_of(source))}
 
     def slide_of(self, source: Path) -> Path:
-        """The slide that a feature file's patches are of; a slide's own."""
+        """Return the slide that a feature file was made from, or a raw slide itself."""
         if not is_feature_file(source):
             return source
         if self._slides is None:
-            assert self.asked.wsi is not None  # noqa: S101 - for the type checker: checked at the beginning
-            return self.asked.wsi
+            assert self.settings.wsi is not None  # noqa: S101 - for the type checker: checked at the beginning
+            return self.settings.wsi
         if source.stem not in self._slides:
-            raise SlideError(f"{source}: --wsi {self.asked.wsi} holds no slide {source.stem} to draw it on")
+            raise SlideError(f"{source}: --wsi {self.settings.wsi} holds no slide {source.stem} to draw it on")
         return self._slides[source.stem]
 
     def check(self, slide: Slide, source: Path, bag: Bag | StoredBag) -> int:
-        """Return the edge in level-0 px of the patches; raise as `check_drawable` does."""
+        """Return the edge of the patches in level-0 px. Raises what `check_drawable` raises."""
         recipe = self.recipe
         return check_drawable(slide, source, bag, recipe.patch_size, recipe.level, allow_renamed=self.allow_renamed)
 
     def paths(self, folder: Path, name: str) -> list[Path]:
-        """Return where a slide's pictures go."""
+        """Return the paths of a slide's pictures."""
         return set_paths(folder, name, self.formats)
 
     def pictures(
         self, slide: Slide, folder: Path, prediction: SlidePrediction, size_level0: int, record: Mapping[str, Any]
     ) -> PictureSet:
-        """Return the whole set of pictures of a slide's record, to be written."""
+        """Return the set of pictures of a slide's record, ready to be written."""
         coords, attention = prediction.coords, prediction.attention
         assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
         attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0)
         check_patches_fit(slide, coords, attention_map.attention, size_level0)
-        return PictureSet(slide, folder, attention_map, attention, record, self.look, self.asked.top_k, self.formats)
+        return PictureSet(slide, folder, attention_map, attention, record, self.look, self.settings.top_k, self.formats)

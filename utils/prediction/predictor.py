@@ -1,4 +1,4 @@
-"""SlidePredictor: one slide's answer from a checkpoint, the way the model was evaluated.
+"""SlidePredictor: predict a slide with a checkpoint, the way the model was evaluated.
 
 predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
@@ -39,14 +39,14 @@ from utils.tasks.classification import Classification
 
 
 class SlidePredictor:
-    """A trained model, or several that answer as their mean, ready to predict feature files and, with a feature
-    extractor, raw slides.
+    """A trained model, or several whose predictions are averaged, for feature files and, with a feature extractor, raw
+    slides.
 
-    `model_path` is a checkpoint or several, of the same classes and made for the same features; of a training run's
-    folder it is the model chosen in it. Each says which model it holds and how slides are fed; `model_class` (a name, a
+    `model_path` is a checkpoint or several, of the same classes and made for the same features; a training run's folder
+    stands for the model chosen in it. A checkpoint records its model and how slides are fed; `model_class` (a name, a
     class or a factory), `class_names`, `dataset` and `num_heads` are only checked against it. A checkpoint of the first
-    version may not name its classes, then `dataset` (a known cohort) or `class_names` does, and does not tell its
-    heads: they are `num_heads`, else those of the model that a factory makes, else 4. Raises CheckpointError.
+    version may lack its class names, which are then those of `dataset` (a known cohort) or `class_names`, and lacks its
+    number of heads: it is `num_heads`, else that of the factory's model, else 4. Raises CheckpointError.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SlidePredictor:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The first one; of several, the others agree with it on classes, width and recipe."""
+        """Return the first checkpoint; the others agree with it on classes, width and recipe."""
         return self.trained[0].checkpoint
 
     @property
@@ -92,7 +92,7 @@ class SlidePredictor:
 
     @property
     def models(self) -> list[BagModel]:
-        """One per checkpoint; an ensemble is one model."""
+        """Return the model of each checkpoint; an ensemble is one model."""
         return [each.model for each in self.trained]
 
     def predict(
@@ -100,9 +100,10 @@ class SlidePredictor:
     ) -> SlidePrediction:
         """Predict a feature file or a raw slide.
 
-        By default the slide is fed as in the checkpoint's evaluation; `mode` "full" or "chunked" says otherwise, and
-        of chunks `chunk_size` (else that of the evaluation, else 1000). Every model but TransMIL streams full slides
-        from their file. Raises RecipeError for features of another recipe, FeatureFileError, SlideError.
+        By default the slide is fed as in the checkpoint's evaluation; `mode` "full" or "chunked" overrides that, and
+        `chunk_size` the size of its chunks (default: that of the evaluation, else 1000). Every model but TransMIL
+        streams full slides from their file. Raises RecipeError for features of another recipe, FeatureFileError,
+        SlideError.
         """
         prediction = self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
         if prediction.seen_as:
@@ -110,9 +111,9 @@ class SlidePredictor:
         return prediction
 
     def bag(self, path: Path, feat_type: str = "features", slide: Path | Slide | None = None) -> Bag | StoredBag:
-        """Return the bag of a feature file, its features still in there, or of a raw slide through the extractor.
+        """Return the bag of a feature file, without reading its features yet, or that of a raw slide by the extractor.
 
-        `slide`, which the feature file was made from, gives the um/px that some files' coordinates need.
+        `slide`, which the feature file was made from, gives the um/px that the coordinates of some files need.
         """
         feat_type = check_setting(Prediction, "feat_type", feat_type)
         check_input(path)
@@ -122,7 +123,7 @@ class SlidePredictor:
             return self._checked_extractor(raw).extract(raw)
 
     def keep_features(self, slide: Slide, folder: Path) -> Path:
-        """Return the feature file of an open slide in `folder`, made unless it is there, by the same recipe."""
+        """Return the feature file of an open slide in `folder`; extract it unless it exists, with the same recipe."""
         target = folder / f"{slide.path.stem}.h5"
         extract_one(self._checked_extractor(slide), slide, target, notes=SlideNotes(slide.told_mpp))
         return target
@@ -135,7 +136,7 @@ class SlidePredictor:
         chunk_size: int | None = None,
         case_id: str | None = None,
     ) -> SlidePrediction:
-        """Predict a bag; `path` is where it came from, `case_id` its patient, by default read off a TCGA barcode."""
+        """Predict a bag from the file `path`; `case_id` is its patient, by default that of a TCGA barcode."""
         self._check_bag(bag, path)
         feed = self.feed(mode, chunk_size)
         features = _features_of(bag)
@@ -143,7 +144,7 @@ class SlidePredictor:
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
             raise CheckpointError(f"{self.path}: its answer for {path} is not finite; train the model again")
-        # It was fitted to answers of slides that were fed in the model's own way.
+        # A temperature was fitted to slides that were fed as in the model's evaluation.
         checkpoints = [model.checkpoint for model in self.trained]
         temperatures = [each.temperature if each.slide_feed == feed else None for each in checkpoints]
         return SlidePrediction(
@@ -152,31 +153,31 @@ class SlidePredictor:
         )  # fmt: skip
 
     def faithfulness(self, prediction: SlidePrediction) -> Faithfulness:
-        """Whether the prediction's attention matters: what the models say, of the slide fed whole, as patches are taken
-        away and added in its order and in random ones, and the map of the same models with random weights.
-        """
+        """Measure whether the prediction's attention matters (see `measure_faithfulness`)."""
         if prediction.patch_attention is None:
             raise CheckpointError(f"{self.path}: its model gives no attention, so there is no faithfulness to measure")
-        features, answer = _features_of(prediction.bag), int(self.task.decide(prediction.probabilities))
-        return measure_faithfulness(self.task, self.models, features, prediction.patch_attention, answer)
+        features, class_index = _features_of(prediction.bag), int(self.task.decide(prediction.probabilities))
+        return measure_faithfulness(self.task, self.models, features, prediction.patch_attention, class_index)
 
     def gives_attention(self) -> bool:
-        """Whether every model gives the attention it pays, tried on a bag of two patches."""
+        """Return whether every model returns attention, for a bag of two patches."""
         bag = torch.zeros(2, self.checkpoint.model["input_dim"])
         feed = SlideFeed.of_mode("full", 2)
         outputs = [predict_features(self.task, model, bag, feed, attention=True) for model in self.models]
         return all(output.attention is not None for output in outputs)
 
     def require(self, *, recipe: Recipe | None = None, **expected: Any) -> None:
-        """Raise CheckpointError unless the checkpoints hold what is expected of them (see `TrainedModel.require`), and
-        RecipeError where the `recipe` contradicts theirs; one that records no recipe contradicts none.
+        """Raise CheckpointError unless the checkpoints hold what is expected (see `TrainedModel.require`), and
+        RecipeError if the `recipe` contradicts a recipe that they record.
         """
         for model in self.trained:
             model.require(**expected)
             model.require_recipe(recipe or Recipe())
 
     def provenance(self, prediction: SlidePrediction) -> dict[str, Any]:
-        """Return which model (of several, lists of what each is), and how the slide's features were made."""
+        """Return the model's entries in a prediction's record (of several models, as lists), and how the slide's
+        features were made.
+        """
         models = [model.provenance() for model in self.trained]
         passport = prediction.bag.passport
         return {
@@ -190,7 +191,7 @@ class SlidePredictor:
         return self.checkpoint.task
 
     def feed(self, mode: str | None = None, chunk_size: int | None = None) -> SlideFeed:
-        """How slides are fed: as asked, else as the checkpoints were evaluated. Raises ConfigError."""
+        """Return how slides are fed: as given, else as in the checkpoints' evaluation. Raises ConfigError."""
         mode = check_setting(Prediction, "mode", mode)
         chunk_size = check_setting(Prediction, "chunk_size", chunk_size)
         return common_feed(self.trained, mode, chunk_size)
@@ -200,7 +201,7 @@ class SlidePredictor:
         return seen_as(self.trained, slide, case_id)
 
     def _checked_extractor(self, slide: Slide) -> WSIFeatureExtractor:
-        """Return the feature extractor, checked to make features of the slide that the models can take."""
+        """Return the feature extractor. Raises RecipeError if the slide's features would differ from the training's."""
         extractor = self._own_extractor()
         self._differences(slide.path, extractor.recipe, extractor.delivered_mpp(slide))
         return extractor
@@ -213,7 +214,7 @@ class SlidePredictor:
         return self.feature_extractor
 
     def _check_bag(self, bag: Bag | StoredBag, path: Path) -> None:
-        """Check that the models can take a bag; log what differs from the training features, or cannot be compared."""
+        """Check that a bag fits the models. Warn of what differs from the training features or cannot be compared."""
         recipe = bag.passport.recipe if bag.passport else Recipe()
         self.trained[0].check_width(bag.features.shape[1], recipe, path)
         mpp = bag.passport.slide.get("mpp_delivered") if bag.passport else None
@@ -227,9 +228,7 @@ class SlidePredictor:
             self._warned = True
 
     def _differences(self, path: Path, recipe: Recipe, mpp: float | None) -> list[str]:
-        """Return in what a slide's features differ from the training's, each once. Raise RecipeError unless that is
-        allowed.
-        """
+        """Return how a slide's features differ from the training's. Raises RecipeError unless that is allowed."""
         differences = {model.path: model.differences(recipe, mpp) for model in self.trained}
         for model_path, difference in differences.items():
             if difference and not self.allow_mismatch:
@@ -262,11 +261,11 @@ def extractPredict(  # noqa: N802 - the first version's public name
     num_heads: int | None = None,
     allow_mismatch: bool = False,
 ) -> SlidePredictor:
-    """A SlidePredictor for raw slides: patches are cut and encoded as the model's training features were.
+    """Return a SlidePredictor for raw slides, whose patches are cut and encoded like the training features.
 
-    Where the checkpoint records the recipe, `backbone`, `patch_size`, `stride`, `level`, `mpp` and `tissue_threshold`
-    must agree with it, or tell what it leaves open; else they make the recipe. `weights` is the backbone's local file
-    instead of a download. Raises RecipeError, BackboneError, CheckpointError.
+    If the checkpoint records a recipe, `backbone`, `patch_size`, `stride`, `level`, `mpp` and `tissue_threshold` must
+    agree with it, and fill its gaps; otherwise they are the recipe. `weights` is the backbone's local file instead of a
+    download. Raises RecipeError, BackboneError, CheckpointError.
     """
     predictor = SlidePredictor(
         model_path,
@@ -277,33 +276,33 @@ def extractPredict(  # noqa: N802 - the first version's public name
         num_heads=num_heads,
         allow_mismatch=allow_mismatch,
     )
-    asked = PredictionRecipe(
+    settings = PredictionRecipe(
         backbone=backbone, patch_size=patch_size, stride=stride, level=level, mpp=mpp, batch_size=batch_size,
         tissue_threshold=tissue_threshold, weights=Path(weights) if weights else None,
     )  # fmt: skip
-    predictor.feature_extractor = _training_extractor(predictor, asked, device)
+    predictor.feature_extractor = _training_extractor(predictor, settings, device)
     return predictor
 
 
-def _training_extractor(predictor: SlidePredictor, asked: PredictionRecipe, device: str) -> WSIFeatureExtractor:
-    """Return what extracts as the training features were; what is asked for completes their recipe, or makes it."""
-    given, recorded = asked_recipe(asked), predictor.checkpoint.recipe
-    predictor.require(recipe=given)
-    running: dict[str, Any] = {"weights": asked.weights, "batch_size": asked.batch_size, "device": device}
+def _training_extractor(predictor: SlidePredictor, settings: PredictionRecipe, device: str) -> WSIFeatureExtractor:
+    """Return an extractor with the recipe of the training features; the settings fill its gaps, or are the recipe."""
+    flags, recorded = flags_recipe(settings), predictor.checkpoint.recipe
+    predictor.require(recipe=flags)
+    running: dict[str, Any] = {"weights": settings.weights, "batch_size": settings.batch_size, "device": device}
     if recorded is None:
-        return WSIFeatureExtractor(**given.as_dict(), **running)
-    by_default = {"tissue_threshold": Extraction.tissue_threshold, "dtype": Extraction.dtype}
-    return WSIFeatureExtractor.of_recipe(recorded.completed(given, **by_default), **running)
+        return WSIFeatureExtractor(**flags.as_dict(), **running)
+    defaults = {"tissue_threshold": Extraction.tissue_threshold, "dtype": Extraction.dtype}
+    return WSIFeatureExtractor.of_recipe(recorded.completed(flags, **defaults), **running)
 
 
-def asked_recipe(settings: PredictionRecipe) -> Recipe:
-    """Return what the settings of `predict.py` say of the recipe. Raises BackboneError for an unknown backbone."""
-    given = Recipe(**{name: getattr(settings, name) for name in ASKED_FIELDS})
-    return given if given.backbone is None else replace(given, backbone=canonical_backbone(given.backbone))
+def flags_recipe(settings: PredictionRecipe) -> Recipe:
+    """Return the recipe of the settings that are given. Raises BackboneError for an unknown backbone."""
+    recipe = Recipe(**{name: getattr(settings, name) for name in ASKED_FIELDS})
+    return recipe if recipe.backbone is None else replace(recipe, backbone=canonical_backbone(recipe.backbone))
 
 
 def _claimed_spec(model_class: Any) -> dict[str, Any]:
-    """What a name, a class or a factory says of the model: its name, and a factory of ours the rest of its spec."""
+    """Return what a name, a class or a factory says of the model: its name and, for our factories, its whole spec."""
     if model_class is None:
         return {}
     if isinstance(model_class, str | type):

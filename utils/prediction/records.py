@@ -1,4 +1,4 @@
-"""Answers that are there already: whether they are what is asked for, and what of them goes when they are replaced."""
+"""Check existing prediction records against the command's request, and remove the pictures of replaced ones."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,32 +12,32 @@ from utils.core.plots import FORMATS, figure_paths
 from utils.slides.find import is_slide_file
 
 ENDING = "_prediction.json"
-FAITHFULNESS = "{}_faithfulness"  # a figure: its endings are its formats
-# Of a request, what an answer's record says elsewhere.
-_SAID_ELSEWHERE = ("num_heads", "class_names", "feed", "recipe")
+FAITHFULNESS = "{}_faithfulness"  # a figure, one file per format
+# Fields of a request that a record holds outside its own request.
+_RECORDED_ELSEWHERE = ("num_heads", "class_names", "feed", "recipe")
 _FEED = ("mode", "chunk_size", "aggregation", "sequential")
 _NEEDED = {"slide", "model", "checkpoint", "probabilities", "recipe", *_FEED}
 
 
 def request_of(source: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes an answer the one that was asked for: the input as it is now, and the settings."""
-    now = Fingerprint.at(source)
-    return {"input": source.name, **settings, "input_bytes": now and now.size, "input_mtime_ns": now and now.mtime_ns}
+    """Return the request for a prediction: the input file as it is now, and the settings."""
+    file = Fingerprint.at(source)
+    sizes = {"input_bytes": file and file.size, "input_mtime_ns": file and file.mtime_ns}
+    return {"input": source.name, **settings, **sizes}
 
 
-def recorded(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a record has to hold of its request, beside what it says anyway."""
-    return {name: value for name, value in request.items() if name not in _SAID_ELSEWHERE}
+def request_entry(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `request` entry of a record: what the record does not hold elsewhere."""
+    return {name: value for name, value in request.items() if name not in _RECORDED_ELSEWHERE}
 
 
 def request_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the request that a record answers; None for something that is no such record."""
+    """Return the whole request that a record was made for, or None if it is not such a record."""
     request = record.get("request")
     if not isinstance(request, dict) or not record.keys() >= _NEEDED:
         return None
-    if "input" not in request:  # of a LiteMIL of before, which wrote all of it there
-        recipe = request.get("recipe")
-        return request | {"recipe": recipe and _comparable(recipe)}
+    if "input" not in request:  # earlier versions wrote the whole request
+        return comparable_settings(request)
     models = record["model"] if isinstance(record["model"], list) else [record["model"]]
     return {
         **request,
@@ -55,14 +55,14 @@ def comparable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe without the precision, which is each device's own: a folder may go on elsewhere."""
+    """Return a recipe without the precision, which depends on the device: a folder may be continued on another one."""
     return {name: value for name, value in recipe.items() if name != "precision"}
 
 
-def kept_answer(target: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the record an earlier run wrote for this same request, or None where there is none.
+def read_finished(target: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record an earlier run wrote for this same request, or None if there is none.
 
-    Raises ConfigError where `target` holds another answer, or something else.
+    Raises ConfigError if `target` holds another prediction, or anything else.
     """
     if not target.exists():
         return None
@@ -73,8 +73,8 @@ def kept_answer(target: Path, request: Mapping[str, Any]) -> dict[str, Any] | No
     return record
 
 
-def check_first(targets: Iterable[Path], settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the first answer that is there and can be read was made with other settings."""
+def check_settings(targets: Iterable[Path], settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the first readable record among the targets was made with other settings."""
     for target in targets:
         record = read_record(target)
         if request_in(record) is not None:
@@ -82,19 +82,19 @@ def check_first(targets: Iterable[Path], settings: Mapping[str, Any]) -> None:
             return
 
 
-def is_answer_to(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Return whether a record was made with these settings, of whatever slide."""
-    known = request_in(record)
-    return known is not None and not differences(comparable_settings(settings), known, settings, strict=True)
+def has_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Return whether a record was made with these settings."""
+    recorded = request_in(record)
+    return recorded is not None and not differences(comparable_settings(settings), recorded, settings, strict=True)
 
 
 def _check_request(target: Path, record: Mapping[str, Any], request: Mapping[str, Any], *, whole: bool) -> None:
-    """Raise ConfigError unless the record answers the request or, if not `whole`, has the same settings."""
-    known, asked = request_in(record) or {}, comparable_settings(request)
-    fields = dict.fromkeys([*asked, *known] if whole else asked)
-    if "input" not in known:
+    """Raise ConfigError unless the record was made for the request or, if not `whole`, with the same settings."""
+    recorded, expected = request_in(record) or {}, comparable_settings(request)
+    fields = dict.fromkeys([*expected, *recorded] if whole else expected)
+    if "input" not in recorded:
         fields.pop("input", None)
-    unlike = differences(asked, known, fields, strict=True)
+    unlike = differences(expected, recorded, fields, strict=True)
     if unlike:
         paths = record["checkpoint"] if isinstance(record["checkpoint"], list) else [record["checkpoint"]]
         raise ConfigError(
@@ -113,5 +113,5 @@ def clear_pictures(target: Path, record: Mapping[str, Any]) -> None:
         stale += earlier["pictures"]["files"]
     for name in stale:
         path = folder / name
-        if path.resolve().is_relative_to(folder):  # nothing that a record names elsewhere
+        if path.resolve().is_relative_to(folder):  # a record may name no file elsewhere
             path.unlink(missing_ok=True)

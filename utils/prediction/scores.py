@@ -1,6 +1,6 @@
-"""Many slides predicted: the table of their answers and, with labels, the scores and their figures.
+"""Write the table of predicted slides and, with labels, the scores and their figures.
 
-A single slide has neither table nor figure, so pandas and what draws are imported where they are used.
+A single slide has neither, so pandas and the drawing code are imported where they are used.
 """
 
 from __future__ import annotations
@@ -32,18 +32,15 @@ REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of a slide besides its answer; empty where it is not."""
+class SlideInfo:
+    """A slide's patient and label; empty if unknown."""
 
     case_id: str = ""
     label: str = ""
 
 
-def known_slides(folder: Path) -> dict[str, Known]:
-    """Return what the table of an earlier run says of its slides; nothing where there is no such table.
-
-    Something else under the table's name is set aside.
-    """
+def earlier_slides(folder: Path) -> dict[str, SlideInfo]:
+    """Return the slides in the table of an earlier run, if there is one. Any other file of its name is set aside."""
     path = folder / TABLE
     if not path.exists():
         return {}
@@ -52,54 +49,54 @@ def known_slides(folder: Path) -> dict[str, Known]:
             rows = list(csv.DictReader(file, strict=True))
         if rows and "seen_in_training" not in rows[0]:
             raise ValueError("other columns")
-        return {row["wsi_id"]: Known(row.get("case_id") or "", row.get("label") or "") for row in rows}
+        return {row["wsi_id"]: SlideInfo(row.get("case_id") or "", row.get("label") or "") for row in rows}
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError):
         log.warning("%s: not a table of predictions that can be read; moved to %s", path, *set_aside(path))
         return {}
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The records of predicted slides, in their order, the rows of a label table for those that are to be scored, and
-    what is known of the slides, those of earlier runs among them.
+class PredictedSlides:
+    """The records of predicted slides, in their order; by slide, the label rows of those to be scored, and patients and
+    labels as far as known.
     """
 
     records: Sequence[Mapping[str, Any]]
     rows: Mapping[str, LabelRow]
     task: Classification
-    known: Mapping[str, Known] = field(default_factory=dict)
+    infos: Mapping[str, SlideInfo] = field(default_factory=dict)
 
     def table(self) -> pd.DataFrame:
-        """A row per slide, with the columns of a training's `predictions.csv` as far as they apply."""
+        """Return a row per slide, with the columns of a training's `predictions.csv` that apply."""
         import pandas as pd
 
-        return pd.DataFrame([self._line(record) for record in self.records])
+        return pd.DataFrame([self._row(record) for record in self.records])
 
-    def _line(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        line = {"wsi_id": record["slide"]}
-        if any(known.label or known.case_id for known in self.known.values()):
-            known = self.known.get(record["slide"], Known())
-            line |= {"case_id": known.case_id or None, "label": known.label or None}
-        line["predicted"] = record["predicted_class"]
+    def _row(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        row = {"wsi_id": record["slide"]}
+        if any(info.label or info.case_id for info in self.infos.values()):
+            info = self.infos.get(record["slide"], SlideInfo())
+            row |= {"case_id": info.case_id or None, "label": info.label or None}
+        row["predicted"] = record["predicted_class"]
         for prefix, key in (
             ("prob", "probabilities"),
             ("calibrated", "calibrated_probabilities"),
             ("spread", "spread"),
         ):
-            line |= {f"{prefix}_{name}": value for name, value in (record.get(key) or {}).items()}
-        line |= {name: record[name] for name in ("num_instances", "seen_in_training")}
-        return line | ({"fold": record["fold"]} if "fold" in record else {})
+            row |= {f"{prefix}_{name}": value for name, value in (record.get(key) or {}).items()}
+        row |= {name: record[name] for name in ("num_instances", "seen_in_training")}
+        return row | ({"fold": record["fold"]} if "fold" in record else {})
 
     def predictions(self, threshold: float | None = None) -> Predictions:
-        """Return what is said of the labelled slides, decided on at the `threshold` of two classes, if any.
+        """Return the predictions of the labelled slides, decided at the `threshold` of two classes, if any.
 
-        Raises ConfigError where there is none.
+        Raises ConfigError if no labelled slide was predicted.
         """
         scored = [record for record in self.records if record["slide"] in self.rows]
         if not scored:
             raise ConfigError("--labels_csv: none of its slides could be predicted, so there is nothing to score")
         rows = [self.rows[record["slide"]] for record in scored]
-        seen = sum(record["seen_in_training"] is True for record in scored)
+        num_seen = sum(record["seen_in_training"] is True for record in scored)
         values = self._by_class([record["probabilities"] for record in scored])
         scaled = [record["calibrated_probabilities"] for record in scored]
         return Predictions(
@@ -112,18 +109,19 @@ class Answers:
             seed=_SEED,
             calibrated=None if None in scaled else self._by_class(scaled),
             decisions=None if threshold is None else self.task.decide(values, threshold),
-            title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {seen} seen in training" if seen else ""),
+            title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
         )
 
     def scores(self, threshold: float | None) -> dict[str, Any]:
-        """The figures of a training, of the labelled slides: under the same names, with 95% intervals over patients.
+        """Return the figures of the labelled slides, named as a training's, with 95% intervals over patients.
 
-        `threshold`, of two classes, is the model's own. Where a model was trained on some of the slides, `unseen` has
-        the figures of the others.
+        `threshold`, of two classes, is the model's own. If a model was trained on some of the slides, `unseen` has the
+        figures of the other slides.
         """
         predictions = self.predictions(threshold)
-        seen = {record["slide"]: record["seen_in_training"] for record in self.records}
-        is_seen, is_unseen = (np.array([seen[slide] is so for slide in predictions.slides]) for so in (True, False))
+        in_training = {record["slide"]: record["seen_in_training"] for record in self.records}
+        is_seen = np.array([in_training[slide] is True for slide in predictions.slides])
+        is_unseen = np.array([in_training[slide] is False for slide in predictions.slides])
         return {
             "class_names": list(self.task.outputs),
             **_figures(predictions),
@@ -135,7 +133,7 @@ class Answers:
         }
 
     def draw(self, folder: Path, formats: Sequence[str]) -> None:
-        """ROC, precision and recall, confusion matrix and calibration of the labelled slides."""
+        """Draw ROC, precision and recall, confusion matrix and calibration of the labelled slides."""
         from utils.evaluation.figures import prediction_figures
 
         write_figures(folder, prediction_figures(self.predictions()), formats)
@@ -148,19 +146,19 @@ class Answers:
         overwrite: bool,
         formats: Sequence[str] = FIGURE_FORMAT,
     ) -> str:
-        """Write `predictions.csv` and, with labels, `scores.json` and figures in these `formats`; return the closing
+        """Write `predictions.csv` and, with labels, `scores.json` and figures in these `formats`. Return the closing
         words.
 
-        A table with rows of slides that this one lacks, though their answers are there, is set aside, and so are
-        scores that are not those of the same slides, labels and `settings`, which `overwrite` replaces.
+        An earlier table is set aside if this one lacks slides of it whose predictions still exist. Scores of other
+        slides, labels or `settings` are set aside, too, or replaced with `overwrite`.
         """
         self._set_table_aside(folder)
         write_table(folder / TABLE, self.table())
         if not self.rows:
             if read_record(folder / SCORES).get("settings") != settings:
                 _clear_scores(folder, overwrite)
-            seen = sum(record["seen_in_training"] is True for record in self.records)
-            return _seen_words(seen) if seen else ""
+            num_seen = sum(record["seen_in_training"] is True for record in self.records)
+            return _seen_words(num_seen) if num_seen else ""
         scores = {"settings": dict(settings), "labels": self._labels_digest(), **self.scores(threshold)}
         earlier = read_record(folder / SCORES)
         if earlier and any(earlier.get(name) != scores[name] for name in ("settings", "labels")):
@@ -170,13 +168,11 @@ class Answers:
         return scores_text(scores)
 
     def _set_table_aside(self, folder: Path) -> None:
-        ours = {record["slide"] for record in self.records}
-        lost = [slide for slide in known_slides(folder) if slide not in ours and (folder / f"{slide}{ENDING}").exists()]
-        if lost:
-            log.warning(
-                "%s: holds %s by other settings; moved to %s",
-                folder / TABLE, plural(len(lost), "slide"), *set_aside(folder / TABLE),
-            )  # fmt: skip
+        absent = earlier_slides(folder).keys() - {record["slide"] for record in self.records}
+        count = sum((folder / f"{slide}{ENDING}").exists() for slide in absent)
+        if count:
+            slides, aside = plural(count, "slide"), set_aside(folder / TABLE)
+            log.warning("%s: holds %s by other settings; moved to %s", folder / TABLE, slides, *aside)
 
     def _labels_digest(self) -> str:
         """Return a digest of the slides that are scored, with their patients and labels."""
@@ -185,8 +181,8 @@ class Answers:
         return digest(*lines)
 
     def _by_class(self, values: Sequence[Mapping[str, float]]) -> np.ndarray:
-        """Return `(n, C)`"""
-        return np.array([[of_slide[name] for name in self.task.outputs] for of_slide in values])
+        """Return values by class name as an array `(n, C)`."""
+        return np.array([[by_name[name] for name in self.task.outputs] for by_name in values])
 
 
 def _figures(predictions: Predictions) -> dict[str, Any]:
@@ -201,18 +197,15 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
 
 
 def _clear_scores(folder: Path, overwrite: bool) -> None:
-    """Take scores of other slides, labels or settings, and their figures, out of the way, or away."""
-    there = [path for path in [folder / SCORES, *_figure_files(folder)] if path.exists()]
+    """Set aside scores of other slides, labels or settings, and their figures, or delete them with `overwrite`."""
+    figures = [path for name in Classification.drawings for path in figure_paths(folder / name, FORMATS)]
+    paths = [path for path in [folder / SCORES, *figures] if path.exists()]
     if overwrite:
-        for path in there:
+        for path in paths:
             path.unlink()
-    elif there:
-        aside = set_aside(*there)
-        log.warning("%s: holds scores of other slides, labels or settings; moved to %s", there[0], aside[0])
-
-
-def _figure_files(folder: Path) -> list[Path]:
-    return [path for name in Classification.drawings for path in figure_paths(folder / name, FORMATS)]
+    elif paths:
+        aside = set_aside(*paths)
+        log.warning("%s: holds scores of other slides, labels or settings; moved to %s", paths[0], aside[0])
 
 
 _SEED = derive_seed(SEED, "bootstrap")
@@ -221,20 +214,21 @@ _SEED = derive_seed(SEED, "bootstrap")
 def scores_text(scores: Mapping[str, Any]) -> str:
     """Return the closing words about the scores of `scores.json`."""
     task = task_of(scores)
-    shown = task.shown_metrics
-    blocks = [[figures_row("slides", scores["pooled"], shown), intervals_row(scores["intervals_95"], shown)]]
-    about = f"{scores['n_slides']} slides of {scores['n_cases']} patients."
-    words = [f"{about} The 95% intervals come from resampling patients and are conditional on the trained models."]
+    metrics = task.shown_metrics
+    blocks = [[figures_row("slides", scores["pooled"], metrics), intervals_row(scores["intervals_95"], metrics)]]
+    counts = f"{scores['n_slides']} slides of {scores['n_cases']} patients."
+    words = [f"{counts} The 95% intervals come from resampling patients and are conditional on the trained models."]
     words += task.closing_words(scores)
     if scores["n_seen_in_training"]:
         words.append(_seen_words(scores["n_seen_in_training"]))
     if scores["unseen"] is not None:
         unseen = scores["unseen"]
-        blocks.append([figures_row("unseen", unseen["pooled"], shown), intervals_row(unseen["intervals_95"], shown)])
+        rows = [figures_row("unseen", unseen["pooled"], metrics), intervals_row(unseen["intervals_95"], metrics)]
+        blocks.append(rows)
         words.append(f"Unseen: the {unseen['n_slides']} slides of the other {unseen['n_cases']} patients.")
     table = task.table(scores["pooled"], scores["intervals_95"])
-    return "\n".join([text_table(blocks, shown), "", table, "", *words])
+    return "\n".join([text_table(blocks, metrics), "", table, "", *words])
 
 
-def _seen_words(seen: int) -> str:
-    return f"{plural(seen, 'slide')} seen in training, or of patients seen there: their predictions prove nothing."
+def _seen_words(count: int) -> str:
+    return f"{plural(count, 'slide')} seen in training, or of patients seen there: their predictions prove nothing."

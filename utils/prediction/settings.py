@@ -101,16 +101,16 @@ class Prediction(Settings):
             )
 
     def _check_out_of_fold(self) -> None:
-        """Raise ConfigError for flags that contradict a run, which knows its models, slides and labels."""
+        """Raise ConfigError for flags that contradict a run, which has its own models, slides and labels."""
         for name in ("checkpoint", "input", "labels_csv", "extensions"):
             if getattr(self, name):
                 raise ConfigError(
                     f"--out_of_fold {self.out_of_fold}: knows its models, slides and labels; leave --{name} out"
                 )
-        about_rows = [word for word in self.allow if word != "missing"]
-        if about_rows:
+        for_labels = [word for word in self.allow if word != "missing"]
+        if for_labels:
             raise ConfigError(
-                f"--allow {' '.join(about_rows)}: goes with --labels_csv; leave it out with --out_of_fold"
+                f"--allow {' '.join(for_labels)}: goes with --labels_csv; leave it out with --out_of_fold"
             )
 
 

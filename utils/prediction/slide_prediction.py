@@ -1,4 +1,4 @@
-"""What trained models say of one slide."""
+"""The prediction of trained models for one slide."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,13 @@ SEEN = "%s: this model was trained on this %s; its prediction proves nothing"
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """`probabilities (C,)`; `calibrated (C,)`, the same temperature-scaled, None where a model has no temperature;
-    `attention (H, N)`, each head summing to 1 over the patches; `bag` with their places; `seen_as` "slide" or "case",
-    whichever a model was trained on, "" where neither, None where a checkpoint does not record it;
-    `member_probabilities (M, C)` of several models, None of a single one.
+    """The prediction for a slide.
+
+    Attributes
+        probabilities: `(C,)`; calibrated: `(C,)`, temperature-scaled, None if a model has no temperature.
+        attention: `(H, N)`, each head summing to 1 over the patches, or None; bag: the features and their coordinates.
+        seen_as: "slide" or "case" if a model was trained on it, "" if none was, None if a checkpoint does not say.
+        member_probabilities: `(M, C)` of each of several models, or None.
     """
 
     slide: str
@@ -41,7 +44,7 @@ class SlidePrediction:
 
     @property
     def confidence(self) -> float:
-        """The predicted class's probability."""
+        """Return the predicted class's probability."""
         return float(self.probabilities.max())
 
     @property
@@ -54,21 +57,21 @@ class SlidePrediction:
 
     @property
     def coords(self) -> NDArray[np.int64] | None:
-        """`(N, 2)` level-0 px of the patches' top-left corners."""
+        """Return the patches' top-left corners, `(N, 2)` in level-0 px."""
         return self.bag.coords
 
     @property
     def patch_attention(self) -> NDArray[np.float32] | None:
-        """`(N,)`, the mean over heads; sums to 1."""
+        """Return the mean over heads, `(N,)`, which sums to 1."""
         return None if self.attention is None else self.attention.mean(axis=0)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `<slide>_prediction.json` says of the slide; of several models also each one's probabilities, and their
-        (sample) standard deviation.
+        """Return the slide's entries in `<slide>_prediction.json`; of several models also each one's probabilities, and
+        their (sample) standard deviation.
         """
         members = self.member_probabilities
         ensemble = {} if members is None else {
-            "member_probabilities": [self._by_class(one) for one in members],
+            "member_probabilities": [self._by_class(probabilities) for probabilities in members],
             "spread": self._by_class(members.std(axis=0, ddof=1)),
         }  # fmt: skip
         return {

@@ -1,4 +1,4 @@
-"""A checkpoint with its model on the device, and what it asks of flags, of slides and of other checkpoints."""
+"""A checkpoint with its model on the device, and its checks of flags, features and other checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from utils.prediction.feeding import SlideFeed
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint, where it came from, and its model on the device."""
+    """A checkpoint, its file, and its model on the device."""
 
     path: Path
     checkpoint: Checkpoint
@@ -25,28 +25,27 @@ class TrainedModel:
 
     @property
     def recipe(self) -> Recipe:
-        """How the training features were made; a checkpoint that records no recipe has an empty one."""
+        """Return the recipe of the training features, an empty one if the checkpoint records none."""
         return self.checkpoint.recipe or Recipe()
 
     def require(self, **expected: Any) -> None:
-        """Raise CheckpointError unless the checkpoint holds what is expected: `mil`, `model_class`, `class_names`,
+        """Raise CheckpointError unless the checkpoint holds the expected values of `mil`, `model_class`, `class_names`,
         `dataset`, `input_dim`, `num_heads`; None expects nothing.
         """
         checkpoint, model = self.checkpoint, self.checkpoint.model
-        held = {
+        recorded = {
             "mil": model["name"], "model_class": model["name"], "class_names": checkpoint.class_names,
             "dataset": checkpoint.dataset, "input_dim": model["input_dim"], "num_heads": model.get("num_heads"),
         }  # fmt: skip
         for name, value in expected.items():
-            value = known_name(value) if name == "mil" and value else value
-            if value is not None and value != held[name]:
-                records = f"was trained with {name} {held[name]!r}, not" if held[name] is not None else ""
-                raise CheckpointError(
-                    f"{self.path}: {records or f'records no {name}, so not'} {value!r}; leave that setting out"
-                )
+            value = model_name(value) if name == "mil" and value else value
+            own = recorded[name]
+            if value is not None and value != own:
+                text = f"records no {name}, so not" if own is None else f"was trained with {name} {own!r}, not"
+                raise CheckpointError(f"{self.path}: {text} {value!r}; leave that setting out")
 
     def require_recipe(self, recipe: Recipe) -> None:
-        """Raise RecipeError where a recipe contradicts that of the training features."""
+        """Raise RecipeError if a recipe contradicts that of the training features."""
         contradictions = self.recipe.contradictions(recipe)
         if contradictions:
             raise RecipeError(
@@ -62,7 +61,7 @@ class TrainedModel:
         return SlideFeed.of_mode(mode, chunk_size or 1000)
 
     def check_width(self, width: int, recipe: Recipe, path: Path) -> None:
-        """Raise FeatureFileError unless the model takes features `width` wide, made by `recipe`, of the file `path`."""
+        """Raise FeatureFileError unless the model takes features `width` wide, which the file `path` holds."""
         expected = self.checkpoint.model["input_dim"]
         if width != expected:
             raise FeatureFileError(
@@ -72,18 +71,18 @@ class TrainedModel:
             )
 
     def differences(self, recipe: Recipe, mpp: float | None) -> str:
-        """Return in what features of a recipe, `mpp` um/px, differ from the training's; empty where in nothing."""
+        """Return how features of a recipe, at `mpp` um/px, differ from the training's; empty if they do not."""
         unlike = self.recipe.differences(recipe)
         return first_differences([*unlike, *mpp_difference(self.checkpoint.mpp_range, mpp)])
 
     def unknown_fields(self, recipe: Recipe, mpp: float | None) -> list[str]:
-        """Return what cannot be compared with the training features, because one side does not record it."""
+        """Return the fields that cannot be compared with the training features, as one side does not record them."""
         unknown = self.recipe.unknown_fields(recipe)
-        is_known = mpp is not None and self.checkpoint.mpp_range is not None
-        return unknown if is_known else [*unknown, "mpp"]
+        has_mpp = mpp is not None and self.checkpoint.mpp_range is not None
+        return unknown if has_mpp else [*unknown, "mpp"]
 
     def provenance(self) -> dict[str, Any]:
-        """Return which model this is, as a prediction's record has it."""
+        """Return the model's entries in a prediction's record."""
         return {
             "model": self.checkpoint.model,
             "checkpoint": str(self.path),
@@ -93,59 +92,58 @@ class TrainedModel:
 
 
 def check_alike(models: Sequence[TrainedModel]) -> None:
-    """Raise CheckpointError unless the checkpoints' answers can be averaged, RecipeError unless their features are of
-    one kind.
+    """Raise CheckpointError unless the checkpoints' predictions can be averaged, RecipeError unless their features are
+    alike.
     """
     first = models[0]
-    for other in models[1:]:
+    for model in models[1:]:
         pairs = {
-            "classes": (first.checkpoint.class_names, other.checkpoint.class_names),
-            "feature width": (first.checkpoint.model["input_dim"], other.checkpoint.model["input_dim"]),
+            "classes": (first.checkpoint.class_names, model.checkpoint.class_names),
+            "feature width": (first.checkpoint.model["input_dim"], model.checkpoint.model["input_dim"]),
         }
-        for what, (expected, value) in pairs.items():
+        for name, (expected, value) in pairs.items():
             if value != expected:
                 raise CheckpointError(
-                    f"{other.path}: its {what} are {value}, those of {first.path} are {expected}; "
+                    f"{model.path}: its {name} are {value}, those of {first.path} are {expected}; "
                     "give checkpoints that were trained for the same"
                 )
-        unlike = first.recipe.differences(other.recipe)
+        unlike = first.recipe.differences(model.recipe)
         if unlike:
             raise RecipeError(
-                f"{other.path}: was trained on features made in another way than those of {first.path} "
+                f"{model.path}: was trained on features made in another way than those of {first.path} "
                 f"({first_differences(unlike)}); give checkpoints of one recipe"
             )
 
 
 def common_feed(models: Sequence[TrainedModel], mode: str | None, chunk_size: int | None) -> SlideFeed:
-    """Return how slides are fed to all models. Raise ConfigError where they were evaluated in different ways."""
-    first, *others = models
-    feed = first.feed(mode, chunk_size)
-    for model in others:
-        if (other := model.feed(mode, chunk_size)) != feed:
+    """Return how slides are fed to all models. Raises ConfigError if their evaluations differ."""
+    feeds = [model.feed(mode, chunk_size) for model in models]
+    for model, feed in zip(models, feeds, strict=True):
+        if feed != feeds[0]:
             raise ConfigError(
-                f"{first.path} and {model.path} were evaluated on slides fed differently "
-                f"({_fed(feed)}; {_fed(other)}); give --mode"
+                f"{models[0].path} and {model.path} were evaluated on slides fed differently "
+                f"({_feed_text(feeds[0])}; {_feed_text(feed)}); give --mode"
             )
-    return feed
+    return feeds[0]
 
 
-def _fed(feed: SlideFeed) -> str:
+def _feed_text(feed: SlideFeed) -> str:
     return "whole" if feed.mode == "full" else f"in chunks of {feed.chunk_size}"
 
 
 def seen_as(models: Sequence[TrainedModel], slide: str, case_id: str | None = None) -> str | None:
-    """Return whether a model was trained on the "slide" or on its "case", which is the one given or that of a TCGA
-    barcode; "" for neither, None where a checkpoint does not say.
+    """Return "slide" if a model was trained on the slide, "case" if on the patient `case_id` or that of its TCGA
+    barcode, "" if on neither, None if a checkpoint does not say.
     """
     records = [model.checkpoint.seen for model in models]
     for kind, name in (("slide", slide), ("case", case_id), ("case", tcga_case(slide))):
-        if name is not None and any(id_digests(kind, [name])[0] in seen[kind] for seen in records):
+        if name is not None and any(id_digests(kind, [name])[0] in record[kind] for record in records):
             return kind
-    return "" if all(seen["slide"] for seen in records) else None
+    return "" if all(record["slide"] for record in records) else None
 
 
-def known_name(mil: str) -> str:
-    """Return the model's own name for `--mil`, which may be an alias. Raise ConfigError for an unknown one."""
+def model_name(mil: str) -> str:
+    """Return the model's own name for `--mil`, which may be an alias. Raises ConfigError for an unknown one."""
     try:
         return mil_name(mil)
     except ModelError as error:
