@@ -43,7 +43,7 @@ from utils.learning.settings import Training
 from utils.learning.training import fit
 from utils.mil_dataset import MILDataset
 from utils.prediction.faithfulness import measure_faithfulness
-from utils.prediction.feeding import SlideFeed, predict_features
+from utils.prediction.forward_pass import SlideFeed, predict_features
 
 TILES, TRAINING_BAGS, TEST_BAGS = 30, 300, 100
 LEAST_KEYS, MOST_KEYS = 2, 5

@@ -51,7 +51,7 @@ from utils.learning.splits import InnerFold, OuterFold, nested_splits
 from utils.learning.training import ModelTraining, learning_rate, validate
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 from utils.tasks.classification import Classification
 from utils.tasks.metrics import balanced_class_weights, log_loss
 

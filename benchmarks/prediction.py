@@ -30,7 +30,7 @@ from MILS.mergeable import MergeableModel
 from utils.bags.store import bag_writer
 from utils.inference import SlidePredictor
 from utils.prediction.checkpoint import Checkpoint, save_checkpoint
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 _BLOCK = 4096
 

@@ -20,7 +20,7 @@ from utils.bags.store import read_bag
 from utils.features.extractor import WSIFeatureExtractor
 from utils.pictures.visualizer import AttentionVisualizer
 from utils.prediction.checkpoint import Checkpoint, save_checkpoint
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 GOLDEN = Path(__file__).with_name("golden")
 WIDTH, HEIGHT, MPP = 960, 768, 0.5

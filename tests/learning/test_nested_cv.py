@@ -43,7 +43,7 @@ from utils.learning.training import Fitted
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.prediction.checkpoint import id_digests, load_checkpoint
-from utils.prediction.feeding import SlideFeed, predict_features
+from utils.prediction.forward_pass import SlideFeed, predict_features
 from utils.tasks.calibration import scale_probabilities
 from utils.tasks.metrics import METRICS, decision_metrics, fitted_threshold
 

@@ -17,7 +17,7 @@ from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
 from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
-from utils.prediction.feeding import SlideFeed, predict_features
+from utils.prediction.forward_pass import SlideFeed, predict_features
 from utils.tasks.metrics import METRICS, balanced_class_weights
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from utils.core.files import digest
 from utils.core.recipe import Recipe
 from utils.core.tensors import load_tensors, save_tensors
 from utils.prediction.checkpoint import FORMAT, VERSION, Checkpoint, id_digests, load_checkpoint, save_checkpoint
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 SLIDES, CASES = ["TCGA-A2-0001-01Z", "TCGA-A2-0002-01Z"], ["Mrs Example", "Mr Example"]
 

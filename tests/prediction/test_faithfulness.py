@@ -11,7 +11,7 @@ from tests.small import TASK
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.core.errors import FeatureFileError
 from utils.prediction.faithfulness import Curves, measure_faithfulness
-from utils.prediction.feeding import SlideFeed, predict_features
+from utils.prediction.forward_pass import SlideFeed, predict_features
 
 WHOLE = SlideFeed(None, "merge")
 COUNT = 60

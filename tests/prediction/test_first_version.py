@@ -7,7 +7,7 @@ import torch
 from tests.prediction.checkpoint_helpers import check_damage, check_refused
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from utils.prediction.checkpoint import load_checkpoint, save_checkpoint
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 
 @pytest.fixture

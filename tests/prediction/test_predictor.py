@@ -14,7 +14,7 @@ from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, Re
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
 from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
-from utils.prediction.feeding import SlideFeed, predict_features
+from utils.prediction.forward_pass import SlideFeed, predict_features
 from utils.prediction.predictor import SlidePredictor, extractPredict
 from utils.slides.wsi import open_slide
 

@@ -29,7 +29,7 @@ from utils.nested_cv import NestedCrossValidation
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import save_picture
 from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 from utils.prediction.predictor import SlidePredictor
 from utils.tasks.calibration import scale_probabilities
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.small import TASK, classification_metrics
-from utils.prediction.feeding import SlideOutput, mean_calibrated
+from utils.prediction.forward_pass import SlideOutput, mean_calibrated
 from utils.tasks.calibration import fitted_temperature, scale_probabilities
 
 

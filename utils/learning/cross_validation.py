@@ -43,7 +43,7 @@ from utils.learning.settings import Protocol, Running, Training
 from utils.learning.splits import OuterFold
 from utils.learning.testing import FoldTester
 from utils.learning.threads import THREADS, ThreadChoice, choose_threads
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 # The digests of the features, beside the results.
 INVENTORY = "features.csv"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.learning.ranking import Validation, rank
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from utils.bags.dataset import MILDataset
 from utils.evaluation.predictions import Predictions
 from utils.learning.splits import OuterFold
-from utils.prediction.feeding import SlideOutput, mean_calibrated
+from utils.prediction.forward_pass import SlideOutput, mean_calibrated
 from utils.tasks.classification import Classification
 
 

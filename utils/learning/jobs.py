@@ -19,7 +19,7 @@ from utils.learning.model_factory import ModelFactory
 from utils.learning.settings import Training
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted, fit, refit
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 
 @dataclass(frozen=True)

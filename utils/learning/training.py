@@ -19,7 +19,7 @@ from utils.core.runtime import derive_seed, prefetch
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.scale import feature_scale, standardize
 from utils.learning.settings import Training
-from utils.prediction.feeding import SlideFeed, SlideOutput, predict_features, predict_values
+from utils.prediction.forward_pass import SlideFeed, SlideOutput, predict_features, predict_values
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from utils.core.recipe import Recipe
 from utils.core.runtime import versions
 from utils.core.tensors import load_tensors, save_tensors
 from utils.prediction import first_version
-from utils.prediction.feeding import SlideFeed
 from utils.prediction.foreign_checkpoints import names_in, names_of_pickle, origin
+from utils.prediction.forward_pass import SlideFeed
 from utils.tasks.classification import Classification
 
 FORMAT = "litemil-checkpoint"

@@ -21,7 +21,7 @@ from MILS.mergeable import MergeableModel
 from utils.bags.store import StoredFeatures
 from utils.core.errors import FeatureFileError
 from utils.core.runtime import derive_seed, progress
-from utils.prediction.feeding import SlideFeed, blocks_of, mean_output, predict_features
+from utils.prediction.forward_pass import SlideFeed, blocks_of, mean_output, predict_features
 from utils.tasks.task import Task
 
 # The fractions of the patches that are removed or added, up to a half; their complements complete the curve.

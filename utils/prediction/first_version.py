@@ -15,7 +15,7 @@ from MILS.bag_model import ModelError
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import CheckpointError
 from utils.core.runtime import log
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 # The first train.py ignored --num_heads.
 _NUM_HEADS = 4

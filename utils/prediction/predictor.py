@@ -26,7 +26,7 @@ from utils.features.one_slide import extract_one
 from utils.features.settings import Extraction
 from utils.prediction.checkpoint import Checkpoint, load_checkpoint
 from utils.prediction.faithfulness import Faithfulness, measure_faithfulness
-from utils.prediction.feeding import SlideFeed, mean_calibrated, mean_output, predict_features
+from utils.prediction.forward_pass import SlideFeed, mean_calibrated, mean_output, predict_features
 from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
 from utils.prediction.settings import Prediction, PredictionRecipe

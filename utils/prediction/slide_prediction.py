@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.bags.store import Bag, StoredBag
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 from utils.tasks.classification import Classification
 
 SEEN = "%s: this model was trained on this %s; its prediction proves nothing"

@@ -12,7 +12,7 @@ from utils.core.differences import first_differences
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.recipe import Recipe, mpp_difference
 from utils.prediction.checkpoint import Checkpoint, id_digests
-from utils.prediction.feeding import SlideFeed
+from utils.prediction.forward_pass import SlideFeed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from MILS.mergeable import BLOCK_ROWS
 from tests.small import TASK
 from utils.bags.chunks import cut_chunks
 from utils.bags.store import Bag, open_bag, write_bag
-from utils.prediction.feeding import SlideFeed, predict_features, predict_values
+from utils.prediction.forward_pass import SlideFeed, predict_features, predict_values
 
 FULL = SlideFeed(None, "merge")
 MODELS = list_mils()
