@@ -15,7 +15,7 @@ from utils.slides.settings import ExtractionFiles
 def main() -> None:
     groups = {"files": ExtractionFiles, "recipe": Extraction, "beyond one machine": Cluster}
     files, recipe, cluster = cli.parse(str(__doc__), groups)
-    # These imports take seconds, so that a wrong command line is refused before them.
+    # These imports take seconds; a wrong command line is refused before them.
     from utils.core.errors import ConfigError
     from utils.features.extraction import closing_words, dry_run, extract_slides
     from utils.features.extractor import WSIFeatureExtractor

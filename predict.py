@@ -29,7 +29,7 @@ def main() -> None:
             f"--figure_format {' '.join(settings.figure_format)}: no figure is drawn; give --visualize, --faithfulness "
             "or --labels_csv with it"
         )
-    # These imports take seconds, so that a wrong command line is refused before them.
+    # These imports take seconds; a wrong command line is refused before them.
     from utils.core.device import resolve_device
     from utils.prediction.inputs import PredictionFiles
     from utils.prediction.run import make_predictors, predict_files

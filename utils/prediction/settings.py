@@ -11,7 +11,7 @@ from utils.features.settings import Extraction
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(Settings):
-    """What `predict.py` predicts, with which models, and where it writes."""
+    """The models, inputs and outputs of `predict.py`."""
 
     checkpoint: tuple[Path, ...] = option(
         (),
