@@ -121,6 +121,7 @@ def test_extraction_gives_the_same_bytes_though_its_workers_die(ray, demo, scrip
     assert (report.loc[report["status"] == "done", "seconds"] > 0).all()
 
 
+@pytest.mark.slow
 def test_extraction_goes_on_after_its_driver_was_ended(ray, demo, script, tmp_path):
     """As a batch system asks it to, then without asking."""
     target = tmp_path / "features"

@@ -217,6 +217,7 @@ class TestRay:
             ray.run(work.Unpacked(os._exit, 1), [0], lambda *_: None)
         assert [message.split(" (")[1] for message in caplog.messages] == ["1 in a row)", "2 in a row)"]
 
+    @pytest.mark.slow
     def test_a_task_that_may_not_have_begun_is_tried_once_more(self, ray, tmp_path):
         """A worker may die between two tasks, when the next is on its way already."""
         heard: dict[int, list] = {}
@@ -240,6 +241,7 @@ class TestRay:
         ray.run(work.Unpacked(work.begun_by_two_of_five, tmp_path), [0], lambda _, message: heard.append(message))
         assert list(map(without_process, heard)) == [WorkerDied(1, False, HERE, 0), "done by 4"]
 
+    @pytest.mark.slow
     def test_workers_that_cannot_begin_do_not_end_those_that_work(self, ray, tmp_path, caplog):
         """As on a node without room in its memory."""
         heard, warnings = [], logging.Handler()
