@@ -7,7 +7,7 @@ uv run extractFeatures.py --input_dir slides/ --output_dir features/ --backbone 
 import sys
 
 from utils.core import cli
-from utils.core.cluster import Cluster
+from utils.core.ray_settings import Cluster
 from utils.features.settings import Extraction
 from utils.slides.settings import ExtractionFiles
 
@@ -17,7 +17,7 @@ def main() -> None:
     files, recipe, cluster = cli.parse(str(__doc__), groups)
     # These imports take seconds; a wrong command line is refused before them.
     from utils.core.errors import ConfigError
-    from utils.features.extraction import closing_words, dry_run, extract_slides
+    from utils.features.extraction import closing_text, dry_run, extract_slides
     from utils.features.extractor import WSIFeatureExtractor
     from utils.slides.batch import SlideFiles
     from utils.slides.slide_mpps import write_slides_csv
@@ -32,7 +32,7 @@ def main() -> None:
         statuses, text = dry_run(extractor, files)
     else:
         statuses = extract_slides(extractor, files, cluster)
-        text = closing_words(files, statuses, cli.took())
+        text = closing_text(files, statuses, cli.took())
     print(text)
     if any(status.status == "failed" for status in statuses):
         sys.exit(1)

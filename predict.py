@@ -9,8 +9,8 @@ uv run predict.py --out_of_fold outputs/LiteMIL/mine --visualize --wsi slides/
 import sys
 
 from utils.core import cli
-from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError
+from utils.core.ray_settings import Cluster
 from utils.pictures.settings import Pictures
 from utils.prediction.settings import Prediction, PredictionRecipe
 
@@ -38,7 +38,7 @@ def main() -> None:
     device = resolve_device(settings.device)
     drawing = None
     if pictures.visualize:
-        from utils.prediction.pictures import PredictionPictures
+        from utils.prediction.prediction_pictures import PredictionPictures
 
         drawing = PredictionPictures(pictures, files, recipe, device)
     predictors = make_predictors(files, recipe)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from utils.bags.settings import Cohort, CohortFiles
 from utils.core import cli
-from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError
 from utils.core.model_help import model_help
+from utils.core.ray_settings import Cluster
 from utils.learning.settings import DryRun, Model, Protocol, Running, Training
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main() -> None:
     cohort, model, training, protocol, running, cluster, run = cli.parse(str(__doc__), FLAGS, epilog=epilog)
     from datasets.demo import make_demo, next_command
     from utils.core.engine import check_engine
-    from utils.evaluation.closing_table import closing_words
+    from utils.evaluation.closing_table import closing_text
     from utils.mil_dataset import MILDataset
     from utils.nested_cv import NestedCrossValidation
     from utils.prediction.trained_model import model_name
@@ -61,7 +61,7 @@ def main() -> None:
         print("Next: the same command without --dry_run")
         return
     results = cv.run()
-    print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{closing_words(results)}\n")
+    print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{closing_text(results)}\n")
     chosen = output_dir / "all_folds_best.pth"
     print(f"Results are in {output_dir} (took {cli.took()}); the model chosen on inner validation is {chosen}")
     if is_demo:

@@ -13,13 +13,13 @@ from MILS.layers import at_least_single, full_precision
 class AttentionSummary(NamedTuple):
     """A block under softmax attention, in a form in which blocks can be merged (online softmax).
 
-    maximum (B, R): the largest score; normaliser (B, R): the sum of exp(score - maximum); kept (B, R): the same sum
-    after attention dropout; total (B, R, d): the sum of the values under the weights after dropout.
+    maximum (B, R): the largest score; normaliser (B, R): the sum of exp(score - maximum); after_dropout (B, R): the
+    same sum after attention dropout; total (B, R, d): the sum of the values under the weights after dropout.
     """
 
     maximum: Tensor
     normaliser: Tensor
-    kept: Tensor
+    after_dropout: Tensor
     total: Tensor
 
     def merge(self, other: AttentionSummary) -> AttentionSummary:
@@ -28,7 +28,7 @@ class AttentionSummary(NamedTuple):
         return AttentionSummary(
             maximum,
             ours * self.normaliser + theirs * other.normaliser,
-            ours * self.kept + theirs * other.kept,
+            ours * self.after_dropout + theirs * other.after_dropout,
             ours.unsqueeze(-1) * self.total + theirs.unsqueeze(-1) * other.total,
         )
 
@@ -38,7 +38,7 @@ class AttentionSummary(NamedTuple):
 
     def mass(self) -> Tensor:
         """Return the sum (B, R) of the weights: 1 except under attention dropout."""
-        return self.kept / self.normaliser
+        return self.after_dropout / self.normaliser
 
     def weights(self, scores: Tensor) -> Tensor:
         """Return the weights (B, R, N), before dropout, of instances with these scores."""
@@ -59,13 +59,13 @@ def attend(
         scores = scores.masked_fill(mask.unsqueeze(1), torch.finfo(scores.dtype).min)
     maximum = scores.detach().amax(dim=-1)
     weights = torch.exp(scores - maximum.unsqueeze(-1))
-    normaliser = kept = weights.sum(dim=-1)
+    normaliser = after_dropout = weights.sum(dim=-1)
     if dropout is not None and dropout.training:
         weights = dropout(weights)
-        kept = weights.sum(dim=-1)
+        after_dropout = weights.sum(dim=-1)
     with full_precision(weights):
         total = weights @ values.to(weights.dtype)
-    return AttentionSummary(maximum, normaliser, kept, total), scores
+    return AttentionSummary(maximum, normaliser, after_dropout, total), scores
 
 
 class MaxSummary(NamedTuple):

@@ -41,8 +41,8 @@ from utils.core.runtime import keep_freed_memory
 from utils.feature_extractor import WSIFeatureExtractor
 from utils.features.backbones import Backbone, backbone_spec
 from utils.features.transform import IMAGENET_MEAN, IMAGENET_STD
+from utils.slides.open_slides import open_slide
 from utils.slides.patching import PatchGrid, plan_patches, read_batches
-from utils.slides.wsi import open_slide
 
 QUALITY = 80
 PERIOD = 1200  # px after which the slide's texture repeats; not a multiple of the tiles, so that those differ

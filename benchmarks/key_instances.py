@@ -135,7 +135,7 @@ def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int)
             found = measure_faithfulness(dataset.task, [model], dataset.features(bag), attention, 1, seed).as_dict()
             gaps.append((found["deletion"]["gap"], found["insertion"]["gap"]))
     gaps = np.array(gaps)
-    bags_auc = dataset.task.plain_metrics(labels, probabilities)["auc"]
+    bags_auc = dataset.task.unweighted_metrics(labels, probabilities)["auc"]
     assert bags_auc is not None  # noqa: S101 - both labels occur
     return {
         "bags AUC": bags_auc,

@@ -209,7 +209,7 @@ class PlainTraining:
     def validate(self, slides: np.ndarray) -> dict[str, float | None]:
         labels, probabilities = self.chunks.cohort.labels[slides], self.probabilities(slides)
         loss = log_loss(labels, probabilities, self.class_weights)
-        return {"val_loss": loss, "val_auc": TASK.plain_metrics(labels, probabilities)["auc"]}
+        return {"val_loss": loss, "val_auc": TASK.unweighted_metrics(labels, probabilities)["auc"]}
 
     def _batches(self, *, shuffle: bool, slides: np.ndarray) -> list[list[int]]:
         items, size = self.chunks.of(slides), self.plan.batch_size
@@ -413,7 +413,7 @@ def pooled_auc(folder: Path, output: Path) -> float:
     """Of the slides' answers out of fold."""
     labels = pd.read_csv(folder / "labels.csv", dtype=str, index_col="wsi_id")["label"].eq(CLASSES[1])
     score = pd.read_csv(output / "predictions.csv", index_col="wsi_id")[f"prob_{CLASSES[1]}"][labels.index].to_numpy()
-    figures = TASK.plain_metrics(labels.to_numpy(dtype=int), np.stack([1 - score, score], axis=1))
+    figures = TASK.unweighted_metrics(labels.to_numpy(dtype=int), np.stack([1 - score, score], axis=1))
     return figures["auc"] or float("nan")
 
 

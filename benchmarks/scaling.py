@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from report import processor, table, versions
 
-from utils.core.cluster import Cluster
 from utils.core.engine import Engine, Processes, open_engine
 from utils.core.errors import plural
+from utils.core.ray_settings import Cluster
 from utils.core.runtime import be_quiet
 from utils.slides.batch import SlideStatus, work_through
 

@@ -1,10 +1,10 @@
 """The demo cohort and the test slide: synthetic H&E-like slides of two growth patterns, drawn offline.
 
-    uv run train.py --mil LiteMIL --dataset demo    makes what is missing, and trains on it
-    uv run python -m datasets.demo                  only makes it
+    uv run train.py --mil LiteMIL --dataset demo    makes the missing files, and trains on the cohort
+    uv run python -m datasets.demo                  makes the missing files only
     uv run python -m datasets.demo --test_slide     makes testSlides/testSlide.svs and its features
 
-datasets/demo/ holds 48 slides of 24 patients from three sites (`wsi/`), where their lesions are (`masks/`, white on
+datasets/demo/ holds 48 slides of 24 patients from three sites (`wsi/`), masks of their lesions (`masks/`, white on
 black, a pixel per 16 level-0 pixels), `labels.csv`, and `stain-texture` features (`features/`); `holdout/` six slides
 of other patients, for prediction. The same versions of the packages draw the same pixels.
 """
@@ -19,7 +19,7 @@ from utils.core.settings import Settings, option
 class Demo(Settings):
     """What `datasets.demo` draws."""
 
-    test_slide: bool = option(False, "testSlides/testSlide.svs and its features instead of the demo cohort")
+    test_slide: bool = option(False, "make testSlides/testSlide.svs and its features instead of the demo cohort")
 
 
 _FLAGS = {"demo": Demo}
@@ -57,17 +57,17 @@ class DemoSlide:
     site: str
 
     def wsi(self, folder: Path) -> Path:
-        """Return its path in the cohort's folder, or that of the held-out slides."""
+        """Return the slide's path in the cohort's folder, or in that of the held-out slides."""
         return folder / "wsi" / f"{self.wsi_id}.tif"
 
     def mask(self, folder: Path) -> Path:
-        """Return the path of its lesion's mask."""
+        """Return the path of the lesion's mask."""
         return folder / "masks" / f"{self.wsi_id}.png"
 
     def draw(self, target: Path, mask: Path | None = None, size: tuple[int, int] = SIZE) -> None:
         """Write the slide, `size` px across and down, and its lesion's mask if a path for it is given."""
         number, slide = map(int, self.wsi_id.split("-")[1:])
-        patient = Patient.drawn(self.label, self.site, np.random.default_rng([number]))
+        patient = Patient.random(self.label, self.site, np.random.default_rng([number]))
         drawing = draw_slide(patient, *size, np.random.default_rng([number, slide]))
         if mask is not None:
             with whole_file(mask) as temporary:
@@ -76,7 +76,7 @@ class DemoSlide:
 
 
 def demo_slides(patients: int, slides_each: int, first: int = 0) -> list[DemoSlide]:
-    """Return the slides of so many patients, equally many of each pattern at each site."""
+    """Return the slides of `patients`, numbered from `first`, with equally many of each pattern at each site."""
     slides = []
     for number in range(first, first + patients):
         label, site = PATTERNS[number % 2], list(SITES)[number // 2 % len(SITES)]
@@ -90,10 +90,10 @@ TRAINING, HOLDOUT = demo_slides(PATIENTS, SLIDES_EACH), demo_slides(HELD_OUT, 1,
 
 def make_demo(folder: Path = FOLDER) -> None:
     """Make the missing files of the demo cohort; existing ones are kept."""
-    slides = {folder: TRAINING, folder / "holdout": HOLDOUT}
+    rows_in = {folder: TRAINING, folder / "holdout": HOLDOUT}
     missing = [
         (row, home)
-        for home, rows in slides.items()
+        for home, rows in rows_in.items()
         for row in rows
         if not (row.wsi(home).exists() and row.mask(home).exists())
     ]
@@ -101,11 +101,11 @@ def make_demo(folder: Path = FOLDER) -> None:
         log.info("Drawing %d synthetic slides into %s, once", len(missing), folder)
         with progress_bar("Drawing slides", len(missing), unit="slide") as bar, threads(1):
 
-            def move(*_: object) -> None:
+            def advance(*_: object) -> None:
                 bar.update()
 
-            Processes(min(processors(), len(missing))).run(_draw, missing, move)
-    for home, rows in slides.items():
+            Processes(min(processors(), len(missing))).run(_draw, missing, advance)
+    for home, rows in rows_in.items():
         if not (home / "labels.csv").exists():
             write_records(home / "labels.csv", rows)
     if not all((folder / "features" / f"{row.wsi_id}.h5").exists() for row in TRAINING):
@@ -113,7 +113,7 @@ def make_demo(folder: Path = FOLDER) -> None:
 
 
 def next_command(checkpoint: Path, folder: Path = FOLDER) -> str:
-    """Return the command to try after training on the cohort: predict a slide it has not seen, with its heatmap."""
+    """Return the command to try after training on the cohort: predict a held-out slide, with its heatmap."""
     slide = HOLDOUT[0].wsi(folder / "holdout")
     return f"uv run predict.py --checkpoint {checkpoint} --input {slide} --visualize"
 

@@ -1,12 +1,12 @@
-"""Fetch a public cohort: the MAD-MIL study's patch features and labels; or a real slide to try commands on.
+"""Download a public cohort, the MAD-MIL study's patch features and labels; or a real slide to try commands on.
 
     uv run python -m datasets.download breast                  datasets/breast/features/ and labels.csv
     uv run python -m datasets.download kidney --labels_only    the label table alone
     uv run python -m datasets.download test-slide              testSlides/CMU-1-Small-Region.svs
 
 The features are Zenodo record 10563985 (Keshvarikhojasteh et al. 2024, https://arxiv.org/abs/2404.05362), whose API
-states sizes and MD5; the labels are the study's own tables at a fixed commit. The same command resumes an interrupted
-download.
+gives sizes and MD5 digests; the labels are the study's tables at a fixed commit. The same command resumes an
+interrupted download.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from utils.core.settings import REQUIRED, Settings, option
 
 @dataclass(frozen=True, kw_only=True)
 class Download(Settings):
-    """What `datasets.download` fetches."""
+    """What `datasets.download` downloads."""
 
     name: Literal["breast", "kidney", "lung", "tupac", "test-slide"] = option(
         REQUIRED, "a cohort (MAD-MIL study, Zenodo 10563985), or a slide to try", positional=True
     )
-    labels_only: bool = option(False, "the label table without the features")
-    output_dir: Path | None = option(None, "where it goes (default: datasets/<name>, testSlides for the slide)")
+    labels_only: bool = option(False, "download the label table without the features")
+    output_dir: Path | None = option(None, "folder to write to (default: datasets/<name>, testSlides for the slide)")
 
 
 _FLAGS = {"download": Download}
@@ -62,11 +62,11 @@ TEST_SLIDE = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CM
 TEST_SLIDE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
 TEST_SLIDE_BYTES = 1_938_955
 
-_ATTEMPTS = 6  # without a byte of progress
-_PAUSE = 2.0  # seconds before the second attempt, twice as many before each further one
-_TIMEOUT = 60  # s without an answer
+_ATTEMPTS = 6  # in a row without progress
+_PAUSE = 2.0  # s before the second attempt, twice as long before each further one
+_TIMEOUT = 60  # s without a response
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_PIECE = 2**20
+_BLOCK = 2**20  # bytes
 _MEMBER = re.compile(r"(?:[^/]+/)*pt_files/([^/\\]+\.pt)")
 _SLIDE_ENDINGS = (".svs", ".tif", ".tiff", ".ndpi")
 # How the record's features were made: ImageNet's ResNet50 cut after layer3, patches of 256 px at 20x, not resized.
@@ -78,7 +78,7 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class _Source:
-    """A cohort's archive of features in the record, its label table and the table's SHA-256."""
+    """A cohort's archive of features in the record, its label table, and the table's SHA-256."""
 
     archive: str
     table: str
@@ -100,14 +100,14 @@ _SOURCES = {
 
 
 def download_cohort(name: str, folder: Path, labels_only: bool = False) -> None:
-    """Fetch a cohort's labels and features into a folder; files that exist and are complete are not fetched again.
+    """Download a cohort's labels and features into a folder; complete files are not fetched again.
 
     Raises DownloadError if the network keeps failing, a file is not what was published, or the disk is too small.
     """
     source, cohort = _SOURCES[name], KNOWN_COHORTS[name]
     table = folder / source.table
     fetch(TABLES + source.table, table, algorithm="sha256", expected=source.sha256)
-    rows = _our_rows(table.read_text(encoding="utf-8-sig"), table)
+    rows = _label_rows(table.read_text(encoding="utf-8-sig"), table)
     _write_labels(folder / "labels.csv", rows)
     table.unlink()
     _log_classes(folder / "labels.csv", rows, cohort)
@@ -117,8 +117,8 @@ def download_cohort(name: str, folder: Path, labels_only: bool = False) -> None:
     if not _is_unpacked(features, source.archive):
         entry = _record_entry(source.archive)
         archive = folder / source.archive
-        # The unpacked files take about as much again.
-        _check_space(folder, 2 * entry["size"] - (_size(archive) or _size(_part(archive))), source.archive)
+        # Archive and unpacked files take about the same space.
+        _check_space(folder, 2 * entry["size"] - (_size(archive) or _size(_partial(archive))), source.archive)
         fetch(
             entry["links"]["self"], archive, size=entry["size"], algorithm="md5",
             expected=entry["checksum"].removeprefix("md5:"),
@@ -135,40 +135,40 @@ def fetch(url: str, target: Path, *, algorithm: str, expected: str, size: int | 
     Raises DownloadError.
     """
     if target.is_dir():
-        raise DownloadError(f"{target}: is a folder, where a file is to be; move it away")
+        raise DownloadError(f"{target}: is a folder, expected a file; move it away")
     if target.exists() and _digest(target, algorithm) == expected:
         return
     _make_folder(target.parent)
-    part = _part(target)
+    partial = _partial(target)
     with progress_bar(target.name, size, unit="B", unit_scale=True) as bar:
-        _fetch_with_retries(url, part, size, bar)
-    digest = _digest(part, algorithm)
+        _fetch_with_retries(url, partial, size, bar)
+    digest = _digest(partial, algorithm)
     if digest != expected:
-        part.unlink()
+        partial.unlink()
         raise DownloadError(
-            f"{url}: what came is damaged ({algorithm} {digest}, expected {expected}) and was removed; run the same "
-            "command again"
+            f"{url}: the downloaded file is damaged ({algorithm} {digest}, expected {expected}) and was removed; run "
+            "the same command again"
         )
-    part.replace(target)
+    partial.replace(target)
 
 
-def _fetch_with_retries(url: str, part: Path, size: int | None, bar: Any) -> None:
+def _fetch_with_retries(url: str, partial: Path, size: int | None, bar: Any) -> None:
     failures, has_logged_a_retry = 0, False
     while True:
-        before = _size(part)
+        before = _size(partial)
         bar.n = before
         try:
-            if _continue(url, part, size, bar):
-                return
+            _continue(url, partial, size, bar)
+            return
         except (OSError, http.client.HTTPException) as failure:
             if getattr(failure, "errno", None) in _DISK_ERRORS:
                 remedy = "free some space, or give another --output_dir"
-                raise DownloadError(f"{part}: cannot be written ({failure}); {remedy}") from failure
-            failures = 1 if _size(part) > before else failures + 1
+                raise DownloadError(f"{partial}: cannot be written ({failure}); {remedy}") from failure
+            failures = 1 if _size(partial) > before else failures + 1
             if failures == _ATTEMPTS or _is_final(failure):
-                kept = f"the first {file_size(_size(part))} are kept: " if _size(part) else ""
+                saved = f"the first {file_size(_size(partial))} are kept: " if _size(partial) else ""
                 raise DownloadError(
-                    f"{url}: cannot be fetched ({failure}); {kept}run the same command again"
+                    f"{url}: cannot be fetched ({failure}); {saved}run the same command again"
                 ) from failure
             if not has_logged_a_retry:
                 has_logged_a_retry = True
@@ -177,36 +177,36 @@ def _fetch_with_retries(url: str, part: Path, size: int | None, bar: Any) -> Non
             time.sleep(_PAUSE * 2 ** (failures - 1))
 
 
-def _continue(url: str, part: Path, size: int | None, bar: Any) -> bool:
-    """Append the rest of the file to `part`; return True once it is complete. `size` is None if it is unknown."""
-    have = _size(part)
-    if size is not None and have >= size:
-        return True
-    headers = {"User-Agent": "LiteMIL"} | ({"Range": f"bytes={have}-"} if have else {})
+def _continue(url: str, partial: Path, size: int | None, bar: Any) -> None:
+    """Append the remaining bytes to the partial file; `size` is None if unknown. Raises OSError or HTTPException if it
+    is still incomplete.
+    """
+    offset = _size(partial)
+    if size is not None and offset >= size:
+        return
+    headers = {"User-Agent": "LiteMIL"} | ({"Range": f"bytes={offset}-"} if offset else {})
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - addresses of this file and of the record
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
-            expected_range = f"bytes {have}-"  # if a server sends another range, everything is fetched anew
-            goes_on = have > 0 and (answer.headers.get("Content-Range") or "").startswith(expected_range)
-            if answer.status == http.HTTPStatus.PARTIAL_CONTENT and not goes_on:
-                part.unlink()
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:  # noqa: S310
+            expected_range = f"bytes {offset}-"  # if a server sends another range, everything is fetched anew
+            is_resumed = offset > 0 and (response.headers.get("Content-Range") or "").startswith(expected_range)
+            if response.status == http.HTTPStatus.PARTIAL_CONTENT and not is_resumed:
+                partial.unlink()
                 raise http.client.IncompleteRead(b"")
-            length = answer.headers.get("Content-Length")
-            with part.open("ab" if goes_on else "wb") as file:
-                bar.n = have if goes_on else 0
-                received, most = 0, float("inf") if size is None else size - bar.n
-                while received <= most and (piece := answer.read(_PIECE)):
-                    file.write(piece)
-                    bar.update(len(piece))
-                    received += len(piece)
-            expected = most if size is not None else int(length or 0)
+            length = response.headers.get("Content-Length")
+            with partial.open("ab" if is_resumed else "wb") as file:
+                bar.n = offset if is_resumed else 0
+                received, limit = 0, float("inf") if size is None else size - bar.n
+                while received <= limit and (block := response.read(_BLOCK)):
+                    file.write(block)
+                    bar.update(len(block))
+                    received += len(block)
+            expected = limit if size is not None else int(length or 0)
             if received < expected:
                 raise http.client.IncompleteRead(b"", int(expected) - received)
     except urllib.error.HTTPError as failure:
-        if failure.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # we have all of it
-            return True
-        raise
-    return True
+        if failure.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # that means the file is complete
+            raise
 
 
 def _is_final(failure: Exception) -> bool:
@@ -217,8 +217,8 @@ def _is_final(failure: Exception) -> bool:
 def _record_entry(archive: str) -> dict[str, Any]:
     """Return the record's entry of one of its files: `size`, `checksum`, `links`."""
     try:
-        with urllib.request.urlopen(RECORD, timeout=_TIMEOUT) as answer:
-            files = json.loads(answer.read())["files"]
+        with urllib.request.urlopen(RECORD, timeout=_TIMEOUT) as response:
+            files = json.loads(response.read())["files"]
         return next(file for file in files if file["key"] == archive and file["checksum"].startswith("md5:"))
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, StopIteration) as failure:
         raise DownloadError(
@@ -236,8 +236,8 @@ def _unpack(archive: Path, features: Path) -> None:
             if not members:
                 raise DownloadError(f"{archive}: no pt_files/*.pt in it; look at the record's page")
             for name, info in progress(missing, "Unpacking", unit="file"):
-                with file.open(info) as packed, whole_file(features / name) as part, part.open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked, _PIECE)
+                with file.open(info) as packed, whole_file(features / name) as path, path.open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked, _BLOCK)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as failure:  # the last two: an unknown compression
         raise DownloadError(f"{archive}: damaged ({failure}); remove it and run the same command again") from failure
     except OSError as failure:
@@ -251,19 +251,20 @@ def _is_unpacked(features: Path, archive: str) -> bool:
     return (features / "recipe.json").exists() and not (features.parent / archive).exists()
 
 
-def _our_rows(text: str, table: Path) -> list[dict[str, str]]:
-    """Return the rows of the study's table with our columns first and the others as they are."""
+def _label_rows(text: str, table: Path) -> list[dict[str, str]]:
+    """Return the rows of the study's table as `labels.csv` has them: our columns first, the others unchanged."""
     rows = list(csv.DictReader(io.StringIO(text)))
     label = next((name for name in ("label", "oncotree_code") if rows and name in rows[0]), None)
     if label is None or "slide_id" not in rows[0]:
         raise DownloadError(f"{table}: no column slide_id or label in it; it is not the table that was published")
-    ours = []
+    label_rows = []
     for row in rows:
         slide = row["slide_id"]
         ending = next((ending for ending in _SLIDE_ENDINGS if slide.lower().endswith(ending)), "")
         columns = {"case_id": row["case_id"], "wsi_id": slide[: len(slide) - len(ending)], "label": row[label]}
-        ours.append(columns | {name: value for name, value in row.items() if name and name not in ("case_id", "label")})
-    return ours
+        columns |= {name: value for name, value in row.items() if name and name not in ("case_id", "label")}
+        label_rows.append(columns)
+    return label_rows
 
 
 def _write_labels(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -317,7 +318,7 @@ def _digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _part(target: Path) -> Path:
+def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.part")
 
 
@@ -326,7 +327,7 @@ def _size(path: Path) -> int:
 
 
 def main() -> None:
-    """Fetch what is asked for, and print the next step."""
+    """Download the cohort or the slide, and print the next step."""
     (download,) = cli.parse(str(__doc__), _FLAGS)
     if download.name == "test-slide":
         target = (download.output_dir or Path("testSlides")) / TEST_SLIDE.rsplit("/", 1)[1]

@@ -1,6 +1,6 @@
-"""Synthetic H&E-like slides of two growth patterns, glandular and solid: drawn by rule, nobody's tissue.
+"""Draw synthetic H&E-like slides of two growth patterns, glandular and solid; they show no patient's tissue.
 
-A lesion consists of units with the same content in both patterns, ten nuclei and a pale space: in the glandular pattern
+A lesion consists of units with the same content in both patterns, ten nuclei and pale spaces: in the glandular pattern
 the nuclei form a ring around a lumen, in the solid one both are scattered. So the patterns differ in architecture and
 hardly in colour. Stroma, lymphocytes and fat are alike in both.
 """
@@ -29,12 +29,12 @@ Mask = NDArray[np.bool_]
 
 _TILE = 256  # px
 _DOWNSAMPLES = (1, 4)
-_TISSUE, _LESION = 0.67, 0.42  # shares: of the slide that is tissue, of the tissue that is lesion
+_TISSUE, _LESION = 0.67, 0.42  # shares: of tissue in the slide, of lesion in the tissue
 _UNIT = 29.0  # px, radius of a unit of the lesion
-_NUCLEI, _PALE = 10, 3  # of a unit: its nuclei, and its pale spaces, which together are a gland's lumen
-_RING, _SPACE = 0.76, 0.24  # of the unit's radius: where the nuclei of a gland lie, and the radius of a pale space
+_NUCLEI, _PALE = 10, 3  # of a unit: nuclei, and pale spaces, which in a gland form the lumen
+_RING, _SPACE = 0.76, 0.24  # shares of the unit's radius: the radius of a gland's ring of nuclei, and of a pale space
 _GOLDEN_ANGLE = np.pi * (3 - np.sqrt(5))
-_SHAPES = 48  # different shapes of a kind, each drawn many times
+_SHAPES = 48  # random shapes of a kind, each drawn many times
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ SITES = {
 
 @dataclass(frozen=True)
 class Patient:
-    """What the slides of a patient have in common, as factors of the usual values."""
+    """Pattern and site of a patient, and factors by which the patient's slides differ from the usual values."""
 
     pattern: str
     site: str
@@ -69,25 +69,25 @@ class Patient:
     pale: float
 
     @classmethod
-    def drawn(cls, pattern: str, site: str, rng: np.random.Generator) -> Self:
-        """Draw a patient of the pattern and site at random."""
+    def random(cls, pattern: str, site: str, rng: np.random.Generator) -> Self:
+        """Return a random patient of the pattern and site."""
         return cls(pattern, site, *rng.normal(1, (0.05, 0.06, 0.06, 0.06)).clip(0.6, 1.4).tolist())
 
 
-class Drawn(NamedTuple):
-    """`image (H, W, 3)` uint8 and `lesion (H, W)` bool."""
+class Drawing(NamedTuple):
+    """A slide's `image (H, W, 3)` uint8 and the mask `lesion (H, W)` bool."""
 
     image: NDArray[np.uint8]
     lesion: Mask
 
     def lesion_image(self) -> Image.Image:
-        """Return the lesion in black and white, one pixel per square of `MASK_PX`, white if most of it is lesion."""
+        """Return the lesion in black and white, a pixel per square of `MASK_PX`, white if most of it is lesion."""
         height, width = (side // MASK_PX for side in self.lesion.shape)
         squares = self.lesion[: height * MASK_PX, : width * MASK_PX].reshape(height, MASK_PX, width, MASK_PX)
         return Image.fromarray(squares.mean(axis=(1, 3)) > 0.5)
 
 
-def draw_slide(patient: Patient, width: int, height: int, rng: np.random.Generator) -> Drawn:
+def draw_slide(patient: Patient, width: int, height: int, rng: np.random.Generator) -> Drawing:
     """Draw a slide of a patient: tissue with a lesion in stroma, on glass."""
     canvas = _Canvas(width, height, rng)
     tissue, lesion = _regions(canvas)
@@ -102,11 +102,11 @@ def draw_slide(patient: Patient, width: int, height: int, rng: np.random.Generat
     eosin = ground * (0.30 + streaks) * (1 - 0.5 * nuclei) * patient.eosin
     chromatin = nuclei * (0.62 + 0.10 * canvas.noise(1.2)) * patient.chromatin
     haematoxylin = ground * (chromatin + 0.05 * (1 + cells))
-    return Drawn(_scanned(haematoxylin, eosin.clip(0), SITES[patient.site], rng), lesion)
+    return Drawing(_scanned(haematoxylin, eosin.clip(0), SITES[patient.site], rng), lesion)
 
 
 def write_slide(path: Path, image: NDArray[np.uint8], site: str) -> None:
-    """Write a pyramidal TIFF of JPEG tiles with its um per px; a path that ends in .svs gets Aperio's layout."""
+    """Write a pyramidal TIFF of JPEG tiles with its um/px; in Aperio's layout if the path ends in .svs."""
     aperio = f"Aperio Image Library v0 \r\n{DESCRIPTION}|AppMag = {10 / MPP:g}|MPP = {MPP}"
     description = aperio if path.suffix == ".svs" else DESCRIPTION
     jpeg: dict[str, Any] = {
@@ -143,7 +143,7 @@ class _Canvas:
         return np.asarray(full)[: self.height, : self.width]
 
     def streaks(self, sigma: float, length: float, angle: float) -> Field:
-        """Return such a field, smooth over `length` px along an angle and over `sigma` px across."""
+        """Return a random field as in `noise`, smooth over `length` px along an angle and over `sigma` px across."""
         coarse = max(1, int(sigma))
         side = int(np.hypot(self.width, self.height)) // coarse + 2
         image = Image.fromarray(self._smooth((side, side), sigma / coarse, length / coarse))
@@ -156,7 +156,7 @@ class _Canvas:
         return (field / field.std()).astype(np.float32, copy=False)
 
     def stamp(self, field: Field, centres: Points, shapes: Sequence[Field]) -> None:
-        """Draw shapes (odd sides) around centres (n, 2) of x, y; the greatest value counts where they overlap."""
+        """Draw random shapes (odd sides) around centres (n, 2) of x, y; where they overlap, the maximum counts."""
         numbers = self.rng.integers(len(shapes), size=len(centres)).tolist()
         for (x, y), number in zip(centres.round().astype(int).tolist(), numbers, strict=True):
             reach = len(shapes[number]) // 2
@@ -164,14 +164,14 @@ class _Canvas:
                 window = field[y - reach : y + reach + 1, x - reach : x + reach + 1]
                 np.maximum(window, shapes[number], out=window)
 
-    def lattice(self, step: float, jitter: float, where: Mask) -> Points:
-        """Return the (n, 2) points x, y of a hexagonal lattice, each moved a little, that lie in the mask `where`."""
+    def lattice(self, step: float, jitter: float, mask: Mask) -> Points:
+        """Return the points (n, 2) of x, y in the mask, of a hexagonal lattice with random displacements."""
         rows, columns = np.mgrid[0 : self.height / (step * 0.866), 0 : self.width / step]
         points = np.stack([(columns + 0.5 * (rows % 2)) * step, rows * step * 0.866], axis=-1).reshape(-1, 2)
         points += self.rng.normal(0, jitter, points.shape)
         points = points[((points >= 0) & (points < (self.width - 1, self.height - 1))).all(axis=1)]
         x, y = points.round().astype(int).T
-        return points[where[y, x]]
+        return points[mask[y, x]]
 
 
 def _regions(canvas: _Canvas) -> tuple[Mask, Mask]:
@@ -184,39 +184,39 @@ def _regions(canvas: _Canvas) -> tuple[Mask, Mask]:
     return tissue, tissue & (field > np.quantile(field[::8, ::8][tissue[::8, ::8]], 1 - _LESION))
 
 
-def _draw_lesion(canvas: _Canvas, where: Mask, patient: Patient, nuclei: Field, pale: Field) -> None:
+def _draw_lesion(canvas: _Canvas, lesion: Mask, patient: Patient, nuclei: Field, pale: Field) -> None:
     rng = canvas.rng
-    centres = canvas.lattice(2 * _UNIT, 3.0, where)
+    centres = canvas.lattice(2 * _UNIT, 3.0, lesion)
     radius, turn = _UNIT * rng.normal(1, 0.06, (len(centres), 1)), rng.uniform(0, 2 * np.pi, (len(centres), 1))
     extents = _UNIT * _SPACE * patient.pale * rng.normal(1, 0.06, _SHAPES)
     number = _NUCLEI + _PALE
     if patient.pattern == "glandular":
         step = 2 * np.pi * np.arange(number)
         angle = turn + np.concatenate([step[:_NUCLEI] / _NUCLEI, step[:_PALE] / _PALE])
-        away = radius * np.repeat([_RING, 1.15 * _SPACE], [_NUCLEI, _PALE])
-    else:  # at the points of a sunflower's head, which are evenly spaced
+        distance = radius * np.repeat([_RING, 1.15 * _SPACE], [_NUCLEI, _PALE])
+    else:  # evenly spaced, like the seeds of a sunflower
         order = rng.permuted(np.tile(np.arange(number), (len(centres), 1)), axis=1)
-        angle, away = turn + order * _GOLDEN_ANGLE, radius * np.sqrt((order + 0.5) / number)
-    points = _around(centres, angle + rng.normal(0, 0.05, angle.shape), away)
+        angle, distance = turn + order * _GOLDEN_ANGLE, radius * np.sqrt((order + 0.5) / number)
+    points = _around(centres, angle + rng.normal(0, 0.05, angle.shape), distance)
     nuclear, spaces = (points[:, kind].reshape(-1, 2) for kind in (slice(_NUCLEI), slice(_NUCLEI, None)))
     canvas.stamp(pale, spaces, [_blob(extent, 1.0, 0.0, 0.35) for extent in extents])
     canvas.stamp(nuclei, nuclear, _nuclei(rng, 5.2 * patient.nuclear_size, 1.15))
 
 
-def _draw_stroma(canvas: _Canvas, where: Mask, patient: Patient, fibres: float, nuclei: Field, pale: Field) -> None:
+def _draw_stroma(canvas: _Canvas, stroma: Mask, patient: Patient, fibres: float, nuclei: Field, pale: Field) -> None:
     rng = canvas.rng
     turns = fibres + rng.normal(0, 0.25, _SHAPES)
     spindles = [_blob(4.0 * patient.nuclear_size, 2.2, turn, 0.2) for turn in turns]
-    canvas.stamp(nuclei, canvas.lattice(34, 12.0, where), spindles)
-    crowd = where & (canvas.noise(30) > 1.7)
-    canvas.stamp(nuclei, canvas.lattice(13, 3.0, crowd), _nuclei(rng, 3.9, 1.05))
-    fat = where & (canvas.noise(60) > 1.9)
+    canvas.stamp(nuclei, canvas.lattice(34, 12.0, stroma), spindles)
+    lymphocytes = stroma & (canvas.noise(30) > 1.7)
+    canvas.stamp(nuclei, canvas.lattice(13, 3.0, lymphocytes), _nuclei(rng, 3.9, 1.05))
+    fat = stroma & (canvas.noise(60) > 1.9)
     canvas.stamp(pale, canvas.lattice(62, 4.0, fat), [_blob(extent, 1.0, 0.0, 0.1) for extent in (24, 27, 30)])
 
 
-def _around(centres: Points, angle: Points, away: Points) -> Points:
-    """Return the (n, k, 2) points at angles and distances (n, k) from centres (n, 2)."""
-    return centres[:, None] + np.stack([np.cos(angle), np.sin(angle)], axis=-1) * away[..., None]
+def _around(centres: Points, angle: Points, distance: Points) -> Points:
+    """Return the points (n, k, 2) at angles and distances (n, k) from centres (n, 2)."""
+    return centres[:, None] + np.stack([np.cos(angle), np.sin(angle)], axis=-1) * distance[..., None]
 
 
 def _nuclei(rng: np.random.Generator, extent: float, ratio: float) -> list[Field]:
@@ -225,8 +225,10 @@ def _nuclei(rng: np.random.Generator, extent: float, ratio: float) -> list[Field
 
 
 def _blob(extent: float, ratio: float, turn: float, softness: float) -> Field:
-    """Return an ellipse of 1 on 0 with the area of a circle of `extent` px. Its rim is `softness` of that wide, so that
-    several small ones have as many pixels of each value as one of the same area.
+    """Return an ellipse of ones on zeros with the area of a circle of radius `extent` px.
+
+    The width of its soft rim is `softness` times the radius, so that several small ellipses have as many pixels of each
+    value as a large one of their total area.
     """
     reach = int(np.ceil(extent * ratio**0.5 * (1 + softness)))
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]

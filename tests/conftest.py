@@ -25,8 +25,8 @@ from PIL import Image
 from tests.synthetic import stained_image, write_pyramid
 from tests.web import Server
 from utils.core import cli
-from utils.core.cluster import Cluster
 from utils.core.engine import Processes, open_engine, threads
+from utils.core.ray_settings import Cluster
 from utils.core.runtime import log
 from utils.features.extraction import extract_slides
 from utils.features.extractor import WSIFeatureExtractor

@@ -35,5 +35,5 @@ def make_model() -> Callable[..., BagModel]:
 def classification_metrics(labels, probabilities, class_names=()):
     """Return the metrics of a classification; without class names those of `METRICS` alone."""
     names = tuple(class_names) or tuple(map(str, range(probabilities.shape[1])))
-    figures = Classification(names).plain_metrics(labels, probabilities)
+    figures = Classification(names).unweighted_metrics(labels, probabilities)
     return figures if class_names else {name: figures[name] for name in METRICS}

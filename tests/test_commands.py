@@ -20,8 +20,8 @@ from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, w
 from tests.synthetic import stained_image, write_pyramid
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import save_picture
-from utils.prediction import answer
-from utils.slides import wsi
+from utils.prediction import slide_worker
+from utils.slides import open_slides
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -324,11 +324,11 @@ def test_a_raw_slide_with_pictures_is_opened_painted_and_recorded_once(
 
         return call
 
-    open_slide = counted(wsi.open_slide, "opened")
-    for module in (wsi, answer):
+    open_slide = counted(open_slides.open_slide, "opened")
+    for module in (open_slides, slide_worker):
         monkeypatch.setattr(module, "open_slide", open_slide)
     monkeypatch.setattr(AttentionMap, "raster", counted(AttentionMap.raster, "painted"))
-    monkeypatch.setattr(answer, "write_json", counted(answer.write_json, "recorded"))
+    monkeypatch.setattr(slide_worker, "write_json", counted(slide_worker.write_json, "recorded"))
     slide = next(slide_cohort.slides.rglob("*.tif"))
     outcome = script(
         "predict", "--checkpoint", trained / "fold_1_best.pth", "--input", slide, "--weights", slide_cohort.weights,

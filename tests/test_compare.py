@@ -19,7 +19,7 @@ from utils.core.files import write_json
 from utils.core.plots import save_figure
 from utils.evaluation.bootstrap import bootstrap_intervals, pooled_metrics
 from utils.evaluation.comparison_figures import comparison_figure, runs_roc_figure
-from utils.evaluation.paired import holm, nadeau_bengio
+from utils.evaluation.paired_tests import holm, nadeau_bengio
 from utils.evaluation.predictions import Predictions
 from utils.learning.finished_runs import read_run
 from utils.tasks.classification import Classification

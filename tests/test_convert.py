@@ -20,7 +20,7 @@ from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, peek_bag, read_bag, write_bag
 from utils.convert import REPORT, Conversion, FileStatus, convert, convert_one, summary
 from utils.core.errors import ConfigError, FeatureFileError, SlideError
-from utils.slides.wsi import PLAUSIBLE_MPP
+from utils.slides.open_slides import PLAUSIBLE_MPP
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME, MPP = writers.NAME, writers.MPP

@@ -20,7 +20,7 @@ BEFORE = {
 }  # fmt: skip
 DOORS = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
 LIBRARIES = {
-    "openslide": {"utils/slides/wsi.py", "utils/slides/find.py"},
+    "openslide": {"utils/slides/open_slides.py", "utils/slides/find.py"},
     "tifffile": {
         "utils/slides/tiff.py", "utils/slides/tiff_images.py", "utils/slides/tiff_colours.py", "utils/slides/tiles.py",
         "datasets/synthetic.py",
@@ -30,8 +30,8 @@ LIBRARIES = {
     "huggingface_hub": {"utils/features/weights.py"},
     "sklearn": {"utils/learning"},
     "matplotlib": {
-        "utils/pictures", "utils/core/plots.py", "utils/evaluation/figures.py", "utils/learning/learning_curves.py",
-        "utils/evaluation/comparison_figures.py", "utils/slides/preview.py",
+        "utils/pictures", "utils/core/plots.py", "utils/evaluation/prediction_figures.py",
+        "utils/evaluation/comparison_figures.py", "utils/learning/learning_curves.py", "utils/slides/preview.py",
     },
     "argparse": {"utils/core/cli.py"},
     "ray": set(),  # the engine imports it when it is asked for
@@ -83,7 +83,7 @@ def test_a_file_imports_only_what_its_room_may(path):
 
 
 def test_what_evaluates_predictions_needs_no_torch():
-    modules = "utils.evaluation.closing_table, utils.evaluation.outputs, utils.evaluation.paired"
+    modules = "utils.evaluation.closing_table, utils.evaluation.outputs, utils.evaluation.paired_tests"
     loaded = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, check=False).returncode == 0
     for path in (ROOT / "utils" / "evaluation").glob("*.py"):

@@ -4,7 +4,7 @@ import numpy as np
 import tifffile
 
 from tests.synthetic import stained_image
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 WIDTH, HEIGHT = 520, 400
 PIXELS = stained_image(WIDTH, HEIGHT)

@@ -1,4 +1,4 @@
-"""What a careful reviewer would ask about a cohort before a model is trained on it.
+"""Check a cohort before training on it: its label table, feature files, splits and possible shortcuts.
 
 uv run python -m utils.audit --dataset lung
 uv run python -m utils.audit --labels_csv labels.csv --features_dir features/ --splits splits/ --json
@@ -16,12 +16,12 @@ from utils.core.settings import option
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(CohortFiles):
-    """What `python -m utils.audit` looks at."""
+    """The cohort that `python -m utils.audit` checks."""
 
     dataset: str | None = option(None, "name of the cohort, as for train.py (not needed with --labels_csv)")
     splits: Path | None = option(
         None,
-        "splits to check: our splits.json, a splits_<k>.csv of CLAM or MAD-MIL, or a folder of those",
+        "splits to check: a splits.json of train.py, a splits_<k>.csv of CLAM or MAD-MIL, or a folder of those",
         metavar="FILE|DIR",
     )
     json: bool = option(False, "print one JSON object instead of text")
@@ -44,14 +44,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.auditing.files import check_bags, check_content, check_files, check_recipes, check_scale
+from utils.auditing.feature_files import check_bags, check_content, check_files, check_recipes, check_scale
 from utils.auditing.findings import AuditedBag, AuditedSlide, Finding, Level
+from utils.auditing.label_table import check_columns, check_groups, check_ids, check_labels, check_names, check_splits
 from utils.auditing.shortcuts import check_confounding
-from utils.auditing.table import check_columns, check_groups, check_ids, check_labels, check_names, check_splits
 from utils.bags import labels
 from utils.bags.feature_folder import FeatureFolder
+from utils.bags.label_table import LabelTable, Row, read_table
 from utils.bags.settings import CohortFiles
-from utils.bags.table import LabelTable, Row, read_table
 from utils.core.cohorts import cohort_classes
 from utils.core.errors import plural
 from utils.learning.split_files import read_splits, unused_split
@@ -60,12 +60,12 @@ from utils.learning.split_files import read_splits, unused_split
 def main() -> None:
     (settings,) = cli.parse(str(__doc__), _FLAGS)
     findings = audit_cohort(settings)
-    print(as_json(findings) if settings.json else f"{as_text(findings)}\n{closing_words(settings, findings)}")
+    print(as_json(findings) if settings.json else f"{as_text(findings)}\n{closing_text(settings, findings)}")
     if any(finding.level == "error" for finding in findings):
         sys.exit(1)
 
 
-def closing_words(settings: Audit, findings: Sequence[Finding]) -> str:
+def closing_text(settings: Audit, findings: Sequence[Finding]) -> str:
     """Return how long the audit took and what to do next."""
     if any(finding.level == "error" for finding in findings):
         return f"Took {cli.took()}. Mend the errors, then audit again."
@@ -74,7 +74,7 @@ def closing_words(settings: Audit, findings: Sequence[Finding]) -> str:
 
 
 def audit_cohort(settings: Audit) -> list[Finding]:
-    """`audit` for a command line; a known cohort brings its classes, any name its default folders."""
+    """Audit the cohort of a command line, with the classes of a known cohort and the default folders of any name."""
     classes = cohort_classes(settings.dataset, settings.class_names)
     home = Path("datasets") / (settings.dataset or "")
     has_default = settings.dataset is not None and (home / "features").is_dir()
@@ -103,15 +103,14 @@ def audit(
     splits: Path | None = None,
     **settings: Any,
 ) -> list[Finding]:
-    """Return all findings about a cohort, in the order of the questions; the arguments are those of MILDataset, and the
-    other `settings` those of `CohortFiles`.
+    """Return all findings about a cohort, by topic. The arguments are those of MILDataset, `settings` those of
+    `CohortFiles`.
 
-    Without `features_dir` what needs feature files is left out. Raises LabelsError for a table that cannot be read at
-    all, FeatureFileError for a missing folder, SplitError for unreadable splits, ConfigError for settings that cannot
-    be.
+    Without `features_dir`, checks of feature files are skipped. Raises LabelsError for an unreadable table,
+    FeatureFileError for a missing folder, SplitError for unreadable splits, ConfigError for invalid settings.
     """
-    given: Any = {"labels_csv": labels_csv, "features_dir": features_dir, "class_names": class_names}
-    files = CohortFiles(**given, feat_type=feat_type, **settings)
+    paths_and_classes: Any = {"labels_csv": labels_csv, "features_dir": features_dir, "class_names": class_names}
+    files = CohortFiles(**paths_and_classes, feat_type=feat_type, **settings)
     folder = None if features_dir is None else FeatureFolder(features_dir)
     table = read_table(labels_csv)
     classes = files.class_names or labels.classes_in(table.rows, label_names=label_names, left_out=left_out)
@@ -127,8 +126,8 @@ def audit(
     if folder is None:
         findings.append(Finding("info", "files", "no features folder: what needs files is skipped (--features_dir)"))
     else:
-        more, bags = check_files(slides, folder, feat_type, case_of.keys(), _level("missing", files.allow))
-        findings += more + check_content(bags, feat_type, classes)
+        file_findings, bags = check_files(slides, folder, feat_type, case_of.keys(), _level("missing", files.allow))
+        findings += file_findings + check_content(bags, feat_type, classes)
         findings += [finding for finding in check_scale(bags, feat_type) if finding not in findings]
         findings += check_bags(bags, classes) + check_recipes(bags)
     return findings + check_confounding(slides, bags, classes)
@@ -137,31 +136,29 @@ def audit(
 def _table_findings(
     files: CohortFiles, table: LabelTable, rows: list[Row], classes: Sequence[str], left_out: Collection[str]
 ) -> tuple[list[Finding], list[AuditedSlide]]:
-    """Return the findings about the rows of the label table, and the slides that they leave."""
-    findings = check_columns(table, files.no_patients)
-    more, rows = check_ids(rows)
-    findings += more
-    more, groups = check_groups(table.path, rows, files.group_column)
-    findings += more
+    """Return the findings about the label table, and its slides that can be used."""
+    id_findings, rows = check_ids(rows)
+    group_findings, groups = check_groups(table.path, rows, files.group_column)
+    findings = [*check_columns(table, files.no_patients), *id_findings, *group_findings]
     if "spelling" not in files.allow:
         findings += check_names(table, rows, groups, files.group_column)
     if not files.class_names and (doubts := labels.doubtful_classes(classes)):
         findings.append(Finding("error", "table", doubts))
-    more, slides = check_labels(rows, classes, left_out, _level("unknown", files.allow))
-    return findings + more, slides
+    label_findings, slides = check_labels(rows, classes, left_out, _level("unknown", files.allow))
+    return findings + label_findings, slides
 
 
 def _level(kind: str, allow: Collection[str]) -> Level:
-    """How bad rows of a kind are that training leaves out where it may."""
+    """Return "warning" for rows that training may leave out (`--allow`), else "error"."""
     return "warning" if kind in allow else "error"
 
 
 def as_text(findings: Sequence[Finding]) -> str:
-    """A line for each finding, its level first, under its topic; then how many errors and warnings there are."""
+    """Return one line per finding, grouped by topic, then the number of errors and warnings."""
     lines: list[str] = []
     for topic in dict.fromkeys(finding.topic for finding in findings):
-        mine = [f"  {finding.level:8} {finding.message}" for finding in findings if finding.topic == topic]
-        lines += [topic, *mine, ""]
+        messages = [f"  {finding.level:8} {finding.message}" for finding in findings if finding.topic == topic]
+        lines += [topic, *messages, ""]
     counts = Counter(finding.level for finding in findings)
     return "\n".join([*lines, f"{plural(counts['error'], 'error')}, {plural(counts['warning'], 'warning')}"])
 

@@ -1,4 +1,4 @@
-"""Is one model better than another? Training runs on the same slides and splits, compared pair by pair.
+"""Compare training runs on the same slides and splits, pair by pair: is one model better than another?
 
 uv run python -m utils.compare outputs/LiteMIL/mine outputs/ABMIL/mine
 uv run python -m utils.compare outputs/*/mine --metrics auc brier --output_dir outputs/comparison/mine
@@ -15,12 +15,12 @@ from utils.core.settings import REQUIRED, FigureFormat, Settings, figure_format_
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Settings):
-    """Which training runs `python -m utils.compare` compares, and in what."""
+    """Which training runs `python -m utils.compare` compares, and by which metrics."""
 
     runs: tuple[Path, ...] = option(REQUIRED, "folders of finished training runs", metavar="RUN", positional=True)
     metrics: tuple[str, ...] = option(
         ("auc", "balanced_accuracy", "f1_macro"),
-        "figures to compare, the primary one first (default: auc balanced_accuracy f1_macro)",
+        "metrics to compare, the primary one first (default: auc balanced_accuracy f1_macro)",
         metavar="NAME",
     )
     output_dir: Path | None = option(
@@ -53,12 +53,12 @@ from utils.core.files import digest, read_record, set_aside, write_json, write_r
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log, progress
 from utils.evaluation.comparison_figures import comparison_figure, runs_roc_figure
-from utils.evaluation.paired import holm, nadeau_bengio, paired_interval
+from utils.evaluation.paired_tests import holm, nadeau_bengio, paired_interval
 from utils.evaluation.predictions import Predictions
 from utils.learning.finished_runs import Run, read_runs
 
 RESAMPLES = 5000
-# With fewer patients, percentile intervals are known to be too narrow.
+# With fewer patients, percentile intervals are too narrow.
 _FEW_PATIENTS = 50
 _FOLDER, _LONGEST_NAME = Path("outputs/comparison"), 100  # bytes
 _RECORD, _TABLES, _FIGURES = "comparison.json", ("comparison.md", "comparison.csv"), ("comparison", "roc")
@@ -66,9 +66,9 @@ _RECORD, _TABLES, _FIGURES = "comparison.json", ("comparison.md", "comparison.cs
 
 @dataclass(frozen=True)
 class Difference:
-    """`first - second` in one metric; None where undefined. `difference`, `low`, `high` (95% interval) and
-    `p_bootstrap` are of the pooled slides, `fold_mean` and `p_corrected_t` of the `folds` where both are defined.
-    The `_holm` p's are adjusted for the pairs.
+    """`first - second` in one metric; None if undefined. `difference`, `low`, `high` (95% interval) and `p_bootstrap`
+    are of the pooled slides, `fold_mean` and `p_corrected_t` of the `folds` in which both runs have the metric. The
+    `_holm` p-values are adjusted for the number of pairs.
     """
 
     first: str
@@ -98,75 +98,73 @@ def main() -> None:
     text = report(runs, differences)
     folder = settings.output_dir or _FOLDER / folder_name([run.name for run in runs])
     record = _record(runs, settings.metrics)
-    _make_way(folder, record)
+    _set_aside_another(folder, record)
     write_json(folder / _RECORD, record)
     write_text(folder / _TABLES[0], text)
     write_records(folder / _TABLES[1], differences)
-    drawn = (
+    figures = (
         comparison_figure(_intervals(differences, _titles(runs, settings.metrics))),
         runs_roc_figure({run.name: run.predictions for run in runs}),
     )
-    figures = write_figures(folder, dict(zip(_FIGURES, drawn, strict=True)), settings.figure_format)
+    paths = write_figures(folder, dict(zip(_FIGURES, figures, strict=True)), settings.figure_format)
     print(text)
-    print(f"\n{', '.join([*_TABLES, *(path.name for path in figures)])} are in {folder} (took {cli.took()})")
+    print(f"\n{', '.join([*_TABLES, *(path.name for path in paths)])} are in {folder} (took {cli.took()})")
     print("\nNext, a map of each slide by the model that did not see it:\n")
     print(f"  uv run predict.py --out_of_fold {settings.runs[0]} --wsi SLIDES_DIR --visualize")
 
 
 def folder_name(names: Sequence[str]) -> str:
-    """Return what the folder of a comparison of runs with these names is called, such as LiteMIL_mine_vs_ABMIL_mine;
-    of many or long ones the first, how many others there are, and a digest of all.
+    """Return the name of the folder for a comparison of these runs, such as LiteMIL_mine_vs_ABMIL_mine.
+
+    If that is too long, it is the first run's name, the number of the others, and a digest of all.
     """
-    plain = [re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "run" for name in names]
-    joined = "_vs_".join(plain)
+    safe_names = [re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "run" for name in names]
+    joined = "_vs_".join(safe_names)
     if len(joined.encode()) <= _LONGEST_NAME:
         return joined
-    start = plain[0].encode()[: _LONGEST_NAME // 2].decode(errors="ignore")
+    start = safe_names[0].encode()[: _LONGEST_NAME // 2].decode(errors="ignore")
     return f"{start}_vs_{plural(len(names) - 1, 'other').replace(' ', '_')}_{digest(*names)[:8]}"
 
 
 def _record(runs: Sequence[Run], metrics: Sequence[str]) -> dict[str, Any]:
-    """What makes two comparisons the same: the runs as they are now, and the metrics."""
-    contents = [
-        digest(*((run.path / name).read_bytes() for name in ("outputs.json", "predictions.csv", "splits.json")))
-        for run in runs
-    ]
+    """Return what identifies a comparison: the runs with a digest of their files, and the metrics."""
+    files = "outputs.json", "predictions.csv", "splits.json"
     return {
-        "runs": [{"name": run.name, "digest": content} for run, content in zip(runs, contents, strict=True)],
+        "runs": [
+            {"name": run.name, "digest": digest(*((run.path / file).read_bytes() for file in files))} for run in runs
+        ],
         "metrics": list(metrics),
     }
 
 
-def _make_way(folder: Path, record: dict[str, Any]) -> None:
-    """Give the files of another comparison other names, and say so; those of the same one will be replaced."""
+def _set_aside_another(folder: Path, record: dict[str, Any]) -> None:
+    """Rename the files of another comparison and log it; files of the same comparison will be overwritten."""
     figures = [path for name in _FIGURES for path in figure_paths(folder / name, FORMATS)]
-    there = [path for path in (folder / _RECORD, *(folder / name for name in _TABLES), *figures) if path.exists()]
-    known = read_record(folder / _RECORD)
-    if not there or known == record:
+    existing = [path for path in (folder / _RECORD, *(folder / name for name in _TABLES), *figures) if path.exists()]
+    earlier = read_record(folder / _RECORD)
+    if not existing or earlier == record:
         return
-    aside = ", ".join(path.name for path in set_aside(*there))
-    log.warning("%s held another comparison (%s); its files are now %s", folder, _difference(known, record), aside)
+    renamed = ", ".join(path.name for path in set_aside(*existing))
+    log.warning("%s held another comparison (%s); its files are now %s", folder, _difference(earlier, record), renamed)
 
 
-def _difference(known: dict[str, Any], record: dict[str, Any]) -> str:
-    """How a comparison that is there differs from the one that is to be written."""
+def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str:
+    """Say how an earlier comparison differs from this one."""
     try:
-        names, metrics = [run["name"] for run in known["runs"]], ", ".join(known["metrics"])
+        names, metrics = [run["name"] for run in earlier["runs"]], ", ".join(earlier["metrics"])
     except (KeyError, TypeError):
         return "it does not say of which runs"
     if names != [run["name"] for run in record["runs"]]:
         return f"of {', '.join(names)}"
-    return f"in {metrics}" if known["metrics"] != record["metrics"] else "the runs have changed since"
+    return f"in {metrics}" if earlier["metrics"] != record["metrics"] else "the runs have changed since"
 
 
 def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
-    """Raise ConfigError for a metric that is unknown, given twice, or that a run does not report as its predictions
-    have it.
-    """
-    known = runs[0].predictions.task.metric_names
+    """Raise ConfigError for a metric that is unknown, given twice, or different in a run's outputs and predictions."""
+    names = runs[0].predictions.task.metric_names
     for metric in metrics:
-        if metric not in known:
-            raise ConfigError(f"--metrics {metric}: unknown; these are: {', '.join(known)}")
+        if metric not in names:
+            raise ConfigError(f"--metrics {metric}: unknown; these are: {', '.join(names)}")
         if metrics.count(metric) > 1:
             raise ConfigError(f"--metrics {metric}: given twice; name each once")
     for run in runs:
@@ -181,10 +179,10 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
 
 
 def _warn_of_scale(runs: Sequence[Run]) -> None:
-    """Warn where some runs' models standardise features and others' do not: what differs may be the scale."""
+    """Warn if some runs standardise features and others do not: the scale of features may explain a difference."""
     standardize = {run.name: bool((run.outputs.get("standardize") or {}).get("folds")) for run in runs}
     if len(set(standardize.values())) > 1:
-        names = [", ".join(name for name in standardize if standardize[name] is does) for does in (True, False)]
+        names = [", ".join(name for name, used in standardize.items() if used is value) for value in (True, False)]
         log.warning(
             "features are standardised in %s and not in %s: differences may be those of the features' scale, not the "
             "models'; train all with one --standardize", *names,
@@ -192,14 +190,13 @@ def _warn_of_scale(runs: Sequence[Run]) -> None:
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str], resamples: int = RESAMPLES) -> list[Difference]:
-    """Every pair of runs in every metric, the metrics in the order given.
+    """Compare every pair of runs in every metric, in the order of `metrics`.
 
-    The answer for a pair does not depend on which other runs are there, but for the `_holm` p's.
+    The result for a pair does not depend on the other runs, except for the `_holm` p-values.
     """
-    first = runs[0]
     pooled = [run.predictions.metrics for run in runs]
-    folds, sizes = [_fold_figures(run.predictions) for run in runs], _fold_sizes(first)
-    drawn = [
+    folds, sizes = [_fold_metrics(run.predictions) for run in runs], _fold_sizes(runs[0])
+    draws = [
         run.predictions.draws(derive_seed("comparison"), resamples)
         for run in progress(runs, "Resampling patients", unit="run")
     ]
@@ -211,10 +208,8 @@ def compare(runs: Sequence[Run], metrics: Sequence[str], resamples: int = RESAMP
                 runs[b].name,
                 metric,
                 _minus(pooled[a][metric], pooled[b][metric]),
-                *(paired_interval(drawn[a][metric], drawn[b][metric]) or (None, None, None)),
-                *_over_folds(
-                    [figures[metric] for figures in folds[a]], [figures[metric] for figures in folds[b]], sizes
-                ),
+                *(paired_interval(draws[a][metric], draws[b][metric]) or (None, None, None)),
+                *_over_folds([fold[metric] for fold in folds[a]], [fold[metric] for fold in folds[b]], sizes),
             )
             for a, b in combinations(range(len(runs)), 2)
         ]
@@ -226,14 +221,14 @@ def _minus(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first - second
 
 
-def _fold_figures(predictions: Predictions) -> list[dict[str, float | None]]:
+def _fold_metrics(predictions: Predictions) -> list[dict[str, float | None]]:
     folds = predictions.folds
     assert folds is not None  # noqa: S101 - for the type checker: a run's predictions have folds
     return [predictions.where(folds == fold).metrics for fold in np.unique(folds)]
 
 
 def _fold_sizes(run: Run) -> list[tuple[int, int]]:
-    """How many slides each outer fold was trained on, those of inner validation among them, and tested on."""
+    """Return how many slides each outer fold was trained on, with inner validation, and tested on."""
     trained: dict[int, set[str]] = {}
     tested = {split.fold: len(set(split.slides["test"])) for split in run.splits}
     for split in run.splits:
@@ -244,26 +239,26 @@ def _fold_sizes(run: Run) -> list[tuple[int, int]]:
 def _over_folds(
     first: Sequence[float | None], second: Sequence[float | None], sizes: Sequence[tuple[int, int]]
 ) -> tuple[float | None, int, float | None]:
-    """The mean difference over the folds where both are defined, how many these are, and the corrected t test's p."""
-    known = [(a - b, *size) for a, b, size in zip(first, second, sizes, strict=True) if a is not None and b is not None]
-    if not known:
+    """Return the mean difference over the folds where both are defined, their number, and the corrected t test's p."""
+    pairs = [(a - b, *size) for a, b, size in zip(first, second, sizes, strict=True) if a is not None and b is not None]
+    if not pairs:
         return None, 0, None
-    differences, n_train, n_test = zip(*known, strict=True)
-    tested = nadeau_bengio(differences, n_train, n_test)
-    return float(np.mean(differences)), len(known), tested and tested[1]
+    differences, n_train, n_test = zip(*pairs, strict=True)
+    t_and_p = nadeau_bengio(differences, n_train, n_test)
+    return float(np.mean(differences)), len(pairs), t_and_p and t_and_p[1]
 
 
 def _adjusted(pairs: Sequence[Difference]) -> list[Difference]:
-    bootstrap, corrected = holm([one.p_bootstrap for one in pairs]), holm([one.p_corrected_t for one in pairs])
+    bootstrap, corrected = holm([pair.p_bootstrap for pair in pairs]), holm([pair.p_corrected_t for pair in pairs])
     return [
-        replace(one, p_bootstrap_holm=p, p_corrected_t_holm=q)
-        for one, p, q in zip(pairs, bootstrap, corrected, strict=True)
+        replace(pair, p_bootstrap_holm=p, p_corrected_t_holm=q)
+        for pair, p, q in zip(pairs, bootstrap, corrected, strict=True)
     ]
 
 
 def report(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
-    """Markdown: the runs, their differences, and how to read them."""
-    titles = _titles(runs, list(dict.fromkeys(one.metric for one in differences)))
+    """Return a report in Markdown: the runs, their differences, and how to read them."""
+    titles = _titles(runs, list(dict.fromkeys(difference.metric for difference in differences)))
     sections = [
         f"# {len(runs)} training runs compared",
         _runs_table(runs, titles),
@@ -289,12 +284,12 @@ def _runs_table(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
 
 
 def _parameters(run: Run) -> str:
-    """How many weights a model of the run has; the least and the most where the folds chose models of several sizes."""
+    """Return the number of weights of the run's models; the range if the folds chose models of several sizes."""
     spec = run.outputs["model"]
     try:
-        chosen = [fold["selection"].get("setting", {}) for fold in run.outputs["fold_results"]]
-        specs = [spec | {name: value for name, value in setting.items() if name in spec} for setting in chosen]
-        counts = {sum(weights.numel() for weights in build_mil(**one).parameters()) for one in specs}
+        settings = [fold["selection"].get("setting", {}) for fold in run.outputs["fold_results"]]
+        specs = [spec | {name: value for name, value in setting.items() if name in spec} for setting in settings]
+        counts = {sum(weights.numel() for weights in build_mil(**fold_spec).parameters()) for fold_spec in specs}
     except (ModelError, KeyError, TypeError, AttributeError):  # a model of another version
         return "-"
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else "-"
@@ -306,12 +301,12 @@ def _differences_table(differences: Sequence[Difference], titles: Mapping[str, s
     header += ["mean over folds", "p (corrected t)"]
     header += ["Holm"] if are_many else []
     rows = [header]
-    for one in differences:
-        interval = None if one.low is None or one.high is None else (one.low, one.high)
-        row = [one.pair, titles[one.metric], _figure(one.difference, "+"), _range(interval, "+"), _p(one.p_bootstrap)]
-        row += [_p(one.p_bootstrap_holm)] if are_many else []
-        row += [_figure(one.fold_mean, "+"), _p(one.p_corrected_t)]
-        row += [_p(one.p_corrected_t_holm)] if are_many else []
+    for pair in differences:
+        interval = None if pair.low is None or pair.high is None else (pair.low, pair.high)
+        row = [pair.pair, titles[pair.metric], _figure(pair.difference, "+"), _range(interval, "+")]
+        row += [_p(pair.p_bootstrap), *([_p(pair.p_bootstrap_holm)] if are_many else [])]
+        row += [_figure(pair.fold_mean, "+"), _p(pair.p_corrected_t)]
+        row += [_p(pair.p_corrected_t_holm)] if are_many else []
         rows.append(row)
     return _table(rows, texts=2)
 
@@ -327,45 +322,45 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
     few = (
         "With so few patients the intervals are wide, and still rather too narrow." if patients < _FEW_PATIENTS else ""
     )
-    sentences = [
+    items = [
         [
             f"{plural(slides, 'slide')} of {plural(patients, 'patient')}, tested in {plural(folds, 'fold')}.",
-            "A difference is the first run's figure minus the second's, over all tested slides.",
+            "A difference is the first run's metric minus the second's, over all tested slides.",
             primary,
             pairs,
         ],
         [
-            f"CI and p (bootstrap): patients were drawn {RESAMPLES} times, the same ones for all runs. Both are "
-            "conditional on the trained models: what other patients would have given, not what another training would.",
+            f"CI and p (bootstrap): patients were resampled {RESAMPLES} times, the same ones for all runs. Both are "
+            "conditional on the trained models: they cover other patients, not other trainings.",
             few,
         ],
         [
-            "p (corrected t): whether the mean over folds outlasts another training (Nadeau and Bengio 2003, the "
-            'corrected resampled t test); "-" where fewer than two folds define it, or all differ by the same. That '
-            "mean need not be the difference of all slides, where those of several folds are ranked together.",
+            "p (corrected t): whether the mean over folds would hold for other trainings (Nadeau and Bengio 2003, the "
+            'corrected resampled t test); "-" if fewer than two folds define it, or all differ by the same. That mean '
+            "can differ from the difference over all slides, which ranks the slides of several folds together.",
         ],
         [
-            "A large p does not show that two models are equally good: the interval says which differences these "
-            "patients leave open.",
+            "A large p does not show that two models are equally good: the interval gives the differences that are "
+            "compatible with these patients.",
         ],
     ]
-    return "\n".join("- " + " ".join(filter(None, parts)) for parts in sentences)
+    return "\n".join("- " + " ".join(filter(None, item)) for item in items)
 
 
 def _intervals(
     differences: Sequence[Difference], titles: Mapping[str, str]
 ) -> dict[str, dict[tuple[str, str], tuple[float, float, float]]]:
-    """What the figure draws: by metric and pair, the difference and its interval, where both are defined."""
-    drawn: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {}
-    for one in differences:
-        if one.difference is not None and one.low is not None and one.high is not None:
-            pairs = drawn.setdefault(titles[one.metric], {})
-            pairs[one.first, one.second] = (one.difference, one.low, one.high)
-    return drawn
+    """Return the difference and its interval by metric and pair, where both are defined."""
+    intervals: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {}
+    for pair in differences:
+        if pair.difference is not None and pair.low is not None and pair.high is not None:
+            pairs = intervals.setdefault(titles[pair.metric], {})
+            pairs[pair.first, pair.second] = (pair.difference, pair.low, pair.high)
+    return intervals
 
 
 def _titles(runs: Sequence[Run], metrics: Sequence[str]) -> dict[str, str]:
-    """Return how the metrics are called in tables and figures."""
+    """Return the names of the metrics in tables and figures."""
     lower_is_better = runs[0].predictions.task.lower_is_better
     return {
         metric: metric.replace("_", " ") + (" (lower is better)" if metric in lower_is_better else "")
@@ -386,7 +381,9 @@ def _p(value: float | None) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], texts: int) -> str:
-    """A Markdown table, legible as it is; the first row is its head, all but the first `texts` columns hold numbers."""
+    """Return a Markdown table that is aligned as plain text too; the first row is its head, the first `texts` columns
+    hold text, the others numbers.
+    """
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     columns = []
     for number, column in enumerate(zip(*escaped, strict=True)):

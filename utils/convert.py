@@ -56,14 +56,14 @@ from utils.bags.store import (
     read_bag,
     write_bag,
 )
+from utils.core.batch_report import update_report
 from utils.core.differences import differences, first_differences
 from utils.core.errors import FeatureFileError, LiteMILError, first_few
 from utils.core.files import check_distinct
 from utils.core.passport import Passport
-from utils.core.report import update_report
 from utils.core.runtime import log, progress
 from utils.slides.find import find_slides
-from utils.slides.wsi import slide_mpp
+from utils.slides.open_slides import slide_mpp
 
 REPORT = "conversion_report.csv"
 # How many reasons the summary lists, and how many files it names for each.

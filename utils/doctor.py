@@ -134,7 +134,7 @@ def _packages() -> Finding:
 
 def _slides() -> Finding:
     from utils.core.errors import SlideError
-    from utils.slides.wsi import open_slide
+    from utils.slides.open_slides import open_slide
 
     library = f"OpenSlide {importlib.import_module('openslide').__library_version__}"
     if not _TEST_SLIDE.exists():

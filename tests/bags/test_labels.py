@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.bags.label_table import read_table, several_names
 from utils.bags.labels import LabelRow, class_counts, classes_in, classes_of, group_rows, resolve_labels
-from utils.bags.table import read_table, several_names
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
 from utils.core.runtime import log

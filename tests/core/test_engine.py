@@ -19,7 +19,6 @@ import torch
 
 from tests.conftest import is_running
 from tests.core import work
-from utils.core.cluster import Cluster
 from utils.core.engine import (
     Processes,
     Threads,
@@ -32,6 +31,7 @@ from utils.core.engine import (
 )
 from utils.core.errors import ConfigError, EngineError, TrainingError
 from utils.core.processes import is_out_of_memory
+from utils.core.ray_settings import Cluster
 from utils.core.runtime import log, processors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -431,7 +431,8 @@ class TestRay:
 
     def test_without_the_flag_it_is_not_imported(self):
         code = (
-            "import sys; from utils.core.cluster import Cluster; from utils.core.engine import Processes, open_engine\n"
+            "import sys; from utils.core.ray_settings import Cluster\n"
+            "from utils.core.engine import Processes, open_engine\n"
             "import train, predict, extractFeatures\n"
             "with open_engine(Cluster(), Processes()): assert 'ray' not in sys.modules"
         )

@@ -38,7 +38,7 @@ from utils.core.files import (
     write_records,
     write_text,
 )
-from utils.core.tensors import load_tensors, save_tensors
+from utils.core.tensor_files import load_tensors, save_tensors
 
 EXPECTED = "a test file"
 ROOT = Path(__file__).resolve().parents[2]

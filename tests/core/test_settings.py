@@ -17,8 +17,8 @@ from utils.audit import Audit
 from utils.bags.settings import Cohort, CohortFiles
 from utils.compare import Comparison
 from utils.convert import Conversion
-from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError
+from utils.core.ray_settings import Cluster
 from utils.core.settings import flag_of
 from utils.features.settings import Extraction
 from utils.learning.settings import DryRun, Model, Protocol, Running, Training

@@ -83,7 +83,7 @@ def test_places_that_cannot_be(file, tmp_path):
     with pytest.raises(DownloadError, match=r"taken/inside: cannot be made .*give another --output_dir"):
         fetch(file, tmp_path / "taken" / "inside" / "file", algorithm="md5", expected=MD5)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DownloadError, match="folder: is a folder, where a file is to be"):
+    with pytest.raises(DownloadError, match="folder: is a folder, expected a file"):
         fetch(file, tmp_path / "folder", algorithm="md5", expected=MD5)
 
 

@@ -5,14 +5,14 @@ import openslide
 import pytest
 
 from datasets.synthetic import DESCRIPTION, MASK_PX, MPP, PATTERNS, SITES, Patient, draw_slide, write_slide
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 SIZE = 1024, 768
 
 
 def drawn(pattern="glandular", site="A", seed=1):
     rng = np.random.default_rng(seed)
-    return draw_slide(Patient.drawn(pattern, site, rng), *SIZE, rng)
+    return draw_slide(Patient.random(pattern, site, rng), *SIZE, rng)
 
 
 @pytest.mark.parametrize(("name", "vendor"), [("slide.tif", "generic-tiff"), ("slide.svs", "aperio")])

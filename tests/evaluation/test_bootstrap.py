@@ -31,7 +31,7 @@ def test_intervals_contain_their_estimate():
     probabilities, cases = noisy_answers(rng, labels), np.array([f"P{i // 3}" for i in range(60)])
     intervals, estimates = (
         bootstrap_intervals(TASK, labels, probabilities, cases, 1),
-        TASK.plain_metrics(labels, probabilities),
+        TASK.unweighted_metrics(labels, probabilities),
     )
     assert set(intervals) == set(TASK.metric_names)
     for name, (low, high) in intervals.items():

@@ -30,15 +30,15 @@ from utils.core.engine import Processes, WorkerDied, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
 from utils.core.files import read_json, write_text
 from utils.evaluation import predictions as predictions_module
-from utils.evaluation.closing_table import closing_words, results_table
+from utils.evaluation.closing_table import closing_text, results_table
 from utils.evaluation.outputs import NO_PATIENTS
 from utils.learning import cross_validation as nested_cv
-from utils.learning import dry_run, jobs, protocol, run_figures, testing
+from utils.learning import dry_run, fold_tester, jobs, protocol, run_figures
 from utils.learning.run_folder import RunFolder
 from utils.learning.run_identity import settings_identity, slides_by_time
-from utils.learning.scale import feature_scale
 from utils.learning.settings import Protocol, Training
 from utils.learning.splits import InnerFold, OuterFold
+from utils.learning.standardization import feature_scale
 from utils.learning.training import Fitted
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
@@ -114,7 +114,7 @@ class Watch:
     events: list[tuple] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fit, predict_slides = jobs.fit, testing.predict_slides
+        fit, predict_slides = jobs.fit, fold_tester.predict_slides
         features, batches = MILDataset.features, MILDataset.batches
 
         def watched_fit(factory, dataset, train, stopping, *rest, **named):
@@ -136,7 +136,7 @@ class Watch:
             return batches(dataset, slides, *rest)
 
         monkeypatch.setattr(jobs, "fit", watched_fit)
-        monkeypatch.setattr(testing, "predict_slides", watched_test)
+        monkeypatch.setattr(fold_tester, "predict_slides", watched_test)
         monkeypatch.setattr(MILDataset, "features", watched_features)
         monkeypatch.setattr(MILDataset, "batches", watched_batches)
 
@@ -340,7 +340,7 @@ class TestOutputs:
     def test_sensitivity_and_specificity_of_each_class_close_the_run(self, finished):
         results = finished.results
         for name in results["class_names"]:
-            (line,) = [line for line in closing_words(results).splitlines() if line.split()[:1] == [name]]
+            (line,) = [line for line in closing_text(results).splitlines() if line.split()[:1] == [name]]
             for kind in ("sensitivity", "specificity"):
                 low, high = results["intervals_95"][f"{kind}_{name}"]
                 assert f"{results['pooled'][f'{kind}_{name}']:.3f}" in line
@@ -349,14 +349,14 @@ class TestOutputs:
     @pytest.mark.parametrize(("pooled", "is_explained"), [(0.96, True), (0.995, False)])
     def test_a_pooled_auc_that_differs_from_the_mean_is_explained(self, finished, pooled, is_explained):
         figures = finished.results["pooled"] | {"auc": pooled}
-        words = closing_words(finished.results | {"slide_auc_mean": 1.0, "pooled": figures})
+        words = closing_text(finished.results | {"slide_auc_mean": 1.0, "pooled": figures})
         assert ("The mean AUC 1.000 ranks each fold's slides" in words) is is_explained
 
     def test_where_the_patients_are_known_from_is_recorded(self, finished):
         assert finished.results["patients_from"] == "the column case_id"
-        unknown = closing_words(finished.results | {"patients_from": NO_PATIENTS})
+        unknown = closing_text(finished.results | {"patients_from": NO_PATIENTS})
         assert "No patients are known" in unknown
-        assert "No patients are known" not in closing_words(finished.results)
+        assert "No patients are known" not in closing_text(finished.results)
 
 
 class TestSecrecyOfTheTestFold:
@@ -385,7 +385,7 @@ class TestSecrecyOfTheTestFold:
 
     def test_spoiling_the_test_slides_changes_no_choice(self, finished, dataset, tmp_path, monkeypatch, no_figures):
         """With each fold's test features replaced by noise, the models, the epochs and their scores stay the same."""
-        predict, tested = testing.predict_slides, set()
+        predict, tested = fold_tester.predict_slides, set()
 
         def spoilt(model, data, slides, feed):
             tested.update(slides.tolist())
@@ -399,7 +399,7 @@ class TestSecrecyOfTheTestFold:
                 patch.setattr(type(data), "features", noise)
                 return predict(model, data, slides, feed)
 
-        monkeypatch.setattr(testing, "predict_slides", spoilt)
+        monkeypatch.setattr(fold_tester, "predict_slides", spoilt)
         results = make_cv(dataset, tmp_path / "run").run()
         assert len(tested) == len(dataset)
         assert results["pooled"] != finished.results["pooled"]
@@ -524,7 +524,7 @@ class TestResume:
             raise AssertionError("trained again")
 
         monkeypatch.setattr(jobs, "fit", must_not_train)
-        monkeypatch.setattr(testing, "predict_slides", must_not_train)
+        monkeypatch.setattr(fold_tester, "predict_slides", must_not_train)
         assert make_cv(dataset, finished.folder).run() == finished.results
         assert (contents(finished.folder), (finished.folder / "run.json").read_bytes()) == before
         assert "this run is finished" in aloud.text
@@ -971,7 +971,7 @@ class TestGrid:
             assert is_state(tmp_path / "run" / f"fold_{fold}_best.pth", unfitted.states[call])
         assert [score["setting"] for score in chosen[0]["settings"]] == [{"lr": 1e-3}, {"lr": 1e-2}]
         assert [score["val_auc"] for score in chosen[0]["settings"]] == pytest.approx([0.745, 0.8])
-        assert "lr=0.01 in 2 of 3 folds; lr=0.001 in 1 of 3 folds" in closing_words(results)
+        assert "lr=0.01 in 2 of 3 folds; lr=0.001 in 1 of 3 folds" in closing_text(results)
 
     def test_settings_of_training_and_model_reach_both(self, dataset, tmp_path, monkeypatch, no_figures):
         fit, seen = jobs.fit, []
@@ -1233,7 +1233,7 @@ class TestThreshold:
             assert fold["thresholded"] == expected
         expected = decision_metrics(dataset.labels, at_threshold, dataset.class_names)
         assert results["pooled_thresholded"] == expected
-        assert f"balanced accuracy {expected['balanced_accuracy']:.3f} (" in closing_words(results)
+        assert f"balanced accuracy {expected['balanced_accuracy']:.3f} (" in closing_text(results)
 
 
 class TestRepeats:
@@ -1251,7 +1251,7 @@ class TestRepeats:
         assert len(partitions) == 3
         assert (results["n_folds"], results["n_repeats"], results["n_slides"]) == (9, 3, 24)
         assert len(list(tmp_path.glob("fold_*_best.pth"))) == 9
-        assert "tested once in each of 3 repeats" in closing_words(results)
+        assert "tested once in each of 3 repeats" in closing_text(results)
 
     def test_the_first_repeat_is_the_run_without_repeats(self, finished, dataset, tmp_path, no_figures):
         make_cv(dataset, tmp_path / "run", repeats=2).run()

@@ -9,7 +9,7 @@ from tests.synthetic import place_image, write_pyramid
 from utils.core.geometry import patch_grid
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.geojson import write_attention
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 COORDS = patch_grid(300, 200, 50, 50)
 

@@ -8,7 +8,7 @@ from utils.core.errors import ConfigError
 from utils.core.geometry import patch_grid
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import detailed_figure, heatmap_figure, patch_grid_figure
-from utils.pictures.overlay import Look, Overlay, Picture
+from utils.pictures.overlay import MapStyle, Overlay, Picture
 
 
 def rasterise(coords, values, size, extent, shape):
@@ -74,7 +74,7 @@ def test_the_figure_shows_the_planted_patch_and_only_patches():
     coords = patch_grid(2000, 1000, 100, 100)[:50]
     attention = np.full(50, 0.01)
     attention[23] = 0.51
-    overlay = Overlay(picture, AttentionMap(coords, attention, 100), Look(alpha=1.0))
+    overlay = Overlay(picture, AttentionMap(coords, attention, 100), MapStyle(alpha=1.0))
     figure = heatmap_figure(overlay, title="synthetic", top_k=1)
     painted = figure.axes[0].images[1].get_array()
     assert painted is not None
@@ -92,29 +92,29 @@ def test_the_figure_shows_the_planted_patch_and_only_patches():
 
 def test_an_unknown_resolution_has_no_scale_bar():
     picture = Picture(np.zeros((10, 10, 3), np.uint8), 100, 100, None)
-    overlay = Overlay(picture, AttentionMap(np.array([[0, 0]]), np.ones(1), 50), Look("jet"))
+    overlay = Overlay(picture, AttentionMap(np.array([[0, 0]]), np.ones(1), 50), MapStyle("jet"))
     figure = heatmap_figure(overlay, title="", top_k=0)
     assert not figure.axes[0].texts
 
 
 def test_an_unknown_colour_map_is_named():
     with pytest.raises(ConfigError, match="--cmap rainbows"):
-        Look("rainbows")
+        MapStyle("rainbows")
     with pytest.raises(ConfigError, match="--scale 'rank': expected one of attention, percentile"):
-        Look(scale="rank")
+        MapStyle(scale="rank")
     with pytest.raises(ConfigError, match="--alpha 5: out of range; give a number from 0 to 1"):
-        Look(alpha=5)
+        MapStyle(alpha=5)
 
 
 def test_the_scale_of_attention_begins_at_nothing_and_says_so():
     picture = Picture(np.full((20, 40, 3), 200, np.uint8), 40, 20, None)
     attention = AttentionMap(patch_grid(40, 20, 10, 10), np.arange(8) / 28, 10)
-    look = Look(scale="attention", alpha=1.0)
-    painted = Overlay(picture, attention, look).colours
+    style = MapStyle(scale="attention", alpha=1.0)
+    painted = Overlay(picture, attention, style).colours
     np.testing.assert_allclose(painted[0, 0, :3], colormaps["viridis"](0.0)[:3])
     np.testing.assert_allclose(painted[15, 35, :3], colormaps["viridis"](1.0)[:3])
     np.testing.assert_allclose(painted[15, 5, :3], colormaps["viridis"](4 / 7)[:3], atol=0.01)
-    assert look.label(attention) == "attention, which sums to 1 over 8 patches (highest: 2 x uniform)"
+    assert style.label(attention) == "attention, which sums to 1 over 8 patches (highest: 2 x uniform)"
 
 
 @pytest.mark.parametrize(("top", "least"), [(1, 0), (3, 2), (5, 5), (7, 6)])
@@ -131,20 +131,20 @@ def test_the_detailed_figure_says_how_concentrated_attention_is():
     picture = Picture(np.full((60, 80, 3), 200, np.uint8), 800, 600, 0.5)
     weights = np.r_[0.4, 0.2, np.full(46, 0.4 / 46)]
     attention = AttentionMap(patch_grid(800, 600, 100, 100), weights, 100)
-    assert attention.half == 2
+    assert attention.half_count == 2
     figure = detailed_figure(
-        Overlay(picture, attention, Look()),
+        Overlay(picture, attention, MapStyle()),
         title="t",
         top_k=3,
         probabilities={"a": 0.25, "b": 0.75},
         facts=[("model", "LiteMIL")],
     )
     above, below = figure.subfigs
-    spread, held, classes, text = below.axes
-    assert held.get_title() == "half is held by 2 of 48 (4.2%)"
+    distribution, concentration, classes, text = below.axes
+    assert concentration.get_title() == "half is held by 2 of 48 (4.2%)"
     assert [bar.get_width() for bar in classes.patches] == [0.25, 0.75]
     assert "LiteMIL" in text.texts[0].get_text()
-    assert sum(bar.get_height() for bar in spread.patches) == 48
+    assert sum(bar.get_height() for bar in distribution.patches) == 48
     assert len(above.axes) == 3  # slide, heatmap, colour bar
 
 

@@ -12,10 +12,10 @@ from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
-from utils.pictures.caption import Caption
-from utils.pictures.placement import check_drawable
+from utils.pictures.prediction_caption import Caption
+from utils.pictures.slide_match import check_drawable
 from utils.pictures.visualizer import AttentionVisualizer
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 SIZE = 500, 400
 COORDS = patch_grid(*SIZE, 50, 50)

@@ -8,7 +8,7 @@ from tests.prediction.checkpoint_helpers import check_damage, check_refused
 from utils.core.errors import CheckpointError
 from utils.core.files import digest
 from utils.core.recipe import Recipe
-from utils.core.tensors import load_tensors, save_tensors
+from utils.core.tensor_files import load_tensors, save_tensors
 from utils.prediction.checkpoint import FORMAT, VERSION, Checkpoint, id_digests, load_checkpoint, save_checkpoint
 from utils.prediction.forward_pass import SlideFeed
 

@@ -16,7 +16,7 @@ from utils.core.recipe import Recipe
 from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
 from utils.prediction.forward_pass import SlideFeed, predict_features
 from utils.prediction.predictor import SlidePredictor, extractPredict
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 RECIPE = {
     "backbone": "uni", "weights_digest": "a" * 64, "transform": {"resize": 224}, "precision": "float32",

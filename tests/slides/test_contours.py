@@ -14,8 +14,8 @@ from scipy import ndimage
 from tests.synthetic import stained_image, write_pyramid
 from utils.core.errors import SlideError
 from utils.slides.contours import ContourFile, fill, outlines, write_contours
+from utils.slides.open_slides import open_slide
 from utils.slides.tissue import TISSUE_SETTINGS, TissueMask, detect_tissue
-from utils.slides.wsi import open_slide
 
 
 def read(path, slide):

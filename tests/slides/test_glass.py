@@ -7,8 +7,8 @@ from scipy import ndimage
 from tests.synthetic import stained_image
 from utils.slides.colour import optical_density
 from utils.slides.glass import find_smear, tint_of_border
+from utils.slides.open_slides import open_slide
 from utils.slides.tissue import detect_tissue, tissue_mask
-from utils.slides.wsi import open_slide
 
 PINKISH = [(238, 222, 232), (240, 215, 226), (236, 205, 220), (232, 195, 212), (245, 210, 215)]
 LAVENDER = [(230, 226, 242), (225, 215, 240), (215, 205, 235)]

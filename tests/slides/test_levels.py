@@ -10,9 +10,9 @@ from PIL import Image
 from tests.synthetic import stained_image
 from utils.core.errors import SlideError
 from utils.slides.levels import fit_levels, whole_downsample
+from utils.slides.open_slides import open_slide
 from utils.slides.patching import choose_sampling
 from utils.slides.tissue import detect_tissue
-from utils.slides.wsi import open_slide
 
 WIDTH, HEIGHT = 1000, 750
 

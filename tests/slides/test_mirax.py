@@ -5,7 +5,7 @@ import pytest
 from utils.core.errors import SlideError
 from utils.slides.find import slide_bytes
 from utils.slides.mirax import check_data_folder, data_files
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 
 @pytest.fixture

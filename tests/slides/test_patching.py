@@ -10,8 +10,8 @@ from tests.slides.conftest import PLACE_SIZE
 from tests.synthetic import place_image, place_of, stained_image, write_pyramid
 from utils.core.errors import ConfigError, SlideError
 from utils.slides import patching
+from utils.slides.open_slides import open_slide
 from utils.slides.patching import PatchGrid, plan_patches, read_batches
-from utils.slides.wsi import open_slide
 
 WIDTH, HEIGHT = PLACE_SIZE
 

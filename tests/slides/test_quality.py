@@ -10,9 +10,9 @@ from PIL import Image
 from scipy import ndimage
 
 from utils.core.geometry import covered_fraction, patch_grid
+from utils.slides.open_slides import open_slide
 from utils.slides.quality import BLURRED, PEN, QUALITY_SETTINGS, REASONS, WHITE, QualitySettings, patch_quality
 from utils.slides.tissue import detect_tissue
-from utils.slides.wsi import open_slide
 
 MPP, PATCH = 0.5, 256
 GLASS, PINK, GREEN_INK = (243, 243, 243), (225, 150, 190), (40, 120, 60)

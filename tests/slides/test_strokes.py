@@ -7,9 +7,9 @@ from scipy import ndimage
 
 from tests.synthetic import stained_image, with_stroke
 from utils.slides.colour import optical_density
+from utils.slides.open_slides import open_slide
 from utils.slides.strokes import find_strokes
 from utils.slides.tissue import detect_tissue, is_stained, tissue_mask
-from utils.slides.wsi import open_slide
 
 PENS = {
     "pink": (214, 82, 117),

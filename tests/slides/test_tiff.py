@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.tiffs import HALF, HEIGHT, LABEL, PIXELS, PLANES, STRIPS, TILE, WIDTH, shown, write
 from utils.core.errors import SlideError
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 AT_HALF_UM = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.tiffs import HEIGHT, LABEL, PIXELS, PLANES, STRIPS, TILE, WIDTH, shown, write
 from utils.core.errors import SlideError
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 EITHER = pytest.mark.parametrize("layout", [TILE, STRIPS], ids=["tiled", "strips"])  # OpenSlide opens the first
 YCBCR = np.asarray(Image.fromarray(PIXELS).convert("YCbCr"))

@@ -8,7 +8,7 @@ import tifffile
 
 from tests.tiffs import HALF, LABEL, PIXELS, PLANES, STRIPS, TILE, shown, write
 from utils.core.errors import SlideError
-from utils.slides.wsi import open_slide
+from utils.slides.open_slides import open_slide
 
 SMALL_TILE = {"tile": (64, 64)}
 THUMBNAIL = np.ascontiguousarray(PIXELS[::4, ::4])

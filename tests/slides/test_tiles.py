@@ -13,8 +13,8 @@ import tifffile
 from tests.synthetic import stained_image
 from utils.core.errors import SlideError
 from utils.slides import tiles
+from utils.slides.open_slides import open_slide
 from utils.slides.tiles import TileReader
-from utils.slides.wsi import open_slide
 
 WIDTH, HEIGHT, TILE = 552, 432, 128
 APERIO = "Aperio Image Library\r\n552x432 (128x128)|AppMag = 20|MPP = 0.5"

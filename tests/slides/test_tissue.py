@@ -11,8 +11,8 @@ from scipy import ndimage
 from tests.synthetic import stained_image, write_pyramid
 from utils.core.errors import SlideError
 from utils.core.geometry import covered_fraction, patch_grid
+from utils.slides.open_slides import open_slide
 from utils.slides.tissue import TISSUE_SETTINGS, TissueSettings, detect_tissue, mask_downsample, tissue_mask
-from utils.slides.wsi import open_slide
 
 GLASS, PINK, PURPLE = (243, 243, 243), (225, 150, 190), (130, 80, 150)
 

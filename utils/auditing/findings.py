@@ -1,23 +1,23 @@
-"""What an audit finds, and the slides it looks at."""
+"""The findings of an audit, and the slides that it checks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from utils.bags.label_table import Row
 from utils.bags.store import BagInfo
-from utils.bags.table import Row
 from utils.core.errors import first_few, plural
 
 Level = Literal["error", "warning", "info", "ok"]
-# What is each slide's own tells slides apart, not how they were made.
+# Fields that differ for each slide and do not say how it was made.
 IDENTITY = ("name", "quick_hash")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer. An "error" makes training refuse or its results invalid, a "warning" wants a decision; `topic` is
-    the question's, `details` (JSON-able) hold what the one line of `message` leaves out.
+    """The result of a check. With an "error", training refuses or its results are invalid; a "warning" needs a
+    decision. `message` is one line; `details` (JSON-able) list everything.
     """
 
     level: Level
@@ -54,15 +54,15 @@ def by_class(slides: Sequence[AnySlide], classes: Sequence[str]) -> dict[str, li
 
 
 def slides_text(slides_of: Mapping[str, list[str]]) -> str:
-    """Each value with its slides; those of the commonest one are only counted."""
-    first, *others = slides_of.items()
-    told = [f"{short(value)} in {plural(len(slides), 'slide')} ({first_few(slides)})" for value, slides in others]
-    return f"{short(first[0])} in {plural(len(first[1]), 'slide')}, {', '.join(told)}"
+    """Return each value with its slides; those of the first value, the most common, are only counted."""
+    first, *rarer = slides_of.items()
+    texts = [f"{_short(value)} in {plural(len(slides), 'slide')} ({first_few(slides)})" for value, slides in rarer]
+    return f"{_short(first[0])} in {plural(len(first[1]), 'slide')}, {', '.join(texts)}"
 
 
-def short(value: str) -> str:
+def _short(value: str) -> str:
     return value if len(value) <= 60 else f"{value[:12]}..."
 
 
-def fields(records: Iterable[Mapping[str, Any]]) -> list[str]:
+def field_names(records: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted({name for record in records for name in record})

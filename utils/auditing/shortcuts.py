@@ -1,4 +1,4 @@
-"""What an audit asks about shortcuts: what else than the tissue could tell the classes apart."""
+"""Audit shortcuts: fields other than the tissue that predict the label."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.auditing.findings import IDENTITY, AuditedBag, AuditedSlide, Finding, fields
+from utils.auditing.findings import IDENTITY, AuditedBag, AuditedSlide, Finding, field_names
 from utils.bags.spelling import is_placeholder
 from utils.core.cohorts import tcga_site
 from utils.core.errors import first_few, plural
@@ -19,15 +19,15 @@ from utils.learning.settings import Protocol
 
 # Columns of a label table that say where or how a slide was made.
 ORIGIN_COLUMNS = ("site", "scanner", "center", "centre", "hospital", "institution", "batch")
-# A field is a warning when so few shuffled cohorts reach its AUC, and it stands so far above their median.
-_RARE, _NOTABLE = 0.01, 0.1
-_GIVEN_AWAY = 0.9
+# A field is a warning if its p-value is at most this, and its AUC exceeds the shuffled median by at least this.
+_MOST_P, _LEAST_EXCESS = 0.01, 0.1
+_NEAR_PERFECT_AUC = 0.9
 
 
 @dataclass(frozen=True)
 class Nuisance:
-    """What may predict the label: a value for each slide; `column` is what `--group_column` takes, or would take if
-    the table had it.
+    """A field that may predict the label, with a value for each slide. `column` is its name for `--group_column`, also
+    if it is not in the table yet; None if slides cannot be grouped by it.
     """
 
     name: str
@@ -50,14 +50,14 @@ def check_confounding(
             message = f"{nuisance.name}: one value or one class only, nothing to test"
             findings.append(Finding("info", "confounding", message))
         else:
-            findings.append(_judged(nuisance, result, slides, classes))
+            findings.append(_report(nuisance, result, slides, classes))
     if not findings:
         message = "no site, scanner or other origin is known, nor a bag's size: nothing to test"
         findings.append(Finding("info", "confounding", message))
     return findings
 
 
-def _judged(nuisance: Nuisance, result: Confounding, slides: Sequence[AuditedSlide], classes: Sequence[str]) -> Finding:
+def _report(nuisance: Nuisance, result: Confounding, slides: Sequence[AuditedSlide], classes: Sequence[str]) -> Finding:
     low, middle, high = result.shuffled
     numbers = (
         f"AUC {result.auc:.2f} by patient-grouped cross-validation; "
@@ -66,26 +66,26 @@ def _judged(nuisance: Nuisance, result: Confounding, slides: Sequence[AuditedSli
     labels = np.array([slide.label for slide in slides])
     counts = dict(zip(classes, values_per_class(nuisance.values, labels, len(classes)), strict=True))
     details: dict[str, Any] = {"field": nuisance.name} | asdict(result) | {"values_per_class": counts}
-    if result.p_value > _RARE:
+    if result.p_value > _MOST_P:
         below = "" if result.auc >= 0.5 else "; below 0.5 is usual by chance: values that one fold has, the others lack"
         return Finding(
             "ok", "confounding", f"no sign that {nuisance.name} predicts the label ({numbers}{below})", details
         )
-    if result.auc - middle < _NOTABLE:
+    if result.auc - middle < _LEAST_EXCESS:
         return Finding("info", "confounding", f"{nuisance.name} alone predicts the label a little ({numbers})", details)
-    verb = "gives the label away" if result.auc >= _GIVEN_AWAY else "predicts the label"
+    verb = "gives the label away" if result.auc >= _NEAR_PERFECT_AUC else "predicts the label"
     message = f"{nuisance.name} alone {verb} ({numbers}); {_remedy(nuisance, counts, slides)}"
     return Finding("warning", "confounding", message, details)
 
 
 def _remedy(nuisance: Nuisance, counts: Mapping[str, int], slides: Sequence[AuditedSlide]) -> str:
-    """What helps: folds that keep each value on one side, where they can be made."""
+    """Return the remedy: folds that keep each value on one side, or why they are impossible."""
     if nuisance.column is None:
         return "a model that does not clearly beat this AUC may have learned no more"
     fewest = min(counts, key=lambda name: counts[name])
     if counts[fewest] < Protocol.n_outer:
-        have = f"{fewest} comes with {plural(counts[fewest], 'value')} of it for {Protocol.n_outer} outer folds"
-        return f"{have}, so that no split can separate the two: add slides of that class from elsewhere"
+        reason = f"{fewest} comes with {plural(counts[fewest], 'value')} of it for {Protocol.n_outer} outer folds"
+        return f"{reason}, so that no split can separate the two: add slides of that class from elsewhere"
     values_of: dict[str, set[Value]] = defaultdict(set)
     for slide, value in zip(slides, nuisance.values, strict=True):
         values_of[slide.case_id].add(value)
@@ -100,31 +100,32 @@ def _remedy(nuisance: Nuisance, counts: Mapping[str, int], slides: Sequence[Audi
 
 
 def _nuisances(slides: Sequence[AuditedSlide], bags: Sequence[AuditedBag]) -> list[Nuisance]:
-    """The fields of the table, of the files and of their passports that may predict the label."""
+    """Return the fields of the table, of the files and of their passports that may predict the label."""
     columns = [name for name in (slides[0].row if slides else {}) if name.lower() in ORIGIN_COLUMNS]
-    found = [
+    nuisances = [
         Nuisance(f"the column {name}", [_value_of(slide.row[name]) for slide in slides], name, True) for name in columns
     ]
     sites = [tcga_site(slide.case_id) or tcga_site(slide.wsi_id) for slide in slides]
     has_sites = 2 * sum(site is not None for site in sites) >= len(slides) > 0
     if has_sites and "site" not in [name.lower() for name in columns]:
-        found.append(Nuisance("the TCGA site code", [*sites], "site", True))
+        nuisances.append(Nuisance("the TCGA site code", [*sites], "site", True))
     info_of = {bag.wsi_id: bag.info for bag in bags}
     infos = [info_of.get(slide.wsi_id) for slide in slides]
     if bags:
-        found.append(Nuisance("bag size (patches per slide)", [info.num_instances if info else None for info in infos]))
+        sizes: list[Value] = [info.num_instances if info else None for info in infos]
+        nuisances.append(Nuisance("bag size (patches per slide)", sizes))
     passports = [(info and info.passport) or Passport(Recipe()) for info in infos]
-    for part, records in (
+    for owner, records in (
         ("recipe", [passport.recipe.as_dict() for passport in passports]),
         ("slide", [passport.slide for passport in passports]),
     ):
-        for name in fields(records):
+        for name in field_names(records):
             values = [record.get(name) for record in records]
             is_scalar = all(isinstance(value, str | int | float | None) for value in values)
             if name not in IDENTITY and is_scalar and len(set(values) - {None}) > 1:
                 is_text = any(isinstance(value, str) for value in values)
-                found.append(Nuisance(f"the {part}'s {name}", values, name if is_text else None))
-    return found
+                nuisances.append(Nuisance(f"the {owner}'s {name}", values, name if is_text else None))
+    return nuisances
 
 
 def _value_of(text: str) -> str | None:

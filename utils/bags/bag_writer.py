@@ -11,7 +11,7 @@ import torch
 
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
-from utils.core.tensors import tensor_bytes
+from utils.core.tensor_files import tensor_bytes
 
 PASSPORT = "litemil_passport"  # the attribute of the file's root
 # Everything in our files begins at a multiple of this, so that the features begin at the same place in all of them.

@@ -99,10 +99,10 @@ def _check_recipes(paths: Sequence[Path], info: Sequence[BagInfo]) -> None:
         for name in COMPARED_FIELDS:
             if recipe[name] is not None:
                 recorded.setdefault(name, (path, recipe))
-            first, other = recorded.get(name, (path, recipe))
-            unlike = other.differences(recipe, [name])
-            if unlike:
-                fault = f"made in another way than {first} ({'; '.join(unlike)})"
+            first, expected = recorded.get(name, (path, recipe))
+            mismatches = expected.differences(recipe, [name])
+            if mismatches:
+                fault = f"made in another way than {first} ({'; '.join(mismatches)})"
                 faults.setdefault(fault, []).append(path)
                 break
     if faults:

@@ -22,10 +22,10 @@ from utils.bags.chunks import Batch, Chunk, chunks_per_step, cut_chunks, num_chu
 from utils.bags.cohort_features import look_at_files, open_features, share
 from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import FileRecord, take_inventory
+from utils.bags.label_table import LabelTable, read_table
 from utils.bags.packed import FileFeatures, MemoryFeatures, packed_path
 from utils.bags.settings import BatchSize, Cohort, batch_size_option
 from utils.bags.store import Bag, read_bag
-from utils.bags.table import LabelTable, read_table
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.errors import ConfigError, LabelsError, did_you_mean
 from utils.core.recipe import Recipe
@@ -41,7 +41,7 @@ SHUFFLE_WINDOW = 2**18
 class MILDataset(Dataset):
     """The slides of a label table, in its order.
 
-    `csv_path` has the columns `case_id,wsi_id,label`, or others that say the same (see `utils.bags.table`); slide
+    `csv_path` has the columns `case_id,wsi_id,label`, or others that say the same (see `utils.bags.label_table`); slide
     `wsi_id` has its features in `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`), or in a subfolder, under the name
     `feat_type`. `mode` "chunked" trains on random chunks of at most `chunk_size` patches (`sequential`: on runs of
     patches that are neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur,
@@ -77,7 +77,7 @@ class MILDataset(Dataset):
         allow: Collection[str] = (),
         no_patients: bool = False,
     ) -> None:
-        asked = Cohort(
+        cohort = Cohort(
             dataset="", labels_csv=csv_path, features_dir=features_dir, class_names=class_names, mode=mode,  # type: ignore[arg-type]
             chunk_size=chunk_size, feat_type=feat_type, sequential=sequential, group_column=group_column,
             cache=str(cache) if isinstance(cache, Path) else cache, allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
@@ -88,9 +88,9 @@ class MILDataset(Dataset):
         table = read_table(csv_path)
         for note in table.notes:
             log.info("%s: %s", csv_path, note)
-        self.class_names = asked.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
+        self.class_names = cohort.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
         self.task = _classification(table, self.class_names)
-        self.mode, self.chunk_size, self.sequential = asked.mode, asked.chunk_size, asked.sequential
+        self.mode, self.chunk_size, self.sequential = cohort.mode, cohort.chunk_size, cohort.sequential
         self.feat_type = feat_type
         for warning in (labels.missing_patients(table, no_patients), labels.doubted_patients(table)):
             if warning:
@@ -107,7 +107,7 @@ class MILDataset(Dataset):
         if "spelling" not in allow:
             labels.check_names(table, self.rows, groups, group_column)
         self.groups = np.array(groups)
-        self.group_column, self.allow = group_column, asked.allow
+        self.group_column, self.allow = group_column, cohort.allow
         log.info("Classes: %s", self._class_counts())
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
         paths = [row.path for row in self.rows]
@@ -170,10 +170,10 @@ class MILDataset(Dataset):
 
     @cached_property
     def mpp_range(self) -> tuple[float, float] | None:
-        """The least and greatest um/px the patches were read at; None where unknown."""
-        known = [info.passport.slide.get("mpp_delivered") for info in self.info if info.passport]
-        values = [value for value in known if value is not None]
-        return (min(values), max(values)) if values else None
+        """The least and greatest um/px at which patches were read; None if unknown."""
+        slides = [info.passport.slide for info in self.info if info.passport]
+        mpps = [slide["mpp_delivered"] for slide in slides if slide.get("mpp_delivered") is not None]
+        return (min(mpps), max(mpps)) if mpps else None
 
     def bag(self, slide: SupportsIndex) -> Bag:
         """One slide with coordinates and passport, read from its file."""
@@ -183,11 +183,11 @@ class MILDataset(Dataset):
         """`(N, D)`, float16 or float32 as stored; it may be the cache itself, so copy it before you change it."""
         return self._features(slide_number(slide, len(self)))
 
-    def inventory(self, known: Mapping[str, FileRecord]) -> list[FileRecord]:
-        """Return what each slide's feature file holds, in the table's order; only files that are not `known`, or have
-        changed since, are read. Raises FeatureFileError, naming all files that cannot be read.
+    def inventory(self, earlier: Mapping[str, FileRecord]) -> list[FileRecord]:
+        """Return a record of each slide's feature file, in the table's order; only files that are not in `earlier`, or
+        have changed since, are read. Raises FeatureFileError, naming all files that cannot be read.
         """
-        return take_inventory(self.rows, self.info, self._features, known)
+        return take_inventory(self.rows, self.info, self._features, earlier)
 
     def batches(
         self, slides: Sequence[int] | np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
@@ -225,9 +225,9 @@ class MILDataset(Dataset):
         features = share(self._features, packed_path(folder, self.features_dir, self.feat_type))
         if features is self._features:
             return self
-        other = copy.copy(self)
-        other._features = features
-        return other
+        dataset = copy.copy(self)
+        dataset._features = features
+        return dataset
 
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
         features = self.features(slide)
@@ -271,12 +271,12 @@ def _classification(table: LabelTable, class_names: tuple[str, ...]) -> Classifi
     try:
         return Classification(class_names)
     except ValueError as error:
-        known = {row["label"] for row in table.rows}
-        raise LabelsError(f"{table.path}: {error}{_how_parted(class_names, known)}") from None
+        in_table = {row["label"] for row in table.rows}
+        raise LabelsError(f"{table.path}: {error}{_separator_hint(class_names, in_table)}") from None
 
 
-def _how_parted(class_names: Sequence[str], labels: Collection[str]) -> str:
-    """What to say of a single name that seems to be several."""
+def _separator_hint(class_names: Sequence[str], labels: Collection[str]) -> str:
+    """Return how to separate class names, if a single name seems to be several; else ""."""
     names = [name.strip() for name in ",".join(class_names).split(",")]
     if len(class_names) > 1 or len(names) < 2 or class_names[0] in labels:
         return ""
@@ -284,10 +284,10 @@ def _how_parted(class_names: Sequence[str], labels: Collection[str]) -> str:
 
 
 def _why_not_there(name: str, home: Path) -> str:
-    """What to do about a cohort that is not in its default place."""
+    """Return what to do about a cohort that is not in its default folder."""
     missing = f"no {home / 'labels.csv'}"
     if name in KNOWN_COHORTS:
         return f"{missing}; fetch it with python -m datasets.download {name}, or give --labels_csv and --features_dir"
-    there = [folder.name for folder in home.parent.glob("*/") if (folder / "labels.csv").exists()]
-    near = did_you_mean(name, [*KNOWN_COHORTS, "demo", *there])
+    cohorts = [folder.name for folder in home.parent.glob("*/") if (folder / "labels.csv").exists()]
+    near = did_you_mean(name, [*KNOWN_COHORTS, "demo", *cohorts])
     return f"{missing}{near}; for a cohort of your own give --labels_csv and --features_dir"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.bags.label_table import LabelTable, OneInSeveral, Row, doubtful_patients, several_names, unknown_patients
 from utils.bags.spelling import (
     NearIds,
     classes_alike,
@@ -15,7 +16,6 @@ from utils.bags.spelling import (
     without_ending,
     without_folder,
 )
-from utils.bags.table import LabelTable, OneInSeveral, Row, doubtful_patients, several_names, unknown_patients
 from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, did_you_mean, first_few, plural
 from utils.core.runtime import log

@@ -24,7 +24,7 @@ from utils.bags.formats import TENSOR_FILE, PatchCoords, RawBag, as_array, find_
 from utils.core.errors import FeatureFileError
 from utils.core.files import whole_file
 from utils.core.passport import Passport
-from utils.core.tensors import load_tensors
+from utils.core.tensor_files import load_tensors
 
 _HDF5_EXTENSIONS, _TENSOR_EXTENSIONS = (".h5", ".hdf5"), (".pt", ".pth")
 FEATURE_EXTENSIONS = _HDF5_EXTENSIONS + _TENSOR_EXTENSIONS
@@ -175,7 +175,7 @@ def bag_writer(path: Path, dim: int, dtype: np.dtype | str) -> Iterator["BagWrit
     path = Path(path)
     check_writable(path)
     kind = TensorWriter if path.suffix.lower() in _TENSOR_EXTENSIONS else HDF5Writer
-    with whole_file(path) as part, part.open("wb") as file:
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
         yield kind(file, dim, np.dtype(dtype))
 
 

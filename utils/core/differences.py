@@ -9,14 +9,14 @@ _MOST_DIFFERENCES, _MOST_CHARACTERS = 4, 60
 
 
 def differences(
-    expected: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str], *, strict: bool = False
+    expected: Mapping[str, Any], actual: Mapping[str, Any], fields: Iterable[str], *, strict: bool = False
 ) -> list[str]:
     """Return what differs, as 'field: found X, expected Y'; for a field that holds settings itself, each setting that
     differs. A field that is unknown (None) on one side differs only if `strict`.
     """
     lines = []
     for name in fields:
-        pair = expected.get(name), found.get(name)
+        pair = expected.get(name), actual.get(name)
         if pair[0] != pair[1] and (strict or None not in pair):
             lines += _differences_of(name, *pair)
     return lines
@@ -28,11 +28,11 @@ def first_differences(lines: Sequence[str]) -> str:
     return "; ".join(lines[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _differences_of(name: str, expected: Any, found: Any) -> list[str]:
-    if not (isinstance(expected, dict) and isinstance(found, dict)):
-        return [f"{name}: found {_short(found)}, expected {_short(expected)}"]
-    unlike = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
-    return [line for key in unlike for line in _differences_of(f"{name}.{key}", expected.get(key), found.get(key))]
+def _differences_of(name: str, expected: Any, actual: Any) -> list[str]:
+    if not (isinstance(expected, dict) and isinstance(actual, dict)):
+        return [f"{name}: found {_short(actual)}, expected {_short(expected)}"]
+    keys = [key for key in {**expected, **actual} if expected.get(key) != actual.get(key)]
+    return [line for key in keys for line in _differences_of(f"{name}.{key}", expected.get(key), actual.get(key))]
 
 
 def _short(value: Any) -> str:

@@ -24,9 +24,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from utils.core.cluster import Cluster
 from utils.core.errors import ConfigError, EngineError
 from utils.core.processes import OUT_OF_MEMORY, Pool, WorkerDied, is_out_of_memory
+from utils.core.ray_settings import Cluster
 from utils.core.runtime import processors, threads_are_given
 
 Task = TypeVar("Task")

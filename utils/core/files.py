@@ -43,22 +43,22 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
     except OSError as failure:
         kind = _kind_of(failure, error)
         raise kind(f"{path}: cannot be written ({failure.strerror}); choose another output folder") from failure
-    part = Path(name)
+    unfinished = Path(name)
     try:
         os.close(handle)
-        yield part
+        yield unfinished
         # mkstemp makes private files; the result gets the permissions of any other new file.
         umask = os.umask(0)
         os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        with part.open("rb+") as file:
+        unfinished.chmod(0o666 & ~umask)
+        with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
-        part.replace(path)
+        unfinished.replace(path)
     except OSError as failure:
         reason, kind = failure.strerror or failure, _kind_of(failure, error)
         raise kind(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from failure
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _kind_of(failure: OSError, error: type[LiteMILError]) -> type[LiteMILError]:
@@ -165,18 +165,18 @@ def clear_parts(folder: Path) -> None:
     """
     for claim in folder.glob(".*.claim"):
         is_free(_claim(claim))
-    for part in folder.glob(".*.part"):
-        owner = re.search(r"\.(\w+)-(\d+)\.[^.]*\.part$", part.name)
+    for unfinished in folder.glob(".*.part"):
+        owner = re.search(r"\.(\w+)-(\d+)\.[^.]*\.part$", unfinished.name)
         if owner is None:
             continue
         with suppress(OSError):  # it has been renamed since, or is another user's
-            is_abandoned = _is_forgotten(part) if owner[1] != _machine() else not _is_running(int(owner[2]))
+            is_abandoned = _is_forgotten(unfinished) if owner[1] != _machine() else not _is_running(int(owner[2]))
             if is_abandoned:
-                part.unlink()
+                unfinished.unlink()
 
 
-def _is_forgotten(part: Path) -> bool:
-    return time.time() - part.stat().st_mtime > _SECONDS_TO_BE_FORGOTTEN
+def _is_forgotten(unfinished: Path) -> bool:
+    return time.time() - unfinished.stat().st_mtime > _SECONDS_TO_BE_FORGOTTEN
 
 
 def clear_parts_of(node: str, process: int, folder: Path) -> None:
@@ -185,8 +185,8 @@ def clear_parts_of(node: str, process: int, folder: Path) -> None:
         owner = claim.owner
         if owner and (_machine(_node(owner)), owner.pid) == (_machine(node), process):
             claim.break_lock()
-    for part in folder.rglob(f".*.{_machine(node)}-{process}.*.part"):
-        part.unlink(missing_ok=True)
+    for unfinished in folder.rglob(f".*.{_machine(node)}-{process}.*.part"):
+        unfinished.unlink(missing_ok=True)
 
 
 def _machine(node: str = "") -> str:
@@ -206,8 +206,8 @@ def _is_running(process: int) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    with whole_file(path) as part:
-        part.write_bytes(content)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:

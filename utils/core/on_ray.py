@@ -19,11 +19,11 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils.core.cluster import Cluster
 from utils.core.engine import OnMessage, Task, Work
 from utils.core.errors import EngineError, plural
 from utils.core.processes import WorkerDied
 from utils.core.ray_actor import Actor, Parcel, cannot_begin
+from utils.core.ray_settings import Cluster
 from utils.core.runtime import log, processors
 
 # Keep Ray from running each worker by `uv run` in a copy of the folder, from reporting on its users, and from printing

@@ -120,7 +120,7 @@ class Pool:
             return
         self.deaths[worker.task] += 1
         times = self.deaths[worker.task]
-        was_alone = all(other.task < 0 for other in self.workers.values())
+        was_alone = all(remaining.task < 0 for remaining in self.workers.values())
         is_for_good = times > 1 and was_alone
         if not is_for_good:  # other tasks come first, unless it ran alone
             (self.waiting.appendleft if was_alone else self.waiting.append)(worker.task)

@@ -49,7 +49,7 @@ class Recipe:
         level: the pyramid level read, or mpp: the um per pixel resampled to; magnification: for other toolkits' files.
         tissue_threshold: least fraction of tissue in a patch; tissue: the detector's settings.
         qc: settings of the quality control, None without it; edge: "keep", or None if the grid's rest was dropped.
-        others: anything else that a file records.
+        other_fields: anything else that a file records.
         recorded: the names that a file records, known or not, in its order.
     """
 
@@ -67,15 +67,15 @@ class Recipe:
     qc: Mapping[str, Any] | None = None
     edge: str | None = None
     magnification: float | None = None
-    others: Mapping[str, Any] = field(default_factory=dict)
+    other_fields: Mapping[str, Any] = field(default_factory=dict)
     recorded: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """Return the recipe that a passport, a checkpoint or a `recipe.json` holds."""
         own = {name: value for name, value in content.items() if name in _OWN}
-        others = {name: value for name, value in content.items() if name not in _OWN}
-        return cls(**own, others=others, recorded=tuple(content))
+        other_fields = {name: value for name, value in content.items() if name not in _OWN}
+        return cls(**own, other_fields=other_fields, recorded=tuple(content))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `from_dict` reads: every recorded field, and every other one that is known."""
@@ -83,7 +83,7 @@ class Recipe:
         return {name: self[name] for name in dict.fromkeys([*self.recorded, *names])}
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self, name) if name in _OWN else self.others.get(name)
+        return getattr(self, name) if name in _OWN else self.other_fields.get(name)
 
     def differences(self, other: "Recipe", names: Iterable[str] = COMPARED_FIELDS) -> list[str]:
         """Return how `other` differs from this recipe in the fields that both know (see `core.differences`)."""
@@ -163,5 +163,5 @@ def _normalised_name(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
-_OWN = tuple(item.name for item in fields(Recipe) if item.name not in ("others", "recorded"))
+_OWN = tuple(item.name for item in fields(Recipe) if item.name not in ("other_fields", "recorded"))
 _ONE_NAME = {_normalised_name(alias): name for name, aliases in BACKBONE_ALIASES.items() for alias in (name, *aliases)}

@@ -1,23 +1,23 @@
-"""How sure a figure is: patient-cluster bootstrap intervals, and the figures of several repeats as one."""
+"""Confidence intervals of metrics by resampling patients, and metrics averaged over repeats."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from utils.tasks.task import Figures, Task, plain
+from utils.tasks.task import Figures, Task, single
 
 RESAMPLES = 1000
-# False positive rates of the band; 0 comes twice, since a curve may rise before its first false positive.
+# False positive rates of the band; 0 is there twice, since a curve may rise before its first false positive.
 _GRID = np.append(0, np.arange(201) / 200)
 _BLOCK_VALUES = 1 << 20
 
 
 def pooled_metrics(task: Task, labels: np.ndarray, values: np.ndarray, repeats: np.ndarray) -> Figures:
-    """Return every metric within each repeat, averaged over the repeats where it is defined.
+    """Return every metric, computed within each repeat and averaged over the repeats where it is defined.
 
     `labels (n,)`, `values (n, C)`, `repeats (n,)`: one row per tested slide and repeat.
     """
-    return plain(_pooled(task, labels, values, np.ones((1, len(labels))), repeats))
+    return single(_pooled(task, labels, values, np.ones((1, len(labels))), repeats))
 
 
 def bootstrap_intervals(
@@ -30,14 +30,13 @@ def bootstrap_intervals(
     *,
     repeats: np.ndarray | None = None,
 ) -> dict[str, tuple[float, float] | None]:
-    """95% percentile intervals of `pooled_metrics` over resampled patients.
+    """Return 95% percentile intervals of `pooled_metrics` over resampled patients.
 
-    They are conditional on the trained models: what another cohort of patients would have given, not what another
-    training would. Resamples in which a figure is undefined do not count for it; None when it is undefined in more
-    than half of them.
+    They are conditional on the trained models: they cover other patients, not other trainings. Resamples in which a
+    metric is undefined are left out; it has None if they are more than half.
     """
-    drawn = bootstrap_draws(task, labels, values, cases, seed, resamples, repeats=repeats)
-    return {name: interval(values) for name, values in drawn.items()}
+    draws = bootstrap_draws(task, labels, values, cases, seed, resamples, repeats=repeats)
+    return {name: interval(values) for name, values in draws.items()}
 
 
 def bootstrap_draws(
@@ -50,13 +49,12 @@ def bootstrap_draws(
     *,
     repeats: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """`pooled_metrics` of each resample, `(resamples,)`; NaN where undefined.
+    """Return `pooled_metrics` of each resample, `(resamples,)`; NaN if undefined.
 
-    `labels (n,)`, `values (n, C)`, `cases (n,)`, `repeats (n,)`. Patients are drawn; all slides of a drawn
-    patient, of all repeats, come along. Who is drawn depends on the seed and the set of patients alone, so that the
-    draws of two models on the same patients are pairs.
+    `labels (n,)`, `values (n, C)`, `cases (n,)`, `repeats (n,)`. Patients are drawn, with all their slides in all
+    repeats. The draws depend only on the seed and the set of patients, so that those of two models on the same patients
+    are paired.
     """
-    repeats = np.zeros(len(labels)) if repeats is None else repeats
     blocks = [_pooled(task, labels, values, weights, repeats) for weights in _resampled(cases, seed, resamples)]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -64,39 +62,39 @@ def bootstrap_draws(
 def mean_roc(
     is_class: np.ndarray, scores: np.ndarray, repeats: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the ROC curve of `scores (n,)` for `is_class (n,)` bool, point by point: its false positive rates and its
-    true ones, both `(m,)`, from (0, 0) to (1, 1).
+    """Return the points of the ROC curve of `scores (n,)` for `is_class (n,)` bool: false and true positive rates,
+    both `(m,)`, from (0, 0) to (1, 1).
 
-    Straight lines between the points are the curve: a step for each slide, and a slanted line only where slides of
-    both kinds share a score, so that the area below is the AUC. Of several repeats it is the mean at equal false
-    positive rates. None where a class is missing.
+    Straight lines join the points: a step for each slide, slanted only if slides inside and outside the class share a
+    score, so that the area under the curve is the AUC. Of several repeats it is the mean at equal false positive rates.
+    None if a class is missing.
     """
-    curves = [_roc(is_class[rows], scores[rows]) for rows in _rows_of_or_all(scores, repeats)]
-    known = [curve for curve in curves if curve is not None]
-    if not known:
+    curves = [_roc(is_class[rows], scores[rows]) for rows in _repeat_rows(scores, repeats)]
+    defined = [curve for curve in curves if curve is not None]
+    if not defined:
         return None
-    rates = np.unique(np.concatenate([alarms for alarms, _ in known]))
-    heights = np.mean([_heights(rates, *curve) for curve in known], axis=0)
+    rates = np.unique(np.concatenate([false_rates for false_rates, _ in defined]))
+    heights = np.mean([_heights(rates, *curve) for curve in defined], axis=0)
     points = np.stack([np.repeat(rates, 2), heights.ravel()])
-    alarms, hits = points[:, np.append(True, (np.diff(points) != 0).any(axis=0))]
-    return alarms, hits
+    false_rates, true_rates = points[:, np.append(True, (np.diff(points) != 0).any(axis=0))]
+    return false_rates, true_rates
 
 
 def mean_precision(
     is_class: np.ndarray, scores: np.ndarray, repeats: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the precision-recall curve of `scores (n,)` for `is_class (n,)` bool, point by point: recalls and
+    """Return the points of the precision-recall curve of `scores (n,)` for `is_class (n,)` bool: recalls and
     precisions, both `(m,)`, from recall 0 to 1.
 
-    It is level between the recalls that occur, so that the area below is the average precision. Of several repeats it
-    is the mean at equal recall. None where a class is missing.
+    It is level between the recalls that occur, so that the area under it is the average precision. Of several repeats
+    it is the mean at equal recall. None if a class is missing.
     """
     curves = []
-    for rows in _rows_of_or_all(scores, repeats):
-        (hits,), (alarms,) = _cumulative(is_class[rows], scores[rows], np.ones((1, len(rows))))
-        if hits[-1] > 0 and alarms[-1] > 0:
-            rising = np.diff(hits, prepend=0) > 0
-            curves.append((hits[rising] / hits[-1], (hits / (hits + alarms))[rising]))
+    for rows in _repeat_rows(scores, repeats):
+        (true,), (false,) = _positives(is_class[rows], scores[rows], np.ones((1, len(rows))))
+        if true[-1] > 0 and false[-1] > 0:
+            rising = np.diff(true, prepend=0) > 0
+            curves.append((true[rising] / true[-1], (true / (true + false))[rising]))
     if not curves:
         return None
     recalls = np.unique(np.concatenate([recall for recall, _ in curves]))
@@ -114,93 +112,91 @@ def roc_band(
     resamples: int = RESAMPLES,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return the 95% percentile interval of the ROC curve over resampled patients: false positive rates, low and high,
-    each `(G,)`. None where the curve is undefined, or is so in more than half of the resamples.
+    each `(G,)`. None if the curve is undefined for the slides, or for more than half of the resamples.
     """
     blocks = [_curves(is_class, scores, weights, repeats) for weights in _resampled(cases, seed, resamples)]
-    drawn = np.concatenate(blocks)
-    known = drawn[~np.isnan(drawn).any(axis=1)]
-    if mean_roc(is_class, scores, repeats) is None or len(known) < resamples / 2:
+    curves = np.concatenate(blocks)
+    defined = curves[~np.isnan(curves).any(axis=1)]
+    if mean_roc(is_class, scores, repeats) is None or len(defined) < resamples / 2:
         return None
-    low, high = np.percentile(known, [2.5, 97.5], axis=0)
+    low, high = np.percentile(defined, [2.5, 97.5], axis=0)
     return _GRID, low, high
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | None:
-    """2.5th and 97.5th percentile of the values that are no NaN; None when those are fewer than half."""
-    known = values[~np.isnan(values)]
-    if len(known) < len(values) / 2:
+    """Return the 2.5th and 97.5th percentile of the values without NaN; None if more than half are NaN."""
+    defined = values[~np.isnan(values)]
+    if len(defined) < len(values) / 2:
         return None
-    low, high = np.percentile(known, [2.5, 97.5])
+    low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)
 
 
 def _pooled(
-    task: Task, labels: np.ndarray, values: np.ndarray, weights: np.ndarray, repeats: np.ndarray
+    task: Task, labels: np.ndarray, values: np.ndarray, weights: np.ndarray, repeats: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    figures = [task.metrics(labels[rows], values[rows], weights[:, rows]) for rows in _rows_of(repeats)]
-    return {name: _known_mean(np.stack([each[name] for each in figures])) for name in figures[0]}
+    by_repeat = [task.metrics(labels[rows], values[rows], weights[:, rows]) for rows in _repeat_rows(labels, repeats)]
+    return {name: _mean(np.stack([metrics[name] for metrics in by_repeat])) for name in by_repeat[0]}
 
 
 def _curves(is_class: np.ndarray, scores: np.ndarray, weights: np.ndarray, repeats: np.ndarray | None) -> np.ndarray:
-    """True positive rates at `_GRID` under each row of `weights (B, n)`: `(B, G)`, NaN where a class has no weight."""
-    parts = _rows_of_or_all(scores, repeats)
-    curves = np.full((len(parts), len(weights), len(_GRID)), np.nan)
-    for part, rows in zip(curves, parts, strict=True):
-        for curve, hits, alarms in zip(part, *_cumulative(is_class[rows], scores[rows], weights[:, rows]), strict=True):
-            if hits[-1] > 0 and alarms[-1] > 0:
+    """Return true positive rates `(B, G)` at `_GRID` under `weights (B, n)`; NaN if a class has no weight."""
+    rows_of = _repeat_rows(scores, repeats)
+    curves = np.full((len(rows_of), len(weights), len(_GRID)), np.nan)
+    for repeat, rows in zip(curves, rows_of, strict=True):
+        for curve, true, false in zip(repeat, *_positives(is_class[rows], scores[rows], weights[:, rows]), strict=True):
+            if true[-1] > 0 and false[-1] > 0:
                 curve[0] = 0
-                curve[1:] = np.interp(_GRID[1:], np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1]))
-    return _known_mean(curves)
+                curve[1:] = np.interp(_GRID[1:], np.append(0, false / false[-1]), np.append(0, true / true[-1]))
+    return _mean(curves)
 
 
-def _cumulative(is_class: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Under each row of `weights (B, n)`, the weight of the class, and of the others, that scores at least as high as
-    each score that occurs, the highest first: `(B, k)` each.
+def _positives(is_class: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weight `(B, k)` of the true and of the false positives at each score that occurs, the highest first,
+    under each row of `weights (B, n)`.
     """
     order = np.argsort(-scores, kind="stable")
     last_of_ties = np.append(np.diff(scores[order]) != 0, True)
-    hits, alarms = ((weights * kind)[:, order].cumsum(axis=1)[:, last_of_ties] for kind in (is_class, ~is_class))
-    return hits, alarms
+    true, false = ((weights * mask)[:, order].cumsum(axis=1)[:, last_of_ties] for mask in (is_class, ~is_class))
+    return true, false
 
 
 def _roc(is_class: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    (hits,), (alarms,) = _cumulative(is_class, scores, np.ones((1, len(scores))))
-    if not (hits[-1] > 0 and alarms[-1] > 0):
+    (true,), (false,) = _positives(is_class, scores, np.ones((1, len(scores))))
+    if not (true[-1] > 0 and false[-1] > 0):
         return None
-    return np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1])
+    return np.append(0, false / false[-1]), np.append(0, true / true[-1])
 
 
-def _heights(rates: np.ndarray, alarms: np.ndarray, hits: np.ndarray) -> np.ndarray:
-    """`(m, 2)`: where a curve arrives, and where it leaves, at each of the `rates (m,)`; different where it rises."""
-    known = np.unique(alarms)
-    arrives = hits[np.searchsorted(alarms, known, "left")]
-    leaves = hits[np.searchsorted(alarms, known, "right") - 1]
-    before = np.searchsorted(known, rates, "right") - 1
-    after = np.minimum(before + 1, len(known) - 1)
-    share = (rates - known[before]) / np.maximum(known[after] - known[before], np.finfo(float).tiny)
+def _heights(rates: np.ndarray, false_rates: np.ndarray, true_rates: np.ndarray) -> np.ndarray:
+    """Return the lowest and highest true positive rate `(m, 2)` of a curve at each of the `rates (m,)`."""
+    corners = np.unique(false_rates)
+    arrives = true_rates[np.searchsorted(false_rates, corners, "left")]
+    leaves = true_rates[np.searchsorted(false_rates, corners, "right") - 1]
+    before = np.searchsorted(corners, rates, "right") - 1
+    after = np.minimum(before + 1, len(corners) - 1)
+    share = (rates - corners[before]) / np.maximum(corners[after] - corners[before], np.finfo(float).tiny)
     between = leaves[before] + share * (arrives[after] - leaves[before])
-    is_known = known[before] == rates
-    return np.stack([np.where(is_known, arrives[before], between), np.where(is_known, leaves[before], between)], axis=1)
+    at_corner = corners[before] == rates
+    return np.stack([np.where(at_corner, arrives[before], between), np.where(at_corner, leaves[before], between)], 1)
 
 
-def _rows_of_or_all(scores: np.ndarray, repeats: np.ndarray | None) -> list[np.ndarray]:
-    return _rows_of(np.zeros(len(scores)) if repeats is None else repeats)
-
-
-def _rows_of(repeats: np.ndarray) -> list[np.ndarray]:
+def _repeat_rows(values: np.ndarray, repeats: np.ndarray | None) -> list[np.ndarray]:
+    """Return the indices of the rows of each repeat; all `values (n,)` are of one repeat if there are no `repeats`."""
+    repeats = np.zeros(len(values)) if repeats is None else repeats
     return [np.flatnonzero(repeats == repeat) for repeat in np.unique(repeats)]
 
 
-def _known_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of what is no NaN; NaN where nothing is."""
-    known = ~np.isnan(values)
-    count = known.sum(axis=0)
-    total = np.where(known, values, 0).sum(axis=0)
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean over the first axis without NaN; NaN if all are NaN."""
+    is_defined = ~np.isnan(values)
+    count = is_defined.sum(axis=0)
+    total = np.where(is_defined, values, 0).sum(axis=0)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def _resampled(cases: np.ndarray, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each row's patient was drawn: `(b, n)` blocks, `resamples` rows in all."""
+    """Yield blocks `(b, n)` of how often each row's patient was drawn, `resamples` rows in all."""
     rng = np.random.default_rng(seed)
     patients, patient_of = np.unique(cases, return_inverse=True)
     block = max(1, _BLOCK_VALUES // len(cases))

@@ -1,4 +1,4 @@
-"""What a cross-validation prints at its end: the closing table, and what it does not say."""
+"""The closing table of a cross-validation, and the text printed with it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,63 +9,63 @@ from utils.evaluation.outputs import NO_PATIENTS
 from utils.tasks.classification import Classification
 from utils.tasks.task import Task
 
-# Beyond so many folds the closing table leaves them to outputs.json.
-_MOST_FOLDS_SHOWN = 20
+# With more folds, the closing table leaves them to outputs.json.
+_MOST_FOLDS = 20
 
 
 def task_of(results: Mapping[str, Any]) -> Task:
-    """Return the task of a run, given its `outputs.json` or `scores.json`."""
+    """Return the task of an `outputs.json` or `scores.json`."""
     return Classification(tuple(results["class_names"]))
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Return the closing table: each fold, their mean and standard deviation, and the pooled figures with intervals."""
-    shown = task_of(results).shown_metrics
-    folds = results["fold_results"] if len(results["fold_results"]) <= _MOST_FOLDS_SHOWN else []
-    fold_rows = [figures_row(f"fold {fold['fold']}", fold["slide"], shown) for fold in folds]
-    counts = [results[f"slide_{name}_folds"] for name in shown]
+    """Return the closing table: each fold, their mean and standard deviation, the pooled metrics with intervals."""
+    metrics = task_of(results).main_metrics
+    folds = results["fold_results"] if len(results["fold_results"]) <= _MOST_FOLDS else []
+    fold_rows = [figures_row(f"fold {fold['fold']}", fold["slide"], metrics) for fold in folds]
+    counts = [results[f"slide_{name}_folds"] for name in metrics]
     summary = [
-        ["mean", *[figure_text(results[f"slide_{name}_mean"]) for name in shown]],
-        ["std", *[figure_text(results[f"slide_{name}_std"]) for name in shown]],
-        figures_row("pooled", results["pooled"], shown),
-        intervals_row(results["intervals_95"], shown),
+        ["mean", *[figure_text(results[f"slide_{name}_mean"]) for name in metrics]],
+        ["std", *[figure_text(results[f"slide_{name}_std"]) for name in metrics]],
+        figures_row("pooled", results["pooled"], metrics),
+        intervals_row(results["intervals_95"], metrics),
     ]
     if min(counts) < results["n_folds"]:
         summary.insert(2, ["folds", *map(str, counts)])
-    return text_table([fold_rows, summary], shown)
+    return text_table([fold_rows, summary], metrics)
 
 
-def figures_row(name: str, figures: Mapping[str, float | None], shown: Sequence[str]) -> list[str]:
-    """Return a row of the closing table: the `shown` metrics under a name."""
-    return [name, *[figure_text(figures[metric]) for metric in shown]]
+def figures_row(name: str, figures: Mapping[str, float | None], metrics: Sequence[str]) -> list[str]:
+    """Return a row of the closing table: a name, then the `metrics`."""
+    return [name, *[figure_text(figures[metric]) for metric in metrics]]
 
 
-def intervals_row(intervals: Mapping[str, Sequence[float] | None], shown: Sequence[str]) -> list[str]:
+def intervals_row(intervals: Mapping[str, Sequence[float] | None], metrics: Sequence[str]) -> list[str]:
     """Return the row of the 95% intervals."""
-    return ["95% CI", *[interval_text(intervals[metric]) for metric in shown]]
+    return ["95% CI", *[interval_text(intervals[metric]) for metric in metrics]]
 
 
-def text_table(blocks: Sequence[Sequence[Sequence[str]]], shown: Sequence[str]) -> str:
-    """Return blocks of such rows under the metrics' names, with a rule between the blocks."""
-    return aligned([[["", *[name.replace("_", " ") for name in shown]]], *blocks])
+def text_table(blocks: Sequence[Sequence[Sequence[str]]], metrics: Sequence[str]) -> str:
+    """Return blocks of such rows under the names of the `metrics`, with a rule between blocks."""
+    return aligned([[["", *[name.replace("_", " ") for name in metrics]]], *blocks])
 
 
-def closing_words(results: dict[str, Any]) -> str:
-    """The closing table, and what it does not say."""
+def closing_text(results: dict[str, Any]) -> str:
+    """Return the closing table, followed by sentences on how to read it."""
     about = f"{results['n_slides']} slides of {results['n_cases']} patients, tested once"
     if results["n_repeats"] > 1:
         about += f" in each of {results['n_repeats']} repeats (pooled: the repeats' mean)"
-    words = [f"{about}. The 95% intervals come from resampling patients and are conditional on the trained models."]
+    sentences = [f"{about}. The 95% intervals come from resampling patients and are conditional on the trained models."]
     if results.get("patients_from") == NO_PATIENTS:
-        words.append("No patients are known: where some have several slides, every figure above is too good.")
+        sentences.append("No patients are known: where some have several slides, every figure above is too good.")
     task = task_of(results)
-    words += task.closing_words(results)
-    chosen = Counter(_setting_text(fold["selection"]["setting"]) for fold in results["fold_results"])
+    sentences += task.closing_sentences(results)
+    settings = Counter(_setting_text(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:
-        choices = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in chosen.most_common()]
-        words.append(f"Chosen in the inner loop: {'; '.join(choices)}.")
+        choices = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in settings.most_common()]
+        sentences.append(f"Chosen in the inner loop: {'; '.join(choices)}.")
     table = task.table(results["pooled"], results["intervals_95"])
-    return "\n".join([results_table(results), "", table, "", *words])
+    return "\n".join([results_table(results), "", table, "", *sentences])
 
 
 def _setting_text(setting: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Figures of several training runs: their differences, and their ROC curves side by side."""
+"""Figures that compare training runs: their differences, and their ROC curves."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from utils.core.plots import COLOURS, LEGEND, STYLES, bare, bare_axes, legend_below
 from utils.core.text import escape_mathtext
 from utils.evaluation.bootstrap import mean_roc
-from utils.evaluation.figures import chance_line, pooled_title, with_interval
+from utils.evaluation.prediction_figures import draw_chance_line, pooled_title, with_interval
 from utils.evaluation.predictions import Predictions
 
 _COLUMNS = 3
 
 
 def comparison_figure(differences: Mapping[str, Mapping[tuple[str, str], tuple[float, float, float]]]) -> Figure:
-    """Forest plot of pairs of runs, metric by metric: `(difference, low, high)`, of the first minus the second."""
+    """Draw a forest plot of pairs of runs for each metric: `(difference, low, high)`, the first minus the second."""
     pairs = list(dict.fromkeys(pair for by_pair in differences.values() for pair in by_pair))
     names: list[str] = []
     figure, axes = bare_axes(6, 4)
@@ -45,37 +45,38 @@ def comparison_figure(differences: Mapping[str, Mapping[tuple[str, str], tuple[f
 
 
 def runs_roc_figure(runs: Mapping[str, Predictions]) -> Figure:
-    """Draw the ROC curves of runs on the same slides, by their names, each with its AUC and the 95% interval over
-    patients: of two classes that of the positive one, beyond a plot for each class against the rest.
+    """Draw the ROC curves of runs on the same slides, each with its AUC and the 95% interval over patients.
+
+    Of two classes the positive one is drawn; of more, each class against the rest in a plot of its own.
     """
     first = next(iter(runs.values()))
     title = f"{pooled_title(first)}; AUC with its 95% interval over patients"
-    if len(first.task.ranked) == 1:
+    if len(first.task.ranked_classes) == 1:
         figure, axes = bare_axes(5, 4.8)
-        _draw_runs(axes, runs, first.task.ranked[0], width=60)
+        _draw_runs(axes, runs, first.task.ranked_classes[0], width=60)
         legend_below(figure)
         axes.set_title(f"{title}\n{fill(f'positive: {escape_mathtext(first.class_names[1])}', 60)}", fontsize=10)
         return figure
-    columns = min(_COLUMNS, len(first.task.ranked))
-    rows = -(-len(first.task.ranked) // columns)
+    columns = min(_COLUMNS, len(first.task.ranked_classes))
+    rows = -(-len(first.task.ranked_classes) // columns)
     figure = Figure(figsize=(3.7 * columns, rows * (3.9 + 0.2 * len(runs))), layout="constrained")
     plots: Sequence[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, index in zip(plots, first.task.ranked, strict=False):
+    for axes, index in zip(plots, first.task.ranked_classes, strict=False):
         _draw_runs(axes, runs, index, width=44)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), **LEGEND | {"handlelength": 2.5})
         axes.set_title(fill(escape_mathtext(first.class_names[index]), 40), fontsize=9)
-    for axes in plots[len(first.task.ranked) :]:
+    for axes in plots[len(first.task.ranked_classes) :]:
         axes.set_axis_off()
     figure.suptitle(f"{title}\neach class against the rest", fontsize=10)
     return figure
 
 
 def _draw_runs(axes: Axes, runs: Mapping[str, Predictions], index: int, width: int) -> None:
-    """Draw a curve of one class for each run, where it has one; an entry of the legend has lines of `width`."""
+    """Draw each run's curve of a class, if it is defined; `width` is the longest line of the legend, in characters."""
     bare(axes, "False positive rate (1 - specificity)", "True positive rate (sensitivity)")
     axes.set_box_aspect(1)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    chance_line(axes)
+    draw_chance_line(axes)
     for (name, predictions), colour, style in zip(runs.items(), cycle(COLOURS), cycle(STYLES), strict=False):
         ranking = predictions.rankings[index]
         label = fill(f"{escape_mathtext(name)}: AUC {with_interval(ranking.auc, ranking.auc_interval, '')}", width)

@@ -1,4 +1,4 @@
-"""What a cross-validation writes: `outputs.json`, and its tables beside `predictions.csv`."""
+"""The content of a cross-validation's `outputs.json`, and its gallery table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GALLERY_SIZE = 10
-# What outputs.json says where the table names no patients.
+# In outputs.json, if the table names no patients.
 NO_PATIENTS = "nothing: each slide was taken as a patient of its own"
 
 
 def gallery_table(predictions: Predictions) -> pd.DataFrame:
-    """Return the slides most worth a look, by the repeats' mean (see `Task.gallery`)."""
+    """Return the slides to look at first, by the mean over repeats (see `Task.gallery`)."""
     import pandas as pd
 
     mean, names = predictions.mean_over_repeats(), predictions.task.outputs
@@ -43,7 +43,7 @@ def gallery_table(predictions: Predictions) -> pd.DataFrame:
 def outputs_content(
     predictions: Predictions, fold_figures: Sequence[dict[str, Any]], patients_from: str | None
 ) -> dict[str, Any]:
-    """Return the figures of `outputs.json`; `fold_figures` are those of each outer fold, with its record."""
+    """Return the metrics of `outputs.json`; `fold_figures` are those of each outer fold, with its record."""
     summary: dict[str, Any] = {
         "class_names": list(predictions.task.outputs),
         "n_slides": predictions.n_slides,
@@ -68,11 +68,11 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def _over_folds(level: str, folds: Sequence[dict[str, float | None]]) -> dict[str, Any]:
-    """Mean and standard deviation of each figure, and over how many folds: those where it is defined."""
+    """Return mean and standard deviation of each metric over the folds where it is defined, and their number."""
     summary: dict[str, Any] = {}
-    for name in max(folds, key=len):  # a fold without a threshold has nothing at it
+    for name in max(folds, key=len):  # a fold without a threshold has no metrics at it
         values = [fold.get(name) for fold in folds]
         mean, std = mean_and_std(values)
-        known = sum(value is not None for value in values)
-        summary |= {f"{level}_{name}_mean": mean, f"{level}_{name}_std": std, f"{level}_{name}_folds": known}
+        count = sum(value is not None for value in values)
+        summary |= {f"{level}_{name}_mean": mean, f"{level}_{name}_std": std, f"{level}_{name}_folds": count}
     return summary

@@ -1,4 +1,4 @@
-"""What models say of labelled slides: the table `predictions.csv`, and everything that is computed from it."""
+"""Predictions for labelled slides: the table `predictions.csv`, and all metrics computed from it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Interval = tuple[float, float] | None
 
 @dataclass(frozen=True)
 class Ranking:
-    """How well one class is ranked before the others: AUC and average precision, each None where undefined, with their
-    95% intervals over patients; and the share of the slides that are of the class.
+    """AUC and average precision of a class against the rest, None if undefined, with their 95% intervals over patients;
+    and the share of the slides that are of the class.
     """
 
     auc: float | None
@@ -37,17 +37,16 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """A row per slide and repeat.
+    """Predictions, one row per slide and repeat.
 
     Attributes
-        slides (n,), cases (n,): ids of the slides, and of their patients.
+        slides (n,), cases (n,): ids of the slides and of their patients.
         labels (n,): the targets; of a classification the indices of the classes.
-        values (n, C): what was said, the class probabilities; calibrated (n, C): the same, temperature-scaled, where
-            that was done.
-        repeats (n,), folds (n,): int, from 1; folds are None where there are none.
-        decisions (n,): int, the class at a threshold fitted on inner validation, where there is one.
-        seed: draws the patients of the intervals.
-        title: which slides these are, by default the out-of-fold ones.
+        values (n, C): the class probabilities; calibrated (n, C): the temperature-scaled ones, or None.
+        repeats (n,), folds (n,): int, from 1; folds may be None.
+        decisions (n,): int, the class at a threshold fitted on inner validation, or None.
+        seed: of the resampled patients of the intervals.
+        title: names the slides; by default they are the out-of-fold slides.
     """
 
     slides: np.ndarray
@@ -64,9 +63,9 @@ class Predictions:
 
     @classmethod
     def read(cls, path: Path, seed: int, task: Classification | None = None) -> Self:
-        """Read a `predictions.csv` of a training; the classes are those of its columns, where no task is given.
+        """Read a `predictions.csv` of a training; without a task, the classes are those of its columns.
 
-        Raises OSError or ValueError, which say what is wrong with the table.
+        Raises OSError or ValueError with what is wrong with the table.
         """
         try:
             with path.open(encoding="utf-8", newline="") as file:
@@ -100,7 +99,7 @@ class Predictions:
         )
 
     def table(self) -> pd.DataFrame:
-        """Return the rows as `predictions.csv` has them."""
+        """Return the table of `predictions.csv`."""
         import pandas as pd
 
         names = self.task.outputs
@@ -120,14 +119,12 @@ class Predictions:
         return len(self.slides)
 
     def where(self, rows: np.ndarray) -> Self:
-        """Return some of the rows, in their order or in another: `rows (m,)` are indices, or `(n,)` bool."""
-        columns = {
-            name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray) and name in _ROWS
-        }
+        """Return the rows selected by indices `rows (m,)`, in their order, or by `rows (n,)` bool."""
+        columns = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **columns)
 
     def mean_over_repeats(self) -> Self:
-        """Return a row per slide, the mean of what the repeats say of it, in the order of their first rows."""
+        """Return one row per slide with the mean of its values over the repeats, in the order of first occurrence."""
         _, first, row_of = np.unique(self.slides, return_index=True, return_inverse=True)
         means = np.zeros((len(first), self.values.shape[1]))
         np.add.at(means, row_of, self.values)
@@ -138,7 +135,7 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """`(n,)` int, what the values decide for: the class of the largest probability."""
+        """The predicted class `(n,)` int: the most probable one."""
         return self.task.decide(self.values)
 
     @property
@@ -147,7 +144,7 @@ class Predictions:
 
     @property
     def label_names(self) -> np.ndarray:
-        """`(n,)` str"""
+        """The name of the true class `(n,)`."""
         return np.array(self.class_names)[self.labels]
 
     @property
@@ -168,21 +165,21 @@ class Predictions:
 
     @cached_property
     def metrics(self) -> Figures:
-        """Every metric of the task, of several repeats their mean."""
+        """Every metric of the task, the mean over the repeats."""
         return pooled_metrics(self.task, self.labels, self.values, self.repeats)
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """Of every figure the 95% interval over patients (see `bootstrap.bootstrap_intervals`)."""
+        """The 95% interval of every metric over patients (see `bootstrap.bootstrap_intervals`)."""
         return bootstrap_intervals(self.task, self.labels, self.values, self.cases, self.seed, repeats=self.repeats)
 
     def draws(self, seed: int, resamples: int) -> dict[str, np.ndarray]:
-        """Return every figure of resampled patients, `(resamples,)` (see `bootstrap.bootstrap_draws`)."""
+        """Return every metric of resampled patients, `(resamples,)` (see `bootstrap.bootstrap_draws`)."""
         return bootstrap_draws(self.task, self.labels, self.values, self.cases, seed, resamples, repeats=self.repeats)
 
     @property
     def calibrated_metrics(self) -> Figures | None:
-        """The metrics that calibration is there to improve, of the calibrated values."""
+        """The metrics that calibration should improve, of the calibrated values."""
         if self.calibrated is None:
             return None
         figures = pooled_metrics(self.task, self.labels, self.calibrated, self.repeats)
@@ -190,12 +187,12 @@ class Predictions:
 
     @property
     def decision_metrics(self) -> Figures | None:
-        """The metrics of the classes decided on at a threshold, the mean over the repeats."""
+        """The metrics of the decisions at a threshold, the mean over the repeats."""
         if self.decisions is None:
             return None
         masks = [self.repeats == repeat for repeat in np.unique(self.repeats)]
-        each = [self.task.decision_metrics(self.labels[rows], self.decisions[rows]) for rows in masks]
-        return {name: mean_and_std([figures[name] for figures in each])[0] for name in each[0]}
+        by_repeat = [self.task.decision_metrics(self.labels[rows], self.decisions[rows]) for rows in masks]
+        return {name: mean_and_std([metrics[name] for metrics in by_repeat])[0] for name in by_repeat[0]}
 
     def one_against_rest(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return which rows are of a class, `(n,)` bool, and its probabilities `(n,)`."""
@@ -203,8 +200,8 @@ class Predictions:
 
     @cached_property
     def rankings(self) -> dict[int, Ranking]:
-        """By class."""
-        return {index: self._ranking(index) for index in self.task.ranked}
+        """The ranking of each of the task's `ranked_classes`."""
+        return {index: self._ranking(index) for index in self.task.ranked_classes}
 
     def _ranking(self, index: int) -> Ranking:
         is_class, scores = self.one_against_rest(index)
@@ -216,9 +213,6 @@ class Predictions:
             figures["auc"], intervals["auc"], figures["average_precision"], intervals["average_precision"],
             float(is_class.mean()),
         )  # fmt: skip
-
-
-_ROWS = ("slides", "cases", "labels", "values", "repeats", "folds", "calibrated", "decisions")
 
 
 def _numbers(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> np.ndarray:

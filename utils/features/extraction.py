@@ -9,20 +9,20 @@ from typing import Self
 import numpy as np
 
 from utils.bags.store import peek_bag
-from utils.core.cluster import Cluster
+from utils.core.batch_report import update_report
 from utils.core.engine import Threads, open_engine, worker_number
 from utils.core.errors import ConfigError, FeatureFileError, SlideError, plural
 from utils.core.files import claimed
+from utils.core.ray_settings import Cluster
 from utils.core.recipe import Recipe
-from utils.core.remarks import alike_once
-from utils.core.report import update_report
+from utils.core.repeated_log import log_repeats_once
 from utils.core.runtime import duration, file_size, log, progress
 from utils.features.extractor import WSIFeatureExtractor
 from utils.features.one_slide import current_status, extract_one
 from utils.slides.batch import SlideFiles, announced, attempt, report_path, sheet_path, target_of_one, work_through
 from utils.slides.folder_report import scales_in
 from utils.slides.settings import ExtractionFiles
-from utils.slides.status import (
+from utils.slides.slide_status import (
     CLAIMED,
     KEPT_OUTLINES,
     OUTLINES,
@@ -69,7 +69,7 @@ def extract_slides(
                 _ = each.backbone  # one that cannot be loaded stops the batch before it starts
         slide_files.clear_parts(targets)
         work = _Extraction.of(extractors, slide_files, targets)
-        with alike_once():  # a doubtful um/px would be logged here and again at extraction
+        with log_repeats_once():  # a doubtful um/px would be logged here and again at extraction
             _warn_of_scales(extractor, slide_files, targets)
             statuses = work_through(targets, engine, work, report_path(files))
     statuses = _with_scales(statuses, targets, report_path(files))
@@ -184,7 +184,7 @@ def dry_run(extractor: WSIFeatureExtractor, files: ExtractionFiles) -> tuple[lis
         return SlideStatus(slide, PLANNED, "", len(plan), plan.mpp)
 
     _ = extractor.backbone  # if it cannot be loaded, that is not specific to one slide
-    with alike_once():
+    with log_repeats_once():
         if files.input_dir is not None:
             _warn_of_scales(extractor, slide_files, targets)
         bar = progress(targets.items(), "Looking at slides", unit="slide", leave=False)
@@ -210,7 +210,7 @@ def _plan_words(
     return [cost, *failures, *notes, end]
 
 
-def closing_words(files: ExtractionFiles, statuses: Sequence[SlideStatus], took: str) -> str:
+def closing_text(files: ExtractionFiles, statuses: Sequence[SlideStatus], took: str) -> str:
     """Return the closing lines: the number of slides by status, the outputs, the time it took, and the next step."""
     extracted = [status for status in statuses if status.status == "done"]
     patches = sum(status.patches or 0 for status in extracted)
@@ -255,15 +255,15 @@ def _outline_words(files: ExtractionFiles, statuses: Sequence[SlideStatus]) -> l
     """Return lines that count the slides whose tissue comes from outlines, of this run or of earlier ones."""
     outlined = sum(status.tissue == OUTLINES for status in statuses)
     earlier = sum(KEPT_OUTLINES in status.reason for status in statuses)
-    kept = f"{plural(earlier, 'slide')} {'keeps' if earlier == 1 else 'keep'} the tissue of earlier outlines"
+    count = f"{plural(earlier, 'slide')} {'keeps' if earlier == 1 else 'keep'} the tissue of earlier outlines"
     if files.tissue is None:
         compare = "--tissue DIR compares it with the files there, --overwrite has it detected"
-        return [f"{kept}; {compare}"] if earlier else []
+        return [f"{count}; {compare}"] if earlier else []
     otherwise = "" if files.tissue_strict else ", else detected"
     lines = [f"Tissue by {files.tissue} in {outlined - earlier} of {plural(len(statuses), 'slide')}{otherwise}"]
     if earlier:
         lines.append(
-            f"{kept}, of which {files.tissue} has no file: put it back, or move the features away to have the "
+            f"{count}, of which {files.tissue} has no file: put it back, or move the features away to have the "
             "tissue detected"
         )
     return lines

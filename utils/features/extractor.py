@@ -24,15 +24,15 @@ from utils.core.recipe import OUR_FIELDS, Recipe
 from utils.core.runtime import keep_freed_memory, log, versions
 from utils.features.backbones import Backbone, canonical_backbone, load_backbone
 from utils.features.encoding import Encoder
-from utils.features.extracted import Extracted, slide_record
+from utils.features.extracted_patches import Extracted, slide_record
 from utils.features.settings import Extraction
 from utils.slides.batch import SlideNotes
 from utils.slides.contours import write_contours
+from utils.slides.open_slides import opened
 from utils.slides.patching import PatchGrid, PatchPlan, choose_sampling, delivered_mpp, plan_patches
 from utils.slides.quality import QUALITY_SETTINGS
 from utils.slides.slide import Slide
 from utils.slides.tissue import TISSUE_SETTINGS
-from utils.slides.wsi import opened
 
 # um/px that differ by more than this factor contradict each other.
 _ALIKE = 1.05
@@ -204,7 +204,7 @@ class WSIFeatureExtractor:
         Raises NoTissueError if there are none, after writing the preview that shows it, and as `plan_patches` does.
         """
         config, notes = self.config, notes or SlideNotes()
-        _check_told_mpp(slide)
+        _check_user_mpp(slide)
         grid = PatchGrid(
             config.patch_size, config.stride, config.level, config.target_mpp, config.allow_upsample,
             config.tissue_threshold, keep_edge=config.edge == "keep",
@@ -237,8 +237,8 @@ class WSIFeatureExtractor:
         return Encoder(self.config, self.backbone, self.amp_dtype, self.stop)
 
 
-def _check_told_mpp(slide: Slide) -> None:
+def _check_user_mpp(slide: Slide) -> None:
     """Warn if the um/px that the user gives for a slide contradicts its own."""
-    told, own = slide.told_mpp, slide.own_mpp
-    if told and own and max(told, own) > _ALIKE * min(told, own):
-        log.warning("%s: its own um/px, %.4g, contradicts the %.4g given for it, which is used", slide.path, own, told)
+    user, file = slide.user_mpp, slide.file_mpp
+    if user and file and max(user, file) > _ALIKE * min(user, file):
+        log.warning("%s: its own um/px, %.4g, contradicts the %.4g given for it, which is used", slide.path, file, user)

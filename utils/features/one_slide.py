@@ -8,11 +8,11 @@ from typing import Any
 from utils.bags.store import BagInfo, peek_bag
 from utils.core.differences import differences, first_differences
 from utils.core.errors import FeatureFileError, RecipeError
-from utils.features.extracted import dropped_text
+from utils.features.extracted_patches import dropped_text
 from utils.features.extractor import WSIFeatureExtractor
 from utils.slides.batch import SlideNotes
 from utils.slides.slide import Slide
-from utils.slides.status import ANEW, KEPT_OUTLINES, OUTLINES, SlideStatus
+from utils.slides.slide_status import ANEW, KEPT_OUTLINES, OUTLINES, SlideStatus
 
 
 def extract_one(
@@ -100,10 +100,10 @@ def _differences(
     slide is now.
     """
     before, now = ({f"slide's {name}": value for name, value in facts.items()} for facts in (recorded, actual))
-    found, expected = {**recipe, **before}, {**extractor.recipe.as_dict(), **now}
+    in_file, expected = {**recipe, **before}, {**extractor.recipe.as_dict(), **now}
     if extractor.config.precision == "auto":
         # Each device has its own precision: a batch that goes on on another device is the same batch.
-        expected["precision"] = found.get("precision")
-    for settings in (found, expected):
+        expected["precision"] = in_file.get("precision")
+    for settings in (in_file, expected):
         settings["edge"] = settings.get("edge") or "drop"  # as the flag has it
-    return differences(expected, found, expected, strict=True)
+    return differences(expected, in_file, expected, strict=True)

@@ -48,9 +48,9 @@ class Extraction(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [f"--{name}" for name in ("level", "mpp", "magnification") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)}: give only one of them")
+        flags = [f"--{name}" for name in ("level", "mpp", "magnification") if getattr(self, name) is not None]
+        if len(flags) > 1:
+            raise ConfigError(f"{' and '.join(flags)}: give only one of them")
         if self.allow_upsample and self.target_mpp is None:
             raise ConfigError("--allow_upsample goes with --mpp or --magnification; leave it out")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.core.errors import BackboneError
-from utils.core.tensors import load_tensors
+from utils.core.tensor_files import load_tensors
 
 # HfHubHTTPError's bases are the errors of its HTTP library (requests or httpx), which can come through as well.
 HUB_FAILURES: tuple[type[Exception], ...] = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)

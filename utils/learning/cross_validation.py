@@ -20,16 +20,17 @@ from MILS import ModelError
 from utils.bags.dataset import MILDataset
 from utils.bags.inventory import read_inventory
 from utils.bags.settings import CohortFiles
-from utils.core.cluster import Cluster
 from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata
 from utils.core.engine import Engine, Processes, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, first_few, plural
 from utils.core.files import read_json, write_json, write_records
+from utils.core.ray_settings import Cluster
 from utils.core.runtime import derive_seed, log, versions
 from utils.core.settings import check_names
 from utils.learning import dry_run
 from utils.learning.finished_runs import draw_missing
 from utils.learning.fold_results import FoldResult
+from utils.learning.fold_tester import FoldTester
 from utils.learning.grid import grid_settings, read_grid
 from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.model_factory import ModelFactory, spec_of
@@ -37,11 +38,10 @@ from utils.learning.protocol import inner_jobs, outer_folds, splits_content, war
 from utils.learning.results import write_results
 from utils.learning.run_folder import RunFolder
 from utils.learning.run_identity import settings_identity, slides_by_time, slides_identity
-from utils.learning.scale import Standardization
 from utils.learning.scheduler import train_jobs
 from utils.learning.settings import Protocol, Running, Training
 from utils.learning.splits import OuterFold
-from utils.learning.testing import FoldTester
+from utils.learning.standardization import Standardization
 from utils.learning.threads import THREADS, ThreadChoice, choose_threads
 from utils.prediction.forward_pass import SlideFeed
 

@@ -12,7 +12,7 @@ from utils.bags.dataset import MILDataset
 from utils.core.engine import Send
 from utils.core.errors import DivergedError, TrainingError
 from utils.core.runtime import derive_seed, keep_freed_memory, log
-from utils.core.tensors import load_tensors, save_tensors
+from utils.core.tensor_files import load_tensors, save_tensors
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.grid import Setting
 from utils.learning.model_factory import ModelFactory

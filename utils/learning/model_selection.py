@@ -18,7 +18,7 @@ from utils.tasks.task import Task
 @dataclass(frozen=True)
 class Choice:
     """What inner validation chose for an outer fold: the `setting` (from 1), its inner trainings, the index of the
-    `best` one, what was fitted to their validation values (see `Task.fit_inner`), and every setting's mean figures.
+    `best` one, what was fitted to their validation values (`Task.fit_on_validation`), and every setting's mean figures.
     """
 
     fold: OuterFold
@@ -62,7 +62,7 @@ def choose(
     # All inner validation slides, each predicted by the model that was not trained on it.
     val_labels = labels[np.concatenate([inner.val for inner in fold.inner])]
     values = np.concatenate([model.val_probabilities.numpy() for model in models])
-    return Choice(fold, monitor, chosen + 1, models, best, task.fit_inner(val_labels, values), scores, history)
+    return Choice(fold, monitor, chosen + 1, models, best, task.fit_on_validation(val_labels, values), scores, history)
 
 
 def mean_validation(fitted: Sequence[Fitted]) -> dict[str, Any]:

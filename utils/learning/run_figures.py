@@ -13,7 +13,7 @@ from utils.tasks.classification import Classification
 if TYPE_CHECKING:
     import pandas as pd
 
-FIGURES = (*Classification.drawings, "learning_curves")
+FIGURES = (*Classification.figure_names, "learning_curves")
 
 
 def draw_figures(
@@ -29,7 +29,7 @@ def draw_figures(
 
     `monitors` maps each outer fold to the metric that compared its epochs.
     """
-    from utils.evaluation.figures import prediction_figures
+    from utils.evaluation.prediction_figures import prediction_figures
     from utils.learning.learning_curves import learning_figure
 
     figures = prediction_figures(predictions) | {"learning_curves": learning_figure(history, monitors)}

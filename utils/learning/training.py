@@ -17,8 +17,8 @@ from utils.core.device import amp_dtype, seed_everything
 from utils.core.errors import DivergedError
 from utils.core.runtime import derive_seed, prefetch
 from utils.learning.early_stopping import EarlyStopping
-from utils.learning.scale import feature_scale, standardize
 from utils.learning.settings import Training
+from utils.learning.standardization import feature_scale, standardize
 from utils.prediction.forward_pass import SlideFeed, SlideOutput, predict_features, predict_values
 
 

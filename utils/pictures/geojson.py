@@ -1,4 +1,4 @@
-"""Attention as GeoJSON tiles that QuPath opens on the slide, coloured by how much each was attended to."""
+"""Write attention as GeoJSON tiles that QuPath opens on the slide, coloured by percentile."""
 
 import json
 import uuid
@@ -11,18 +11,18 @@ from matplotlib import colormaps
 
 from utils.core.files import write_text
 from utils.pictures.attention_map import AttentionMap
-from utils.slides.frame import qupath_offset
+from utils.slides.outline_origin import qupath_offset
 from utils.slides.slide import Slide
 
-# Classes of a fifth of the patches each; QuPath shows and hides them one by one.
+# Percentiles that bound the classes; QuPath shows and hides each class.
 _STEPS = (0, 20, 40, 60, 80, 100)
 
 
 def write_attention(path: Path, attention: AttentionMap, slide: Slide, cmap: str, record: Mapping[str, Any]) -> None:
-    """Write a feature a patch, after RFC 7946, in QuPath's pixel frame: level-0 px from the corner of the scanned area.
+    """Write one feature per patch (RFC 7946), in QuPath's frame: level-0 px from the corner of the scanned area.
 
-    Measurements are attention, its percentile within the slide, and the rank from 1; the class is the fifth of the
-    patches that the percentile lies in. What QuPath does not read, the offset and `record`, stands under "litemil".
+    Measurements are attention, its percentile within the slide, and the rank from 1; the class is the percentile's
+    fifth. The offset of the frame and `record`, which QuPath does not read, are under "litemil".
     """
     offset = qupath_offset(slide)
     colours = (colormaps[cmap](np.linspace(0, 1, len(_STEPS) - 1))[:, :3] * 255).round().astype(int).tolist()

@@ -24,29 +24,29 @@ _TOP_COLOUR, _LEAST_COLOUR = "#d62728", "#1f77b4"
 _COLUMNS = 5
 _THUMBNAIL = 240  # px of the longer side
 _FACT_WIDTH = 62  # characters of a line of the detailed figure's text
-_MANY = 200  # patches, from which few of them would not show in a histogram of linear height
+_LOG_FROM = 200  # patches from which the histogram is logarithmic, so that bins of few patches show
 
 
 def map_thumbnail(overlay: Overlay) -> Image.Image:
-    """Return the heatmap over the slide, small: for a page of many slides."""
+    """Return a small heatmap over the slide, for the index page."""
     small = Image.fromarray(overlay.picture.thumbnail)
     small.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
     reduced = replace(overlay, picture=replace(overlay.picture, thumbnail=np.asarray(small)))
     colours = reduced.colours
-    weight = overlay.look.alpha * colours[..., 3:]
+    weight = overlay.style.alpha * colours[..., 3:]
     mixed = reduced.picture.thumbnail * (1 - weight) + 255 * colours[..., :3] * weight
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
 def heatmap_figure(overlay: Overlay, *, title: str, top_k: int) -> Figure:
-    """Draw the overview with each patch coloured; the `top_k` most attended patches outlined and numbered."""
+    """Draw the heatmap over the overview, the `top_k` most attended patches outlined and numbered."""
     h, w = overlay.picture.shape
     figure = Figure(figsize=_figure_size(w, h), layout="constrained")
     axes = figure.subplots()
     _draw_slide(axes, overlay.picture)
     _draw_heat(axes, overlay, top_k)
     axes.set_title(escape_mathtext(title), fontsize=10)
-    return signed(figure)
+    return with_notice(figure)
 
 
 def detailed_figure(
@@ -57,8 +57,8 @@ def detailed_figure(
     probabilities: Mapping[str, float],
     facts: Sequence[tuple[str, str]],
 ) -> Figure:
-    """Draw the plain slide beside the heatmap; below them how attention is spread over the patches and how concentrated
-    it is, the classes' probabilities, and `facts`, pairs of a name and what there is to say.
+    """Draw the slide beside the heatmap; below them the distribution and the concentration of attention, the
+    probabilities of the classes, and `facts`, pairs of a name and a text.
     """
     picture, attention = overlay.picture, overlay.attention
     h, w = picture.shape
@@ -72,16 +72,16 @@ def detailed_figure(
     _draw_slide(heat, picture)
     _draw_heat(heat, overlay, top_k)
     heat.set_title(f"attention, the {min(top_k, len(attention))} highest numbered", fontsize=10)
-    spread, held, classes, text = below.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
-    _draw_spread(spread, attention)
-    _draw_concentration(held, attention)
+    distribution, concentration, classes, text = below.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
+    _draw_distribution(distribution, attention)
+    _draw_concentration(concentration, attention)
     _draw_probabilities(classes, probabilities)
     text.set_axis_off()
     text.text(
         0, 1, escape_mathtext("\n".join(lines)), va="top", fontsize=7.5, linespacing=1.4, transform=text.transAxes
     )
     figure.suptitle(escape_mathtext(title), fontsize=12)
-    return signed(figure)
+    return with_notice(figure)
 
 
 def patch_grid_figure(
@@ -91,7 +91,7 @@ def patch_grid_figure(
     least_captions: Sequence[str],
     title: str,
 ) -> Figure:
-    """The most attended patches in rows of five, and below them the least attended ones, each with its caption."""
+    """Draw the most attended patches in rows of five, and the least attended below, each with its caption."""
     groups = [
         ("most attended", _TOP_COLOUR, top, top_captions),
         ("least attended", _LEAST_COLOUR, least, least_captions),
@@ -100,32 +100,32 @@ def patch_grid_figure(
     rows = [-(-len(patches) // _COLUMNS) for _, _, patches, _ in groups]
     columns = min(_COLUMNS, max(len(patches) for _, _, patches, _ in groups))
     figure = Figure(figsize=(max(2.2 * columns, 5), 2.55 * sum(rows) + 0.5 * len(groups) + 0.4), layout="constrained")
-    parts = _rows(figure, [2.55 * count + 0.5 for count in rows])
-    for part, count, (name, colour, patches, captions) in zip(parts, rows, groups, strict=True):
-        part.suptitle(name, fontsize=10, color=colour)
-        cells = part.subplots(count, columns, squeeze=False).ravel()
+    subfigures = _rows(figure, [2.55 * count + 0.5 for count in rows])
+    for subfigure, count, (name, colour, patches, captions) in zip(subfigures, rows, groups, strict=True):
+        subfigure.suptitle(name, fontsize=10, color=colour)
+        cells = subfigure.subplots(count, columns, squeeze=False).ravel()
         for cell in cells:
             cell.set_axis_off()
         for cell, patch, caption in zip(cells, patches, captions, strict=False):
             cell.imshow(patch)
             cell.set_title(caption, fontsize=8)
     figure.suptitle(escape_mathtext(title), fontsize=10)
-    return signed(figure)
+    return with_notice(figure)
 
 
-def signed(figure: Figure) -> Figure:
-    """Return the figure with a line below it that no picture of a prediction goes without."""
+def with_notice(figure: Figure) -> Figure:
+    """Add the notice "For research, not a diagnosis." below a figure, and return it."""
     figure.supxlabel(NOTICE, x=0.99, ha="right", fontsize=7, color="#555555")
     return figure
 
 
 def _rows(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
-    return list(np.asarray(parts, dtype=object).ravel())
+    subfigures = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+    return list(np.asarray(subfigures, dtype=object).ravel())
 
 
 def _figure_size(width: int, height: int) -> tuple[float, float]:
-    """Inches: the longer side 9, and room for the colour bar."""
+    """Return width and height in inches: 9 for the longer side, and room for the colour bar."""
     longer = max(width, height)
     return max(4.0, 9 * width / longer) + 1.2, max(3.0, 9 * height / longer) + 0.5
 
@@ -139,12 +139,12 @@ def _draw_slide(axes: Axes, picture: Picture) -> None:
 
 
 def _draw_heat(axes: Axes, overlay: Overlay, top_k: int) -> None:
-    picture, attention, look = overlay.picture, overlay.attention, overlay.look
+    picture, attention, style = overlay.picture, overlay.attention, overlay.style
     colours = overlay.colours
-    colours[..., 3] *= look.alpha
+    colours[..., 3] *= style.alpha
     axes.imshow(colours, interpolation="nearest")
     _outline(axes, picture, attention.coords[attention.top(top_k)], attention.size_level0)
-    axes.figure.colorbar(look.colours(attention), ax=axes, shrink=0.8, label=look.label(attention))
+    axes.figure.colorbar(style.mappable(attention), ax=axes, shrink=0.8, label=style.label(attention))
 
 
 def _outline(axes: Axes, picture: Picture, corners: NDArray[np.int64], size_level0: int) -> None:
@@ -165,11 +165,11 @@ def _scale_bar(axes: Axes, um_per_pixel: float, width: int, height: int) -> None
               bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
-def _draw_spread(axes: Axes, attention: AttentionMap) -> None:
+def _draw_distribution(axes: Axes, attention: AttentionMap) -> None:
     bins = min(50, max(10, len(attention) // 4))
     axes.hist(attention.attention * len(attention), bins=bins, range=(0, 1.05 * attention.peak), color="#555555")
     axes.axvline(1, color=_TOP_COLOUR, lw=1, ls="--")
-    if len(attention) >= _MANY:
+    if len(attention) >= _LOG_FROM:
         axes.set_yscale("log")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -178,14 +178,13 @@ def _draw_spread(axes: Axes, attention: AttentionMap) -> None:
 
 
 def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
-    held = np.cumsum(attention.attention[attention.order], dtype=np.float64)
-    share = np.arange(1, len(attention) + 1) / len(attention)
-    axes.plot(np.r_[0, share], np.r_[0, held / held[-1]], color="#555555")
+    patches, half = np.arange(1, len(attention) + 1) / len(attention), attention.half_count
+    share = attention.cumulative / attention.cumulative[-1]
+    axes.plot(np.r_[0, patches], np.r_[0, share], color="#555555")
     axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=1, ls="--")
-    axes.plot(attention.half / len(attention), held[attention.half - 1] / held[-1], "o", color=_TOP_COLOUR)
+    axes.plot(half / len(attention), share[half - 1], "o", color=_TOP_COLOUR)
     axes.set(xlabel="patches, the most attended first", ylabel="attention held", xlim=(0, 1), ylim=(0, 1))
-    percent = attention.half / len(attention)
-    axes.set_title(f"half is held by {attention.half:,} of {len(attention):,} ({percent:.1%})", fontsize=10)
+    axes.set_title(f"half is held by {half:,} of {len(attention):,} ({half / len(attention):.1%})", fontsize=10)
 
 
 def _draw_probabilities(axes: Axes, probabilities: Mapping[str, float]) -> None:
@@ -204,6 +203,6 @@ def _fact_lines(facts: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def save_picture(figure: Figure, path: str | Path | None) -> None:
-    """Write the figure, where a path is given, in the format of its ending: .png, .pdf or .svg."""
+    """Write the figure in the format of the path's ending (.png, .pdf or .svg), if a path is given."""
     if path is not None:
         save_figure(figure, path, dpi=200, tight=False)

@@ -1,4 +1,4 @@
-"""Attention painted over a slide's overview: each patch at its exact footprint, overlaps averaged, nothing outside."""
+"""Attention drawn over a slide's overview: each patch at its exact footprint, overlaps averaged."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +18,8 @@ from utils.pictures.settings import Pictures
 
 @dataclass(frozen=True)
 class Picture:
-    """A slide's overview and what is needed to draw on it: `thumbnail (h, w, 3)` uint8 over the whole slide of
-    `width` x `height` level-0 px; `mpp` um per level-0 px, or None.
+    """A slide's overview to draw on: `thumbnail (h, w, 3)` uint8 of the whole slide of `width` x `height` level-0 px;
+    `mpp` um per level-0 px, or None.
     """
 
     thumbnail: NDArray[np.uint8]
@@ -40,11 +40,11 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How attention becomes colour: a Matplotlib colour map over `scale`, "attention" (from 0 to the highest) or
-    "percentile" (within the slide), laid over the slide with the opacity `alpha`. `device` makes the raster.
+class MapStyle:
+    """The colours of attention: a Matplotlib colour map over `scale`, "attention" (from 0 to the highest) or
+    "percentile" (within the slide), with the opacity `alpha`. The raster is computed on `device`.
 
-    Raises ConfigError for an unknown colour map or scale, or an opacity that is none.
+    Raises ConfigError for an unknown colour map or scale, or an opacity outside 0 to 1.
     """
 
     cmap: str = Pictures.cmap
@@ -60,15 +60,19 @@ class Look:
             check_setting(Pictures, name, getattr(self, name))
 
     def values(self, attention: AttentionMap) -> NDArray:
-        """(N,) what is painted."""
+        """Return the value (N,) of each patch on the scale."""
         return attention.percentiles if self.scale == "percentile" else attention.attention
 
-    def colours(self, attention: AttentionMap) -> ScalarMappable:
-        most = 100 if self.scale == "percentile" else float(attention.attention.max())
-        return ScalarMappable(Normalize(0, most), colormaps[self.cmap])
+    def highest(self, attention: AttentionMap) -> float:
+        """Return the upper end of the scale."""
+        return 100 if self.scale == "percentile" else float(attention.attention.max())
+
+    def mappable(self, attention: AttentionMap) -> ScalarMappable:
+        """Return Matplotlib's mapping of values to colours."""
+        return ScalarMappable(Normalize(0, self.highest(attention)), colormaps[self.cmap])
 
     def label(self, attention: AttentionMap) -> str:
-        """What the colour bar says."""
+        """Return the label of the colour bar."""
         peak = f"highest: {attention.peak:.3g} x uniform"
         if self.scale == "percentile":
             return f"attention percentile within the slide ({peak})"
@@ -77,22 +81,22 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Overlay:
-    """Attention painted over a slide's overview."""
+    """Attention over a slide's overview."""
 
     picture: Picture
     attention: AttentionMap
-    look: Look
+    style: MapStyle
 
     @cached_property
     def heat(self) -> NDArray[np.float64]:
-        """`(h, w)` what is painted over the overview, NaN where no patch is."""
-        picture, look = self.picture, self.look
+        """The value `(h, w)` of each pixel on the scale, NaN where no patch is."""
+        picture, style = self.picture, self.style
         extent = picture.width, picture.height
-        return self.attention.raster(look.values(self.attention), extent, picture.shape, look.device)
+        return self.attention.raster(style.values(self.attention), extent, picture.shape, style.device)
 
     @property
     def colours(self) -> NDArray[np.float64]:
-        """`(h, w, 4)` RGBA of 0..1; opaque on patches, 0 elsewhere."""
-        colours = self.look.colours(self.attention).to_rgba(np.nan_to_num(self.heat))
+        """RGBA `(h, w, 4)` of 0..1; opaque on patches, transparent elsewhere."""
+        colours = self.style.mappable(self.attention).to_rgba(np.nan_to_num(self.heat))
         colours[..., 3] = ~np.isnan(self.heat)
         return colours

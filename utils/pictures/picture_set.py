@@ -13,16 +13,22 @@ from utils.core.files import whole_file
 from utils.core.plots import figure_paths
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.caption import Caption, title_of
 from utils.pictures.geojson import write_attention
 from utils.pictures.heatmap import Figure, detailed_figure, heatmap_figure, map_thumbnail, save_picture
-from utils.pictures.overlay import Look, Overlay, Picture
-from utils.pictures.patches import PatchRecord, grid_figure, patch_files, patch_records, read_extremes, write_patches
-from utils.pictures.report import write_report
+from utils.pictures.overlay import MapStyle, Overlay, Picture
+from utils.pictures.prediction_caption import Caption, prediction_title
+from utils.pictures.report_page import write_report
+from utils.pictures.top_patches import (
+    PatchRecord,
+    grid_figure,
+    patch_files,
+    patch_records,
+    read_extremes,
+    write_patches,
+)
 from utils.slides.slide import Slide
 
-# The longer side of the overview that is drawn on, in pixels.
-_OVERVIEW = 2000
+_OVERVIEW = 2000  # px of the overview's longer side
 _FIGURES = ("heatmap", "detailed", "patch_grid")
 _THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE = (
     "thumbnail.jpg", "top_patches", "attention.npz", "attention.geojson", "report.html",
@@ -30,21 +36,21 @@ _THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE = (
 
 
 def overview(slide: Slide, mpp: float | None = None) -> Picture:
-    """Return the slide's overview; `mpp` is its um per level-0 px where the slide does not say."""
+    """Return the slide's overview; `mpp` is its um per level-0 px, by default that of the file."""
     return Picture(slide.thumbnail(max_side=_OVERVIEW), slide.width, slide.height, mpp or slide.mpp)
 
 
-def set_paths(folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
-    """Return where the pictures of a slide go, the figures in each of the `formats` first."""
-    figures = [path for part in _FIGURES for path in figure_paths(folder / f"{name}_{part}", formats)]
-    return [*figures, *(folder / f"{name}_{part}" for part in (_THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE))]
+def picture_paths(folder: Path, slide: str, formats: Sequence[str]) -> list[Path]:
+    """Return the paths of a slide's pictures, the figures in each of the `formats` first."""
+    figures = [path for name in _FIGURES for path in figure_paths(folder / f"{slide}_{name}", formats)]
+    return [*figures, *(folder / f"{slide}_{name}" for name in (_THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE))]
 
 
 @dataclass(frozen=True, eq=False)
 class PictureSet:
     """The pictures of one prediction, to be written to a folder.
 
-    `attention` is the mean over the `heads (H, N)`. `record` is what `<slide>_prediction.json` holds.
+    `attention` is the mean over the `heads (H, N)`. `record` is the content of `<slide>_prediction.json`.
     """
 
     slide: Slide
@@ -52,38 +58,39 @@ class PictureSet:
     attention: AttentionMap
     heads: NDArray
     record: Mapping[str, Any]
-    look: Look
+    style: MapStyle
     top_k: int
     formats: Sequence[str]
 
     @property
     def files(self) -> list[Path]:
         """All files that `write` writes."""
-        *figures, small, patches, data, tiles, page = set_paths(self.folder, self.record["slide"], self.formats)
-        return [*figures, small, *patch_files(patches, self._patch_records), data, tiles, page]
+        paths = picture_paths(self.folder, self.record["slide"], self.formats)
+        *figures, thumbnail, patches, data, tiles, page = paths
+        return [*figures, thumbnail, *patch_files(patches, self._patch_records), data, tiles, page]
 
     @cached_property
     def _patch_records(self) -> list[PatchRecord]:
         return patch_records(self.attention, self.top_k, self.record["seen_in_training"])
 
-    def _path(self, part: str) -> Path:
-        return self.folder / f"{self.record['slide']}_{part}"
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{self.record['slide']}_{name}"
 
     def write(self) -> None:
         """Draw and write the files."""
-        caption, record, look = Caption.of(self.record), self.record, self.look
-        overlay = Overlay(overview(self.slide, (record["slide_record"] or {}).get("mpp")), self.attention, look)
+        caption, record = Caption.of(self.record), self.record
+        overlay = Overlay(overview(self.slide, (record["slide_record"] or {}).get("mpp")), self.attention, self.style)
         top, least = read_extremes(self.slide, self.attention, self.top_k)
         about = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"], "notice": NOTICE}
-        write_attention(self._path(_TILES), self.attention, self.slide, look.cmap, about)
-        title = title_of(record)
+        write_attention(self._path(_TILES), self.attention, self.slide, self.style.cmap, about)
+        title = prediction_title(record)
         figures = [
             heatmap_figure(overlay, title=title, top_k=self.top_k),
             captioned_figure(overlay, caption, title, self.top_k),
             grid_figure(self.attention, top, least, title),
         ]
-        for part, figure in zip(_FIGURES, figures, strict=True):
-            for path in figure_paths(self._path(part), self.formats):
+        for name, figure in zip(_FIGURES, figures, strict=True):
+            for path in figure_paths(self._path(name), self.formats):
                 save_picture(figure, path)
         with whole_file(self._path(_THUMBNAIL)) as unfinished:
             map_thumbnail(overlay).save(unfinished, "JPEG", quality=75)
@@ -92,7 +99,7 @@ class PictureSet:
         write_report(self._path(_PAGE), record["slide"], overlay, caption, top, least)
 
     def _write_data(self, probabilities: Mapping[str, float]) -> None:
-        """Write the attention, the per-head attention `(H, N)` among it, and the prediction as `.npz`."""
+        """Write the attention, also of each head `(H, N)`, and the prediction as `.npz`."""
         record, attention = self.record, self.attention
         with whole_file(self._path(_DATA)) as unfinished, unfinished.open("wb") as file:
             np.savez(
@@ -105,6 +112,6 @@ class PictureSet:
 
 
 def captioned_figure(overlay: Overlay, caption: Caption, title: str, top_k: int) -> Figure:
-    """Draw the detailed figure with what the caption says."""
+    """Draw the detailed figure with the caption's facts and notes."""
     facts = [*caption.facts, *(("note", note) for note in caption.notes)]
     return detailed_figure(overlay, title=title, top_k=top_k, probabilities=caption.probabilities, facts=facts)

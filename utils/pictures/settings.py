@@ -1,4 +1,4 @@
-"""What `predict.py --visualize` draws."""
+"""The settings of `predict.py --visualize`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from utils.core.settings import Settings, option
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures(Settings):
-    """What `--visualize` draws, and how."""
+    """What `--visualize` draws, and in which colours."""
 
     visualize: bool = option(False, "draw the attention: heatmap, report page, patches, QuPath tiles and .npz")
     wsi: Path | None = option(

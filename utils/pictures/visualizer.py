@@ -1,4 +1,4 @@
-"""AttentionVisualizer: what a model attended to, drawn on its slide.
+"""AttentionVisualizer: draws a model's attention on the slide.
 
 visualizer = AttentionVisualizer(cmap="viridis", alpha=0.5)
 visualizer.visualize_full_attention("slide.svs", coords, attention, size_level0, save_path="heatmap.png")
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from utils.core.settings import FIGURE_FORMAT
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.caption import Caption
 from utils.pictures.heatmap import Figure, heatmap_figure, save_picture
-from utils.pictures.overlay import Look, Overlay
-from utils.pictures.patches import (
+from utils.pictures.overlay import MapStyle, Overlay
+from utils.pictures.picture_set import PictureSet, captioned_figure, overview
+from utils.pictures.prediction_caption import Caption
+from utils.pictures.settings import Pictures
+from utils.pictures.slide_match import check_patches_fit
+from utils.pictures.top_patches import (
     GRID_PATCHES,
     grid_figure,
     patch_records,
@@ -25,20 +28,17 @@ from utils.pictures.patches import (
     read_patches,
     write_patches,
 )
-from utils.pictures.picture_set import PictureSet, captioned_figure, overview
-from utils.pictures.placement import check_patches_fit
-from utils.pictures.settings import Pictures
+from utils.slides.open_slides import opened
 from utils.slides.slide import Slide
-from utils.slides.wsi import opened
 
 
 class AttentionVisualizer:
-    """Draws attention of one distribution per slide: `attention (N,)` summing to 1 over the patches at
-    `coords (N, 2)`, level-0 px of their top-left corners, each `patch_size_level0` px wide and high.
+    """Draws the attention to a slide: `attention (N,)`, which sums to 1, of the patches at `coords (N, 2)`, level-0 px
+    of their top-left corners, each `patch_size_level0` px wide and high.
 
     Colours are those of `cmap` over `scale`, "percentile" within the slide or "attention" itself, with the opacity
-    `alpha`. Figures are returned, and written to `save_path` where given. Raises FeatureFileError when the patches
-    cannot be the slide's, ConfigError for an unknown colour map.
+    `alpha`. Figures are returned, and written to `save_path` if given. Raises FeatureFileError if the patches are not
+    on the slide, ConfigError for an unknown colour map.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class AttentionVisualizer:
         scale: str = Pictures.scale,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.look = Look(cmap, alpha, scale, device)
+        self.style = MapStyle(cmap, alpha, scale, device)
 
     def visualize_full_attention(
         self,
@@ -61,7 +61,7 @@ class AttentionVisualizer:
         title: str = "",
         top_k: int = Pictures.top_k,
     ) -> Figure:
-        """The heatmap over the whole slide, the `top_k` most attended patches outlined and numbered."""
+        """Draw the heatmap over the whole slide, the `top_k` most attended patches outlined and numbered."""
         with opened(wsi_path) as slide:
             overlay = self._overlay(slide, coords, attention, patch_size_level0)
         figure = heatmap_figure(overlay, title=title, top_k=top_k)
@@ -79,13 +79,14 @@ class AttentionVisualizer:
         title: str = "",
         top_k: int = Pictures.top_k,
     ) -> Figure:
-        """The same of a slide that was fed in chunks: of each its `coords (n, 2)` and `attention (n,)`, which sums to 1
-        within the chunk and counts in proportion to its size.
+        """Draw the heatmap of a slide that was fed in chunks, given the `coords (n, 2)` and `attention (n,)` of each.
+
+        A chunk's attention sums to 1, and is weighted by the chunk's size.
         """
-        number = sum(len(chunk) for chunk in attention)
-        whole = np.concatenate([chunk * (len(chunk) / number) for chunk in attention])
+        count = sum(len(chunk) for chunk in attention)
+        merged = np.concatenate([chunk * (len(chunk) / count) for chunk in attention])
         return self.visualize_full_attention(
-            wsi_path, np.concatenate(coords), whole, patch_size_level0, save_path=save_path, title=title, top_k=top_k
+            wsi_path, np.concatenate(coords), merged, patch_size_level0, save_path=save_path, title=title, top_k=top_k
         )
 
     def visualize_detailed_attention(
@@ -100,7 +101,7 @@ class AttentionVisualizer:
         title: str = "",
         top_k: int = Pictures.top_k,
     ) -> Figure:
-        """The slide beside the heatmap, how attention is spread and concentrated, and what `caption` says."""
+        """Draw the slide beside the heatmap, the distribution and concentration of attention, and the `caption`."""
         with opened(wsi_path) as slide:
             overlay = self._overlay(slide, coords, attention, patch_size_level0)
         figure = captioned_figure(overlay, caption or Caption(), title, top_k)
@@ -117,10 +118,10 @@ class AttentionVisualizer:
         save_dir: str | Path | None = None,
         top_k: int = Pictures.top_k,
     ) -> list[NDArray[np.uint8]]:
-        """The `top_k` most attended patches at full resolution, `(P, P, 3)` uint8, most attended first.
+        """Return the `top_k` most attended patches at full resolution, `(P, P, 3)` uint8, most attended first.
 
-        With `save_dir` each is written as `top_<rank>_x<x>_y<y>.png`, for contrast the least attended ones as
-        `least_<rank>_...`, and a table of them all, `patches.csv`; those of an earlier call are removed.
+        With `save_dir` each is written as `top_<rank>_x<x>_y<y>.png`, the least attended ones as `least_<rank>_...`,
+        and a table of all as `patches.csv`; patches of an earlier call are removed.
         """
         with opened(wsi_path) as slide:
             attention_map = _attention_map(slide, coords, attention, patch_size_level0)
@@ -141,7 +142,7 @@ class AttentionVisualizer:
         title: str = "",
         top_k: int = Pictures.top_k,
     ) -> Figure:
-        """The `top_k` most attended patches (at most 50), and as many of the least attended, in one figure."""
+        """Draw the `top_k` most attended patches (at most 50), and as many of the least attended."""
         with opened(wsi_path) as slide:
             attention_map = _attention_map(slide, coords, attention, patch_size_level0)
             top, least = read_extremes(slide, attention_map, min(top_k, GRID_PATCHES))
@@ -161,21 +162,21 @@ class AttentionVisualizer:
         top_k: int = Pictures.top_k,
         formats: Sequence[str] = FIGURE_FORMAT,
     ) -> list[Path]:
-        """Write `<slide>_heatmap`, `_detailed` and `_patch_grid` in each of the `formats`, `_thumbnail.jpg` (the
-        heatmap, small), `_top_patches/`, `_attention.npz` (the arguments, the per-head attention `(H, N)` among them,
-        and the prediction), `_attention.geojson` and `_report.html`. Return the files.
+        """Write `<slide>_heatmap`, `_detailed` and `_patch_grid` in each of the `formats`, `_thumbnail.jpg` (a small
+        heatmap), `_top_patches/`, `_attention.npz` (the arguments and the prediction), `_attention.geojson` and
+        `_report.html`. Return the files.
 
-        Here `attention` is `(H, N)`; the pictures show its mean over heads. `record` is what
-        `<slide>_prediction.json` holds.
+        Here `attention` is `(H, N)`, of each head; the pictures show the mean. `record` is the content of
+        `<slide>_prediction.json`.
         """
         with opened(wsi_path) as slide:
             attention_map = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
-            pictures = PictureSet(slide, Path(output_dir), attention_map, attention, record, self.look, top_k, formats)
+            pictures = PictureSet(slide, Path(output_dir), attention_map, attention, record, self.style, top_k, formats)
             pictures.write()
         return pictures.files
 
     def _overlay(self, slide: Slide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int) -> Overlay:
-        return Overlay(overview(slide), _attention_map(slide, coords, attention, patch_size_level0), self.look)
+        return Overlay(overview(slide), _attention_map(slide, coords, attention, patch_size_level0), self.style)
 
 
 def _attention_map(slide: Slide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int) -> AttentionMap:

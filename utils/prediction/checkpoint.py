@@ -16,7 +16,7 @@ from utils.core.errors import CheckpointError
 from utils.core.files import digest
 from utils.core.recipe import Recipe
 from utils.core.runtime import versions
-from utils.core.tensors import load_tensors, save_tensors
+from utils.core.tensor_files import load_tensors, save_tensors
 from utils.prediction import first_version
 from utils.prediction.foreign_checkpoints import names_in, names_of_pickle, origin
 from utils.prediction.forward_pass import SlideFeed

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.bags import labels
+from utils.bags.label_table import read_table
 from utils.bags.labels import LabelRow
 from utils.bags.store import is_feature_file
-from utils.bags.table import read_table
 from utils.core.cohorts import cohort_classes
 from utils.core.errors import ConfigError, FeatureFileError, plural
 from utils.core.files import check_distinct
 from utils.core.runtime import log
+from utils.prediction.existing_records import ENDING
 from utils.prediction.out_of_fold import RECORD, OutOfFold
-from utils.prediction.records import ENDING
 from utils.prediction.settings import Prediction
 from utils.slides.batch import PREVIEWS
 from utils.slides.find import is_slide_file, look_for_slides, no_slide_words, one_per_series

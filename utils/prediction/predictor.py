@@ -33,8 +33,8 @@ from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.prediction.slide_prediction import SEEN, SlidePrediction
 from utils.prediction.trained_model import TrainedModel, check_alike, common_feed, seen_as
 from utils.slides.batch import SlideNotes
+from utils.slides.open_slides import slide_mpp
 from utils.slides.slide import Slide
-from utils.slides.wsi import slide_mpp
 from utils.tasks.classification import Classification
 
 
@@ -125,7 +125,7 @@ class SlidePredictor:
     def keep_features(self, slide: Slide, folder: Path) -> Path:
         """Return the feature file of an open slide in `folder`; extract it unless it exists, with the same recipe."""
         target = folder / f"{slide.path.stem}.h5"
-        extract_one(self._checked_extractor(slide), slide, target, notes=SlideNotes(slide.told_mpp))
+        extract_one(self._checked_extractor(slide), slide, target, notes=SlideNotes(slide.user_mpp))
         return target
 
     def predict_bag(

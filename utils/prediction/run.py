@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 from utils.bags.labels import LabelRow
 from utils.core import cli
-from utils.core.cluster import Cluster
 from utils.core.cohorts import SYNTHETIC
 from utils.core.device import resolve_device
 from utils.core.engine import Threads, open_engine
 from utils.core.errors import ConfigError, first_few, plural
 from utils.core.files import clear_parts, read_json, read_record, wait_for_file
+from utils.core.ray_settings import Cluster
 from utils.core.recipe import ASKED_FIELDS
 from utils.core.runtime import log
 from utils.core.text import NOTICE
-from utils.pictures.caption import title_of
-from utils.pictures.index import INDEX, IndexRow, write_index
-from utils.prediction.answer import Predictors, SlideWorker
+from utils.pictures.index_page import INDEX, IndexRow, write_index
+from utils.pictures.prediction_caption import prediction_title
+from utils.prediction.existing_records import ENDING, check_settings, has_settings
 from utils.prediction.inputs import DEFAULT_FOLDER, PredictionFiles
+from utils.prediction.prediction_table import REPORT, PredictedSlides, SlideInfo, earlier_slides
 from utils.prediction.predictor import SlidePredictor, extractPredict, flags_recipe
-from utils.prediction.records import ENDING, check_settings, has_settings
-from utils.prediction.scores import REPORT, PredictedSlides, SlideInfo, earlier_slides
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.prediction.slide_prediction import SEEN
+from utils.prediction.slide_worker import Predictors, SlideWorker
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
-from utils.slides.status import STATUSES, SlideStatus
+from utils.slides.slide_status import STATUSES, SlideStatus
 
 if TYPE_CHECKING:  # it imports what draws
-    from utils.prediction.pictures import PredictionPictures
+    from utils.prediction.prediction_pictures import PredictionPictures
 
 _ONLY_RAW = ("save_features", "weights", "slides_csv", "slide_mpp")
 
@@ -122,7 +122,7 @@ def _predict_slide(worker: SlideWorker, source: Path, target: Path) -> tuple[lis
     record = read_json(target)
     if record["seen_as"]:
         log.warning(SEEN, source, record["seen_as"])
-    lines = [title_of(record), *(f"  {path}" for path in [*worker.output_files(record, target.parent), target])]
+    lines = [prediction_title(record), *(f"  {path}" for path in [*worker.output_files(record, target.parent), target])]
     if source.stem in earlier_slides(target.parent):  # update its row in the folder's table and index page
         lines += _conclude(worker, target.parent, [target], {}, failed=0)
     return [status], "\n".join([*lines, f"{NOTICE} (took {cli.took()})", f"Next: {_next_step(worker)}"])

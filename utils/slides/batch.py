@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from utils.core.batch_report import update_report
 from utils.core.engine import Engine, Send, WorkerDied, threads
 from utils.core.errors import BackboneError, ConfigError, DiskFullError, LiteMILError, NoTissueError, SlideError
 from utils.core.files import check_distinct, check_writable, claim_on, clear_parts, clear_parts_of, is_free
 from utils.core.recipe import Recipe
-from utils.core.remarks import alike_once
-from utils.core.report import update_report
+from utils.core.repeated_log import log_repeats_once
 from utils.core.runtime import log, progress_bar
 from utils.slides.contact_sheet import SheetRow, write_contact_sheet
 from utils.slides.contours import ContourFile
@@ -26,7 +26,7 @@ from utils.slides.outline_folder import OutlineFolder
 from utils.slides.settings import ExtractionFiles
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
-from utils.slides.status import CLAIMED, PLANNED, SlideStatus, unlike_scales
+from utils.slides.slide_status import CLAIMED, PLANNED, SlideStatus, unlike_scales
 from utils.slides.tissue import TissueMask, detect_tissue
 
 SHEET = "contact_sheet"
@@ -54,7 +54,7 @@ def slide_targets(files: ExtractionFiles, slides: Sequence[Path]) -> dict[Path, 
     remedy = "name the right ending with --extensions" if max(in_place.values()) > 1 else "give --keep_structure"
     check_distinct(targets, f"rename one of them, or {remedy}")
     chosen = slides[: files.limit]
-    index, count = files.part
+    index, count = files.shard_number
     if count > 1:
         chosen = sorted(chosen, key=lambda slide: (-slide_bytes(slide), slide))[index - 1 :: count]
     return {slide: targets[slide] for slide in chosen}
@@ -92,7 +92,7 @@ def _check_slide(path: Path) -> None:
 def report_path(files: ExtractionFiles) -> Path:
     """Return the path of the report; each shard has its own."""
     assert files.output_dir is not None  # noqa: S101 - for the type checker
-    index, count = files.part
+    index, count = files.shard_number
     return files.output_dir / (f"{REPORT}_{index}_of_{count}.csv" if count > 1 else f"{REPORT}.csv")
 
 
@@ -240,7 +240,7 @@ def work_through(targets: Mapping[Path, Path], engine: Engine, work: Work, repor
         pairs.sort(key=lambda pair: -slide_bytes(pair[0]))
     batch = _Batch(targets, report)
     try:
-        with threads(engine.threads), progress_bar("Slides", len(targets), unit="slide") as bar, alike_once():
+        with threads(engine.threads), progress_bar("Slides", len(targets), unit="slide") as bar, log_repeats_once():
             engine.run(partial(_send_status, work), pairs, partial(batch.on_message, bar.update))
             while batch.claimed:
                 free = _wait_for_release(batch.claimed)

@@ -13,7 +13,7 @@ from statistics import median
 from urllib.parse import quote
 
 from utils.core.errors import plural
-from utils.core.page import write_page
+from utils.core.html_page import write_page
 from utils.slides.preview import LEGEND_COLOURS
 
 _TEMPLATE = Path(__file__).with_name("contact_sheet.html")

@@ -1,7 +1,7 @@
 """Write a tissue mask as GeoJSON polygons that QuPath shows and edits, and read the mask of such polygons.
 
 QuPath counts pixels from the corner of the scanned area, if the slide's file has its bounds; we count from the slide's
-own corner. Our files record the offset between the two (see `utils.slides.frame`).
+own corner. Our files record the offset between the two (see `utils.slides.outline_origin`).
 """
 
 import json
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from utils.core.errors import SlideError
 from utils.core.files import digest, read_json, write_json
 from utils.core.runtime import log
-from utils.slides.frame import check_position, find_offset, qupath_offset
+from utils.slides.outline_origin import check_position, find_offset, qupath_offset
 from utils.slides.outlines import Ring, fill, outlines
 from utils.slides.qupath import Area, read_areas, shortage_of, tissue_areas
 from utils.slides.slide import Slide

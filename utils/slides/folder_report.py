@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from utils.core.report import read_report
-from utils.slides.status import SlideStatus
+from utils.core.batch_report import read_report
+from utils.slides.slide_status import SlideStatus
 
 REPORT = "extraction_report"
 _SHARD = re.compile(rf"{REPORT}(?:_(\d+)_of_(\d+))?\.csv")

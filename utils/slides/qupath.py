@@ -45,25 +45,25 @@ class Area:
 
     def is_cut_out(self, tissue_classes: Collection[str]) -> bool:
         """Whether it is cut out of the tissue; words in the names of `tissue_classes` are never a reason."""
-        named_parts = {part for name in tissue_classes for part in class_key(name)}
-        return self.is_missing or any(_is_ignored(part) and part not in named_parts for part in self._key)
+        tissue_words = {word for name in tissue_classes for word in class_key(name)}
+        return self.is_missing or any(_is_ignored(word) and word not in tissue_words for word in self._key)
 
     def is_tissue(self, tissue_classes: Collection[str]) -> bool:
         """Whether it belongs to one of `tissue_classes`, or, if there are none, to any class but QuPath's Region*."""
         if self.is_cut_out(tissue_classes):
             return False
         if not tissue_classes:
-            return not self._key or not all(part == _REGION for part in self._key)
+            return not self._key or not all(word == _REGION for word in self._key)
         return any(set(class_key(name)) <= set(self._key) for name in tissue_classes if class_key(name))
 
     @property
     def _key(self) -> list[str]:
-        return [part.lower() for part in self.classes]
+        return [word.lower() for word in self.classes]
 
 
 def class_key(name: str) -> list[str]:
-    """Return the parts of a class's name in lower case: "Tumor:Positive" and "tumor: positive" are the same class."""
-    return [part.lower() for part in _class_parts(name)]
+    """Return the words of a class's name in lower case: "Tumor:Positive" and "tumor: positive" are the same class."""
+    return [word.lower() for word in _class_words(name)]
 
 
 def read_areas(content: Any, path: Path) -> list[Area]:
@@ -81,7 +81,7 @@ def read_areas(content: Any, path: Path) -> list[Area]:
         polygons = list(_polygons(feature.get("geometry"), path))
         if polygons:
             is_drawn = kind in _DRAWN_TYPES and not is_core
-            classes = _class_parts(properties.get("classification"))
+            classes = _class_words(properties.get("classification"))
             areas.append(Area(polygons, classes, is_missing, is_core, is_drawn, core))
         below = len(areas) - 1 if is_core and polygons else core
         inside = [*_children(properties), *_children(feature)]
@@ -119,8 +119,8 @@ def _children(holder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [child for child in inside if isinstance(child, Mapping)]
 
 
-def _is_ignored(part: str) -> bool:
-    return part.startswith(CUT_OUT) or (part.endswith(_IGNORED_MARK) and part != _REGION)
+def _is_ignored(word: str) -> bool:
+    return word.startswith(CUT_OUT) or (word.endswith(_IGNORED_MARK) and word != _REGION)
 
 
 def _lies_in(area: Area, core: Area) -> bool:
@@ -146,15 +146,15 @@ def _object_type(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> s
     return re.sub("[^a-z]", "", str(kind or "").lower())
 
 
-def _class_parts(classification: Any) -> list[str]:
-    """Return the parts of a class: QuPath writes a derived one as "Tumor: Fold", as `names`, or, in old versions, as a
+def _class_words(classification: Any) -> list[str]:
+    """Return the words of a class: QuPath writes a derived one as "Tumor: Fold", as `names`, or, in old versions, as a
     name with a `parentClass`.
     """
     if isinstance(classification, str):
-        return [part.strip() for part in classification.split(":") if part.strip()]
+        return [word.strip() for word in classification.split(":") if word.strip()]
     if isinstance(classification, Mapping):
-        return [part for key in ("parentClass", "name", "names") for part in _class_parts(classification.get(key))]
-    return [part for name in classification for part in _class_parts(name)] if isinstance(classification, list) else []
+        return [word for key in ("parentClass", "name", "names") for word in _class_words(classification.get(key))]
+    return [word for name in classification for word in _class_words(name)] if isinstance(classification, list) else []
 
 
 def _features(content: Any, path: Path) -> list[Mapping[str, Any]]:

@@ -76,14 +76,14 @@ class ExtractionFiles(Settings):
         for name in ("limit", "extensions", "shard", "keep_structure"):
             if self.input is not None and getattr(self, name):
                 raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
-        _ = self.part
+        _ = self.shard_number
         if self.output is not None and self.format not in (None, self.output.suffix[1:]):
             raise ConfigError(f"--output {self.output}: does not end in --format {self.format}; leave --format out")
         if self.output is not None and self.output.suffix not in (".h5", ".pt"):
             raise ConfigError(f"--output {self.output}: ends in {self.output.suffix!r}; end it in .h5 or .pt")
 
     @property
-    def part(self) -> tuple[int, int]:
+    def shard_number(self) -> tuple[int, int]:
         """The number of the shard, from 1, and the number of shards."""
         if self.shard is None:
             return 1, 1

@@ -28,7 +28,7 @@ _SMALL_PIECE = 64  # px, the side of a piece that is filled around damage
 
 
 class Slide:
-    """A slide open for reading; made by `utils.slides.wsi.open_slide`.
+    """A slide open for reading; made by `utils.slides.open_slides.open_slide`.
 
     Attributes:
         path, name: the file, and its name without the extension.
@@ -39,12 +39,12 @@ class Slide:
             the same as level 0 (see `utils.slides.levels`).
         mpp: um per level-0 px, or None if the file has no plausible value.
         mpp_problem: why mpp is None, in a few words.
-        told_mpp: mpp given by the user, or None.
-        own_mpp: mpp in the file, or None.
+        user_mpp: mpp given by the user, or None.
+        file_mpp: mpp in the file, or None.
         objective: nominal magnification of the objective, or None.
         vendor: OpenSlide's name for the scanner's format; "image" for a plain image.
         bounds: (x, y, width, height) of the scanned area in level-0 px, or None if the file does not say.
-        opened_by: the function of path and told_mpp that opens it again.
+        opened_by: the function of path and user_mpp that opens it again.
         reads_past_damage: whether thumbnails show white where the slide cannot be read, instead of a SlideError.
     """
 
@@ -56,8 +56,8 @@ class Slide:
     level_downsamples: tuple[float, ...]
     mpp: float | None = None
     mpp_problem: str | None = NOT_IN_FILE
-    told_mpp: float | None = None
-    own_mpp: float | None = None
+    user_mpp: float | None = None
+    file_mpp: float | None = None
     objective: float | None = None
     vendor: str
     bounds: tuple[int, int, int, int] | None = None
@@ -72,7 +72,7 @@ class Slide:
 
     def __reduce__(self):
         # A worker process gets the path and opens its own handle.
-        return self.opened_by, (self.path, self.told_mpp)
+        return self.opened_by, (self.path, self.user_mpp)
 
     def close(self) -> None:
         """Close the file; reading afterwards is a SlideError."""

@@ -8,11 +8,11 @@ from typing import Self
 
 from utils.core.errors import ConfigError, SlideError, first_few, plural
 from utils.core.files import check_distinct, write_records
-from utils.core.headers import DELIMITERS, SLIDE_NAMES, plain_header
-from utils.core.remarks import alike_once
+from utils.core.repeated_log import log_repeats_once
 from utils.core.runtime import log, progress
+from utils.core.table_headers import DELIMITERS, SLIDE_NAMES, plain_header
+from utils.slides.open_slides import open_slide
 from utils.slides.resolution import PLAUSIBLE_MPP, number
-from utils.slides.wsi import open_slide
 
 # The columns of the table by their other names.
 _COLUMNS = {"wsi": " ".join(SLIDE_NAMES), "mpp": "mpp"}
@@ -71,7 +71,7 @@ def write_slides_csv(path: Path, slides: Sequence[Path]) -> str:
         raise ConfigError(f"--write_slides_csv {path}: exists already and is not overwritten; give another name")
     by_name = {slide: Path(slide.name) for slide in slides}
     check_distinct(by_name, "a table knows slides by their names: rename one of them, or give --slide_mpp")
-    with alike_once():
+    with log_repeats_once():
         rows = [_row(slide) for slide in progress(slides, "Looking at slides", unit="slide", leave=False)]
     write_records(path, rows)
     empty = sum(not row.mpp for row in rows)

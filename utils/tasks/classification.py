@@ -1,4 +1,4 @@
-"""Classification: a slide is of one of two or more classes."""
+"""Classification of a slide into one of two or more classes."""
 
 from __future__ import annotations
 
@@ -26,22 +26,21 @@ from utils.tasks.task import Figures, Task
 if TYPE_CHECKING:
     from torch import Tensor
 
-# From this difference on it is said why the mean AUC over folds and the pooled one differ.
+# From this difference on, the closing text explains why the mean AUC over folds and the pooled AUC differ.
 _NOTABLE_GAP = 0.01
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One of two or more classes; the last of two is the positive one. Targets are their indices, values are
-    probabilities.
+    """Two or more classes; of two, the last is positive. Targets are class indices, values are probabilities.
 
-    Raises ValueError unless there are two different names.
+    Raises ValueError if there are fewer than two classes, or if two have the same name.
     """
 
     class_names: tuple[str, ...]
 
-    drawings = ("roc", "precision_recall", "confusion_matrix", "calibration")
-    shown_metrics = METRICS
+    figure_names = ("roc", "precision_recall", "confusion_matrix", "calibration")
+    main_metrics = METRICS
     calibration_metrics = ("brier", "ece")
     lower_is_better = ("brier", "ece")
 
@@ -56,16 +55,16 @@ class Classification(Task):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Return `metrics.METRICS`, then sensitivity and specificity of each class."""
+        """Return `METRICS`, then sensitivity and specificity of each class."""
         return metric_names(self.class_names)
 
     def target(self, text: str) -> int:
-        """Return the index of a class. Raise ValueError for a name that is none."""
+        """Return the index of a class. Raise ValueError for an unknown name."""
         return self.class_names.index(text)
 
     @property
     def strata_names(self) -> tuple[str, ...]:
-        """Return the names of the classes: every fold gets its share of each."""
+        """Return the names of the classes."""
         return self.class_names
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
@@ -73,7 +72,7 @@ class Classification(Task):
         return targets
 
     def loss_weights(self, targets: np.ndarray) -> np.ndarray:
-        """Return `(C,)` weights that give each class the same total."""
+        """Return weights `(C,)` that give each class the same total."""
         return balanced_class_weights(targets, len(self.class_names))
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -91,18 +90,17 @@ class Classification(Task):
         return weighted_metrics(targets, values, weights, self.class_names)
 
     def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:
-        """Return the log-loss, weighted by class, and the shown metrics."""
-        every = self.plain_metrics(targets, values)
-        shown = {name: every[name] for name in self.shown_metrics}
-        return {"loss": log_loss(targets, values, weights)} | shown
+        """Return the log-loss, weighted by class, and the main metrics."""
+        metrics = self.unweighted_metrics(targets, values)
+        return {"loss": log_loss(targets, values, weights)} | {name: metrics[name] for name in self.main_metrics}
 
     def why_undefined(self, metric: str, targets: np.ndarray) -> str:
-        """Return that a class is missing, which leaves the AUC undefined; empty else."""
+        """Return that a class is missing if `metric` is the AUC and its targets lack one; else ""."""
         is_defined = metric != "auc" or auc_is_defined(targets, len(self.class_names))
         return "" if is_defined else "lacks a class"
 
-    def fit_inner(self, targets: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
-        """Return the `threshold` of the best balanced accuracy, of two classes, and the `temperature`."""
+    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
+        """Return the `temperature` and, of two classes, the `threshold` with the best balanced accuracy."""
         is_binary = len(self.class_names) == 2
         return {
             "threshold": fitted_threshold(targets, values[:, 1]) if is_binary else None,
@@ -110,9 +108,7 @@ class Classification(Task):
         }
 
     def decide(self, values: np.ndarray, threshold: float | None = None) -> np.ndarray:
-        """Return `(n,)` int, the class of the largest probability; with a threshold, whether the positive one's
-        reaches it.
-        """
+        """Return the most probable class `(n,)` int; with a threshold, 1 where the positive probability reaches it."""
         return values.argmax(axis=-1) if threshold is None else (values[..., 1] >= threshold).astype(int)
 
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
@@ -120,36 +116,34 @@ class Classification(Task):
         return decision_metrics(targets, decisions, self.class_names)
 
     def calibrate(self, values: np.ndarray, temperature: float) -> np.ndarray:
-        """Return the probabilities, temperature-scaled."""
+        """Return the temperature-scaled probabilities."""
         return scale_probabilities(values, temperature)
 
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows that are surest and correct, surest and wrong, and most uncertain."""
         ordered = np.sort(values, axis=1)
-        sure = np.argsort(-ordered[:, -1], kind="stable")
-        unsure = np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")
-        is_right = (self.decide(values) == targets)[sure]
-        return {"surest correct": sure[is_right], "surest wrong": sure[~is_right], "most uncertain": unsure}
+        surest = np.argsort(-ordered[:, -1], kind="stable")
+        uncertain = np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")
+        is_correct = (self.decide(values) == targets)[surest]
+        return {"surest correct": surest[is_correct], "surest wrong": surest[~is_correct], "most uncertain": uncertain}
 
     def table(self, pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]) -> str:
         """Return the pooled sensitivity and specificity of each class, with their intervals."""
-        kinds = ("sensitivity", "specificity")
-        rows = [["pooled", *(head for kind in kinds for head in (kind, "95% CI"))]]
+        rows = []
         for name in self.class_names:
-            names = [f"{kind}_{name}" for kind in kinds]
-            rows.append(
-                [name, *(cell for one in names for cell in (figure_text(pooled[one]), interval_text(intervals[one])))]
-            )
-        return aligned([rows[:1], rows[1:]])
+            metrics = f"sensitivity_{name}", f"specificity_{name}"
+            cells = [(figure_text(pooled[metric]), interval_text(intervals[metric])) for metric in metrics]
+            rows.append([name, *cells[0], *cells[1]])
+        return aligned([[["pooled", "sensitivity", "95% CI", "specificity", "95% CI"]], rows])
 
-    def closing_words(self, results: Mapping[str, Any]) -> list[str]:
-        """Return why the pooled AUC differs from the mean over folds, where it does, and what the threshold and the
+    def closing_sentences(self, results: Mapping[str, Any]) -> list[str]:
+        """Return why the pooled AUC differs from the mean over folds, if it does, and what the threshold and the
         temperature change.
         """
-        words, pooled = [], results["pooled"]
+        sentences, pooled = [], results["pooled"]
         mean, auc = results.get("slide_auc_mean"), pooled["auc"]
         if mean is not None and auc is not None and abs(mean - auc) >= _NOTABLE_GAP:
-            words.append(
+            sentences.append(
                 f"The mean AUC {figure_text(mean)} ranks each fold's slides by that fold's own model; the pooled "
                 f"{figure_text(auc)} ranks all slides together, though the folds' models may put their probabilities "
                 "on different scales."
@@ -160,13 +154,13 @@ class Classification(Task):
                 f"{name.replace('_', ' ')} {figure_text(at_threshold[name])} ({figure_text(pooled[name])} at 0.5)"
                 for name in ("accuracy", "balanced_accuracy", "f1_macro")
             ]
-            words.append(f"At the threshold fitted on inner validation, pooled: {', '.join(changes)}.")
+            sentences.append(f"At the threshold fitted on inner validation, pooled: {', '.join(changes)}.")
         if scaled is not None:
             changes = [f"{name} {figure_text(scaled[name])} ({figure_text(pooled[name])} as it is)" for name in scaled]
-            words.append(f"Temperature-scaled as fitted on inner validation, pooled: {', '.join(changes)}.")
-        return words
+            sentences.append(f"Temperature-scaled as fitted on inner validation, pooled: {', '.join(changes)}.")
+        return sentences
 
     @property
-    def ranked(self) -> Sequence[int]:
-        """Return the classes that are ranked before the others: the positive one of two, each of more."""
+    def ranked_classes(self) -> Sequence[int]:
+        """Return the classes with an AUC (see `metrics.ranked_classes`)."""
         return ranked_classes(len(self.class_names))

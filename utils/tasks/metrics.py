@@ -1,41 +1,41 @@
-"""Classification figures from probabilities; one that is undefined is None, never a guess.
+"""Classification metrics from probabilities; an undefined one is None, never a guess.
 
-Written out, since the bootstrap asks for them a thousand times and scikit-learn spends milliseconds on checks. Each is
-computed for many weightings of the same slides at once; a plain figure gives every slide the weight 1.
+They are not scikit-learn's, whose checks take milliseconds per call: the bootstrap needs a thousand values. Each metric
+is computed for many weightings of the same slides at once; the ordinary metric gives every slide the weight 1.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from utils.tasks.task import plain
+from utils.tasks.task import single
 
 METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "auc", "average_precision", "brier", "ece")
 BINS = 10
 
 
 def metric_names(class_names: Sequence[str] = ()) -> tuple[str, ...]:
-    """`METRICS`, then sensitivity and specificity of each class."""
+    """Return `METRICS`, then sensitivity and specificity of each class."""
     return (*METRICS, *(f"{kind}_{name}" for name in class_names for kind in ("sensitivity", "specificity")))
 
 
 def decision_metrics(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> dict[str, float | None]:
-    """Accuracy, balanced accuracy, macro F1, and each class's sensitivity and specificity, of `predicted (n,)` int.
+    """Return accuracy, balanced accuracy, macro F1, and each class's sensitivity and specificity, of `predicted (n,)`.
 
-    A sensitivity is None where `labels (n,)` lack the class, a specificity where they hold nothing else.
+    A sensitivity is None if `labels (n,)` lack the class, a specificity if they hold no other class.
     """
-    return plain(_decisions(labels, predicted, np.ones((1, len(labels))), len(class_names), class_names))
+    return single(_decisions(labels, predicted, np.ones((1, len(labels))), len(class_names), class_names))
 
 
 def weighted_metrics(
     labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, class_names: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Every one of `metric_names(class_names)` under each row of `weights (B, n)`, as `(B,)`; NaN where undefined.
+    """Return the metrics `metric_names(class_names)` under each row of `weights (B, n)`, as `(B,)`; NaN if undefined.
 
-    `labels (n,)` int, `probabilities (n, C)`; a whole weight is so many copies of the slide. The class of the largest
-    probability is the one predicted. Balanced accuracy and macro F1 average over the classes that occur in `labels`;
-    AUC and average precision (of the last of two classes; macro one-vs-rest beyond) need all of them. The Brier score
-    of two classes looks at the last, beyond two it sums over the classes.
+    `labels (n,)` int, `probabilities (n, C)`; a weight of k counts as k copies of the slide. The most probable class is
+    the predicted one. Balanced accuracy and macro F1 average over the classes that occur in `labels`. AUC and average
+    precision need all classes; of two classes they are those of the last, of more the mean of one-against-rest. The
+    Brier score of two classes is that of the last, of more the sum over the classes.
     """
     probabilities = probabilities.astype(np.float64)
     num_classes = probabilities.shape[1]
@@ -57,76 +57,78 @@ def weighted_metrics(
 
 
 def ranked_classes(num_classes: int) -> Sequence[int]:
-    """Return the classes that are ranked before the others: the positive one of two, each of more."""
+    """Return the classes whose AUC and average precision are computed: of two the positive one, else all."""
     return [1] if num_classes == 2 else range(num_classes)
 
 
 def _ranking(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUC and average precision, each `(B,)`, of `scores (n,)` for `positive (n,)` bool under `weights (B, n)`.
+    """Return AUC and average precision, each `(B,)`, of `scores (n,)` for `positive (n,)` bool under `weights (B, n)`.
 
-    AUC is how often a positive outranks a negative, ties counted half; average precision is the mean, over the
-    positives, of the precision among all that score at least as high. NaN unless both kinds have weight.
+    AUC is the probability that a positive scores higher than a negative, ties counted half. Average precision is the
+    mean over the positives of the precision among all slides that score at least as high. NaN unless both positives
+    and negatives have weight.
     """
     order = np.argsort(-scores, kind="stable")
     descending, positive = -scores[order], positive[order]
     weights = np.take(weights, order, axis=1)
-    own = weights[:, positive]
-    # Of each positive: the weight of all (of all positives) that score higher, and that score at least as high.
-    above, reached = (np.searchsorted(descending, descending[positive], side) for side in ("left", "right"))
+    positive_weights = weights[:, positive]
+    # For each positive: the weight of all slides, and of all positives, that score higher, or at least as high.
+    higher, as_high = (np.searchsorted(descending, descending[positive], side) for side in ("left", "right"))
     positives_until = np.concatenate([[0], positive.cumsum()])
-    cumulative, own_cumulative = _from_zero(weights), _from_zero(own)
-    all_above, all_reached = cumulative[:, above], cumulative[:, reached]
-    own_above, own_reached = own_cumulative[:, positives_until[above]], own_cumulative[:, positives_until[reached]]
-    count = own_cumulative[:, -1]
-    others = cumulative[:, -1] - count
-    losses = (own * (all_above - own_above + all_reached - own_reached)).sum(axis=1) / 2
-    precision = _ratio(own_reached, all_reached, empty=0)
-    defined = np.where(others > 0, count, 0)
-    return 1 - _ratio(losses, defined * others), _ratio((own * precision).sum(axis=1), defined)
+    sums, positive_sums = _from_zero(weights), _from_zero(positive_weights)
+    all_higher, all_as_high = sums[:, higher], sums[:, as_high]
+    positive_higher = positive_sums[:, positives_until[higher]]
+    positive_as_high = positive_sums[:, positives_until[as_high]]
+    positives = positive_sums[:, -1]
+    negatives = sums[:, -1] - positives
+    losses = (positive_weights * (all_higher - positive_higher + all_as_high - positive_as_high)).sum(axis=1) / 2
+    precision = _ratio(positive_as_high, all_as_high, empty=0)
+    defined = np.where(negatives > 0, positives, 0)
+    return 1 - _ratio(losses, defined * negatives), _ratio((positive_weights * precision).sum(axis=1), defined)
 
 
 def probability_bins(probabilities: np.ndarray) -> np.ndarray:
-    """The bin, of `BINS` equally wide ones, each probability falls into; an edge belongs to the bin below."""
+    """Return which of `BINS` equally wide bins each probability is in; an edge belongs to the bin below."""
     return np.clip(np.ceil(probabilities * BINS).astype(int) - 1, 0, BINS - 1)
 
 
 def fitted_threshold(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Of two classes, the threshold on `scores (n,)`, the last one's probability, of the best balanced accuracy.
+    """Return the threshold on `scores (n,)`, the positive class's probability, with the best balanced accuracy.
 
-    It lies midway between neighbouring scores (0 and 1 among them), of several as good ones nearest to 0.5; None where
-    a class is missing. A slide is called positive at `score >= threshold`.
+    It is halfway between neighbouring scores (or a score and 0 or 1); of equally good ones, the nearest to 0.5. None if
+    a class is missing. A slide is positive at `score >= threshold`.
     """
     if not auc_is_defined(labels, 2):
         return None
     edges = np.unique(np.concatenate([[0.0, 1.0], scores]))
     thresholds = (edges[:-1] + edges[1:]) / 2
     negatives, positives = (np.sort(scores[labels == label].astype(np.float64)) for label in (0, 1))
-    missed, spared = (np.searchsorted(group, thresholds, "left") for group in (positives, negatives))
-    # Twice the balanced accuracy, times both counts: whole numbers, so that equals compare equal.
-    quality = (len(positives) - missed) * len(negatives) + spared * len(positives)
+    missed, rejected = (np.searchsorted(group, thresholds, "left") for group in (positives, negatives))
+    # Twice the balanced accuracy, times both counts: integers, so that equal thresholds compare equal.
+    quality = (len(positives) - missed) * len(negatives) + rejected * len(positives)
     best = thresholds[quality == quality.max()]
     return float(best[np.abs(best - 0.5).argmin()])
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray, class_weights: np.ndarray) -> float:
-    """Mean negative log-likelihood of the true classes, each slide weighted by its class."""
+    """Return the mean negative log-likelihood of the true classes, each slide weighted by its class."""
     likelihood = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, None)
     weights = class_weights[labels]
     return float((-np.log(likelihood) * weights).sum() / weights.sum())
 
 
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """`(C,)` weights that give each class that occurs the same total; counted on slides, not on chunks."""
+    """Return weights `(C,)` that give each class that occurs the same total, counted in slides, not chunks."""
     counts = np.bincount(labels, minlength=num_classes)
     return np.divide(len(labels), num_classes * counts, out=np.zeros(num_classes), where=counts > 0)
 
 
 def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Over the folds where the figure is defined; the standard deviation is the sample's (n - 1)."""
-    known = [value for value in values if value is not None]
-    if not known:
+    """Return mean and sample standard deviation (n - 1) over the folds where the metric is defined."""
+    defined = [value for value in values if value is not None]
+    if not defined:
         return None, None
-    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return float(np.mean(defined)), float(np.std(defined, ddof=1)) if len(defined) > 1 else None
 
 
 def auc_is_defined(labels: np.ndarray, num_classes: int) -> bool:
@@ -138,16 +140,16 @@ def _decisions(
 ) -> dict[str, np.ndarray]:
     pairs = _group_sums(weights, labels * num_classes + predicted, num_classes**2)
     counts = pairs.reshape(-1, num_classes, num_classes)
-    hits, true, called = counts.diagonal(axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)
+    correct, true, assigned = counts.diagonal(axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)
     total = true.sum(axis=1)
-    sensitivity = _ratio(hits, true)
-    others = total[:, None] - true
-    specificity = _ratio(others - called + hits, others)
+    sensitivity = _ratio(correct, true)
+    negatives = total[:, None] - true
+    specificity = _ratio(negatives - assigned + correct, negatives)
     present = true > 0
     figures = {
-        "accuracy": _ratio(hits.sum(axis=1), total),
+        "accuracy": _ratio(correct.sum(axis=1), total),
         "balanced_accuracy": _ratio(np.where(present, sensitivity, 0).sum(axis=1), present.sum(axis=1)),
-        "f1_macro": _ratio(_ratio(2 * hits, true + called, empty=0).sum(axis=1), present.sum(axis=1)),
+        "f1_macro": _ratio(_ratio(2 * correct, true + assigned, empty=0).sum(axis=1), present.sum(axis=1)),
     }
     for index, name in enumerate(class_names):
         figures[f"sensitivity_{name}"], figures[f"specificity_{name}"] = sensitivity[:, index], specificity[:, index]
@@ -155,7 +157,7 @@ def _decisions(
 
 
 def _group_sums(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """`values (B, n)` summed over each of the `groups (n,)`: `(B, num_groups)`."""
+    """Return the sums `(B, num_groups)` of `values (B, n)` over each of the `groups (n,)`."""
     return values @ (groups[:, None] == np.arange(num_groups))
 
 

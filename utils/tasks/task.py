@@ -1,6 +1,6 @@
-"""What is predicted of a slide, as one object: all that depends on it is asked of a `Task`.
+"""`Task`: what is predicted of a slide, and everything that depends on it.
 
-Nothing here imports PyTorch before a loss or an activation is asked for.
+PyTorch is imported only for a loss or an activation.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ Figures = dict[str, float | None]
 
 
 class Task(ABC):
-    """How targets, loss, values and figures are made.
+    """Defines targets, loss, values and metrics.
 
-    A slide's target is what the label table says of it. A model's logits `(C,)` for a slide become its values `(C,)`.
+    A slide's target comes from the label table. A model's logits `(C,)` for a slide become its values `(C,)`.
 
     Attributes
-        drawings: the figures drawn of predictions, by the names that `evaluation.figures` knows them by.
-        shown_metrics: the metrics of validation and of closing tables.
-        calibration_metrics: those that calibration is there to improve.
-        lower_is_better: metrics of which a smaller value is better.
+        figure_names: the figures of predictions, from `evaluation.prediction_figures`.
+        main_metrics: the metrics of validation and of closing tables.
+        calibration_metrics: the metrics that calibration should improve.
+        lower_is_better: the metrics of which a smaller value is better.
     """
 
-    drawings: ClassVar[tuple[str, ...]]
-    shown_metrics: ClassVar[tuple[str, ...]]
+    figure_names: ClassVar[tuple[str, ...]]
+    main_metrics: ClassVar[tuple[str, ...]]
     calibration_metrics: ClassVar[tuple[str, ...]]
     lower_is_better: ClassVar[tuple[str, ...]]
 
     @property
     @abstractmethod
     def outputs(self) -> tuple[str, ...]:
-        """Return the names of the C outputs, as columns and records have them."""
+        """Return the names of the C outputs in columns and records."""
 
     @property
     @abstractmethod
@@ -46,7 +46,7 @@ class Task(ABC):
 
     @abstractmethod
     def target(self, text: str) -> int:
-        """Return the target that a cell of the label table stands for. Raise ValueError for one that is none."""
+        """Return the target for a cell of the label table. Raise ValueError if it is not a valid target."""
 
     @property
     @abstractmethod
@@ -55,19 +55,19 @@ class Task(ABC):
 
     @abstractmethod
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """Return `(n,)` int, the stratum of each slide: every fold gets its share of each."""
+        """Return the stratum `(n,)` int of each slide; folds are balanced over the strata."""
 
     @abstractmethod
     def loss_weights(self, targets: np.ndarray) -> np.ndarray:
-        """Return the weights of the loss, from the targets `(n,)` of the training slides."""
+        """Return the weights of the loss for training slides with these targets `(n,)`."""
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Return the loss `(B,)` of each bag: logits `(B, C)`, targets `(B,)`, weights as `loss_weights` gives them."""
+        """Return the loss `(B,)` of each bag; logits are `(B, C)`, targets `(B,)`, weights from `loss_weights`."""
 
     @abstractmethod
     def activate(self, logits: Tensor) -> np.ndarray:
-        """Return the values `(..., C)` in float64 of logits `(..., C)`."""
+        """Return the values `(..., C)` in float64 for logits `(..., C)`."""
 
     @abstractmethod
     def metrics(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -75,45 +75,45 @@ class Task(ABC):
 
     @abstractmethod
     def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:
-        """Return the loss and the shown metrics of slides that were held back; `weights` are those of the loss."""
+        """Return the loss and the main metrics of validation slides; `weights` are those of the loss."""
 
     @abstractmethod
     def why_undefined(self, metric: str, targets: np.ndarray) -> str:
-        """Return why a metric is undefined for these targets; empty where it is defined."""
+        """Return why a metric is undefined for these targets; "" if it is defined."""
 
     @abstractmethod
-    def fit_inner(self, targets: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
-        """Return the `threshold` and the `temperature` fitted to inner validation slides; None where there is none."""
+    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
+        """Fit the `threshold` and the `temperature` to inner validation slides and return them; None if undefined."""
 
     @abstractmethod
     def decide(self, values: np.ndarray, threshold: float | None = None) -> np.ndarray:
-        """Return `(n,)` int, what values `(n, C)` decide for."""
+        """Return the decision `(n,)` int for values `(n, C)`."""
 
     @abstractmethod
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
-        """Return the metrics that look at decisions alone."""
+        """Return the metrics that depend on the decisions only."""
 
     @abstractmethod
     def calibrate(self, values: np.ndarray, temperature: float) -> np.ndarray:
-        """Return the values `(..., C)`, calibrated."""
+        """Return the calibrated values `(..., C)`."""
 
     @abstractmethod
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the rows most worth a look, the most telling first, by the kind of what they show."""
+        """Return the rows to look at first, by kind ("surest wrong"), each kind in order of interest."""
 
     @abstractmethod
     def table(self, pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]) -> str:
-        """Return the metrics that are not shown in the closing table, as a table of their own."""
+        """Return a table of the metrics that the closing table leaves out."""
 
     @abstractmethod
-    def closing_words(self, results: Mapping[str, Any]) -> list[str]:
+    def closing_sentences(self, results: Mapping[str, Any]) -> list[str]:
         """Return the sentences below the closing table of an `outputs.json` or `scores.json`."""
 
-    def plain_metrics(self, targets: np.ndarray, values: np.ndarray) -> Figures:
-        """Return every metric of the slides; None where it is undefined."""
-        return plain(self.metrics(targets, values, np.ones((1, len(targets)))))
+    def unweighted_metrics(self, targets: np.ndarray, values: np.ndarray) -> Figures:
+        """Return every metric of the slides; None if it is undefined."""
+        return single(self.metrics(targets, values, np.ones((1, len(targets)))))
 
 
-def plain(figures: Mapping[str, np.ndarray]) -> Figures:
-    """Return the first of each metric's `(B,)` values, None for NaN."""
+def single(figures: Mapping[str, np.ndarray]) -> Figures:
+    """Return each metric, given as `(1,)`, as a number; None for NaN."""
     return {name: None if np.isnan(value[0]) else float(value[0]) for name, value in figures.items()}

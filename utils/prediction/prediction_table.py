@@ -22,7 +22,7 @@ from utils.core.settings import FIGURE_FORMAT, SEED
 from utils.evaluation.closing_table import figures_row, intervals_row, task_of, text_table
 from utils.evaluation.outputs import write_table
 from utils.evaluation.predictions import Predictions
-from utils.prediction.records import ENDING
+from utils.prediction.existing_records import ENDING
 from utils.tasks.classification import Classification
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class PredictedSlides:
 
     def draw(self, folder: Path, formats: Sequence[str]) -> None:
         """Draw ROC, precision and recall, confusion matrix and calibration of the labelled slides."""
-        from utils.evaluation.figures import prediction_figures
+        from utils.evaluation.prediction_figures import prediction_figures
 
         write_figures(folder, prediction_figures(self.predictions()), formats)
 
@@ -198,7 +198,7 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
 
 def _clear_scores(folder: Path, overwrite: bool) -> None:
     """Set aside scores of other slides, labels or settings, and their figures, or delete them with `overwrite`."""
-    figures = [path for name in Classification.drawings for path in figure_paths(folder / name, FORMATS)]
+    figures = [path for name in Classification.figure_names for path in figure_paths(folder / name, FORMATS)]
     paths = [path for path in [folder / SCORES, *figures] if path.exists()]
     if overwrite:
         for path in paths:
@@ -214,11 +214,11 @@ _SEED = derive_seed(SEED, "bootstrap")
 def scores_text(scores: Mapping[str, Any]) -> str:
     """Return the closing words about the scores of `scores.json`."""
     task = task_of(scores)
-    metrics = task.shown_metrics
+    metrics = task.main_metrics
     blocks = [[figures_row("slides", scores["pooled"], metrics), intervals_row(scores["intervals_95"], metrics)]]
     counts = f"{scores['n_slides']} slides of {scores['n_cases']} patients."
     words = [f"{counts} The 95% intervals come from resampling patients and are conditional on the trained models."]
-    words += task.closing_words(scores)
+    words += task.closing_sentences(scores)
     if scores["n_seen_in_training"]:
         words.append(_seen_words(scores["n_seen_in_training"]))
     if scores["unseen"] is not None:

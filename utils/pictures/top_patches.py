@@ -13,14 +13,13 @@ from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import Figure, patch_grid_figure
 from utils.slides.slide import Slide
 
-# More than this is no figure any more; files have no limit.
-GRID_PATCHES = 50
+GRID_PATCHES = 50  # of each kind in the figure; files have no limit
 _TABLE = "patches.csv"
 
 
 @dataclass(frozen=True)
-class ShownPatch:
-    """A patch at full resolution, `pixels (P, P, 3)`, and its index in the map."""
+class MapPatch:
+    """A patch of an attention map, by its index, with its `pixels (P, P, 3)` at full resolution."""
 
     index: int
     pixels: NDArray[np.uint8]
@@ -28,7 +27,7 @@ class ShownPatch:
 
 @dataclass(frozen=True)
 class PatchRecord:
-    """A line of the table beside the patches; `x` and `y` level-0 px of its top-left corner."""
+    """A row of `patches.csv`; `x` and `y` are level-0 px of the patch's top-left corner."""
 
     file: str
     rank: int
@@ -39,26 +38,26 @@ class PatchRecord:
     seen_in_training: bool | None
 
 
-def read_patches(slide: Slide, attention: AttentionMap, indices: NDArray[np.int64]) -> list[ShownPatch]:
-    """Read patches of a map, in the order of `indices`."""
+def read_patches(slide: Slide, attention: AttentionMap, indices: NDArray[np.int64]) -> list[MapPatch]:
+    """Read the patches with these indices."""
     size = attention.size_level0
     corners = attention.coords[indices].tolist()
     return [
-        ShownPatch(index, slide.read_region(x, y, 0, size, size))
+        MapPatch(index, slide.read_region(x, y, 0, size, size))
         for index, (x, y) in zip(indices.tolist(), corners, strict=True)
     ]
 
 
-def read_extremes(slide: Slide, attention: AttentionMap, count: int) -> tuple[list[ShownPatch], list[ShownPatch]]:
+def read_extremes(slide: Slide, attention: AttentionMap, count: int) -> tuple[list[MapPatch], list[MapPatch]]:
     """Read the `count` most attended patches, and as many of the least attended."""
     top, least = attention.top(count), attention.lowest(count)
     return read_patches(slide, attention, top), read_patches(slide, attention, least)
 
 
-def grid_figure(attention: AttentionMap, top: Sequence[ShownPatch], least: Sequence[ShownPatch], title: str) -> Figure:
-    """Draw the most and the least attended patches, at most 50 each, with rank, attention and place."""
+def grid_figure(attention: AttentionMap, top: Sequence[MapPatch], least: Sequence[MapPatch], title: str) -> Figure:
+    """Draw the most and the least attended patches, at most 50 each, with rank, attention and position."""
 
-    def captions(patches: Sequence[ShownPatch]) -> list[str]:
+    def captions(patches: Sequence[MapPatch]) -> list[str]:
         return [
             f"{attention.ranks[patch.index]}: {attention.attention[patch.index]:.3g}\nat ({x}, {y})"
             for patch in patches
@@ -71,7 +70,7 @@ def grid_figure(attention: AttentionMap, top: Sequence[ShownPatch], least: Seque
 
 
 def patch_records(attention: AttentionMap, count: int, seen_in_training: bool | None) -> list[PatchRecord]:
-    """Return the lines of the table: the `count` most attended patches, then as many of the least attended."""
+    """Return the rows of `patches.csv`: the `count` most attended patches, then as many of the least attended."""
     digits = len(str(len(attention)))
     records = []
     for kind, indices in (("top", attention.top(count)), ("least", attention.lowest(count))):
@@ -88,11 +87,11 @@ def patch_files(folder: Path, records: Sequence[PatchRecord]) -> list[Path]:
     return [folder / name for name in (*(record.file for record in records), _TABLE)]
 
 
-def write_patches(folder: Path, records: Sequence[PatchRecord], patches: Sequence[ShownPatch]) -> None:
-    """Write patches and their table in place of those of an earlier call."""
+def write_patches(folder: Path, records: Sequence[PatchRecord], patches: Sequence[MapPatch]) -> None:
+    """Write the patches and their table, and remove the patches of an earlier call."""
     for kind in ("top", "least"):
-        for earlier in folder.glob(f"{kind}_*_x*_y*.png"):
-            earlier.unlink()
+        for path in folder.glob(f"{kind}_*_x*_y*.png"):
+            path.unlink()
     for record, patch in zip(records, patches, strict=True):
         with whole_file(folder / record.file) as unfinished:
             Image.fromarray(patch.pixels).save(unfinished, format="png")

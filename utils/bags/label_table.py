@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.bags.spelling import is_placeholder, spelled_alike
 from utils.core.cohorts import tcga_case
 from utils.core.errors import LabelsError, first_few, plural
-from utils.core.headers import DELIMITERS, SLIDE_NAMES, plain_header
+from utils.core.table_headers import DELIMITERS, SLIDE_NAMES, plain_header
 
 Row = dict[str, str]
 

@@ -15,12 +15,12 @@ from PIL import Image
 from tests.slides.conftest import PLACE_SIZE
 from tests.synthetic import place_image, place_of, stained_image, write_pyramid
 from utils.core.errors import SlideError
-from utils.slides import find, tiles, wsi
+from utils.slides import find, open_slides, tiles
 from utils.slides import slide as slide_module
 from utils.slides.find import find_slides, is_slide_file, slide_bytes
+from utils.slides.open_slides import open_slide
 from utils.slides.slide_mpps import read_slides_csv
 from utils.slides.tiles import TileReader
-from utils.slides.wsi import open_slide
 
 WIDTH, HEIGHT = PLACE_SIZE
 
@@ -93,8 +93,8 @@ def test_transparent_pixels_are_white_and_half_transparent_ones_half(tmp_path, n
 def test_the_slides_own_background_colour_is_used():
     rgba = np.zeros((1, 2, 4), dtype=np.uint8)
     rgba[0, 1] = (10, 20, 30, 255)
-    assert slide_module.opaque(rgba, wsi._background("E0E1E2")).tolist() == [[[224, 225, 226], [10, 20, 30]]]
-    assert wsi._background(None) == wsi._background("no colour") == (255, 255, 255)
+    assert slide_module.opaque(rgba, open_slides._background("E0E1E2")).tolist() == [[[224, 225, 226], [10, 20, 30]]]
+    assert open_slides._background(None) == open_slides._background("no colour") == (255, 255, 255)
 
 
 def test_a_thumbnail_is_the_slide_averaged(place_slide):
@@ -162,7 +162,7 @@ def test_quick_hash_follows_the_content_not_the_name(tmp_path):
     for name, data in {"a": content, "b": content, "longer": content + b"\0", "end": changed_end}.items():
         path = tmp_path / name
         path.write_bytes(data)
-        slide = wsi.Slide()
+        slide = open_slides.Slide()
         slide.path = path
         digests[name] = slide.quick_hash()
     assert digests["a"] == digests["b"]
@@ -530,7 +530,7 @@ def test_a_slide_that_travels_keeps_what_the_user_said_of_it(tmp_path):
     with open_slide(path, 0.7) as slide:
         slide.read_level(0, 0, 0, 5, 5)
         with pickle.loads(pickle.dumps(slide)) as copy:  # noqa: S301 - our own bytes
-            assert (copy.mpp, copy.told_mpp, copy.mpp_problem) == (0.7, 0.7, None)
+            assert (copy.mpp, copy.user_mpp, copy.mpp_problem) == (0.7, 0.7, None)
             np.testing.assert_array_equal(copy.read_level(1, 9, 9, 20, 20), slide.read_level(1, 9, 9, 20, 20))
 
 
@@ -569,7 +569,7 @@ def test_the_users_mpp_wins_and_silences_the_files(tmp_path, caplog):
         assert (slide.mpp, slide.mpp_problem) == (0.5, None)
     assert not caplog.records
     with open_slide(path) as slide:
-        assert (slide.mpp, slide.told_mpp) == (None, None)
+        assert (slide.mpp, slide.user_mpp) == (None, None)
         assert slide.mpp_problem == "300 um/px in the file is not plausible (0.05 to 40)"
     assert len(caplog.records) == 1
     for mpp in (0, -1, 0.01, 50, float("nan")):

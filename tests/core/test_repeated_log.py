@@ -1,12 +1,12 @@
 """Log lines that differ in their file alone are said once, with a count."""
 
-from utils.core.remarks import alike_once
+from utils.core.repeated_log import log_repeats_once
 from utils.core.runtime import log
 
 
 def test_equal_reasons_are_told_once_with_a_count(caplog):
     caplog.set_level("INFO", "litemil")
-    with alike_once():
+    with log_repeats_once():
         for number in range(117):
             log.warning("%s: its um/px is unknown (%s)", f"slides/s{number:03d}.png", "not in the file")
         log.warning("%s: its um/px is unknown (%s)", "slides/s000.png", "not in the file")

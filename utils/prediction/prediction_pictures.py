@@ -9,10 +9,10 @@ import torch
 from utils.bags.store import Bag, StoredBag, is_feature_file
 from utils.core.errors import ConfigError, SlideError
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.overlay import Look
-from utils.pictures.picture_set import PictureSet, set_paths
-from utils.pictures.placement import check_drawable, check_patches_fit
+from utils.pictures.overlay import MapStyle
+from utils.pictures.picture_set import PictureSet, picture_paths
 from utils.pictures.settings import Pictures
+from utils.pictures.slide_match import check_drawable, check_patches_fit
 from utils.prediction.inputs import PredictionFiles
 from utils.prediction.settings import PredictionRecipe
 from utils.prediction.slide_prediction import SlidePrediction
@@ -31,7 +31,7 @@ class PredictionPictures:
     ) -> None:
         self.settings, self.recipe, self.allow_renamed = settings, recipe, files.settings.allow_mismatch
         self.formats = files.settings.figure_format
-        self.look = Look(settings.cmap, settings.alpha, settings.scale, device)
+        self.style = MapStyle(settings.cmap, settings.alpha, settings.scale, device)
         wsi, is_single = settings.wsi, files.settings.input is not None
         self._slides: dict[str, Path] | None = None
         if files.are_raw:
@@ -75,7 +75,7 @@ class PredictionPictures:
 
     def paths(self, folder: Path, name: str) -> list[Path]:
         """Return the paths of a slide's pictures."""
-        return set_paths(folder, name, self.formats)
+        return picture_paths(folder, name, self.formats)
 
     def pictures(
         self, slide: Slide, folder: Path, prediction: SlidePrediction, size_level0: int, record: Mapping[str, Any]
@@ -85,4 +85,6 @@ class PredictionPictures:
         assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
         attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0)
         check_patches_fit(slide, coords, attention_map.attention, size_level0)
-        return PictureSet(slide, folder, attention_map, attention, record, self.look, self.settings.top_k, self.formats)
+        return PictureSet(
+            slide, folder, attention_map, attention, record, self.style, self.settings.top_k, self.formats
+        )

@@ -1,4 +1,4 @@
-"""Whether patches belong to a slide, and how large they are on it."""
+"""Check that patches belong to a slide, and find their size on it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +11,8 @@ from utils.bags.store import Bag, StoredBag
 from utils.core.differences import differences, first_differences
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import level0_size
+from utils.slides.open_slides import opened
 from utils.slides.slide import Slide
-from utils.slides.wsi import opened
 
 
 def check_drawable(
@@ -26,9 +26,9 @@ def check_drawable(
 ) -> int:
     """Check that the patches of `bag`, read from `source`, belong to a slide, and return their edge in level-0 px.
 
-    The slide is compared with what the bag records of it; where it records nothing, its name must be the file's, unless
-    `allow_renamed`. `patch_size` and `level` give the edge of a bag that does not. Raises FeatureFileError for a bag
-    without coordinates, or of another slide; ConfigError where the size is unknown; SlideError.
+    The slide is compared with the bag's record of it; without a record, the slide and the file must have the same name,
+    unless `allow_renamed`. `patch_size` and `level` are for a bag that does not record the edge. Raises
+    FeatureFileError for a bag without coordinates or of another slide, ConfigError if the edge is unknown, SlideError.
     """
     if bag.coords is None:
         reason = f" ({bag.coords_withheld})" if bag.coords_withheld else ""
@@ -37,33 +37,33 @@ def check_drawable(
         )
     with opened(wsi) as slide:
         _check_same_slide(slide, source, bag.passport.slide if bag.passport else {}, allow_renamed)
-        size = bag.patch_size_level0 or _footprint(slide, source, patch_size, level or 0)
-        _check_reach(slide, bag.coords, size)
+        size = bag.patch_size_level0 or _size_level0(slide, source, patch_size, level or 0)
+        _check_on_slide(slide, bag.coords, size)
     return size
 
 
 def _check_same_slide(slide: Slide, source: Path, record: Mapping[str, Any], allow_renamed: bool) -> None:
-    """Raise FeatureFileError unless the slide is the one that a feature file records, or bears its name."""
-    now = {
+    """Raise FeatureFileError unless the slide agrees with a feature file's record, or has the file's name."""
+    actual = {
         "width": slide.width,
         "height": slide.height,
         "bounds": list(slide.bounds) if slide.bounds else None,
         "quick_hash": slide.quick_hash(),
     }
-    unlike = differences(record, now, now)
-    if unlike:
+    mismatches = differences(record, actual, actual)
+    if mismatches:
         raise FeatureFileError(
-            f"{slide.path}: not the slide that {source} was made from ({first_differences(unlike)}); "
+            f"{slide.path}: not the slide that {source} was made from ({first_differences(mismatches)}); "
             f"give slide {record.get('name')} with --wsi"
         )
     if record.get("quick_hash") is None and slide.name != source.stem and not allow_renamed:
         raise FeatureFileError(
-            f"{slide.path}: is not called as {source}, which does not tell what slide it was made from; "
+            f"{slide.path}: is not called as {source}, which does not record what slide it was made from; "
             f"give slide {source.stem} with --wsi, or --allow_mismatch for one that was renamed"
         )
 
 
-def _footprint(slide: Slide, source: Path, patch_size: int | None, level: int) -> int:
+def _size_level0(slide: Slide, source: Path, patch_size: int | None, level: int) -> int:
     if patch_size is None:
         raise ConfigError(f"{source}: does not record the patch size; give --patch_size, and --level if not 0")
     slide.check_level(level)
@@ -71,17 +71,17 @@ def _footprint(slide: Slide, source: Path, patch_size: int | None, level: int) -
 
 
 def check_patches_fit(slide: Slide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int) -> None:
-    """Raise FeatureFileError unless the patches can be this slide's, each with its attention."""
+    """Raise FeatureFileError unless each patch has its attention and lies on the slide."""
     if attention.shape != (len(coords),):
         raise FeatureFileError(f"{slide.path}: {len(coords)} patches but attention of shape {attention.shape}")
-    _check_reach(slide, coords, patch_size_level0)
+    _check_on_slide(slide, coords, patch_size_level0)
 
 
-def _check_reach(slide: Slide, coords: NDArray[np.int64], patch_size_level0: int) -> None:
-    start, reach = coords.min(axis=0), coords.max(axis=0) + patch_size_level0
-    # A patch size rounded to level-0 pixels may reach one beyond the edge.
-    if start.min() < 0 or reach[0] > slide.width + 1 or reach[1] > slide.height + 1:
+def _check_on_slide(slide: Slide, coords: NDArray[np.int64], patch_size_level0: int) -> None:
+    low, high = coords.min(axis=0), coords.max(axis=0) + patch_size_level0
+    # A patch size rounded to level-0 pixels may extend one px beyond the edge.
+    if low.min() < 0 or high[0] > slide.width + 1 or high[1] > slide.height + 1:
         raise FeatureFileError(
             f"{slide.path}: is {slide.width} x {slide.height} px, but the patches reach from "
-            f"{start.tolist()} to {reach.tolist()}; give the slide that the features were made from with --wsi"
+            f"{low.tolist()} to {high.tolist()}; give the slide that the features were made from with --wsi"
         )

@@ -51,14 +51,14 @@ def open_slide(path: Path | str, mpp: float | None = None) -> "Slide":
         raise SlideError(f"{path}: {mpp:g} um/px, given for it, is not plausible ({low:g} to {high:g}); correct it")
     _check_file(path)
     slide = _opened(path)
-    slide.told_mpp, slide.opened_by = mpp, open_slide
+    slide.user_mpp, slide.opened_by = mpp, open_slide
     try:
         own = slide.file_resolution()
     except BaseException:
         slide.close()
         raise
     resolution = own if mpp is None else Resolution(mpp)
-    slide.mpp, slide.mpp_problem, slide.own_mpp = resolution.mpp, resolution.problem, own.mpp
+    slide.mpp, slide.mpp_problem, slide.file_mpp = resolution.mpp, resolution.problem, own.mpp
     if resolution.doubt or resolution.problem not in (None, NOT_IN_FILE):
         log.warning("%s: %s", path, resolution.doubt or f"{resolution.problem}; its um/px is taken as unknown")
     return slide

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from tests.pictures.test_report import CHROMIUM
-from utils.pictures import index
-from utils.pictures.index import IndexRow, write_index
+from tests.pictures.test_report_page import CHROMIUM
+from utils.pictures import index_page
+from utils.pictures.index_page import IndexRow, write_index
 
 ROWS = [
     IndexRow("s10", "a", {"a": 0.9, "b": 0.1}, 100, "s10_report.html", "a", "P1", False),
@@ -35,7 +35,7 @@ def test_every_slide_has_a_row_with_what_is_known_of_it(page):
     cells = [re.findall("<td>(.*?)</td>", line) for line in text.splitlines() if line.startswith("<tr")]
     assert cells[1] == ["", '<a href="s2_report.html">s2</a>', "b", "0.800", "0.800", "a", "no", "P2", "20", "yes"]
     assert cells[2][5:] == ["", "", "", "3", "unknown"]
-    assert "1 a, 2 b; 1 of 2 with a label as the label says (50%); 1 seen in training, which prove nothing" in text
+    assert "1 a, 2 b; 1 of 2 labelled slides correct (50%); 1 seen in training, which prove nothing" in text
     assert "For research, not a diagnosis." in text
     bare = page([replace(row, label="", case_id="") for row in ROWS])
     assert "<button>label</button>" not in bare
@@ -48,7 +48,7 @@ def test_pictures_are_part_of_the_page_unless_they_are_many(page, tmp_path, monk
     text = page(rows)
     assert not re.search(r'src="(?!data:image/jpeg;base64,)|url\(|@import|https?://', text)
     assert text.count("<img") == 1
-    monkeypatch.setattr(index, "_MOST_BYTES", 10)
+    monkeypatch.setattr(index_page, "_MOST_BYTES", 10)
     assert 'src="s10%20%25_thumbnail.jpg" loading="lazy"' in page(rows)
 
 
@@ -98,7 +98,7 @@ addEventListener("load", () => {
   head("label").click(); seen.empty_last = names();
   set("filter", "p2"); seen.text = names(); set("filter", "");
   set("class", "a"); seen.class = names(); set("class", "");
-  set("correct", "wrong"); seen.wrong = names(); seen.shown = document.getElementById("shown").textContent;
+  set("correct", "wrong"); seen.wrong = names(); seen.shown = document.getElementById("count").textContent;
   set("correct", ""); seen.all = names().length;
   document.getElementById("outcome").textContent = JSON.stringify(seen);
 });

@@ -1,4 +1,4 @@
-"""What an audit asks about the feature files: whether they are there, sound, different, and made in one way."""
+"""Audit the feature files of a cohort: missing or damaged files, copies, scale of features, bag sizes, recipes."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.auditing.findings import AuditedBag, AuditedSlide, Finding, Level, by_class, fields, slides_text
+from utils.auditing.findings import AuditedBag, AuditedSlide, Finding, Level, by_class, field_names, slides_text
 from utils.bags import labels
 from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import root_mean_square
@@ -20,19 +20,17 @@ from utils.core.files import digest
 from utils.core.passport import Passport
 from utils.core.recipe import COMPARED_FIELDS, MPP_TOLERANCE
 from utils.core.runtime import progress
-from utils.learning.scale import why_unusual
+from utils.learning.standardization import why_unusual
 
 SMALL_BAG = 10
-# The features of all slides are read, or of as many as take so many bytes.
-_MOST_READ = 4e9
-# Damaged files beyond so many are counted in one line.
-_MOST_LINES = 20
+_MOST_READ = 4e9  # bytes of features; of larger cohorts, only every k-th slide is read
+_MOST_LINES = 20  # damaged files with a line of their own; the others are counted
 
 
 def check_files(
     slides: Sequence[AuditedSlide], folder: FeatureFolder, feat_type: str, wsi_ids: Collection[str], level: Level
 ) -> tuple[list[Finding], list[AuditedBag]]:
-    """The findings, and the slides whose files open, with what those say of themselves."""
+    """Return the findings, and the slides whose feature files open."""
     bags, missing, damaged = [], [], {}
     for slide in progress(slides, "Looking at feature files", unit="slide", leave=False):
         try:
@@ -67,70 +65,69 @@ def check_files(
 
 
 def check_content(bags: Sequence[AuditedBag], feat_type: str, classes: Sequence[str]) -> list[Finding]:
-    """Slides whose features are the same numbers; only files alike in size are read."""
-    alike = Counter((bag.info.num_instances, bag.info.dim) for bag in bags)
-    suspects = [bag for bag in bags if alike[bag.info.num_instances, bag.info.dim] > 1]
+    """Find slides with equal features; only bags of equal shape are read."""
+    sizes = Counter((bag.info.num_instances, bag.info.dim) for bag in bags)
+    candidates = [bag for bag in bags if sizes[bag.info.num_instances, bag.info.dim] > 1]
     findings: list[Finding] = []
-    same: dict[str, list[AuditedBag]] = defaultdict(list)
-    for bag in progress(suspects, "Comparing bags of one size", unit="slide", leave=False):
+    by_digest: dict[str, list[AuditedBag]] = defaultdict(list)
+    for bag in progress(candidates, "Comparing bags of one size", unit="slide", leave=False):
         try:
-            same[_content_digest(bag.path, feat_type)].append(bag)
+            by_digest[_content_digest(bag.path, feat_type)].append(bag)
         except FeatureFileError as error:
             findings.append(Finding("error", "files", str(error), {"slide": bag.wsi_id}))
-    copies = [group for group in same.values() if len(group) > 1]
+    copies = [group for group in by_digest.values() if len(group) > 1]
     for group in copies:
-        across = len({bag.case_id for bag in group}) > 1 or len({bag.label for bag in group}) > 1
-        what = "the same features under several patients or labels" if across else "the same features more than once"
-        told = first_few([f"{bag.wsi_id} ({bag.case_id}, {classes[bag.label]})" for bag in group])
+        leaks = len({bag.case_id for bag in group}) > 1 or len({bag.label for bag in group}) > 1
+        fault = "the same features under several patients or labels" if leaks else "the same features more than once"
+        names = first_few([f"{bag.wsi_id} ({bag.case_id}, {classes[bag.label]})" for bag in group])
         details = {"slides": [bag.wsi_id for bag in group]}
-        findings.append(Finding("error" if across else "warning", "content", f"{what}: {told}; keep one", details))
+        findings.append(Finding("error" if leaks else "warning", "content", f"{fault}: {names}; keep one", details))
     if bags and not copies:
-        findings.append(Finding("ok", "content", "no two slides have the same features", {"read": len(suspects)}))
+        findings.append(Finding("ok", "content", "no two slides have the same features", {"read": len(candidates)}))
     return findings
 
 
 def _content_digest(path: Path, feat_type: str) -> str:
     features = read_bag(path, feat_type).features
-    with np.errstate(over="ignore"):  # one precision for all, so that a copy stored in another is found
+    with np.errstate(over="ignore"):  # one precision for all, so that a copy in another precision has the same digest
         half = features.astype(np.float16)
-    told = half if np.isfinite(half).all() else features
-    return digest(str(features.shape), told.tobytes())
+    return digest(str(features.shape), (half if np.isfinite(half).all() else features).tobytes())
 
 
 def check_scale(bags: Sequence[AuditedBag], feat_type: str) -> list[Finding]:
-    """Whether features can be read, and are of the scale that models are initialised for."""
-    findings, squares = [], []
+    """Check that features can be read, and have the scale that models are initialised for."""
+    findings, scales = [], []
     every = max(1, math.ceil(sum(bag.info.nbytes for bag in bags) / _MOST_READ))
     for bag in progress(bags[::every], "Reading features", unit="slide", leave=False):
         try:
-            squares.append(root_mean_square(torch.from_numpy(read_bag(bag.path, feat_type).features)))
+            scales.append(root_mean_square(torch.from_numpy(read_bag(bag.path, feat_type).features)))
         except FeatureFileError as error:
             findings.append(Finding("error", "files", str(error), {"slide": bag.wsi_id}))
-    if not squares:
+    if not scales:
         return findings
-    median = float(np.median(squares))
-    of = plural(len(squares), "slide") + (f"; of {len(bags)}, others were not read" if every > 1 else "")
-    details = {"rms": median, "read": len(squares)}
-    why = why_unusual(np.array(squares), bags[0].info.dim)
-    if why is None:
-        message = f"the features' root mean square is {median:.3g} (median of {of}), as models expect"
+    median = float(np.median(scales))
+    slides = plural(len(scales), "slide") + (f"; of {len(bags)}, others were not read" if every > 1 else "")
+    details = {"rms": median, "read": len(scales)}
+    reason = why_unusual(np.array(scales), bags[0].info.dim)
+    if reason is None:
+        message = f"the features' root mean square is {median:.3g} (median of {slides}), as models expect"
         return [*findings, Finding("ok", "scale", message, details)]
-    message = f"{why} ({of}); train standardises them unless told --standardize off"
+    message = f"{reason} ({slides}); train standardises them unless told --standardize off"
     return [*findings, Finding("warning", "scale", message, details)]
 
 
 def check_bags(bags: Sequence[AuditedBag], classes: Sequence[str]) -> list[Finding]:
     findings = []
-    for name, mine in by_class(bags, classes).items():
-        if mine:
-            spread = quartiles(bag.info.num_instances for bag in mine)
-            told = f"{spread['least']:.0f} to {spread['greatest']:.0f} patches a slide, median {spread['median']:.0f}"
-            middle = f"the middle half {spread['lower_quartile']:.0f} to {spread['upper_quartile']:.0f}"
-            findings.append(Finding("info", "bags", f"{name}: {told}, {middle}", {"class": name} | spread))
+    for name, class_bags in by_class(bags, classes).items():
+        if class_bags:
+            sizes = quartiles(bag.info.num_instances for bag in class_bags)
+            span = f"{sizes['least']:.0f} to {sizes['greatest']:.0f} patches a slide, median {sizes['median']:.0f}"
+            middle = f"the middle half {sizes['lower_quartile']:.0f} to {sizes['upper_quartile']:.0f}"
+            findings.append(Finding("info", "bags", f"{name}: {span}, {middle}", {"class": name} | sizes))
     small = {bag.wsi_id: bag.info.num_instances for bag in bags if bag.info.num_instances < SMALL_BAG}
     if small:
-        told = first_few([f"{wsi_id} ({size})" for wsi_id, size in small.items()])
-        message = f"{plural(len(small), 'slide')} of fewer than {SMALL_BAG} patches: {told}; look at their tissue masks"
+        ids = first_few([f"{wsi_id} ({size})" for wsi_id, size in small.items()])
+        message = f"{plural(len(small), 'slide')} of fewer than {SMALL_BAG} patches: {ids}; look at their tissue masks"
         findings.append(Finding("warning", "bags", message, {"slides": small}))
     return findings
 
@@ -142,15 +139,14 @@ def check_recipes(bags: Sequence[AuditedBag]) -> list[Finding]:
         message = f"features of different widths: {slides_text(widths)}; extract all slides with one backbone"
         findings.append(Finding("error", "recipe", message, {"slides": widths}))
     recorded = {bag.wsi_id: bag.info.passport for bag in bags if bag.info.passport}
-    for name in fields(passport.recipe.as_dict() for passport in recorded.values()):
+    for name in field_names(passport.recipe.as_dict() for passport in recorded.values()):
         values = _differing({wsi_id: passport.recipe[name] for wsi_id, passport in recorded.items()})
         if values:
-            encodes = name in COMPARED_FIELDS
-            remedy = "extract all slides with one recipe" if encodes else "make sure that this is meant"
+            changes_features = name in COMPARED_FIELDS
+            remedy = "extract all slides with one recipe" if changes_features else "make sure that this is meant"
             message = f"{name} differs: {slides_text(values)}; {remedy}"
-            findings.append(Finding("error" if encodes else "warning", "recipe", message, {"slides": values}))
-    known = [passport.slide.get("mpp_delivered") for passport in recorded.values()]
-    mpps = [mpp for mpp in known if mpp is not None]
+            findings.append(Finding("error" if changes_features else "warning", "recipe", message, {"slides": values}))
+    mpps = [passport.slide["mpp_delivered"] for passport in recorded.values() if _has_mpp(passport)]
     if mpps and max(mpps) > min(mpps) * (1 + MPP_TOLERANCE):
         message = f"patches were read at {min(mpps):.4g} to {max(mpps):.4g} um/px, more than {MPP_TOLERANCE:.0%} apart"
         findings.append(Finding("warning", "recipe", f"{message}; extract all slides at one resolution"))
@@ -164,8 +160,8 @@ def check_recipes(bags: Sequence[AuditedBag]) -> list[Finding]:
 
 
 def _check_unknown_mpp(recorded: Mapping[str, Passport]) -> list[Finding]:
-    """Slides of which nobody knows how large their patches are: at one pixel size they may show different scales."""
-    unknown = [wsi_id for wsi_id, passport in recorded.items() if passport.slide.get("mpp_delivered") is None]
+    """Warn of slides of unknown um/px: their patches may show another magnification."""
+    unknown = [wsi_id for wsi_id, passport in recorded.items() if not _has_mpp(passport)]
     if not unknown:
         return []
     message = (
@@ -176,8 +172,12 @@ def _check_unknown_mpp(recorded: Mapping[str, Passport]) -> list[Finding]:
     return [Finding("warning", "recipe", message, {"slides": unknown})]
 
 
+def _has_mpp(passport: Passport) -> bool:
+    return passport.slide.get("mpp_delivered") is not None
+
+
 def _differing(value_of: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The slides of each value, the commonest first; empty where all known values agree."""
+    """Return the slides of each value, the most common value first; empty if all known values agree."""
     slides_of: dict[str, list[str]] = defaultdict(list)
     for wsi_id, value in value_of.items():
         if value is not None:

@@ -1,4 +1,4 @@
-"""One self-contained page of a prediction: slide and attention to zoom into, patches to open, and how it was made."""
+"""Write the report page of one prediction: a zoomable slide with attention, the patches, and how it was made."""
 
 import base64
 import io
@@ -12,30 +12,30 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.page import write_page
+from utils.core.html_page import write_page
 from utils.core.runtime import versions
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.caption import Caption
-from utils.pictures.overlay import Look, Overlay, Picture
-from utils.pictures.patches import ShownPatch
+from utils.pictures.overlay import MapStyle, Overlay, Picture
+from utils.pictures.prediction_caption import Caption
+from utils.pictures.top_patches import MapPatch
 
-_TEMPLATE = Path(__file__).with_name("report.html")
-_TRANSPARENT = 255  # of the overlay's palette; the colours take the others
-_QUALITY = 88
-# What keeps the page one that opens at once: patches in a gallery, their px, and what both galleries' images may take.
+_TEMPLATE = Path(__file__).with_name("report_page.html")
+_TRANSPARENT = 255  # index in the overlay's palette; colours are the others
+_QUALITY = 88  # of JPEGs
+# Limits that keep the page fast to open: patches of a gallery, their sides in px, bytes of all their images.
 _PATCHES, _PATCH_SIDES, _GALLERY_BYTES = 24, (1024, 768, 512, 384, 256, 192), 8_000_000
 
 
 def write_report(
-    path: Path, slide: str, overlay: Overlay, caption: Caption, top: Sequence[ShownPatch], least: Sequence[ShownPatch]
+    path: Path, slide: str, overlay: Overlay, caption: Caption, top: Sequence[MapPatch], least: Sequence[MapPatch]
 ) -> None:
-    """Write the page of a slide; it loads nothing from elsewhere.
+    """Write the page of a slide; it is self-contained.
 
-    Of the most attended patches `top` and the `least` attended ones the first 24 are shown, the larger and the more
-    they are the smaller.
+    The first 24 of the most attended patches `top` and of the `least` attended ones are shown, reduced if together they
+    are too large.
     """
-    picture, attention, look = overlay.picture, overlay.attention, overlay.look
+    picture, attention, style = overlay.picture, overlay.attention, overlay.style
     h, w = picture.shape
     galleries = _encoded(top[:_PATCHES], least[:_PATCHES])
     values = {
@@ -45,13 +45,13 @@ def write_report(
         "notes": caption.notes,
         "width_px": w,
         "height_px": h,
-        "opacity": round(100 * look.alpha),
+        "opacity": round(100 * style.alpha),
         "slide_image": _jpeg(picture.thumbnail),
         "heat_image": _heat_png(overlay),
-        "heat_alt": f"Attention by colour; {attention.half} of {len(attention)} patches hold half of it",
-        "scale_image": _colour_scale(look),
-        "scale_high": f"{attention.attention.max():.3g}" if look.scale == "attention" else "100",
-        "scale_text": look.label(attention),
+        "heat_alt": f"Attention by colour; {attention.half_count} of {len(attention)} patches hold half of it",
+        "scale_image": _colour_scale(style),
+        "scale_high": f"{style.highest(attention):.3g}",
+        "scale_text": style.label(attention),
         "top": _gallery(attention, galleries[0]),
         "least": _gallery(attention, galleries[1]),
         "probabilities": caption.probabilities,
@@ -64,12 +64,12 @@ def write_report(
 
 
 def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
-    """Return what the page's script needs."""
+    """Return the data of the page's script."""
     h, w = picture.shape
     return {
         "width": picture.width,
         "height": picture.height,
-        "shown": [w, h],
+        "overview": [w, h],
         "mpp": picture.mpp,
         "size": attention.size_level0,
         "coords": _base64(attention.coords.astype("<i4").tobytes()),
@@ -78,25 +78,24 @@ def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
 
 
 def _heat_png(overlay: Overlay) -> str:
-    """Return the heatmap as a PNG of a palette, transparent where no patch is."""
-    heat, look = overlay.heat, overlay.look
-    most = 100 if look.scale == "percentile" else float(overlay.attention.attention.max())
-    steps = np.rint(np.nan_to_num(heat) / most * (_TRANSPARENT - 1)).astype(np.uint8)
+    """Return the heatmap as a PNG with a palette, transparent where no patch is."""
+    heat, style = overlay.heat, overlay.style
+    steps = np.rint(np.nan_to_num(heat) / style.highest(overlay.attention) * (_TRANSPARENT - 1)).astype(np.uint8)
     image = Image.fromarray(np.where(np.isnan(heat), np.uint8(_TRANSPARENT), steps))
-    image.putpalette([*_palette(look).ravel().tolist(), 0, 0, 0])
+    image.putpalette([*_palette(style).ravel().tolist(), 0, 0, 0])
     file = io.BytesIO()
     image.save(file, "PNG", transparency=_TRANSPARENT, optimize=True)
     return f"data:image/png;base64,{_base64(file.getvalue())}"
 
 
-def _palette(look: Look) -> NDArray[np.uint8]:
-    """(255, 3), the colour map from its lowest to its highest."""
-    return np.rint(colormaps[look.cmap](np.linspace(0, 1, _TRANSPARENT))[:, :3] * 255).astype(np.uint8)
+def _palette(style: MapStyle) -> NDArray[np.uint8]:
+    """Return the colours (255, 3) of the colour map, in order."""
+    return np.rint(colormaps[style.cmap](np.linspace(0, 1, _TRANSPARENT))[:, :3] * 255).astype(np.uint8)
 
 
-def _colour_scale(look: Look) -> str:
+def _colour_scale(style: MapStyle) -> str:
     file = io.BytesIO()
-    Image.fromarray(_palette(look)[None]).save(file, "PNG")
+    Image.fromarray(_palette(style)[None]).save(file, "PNG")
     return f"data:image/png;base64,{_base64(file.getvalue())}"
 
 
@@ -110,8 +109,8 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def _encoded(*galleries: Sequence[ShownPatch]) -> list[list[tuple[int, str]]]:
-    """Of each patch its index and its image, all as large as together they may be."""
+def _encoded(*galleries: Sequence[MapPatch]) -> list[list[tuple[int, str]]]:
+    """Return index and image of each patch, all of the largest side that keeps within `_GALLERY_BYTES`."""
     encoded = []
     for side in _PATCH_SIDES:
         encoded = [[(patch.index, _jpeg(_reduced(patch.pixels, side))) for patch in patches] for patches in galleries]
@@ -128,7 +127,7 @@ def _reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class _GalleryItem:
-    """A patch in a gallery, by its index in the map; `image` is a whole JPEG as an address."""
+    """A patch in a gallery, by its index in the map; `image` is a JPEG as a data URL."""
 
     index: int
     image: str
@@ -148,11 +147,10 @@ def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]]) -> lis
 
 
 def _concentration(attention: AttentionMap) -> list[tuple[str, str]]:
-    held = np.cumsum(attention.attention[attention.order], dtype=np.float64)
-    tenth = held[max(1, len(attention) // 10) - 1] / held[-1]
+    half, tenth = attention.half_count, attention.cumulative[max(1, len(attention) // 10) - 1]
     return [
         ("Patches", f"{len(attention):,}"),
-        ("Half of the attention is held by", f"{attention.half:,} patches ({attention.half / len(attention):.1%})"),
-        ("The most attended tenth holds", f"{tenth:.1%}"),
-        ("Highest attention", f"{attention.peak:.3g} times what it were if all were equal"),
+        ("Half of the attention is held by", f"{half:,} patches ({half / len(attention):.1%})"),
+        ("The most attended tenth holds", f"{tenth / attention.cumulative[-1]:.1%}"),
+        ("Highest attention", f"{attention.peak:.3g} times uniform"),
     ]

@@ -7,7 +7,7 @@ from sklearn.svm import SVC
 
 from tests.small import TASK, classification_metrics
 from utils.evaluation.bootstrap import bootstrap_draws
-from utils.evaluation.paired import holm, nadeau_bengio, paired_interval
+from utils.evaluation.paired_tests import holm, nadeau_bengio, paired_interval
 
 SLIDES = 120
 

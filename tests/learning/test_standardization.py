@@ -12,8 +12,8 @@ from MILS.mergeable import MergeableModel
 from tests.small import TASK
 from utils.bags.inventory import root_mean_square
 from utils.core.errors import ConfigError
-from utils.learning.scale import Standardization, feature_scale, standardize, why_unusual
 from utils.learning.splits import InnerFold, OuterFold
+from utils.learning.standardization import Standardization, feature_scale, standardize, why_unusual
 from utils.prediction.faithfulness import measure_faithfulness
 
 DIM = 12

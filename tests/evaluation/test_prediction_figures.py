@@ -14,7 +14,12 @@ from scipy.stats import binomtest
 from tests.small import TASK
 from utils.core.plots import COLOURS, STYLES, save_figure
 from utils.evaluation.bootstrap import bootstrap_intervals, pooled_metrics
-from utils.evaluation.figures import calibration_figure, confusion_figure, precision_recall_figure, roc_figure
+from utils.evaluation.prediction_figures import (
+    calibration_figure,
+    confusion_figure,
+    precision_recall_figure,
+    roc_figure,
+)
 from utils.evaluation.predictions import Predictions
 from utils.tasks.classification import Classification
 

@@ -29,7 +29,7 @@ class _Alike(logging.Filter):
 
 
 @contextmanager
-def alike_once() -> Iterator[None]:
+def log_repeats_once() -> Iterator[None]:
     """Within the block, log warnings and errors that differ only in their file once; at its end, log how many more
     files they hold for, and the first few names.
     """

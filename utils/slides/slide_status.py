@@ -76,7 +76,7 @@ def unlike_scales(mpps: Mapping[Path, float | None]) -> tuple[str, dict[Path, fl
     Returns "" and none if all known um/px are alike.
     """
     mpp_of = {slide: mpp for slide, mpp in mpps.items() if mpp}
-    common = max(mpp_of.values(), key=lambda mpp: sum(_are_alike(mpp, other) for other in mpp_of.values()), default=0.0)
+    common = max(mpp_of.values(), key=lambda mpp: sum(_are_alike(mpp, value) for value in mpp_of.values()), default=0.0)
     unlike = {slide: mpp for slide, mpp in mpp_of.items() if not _are_alike(mpp, common)}
     if not unlike:
         return "", {}

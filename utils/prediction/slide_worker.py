@@ -19,23 +19,23 @@ from utils.core.files import digest, write_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import log, versions
 from utils.core.text import NOTICE
-from utils.pictures.caption import title_of
+from utils.pictures.prediction_caption import prediction_title
 from utils.pictures.settings import Pictures
+from utils.prediction.existing_records import FAITHFULNESS, clear_pictures, read_finished, request_entry, request_of
 from utils.prediction.faithfulness import Faithfulness
 from utils.prediction.inputs import PredictionFiles
+from utils.prediction.prediction_table import SlideInfo
 from utils.prediction.predictor import SlidePredictor
-from utils.prediction.records import FAITHFULNESS, clear_pictures, read_finished, request_entry, request_of
-from utils.prediction.scores import SlideInfo
 from utils.prediction.settings import PredictionRecipe
 from utils.prediction.slide_prediction import SlidePrediction
 from utils.slides.find import is_slide_file
+from utils.slides.open_slides import open_slide
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
-from utils.slides.status import SlideStatus
-from utils.slides.wsi import open_slide
+from utils.slides.slide_status import SlideStatus
 
 if TYPE_CHECKING:  # it imports what draws
-    from utils.prediction.pictures import PredictionPictures
+    from utils.prediction.prediction_pictures import PredictionPictures
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,16 @@ class SlideWorker:
         self, prediction: SlidePrediction, faithfulness: Faithfulness, record: dict[str, Any], folder: Path
     ) -> None:
         # Imported here, because drawing is slow to import.
-        from utils.pictures.faithfulness import faithfulness_figure, map_of
+        from utils.pictures.faithfulness_figure import cropped_map, faithfulness_figure
         from utils.pictures.heatmap import save_picture
 
         bag, maps = prediction.bag, []
         if bag.coords is not None and bag.patch_size_level0 is not None and prediction.patch_attention is not None:
             attentions = prediction.patch_attention, faithfulness.randomised
-            maps = [map_of(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
+            maps = [cropped_map(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
         cmap = Pictures.cmap if self.drawing is None else self.drawing.cmap
-        figure = faithfulness_figure(record["faithfulness"], maps, cmap, title_of(record), prediction.predicted_class)
+        title, predicted_class = prediction_title(record), prediction.predicted_class
+        figure = faithfulness_figure(record["faithfulness"], maps, cmap, title, predicted_class)
         for path in self._faithfulness_paths(folder, prediction.slide):
             save_picture(figure, path)
 

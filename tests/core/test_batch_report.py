@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from utils.core.report import read_report, update_report
-from utils.slides.status import ANEW, SlideStatus
+from utils.core.batch_report import read_report, update_report
+from utils.slides.slide_status import ANEW, SlideStatus
 
 ROOT = Path(__file__).resolve().parents[2]
 # Adds rows one by one, each of a file that is there, once the other process has begun too.
 UPDATES = """
 import sys, time
 from pathlib import Path
-from utils.core.report import update_report
-from utils.slides.status import SlideStatus
+from utils.core.batch_report import update_report
+from utils.slides.slide_status import SlideStatus
 folder, number = Path(sys.argv[1]), sys.argv[2]
 (folder / f"begun{number}").touch()
 while not (folder / "begun0").exists() or not (folder / "begun1").exists():

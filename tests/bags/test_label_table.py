@@ -2,8 +2,8 @@
 
 import pytest
 
+from utils.bags.label_table import read_table, several_names, unknown_patients
 from utils.bags.labels import doubted_patients, missing_patients
-from utils.bags.table import read_table, several_names, unknown_patients
 from utils.core.errors import LabelsError
 
 

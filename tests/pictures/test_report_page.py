@@ -15,10 +15,10 @@ from PIL import Image
 
 from utils.core.geometry import patch_grid
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.caption import Caption
-from utils.pictures.overlay import Look, Overlay, Picture
-from utils.pictures.patches import ShownPatch
-from utils.pictures.report import write_report
+from utils.pictures.overlay import MapStyle, Overlay, Picture
+from utils.pictures.prediction_caption import Caption
+from utils.pictures.report_page import write_report
+from utils.pictures.top_patches import MapPatch
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -32,14 +32,14 @@ def picture_of(width, height, side=400):
     return Picture(rng.integers(100, 256, shape, dtype=np.uint8), width, height, 0.5)
 
 
-def page_of(path, picture, attention, *, slide="slide", look=None, patches=3, patch=None, **said):
-    look = look or Look()
+def page_of(path, picture, attention, *, slide="slide", style=None, patches=3, patch=None, **said):
+    style = style or MapStyle()
     patch = np.full((16, 16, 3), 120, np.uint8) if patch is None else patch
     top, least = (
-        [ShownPatch(int(index), patch) for index in few] for few in (attention.top(patches), attention.lowest(patches))
+        [MapPatch(int(index), patch) for index in few] for few in (attention.top(patches), attention.lowest(patches))
     )
     said = {"answer": "b (75.0%)", "probabilities": {"a": 0.25, "b": 0.75}, "notes": [], "facts": []} | said
-    write_report(path, slide, Overlay(picture, attention, look), Caption(**said), top, least)
+    write_report(path, slide, Overlay(picture, attention, style), Caption(**said), top, least)
     return path.read_text(encoding="utf-8")
 
 
@@ -72,10 +72,10 @@ def test_names_are_text_and_nothing_else(tmp_path, attention):
 
 @pytest.mark.parametrize("scale", ["attention", "percentile"])
 def test_the_page_says_what_colour_means(tmp_path, attention, scale):
-    page = page_of(tmp_path / "a.html", picture_of(800, 600), attention, look=Look(scale=scale))
+    page = page_of(tmp_path / "a.html", picture_of(800, 600), attention, style=MapStyle(scale=scale))
     low, high = re.findall(r'<span class="legend"><span>([^<]+)</span><img [^>]+><span>([^<]+)</span>', page)[0]
     assert (low, high) == ("0", "100" if scale == "percentile" else f"{attention.attention.max():.3g}")
-    assert html.escape(Look(scale=scale).label(attention)) in page
+    assert html.escape(MapStyle(scale=scale).label(attention)) in page
 
 
 def test_a_hundred_thousand_patches_stay_under_15_mb(tmp_path):
@@ -104,7 +104,7 @@ def test_large_patches_in_numbers_are_made_smaller(tmp_path, attention):
 ACTIONS = """
 <pre id="outcome"></pre><script>
 addEventListener("load", () => {
-  const seen = {}, status = () => told.textContent;
+  const seen = {}, status = () => message.textContent;
   const pressed = key => view.dispatchEvent(new KeyboardEvent("keydown", {key}));
   const pointer = (kind, x, y) => view.dispatchEvent(new PointerEvent(kind, {clientX: x, clientY: y, pointerId: 1}));
   view.setPointerCapture = () => {};

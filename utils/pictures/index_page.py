@@ -1,4 +1,4 @@
-"""The index page of a folder of predictions: a row per slide, with its map and a link, to sort and filter."""
+"""Write the index page of a folder of predictions: a table of slides with their maps, to sort and filter."""
 
 import base64
 from collections import Counter
@@ -9,23 +9,21 @@ from urllib.parse import quote
 
 from utils.core.errors import plural
 from utils.core.files import set_aside
-from utils.core.page import write_page
+from utils.core.html_page import write_page
 from utils.core.runtime import log, versions
 from utils.core.text import NOTICE
 
 INDEX = "index.html"
-_TEMPLATE = Path(__file__).with_name("index.html")
+_TEMPLATE = Path(__file__).with_name("index_page.html")
 _GENERATOR = "LiteMIL predictions"
-# Thumbnails of so many bytes together are part of the page; of more, they are files beside it.
-_MOST_BYTES = 20_000_000
-# With so many classes each has a column; with more, only the predicted one.
-_MOST_CLASSES = 6
+_MOST_BYTES = 20_000_000  # of all thumbnails that are embedded; larger ones stay files beside the page
+_MOST_CLASSES = 6  # with a column of probabilities each
 
 
 @dataclass(frozen=True)
 class IndexRow:
-    """A slide on the page. `page` is what its name links to, seen from the index; `thumbnail` a picture of its map;
-    `label` and `case_id` are empty where they are not known, `fold` is None but for answers out of fold.
+    """A slide on the page. Its name links to `page`, relative to the index; `thumbnail` is a picture of its map;
+    `label` and `case_id` are "" if unknown; `fold` is for out-of-fold predictions.
     """
 
     slide: str
@@ -39,13 +37,17 @@ class IndexRow:
     fold: int | None = None
     thumbnail: Path | None = None
 
+    @property
+    def verdict(self) -> str:
+        """ "right" or "wrong"; "" without a label."""
+        return "" if not self.label else "right" if self.label == self.predicted else "wrong"
+
 
 def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> None:
-    """Write the page of at least one slide; `notes` say how the answers were made.
+    """Write the page of at least one slide; `notes` say how the predictions were made.
 
-    It loads nothing from elsewhere, but for maps that are no JPEG, or more than 20 MB, which stay files beside it.
-
-    Something else under the page's name is set aside.
+    The page is self-contained, except for maps that are not JPEG, or take more than 20 MB. A file of the same name that
+    is not such a page is renamed.
     """
     if path.exists() and f'content="{_GENERATOR}"' not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
         log.warning("%s: not an index page of predictions; moved to %s", path, *set_aside(path))
@@ -61,7 +63,7 @@ def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> N
         "classes": list(rows[0].probabilities),
         "has_labels": any(row.label for row in rows),
         "columns": columns,
-        "lines": [_Line(row, _picture(row, path.parent, embed), _cells(row, columns)) for row in rows],
+        "rows": [_TableRow(row, _picture(row, path.parent, embed), _cells(row, columns)) for row in rows],
         "version": versions()["litemil"],
     }
     write_page(path, _TEMPLATE, values)
@@ -69,23 +71,23 @@ def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> N
 
 def _summary(rows: Sequence[IndexRow]) -> str:
     classes = Counter(row.predicted for row in rows)
-    parts = [", ".join(f"{classes[name]} {name}" for name in rows[0].probabilities if classes[name])]
+    counts = [", ".join(f"{classes[name]} {name}" for name in rows[0].probabilities if classes[name])]
     labelled = [row for row in rows if row.label]
     if labelled:
-        right = sum(row.label == row.predicted for row in labelled)
-        parts.append(f"{right} of {len(labelled)} with a label as the label says ({right / len(labelled):.0%})")
-    seen = sum(row.seen_in_training is True for row in rows)
-    if seen:
-        parts.append(f"{seen} seen in training, which prove nothing")
-    return "; ".join(parts)
+        correct = sum(row.label == row.predicted for row in labelled)
+        counts.append(f"{correct} of {plural(len(labelled), 'labelled slide')} correct ({correct / len(labelled):.0%})")
+    trained_on = sum(row.seen_in_training is True for row in rows)
+    if trained_on:
+        counts.append(f"{trained_on} seen in training, which prove nothing")
+    return "; ".join(counts)
 
 
 def _columns(rows: Sequence[IndexRow]) -> list[str]:
-    """The names of the columns after the picture; those that no slide fills are left out."""
+    """Return the names of the columns after the picture, without those that would be empty."""
     classes = list(rows[0].probabilities)
-    shown = [] if len(classes) > _MOST_CLASSES else classes[-1:] if len(classes) == 2 else classes
+    class_columns = [] if len(classes) > _MOST_CLASSES else classes[-1:] if len(classes) == 2 else classes
     return [
-        "slide", "predicted", "probability", *(f"p({name})" for name in shown),
+        "slide", "predicted", "probability", *(f"p({name})" for name in class_columns),
         *(["label", "correct"] if any(row.label for row in rows) else []),
         *(["patient"] if any(row.case_id for row in rows) else []),
         "patches",
@@ -94,8 +96,8 @@ def _columns(rows: Sequence[IndexRow]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A row of the table: its `picture` is an address, or a whole JPEG as one; `cells` follow the slide's name."""
+class _TableRow:
+    """A row of the table: `picture` is a path or a data URL; `cells` follow the slide's name."""
 
     row: IndexRow
     picture: str | None
@@ -105,22 +107,13 @@ class _Line:
     def page(self) -> str:
         return quote(self.row.page)
 
-    @property
-    def verdict(self) -> str:
-        """ "right" or "wrong"; "" without a label."""
-        return _verdict(self.row)
-
-
-def _verdict(row: IndexRow) -> str:
-    return "" if not row.label else "right" if row.label == row.predicted else "wrong"
-
 
 def _cells(row: IndexRow, columns: Sequence[str]) -> list[str]:
     texts = {f"p({name})": f"{value:.3f}" for name, value in row.probabilities.items()} | {
         "predicted": row.predicted,
         "probability": f"{row.probabilities[row.predicted]:.3f}",
         "label": row.label,
-        "correct": {"right": "yes", "wrong": "no", "": ""}[_verdict(row)],
+        "correct": {"right": "yes", "wrong": "no", "": ""}[row.verdict],
         "patient": row.case_id,
         "patches": str(row.patches),
         "fold": "" if row.fold is None else str(row.fold),

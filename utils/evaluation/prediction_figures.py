@@ -1,4 +1,4 @@
-"""Figures of predictions against labels, drawn without pyplot so that nothing stays open, and legible in grey too."""
+"""Figures of predictions against labels, legible in grey too; drawn without pyplot, which keeps figures open."""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -15,32 +15,30 @@ from utils.evaluation.bootstrap import mean_precision, mean_roc, pooled_metrics,
 from utils.evaluation.predictions import Predictions
 from utils.tasks.metrics import BINS, probability_bins
 
-# More curves with their bands and folds are a tangle.
-_MOST_BANDS = 3
-# With fewer slides in a bin, its share says little.
-_FEW = 10
-_ENTRY = 60  # characters of a line of a legend
+_MOST_BANDS = 3  # curves drawn with bands and folds; more would be illegible
+_FEW = 10  # slides in a bin, below which its share is uncertain
+_LINE_WIDTH = 60  # characters of a line of a legend
 
 
 def prediction_figures(predictions: Predictions) -> dict[str, Figure]:
-    """Draw the figures of the predictions' task, by the names of their files."""
+    """Draw the figures of the predictions' task; the keys are their file names."""
     drawings = {
         "roc": roc_figure,
         "precision_recall": precision_recall_figure,
         "confusion_matrix": confusion_figure,
         "calibration": calibration_figure,
     }
-    return {name: drawings[name](predictions) for name in predictions.task.drawings}
+    return {name: drawings[name](predictions) for name in predictions.task.figure_names}
 
 
 def roc_figure(predictions: Predictions) -> Figure:
-    """Draw the pooled ROC curve of each class against the rest, of two classes that of the positive one alone; of
-    several repeats their mean.
+    """Draw the pooled ROC curve of each class against the rest, of two classes the positive one alone; of several
+    repeats their mean.
 
-    Up to three classes have their 95% band over patients and each fold's own curve, where there are folds.
+    Up to three curves have a 95% band over patients, and each fold's curve if there are folds.
     """
     figure, axes = _curve_axes("False positive rate (1 - specificity)", "True positive rate (sensitivity)")
-    is_detailed = len(predictions.task.ranked) <= _MOST_BANDS
+    is_detailed = len(predictions.task.ranked_classes) <= _MOST_BANDS
     for index, line in _class_lines(predictions):
         is_class, scores = predictions.one_against_rest(index)
         curve = mean_roc(is_class, scores, predictions.repeats)
@@ -52,30 +50,30 @@ def roc_figure(predictions: Predictions) -> Figure:
             if band is not None:
                 axes.fill_between(*band, color=line["color"], alpha=0.15, lw=0)
         ranking, name = predictions.rankings[index], escape_mathtext(predictions.class_names[index])
-        label = fill(f"{name}: AUC {with_interval(ranking.auc, ranking.auc_interval)}", _ENTRY)
+        label = fill(f"{name}: AUC {with_interval(ranking.auc, ranking.auc_interval)}", _LINE_WIDTH)
         axes.plot(*curve, **line, label=label)
-    folds = predictions.folds is not None
-    shown = "band: 95% over patients" + ("; thin: each fold" if folds else "")
+    has_folds = predictions.folds is not None
+    legend = "band: 95% over patients" + ("; thin: each fold" if has_folds else "")
     if not is_detailed:
-        shown = f"bands{' and folds' if folds else ''} left out"
-    _finish_curves(figure, axes, predictions, shown)
-    chance_line(axes)
+        legend = f"bands{' and folds' if has_folds else ''} left out"
+    _finish_curves(figure, axes, predictions, legend)
+    draw_chance_line(axes)
     return figure
 
 
 def precision_recall_figure(predictions: Predictions) -> Figure:
-    """Draw precision against recall of each class, of two classes of the positive one alone, over the precision of
-    chance, which is the share of the slides that are of the class; of several repeats their mean.
+    """Draw precision against recall of each class, of two classes the positive one alone; of several repeats their
+    mean. Thin lines show the precision of chance, which is the share of the class.
     """
     figure, axes = _curve_axes("Recall (sensitivity)", "Precision (positive predictive value)")
-    has_baselines = len(predictions.task.ranked) <= _MOST_BANDS
+    has_baselines = len(predictions.task.ranked_classes) <= _MOST_BANDS
     for index, line in _class_lines(predictions):
         curve = mean_precision(*predictions.one_against_rest(index), predictions.repeats)
         if curve is None:
             continue
         ranking, name = predictions.rankings[index], escape_mathtext(predictions.class_names[index])
         value = with_interval(ranking.average_precision, ranking.average_precision_interval)
-        label = fill(f"{name}: AP {value}, chance {ranking.prevalence:.3f}", _ENTRY)
+        label = fill(f"{name}: AP {value}, chance {ranking.prevalence:.3f}", _LINE_WIDTH)
         axes.plot(*curve, **line, label=label)
         if has_baselines:
             axes.axhline(ranking.prevalence, color=line["color"], ls=line["ls"], lw=0.8, alpha=0.6)
@@ -85,7 +83,7 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
 
 
 def confusion_figure(predictions: Predictions) -> Figure:
-    """Draw the counts of slides, shaded by the fraction of the true class; each slide counts once per repeat."""
+    """Draw the confusion matrix in slides, shaded by the fraction of the true class; each repeat counts."""
     num_classes = len(predictions.class_names)
     pairs = predictions.labels * num_classes + predictions.predicted
     counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
@@ -95,10 +93,9 @@ def confusion_figure(predictions: Predictions) -> Figure:
     bare(axes, "Predicted", "True")
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
-        dark = share[row, column] > 0.7
-        text = f"{count}\n{share[row, column]:.0%}"
+        text, colour = f"{count}\n{share[row, column]:.0%}", "white" if share[row, column] > 0.7 else "black"
         size = 10 if num_classes <= 4 else SMALL
-        axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=size)
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
     names = [escape_mathtext(name) for name in predictions.class_names]
     wrapped = [fill(name, 16) for name in names]
     widest = max(len(line) for name in wrapped for line in name.splitlines())
@@ -114,12 +111,12 @@ def confusion_figure(predictions: Predictions) -> Figure:
 
 
 def calibration_figure(predictions: Predictions) -> Figure:
-    """Draw a reliability diagram over ten bins of the probability, with 95% Wilson intervals over the slides of each
-    bin, as many as the bars below say; bins of fewer than ten slides are hollow.
+    """Draw a reliability diagram over ten bins of the probability, with 95% Wilson intervals; bars below count the
+    slides of each bin, and bins of fewer than ten slides are hollow.
 
-    Of two classes, the positive one's probability against its observed share; beyond, the predicted class's against
-    accuracy. The slides of one patient count as if they were several; each slide counts once, whatever the repeats.
-    Temperature-scaled probabilities are drawn beside, where there are any.
+    Of two classes, the positive one's probability is drawn against its observed share; of more, the predicted class's
+    against accuracy. Slides of one patient count as independent; repeats do not multiply slides. Temperature-scaled
+    probabilities are drawn too, if there are any.
     """
     if len(predictions.class_names) == 2:
         positive = escape_mathtext(predictions.class_names[1])
@@ -150,18 +147,17 @@ def calibration_figure(predictions: Predictions) -> Figure:
 
 
 def with_interval(value: float | None, interval: tuple[float, float] | None, kind: str = "95% CI ") -> str:
-    """Return a figure with its interval, which is of this kind, in words."""
+    """Return a metric with its interval as text."""
     within = "" if interval is None else f" ({kind}{interval[0]:.3f} to {interval[1]:.3f})"
     return "-" if value is None else f"{value:.3f}{within}"
 
 
-def chance_line(axes: Axes) -> None:
-    """Draw the diagonal."""
+def draw_chance_line(axes: Axes) -> None:
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8, zorder=1)
 
 
 def pooled_title(predictions: Predictions) -> str:
-    """Return which slides, and whether they were tested several times."""
+    """Return a title that names the slides and, if there are several, the number of repeats."""
     times = predictions.n_repeats
     return predictions.title or "Out-of-fold slides, " + (f"mean of {times} repeats" if times > 1 else "pooled")
 
@@ -175,16 +171,16 @@ def _curve_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _class_lines(predictions: Predictions) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each class that has a curve, and how its line is drawn."""
-    for index, colour, style in zip(predictions.task.ranked, cycle(COLOURS), cycle(STYLES), strict=False):
+    """Yield each class that has a curve, and the style of its line."""
+    for index, colour, style in zip(predictions.task.ranked_classes, cycle(COLOURS), cycle(STYLES), strict=False):
         yield index, {"color": colour, "ls": style, "lw": 1.8}
 
 
-def _finish_curves(figure: Figure, axes: Axes, predictions: Predictions, shown: str) -> None:
-    """Add the legend below, and a title that says which slides, which class is meant, and what is drawn."""
+def _finish_curves(figure: Figure, axes: Axes, predictions: Predictions, explanation: str) -> None:
+    """Add the legend below, and a title with the slides, the positive class and the explanation of the curves."""
     is_binary = len(predictions.class_names) == 2
     meaning = f"positive: {escape_mathtext(predictions.class_names[1])}" if is_binary else "each class against the rest"
-    about = f"{fill(meaning, _ENTRY)}\n({shown})"
+    about = f"{fill(meaning, _LINE_WIDTH)}\n({explanation})"
     if axes.lines:
         legend_below(figure)
     else:
@@ -206,23 +202,23 @@ def _fold_curves(axes: Axes, predictions: Predictions, index: int, colour: str) 
 def _draw_reliability(
     axes: Axes, predictions: Predictions, probabilities: np.ndarray, name: str, colour: int, marker: str
 ) -> tuple[np.ndarray, str]:
-    """Draw each bin's share that came true; return how many slides each bin holds, `(BINS,)`, and Brier score and
-    calibration error in words.
+    """Draw the observed share of each bin; return the number of slides in each, `(BINS,)`, and Brier score and
+    calibration error as text.
     """
     labels = predictions.labels
     if probabilities.shape[1] == 2:
-        probability, happened = probabilities[:, 1], labels == 1
+        probability, is_true = probabilities[:, 1], labels == 1
     else:
-        probability, happened = probabilities.max(axis=1), labels == probabilities.argmax(axis=1)
+        probability, is_true = probabilities.max(axis=1), labels == probabilities.argmax(axis=1)
     bins = probability_bins(probability.astype(np.float64))
     counts = np.bincount(bins, minlength=BINS) / predictions.n_repeats
     for index in np.unique(bins):
-        at, share = float(probability[bins == index].mean()), float(happened[bins == index].mean())
+        mean, share = float(probability[bins == index].mean()), float(is_true[bins == index].mean())
         is_few = counts[index] < _FEW
         low, high = _wilson(share, float(counts[index]))
-        axes.plot([at, at], [low, high], color=COLOURS[colour], lw=0.8 if is_few else 1.4)
+        axes.plot([mean, mean], [low, high], color=COLOURS[colour], lw=0.8 if is_few else 1.4)
         axes.plot(
-            at, share, color=COLOURS[colour], marker=marker, ms=4 if is_few else 6, ls="",
+            mean, share, color=COLOURS[colour], marker=marker, ms=4 if is_few else 6, ls="",
             mfc="white" if is_few else COLOURS[colour],
         )  # fmt: skip
     axes.plot([], [], color=COLOURS[colour], marker=marker, ms=6, lw=1.4, label=f"{name}, 95% interval")
@@ -231,7 +227,7 @@ def _draw_reliability(
 
 
 def _wilson(share: float, count: float) -> tuple[float, float]:
-    """95% interval of a share of `count` (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
+    """Return the 95% interval of a share of `count` (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
     z2 = 1.959964**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = np.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
