@@ -22,6 +22,8 @@ Aux = dict[str, Tensor | None]
 PADDED_ROWS = defaultdict(lambda: 2**15, cpu=768)
 # The buffers of a model that standardises its features.
 _SCALE = ("feature_mean", "feature_std")
+# Buffers that are part of the weights if they are set.
+_OPTIONAL = (*_SCALE, "pooled_reference")
 
 
 class ModelError(ValueError):
@@ -38,10 +40,12 @@ class BagModel(nn.Module):
     A subclass passes its hyperparameters to `super().__init__`, which checks and remembers them: `model.spec` rebuilds
     the model with `build_mil(**model.spec)`. Its forward passes x through `cast`, which also standardises features if a
     scale is set (`set_feature_scale`): the scale is saved with the weights, so users of the model need not know of it.
+    So is `pooled_reference` (R, d), the pooled embedding that evidence begins at (`MILS.evidence`), if it is set.
     """
 
     feature_mean: Tensor | None
     feature_std: Tensor | None
+    pooled_reference: Tensor | None
 
     def __init__(self, input_dim: int, num_classes: int, **hyperparameters: Any) -> None:
         super().__init__()
@@ -51,7 +55,7 @@ class BagModel(nn.Module):
         self.input_dim = input_dim
         self.num_classes = num_classes
         self.hyperparameters = hyperparameters
-        for name in _SCALE:
+        for name in _OPTIONAL:
             self.register_buffer(name, None)
 
     def set_feature_scale(self, mean: Tensor | None, std: Tensor | None) -> None:
@@ -63,7 +67,7 @@ class BagModel(nn.Module):
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest is passed on
         self, state_dict: dict[str, Any], prefix: str, *rest: Any
     ) -> None:
-        for name in _SCALE:
+        for name in _OPTIONAL:
             stored = state_dict.get(prefix + name)
             setattr(self, name, None if stored is None else torch.empty_like(stored))
         super()._load_from_state_dict(state_dict, prefix, *rest)

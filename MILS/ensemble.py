@@ -28,3 +28,8 @@ class Ensemble(BagModel):
         attentions = [attn for _, aux in answers if (attn := aux["attn"]) is not None]
         attn = torch.stack(attentions).mean(dim=0) if len(attentions) == len(answers) else None
         return torch.logsumexp(logarithms, dim=0) - math.log(len(answers)), {"attn": attn}
+
+
+def members_of(model: BagModel) -> list[BagModel]:
+    """Return an ensemble's members, or the one model."""
+    return model.models if isinstance(model, Ensemble) else [model]

@@ -64,6 +64,27 @@ class MergeableModel(BagModel, Generic[S]):
         """Return attention (B, H, N), given the summary of the whole bag and its blocks' joined traces (B, R, N)."""
         raise NotImplementedError
 
+    def pooled(self, summary: S) -> Tensor:
+        """Return the pooled embedding (B, R, d) of a bag."""
+        raise NotImplementedError
+
+    def classify_pooled(self, pooled: Tensor) -> Tensor:
+        """Return the logits (B, C) of pooled embeddings (B, R, d), those of `classify`."""
+        raise NotImplementedError
+
+    def contributions(
+        self, blocks: Iterable[Tensor], summary: S, trace: Tensor, slopes: Tensor, reference: Tensor
+    ) -> Tensor:
+        """Return what each instance of a bag contributes to A answers, (A, N): over N they add up to
+        `slopes * (pooled - reference)` (see `MILS.evidence`).
+
+        Arguments
+            blocks: as for `read_blocks`, which gave the summary and the trace (1, R, N).
+            slopes: (A, R, d), the answers' mean gradients with respect to the pooled embedding.
+            reference: (R, d), where the contributions begin.
+        """
+        raise NotImplementedError
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Aux]:
         self.check_bags(x, mask)
         together = max(1, BLOCK_ROWS[x.device.type] // x.shape[1])
@@ -86,8 +107,32 @@ class MergeableModel(BagModel, Generic[S]):
         Returns logits (1, C) and aux with "attn" (1, H, N). Raises ModelError for a bag without instances.
         """
         with evaluating(self):
-            summary, trace = self._merged((self._summarise(block, None) for block in self._cut(blocks)), attention)
+            summary, trace = self.read_blocks(blocks, attention)
             return self.classify(summary), {"attn": None if trace is None else self.attention(summary, trace)}
+
+    @torch.no_grad()
+    def read_blocks(self, blocks: Iterable[Tensor], keep_traces: bool = True) -> tuple[S, Tensor | None]:
+        """Return the summary of one bag that arrives in blocks, as for `forward_blocks`, and its trace (1, R, N) if
+        that is kept.
+        """
+        with evaluating(self):
+            return self._merged((self._summarise(block, None) for block in self._cut(blocks)), keep_traces)
+
+    def _embedded(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        for block in self._cut(blocks):
+            yield self.instance_layers()(self.prepared(block, None))[0]
+
+    @torch.no_grad()
+    def mean_embedding(self, blocks: Iterable[Tensor]) -> Tensor:
+        """Return the mean (d,) over a bag's embedded instances."""
+        total, count = None, 0
+        with evaluating(self):
+            for h in self._embedded(blocks):
+                sum_ = h.double().sum(dim=0)
+                total, count = sum_ if total is None else total + sum_, count + len(h)
+        if total is None:
+            raise ModelError(f"{type(self).__name__}: no instance in any of the blocks")
+        return (total / count).to(self.dtype)
 
     @torch.no_grad()
     def summaries(self, blocks: Iterable[Tensor], groups: Tensor) -> list[list[S]]:
@@ -201,3 +246,27 @@ class AttentionModel(MergeableModel[AttentionSummary]):
 
     def attention(self, summary: AttentionSummary, trace: Tensor) -> Tensor:
         return summary.weights(trace)
+
+    def pooled(self, summary: AttentionSummary) -> Tensor:
+        return summary.pooled()
+
+    def classify_pooled(self, pooled: Tensor) -> Tensor:
+        ones = pooled.new_ones(pooled.shape[:2])
+        return self.classify(AttentionSummary(torch.zeros_like(ones), ones, ones, pooled))
+
+    @torch.no_grad()
+    def contributions(
+        self, blocks: Iterable[Tensor], summary: AttentionSummary, trace: Tensor, slopes: Tensor, reference: Tensor
+    ) -> Tensor:
+        weights = summary.weights(trace)[0]  # (R, N)
+        answers, rows, _ = slopes.shape
+        at_reference = (slopes * reference).sum(dim=-1)  # (A, R)
+        contributions = slopes.new_empty(answers, weights.shape[1])
+        start = 0
+        with evaluating(self):
+            for h in self._embedded(blocks):
+                end = start + len(h)
+                along = (h.to(slopes.dtype) @ slopes.flatten(0, 1).T).unflatten(1, (answers, rows)) - at_reference
+                contributions[:, start:end] = (along * weights[:, start:end].T.unsqueeze(1)).sum(dim=-1).T
+                start = end
+        return contributions

@@ -7,6 +7,8 @@ y   = Linear(Dropout(GELU(Linear(z))))                        (C)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +84,23 @@ class maxPool(MergeableModel[MaxSummary]):
 
     def classify(self, summary: MaxSummary) -> Tensor:
         return self.classifier(summary.maximum)
+
+    def pooled(self, summary: MaxSummary) -> Tensor:
+        return summary.maximum.unsqueeze(1)
+
+    def classify_pooled(self, pooled: Tensor) -> Tensor:
+        return self.classifier(pooled.squeeze(1))
+
+    def contributions(
+        self,
+        blocks: Iterable[Tensor],  # noqa: ARG002 - the summary knows which instances supply what
+        summary: MaxSummary,
+        trace: Tensor,
+        slopes: Tensor,
+        reference: Tensor,
+    ) -> Tensor:
+        along = slopes[:, 0] * (summary.maximum - reference)  # (A, d)
+        return slopes.new_zeros(len(slopes), trace.shape[-1]).index_add_(1, summary.winner[0], along)
 
     def attention(self, summary: MaxSummary, trace: Tensor) -> Tensor:
         bags, _, instances = trace.shape

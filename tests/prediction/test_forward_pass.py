@@ -72,7 +72,7 @@ def test_merge_is_one_pass_over_the_whole_slide(name, feed, stirred, monkeypatch
         patch.setitem(BLOCK_ROWS, "cpu", 7)
         output = predict_features(TASK, model, features, feed, attention=True)
     assert output.probabilities == pytest.approx(probabilities_of(model, features), abs=1e-6)
-    assert len(output.chunk_sizes) == (1 if feed is FULL else 3)
+    assert output.chunk_sizes.tolist() == [53]
     with torch.inference_mode():
         _, aux = model(features[None])
     assert output.attention == pytest.approx(aux["attn"][0].numpy(), abs=1e-6)
@@ -113,8 +113,16 @@ def test_attention_is_a_distribution_over_the_slide(name, feed, stirred):
     assert attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
 
 
-def test_attention_of_chunks_lands_on_its_patches(stirred):
-    model, features = stirred("LiteMIL"), bag(53)
+@pytest.mark.parametrize("name", MERGEABLE)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_attention_is_that_of_the_whole_slide_however_it_is_fed(name, sequential, stirred):
+    model, features = stirred(name), bag(53)
+    fed = predict_features(TASK, model, features, SlideFeed(20, "mean", sequential), attention=True).attention
+    assert fed == pytest.approx(predict_features(TASK, model, features, FULL, attention=True).attention, abs=1e-6)
+
+
+def test_attention_of_a_model_that_does_not_merge_is_put_together_from_its_chunks(stirred):
+    model, features = stirred("TransMIL"), bag(53)
     cuts = cut_chunks(53, 20)
     attention = predict_features(TASK, model, features, SlideFeed(20, "mean"), attention=True).attention
     for cut in cuts:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from MILS.bag_model import BagModel
-from MILS.ensemble import Ensemble
+from MILS.ensemble import Ensemble, members_of
 from utils.core.errors import TrainingError
 from utils.core.files import wait_for_file
 from utils.learning.fold_results import FoldResult
@@ -18,6 +18,7 @@ from utils.learning.ranking import best_of, rank, refit_epochs
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted, predict_slides
 from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
+from utils.prediction.forward_pass import set_references
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class FoldTester:
         record |= changes
         model = self._model(choice.setting, states)
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
+        used = choice.fold.train.tolist()
+        set_references(model, lambda: (data.features(slide) for slide in used), trainer.feed)
         threshold, temperature = (choice.fitted_to_values[name] for name in ("threshold", "temperature"))
         record |= {"threshold": threshold, "settings": choice.scores}
         result = FoldResult(data.task, choice.fold, outputs, threshold, temperature, record, history)
@@ -127,11 +130,10 @@ class FoldTester:
 
     def _save(self, model: BagModel, result: FoldResult) -> None:
         data, slides = self.trainer.dataset, result.fold.train
-        member = model.models[0] if isinstance(model, Ensemble) else model
         save_checkpoint(
             self._path(result),
             Checkpoint(
-                model=member.spec,
+                model=members_of(model)[0].spec,
                 state_dict=model.state_dict(),
                 class_names=data.class_names,
                 dataset=self.dataset_name,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from MILS import build_mil
 from MILS.bag_model import BagModel, evaluating
-from MILS.ensemble import Ensemble
+from MILS.ensemble import members_of
 from MILS.mergeable import MergeableModel
 from utils.bags.store import StoredFeatures
 from utils.core.errors import FeatureFileError
@@ -105,7 +105,7 @@ def measure_faithfulness(
     count = len(attention)
     if count < 2:
         raise FeatureFileError(f"--faithfulness: the slide has {count} patch, from which nothing can be taken away")
-    members = [member for model in models for member in (model.models if isinstance(model, Ensemble) else [model])]
+    members = [member for model in models for member in members_of(model)]
     merging = all(isinstance(member, MergeableModel) for member in members)
     if not merging and isinstance(features, StoredFeatures):
         features = features.whole()
@@ -171,7 +171,7 @@ def _randomised_attention(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for model in models:
-            for member in model.models if isinstance(model, Ensemble) else [model]:
+            for member in members_of(model):
                 fresh = build_mil(**member.spec).to(next(member.parameters()).device)
                 fresh.set_feature_scale(member.feature_mean, member.feature_std)  # the features' scale stays
                 outputs.append(predict_features(task, fresh, features, _WHOLE, attention=True))

@@ -5,18 +5,20 @@ streamed in blocks if the model can.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from MILS.bag_model import BagModel, evaluating
-from MILS.ensemble import Ensemble
+from MILS.ensemble import Ensemble, members_of
 from MILS.mergeable import BLOCK_ROWS, MergeableModel
 from utils.bags.chunks import Cut, cut_chunks, take
 from utils.bags.store import StoredFeatures
+from utils.prediction.evidence import Evidence, ReadBag, evidence_of, mean_evidence, mean_pooled, merged
 from utils.tasks.task import Task
 
 
@@ -51,8 +53,8 @@ class SlideFeed:
 @dataclass(frozen=True)
 class SlideOutput:
     """The output for a slide: its `probabilities (C,)`; `chunk_probabilities (K, C)` and `chunk_sizes (K,)` of its
-    chunks; `attention (H, N)`, each head summing to 1 over the slide, or None; and the probabilities of each model of
-    an ensemble, `members (M, C)`, or None of a single one.
+    chunks; `attention (H, N)`, each head summing to 1 over the slide, or None; the probabilities of each model of an
+    ensemble, `members (M, C)`, or None of a single one; and its evidence, or None.
     """
 
     probabilities: np.ndarray
@@ -60,6 +62,7 @@ class SlideOutput:
     chunk_sizes: np.ndarray
     attention: np.ndarray | None
     members: np.ndarray | None = None
+    evidence: Evidence | None = None
 
     @property
     def each(self) -> np.ndarray:
@@ -69,29 +72,114 @@ class SlideOutput:
 
 @torch.inference_mode()
 def predict_features(
-    task: Task, model: BagModel, features: torch.Tensor | StoredFeatures, feed: SlideFeed, attention: bool = False
+    task: Task,
+    model: BagModel,
+    features: torch.Tensor | StoredFeatures,
+    feed: SlideFeed,
+    attention: bool = False,
+    evidence: bool = False,
 ) -> SlideOutput:
-    """Run `model`, in evaluation mode, over `features (N, D)`. The output has attention only if `attention` is given.
+    """Run `model`, in evaluation mode, over `features (N, D)`. The output has attention and evidence only if they are
+    asked for; evidence also takes a model that merges.
 
     Stored features of a full slide are streamed from their file, if the model can.
     """
     if isinstance(features, StoredFeatures) and not (feed.mode == "full" and streams(model)):
         features = features.whole()
     if isinstance(model, Ensemble):
-        return mean_output([predict_features(task, member, features, feed, attention) for member in model.models])
+        each = [predict_features(task, member, features, feed, attention, evidence) for member in model.models]
+        return mean_output(each)
     with evaluating(model):
-        cuts = cut_chunks(len(features), feed.chunk_size, sequential=feed.sequential)
-        bags = [features if isinstance(features, StoredFeatures) else take(features, cut) for cut in cuts]
-        chunks = [_predict_bag(task, model, bag, attention) for bag in bags]
-        sizes = np.array([len(cut) for cut in cuts])
-        each = np.stack([probabilities for probabilities, _ in chunks])
-        whole = chunks[0] if len(cuts) == 1 else None
-        if whole is None and feed.aggregation == "merge":
-            whole = _predict_bag(task, model, features, attention)
-        if whole is not None:
-            return SlideOutput(whole[0], each, sizes, whole[1])
-        weights = _join_attention([weights for _, weights in chunks], cuts, len(features)) if attention else None
-        return SlideOutput(np.average(each, axis=0, weights=sizes), each, sizes, weights)
+        cuts = _cuts(features, feed)
+        bags = _cut(features, cuts)
+        if isinstance(model, MergeableModel):
+            return _merged_output(task, model, bags, cuts, attention, evidence)
+        return _stitched_output(task, model, [bag for bag in bags if isinstance(bag, torch.Tensor)], cuts, attention)
+
+
+def set_references(model: BagModel, slides: Callable[[], Iterable[torch.Tensor]], feed: SlideFeed) -> None:
+    """Keep the mean pooled embedding of the slides, each `(N, D)`, in a model, or in each member of an ensemble, as
+    what its evidence begins at. A model that does not merge is left as it is.
+    """
+    for member in members_of(model):
+        if isinstance(member, MergeableModel):
+            chunks = (_read(member, _cut(features, _cuts(features, feed)), keep_traces=False) for features in slides())
+            with evaluating(member):
+                member.pooled_reference = mean_pooled(member, chunks)
+
+
+def _merged_output(
+    task: Task,
+    model: MergeableModel,
+    bags: Sequence[torch.Tensor | StoredFeatures],
+    cuts: Sequence[Cut],
+    attention: bool,
+    evidence: bool,
+) -> SlideOutput:
+    """Return the output of a model that merges. Its attention is that of the slide as one bag, however it was fed."""
+    chunks = _read(model, bags, keep_traces=attention or evidence)
+    sizes = np.array([chunk.size for chunk in chunks])
+    each = np.stack([task.activate(model.classify(chunk.summary)[0]) for chunk in chunks])
+    order, weights, found = _order(cuts), None, None
+    if attention:
+        whole = merged(chunks)
+        weights = _in_place(model.attention(whole.summary, whole.traced)[0], order)
+    if evidence:
+        found = evidence_of(task, model, chunks)
+        found = replace(found, contributions=_in_place(torch.from_numpy(found.contributions), order))
+    return SlideOutput(_mean(each, sizes), each, sizes, weights, evidence=found)
+
+
+def _stitched_output(
+    task: Task, model: BagModel, bags: Sequence[torch.Tensor], cuts: Sequence[Cut], attention: bool
+) -> SlideOutput:
+    """Return the output of a model that does not merge. The attention of its chunks is put together, each chunk in
+    proportion to its size.
+    """
+    device = next(model.parameters()).device
+    answers = [model(bag.to(device)[None]) for bag in bags]
+    each = np.stack([task.activate(logits[0]) for logits, _ in answers])
+    sizes = np.array([len(bag) for bag in bags])
+    rows = [
+        attn[0].float() * (len(bag) / sizes.sum())
+        for bag, (_, aux) in zip(bags, answers, strict=True)
+        if attention and (attn := aux["attn"]) is not None
+    ]
+    weights = _in_place(torch.cat(rows, dim=1), _order(cuts)) if len(rows) == len(bags) else None
+    return SlideOutput(_mean(each, sizes), each, sizes, weights)
+
+
+def _cuts(features: torch.Tensor | StoredFeatures, feed: SlideFeed) -> list[Cut]:
+    chunk_size = None if feed.aggregation == "merge" else feed.chunk_size
+    return cut_chunks(len(features), chunk_size, sequential=feed.sequential)
+
+
+def _cut(features: torch.Tensor | StoredFeatures, cuts: Sequence[Cut]) -> Sequence[torch.Tensor | StoredFeatures]:
+    return [features] if isinstance(features, StoredFeatures) else [take(features, cut) for cut in cuts]
+
+
+def _read(model: MergeableModel, bags: Iterable[torch.Tensor | StoredFeatures], *, keep_traces: bool) -> list[ReadBag]:
+    return [ReadBag.read(model, partial(blocks_of, bag, model), len(bag), keep_traces) for bag in bags]
+
+
+def _mean(each: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the mean of the chunks' values by size; those of a single chunk to the last digit."""
+    return each[0] if len(each) == 1 else np.average(each, axis=0, weights=sizes)
+
+
+def _order(cuts: Sequence[Cut]) -> torch.Tensor | None:
+    """Return the patches of a slide in the order of its chunks, `(N,)`; None if that is their own order."""
+    return None if len(cuts) == 1 else torch.cat([torch.as_tensor(cut) for cut in cuts])
+
+
+def _in_place(values: torch.Tensor, order: torch.Tensor | None) -> np.ndarray:
+    """Return `values (..., N)` of patches, which are in this order, in that of the slide."""
+    values = values.float().cpu()
+    if order is None:
+        return values.numpy()
+    placed = torch.empty_like(values)
+    placed[..., order] = values
+    return placed.numpy()
 
 
 @torch.inference_mode()
@@ -125,8 +213,7 @@ def predict_values(task: Task, model: BagModel, slides: Iterable[torch.Tensor], 
 
 def streams(model: BagModel) -> bool:
     """Return whether a model can read a slide in blocks."""
-    members = model.models if isinstance(model, Ensemble) else [model]
-    return all(isinstance(member, MergeableModel) for member in members)
+    return all(isinstance(member, MergeableModel) for member in members_of(model))
 
 
 def blocks_of(features: torch.Tensor | StoredFeatures, model: BagModel) -> Iterable[torch.Tensor]:
@@ -142,6 +229,7 @@ def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
     members = np.concatenate([output.each for output in outputs])
     counts = [len(output.each) for output in outputs]
     attentions = [output.attention for output in outputs if output.attention is not None]
+    evidence = [output.evidence for output in outputs if output.evidence is not None]
     if len({len(weights) for weights in attentions}) > 1:
         attentions = [weights.mean(axis=0, keepdims=True) for weights in attentions]
     return SlideOutput(
@@ -150,6 +238,7 @@ def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
         outputs[0].chunk_sizes,
         np.average(attentions, axis=0, weights=counts).astype(np.float32) if len(attentions) == len(outputs) else None,
         members,
+        mean_evidence(evidence, counts) if len(evidence) == len(outputs) else None,
     )
 
 
@@ -165,28 +254,3 @@ def mean_calibrated(
         if temperature is not None
     ]
     return np.concatenate(scaled).mean(axis=0) if len(scaled) == len(outputs) else None
-
-
-def _predict_bag(
-    task: Task, model: BagModel, features: torch.Tensor | StoredFeatures, attention: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the probabilities `(C,)` in float64 and the attention `(H, N)` of one bag."""
-    if isinstance(model, MergeableModel):
-        logits, aux = model.forward_blocks(blocks_of(features, model), attention=attention)
-    else:
-        assert isinstance(features, torch.Tensor)  # noqa: S101 - for the type checker: read whole for such a model
-        logits, aux = model(features.to(next(model.parameters()).device)[None])
-    attn = aux["attn"] if attention else None
-    weights = None if attn is None else attn[0].float().cpu().numpy()
-    return task.activate(logits[0]), weights
-
-
-def _join_attention(weights: list[np.ndarray | None], cuts: list[Cut], num_instances: int) -> np.ndarray | None:
-    """Return the chunks' attention as one distribution over the slide, each chunk in proportion to its size."""
-    chunks = [chunk for chunk in weights if chunk is not None]
-    if len(chunks) < len(cuts):
-        return None
-    attention = np.empty((chunks[0].shape[0], num_instances), dtype=np.float32)
-    for chunk, cut in zip(chunks, cuts, strict=True):
-        attention[:, cut] = chunk * (len(cut) / num_instances)
-    return attention

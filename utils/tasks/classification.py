@@ -85,6 +85,15 @@ class Classification(Task):
         """Return the softmax in float64."""
         return logits.cpu().double().softmax(dim=-1).numpy()
 
+    def signals(self, logits: Tensor, shares: Tensor) -> Tensor:
+        """Return each class's log-odds against all others; of two classes, the margin of their logits."""
+        import torch
+
+        logs = logits.log_softmax(dim=-1) + shares.log().to(logits).unsqueeze(-1)
+        logs = logs.logsumexp(dim=0)
+        others = [torch.cat([logs[:index], logs[index + 1 :]]).logsumexp(dim=0) for index in range(len(logs))]
+        return logs - torch.stack(others)
+
     def metrics(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return every metric `(B,)` (see `metrics.weighted_metrics`)."""
         return weighted_metrics(targets, values, weights, self.class_names)

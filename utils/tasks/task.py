@@ -70,6 +70,13 @@ class Task(ABC):
         """Return the values `(..., C)` in float64 for logits `(..., C)`."""
 
     @abstractmethod
+    def signals(self, logits: Tensor, shares: Tensor) -> Tensor:
+        """Return the signals `(C,)` that evidence adds up to, differentiable: each rises with its value `(C,)`.
+
+        `logits (K, C)` are those of the K parts of a slide, whose values count by their `shares (K,)`.
+        """
+
+    @abstractmethod
     def metrics(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return every metric under each row of `weights (B, n)`, as `(B,)`; NaN where it is undefined."""
 

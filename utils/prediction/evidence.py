@@ -1,0 +1,126 @@
+"""Which patches argue for each output of a slide's answer, and which against it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from MILS.evidence import path_slopes
+from MILS.mergeable import MergeableModel
+from utils.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Signed contributions of N patches to the C signals of a slide (`Task.signals`; of classes, their log-odds).
+
+    Over the patches they add up to `signals (C,)` less `reference (C,)`, the signals of the reference slide: the mean
+    of the training slides, or, if `is_own_mean`, the slide itself with all its patches weighted alike.
+    """
+
+    contributions: NDArray[np.float32]  # (C, N)
+    signals: NDArray[np.float64]
+    reference: NDArray[np.float64]
+    is_own_mean: bool
+
+
+@dataclass(frozen=True)
+class ReadBag:
+    """A bag of `size` patches that a model has read: `blocks` gives its features `(n, D)` again, the summary and the
+    trace are those of `MergeableModel.read_blocks`.
+    """
+
+    blocks: Callable[[], Iterable[Tensor]]
+    summary: Any
+    trace: Tensor | None
+    size: int
+
+    @classmethod
+    def read(
+        cls, model: MergeableModel, blocks: Callable[[], Iterable[Tensor]], size: int, keep_trace: bool
+    ) -> ReadBag:
+        """Read a bag, once."""
+        return cls(blocks, *model.read_blocks(blocks(), keep_trace), size)
+
+    @property
+    def traced(self) -> Tensor:
+        """Return the trace, which was kept."""
+        assert self.trace is not None  # noqa: S101 - for the type checker
+        return self.trace
+
+
+def merged(bags: Sequence[ReadBag]) -> ReadBag:
+    """Return several bags as one, in their order."""
+    if len(bags) == 1:
+        return bags[0]
+    summary = functools.reduce(lambda earlier, later: earlier.merge(later), [bag.summary for bag in bags])
+    traces = [bag.trace for bag in bags if bag.trace is not None]
+    return ReadBag(
+        lambda: itertools.chain.from_iterable(bag.blocks() for bag in bags),
+        summary,
+        torch.cat(traces, dim=-1) if len(traces) == len(bags) else None,
+        sum(bag.size for bag in bags),
+    )
+
+
+def evidence_of(task: Task, model: MergeableModel, bags: Sequence[ReadBag]) -> Evidence:
+    """Return the evidence in bags that together are a slide, whose answer is the mean of theirs, weighted by size.
+
+    The patches are in the order of the bags.
+    """
+    sizes = torch.tensor([bag.size for bag in bags], dtype=torch.float64)
+    shares = (sizes / sizes.sum()).to(next(model.parameters()).device)
+    pooled = torch.cat([model.pooled(bag.summary) for bag in bags])  # (K, R, d)
+    kept = model.pooled_reference
+    reference = _own_mean(model, bags, shares, pooled) if kept is None else kept.to(pooled)
+    slopes = path_slopes(lambda z: task.signals(model.classify_pooled(z), shares), pooled, reference)
+    contributions = [
+        model.contributions(bag.blocks(), bag.summary, bag.traced, slopes.mean[:, place], reference)
+        for place, bag in enumerate(bags)
+    ]
+    return Evidence(
+        torch.cat(contributions, dim=1).float().cpu().numpy(),
+        slopes.end.double().cpu().numpy(),
+        slopes.start.double().cpu().numpy(),
+        is_own_mean=kept is None,
+    )
+
+
+def mean_pooled(model: MergeableModel, slides: Iterable[Sequence[ReadBag]]) -> Tensor:
+    """Return the mean pooled embedding (R, d) of slides, each read as its chunks, which count by their sizes."""
+    total, count = None, 0
+    for bags in slides:
+        sizes = torch.tensor([bag.size for bag in bags], dtype=torch.float64)
+        pooled = torch.cat([model.pooled(bag.summary) for bag in bags]).double()
+        mean = torch.einsum("k,krd->rd", (sizes / sizes.sum()).to(pooled.device), pooled)
+        total, count = mean if total is None else total + mean, count + 1
+    assert total is not None  # noqa: S101 - for the type checker: a training has slides
+    return (total / count).to(model.dtype)
+
+
+def _own_mean(model: MergeableModel, bags: Sequence[ReadBag], shares: Tensor, pooled: Tensor) -> Tensor:
+    """Return the mean embedding of a slide's patches, in each row of the pooled embedding."""
+    means = torch.stack([model.mean_embedding(bag.blocks()) for bag in bags])
+    return (shares.to(means) @ means).expand(pooled.shape[1:]).to(pooled)
+
+
+def mean_evidence(each: Sequence[Evidence], counts: Sequence[int]) -> Evidence:
+    """Return the mean of several models' evidence in the same patches, each counted so often."""
+
+    def mean(values: Sequence[NDArray]) -> NDArray:
+        return np.average(values, axis=0, weights=counts)
+
+    return Evidence(
+        mean([one.contributions for one in each]).astype(np.float32),
+        mean([one.signals for one in each]),
+        mean([one.reference for one in each]),
+        any(one.is_own_mean for one in each),
+    )
