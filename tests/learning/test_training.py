@@ -17,7 +17,7 @@ from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
 from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
-from utils.prediction.forward_pass import SlideFeed, predict_features
+from utils.prediction.forward_pass import SlideFeed, predict_features, set_references
 from utils.tasks.metrics import METRICS, balanced_class_weights
 
 CPU = torch.device("cpu")
@@ -49,6 +49,11 @@ def still(monkeypatch) -> None:
 
 def equal_states(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def trained_weights(fitted: Fitted) -> dict:
+    """Without the reference of evidence, which is made when the training is over."""
+    return {name: values for name, values in fitted.state_dict.items() if name != "pooled_reference"}
 
 
 class TestLearningRate:
@@ -113,7 +118,7 @@ class TestSelection:
         monkeypatch.setattr(training, "validate", script)
         fitted = train(epochs=4)
         assert fitted.epoch == 2
-        assert equal_states(fitted.state_dict, script.seen[1])
+        assert equal_states(trained_weights(fitted), script.seen[1])
         assert not equal_states(fitted.state_dict, script.seen[3])
         assert fitted.validation["val_auc"] == 0.9
         assert (fitted.val_probabilities == 0.2).all()
@@ -159,6 +164,7 @@ class TestLoss:
 
         class Spy:
             labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
+            mode, chunk_size, sequential = dataset.mode, dataset.chunk_size, dataset.sequential
 
             @staticmethod
             def batches(*arguments):
@@ -188,7 +194,16 @@ class TestLoss:
             models.append(make_model())
             return copy.deepcopy(models[-1])
 
-        assert equal_states(train(make).state_dict, models[0].state_dict())
+        assert equal_states(trained_weights(train(make)), models[0].state_dict())
+
+    def test_evidence_begins_at_the_mean_of_the_training_slides_as_the_kept_epoch_pools_them(
+        self, train, dataset, make_model
+    ):
+        fitted = train(epochs=2)
+        model = make_model()
+        model.load_state_dict(trained_weights(fitted))
+        set_references(model, lambda: (dataset.features(int(slide)) for slide in TRAIN), CHUNKED)
+        assert torch.equal(fitted.state_dict["pooled_reference"], model.pooled_reference)
 
     def test_validation_loss_counts_slides(self, dataset, make_model):
         model, weights = make_model(), balanced_class_weights(dataset.labels[TRAIN], 2)
@@ -224,6 +239,7 @@ class TestReproducibility:
 
         class Spy:
             labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
+            mode, chunk_size, sequential = dataset.mode, dataset.chunk_size, dataset.sequential
 
             @staticmethod
             def batches(*arguments):
@@ -284,10 +300,12 @@ class TestRefit:
 
         class Spy:
             labels, task = dataset.labels, dataset.task
+            mode, chunk_size, sequential = dataset.mode, dataset.chunk_size, dataset.sequential
 
             @staticmethod
             def features(slide):
-                raise AssertionError("validated")
+                assert slide in TRAIN
+                return dataset.features(slide)
 
             @staticmethod
             def batches(slides, *rest):
@@ -342,6 +360,7 @@ class TestTrouble:
     def test_nan_features_end_the_training(self, train, dataset):
         class Spoilt:
             labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
+            mode, chunk_size, sequential = dataset.mode, dataset.chunk_size, dataset.sequential
 
             @staticmethod
             def batches(*arguments):

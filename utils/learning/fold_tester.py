@@ -18,7 +18,6 @@ from utils.learning.ranking import best_of, rank, refit_epochs
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted, predict_slides
 from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
-from utils.prediction.forward_pass import set_references
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,6 @@ class FoldTester:
         record |= changes
         model = self._model(choice.setting, states)
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
-        used = choice.fold.train.tolist()
-        set_references(model, lambda: (data.features(slide) for slide in used), trainer.feed)
         threshold, temperature = (choice.fitted_to_values[name] for name in ("threshold", "temperature"))
         record |= {"threshold": threshold, "settings": choice.scores}
         result = FoldResult(data.task, choice.fold, outputs, threshold, temperature, record, history)

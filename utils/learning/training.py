@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from utils.core.runtime import derive_seed, prefetch
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
 from utils.learning.standardization import feature_scale, standardize
-from utils.prediction.forward_pass import SlideFeed, SlideOutput, predict_features, predict_values
+from utils.prediction.forward_pass import SlideFeed, SlideOutput, predict_features, predict_values, set_references
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,13 @@ class ModelTraining:
         """Return a copy of the weights, on the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
+    def with_reference(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights of this training with what evidence begins at: the mean pooled embedding of its slides."""
+        self.model.load_state_dict(weights)
+        feed = SlideFeed.of_mode(self.dataset.mode, self.dataset.chunk_size, self.dataset.sequential)
+        set_references(self.model, lambda: (self.dataset.features(int(slide)) for slide in self.train), feed)
+        return self.weights()
+
 
 def fit(
     model_factory: Callable[[], BagModel],
@@ -161,7 +168,7 @@ def fit(
         if stopping.is_over(epoch, best.epoch, settings.patience):
             break
     assert best is not None  # noqa: S101 - for the type checker: there is at least one epoch
-    return best
+    return replace(best, state_dict=training.with_reference(best.state_dict))
 
 
 def refit(
@@ -183,7 +190,8 @@ def refit(
     for epoch in range(1, epochs + 1):
         history.append(training.epoch(epoch))
         on_epoch(history[-1])
-    return Fitted(training.weights(), epochs, {}, torch.empty(0, len(dataset.task.outputs)), history)
+    weights = training.with_reference(training.weights())
+    return Fitted(weights, epochs, {}, torch.empty(0, len(dataset.task.outputs)), history)
 
 
 def learning_rate(epoch: int, settings: Training) -> float:
