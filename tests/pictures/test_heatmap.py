@@ -121,7 +121,10 @@ def test_the_scale_of_attention_begins_at_nothing_and_says_so():
 def test_patch_grid_of_any_number(top, least):
     patches = [np.full((8, 8, 3), index, np.uint8) for index in range(top + least)]
     names = [str(index) for index in range(top + least)]
-    figure = patch_grid_figure(patches[:top], names[:top], patches[top:], names[top:], "synthetic")
+    figure = patch_grid_figure(
+        [("most attended", "top", patches[:top], names[:top]), ("least attended", "least", patches[top:], names[top:])],
+        "synthetic",
+    )
     shown = [axes for part in figure.subfigs for axes in part.axes if axes.images]
     assert [axes.get_title() for axes in shown] == names
     assert [part.get_suptitle() for part in figure.subfigs] == ["most attended", "least attended"][: 1 + bool(least)]

@@ -18,7 +18,7 @@ from utils.pictures.attention_map import AttentionMap
 from utils.pictures.overlay import MapStyle, Overlay, Picture
 from utils.pictures.prediction_caption import Caption
 from utils.pictures.report_page import write_report
-from utils.pictures.top_patches import MapPatch
+from utils.pictures.top_patches import MapPatch, attention_groups
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -39,7 +39,9 @@ def page_of(path, picture, attention, *, slide="slide", style=None, patches=3, p
         [MapPatch(int(index), patch) for index in few] for few in (attention.top(patches), attention.lowest(patches))
     )
     said = {"answer": "b (75.0%)", "probabilities": {"a": 0.25, "b": 0.75}, "notes": [], "facts": []} | said
-    write_report(path, slide, Overlay(picture, attention, style), Caption(**said), top, least)
+    write_report(
+        path, slide, Overlay(picture, attention, style), Caption(**said), attention_groups(attention, top, least)
+    )
     return path.read_text(encoding="utf-8")
 
 
@@ -73,7 +75,9 @@ def test_names_are_text_and_nothing_else(tmp_path, attention):
 @pytest.mark.parametrize("scale", ["attention", "percentile"])
 def test_the_page_says_what_colour_means(tmp_path, attention, scale):
     page = page_of(tmp_path / "a.html", picture_of(800, 600), attention, style=MapStyle(scale=scale))
-    low, high = re.findall(r'<span class="legend"><span>([^<]+)</span><img [^>]+><span>([^<]+)</span>', page)[0]
+    low, high = re.findall(
+        r'<span class="legend"><span id="low">([^<]+)</span><img [^>]+><span id="high">([^<]+)</span>', page
+    )[0]
     assert (low, high) == ("0", "100" if scale == "percentile" else f"{attention.attention.max():.3g}")
     assert html.escape(MapStyle(scale=scale).label(attention)) in page
 

@@ -365,9 +365,20 @@ def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_p
     flags, drawn = drawable(mil)
     outcome = predict(*flags, *drawn, "--faithfulness")
     assert outcome.code == 0, outcome.err
-    assert len(list((tmp_path / "out").iterdir())) == 10
-    found = of(tmp_path / "out", "slide")["faithfulness"]
-    assert found["random_orders"] == (3 if mil == "TransMIL" else 10)
+    gives_evidence = mil != "TransMIL"
+    assert len(list((tmp_path / "out").iterdir())) == 10 + gives_evidence
+    record = of(tmp_path / "out", "slide")
+    found = record["faithfulness"]
+    assert found["random_orders"] == (10 if gives_evidence else 3)
+    assert ("evidence" in found) is gives_evidence
+    assert (record["evidence"] is not None) is gives_evidence
+    with np.load(tmp_path / "out" / "slide_attention.npz") as data:
+        assert ("evidence" in data) is gives_evidence
+    tiles = json.loads((tmp_path / "out" / "slide_attention.geojson").read_text())["features"]
+    classes = {name for name in tiles[0]["properties"]["measurements"] if name.startswith("Evidence ")}
+    assert classes == ({f"Evidence {name}" for name in record["probabilities"]} if gives_evidence else set())
+    page = (tmp_path / "out" / "slide_report.html").read_text()
+    assert ('<select id="map">' in page) is gives_evidence
     assert np.isfinite(found["deletion"]["gap"])
     assert (tmp_path / "out" / "slide_faithfulness.png").stat().st_size > 1000
     assert "faithfulness" in (tmp_path / "out" / "slide_report.html").read_text()
@@ -447,7 +458,7 @@ def test_pictures_say_what_was_seen_in_training_also_when_that_is_learnt_later(
     texts_of_figures.clear()
     assert predict(*folder, *labels, *drawn, "--faithfulness").code == 0
     assert set(texts_of_figures) == {
-        f"slide_{kind}.png" for kind in ("heatmap", "detailed", "patch_grid", "faithfulness")
+        f"slide_{kind}.png" for kind in ("heatmap", "detailed", "patch_grid", "evidence", "faithfulness")
     }
     assert all("seen in training" in text for text in texts_of_figures.values())
     assert json.loads((out / "slide_attention.geojson").read_text())["litemil"]["seen_in_training"] is True
@@ -510,7 +521,7 @@ def test_pictures_and_figures_come_in_other_formats_of_the_same_answer(drawable,
     predict(*flags, *drawn, "--faithfulness")
     out, first = tmp_path / "out", of(tmp_path / "out", "slide")
     shown = predict(*flags, *drawn, "--faithfulness", "--figure_format", "pdf", "svg").out
-    names = [f"slide_{part}" for part in ("heatmap", "detailed", "patch_grid", "faithfulness")]
+    names = [f"slide_{part}" for part in ("heatmap", "detailed", "patch_grid", "evidence", "faithfulness")]
     for name in names:
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert "<svg" in (out / f"{name}.svg").read_text(encoding="utf-8")[:2000]
@@ -832,7 +843,7 @@ def test_a_folder_has_an_index_page_and_an_end_that_says_what_is_next(cohort, mo
 def test_every_picture_says_what_it_is_for(drawable, predict, tmp_path, texts_of_figures):
     flags, drawn = drawable("LiteMIL")
     assert predict(*flags, *drawn, "--faithfulness").code == 0
-    assert len(texts_of_figures) == 4
+    assert len(texts_of_figures) == 5
     for text in (*texts_of_figures.values(), *(
         (tmp_path / "out" / f"slide_{name}").read_text()
         for name in ("report.html", "attention.geojson", "prediction.json")

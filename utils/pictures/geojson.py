@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from numpy.typing import NDArray
 
 from utils.core.files import write_text
 from utils.pictures.attention_map import AttentionMap
@@ -18,12 +19,21 @@ from utils.slides.slide import Slide
 _STEPS = (0, 20, 40, 60, 80, 100)
 
 
-def write_attention(path: Path, attention: AttentionMap, slide: Slide, cmap: str, record: Mapping[str, Any]) -> None:
+def write_attention(
+    path: Path,
+    attention: AttentionMap,
+    slide: Slide,
+    cmap: str,
+    record: Mapping[str, Any],
+    more: Mapping[str, NDArray] | None = None,
+) -> None:
     """Write one feature per patch (RFC 7946), in QuPath's frame: level-0 px from the corner of the scanned area.
 
-    Measurements are attention, its percentile within the slide, and the rank from 1; the class is the percentile's
-    fifth. The offset of the frame and `record`, which QuPath does not read, are under "litemil".
+    Measurements are attention, its percentile within the slide, the rank from 1, and `more`, each `(N,)`, by their
+    names; the class is the percentile's fifth. The offset of the frame and `record`, which QuPath does not read, are
+    under "litemil".
     """
+    more = more or {}
     offset = qupath_offset(slide)
     colours = (colormaps[cmap](np.linspace(0, 1, len(_STEPS) - 1))[:, :3] * 255).round().astype(int).tolist()
     classes = [
@@ -34,13 +44,15 @@ def write_attention(path: Path, attention: AttentionMap, slide: Slide, cmap: str
     corners = attention.coords - offset
     rows = zip(
         corners.tolist(), (corners + attention.size_level0).tolist(), attention.attention.tolist(),
-        attention.percentiles.tolist(), attention.ranks.tolist(), steps.tolist(), strict=True,
+        attention.percentiles.tolist(), attention.ranks.tolist(), steps.tolist(),
+        np.stack([*more.values()], axis=1).tolist() if more else [()] * len(attention), strict=True,
     )  # fmt: skip
     lines = (
         _feature(f"{slide.name}/{left:g}/{top:g}", (left, top, right, bottom), classes[step], {
             "Attention": weight, "Attention percentile": round(percentile, 3), "Attention rank": rank,
+            **dict(zip(more, values, strict=True)),
         })
-        for (left, top), (right, bottom), weight, percentile, rank, step in rows
+        for (left, top), (right, bottom), weight, percentile, rank, step, values in rows
     )  # fmt: skip
     frame = {"slide": slide.name, "offset": offset.tolist(), "width": slide.width, "height": slide.height}
     head = json.dumps(frame | dict(record), allow_nan=False)

@@ -16,6 +16,7 @@ from PIL import Image
 from utils.core.plots import save_figure
 from utils.core.text import NOTICE, escape_mathtext
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.evidence_map import EvidenceOverlay
 from utils.pictures.overlay import Overlay, Picture
 
 # Scale bars are one of these long, in um, whichever is nearest to a fifth of the picture.
@@ -46,6 +47,28 @@ def heatmap_figure(overlay: Overlay, *, title: str, top_k: int) -> Figure:
     _draw_slide(axes, overlay.picture)
     _draw_heat(axes, overlay, top_k)
     axes.set_title(escape_mathtext(title), fontsize=10)
+    return with_notice(figure)
+
+
+def evidence_figure(overlay: EvidenceOverlay, *, title: str, text: str, top_k: int, alpha: float) -> Figure:
+    """Draw the evidence for a class over the overview. The `top_k` patches that argue most for it are outlined and
+    numbered, those that argue most against it outlined in dashes. `text` is what they add up to.
+    """
+    picture, evidence, name = overlay.picture, overlay.evidence, overlay.name
+    h, w = picture.shape
+    figure = Figure(figsize=_figure_size(w, h), layout="constrained")
+    axes = figure.subplots()
+    _draw_slide(axes, picture)
+    colours = overlay.colours()
+    colours[..., 3] *= alpha
+    axes.imshow(colours, interpolation="nearest")
+    supporters, opponents = evidence.strongest(name, top_k)
+    _outline(axes, picture, overlay.attention.coords[supporters], overlay.attention.size_level0)
+    _outline(axes, picture, overlay.attention.coords[opponents], overlay.attention.size_level0, against=True)
+    figure.colorbar(evidence.mappable(name), ax=axes, shrink=0.8, label=escape_mathtext(evidence.label(name)),
+                    extend="both")  # fmt: skip
+    lines = [title, *textwrap.wrap(f"Evidence: {text}", max(40, int(12 * figure.get_figwidth())))]
+    axes.set_title(escape_mathtext("\n".join(lines)), fontsize=9)
     return with_notice(figure)
 
 
@@ -85,24 +108,18 @@ def detailed_figure(
 
 
 def patch_grid_figure(
-    top: Sequence[NDArray[np.uint8]],
-    top_captions: Sequence[str],
-    least: Sequence[NDArray[np.uint8]],
-    least_captions: Sequence[str],
-    title: str,
+    groups: Sequence[tuple[str, str, Sequence[NDArray[np.uint8]], Sequence[str]]], title: str
 ) -> Figure:
-    """Draw the most attended patches in rows of five, and the least attended below, each with its caption."""
-    groups = [
-        ("most attended", _TOP_COLOUR, top, top_captions),
-        ("least attended", _LEAST_COLOUR, least, least_captions),
-    ]
+    """Draw groups of patches in rows of five, each group with its title, its kind ("top" or "least"), its patches and
+    their captions.
+    """
     groups = [group for group in groups if len(group[2])]
     rows = [-(-len(patches) // _COLUMNS) for _, _, patches, _ in groups]
     columns = min(_COLUMNS, max(len(patches) for _, _, patches, _ in groups))
     figure = Figure(figsize=(max(2.2 * columns, 5), 2.55 * sum(rows) + 0.5 * len(groups) + 0.4), layout="constrained")
     subfigures = _rows(figure, [2.55 * count + 0.5 for count in rows])
-    for subfigure, count, (name, colour, patches, captions) in zip(subfigures, rows, groups, strict=True):
-        subfigure.suptitle(name, fontsize=10, color=colour)
+    for subfigure, count, (name, kind, patches, captions) in zip(subfigures, rows, groups, strict=True):
+        subfigure.suptitle(escape_mathtext(name), fontsize=10, color=_TOP_COLOUR if kind == "top" else _LEAST_COLOUR)
         cells = subfigure.subplots(count, columns, squeeze=False).ravel()
         for cell in cells:
             cell.set_axis_off()
@@ -147,10 +164,15 @@ def _draw_heat(axes: Axes, overlay: Overlay, top_k: int) -> None:
     axes.figure.colorbar(style.mappable(attention), ax=axes, shrink=0.8, label=style.label(attention))
 
 
-def _outline(axes: Axes, picture: Picture, corners: NDArray[np.int64], size_level0: int) -> None:
-    side = size_level0 * picture.scale
+def _outline(
+    axes: Axes, picture: Picture, corners: NDArray[np.int64], size_level0: int, *, against: bool = False
+) -> None:
+    side, line = size_level0 * picture.scale, "--" if against else "-"
     for rank, (x, y) in enumerate(corners * picture.scale - 0.5, start=1):
-        axes.add_patch(Rectangle((x, y), side[0], side[1], fill=False, edgecolor=_TOP_COLOUR, lw=1))
+        colour = _LEAST_COLOUR if against else _TOP_COLOUR
+        axes.add_patch(Rectangle((x, y), side[0], side[1], fill=False, edgecolor=colour, lw=1, ls=line))
+        if against:
+            continue
         box = {"facecolor": _TOP_COLOUR, "edgecolor": "none", "pad": 1}
         axes.text(x, y, str(rank), color="white", fontsize=6, ha="left", va="top", bbox=box, clip_on=True)
 

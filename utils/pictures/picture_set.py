@@ -13,16 +13,26 @@ from utils.core.files import whole_file
 from utils.core.plots import figure_paths
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.evidence_map import EvidenceMap, EvidenceOverlay
 from utils.pictures.geojson import write_attention
-from utils.pictures.heatmap import Figure, detailed_figure, heatmap_figure, map_thumbnail, save_picture
+from utils.pictures.heatmap import (
+    Figure,
+    detailed_figure,
+    evidence_figure,
+    heatmap_figure,
+    map_thumbnail,
+    save_picture,
+)
 from utils.pictures.overlay import MapStyle, Overlay, Picture
 from utils.pictures.prediction_caption import Caption, prediction_title
 from utils.pictures.report_page import write_report
 from utils.pictures.top_patches import (
     PatchRecord,
+    attention_groups,
     grid_figure,
     patch_files,
     patch_records,
+    read_evidence_groups,
     read_extremes,
     write_patches,
 )
@@ -30,6 +40,7 @@ from utils.slides.slide import Slide
 
 _OVERVIEW = 2000  # px of the overview's longer side
 _FIGURES = ("heatmap", "detailed", "patch_grid")
+_EVIDENCE = "evidence"  # the figure of models that give it
 _THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE = (
     "thumbnail.jpg", "top_patches", "attention.npz", "attention.geojson", "report.html",
 )  # fmt: skip
@@ -40,9 +51,10 @@ def overview(slide: Slide, mpp: float | None = None) -> Picture:
     return Picture(slide.thumbnail(max_side=_OVERVIEW), slide.width, slide.height, mpp or slide.mpp)
 
 
-def picture_paths(folder: Path, slide: str, formats: Sequence[str]) -> list[Path]:
-    """Return the paths of a slide's pictures, the figures in each of the `formats` first."""
-    figures = [path for name in _FIGURES for path in figure_paths(folder / f"{slide}_{name}", formats)]
+def picture_paths(folder: Path, slide: str, formats: Sequence[str], *, evidence: bool) -> list[Path]:
+    """Return the paths of a slide's pictures, figures in each of the `formats` first, with or without `evidence`."""
+    names = [*_FIGURES, _EVIDENCE] if evidence else _FIGURES
+    figures = [path for name in names for path in figure_paths(folder / f"{slide}_{name}", formats)]
     return [*figures, *(folder / f"{slide}_{name}" for name in (_THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE))]
 
 
@@ -61,11 +73,13 @@ class PictureSet:
     style: MapStyle
     top_k: int
     formats: Sequence[str]
+    evidence: EvidenceMap | None = None
 
     @property
     def files(self) -> list[Path]:
         """All files that `write` writes."""
-        paths = picture_paths(self.folder, self.record["slide"], self.formats)
+        has_evidence = self.evidence is not None
+        paths = picture_paths(self.folder, self.record["slide"], self.formats, evidence=has_evidence)
         *figures, thumbnail, patches, data, tiles, page = paths
         return [*figures, thumbnail, *patch_files(patches, self._patch_records), data, tiles, page]
 
@@ -81,33 +95,56 @@ class PictureSet:
         caption, record = Caption.of(self.record), self.record
         overlay = Overlay(overview(self.slide, (record["slide_record"] or {}).get("mpp")), self.attention, self.style)
         top, least = read_extremes(self.slide, self.attention, self.top_k)
+        groups, predicted = attention_groups(self.attention, top, least), record["predicted_class"]
+        if self.evidence is not None:
+            groups += read_evidence_groups(self.slide, self.attention, self.evidence, predicted, self.top_k)
         about = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"], "notice": NOTICE}
-        write_attention(self._path(_TILES), self.attention, self.slide, self.style.cmap, about)
+        by_class = {} if self.evidence is None else {
+            f"Evidence {name}": self.evidence.of_class(name) for name in self.evidence.class_names
+        }  # fmt: skip
+        write_attention(self._path(_TILES), self.attention, self.slide, self.style.cmap, about, by_class)
         title = prediction_title(record)
         figures = [
             heatmap_figure(overlay, title=title, top_k=self.top_k),
             captioned_figure(overlay, caption, title, self.top_k),
-            grid_figure(self.attention, top, least, title),
+            grid_figure(self.attention, groups, title),
         ]
-        for name, figure in zip(_FIGURES, figures, strict=True):
+        names: list[str] = list(_FIGURES)
+        evidence = self._evidence_overlays(overlay.picture)
+        if evidence:
+            look = {"top_k": self.top_k, "alpha": self.style.alpha}
+            figures.append(evidence_figure(evidence[0], title=title, text=caption.evidence, **look))
+            names.append(_EVIDENCE)
+        for name, figure in zip(names, figures, strict=True):
             for path in figure_paths(self._path(name), self.formats):
                 save_picture(figure, path)
         with whole_file(self._path(_THUMBNAIL)) as unfinished:
             map_thumbnail(overlay).save(unfinished, "JPEG", quality=75)
         write_patches(self._path(_PATCHES), self._patch_records, [*top, *least])
         self._write_data(caption.probabilities)
-        write_report(self._path(_PAGE), record["slide"], overlay, caption, top, least)
+        write_report(self._path(_PAGE), record["slide"], overlay, caption, groups, evidence)
+
+    def _evidence_overlays(self, picture: Picture) -> list[EvidenceOverlay]:
+        """Return the evidence for each class over the overview, that for the predicted class first."""
+        if self.evidence is None:
+            return []
+        names = sorted(self.evidence.class_names, key=lambda name: name != self.record["predicted_class"])
+        return [EvidenceOverlay(picture, self.attention, self.evidence, name) for name in names]
 
     def _write_data(self, probabilities: Mapping[str, float]) -> None:
-        """Write the attention, also of each head `(H, N)`, and the prediction as `.npz`."""
+        """Write the attention, also of each head `(H, N)`, the evidence `(C, N)` and the prediction as `.npz`."""
         record, attention = self.record, self.attention
+        evidence = {} if self.evidence is None else {
+            "evidence": self.evidence.contributions, "log_odds": self.evidence.log_odds,
+            "reference_log_odds": self.evidence.reference,
+        }  # fmt: skip
         with whole_file(self._path(_DATA)) as unfinished, unfinished.open("wb") as file:
             np.savez(
                 file, coords=attention.coords, attention=attention.attention, attention_heads=self.heads,
                 patch_size_level0=attention.size_level0, class_names=list(probabilities),
                 probabilities=list(probabilities.values()), prediction=record["predicted_class"],
                 seen_in_training=str(record["seen_in_training"]),
-                mpp=(record["slide_record"] or {}).get("mpp_delivered") or np.nan,
+                mpp=(record["slide_record"] or {}).get("mpp_delivered") or np.nan, **evidence,
             )  # fmt: skip
 
 

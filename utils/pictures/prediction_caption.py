@@ -28,18 +28,19 @@ def _answer(record: Mapping[str, Any]) -> str:
 @dataclass(frozen=True)
 class Caption:
     """The answer of a prediction in one line, `probabilities` by class, `facts` (pairs of a name and a text) on how it
-    was made, and `notes`, which are warnings.
+    was made, `notes`, which are warnings, and what `evidence` adds up to, if there is any.
     """
 
     answer: str = ""
     probabilities: Mapping[str, float] = field(default_factory=dict)
     facts: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
+    evidence: str = ""
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """Return the caption of a prediction's record."""
-        return cls(_answer(record), record["probabilities"], _facts(record), _notes(record))
+        return cls(_answer(record), record["probabilities"], _facts(record), _notes(record), evidence_text(record))
 
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -62,8 +63,13 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         temperatures = record["temperature"] if several else [record["temperature"]]
         text = ", ".join(f"{temperature:.2f}" for temperature in temperatures)
         facts.append(("calibrated probability", f"{calibrated[record['predicted_class']]:.1%} (temperature {text})"))
+    if record.get("evidence"):
+        facts.append(("evidence", evidence_text(record)))
     if record.get("faithfulness"):
         facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
+        if "evidence" in record["faithfulness"]:
+            measured = record["faithfulness"]["evidence"] | {"random_orders": record["faithfulness"]["random_orders"]}
+            facts.append(("faithfulness of evidence", _faithfulness(measured)))
     facts += [(name, _short(str(recipe[name]))) for name in _RECIPE if recipe.get(name) is not None]
     delivered = (record["slide_record"] or {}).get("mpp_delivered")
     return facts if delivered is None else [*facts, ("µm/px of the patches", f"{delivered:.4g}")]
@@ -76,11 +82,22 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         notes.append(f"The model was trained on this {unit}: its prediction proves nothing.")
     if record.get("dataset") == SYNTHETIC:
         notes.append("The model was trained on synthetic slides, drawn by rule: what it says of tissue means nothing.")
-    if record.get("faithfulness") and record["faithfulness"]["deletion"]["gap"] <= 0:
-        notes.append(
-            "Attention does not support this answer: without the most attended patches, "
-            f"{record['predicted_class']} is no less probable than without random ones."
-        )
+    if record.get("faithfulness"):
+        notes += _faithfulness_notes(record["predicted_class"], record["faithfulness"])
+    return notes
+
+
+def _faithfulness_notes(predicted_class: str, measured: Mapping[str, Any]) -> list[str]:
+    """Return which maps the answer does not bear out, and which it does instead."""
+    maps = {"Attention": measured} | ({"Evidence": measured["evidence"]} if "evidence" in measured else {})
+    firsts = {"Attention": "the most attended patches", "Evidence": "the patches that argue most for it"}
+    failing = [name for name in maps if maps[name]["deletion"]["gap"] <= 0]
+    notes = [
+        f"{name} does not support this answer: without {firsts[name]}, {predicted_class} is no less probable than "
+        "without random ones." for name in failing
+    ]  # fmt: skip
+    if failing == ["Attention"] and "Evidence" in maps:
+        notes[0] += " The evidence does: look at that map."
     return notes
 
 
@@ -110,6 +127,20 @@ def _faithfulness(curves: Mapping[str, Any]) -> str:
         for name in ("deletion", "insertion")
     ]
     return f"mean probability against random orders: {', '.join(gaps)}"
+
+
+def evidence_text(record: Mapping[str, Any]) -> str:
+    """Return what the log-odds of the predicted class are the sum of; empty without evidence."""
+    if not record.get("evidence"):
+        return ""
+    name, evidence = record["predicted_class"], record["evidence"]
+    log_odds, start, favourable, adverse = (
+        evidence[part][name] for part in ("log_odds", "reference", "for", "against")
+    )
+    return (
+        f"log-odds of {name} {log_odds:+.3g}: {evidence['begins_at']} {start:+.3g}, patches for it {favourable:+.3g}, "
+        f"patches against it {adverse:+.3g}"
+    )
 
 
 def _short(text: str) -> str:

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,36 @@ from utils.core.html_page import write_page
 from utils.core.runtime import versions
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
-from utils.pictures.overlay import MapStyle, Overlay, Picture
+from utils.pictures.evidence_map import CMAP, EvidenceOverlay
+from utils.pictures.overlay import Overlay, Picture
 from utils.pictures.prediction_caption import Caption
-from utils.pictures.top_patches import MapPatch
+from utils.pictures.top_patches import MapPatch, PatchGroup
 
 _TEMPLATE = Path(__file__).with_name("report_page.html")
 _TRANSPARENT = 255  # index in the overlay's palette; colours are the others
+_MOST_LAYERS = 8  # maps of evidence, of as many classes
 _QUALITY = 88  # of JPEGs
 # Limits that keep the page fast to open: patches of a gallery, their sides in px, bytes of all their images.
 _PATCHES, _PATCH_SIDES, _GALLERY_BYTES = 24, (1024, 768, 512, 384, 256, 192), 8_000_000
 
 
 def write_report(
-    path: Path, slide: str, overlay: Overlay, caption: Caption, top: Sequence[MapPatch], least: Sequence[MapPatch]
+    path: Path,
+    slide: str,
+    overlay: Overlay,
+    caption: Caption,
+    groups: Sequence[PatchGroup],
+    evidence: Sequence[EvidenceOverlay] = (),
 ) -> None:
     """Write the page of a slide; it is self-contained.
 
-    The first 24 of the most attended patches `top` and of the `least` attended ones are shown, reduced if together they
-    are too large.
+    The first 24 patches of each group are shown, reduced if together they are too large. The page switches
+    from attention to the evidence for each class, if there is any.
     """
     picture, attention, style = overlay.picture, overlay.attention, overlay.style
     h, w = picture.shape
-    galleries = _encoded(top[:_PATCHES], least[:_PATCHES])
+    images = _encoded(*(group.patches[:_PATCHES] for group in groups))
+    layers = [_attention_layer(overlay), *map(_evidence_layer, evidence[:_MOST_LAYERS])]
     values = {
         "slide": slide,
         "answer": caption.answer,
@@ -47,17 +55,18 @@ def write_report(
         "height_px": h,
         "opacity": round(100 * style.alpha),
         "slide_image": _jpeg(picture.thumbnail),
-        "heat_image": _heat_png(overlay),
         "heat_alt": f"Attention by colour; {attention.half_count} of {len(attention)} patches hold half of it",
-        "scale_image": _colour_scale(style),
-        "scale_high": f"{style.highest(attention):.3g}",
-        "scale_text": style.label(attention),
-        "top": _gallery(attention, galleries[0]),
-        "least": _gallery(attention, galleries[1]),
+        "layers": layers,
+        "galleries": [
+            (f"{group.title[0].upper()}{group.title[1:]}", group.kind, _gallery(attention, patches, group.captions))
+            for group, patches in zip(groups, images, strict=True)
+            if patches
+        ],
+        "evidence": caption.evidence,
         "probabilities": caption.probabilities,
         "concentration": _concentration(attention),
         "facts": caption.facts,
-        "data": _data(picture, attention),
+        "data": _data(picture, attention) | {"layers": [asdict(layer) for layer in layers]},
         "version": versions()["litemil"],
     }
     write_page(path, _TEMPLATE, values)
@@ -77,25 +86,62 @@ def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
     }
 
 
-def _heat_png(overlay: Overlay) -> str:
-    """Return the heatmap as a PNG with a palette, transparent where no patch is."""
-    heat, style = overlay.heat, overlay.style
-    steps = np.rint(np.nan_to_num(heat) / style.highest(overlay.attention) * (_TRANSPARENT - 1)).astype(np.uint8)
+@dataclass(frozen=True)
+class _Layer:
+    """A map over the slide: its image, its scale from `low` to `high`, what its colour says, and of evidence the value
+    of each patch, as base64 of float32.
+    """
+
+    title: str
+    image: str
+    scale: str
+    low: str
+    high: str
+    text: str
+    values: str | None = None
+
+
+def _attention_layer(overlay: Overlay) -> _Layer:
+    attention, style = overlay.attention, overlay.style
+    palette, highest = _palette(style.cmap), style.highest(attention)
+    image = _heat_png(overlay.heat / highest, palette)
+    return _Layer("attention", image, _colour_scale(palette), "0", f"{highest:.3g}", style.label(attention))
+
+
+def _evidence_layer(overlay: EvidenceOverlay) -> _Layer:
+    evidence, name = overlay.evidence, overlay.name
+    limit, palette = evidence.limit(name), _palette(CMAP.name)
+    image = _heat_png((np.clip(overlay.heat, -limit, limit) + limit) / (2 * limit), palette)
+    values = _base64(evidence.of_class(name).astype("<f4").tobytes())
+    return _Layer(
+        f"evidence for {name}",
+        image,
+        _colour_scale(palette),
+        f"{-limit:.2g}",
+        f"+{limit:.2g}",
+        evidence.label(name),
+        values,
+    )
+
+
+def _heat_png(heat: NDArray[np.float64], palette: NDArray[np.uint8]) -> str:
+    """Return a map `(h, w)` of 0..1 as a PNG with a palette, transparent where it is NaN."""
+    steps = np.rint(np.nan_to_num(heat) * (_TRANSPARENT - 1)).astype(np.uint8)
     image = Image.fromarray(np.where(np.isnan(heat), np.uint8(_TRANSPARENT), steps))
-    image.putpalette([*_palette(style).ravel().tolist(), 0, 0, 0])
+    image.putpalette([*palette.ravel().tolist(), 0, 0, 0])
     file = io.BytesIO()
     image.save(file, "PNG", transparency=_TRANSPARENT, optimize=True)
     return f"data:image/png;base64,{_base64(file.getvalue())}"
 
 
-def _palette(style: MapStyle) -> NDArray[np.uint8]:
-    """Return the colours (255, 3) of the colour map, in order."""
-    return np.rint(colormaps[style.cmap](np.linspace(0, 1, _TRANSPARENT))[:, :3] * 255).astype(np.uint8)
+def _palette(cmap: str) -> NDArray[np.uint8]:
+    """Return the colours (255, 3) of a colour map, in order."""
+    return np.rint(colormaps[cmap](np.linspace(0, 1, _TRANSPARENT))[:, :3] * 255).astype(np.uint8)
 
 
-def _colour_scale(style: MapStyle) -> str:
+def _colour_scale(palette: NDArray[np.uint8]) -> str:
     file = io.BytesIO()
-    Image.fromarray(_palette(style)[None]).save(file, "PNG")
+    Image.fromarray(palette[None]).save(file, "PNG")
     return f"data:image/png;base64,{_base64(file.getvalue())}"
 
 
@@ -135,13 +181,18 @@ class _GalleryItem:
     lines: Sequence[str]
 
 
-def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]]) -> list[_GalleryItem]:
+def _gallery(
+    attention: AttentionMap, patches: Sequence[tuple[int, str]], captions: Sequence[str]
+) -> list[_GalleryItem]:
     items = []
-    for index, image in patches:
+    for (index, image), caption in zip(patches, captions, strict=False):
         (x, y), weight = attention.coords[index], attention.attention[index]
         rank, times = attention.ranks[index], weight * len(attention)
         title = f"Rank {rank} of {len(attention)}: attention {weight:.3g}, {times:.3g} times uniform, at ({x}, {y})"
-        lines = [f"rank {rank}", f"{weight:.3g} ({times:.3g} x)", f"at ({x}, {y})"]
+        is_evidence = caption[0] in "+-"
+        lines = [caption] if is_evidence else [f"rank {rank}", f"{weight:.3g} ({times:.3g} x)"]
+        lines.append(f"at ({x}, {y})")
+        title += f", evidence {caption}" if is_evidence else ""
         items.append(_GalleryItem(int(index), image, title, lines))
     return items
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from utils.core.files import whole_file, write_records
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.evidence_map import EvidenceMap
 from utils.pictures.heatmap import Figure, patch_grid_figure
 from utils.slides.slide import Slide
 
@@ -54,19 +55,60 @@ def read_extremes(slide: Slide, attention: AttentionMap, count: int) -> tuple[li
     return read_patches(slide, attention, top), read_patches(slide, attention, least)
 
 
-def grid_figure(attention: AttentionMap, top: Sequence[MapPatch], least: Sequence[MapPatch], title: str) -> Figure:
-    """Draw the most and the least attended patches, at most 50 each, with rank, attention and position."""
+@dataclass(frozen=True)
+class PatchGroup:
+    """Patches to show together, in order: their `title`, the `kind` of their mark ("top" or "least"), and a caption of
+    each.
+    """
+
+    title: str
+    kind: str
+    patches: Sequence[MapPatch]
+    captions: Sequence[str]
+
+
+def attention_groups(attention: AttentionMap, top: Sequence[MapPatch], least: Sequence[MapPatch]) -> list[PatchGroup]:
+    """Return the most and the least attended patches as groups, captioned with rank and attention."""
 
     def captions(patches: Sequence[MapPatch]) -> list[str]:
-        return [
-            f"{attention.ranks[patch.index]}: {attention.attention[patch.index]:.3g}\nat ({x}, {y})"
-            for patch in patches
+        return [f"{attention.ranks[patch.index]}: {attention.attention[patch.index]:.3g}" for patch in patches]
+
+    return [
+        PatchGroup("most attended", "top", top, captions(top)),
+        PatchGroup("least attended", "least", least, captions(least)),
+    ]
+
+
+def read_evidence_groups(
+    slide: Slide, attention: AttentionMap, evidence: EvidenceMap, name: str, count: int
+) -> list[PatchGroup]:
+    """Read the `count` patches that argue most for a class, and those that argue most against it, as two groups.
+
+    A caption is what the patch adds to the class's log-odds.
+    """
+    values = evidence.of_class(name)
+    supporters, opponents = evidence.strongest(name, count)
+    return [
+        PatchGroup(
+            f"most evidence {side} {name}", kind, read_patches(slide, attention, indices),
+            [f"{value:+.2g}" for value in values[indices]],
+        )
+        for side, kind, indices in (("for", "top", supporters), ("against", "least", opponents))
+    ]  # fmt: skip
+
+
+def grid_figure(attention: AttentionMap, groups: Sequence[PatchGroup], title: str) -> Figure:
+    """Draw groups of patches, at most 50 each, with their captions and positions."""
+    rows = []
+    for group in groups:
+        patches = group.patches[:GRID_PATCHES]
+        captions = [
+            f"{caption}\nat ({x}, {y})"
+            for caption, patch in zip(group.captions, patches, strict=False)
             for x, y in [attention.coords[patch.index].tolist()]
         ]
-
-    top, least = top[:GRID_PATCHES], least[:GRID_PATCHES]
-    top_pixels, least_pixels = ([patch.pixels for patch in patches] for patches in (top, least))
-    return patch_grid_figure(top_pixels, captions(top), least_pixels, captions(least), title)
+        rows.append((group.title, group.kind, [patch.pixels for patch in patches], captions))
+    return patch_grid_figure(rows, title)
 
 
 def patch_records(attention: AttentionMap, count: int, seen_in_training: bool | None) -> list[PatchRecord]:

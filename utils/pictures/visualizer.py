@@ -22,6 +22,7 @@ from utils.pictures.settings import Pictures
 from utils.pictures.slide_match import check_patches_fit
 from utils.pictures.top_patches import (
     GRID_PATCHES,
+    attention_groups,
     grid_figure,
     patch_records,
     read_extremes,
@@ -146,7 +147,7 @@ class AttentionVisualizer:
         with opened(wsi_path) as slide:
             attention_map = _attention_map(slide, coords, attention, patch_size_level0)
             top, least = read_extremes(slide, attention_map, min(top_k, GRID_PATCHES))
-        figure = grid_figure(attention_map, top, least, title)
+        figure = grid_figure(attention_map, attention_groups(attention_map, top, least), title)
         save_picture(figure, save_path)
         return figure
 

@@ -6,7 +6,7 @@ summarises groups of patches, and every point of a curve merges summaries.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class Curves:
 class Faithfulness:
     """`deletion` and `insertion` curves of the class `class_index`; `randomised (N,)`, the attention of the same model
     with random weights; and the rank correlations of the attention with this and other random ones (None if either is
-    the same for all patches).
+    the same for all patches). `evidence`: deletion and insertion curves in the order of the evidence for the class.
     """
 
     class_index: int
@@ -79,14 +79,22 @@ class Faithfulness:
     insertion: Curves
     randomised: NDArray[np.float64]
     rank_correlations: list[float | None]
+    evidence: tuple[Curves, Curves] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "deletion": self.deletion.as_dict(-1),
-            "insertion": self.insertion.as_dict(1),
+        curves: dict[str, Any] = {"deletion": self.deletion.as_dict(-1), "insertion": self.insertion.as_dict(1)}
+        if self.evidence is not None:
+            deletion, insertion = (curve.as_dict(sign) for curve, sign in zip(self.evidence, (-1, 1), strict=True))
+            curves["evidence"] = {"deletion": _of_evidence(deletion), "insertion": _of_evidence(insertion)}
+        return curves | {
             "random_orders": len(self.deletion.random),
             "rank_correlation_with_random_weights": self.rank_correlations,
         }
+
+
+def _of_evidence(curves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a curve's entries under the names of an order by evidence."""
+    return {name.replace("_attended_first", "_for_first"): value for name, value in curves.items()}
 
 
 @torch.inference_mode()
@@ -97,10 +105,14 @@ def measure_faithfulness(
     attention: NDArray,
     class_index: int,
     seed: int = 0,
+    *,
+    evidence: NDArray | None = None,
 ) -> Faithfulness:
-    """Measure the `attention (N,)` of `models`, whose predictions are averaged, for `features (N, D)` of a whole slide.
+    """Measure the `attention (N,)` of `models`, whose predictions are averaged, for `features (N, D)` of a whole slide;
+    also their `evidence (N,)` for the class, if it is given.
 
-    Patches of equal attention are in random order. Raises FeatureFileError for a slide of fewer than two patches.
+    Patches of equal attention, or evidence, are in random order. Raises FeatureFileError for a slide of fewer than two
+    patches.
     """
     count = len(attention)
     if count < 2:
@@ -113,6 +125,9 @@ def measure_faithfulness(
     edges = _edges(count)
     by_attention = np.lexsort((rng.random(count), -attention))
     orders = [by_attention, *(rng.permutation(count) for _ in range(_ORDERS if merging else _FEW_ORDERS))]
+    number = len(orders)
+    if evidence is not None:
+        orders.append(np.lexsort((rng.random(count), -evidence)))
     group = torch.from_numpy(np.repeat(np.arange(len(edges) - 1, dtype=np.int8), np.diff(edges)))
     groups = torch.empty((len(orders), count), dtype=torch.int8)
     for row, order in zip(groups, orders, strict=True):
@@ -121,12 +136,15 @@ def measure_faithfulness(
     prefixes, suffixes = averages[:, 0], averages[:, 1]  # (O, G): the first groups alone, and all but the first ones
     fractions = edges / count
     # Without the least attended patches, the most attended remain, and the other way round.
-    deletion = Curves(fractions[:-1], suffixes[0], prefixes[0, ::-1], suffixes[1:])
-    insertion = Curves(fractions[1:], prefixes[0], suffixes[0, ::-1], prefixes[1:])
+    by_map = [
+        (Curves(fractions[:-1], suffixes[order], prefixes[order, ::-1], suffixes[1:number]),
+         Curves(fractions[1:], prefixes[order], suffixes[order, ::-1], prefixes[1:number]))
+        for order in (0, *range(number, len(orders)))
+    ]  # fmt: skip
     seeds = [derive_seed(seed, "weights", number) for number in range(_RANDOM_MODELS)]
     randomised = [_randomised_attention(task, models, features, model_seed) for model_seed in seeds]
     correlations = [_rank_correlation(attention, weights) for weights in randomised]
-    return Faithfulness(class_index, deletion, insertion, randomised[0], correlations)
+    return Faithfulness(class_index, *by_map[0], randomised[0], correlations, None if evidence is None else by_map[1])
 
 
 def _edges(count: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ import torch
 from utils.bags.store import Bag, StoredBag, is_feature_file
 from utils.core.errors import ConfigError, SlideError
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.evidence_map import EvidenceMap
 from utils.pictures.overlay import MapStyle
 from utils.pictures.picture_set import PictureSet, picture_paths
 from utils.pictures.settings import Pictures
@@ -73,9 +74,9 @@ class PredictionPictures:
         recipe = self.recipe
         return check_drawable(slide, source, bag, recipe.patch_size, recipe.level, allow_renamed=self.allow_renamed)
 
-    def paths(self, folder: Path, name: str) -> list[Path]:
-        """Return the paths of a slide's pictures."""
-        return picture_paths(folder, name, self.formats)
+    def paths(self, folder: Path, record: Mapping[str, Any]) -> list[Path]:
+        """Return the paths of the pictures of a slide's record."""
+        return picture_paths(folder, record["slide"], self.formats, evidence=bool(record.get("evidence")))
 
     def pictures(
         self, slide: Slide, folder: Path, prediction: SlidePrediction, size_level0: int, record: Mapping[str, Any]
@@ -85,6 +86,8 @@ class PredictionPictures:
         assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
         attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0)
         check_patches_fit(slide, coords, attention_map.attention, size_level0)
+        found = prediction.evidence
+        evidence = found and EvidenceMap(prediction.class_names, found.contributions, found.signals, found.reference)
         return PictureSet(
-            slide, folder, attention_map, attention, record, self.style, self.settings.top_k, self.formats
+            slide, folder, attention_map, attention, record, self.style, self.settings.top_k, self.formats, evidence
         )

@@ -135,12 +135,17 @@ class SlidePredictor:
         mode: str | None = None,
         chunk_size: int | None = None,
         case_id: str | None = None,
+        *,
+        evidence: bool = False,
     ) -> SlidePrediction:
-        """Predict a bag from the file `path`; `case_id` is its patient, by default that of a TCGA barcode."""
+        """Predict a bag from the file `path`; `case_id` is its patient, by default that of a TCGA barcode.
+
+        With `evidence` the prediction says what each patch argues, for one more pass over the patches.
+        """
         self._check_bag(bag, path)
         feed = self.feed(mode, chunk_size)
         features = _features_of(bag)
-        outputs = [predict_features(self.task, model, features, feed, attention=True) for model in self.models]
+        outputs = [predict_features(self.task, model, features, feed, True, evidence) for model in self.models]
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
             raise CheckpointError(f"{self.path}: its answer for {path} is not finite; train the model again")
@@ -149,15 +154,17 @@ class SlidePredictor:
         temperatures = [each.temperature if each.slide_feed == feed else None for each in checkpoints]
         return SlidePrediction(
             path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, temperatures),
-            output.attention, bag, feed, self.seen_as(path.stem, case_id), output.members,
+            output.attention, bag, feed, self.seen_as(path.stem, case_id), output.members, output.evidence,
         )  # fmt: skip
 
     def faithfulness(self, prediction: SlidePrediction) -> Faithfulness:
-        """Measure whether the prediction's attention matters (see `measure_faithfulness`)."""
+        """Measure whether the prediction's attention and evidence matter (see `measure_faithfulness`)."""
         if prediction.patch_attention is None:
             raise CheckpointError(f"{self.path}: its model gives no attention, so there is no faithfulness to measure")
         features, class_index = _features_of(prediction.bag), int(self.task.decide(prediction.probabilities))
-        return measure_faithfulness(self.task, self.models, features, prediction.patch_attention, class_index)
+        evidence = None if prediction.evidence is None else prediction.evidence.contributions[class_index]
+        attention = prediction.patch_attention
+        return measure_faithfulness(self.task, self.models, features, attention, class_index, evidence=evidence)
 
     def gives_attention(self) -> bool:
         """Return whether every model returns attention, for a bag of two patches."""

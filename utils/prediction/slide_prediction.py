@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.bags.store import Bag, StoredBag
+from utils.prediction.evidence import Evidence
 from utils.prediction.forward_pass import SlideFeed
 from utils.tasks.classification import Classification
 
@@ -22,6 +23,7 @@ class SlidePrediction:
         attention: `(H, N)`, each head summing to 1 over the patches, or None; bag: the features and their coordinates.
         seen_as: "slide" or "case" if a model was trained on it, "" if none was, None if a checkpoint does not say.
         member_probabilities: `(M, C)` of each of several models, or None.
+        evidence: what the patches argue for and against each class, if it was asked for and the models give it.
     """
 
     slide: str
@@ -33,6 +35,7 @@ class SlidePrediction:
     feed: SlideFeed
     seen_as: str | None
     member_probabilities: NDArray[np.float64] | None = None
+    evidence: Evidence | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -85,6 +88,21 @@ class SlidePrediction:
             **self.feed.as_dict(),
             "seen_in_training": self.seen_in_training,
             "seen_as": self.seen_as,
+        }
+
+    def evidence_entry(self) -> dict[str, Any] | None:
+        """Return the entry on evidence in `<slide>_prediction.json`: each class's log-odds, those of the reference, and
+        the sums of what argues for it and against it. None without evidence.
+        """
+        if self.evidence is None:
+            return None
+        contributions = self.evidence.contributions.astype(np.float64)
+        return {
+            "log_odds": self._by_class(self.evidence.signals),
+            "reference": self._by_class(self.evidence.reference),
+            "for": self._by_class(contributions.clip(min=0).sum(axis=1)),
+            "against": self._by_class(contributions.clip(max=0).sum(axis=1)),
+            "begins_at": "mean of the slide's patches" if self.evidence.is_own_mean else "mean training slide",
         }
 
     def _by_class(self, values: NDArray[np.float64]) -> dict[str, float]:

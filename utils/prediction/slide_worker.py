@@ -104,10 +104,16 @@ class SlideWorker:
             bag = self._bag(source, slide, predictor, folder if self.recipe.save_features else Path(scratch))
             size = None if self.drawing is None or slide is None else self.drawing.check(slide, source, bag)
             case_id = self._case_of(source)
-            prediction = predictor.predict_bag(bag, source, settings.mode, settings.chunk_size, case_id)
+            wants_evidence = self.drawing is not None or settings.faithfulness
+            prediction = predictor.predict_bag(
+                bag, source, settings.mode, settings.chunk_size, case_id, evidence=wants_evidence
+            )
             record = self._record(prediction, predictor, request)
             if earlier.get("seen_as") == record["seen_as"]:
-                record |= {name: earlier[name] for name in ("faithfulness", "pictures") if name in earlier}
+                entries = ("evidence", "faithfulness", "pictures")
+                record |= {name: earlier[name] for name in entries if name in earlier}
+            if wants_evidence:
+                record["evidence"] = prediction.evidence_entry()
             faithfulness = self._faithfulness(source, prediction, predictor)
             if settings.faithfulness:
                 record["faithfulness"] = faithfulness and faithfulness.as_dict()
@@ -249,7 +255,7 @@ class SlideWorker:
             return False
         files = self.output_files(record, folder)
         if self.drawing is not None:
-            if not self._has_same_pictures(record, source):
+            if "evidence" not in record or not self._has_same_pictures(record, source):
                 return False
             files += [folder / name for name in record["pictures"]["files"]]
         is_same_patient = record["seen_as"] == self.predictors.of(slide).seen_as(slide, self._case_of(source))
@@ -259,7 +265,7 @@ class SlideWorker:
         """Return the files that this command makes of a slide besides its record."""
         slide = record["slide"]
         features = [folder / f"{slide}.h5"] if self.recipe.save_features else []
-        pictures = self.drawing.paths(folder, slide) if self.drawing else []
+        pictures = self.drawing.paths(folder, record) if self.drawing else []
         is_measured = self.files.settings.faithfulness and record["faithfulness"]
         return [*features, *pictures, *(self._faithfulness_paths(folder, slide) if is_measured else [])]
 
