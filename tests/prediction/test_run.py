@@ -31,6 +31,7 @@ from utils.pictures.heatmap import save_picture
 from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
 from utils.prediction.forward_pass import SlideFeed
 from utils.prediction.predictor import SlidePredictor
+from utils.slides.slide import quick_hash_of
 from utils.tasks.calibration import scale_probabilities
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -339,6 +340,25 @@ def test_a_folders_pictures_are_drawn_on_the_slides_of_another(cohort, models, p
     ):
         outcome = predict(*flags[:4], "--visualize", *wrong)
         assert message in outcome.errors[0]
+
+
+def test_of_two_slides_of_one_name_the_one_the_features_were_made_from_is_drawn_on(models, predict, tmp_path):
+    for seed, name in enumerate("ab"):
+        (tmp_path / "slides" / name).mkdir(parents=True)
+        write_pyramid(tmp_path / "slides" / name / "S1.tif", stained_image(256, 256, seed=seed), mpp=0.25)
+    slide = tmp_path / "slides" / "a" / "S1.tif"
+    passport = Passport(synthetic_passport("S1").recipe, {"quick_hash": quick_hash_of(slide)})
+    bag = Bag(np.ones((2, 16), np.float16), np.array([[0, 0], [64, 64]]), 64, passport)
+    write_bag(tmp_path / "in" / "S1.h5", bag)
+    flags = ("--input_dir", tmp_path / "in", "--visualize", "--wsi", tmp_path / "slides")
+    outcome = predict("--checkpoint", models[0], *flags)
+    assert outcome.code == 0, outcome.err
+    assert f"drawn on {slide}, by the slide's hash" in outcome.err
+    assert of(tmp_path / "out", "S1")["pictures"]["look"]["wsi"] == str(slide)
+    write_bag(tmp_path / "in" / "S1.h5", Bag(bag.features, bag.coords, 64, Passport(passport.recipe)))
+    outcome = predict("--checkpoint", models[0], *flags, output="unknown")
+    assert (outcome.code, len(outcome.errors)) == (1, 1)
+    assert "holds 2 slides S1 (a/S1.tif, b/S1.tif), and it records no hash of its slide" in outcome.errors[0]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from utils.bags.store import Bag, StoredBag, is_feature_file
-from utils.core.errors import ConfigError, SlideError
+from utils.core.errors import ConfigError
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import EvidenceMap
 from utils.pictures.overlay import MapStyle
@@ -16,8 +16,8 @@ from utils.pictures.settings import Pictures
 from utils.pictures.slide_match import check_drawable, check_patches_fit
 from utils.prediction.inputs import PredictionFiles
 from utils.prediction.settings import PredictionRecipe
+from utils.prediction.slide_folder import SlideFolder
 from utils.prediction.slide_prediction import SlidePrediction
-from utils.slides.find import find_slides, one_per_series
 from utils.slides.slide import Slide
 
 
@@ -34,7 +34,7 @@ class PredictionPictures:
         self.formats = files.settings.figure_format
         self.style = MapStyle(settings.cmap, settings.alpha, settings.scale, device)
         wsi, is_single = settings.wsi, files.settings.input is not None
-        self._slides: dict[str, Path] | None = None
+        self._slides: SlideFolder | None = None
         if files.are_raw:
             if wsi not in (None, files.settings.input):
                 raise ConfigError(f"--wsi {wsi}: the input is raw slides itself; leave --wsi out")
@@ -43,7 +43,7 @@ class PredictionPictures:
         elif is_feature_file(wsi):
             raise ConfigError(f"--wsi {wsi}: a feature file; give the slide it was made from")
         elif wsi.is_dir() and not is_single:
-            self._slides = {slide.stem: slide for slide in one_per_series(find_slides(wsi))}
+            self._slides = SlideFolder(wsi, files.feat_type)
         elif not is_single:
             raise ConfigError(f"--wsi {wsi}: no folder; give the one that holds the slides of --input_dir")
 
@@ -65,9 +65,7 @@ class PredictionPictures:
         if self._slides is None:
             assert self.settings.wsi is not None  # noqa: S101 - for the type checker: checked at the beginning
             return self.settings.wsi
-        if source.stem not in self._slides:
-            raise SlideError(f"{source}: --wsi {self.settings.wsi} holds no slide {source.stem} to draw it on")
-        return self._slides[source.stem]
+        return self._slides.slide_of(source)
 
     def check(self, slide: Slide, source: Path, bag: Bag | StoredBag) -> int:
         """Return the edge of the patches in level-0 px. Raises what `check_drawable` raises."""

@@ -175,11 +175,11 @@ class Slide:
 
         Of a slide of several files (MIRAX, VMS, DICOM) only the one that was opened is read; see `data_hash`.
         """
-        return _hash_of([self.path], self.path)
+        return quick_hash_of(self.path)
 
     def data_hash(self) -> str | None:
         """Return the same of the data files in a MIRAX slide's folder, which hold its pixels; None for other slides."""
-        return _hash_of(data_files(self.path), self.path) if is_mirax(self.path) else None
+        return data_hash_of(self.path)
 
     def _check_region(self, level: int, width: int, height: int) -> None:
         self.check_level(level)
@@ -225,6 +225,16 @@ class Slide:
             pieces = [(x, y, width, half), (x, y + half, width, height - half)]
         read = [self._read_leniently(level, *piece, where_damaged) for piece in pieces]
         return np.concatenate(read, axis=1 if width >= height else 0)
+
+
+def quick_hash_of(path: Path) -> str:
+    """Return `Slide.quick_hash` of a file without opening the slide. Raises SlideError if it cannot be read."""
+    return _hash_of([path], path)
+
+
+def data_hash_of(path: Path) -> str | None:
+    """Return `Slide.data_hash` of a file without opening the slide. Raises SlideError if it cannot be read."""
+    return _hash_of(data_files(path), path) if is_mirax(path) else None
 
 
 def _hash_of(files: Sequence[Path], slide: Path) -> str:
