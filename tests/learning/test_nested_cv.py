@@ -317,7 +317,11 @@ class TestOutputs:
             checkpoint = load_checkpoint(finished.folder / f"fold_{fold['fold']}_best.pth")
             used = {slide for part in fold["inner"][0].values() for slide in part}
             cases = {row.case_id for row in dataset.rows if row.wsi_id in used}
-            assert checkpoint.seen == {"slide": id_digests("slide", used), "case": id_digests("case", cases)}
+            digests = [record.sha256 for record in dataset.inventory({}) if record.wsi_id in used]
+            assert checkpoint.seen == {
+                "slide": id_digests("slide", used), "case": id_digests("case", cases), "slide_hash": [],
+                "features": id_digests("features", digests),
+            }  # fmt: skip
             assert not set(checkpoint.seen["slide"]) & set(id_digests("slide", fold["test"]))
             assert checkpoint.selection == result["selection"] | {"best_of_all_folds": False}
             assert checkpoint.recipe == dataset.recipe

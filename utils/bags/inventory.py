@@ -4,7 +4,6 @@ A file with the same size and time is the same; otherwise its features are read 
 """
 
 import csv
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.bags.content_digest import features_digest
 from utils.bags.direct_read import Fingerprint
 from utils.bags.feature_folder import refuse
 from utils.bags.labels import LabelRow
@@ -37,11 +37,8 @@ class FileRecord:
     @classmethod
     def of(cls, wsi_id: str, fingerprint: Fingerprint, features: Tensor) -> "FileRecord":
         """Return the record of a slide with `features (N, D)`."""
-        content = hashlib.sha256(f"{features.dtype} {tuple(features.shape)}\n".encode())
-        for rows in features.split(_ROWS):
-            content.update(rows.numpy().data)
         rms = root_mean_square(features)
-        return cls(wsi_id, fingerprint.size, fingerprint.mtime_ns, content.hexdigest(), rms)
+        return cls(wsi_id, fingerprint.size, fingerprint.mtime_ns, features_digest(features), rms)
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -22,6 +22,12 @@ class Passport:
     software: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
+    @property
+    def slide_hash(self) -> str | None:
+        """Return the hash of the slide's content, of a MIRAX slide also that of its data files; None if unknown."""
+        hashes = [self.slide.get(name) for name in ("quick_hash", "data_hash")]
+        return None if hashes[0] is None else " ".join(filter(None, hashes))
+
     def to_json(self) -> str:
         content = {
             "schema": self.schema,

@@ -112,7 +112,7 @@ class NestedCrossValidation:
         folds = self.folds()
         folder = RunFolder(self.output_dir)
         with self._engine() as engine, folder.locked():
-            begun, standardization = self._begin(folder, folds, engine)
+            begun, standardization, digests = self._begin(folder, folds, engine)
             if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
                 draw_missing(self.output_dir, self.running.figure_format)
@@ -125,7 +125,7 @@ class NestedCrossValidation:
                 if not folder.is_new:
                     self._log_resumed(begun, engine)
                 with threads(begun["threads"]):
-                    results = self._run_folds(folds, engine, standardization)
+                    results = self._run_folds(folds, engine, standardization, digests)
                     about = {"model": self.spec, "dataset": self.dataset_name, "standardize": standardization.as_dict()}
                     seed, formats = derive_seed(self.protocol.seed, "bootstrap"), self.running.figure_format
                     write_results(self.output_dir, results, self.dataset, about, seed, formats)
@@ -139,8 +139,10 @@ class NestedCrossValidation:
 
     def _begin(
         self, folder: RunFolder, folds: list[OuterFold], engine: Engine
-    ) -> tuple[dict[str, Any], Standardization]:
-        """Take the folder. Return its run.json, and in which folds models standardise features."""
+    ) -> tuple[dict[str, Any], Standardization, list[str]]:
+        """Take the folder. Return its run.json, in which folds models standardise features, and the digests of the
+        slides' features, if they are read.
+        """
         standardize, record = self.training.standardize, folder.record()
         recorded = {} if record is None else record["identity"]
         identity = settings_identity(self.trainer, self.protocol, folds)
@@ -148,7 +150,7 @@ class NestedCrossValidation:
         earlier = identity | {"slides": slides_by_time(self.dataset)}
         is_earlier = standardize != "on" and "features" not in recorded
         if is_earlier and all(recorded.get(name) == value for name, value in earlier.items()):
-            return folder.take(earlier, dict), Standardization(standardize)
+            return folder.take(earlier, dict), Standardization(standardize), []
         before = read_inventory(self.output_dir / INVENTORY)
         records = self.dataset.inventory(before)
         standardization = Standardization.decide(
@@ -164,7 +166,7 @@ class NestedCrossValidation:
         begun = folder.take(identity, new_record, details)
         if records != list(read_inventory(self.output_dir / INVENTORY).values()):
             write_records(self.output_dir / INVENTORY, records)
-        return begun, standardization
+        return begun, standardization, [record.sha256 for record in records]
 
     @property
     def _uses_workers(self) -> bool:
@@ -214,13 +216,17 @@ class NestedCrossValidation:
         """Return the inner trainings (see `inner_jobs`)."""
         return inner_jobs(self.dataset, self.protocol.monitor, self.training, self.settings, folds, standardized)
 
-    def _run_folds(self, folds: list[OuterFold], engine: Engine, standardization: Standardization) -> list[FoldResult]:
+    def _run_folds(
+        self, folds: list[OuterFold], engine: Engine, standardization: Standardization, digests: Sequence[str]
+    ) -> list[FoldResult]:
         trainer = self.trainer
         if self._uses_workers:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
             counts = plural(engine.jobs, "training"), plural(torch.get_num_threads(), "thread")
             log.info("%s at a time, on %s each", *counts)
-        tester = FoldTester(trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for)
+        tester = FoldTester(
+            trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for, digests
+        )
         jobs = self.jobs(folds, standardization.folds)
         train_jobs(trainer, jobs, engine, self._remedy())
         choices = [tester.choice(fold, [job for job in jobs if job.fold is fold]) for fold in folds]

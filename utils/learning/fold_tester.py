@@ -24,7 +24,8 @@ from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint,
 class FoldTester:
     """Reads the trained jobs, chooses among them and tests the chosen model, as `final` says (see `Protocol`).
 
-    Each tested model is saved in `folder`. `is_remote`: other machines write the trainings.
+    Each tested model is saved in `folder`. `is_remote`: other machines write the trainings. `digests` are those of the
+    slides' features, in the table's order; empty if unknown.
     """
 
     trainer: Trainer
@@ -32,6 +33,7 @@ class FoldTester:
     folder: Path
     dataset_name: str | None
     is_remote: bool
+    digests: Sequence[str] = ()
 
     def choice(self, fold: OuterFold, jobs: Sequence[TrainingJob]) -> Choice:
         """Choose among the settings by the inner trainings of a fold."""
@@ -139,9 +141,17 @@ class FoldTester:
                 mpp_range=data.mpp_range,
                 selection=result.selection | {"best_of_all_folds": False},
                 temperature=result.temperature,
-                seen={
-                    "slide": id_digests("slide", (data.rows[slide].wsi_id for slide in slides.tolist())),
-                    "case": id_digests("case", data.cases[slides].tolist()),
-                },
+                seen={kind: id_digests(kind, ids) for kind, ids in self._seen(slides.tolist()).items()},
             ),
         )
+
+    def _seen(self, slides: Sequence[int]) -> dict[str, list[str]]:
+        """Return what identifies these slides, by its kind (see `Checkpoint.seen`)."""
+        data = self.trainer.dataset
+        passports = [data.info[slide].passport for slide in slides]
+        seen = {
+            "slide": [data.rows[slide].wsi_id for slide in slides],
+            "case": [str(data.cases[slide]) for slide in slides],
+            "slide_hash": [name for passport in passports if passport and (name := passport.slide_hash)],
+        }
+        return seen | ({"features": [self.digests[slide] for slide in slides]} if self.digests else {})

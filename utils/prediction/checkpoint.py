@@ -37,8 +37,10 @@ class Checkpoint:
         feed: how a slide is fed (`SlideFeed.as_dict`).
         recipe, mpp_range: how the training features were made, if known.
         selection: which score on which split chose these weights.
-        seen: digests of the case and slide ids it was trained or selected on, empty if unknown; never the ids
-            themselves, which may identify patients.
+        seen: digests of the slides that it was trained or selected on: of their ids ("slide"), of the ids of their
+            patients ("case"), of the hashes of the slides that feature files record ("slide_hash"), and of the features
+            ("features"). Empty if unknown; earlier checkpoints lack the last two. Never the ids themselves, which may
+            identify patients.
         temperature: calibrates the probabilities (`tasks.calibration`); fitted on inner validation, else None.
     """
 
@@ -72,7 +74,7 @@ class Checkpoint:
 
 
 def id_digests(kind: str, ids: Iterable[str]) -> list[str]:
-    """Return the sorted digests of ids of a `kind` ("case" or "slide")."""
+    """Return the sorted digests of ids of a `kind`, as in `Checkpoint.seen`."""
     return sorted({digest("litemil", kind, name) for name in ids})
 
 

@@ -23,6 +23,7 @@ from utils.evaluation.closing_table import figures_row, intervals_row, task_of, 
 from utils.evaluation.outputs import write_table
 from utils.evaluation.predictions import Predictions
 from utils.prediction.existing_records import ENDING
+from utils.prediction.trained_model import BY_NAME
 from utils.tasks.classification import Classification
 
 if TYPE_CHECKING:
@@ -122,15 +123,28 @@ class PredictedSlides:
         in_training = {record["slide"]: record["seen_in_training"] for record in self.records}
         is_seen = np.array([in_training[slide] is True for slide in predictions.slides])
         is_unseen = np.array([in_training[slide] is False for slide in predictions.slides])
+        scored = [record for record in self.records if record["slide"] in self.rows]
+        _, num_renamed, num_by_name = self._seen_counts(scored)
         return {
             "class_names": list(self.task.outputs),
             **_figures(predictions),
             "threshold": threshold,
             "n_seen_in_training": int(is_seen.sum()),
+            "n_seen_under_another_name": num_renamed,
+            "n_unseen_by_name_alone": num_by_name,
             "unseen": _figures(replace(predictions, decisions=None).where(is_unseen))
             if is_seen.any() and is_unseen.any()
             else None,
         }
+
+    @staticmethod
+    def _seen_counts(records: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+        """Return how many slides were seen in training, how many of these are known by their content alone, and how
+        many were not seen by a comparison of names alone.
+        """
+        by_content = [record["seen_as"] == "slide" and record.get("seen_compared") == "content" for record in records]
+        by_name = [record["seen_as"] == "" and record.get("seen_compared") != "content" for record in records]
+        return sum(record["seen_in_training"] is True for record in records), sum(by_content), sum(by_name)
 
     def draw(self, folder: Path, formats: Sequence[str]) -> None:
         """Draw ROC, precision and recall, confusion matrix and calibration of the labelled slides."""
@@ -157,8 +171,7 @@ class PredictedSlides:
         if not self.rows:
             if read_record(folder / SCORES).get("settings") != settings:
                 _clear_scores(folder, overwrite)
-            num_seen = sum(record["seen_in_training"] is True for record in self.records)
-            return _seen_words(num_seen) if num_seen else ""
+            return _seen_words(*self._seen_counts(self.records))
         scores = {"settings": dict(settings), "labels": self._labels_digest(), **self.scores(threshold)}
         earlier = read_record(folder / SCORES)
         if earlier and any(earlier.get(name) != scores[name] for name in ("settings", "labels")):
@@ -219,16 +232,26 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     counts = f"{scores['n_slides']} slides of {scores['n_cases']} patients."
     words = [f"{counts} The 95% intervals come from resampling patients and are conditional on the trained models."]
     words += task.closing_sentences(scores)
-    if scores["n_seen_in_training"]:
-        words.append(_seen_words(scores["n_seen_in_training"]))
+    counts = ("n_seen_in_training", "n_seen_under_another_name", "n_unseen_by_name_alone")
+    words.append(_seen_words(*(scores[name] for name in counts)))
     if scores["unseen"] is not None:
         unseen = scores["unseen"]
         rows = [figures_row("unseen", unseen["pooled"], metrics), intervals_row(unseen["intervals_95"], metrics)]
         blocks.append(rows)
         words.append(f"Unseen: the {unseen['n_slides']} slides of the other {unseen['n_cases']} patients.")
     table = task.table(scores["pooled"], scores["intervals_95"])
-    return "\n".join([text_table(blocks, metrics), "", table, "", *words])
+    return "\n".join([text_table(blocks, metrics), "", table, "", *filter(None, words)])
 
 
-def _seen_words(count: int) -> str:
-    return f"{plural(count, 'slide')} seen in training, or of patients seen there: their predictions prove nothing."
+def _seen_words(num_seen: int, num_renamed: int, num_by_name: int) -> str:
+    """Return the sentences on slides that were seen in training, or that may have been under another name."""
+    sentences = []
+    if num_seen:
+        renamed = f" ({num_renamed} under another name)" if num_renamed else ""
+        sentences.append(
+            f"{plural(num_seen, 'slide')} seen in training, or of patients seen there{renamed}: their predictions "
+            "prove nothing."
+        )
+    if num_by_name:
+        sentences.append(f"{plural(num_by_name, 'slide')} {BY_NAME}.")
+    return " ".join(sentences)

@@ -4,7 +4,7 @@ predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from MILS.bag_model import BagModel
+from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.settings import CohortFiles
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.device import resolve_device
@@ -31,7 +32,7 @@ from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.prediction.slide_prediction import SEEN, SlidePrediction
-from utils.prediction.trained_model import TrainedModel, check_alike, common_feed, seen_as
+from utils.prediction.trained_model import TrainedModel, check_alike, common_feed, compares_content, seen_as, seen_words
 from utils.slides.batch import SlideNotes
 from utils.slides.open_slides import slide_mpp
 from utils.slides.slide import Slide
@@ -107,7 +108,8 @@ class SlidePredictor:
         """
         prediction = self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
         if prediction.seen_as:
-            log.warning(SEEN, path, prediction.seen_as)
+            compared = self.seen_compared(prediction.slide, prediction.seen_as)
+            log.warning(SEEN, path, seen_words(prediction.seen_as, compared))
         return prediction
 
     def bag(self, path: Path, feat_type: str = "features", slide: Path | Slide | None = None) -> Bag | StoredBag:
@@ -145,6 +147,8 @@ class SlidePredictor:
         self._check_bag(bag, path)
         feed = self.feed(mode, chunk_size)
         features = _features_of(bag)
+        if compares_content(self.trained) and isinstance(features, StoredFeatures):
+            features = DigestedFeatures(features)
         outputs = [predict_features(self.task, model, features, feed, True, evidence) for model in self.models]
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
@@ -152,9 +156,10 @@ class SlidePredictor:
         # A temperature was fitted to slides that were fed as in the model's evaluation.
         checkpoints = [model.checkpoint for model in self.trained]
         temperatures = [each.temperature if each.slide_feed == feed else None for each in checkpoints]
+        seen = self.seen_as(path.stem, case_id, self._content(bag, features))
         return SlidePrediction(
             path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, temperatures),
-            output.attention, bag, feed, self.seen_as(path.stem, case_id), output.members, output.evidence,
+            output.attention, bag, feed, seen, output.members, output.evidence,
         )  # fmt: skip
 
     def faithfulness(self, prediction: SlidePrediction) -> Faithfulness:
@@ -191,6 +196,7 @@ class SlidePredictor:
             **(models[0] if len(models) == 1 else {name: [model[name] for model in models] for name in models[0]}),
             "recipe": passport.recipe.as_dict() if passport else None,
             "slide_record": passport.slide if passport else None,
+            "seen_compared": self.seen_compared(prediction.slide, prediction.seen_as),
         }
 
     @property
@@ -203,9 +209,32 @@ class SlidePredictor:
         chunk_size = check_setting(Prediction, "chunk_size", chunk_size)
         return common_feed(self.trained, mode, chunk_size)
 
-    def seen_as(self, slide: str, case_id: str | None = None) -> str | None:
+    def seen_as(
+        self, slide: str, case_id: str | None = None, content: Mapping[str, str | None] | None = None
+    ) -> str | None:
         """Return whether a model was trained on the slide (see `trained_model.seen_as`)."""
-        return seen_as(self.trained, slide, case_id)
+        return seen_as(self.trained, slide, case_id, content)
+
+    def seen_compared(self, slide: str, seen: str | None) -> str | None:
+        """Return what the answer `seen` of `seen_as` rests on: the slide's "name" (or its patient's), or its "content".
+
+        A slide that was not seen by its name alone, as earlier checkpoints know no more, may be a renamed one. None if
+        the answer is unknown.
+        """
+        if seen == "":
+            return "content" if compares_content(self.trained) else "name"
+        if seen == "slide" and self.seen_as(slide) != "slide":
+            return "content"
+        return seen and "name"
+
+    def _content(self, bag: Bag | StoredBag, features: torch.Tensor | StoredFeatures) -> dict[str, str | None]:
+        """Return what identifies the content of a slide, as far as the checkpoints record it of theirs."""
+        content = {"slide_hash": bag.passport.slide_hash if bag.passport else None}
+        if isinstance(features, DigestedFeatures):
+            content["features"] = features.digest()
+        elif isinstance(features, torch.Tensor) and compares_content(self.trained):
+            content["features"] = features_digest(features)
+        return content
 
     def _checked_extractor(self, slide: Slide) -> WSIFeatureExtractor:
         """Return the feature extractor. Raises RecipeError if the slide's features would differ from the training's."""

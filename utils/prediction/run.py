@@ -26,6 +26,7 @@ from utils.prediction.predictor import SlidePredictor, extractPredict, flags_rec
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.prediction.slide_prediction import SEEN
 from utils.prediction.slide_worker import Predictors, SlideWorker
+from utils.prediction.trained_model import BY_NAME, compares_content, seen_words
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.slide_status import STATUSES, SlideStatus
@@ -121,7 +122,9 @@ def _predict_slide(worker: SlideWorker, source: Path, target: Path) -> tuple[lis
     status = worker(source, target)
     record = read_json(target)
     if record["seen_as"]:
-        log.warning(SEEN, source, record["seen_as"])
+        log.warning(SEEN, source, seen_words(record["seen_as"], record.get("seen_compared")))
+    elif record["seen_as"] == "" and record.get("seen_compared") == "name":
+        log.info("%s: %s", source, BY_NAME)
     lines = [prediction_title(record), *(f"  {path}" for path in [*worker.output_files(record, target.parent), target])]
     if source.stem in earlier_slides(target.parent):  # update its row in the folder's table and index page
         lines += _conclude(worker, target.parent, [target], {}, failed=0)
@@ -220,4 +223,6 @@ def _notes(worker: SlideWorker) -> list[str]:
         notes = [f"{names} ({paths})" + (", whose predictions are averaged." if trained[1:] else ".")]
     if any(model.checkpoint.dataset == SYNTHETIC for model in trained):
         notes.append("Trained on synthetic slides, drawn by rule: what is said of tissue means nothing.")
+    if not all(compares_content(predictor.trained) for predictor in worker.predictors.each):
+        notes.append(f"Seen in training: {BY_NAME}.")
     return notes

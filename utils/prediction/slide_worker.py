@@ -28,6 +28,7 @@ from utils.prediction.prediction_table import SlideInfo
 from utils.prediction.predictor import SlidePredictor
 from utils.prediction.settings import PredictionRecipe
 from utils.prediction.slide_prediction import SlidePrediction
+from utils.prediction.trained_model import seen_words
 from utils.slides.find import is_slide_file
 from utils.slides.open_slides import open_slide
 from utils.slides.slide import Slide
@@ -87,7 +88,8 @@ class SlideWorker:
             record, status = self._predict(source, target, request, earlier or {}), "done"
             seconds = round(time.perf_counter() - started, 2)
         mpp = (record["slide_record"] or {}).get("mpp_delivered")
-        reason = f"the model was trained on this {record['seen_as']}" if record["seen_as"] else ""
+        seen = record["seen_as"] and seen_words(record["seen_as"], record.get("seen_compared"))
+        reason = f"the model was trained on this {seen}" if seen else ""
         return SlideStatus(source, status, reason, record["num_instances"], mpp, seconds)
 
     def _predict(
@@ -161,9 +163,10 @@ class SlideWorker:
         if run is not None:
             fold = run.slides[slide].fold
             if prediction.seen_as != "":
+                seen = prediction.seen_as and seen_words(prediction.seen_as, record["seen_compared"])
                 raise LiteMILError(
                     f"{slide}: the model of fold {fold} of {run.folder}, which tests it, was trained on this "
-                    f"{prediction.seen_as or 'or not, which it does not tell'}; train again, without such a leak"
+                    f"{seen or 'or not, which it does not tell'}; train again, without such a leak"
                 )
             record["fold"] = fold
         return record | {"request": request_entry(request)}
@@ -250,7 +253,6 @@ class SlideWorker:
 
     def _is_complete(self, record: Mapping[str, Any], source: Path, folder: Path) -> bool:
         """Return whether an earlier record and its files have everything that this command asks for."""
-        slide = record["slide"]
         if self.files.settings.faithfulness and "faithfulness" not in record:
             return False
         files = self.output_files(record, folder)
@@ -258,8 +260,18 @@ class SlideWorker:
             if "evidence" not in record or not self._has_same_pictures(record, source):
                 return False
             files += [folder / name for name in record["pictures"]["files"]]
-        is_same_patient = record["seen_as"] == self.predictors.of(slide).seen_as(slide, self._case_of(source))
-        return is_same_patient and all(path.exists() for path in files)
+        return self._is_seen_alike(record, source) and all(path.exists() for path in files)
+
+    def _is_seen_alike(self, record: Mapping[str, Any], source: Path) -> bool:
+        """Return whether a record of the same file and checkpoints says of training what would be said now."""
+        slide, compared = record["slide"], record.get("seen_compared")
+        if record["seen_as"] == "slide" and compared == "content":
+            return True
+        predictor = self.predictors.of(slide)
+        seen = predictor.seen_as(slide, self._case_of(source))
+        if "seen_compared" not in record:  # earlier versions compared names
+            compared = seen if seen is None else "name"
+        return record["seen_as"] == seen and compared == predictor.seen_compared(slide, seen)
 
     def output_files(self, record: Mapping[str, Any], folder: Path) -> list[Path]:
         """Return the files that this command makes of a slide besides its record."""

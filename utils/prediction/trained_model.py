@@ -1,6 +1,6 @@
 """A checkpoint with its model on the device, and its checks of flags, features and other checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,11 @@ from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, Re
 from utils.core.recipe import Recipe, mpp_difference
 from utils.prediction.checkpoint import Checkpoint, id_digests
 from utils.prediction.forward_pass import SlideFeed
+
+BY_NAME = (
+    "compared with the training slides by name alone, as the checkpoint does not record their content: a renamed copy "
+    "of one counts as unseen"
+)
 
 
 @dataclass(frozen=True)
@@ -131,15 +136,33 @@ def _feed_text(feed: SlideFeed) -> str:
     return "whole" if feed.mode == "full" else f"in chunks of {feed.chunk_size}"
 
 
-def seen_as(models: Sequence[TrainedModel], slide: str, case_id: str | None = None) -> str | None:
+def seen_as(
+    models: Sequence[TrainedModel],
+    slide: str,
+    case_id: str | None = None,
+    content: Mapping[str, str | None] | None = None,
+) -> str | None:
     """Return "slide" if a model was trained on the slide, "case" if on the patient `case_id` or that of its TCGA
     barcode, "" if on neither, None if a checkpoint does not say.
+
+    `content` has the slide's "slide_hash" and the digest of its "features", as far as known.
     """
     records = [model.checkpoint.seen for model in models]
-    for kind, name in (("slide", slide), ("case", case_id), ("case", tcga_case(slide))):
-        if name is not None and any(id_digests(kind, [name])[0] in record[kind] for record in records):
-            return kind
+    ids = [("slide", slide), *(content or {}).items(), ("case", case_id), ("case", tcga_case(slide))]
+    for kind, name in ids:
+        if name is not None and any(id_digests(kind, [name])[0] in record.get(kind, ()) for record in records):
+            return "case" if kind == "case" else "slide"
     return "" if all(record["slide"] for record in records) else None
+
+
+def compares_content(models: Sequence[TrainedModel]) -> bool:
+    """Return whether all checkpoints record the content of the slides that they were trained on."""
+    return all(model.checkpoint.seen.get("features") for model in models)
+
+
+def seen_words(seen: str, compared: str | None) -> str:
+    """Return what a model was trained on, for messages: "slide", "case", or the slide under another name."""
+    return "slide, under another name" if (seen, compared) == ("slide", "content") else seen
 
 
 def model_name(mil: str) -> str:
