@@ -192,6 +192,21 @@ def test_several_checkpoints_answer_as_their_mean(cohort, models, predict, tmp_p
     assert together.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
 
 
+def test_one_model_in_two_files_counts_once(cohort, models, predict, tmp_path):
+    """As `--checkpoint run/*_best.pth` gives the best fold's model twice, the other time as all_folds_best.pth."""
+    copy = write_model(tmp_path / "all_folds_best.pth", 1, selection={"best_of_all_folds": True})
+    features = cohort[1] / "P003-S1.h5"
+    outcome = predict("--checkpoint", copy, *models[:2], "--input", features)
+    assert outcome.code == 0, outcome.err
+    assert f"{models[0]}: the same weights as {copy}; left out, so that they count once" in outcome.err
+    record = of(tmp_path / "out", "P003-S1")
+    assert record["checkpoint"] == [str(copy), str(models[1])]
+    expected = SlidePredictor(models[:2], device="cpu").predict(features)
+    np.testing.assert_allclose(list(record["probabilities"].values()), expected.probabilities)
+    alone = SlidePredictor([models[0], models[0], copy], device="cpu")
+    assert alone.predict(features).member_probabilities is None
+
+
 def test_checkpoints_that_do_not_go_together_are_refused(cohort, models, predict, tmp_path):
     features = cohort[1] / "P003-S1.h5"
     recipe = synthetic_passport("x").recipe

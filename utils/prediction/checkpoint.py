@@ -4,6 +4,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ class Checkpoint:
     @property
     def slide_feed(self) -> SlideFeed:
         return SlideFeed(self.feed["chunk_size"], self.feed["aggregation"], self.feed.get("sequential", False))
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Return the SHA-256 of the model's weights: of their names, types, shapes and values."""
+        contents: list[str | bytes] = []
+        for name, tensor in sorted(self.state_dict.items()):
+            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            contents += [name, f"{tensor.dtype} {tuple(tensor.shape)}", values]
+        return digest(*contents)
 
     def build(self) -> BagModel:
         """Return the trained model, in evaluation mode, on the CPU."""

@@ -32,7 +32,15 @@ from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.prediction.slide_prediction import SEEN, SlidePrediction
-from utils.prediction.trained_model import TrainedModel, check_alike, common_feed, compares_content, seen_as, seen_words
+from utils.prediction.trained_model import (
+    TrainedModel,
+    check_alike,
+    common_feed,
+    compares_content,
+    seen_as,
+    seen_words,
+    without_copies,
+)
 from utils.slides.batch import SlideNotes
 from utils.slides.open_slides import slide_mpp
 from utils.slides.slide import Slide
@@ -44,10 +52,11 @@ class SlidePredictor:
     slides.
 
     `model_path` is a checkpoint or several, of the same classes and made for the same features; a training run's folder
-    stands for the model chosen in it. A checkpoint records its model and how slides are fed; `model_class` (a name, a
-    class or a factory), `class_names`, `dataset` and `num_heads` are only checked against it. A checkpoint of the first
-    version may lack its class names, which are then those of `dataset` (a known cohort) or `class_names`, and lacks its
-    number of heads: it is `num_heads`, else that of the factory's model, else 4. Raises CheckpointError.
+    stands for the model chosen in it. Files of the same weights count once. A checkpoint records its model and how
+    slides are fed; `model_class` (a name, a class or a factory), `class_names`, `dataset` and `num_heads` are only
+    checked against it. A checkpoint of the first version may lack its class names, which are then those of `dataset` (a
+    known cohort) or `class_names`, and lacks its number of heads: it is `num_heads`, else that of the factory's model,
+    else 4. Raises CheckpointError.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class SlidePredictor:
             raise ConfigError("model_path: no checkpoint given; give one or several")
         self.require(dataset=dataset, num_heads=num_heads)
         check_alike(self.trained)
+        self.trained = without_copies(self.trained)
         self._warned = False
 
     @property

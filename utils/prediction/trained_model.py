@@ -11,6 +11,7 @@ from utils.core.cohorts import tcga_case
 from utils.core.differences import first_differences
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
 from utils.core.recipe import Recipe, mpp_difference
+from utils.core.runtime import log
 from utils.prediction.checkpoint import Checkpoint, id_digests
 from utils.prediction.forward_pass import SlideFeed
 
@@ -118,6 +119,16 @@ def check_alike(models: Sequence[TrainedModel]) -> None:
                 f"{model.path}: was trained on features made in another way than those of {first.path} "
                 f"({first_differences(unlike)}); give checkpoints of one recipe"
             )
+
+
+def without_copies(models: Sequence[TrainedModel]) -> list[TrainedModel]:
+    """Return the models without those of the same weights as an earlier one, which would count twice; log them."""
+    first: dict[Any, TrainedModel] = {}
+    for model in models:
+        same = first.setdefault((str(model.checkpoint.model), model.checkpoint.weights_digest), model)
+        if same is not model:
+            log.warning("%s: the same weights as %s; left out, so that they count once", model.path, same.path)
+    return list(first.values())
 
 
 def common_feed(models: Sequence[TrainedModel], mode: str | None, chunk_size: int | None) -> SlideFeed:
