@@ -592,6 +592,10 @@ def test_overwriting_removes_what_it_does_not_renew(drawable, cohort, models, pr
     predict("--checkpoint", models[1], *flags[2:], "--overwrite")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"slide_prediction.json", "slide_top_patches"}
     assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+    mine.unlink()
+    predict("--checkpoint", models[1], *flags[2:], *drawn)
+    predict("--checkpoint", models[0], *flags[2:], "--overwrite")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["slide_prediction.json"]
 
     labels_csv, features = cohort
     folder, labels = ("--input_dir", features), ("--labels_csv", labels_csv)
@@ -610,6 +614,32 @@ def test_overwriting_removes_what_it_does_not_renew(drawable, cohort, models, pr
         assert scores["threshold"] is None
         assert scores["pooled_thresholded"] is None
     assert scores["pooled_calibrated"] is None  # the temperature belongs to slides fed whole
+
+
+@pytest.mark.parametrize(("top_k", "most", "least"), [(2, 2, 2), (4, 4, 4), (5, 5, 4), (10, 5, 4)])
+def test_no_patch_is_shown_as_the_most_and_the_least_attended(drawable, predict, tmp_path, top_k, most, least):
+    flags, drawn = drawable("LiteMIL")
+    outcome = predict(*flags, *drawn[:-1], top_k)
+    assert outcome.code == 0, outcome.err
+    files = pd.read_csv(tmp_path / "out" / "slide_top_patches" / "patches.csv")["file"]
+    assert (files.str.startswith("top_").sum(), files.str.startswith("least_").sum()) == (most, least)
+    text = f"slide: the {most} most and the {least} least attended patches are shown, not {top_k} of each, as it has 9"
+    assert (text in outcome.err) == (most < top_k or least < top_k)
+
+
+@pytest.mark.usefixtures("coarse_figures")
+def test_no_top_patches_are_shown_if_none_are_wanted(drawable, predict, tmp_path, texts_of_figures):
+    flags, drawn = drawable("LiteMIL")
+    predict(*flags, *drawn)
+    for status in ("done", "skipped"):
+        outcome = predict(*flags, *drawn[:-1], 0)
+        assert outcome.code == 0, (status, outcome.err)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            f"slide_{name}" for name in ("prediction.json", "heatmap.png", "detailed.png", "thumbnail.jpg",
+                                         "attention.npz", "attention.geojson", "report.html")
+        }  # fmt: skip
+    assert "numbered" not in texts_of_figures["slide_detailed.png"]
+    assert "attended patches</h2>" not in (tmp_path / "out" / "slide_report.html").read_text()
 
 
 def test_a_patch_that_is_gone_is_drawn_again(drawable, predict, tmp_path):

@@ -94,7 +94,8 @@ def detailed_figure(
     slide.set_title("slide", fontsize=10)
     _draw_slide(heat, picture)
     _draw_heat(heat, overlay, top_k)
-    heat.set_title(f"attention, the {min(top_k, len(attention))} highest numbered", fontsize=10)
+    numbered = f", the {min(top_k, len(attention))} highest numbered" if top_k else ""
+    heat.set_title(f"attention{numbered}", fontsize=10)
     distribution, concentration, classes, text = below.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
     _draw_distribution(distribution, attention)
     _draw_concentration(concentration, attention)

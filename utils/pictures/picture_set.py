@@ -26,6 +26,7 @@ from utils.pictures.heatmap import (
 from utils.pictures.overlay import MapStyle, Overlay, Picture
 from utils.pictures.prediction_caption import Caption, prediction_title
 from utils.pictures.report_page import write_report
+from utils.pictures.settings import Pictures
 from utils.pictures.top_patches import (
     PatchRecord,
     attention_groups,
@@ -39,7 +40,8 @@ from utils.pictures.top_patches import (
 from utils.slides.slide import Slide
 
 _OVERVIEW = 2000  # px of the overview's longer side
-_FIGURES = ("heatmap", "detailed", "patch_grid")
+_GRID = "patch_grid"
+_FIGURES = ("heatmap", "detailed", _GRID)
 _EVIDENCE = "evidence"  # the figure of models that give it
 _THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE = (
     "thumbnail.jpg", "top_patches", "attention.npz", "attention.geojson", "report.html",
@@ -51,11 +53,17 @@ def overview(slide: Slide, mpp: float | None = None) -> Picture:
     return Picture(slide.thumbnail(max_side=_OVERVIEW), slide.width, slide.height, mpp or slide.mpp)
 
 
-def picture_paths(folder: Path, slide: str, formats: Sequence[str], *, evidence: bool) -> list[Path]:
-    """Return the paths of a slide's pictures, figures in each of the `formats` first, with or without `evidence`."""
-    names = [*_FIGURES, _EVIDENCE] if evidence else _FIGURES
-    figures = [path for name in names for path in figure_paths(folder / f"{slide}_{name}", formats)]
-    return [*figures, *(folder / f"{slide}_{name}" for name in (_THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE))]
+def picture_paths(
+    folder: Path, slide: str, formats: Sequence[str], *, evidence: bool, top_k: int = Pictures.top_k
+) -> list[Path]:
+    """Return the paths of a slide's pictures, the figures in each of the `formats` first; of evidence only if there is
+    any, of patches only for a `top_k` above 0.
+    """
+    left_out = {_EVIDENCE: not evidence, _GRID: top_k == 0, _PATCHES: top_k == 0}
+    figures = [name for name in (*_FIGURES, _EVIDENCE) if not left_out.get(name)]
+    others = [name for name in (_THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE) if not left_out.get(name)]
+    paths = [path for name in figures for path in figure_paths(folder / f"{slide}_{name}", formats)]
+    return [*paths, *(folder / f"{slide}_{name}" for name in others)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +86,13 @@ class PictureSet:
     @property
     def files(self) -> list[Path]:
         """All files that `write` writes."""
-        has_evidence = self.evidence is not None
-        paths = picture_paths(self.folder, self.record["slide"], self.formats, evidence=has_evidence)
-        *figures, thumbnail, patches, data, tiles, page = paths
-        return [*figures, thumbnail, *patch_files(patches, self._patch_records), data, tiles, page]
+        has_evidence, patches = self.evidence is not None, self._path(_PATCHES)
+        paths = picture_paths(self.folder, self.record["slide"], self.formats, evidence=has_evidence, top_k=self.top_k)
+        return [
+            file
+            for path in paths
+            for file in (patch_files(patches, self._patch_records) if path == patches else [path])
+        ]
 
     @cached_property
     def _patch_records(self) -> list[PatchRecord]:
@@ -104,23 +115,23 @@ class PictureSet:
         }  # fmt: skip
         write_attention(self._path(_TILES), self.attention, self.slide, self.style.cmap, about, by_class)
         title = prediction_title(record)
-        figures = [
-            heatmap_figure(overlay, title=title, top_k=self.top_k),
-            captioned_figure(overlay, caption, title, self.top_k),
-            grid_figure(self.attention, groups, title),
-        ]
-        names: list[str] = list(_FIGURES)
+        figures = {
+            "heatmap": heatmap_figure(overlay, title=title, top_k=self.top_k),
+            "detailed": captioned_figure(overlay, caption, title, self.top_k),
+        }
+        if self.top_k:
+            figures[_GRID] = grid_figure(self.attention, groups, title)
         evidence = self._evidence_overlays(overlay.picture)
         if evidence:
             look = {"top_k": self.top_k, "alpha": self.style.alpha}
-            figures.append(evidence_figure(evidence[0], title=title, text=caption.evidence, **look))
-            names.append(_EVIDENCE)
-        for name, figure in zip(names, figures, strict=True):
+            figures[_EVIDENCE] = evidence_figure(evidence[0], title=title, text=caption.evidence, **look)
+        for name, figure in figures.items():
             for path in figure_paths(self._path(name), self.formats):
                 save_picture(figure, path)
         with whole_file(self._path(_THUMBNAIL)) as unfinished:
             map_thumbnail(overlay).save(unfinished, "JPEG", quality=75)
-        write_patches(self._path(_PATCHES), self._patch_records, [*top, *least])
+        if self.top_k:
+            write_patches(self._path(_PATCHES), self._patch_records, [*top, *least])
         self._write_data(caption.probabilities)
         write_report(self._path(_PAGE), record["slide"], overlay, caption, groups, evidence)
 

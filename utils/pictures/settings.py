@@ -18,7 +18,7 @@ class Pictures(Settings):
         "the slide of the feature file, or the folder of slides for --input_dir (needed with --visualize)",
         metavar="FILE|DIR",
     )
-    top_k: int = option(10, "how many patches with the highest attention are shown", least=1)
+    top_k: int = option(10, "how many patches with the highest attention are shown (0: none)", least=0)
     scale: Literal["attention", "percentile"] = option("percentile", "whether colour shows attention or its percentile")
     cmap: str = option("viridis", "Matplotlib colour map")
     alpha: float = option(0.5, "opacity of the heatmap over the slide", least=0, most=1)

@@ -1,6 +1,7 @@
 """Check existing prediction records against the command's request, and remove the pictures of replaced ones."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _check_request(target: Path, record: Mapping[str, Any], request: Mapping[str
 
 
 def clear_pictures(target: Path, record: Mapping[str, Any]) -> None:
-    """Remove pictures of the old record at `target` that the new record will not replace."""
+    """Remove pictures of the old record at `target` that the new record will not replace, and folders left empty."""
     earlier, folder = read_record(target), target.parent.resolve()
     stale: list[str] = []
     if earlier.get("faithfulness") != record.get("faithfulness"):
@@ -115,3 +116,6 @@ def clear_pictures(target: Path, record: Mapping[str, Any]) -> None:
         path = folder / name
         if path.resolve().is_relative_to(folder):  # a record may name no file elsewhere
             path.unlink(missing_ok=True)
+            if path.parent.resolve() != folder:
+                with suppress(OSError):  # it holds something else
+                    path.parent.rmdir()

@@ -74,7 +74,9 @@ class PredictionPictures:
 
     def paths(self, folder: Path, record: Mapping[str, Any]) -> list[Path]:
         """Return the paths of the pictures of a slide's record."""
-        return picture_paths(folder, record["slide"], self.formats, evidence=bool(record.get("evidence")))
+        return picture_paths(
+            folder, record["slide"], self.formats, evidence=bool(record.get("evidence")), top_k=self.settings.top_k
+        )
 
     def pictures(
         self, slide: Slide, folder: Path, prediction: SlidePrediction, size_level0: int, record: Mapping[str, Any]
@@ -86,6 +88,17 @@ class PredictionPictures:
         check_patches_fit(slide, coords, attention_map.attention, size_level0)
         found = prediction.evidence
         evidence = found and EvidenceMap(prediction.class_names, found.contributions, found.signals, found.reference)
-        return PictureSet(
-            slide, folder, attention_map, attention, record, self.style, self.settings.top_k, self.formats, evidence
-        )
+        top_k = self._patches_of_each_kind(record["slide"], len(attention_map))
+        return PictureSet(slide, folder, attention_map, attention, record, self.style, top_k, self.formats, evidence)
+
+    def _patches_of_each_kind(self, name: str, count: int) -> int:
+        """Return how many of `count` patches are shown as the most attended; no other half is shown as the least."""
+        top_k = self.settings.top_k
+        if 2 * top_k <= count:
+            return top_k
+        most, least = count - count // 2, count // 2
+        log.info(
+            "%s: the %d most and the %d least attended patches are shown, not %d of each, as it has %d",
+            name, most, least, top_k, count,
+        )  # fmt: skip
+        return most
