@@ -25,6 +25,7 @@ from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
 from tests.small import TASK, classification_metrics
 from utils.bags.inventory import FileRecord
+from utils.bags.spelling import plain_spelling
 from utils.bags.store import read_bag, write_bag
 from utils.core.engine import Processes, WorkerDied, threads
 from utils.core.errors import ConfigError, DivergedError, EngineError, SplitError, TrainingError
@@ -320,6 +321,7 @@ class TestOutputs:
             digests = [record.sha256 for record in dataset.inventory({}) if record.wsi_id in used]
             assert checkpoint.seen == {
                 "slide": id_digests("slide", used), "case": id_digests("case", cases), "slide_hash": [],
+                "case_spelling": id_digests("case_spelling", map(plain_spelling, cases)),
                 "features": id_digests("features", digests),
             }  # fmt: skip
             assert not set(checkpoint.seen["slide"]) & set(id_digests("slide", fold["test"]))

@@ -310,6 +310,55 @@ def test_a_table_that_does_not_account_for_the_folder(cohort, models, predict, t
     assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 24
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("Q1,001.svs,benign", "001.svs (there is 001); write the ids without their ending .svs"),
+        ("Q1,1,benign", "1 (there is 001); a spreadsheet has made the ids numbers and lost their zeros"),
+    ],
+)
+def test_ids_that_just_miss_a_file_are_told_with_it(cohort, models, predict, tmp_path, row, message):
+    write_bag(tmp_path / "in" / "001.h5", read_bag(cohort[1] / "P000-S1.h5"))
+    (tmp_path / "labels.csv").write_text(f"case_id,wsi_id,label\n{row}\n")
+    flags = ("--input_dir", tmp_path / "in", "--labels_csv", tmp_path / "labels.csv")
+    outcome = predict("--checkpoint", models[0], *flags)
+    assert (outcome.code, len(outcome.errors)) == (1, 1)
+    assert message in outcome.errors[0]
+
+
+def test_a_table_without_patients_says_what_is_taken_for_them(cohort, models, predict, tmp_path):
+    pd.read_csv(cohort[0]).drop(columns="case_id").to_csv(tmp_path / "labels.csv", index=False)
+    flags = ("--checkpoint", models[0], "--input_dir", cohort[1], "--labels_csv")
+    outcome = predict(*flags, tmp_path / "labels.csv")
+    assert (
+        "each slide is taken as a patient of its own, called as the slide is, in the intervals and in what"
+        in outcome.err
+    )
+    assert "No patients are known: where some have several slides, the intervals are too narrow." in outcome.out
+    taken = json.loads((tmp_path / "out" / "scores.json").read_text())["patients_from"]
+    assert taken == "nothing: each slide was taken as a patient of its own"
+    outcome = predict(*flags, cohort[0], output="with_patients")
+    assert "No patients are known" not in outcome.out
+    taken = json.loads((tmp_path / "with_patients" / "scores.json").read_text())["patients_from"]
+    assert taken == "the column case_id"
+
+
+def test_patients_of_training_in_another_spelling_are_told(cohort, predict, tmp_path):
+    write_bag(tmp_path / "in" / "a.h5", read_bag(cohort[1] / "P000-S1.h5"))
+    write_bag(tmp_path / "in" / "b.h5", read_bag(cohort[1] / "P001-S1.h5"))
+    seen = {"slide": id_digests("slide", ["none"]), "case": id_digests("case", ["007"]),
+            "case_spelling": id_digests("case_spelling", ["7"])}  # fmt: skip
+    flags = ("--checkpoint", write_model(tmp_path / "m.pth", 1, seen=seen), "--input_dir", tmp_path / "in")
+    (tmp_path / "labels.csv").write_text("case_id,wsi_id,label\n7,a,benign\n8,b,malignant\n")
+    outcome = predict(*flags, "--labels_csv", tmp_path / "labels.csv")
+    assert "labels.csv: patients whose names differ in spelling only from those of training (" in outcome.err
+    assert "leading zeros, marks): 7; they count as unseen" in outcome.err
+    (tmp_path / "labels.csv").write_text("case_id,wsi_id,label\n007,a,benign\n8,b,malignant\n")
+    outcome = predict(*flags, "--labels_csv", tmp_path / "labels.csv", output="same")
+    assert "differ in spelling" not in outcome.err
+    assert of(tmp_path / "same", "a")["seen_as"] == "case"
+
+
 def test_two_inputs_of_one_name_are_refused(cohort, models, predict, tmp_path):
     bag = read_bag(cohort[1] / "P000-S1.h5")
     for place in ("a/slide.h5", "b/slide.h5"):

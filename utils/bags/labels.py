@@ -232,9 +232,13 @@ def doubtful_names(doubts: Sequence[OneInSeveral]) -> str:
 
 
 def warn_of_patients(table: LabelTable, rows: Sequence[LabelRow]) -> None:
-    """Warn of patients that make intervals doubtful, where only intervals depend on the patients."""
+    """Warn of patients that make intervals doubtful, where nothing is trained."""
     if table.patients_from is None:
-        log.warning("%s; the intervals take each slide as a patient of its own", unknown_patients(table))
+        log.warning(
+            "%s; each slide is taken as a patient of its own, called as the slide is, in the intervals and in what was "
+            "seen in training; call the column of patients case_id",
+            unknown_patients(table),
+        )
     doubts = several_names([row.columns for row in rows], [row.case_id for row in rows], table.patient_columns)
     if doubts:
         names = first_few(list(map(str, doubts)), most=3)

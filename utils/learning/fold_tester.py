@@ -9,6 +9,7 @@ import torch
 
 from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble, members_of
+from utils.bags.spelling import plain_spelling
 from utils.core.errors import TrainingError
 from utils.core.files import wait_for_file
 from utils.learning.fold_results import FoldResult
@@ -149,9 +150,11 @@ class FoldTester:
         """Return what identifies these slides, by its kind (see `Checkpoint.seen`)."""
         data = self.trainer.dataset
         passports = [data.info[slide].passport for slide in slides]
+        cases = [str(data.cases[slide]) for slide in slides]
         seen = {
             "slide": [data.rows[slide].wsi_id for slide in slides],
-            "case": [str(data.cases[slide]) for slide in slides],
+            "case": cases,
+            "case_spelling": [plain_spelling(name) for name in cases],
             "slide_hash": [name for passport in passports if passport and (name := passport.slide_hash)],
         }
         return seen | ({"features": [self.digests[slide] for slide in slides]} if self.digests else {})

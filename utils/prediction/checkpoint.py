@@ -39,9 +39,9 @@ class Checkpoint:
         recipe, mpp_range: how the training features were made, if known.
         selection: which score on which split chose these weights.
         seen: digests of the slides that it was trained or selected on: of their ids ("slide"), of the ids of their
-            patients ("case"), of the hashes of the slides that feature files record ("slide_hash"), and of the features
-            ("features"). Empty if unknown; earlier checkpoints lack the last two. Never the ids themselves, which may
-            identify patients.
+            patients ("case") and their plain spellings ("case_spelling"), of the hashes of the slides that feature
+            files record ("slide_hash"), and of the features ("features"). Empty if unknown; earlier checkpoints lack
+            all but "slide" and "case". Never the ids themselves, which may identify patients.
         temperature: calibrates the probabilities (`tasks.calibration`); fitted on inner validation, else None.
     """
 

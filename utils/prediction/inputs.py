@@ -31,6 +31,7 @@ class PredictionFiles:
 
     def __init__(self, settings: Prediction) -> None:
         self.settings = settings
+        self.patients_from: str | None = None  # of the label table, once it is read
         self.run = None if settings.out_of_fold is None else OutOfFold.read(settings.out_of_fold, settings.repeat)
         if settings.output_dir is not None and (settings.output_dir / RECORD).exists():
             raise ConfigError(
@@ -63,6 +64,7 @@ class PredictionFiles:
         classes = cohort_classes(dataset)
         sources = {source.stem: source for source in self.sources}
         table = read_table(settings.labels_csv)
+        self.patients_from = table.patients_from
         rows = labels.resolve_labels(
             table, class_names, sources.get, ids=sources.keys, allow=settings.allow,
             label_names=classes.label_names, left_out=classes.left_out,

@@ -8,6 +8,7 @@ import torch
 
 from utils.bags.store import Bag, StoredBag, is_feature_file
 from utils.core.errors import ConfigError
+from utils.core.runtime import log
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import EvidenceMap
 from utils.pictures.overlay import MapStyle

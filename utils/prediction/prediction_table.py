@@ -20,7 +20,7 @@ from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
 from utils.evaluation.closing_table import figures_row, intervals_row, task_of, text_table
-from utils.evaluation.outputs import write_table
+from utils.evaluation.outputs import NO_PATIENTS, write_table
 from utils.evaluation.predictions import Predictions
 from utils.prediction.existing_records import ENDING
 from utils.prediction.trained_model import BY_NAME
@@ -59,13 +59,14 @@ def earlier_slides(folder: Path) -> dict[str, SlideInfo]:
 @dataclass(frozen=True)
 class PredictedSlides:
     """The records of predicted slides, in their order; by slide, the label rows of those to be scored, and patients and
-    labels as far as known.
+    labels as far as known. `patients_from` says where the label table has the patients from; None if from nowhere.
     """
 
     records: Sequence[Mapping[str, Any]]
     rows: Mapping[str, LabelRow]
     task: Classification
     infos: Mapping[str, SlideInfo] = field(default_factory=dict)
+    patients_from: str | None = None
 
     def table(self) -> pd.DataFrame:
         """Return a row per slide, with the columns of a training's `predictions.csv` that apply."""
@@ -129,6 +130,7 @@ class PredictedSlides:
             "class_names": list(self.task.outputs),
             **_figures(predictions),
             "threshold": threshold,
+            "patients_from": self.patients_from or NO_PATIENTS,
             "n_seen_in_training": int(is_seen.sum()),
             "n_seen_under_another_name": num_renamed,
             "n_unseen_by_name_alone": num_by_name,
@@ -231,6 +233,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     blocks = [[figures_row("slides", scores["pooled"], metrics), intervals_row(scores["intervals_95"], metrics)]]
     counts = f"{scores['n_slides']} slides of {scores['n_cases']} patients."
     words = [f"{counts} The 95% intervals come from resampling patients and are conditional on the trained models."]
+    if scores["patients_from"] == NO_PATIENTS:
+        words.append("No patients are known: where some have several slides, the intervals are too narrow.")
     words += task.closing_sentences(scores)
     counts = ("n_seen_in_training", "n_seen_under_another_name", "n_unseen_by_name_alone")
     words.append(_seen_words(*(scores[name] for name in counts)))

@@ -26,7 +26,7 @@ from utils.prediction.predictor import SlidePredictor, extractPredict, flags_rec
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.prediction.slide_prediction import SEEN
 from utils.prediction.slide_worker import Predictors, SlideWorker
-from utils.prediction.trained_model import BY_NAME, compares_content, seen_words
+from utils.prediction.trained_model import BY_NAME, compares_content, seen_words, warn_of_spelling
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.slide_status import STATUSES, SlideStatus
@@ -96,6 +96,8 @@ def predict_files(
     _check_attention(predictors, {"--visualize": drawing is not None, "--faithfulness": settings.faithfulness})
     first = predictors.first.checkpoint
     rows = files.label_rows(first.class_names, settings.dataset or first.dataset)
+    if settings.labels_csv is not None:
+        warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
     infos = earlier_slides(folder)
     infos |= {slide: SlideInfo(row.case_id, first.class_names[row.label]) for slide, row in rows.items()}
     if files.run is not None:
@@ -176,7 +178,8 @@ def _conclude(
     earlier = [read_record(path) for path in sorted(set(folder.glob(f"*{ENDING}")) - set(targets))]
     earlier = [record for record in earlier if has_settings(record, worker.settings_of(str(record.get("slide"))))]
     all_records = sorted([*records, *earlier], key=lambda record: record["slide"])
-    slides = PredictedSlides(all_records, rows, worker.predictors.first.checkpoint.task, worker.infos)
+    task = worker.predictors.first.checkpoint.task
+    slides = PredictedSlides(all_records, rows, task, worker.infos, files.patients_from)
     first_settings, formats = worker.all_settings[0], settings.figure_format
     words = [slides.write(folder, worker.threshold, first_settings, settings.overwrite, formats)]
     notes = _notes(worker) + ([f"{plural(failed, 'slide')} without an answer: see {REPORT}."] if failed else [])

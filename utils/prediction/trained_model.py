@@ -1,15 +1,16 @@
 """A checkpoint with its model on the device, and its checks of flags, features and other checkpoints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from MILS import ModelError, mil_name
 from MILS.bag_model import BagModel
+from utils.bags.spelling import plain_spelling
 from utils.core.cohorts import tcga_case
 from utils.core.differences import first_differences
-from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError
+from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, RecipeError, first_few
 from utils.core.recipe import Recipe, mpp_difference
 from utils.core.runtime import log
 from utils.prediction.checkpoint import Checkpoint, id_digests
@@ -164,6 +165,26 @@ def seen_as(
         if name is not None and any(id_digests(kind, [name])[0] in record.get(kind, ()) for record in records):
             return "case" if kind == "case" else "slide"
     return "" if all(record["slide"] for record in records) else None
+
+
+def warn_of_spelling(models: Sequence[TrainedModel], case_ids: Iterable[str], table: Path) -> None:
+    """Warn of patients of a table that no model was trained on under this name, but perhaps in another spelling."""
+    records = [model.checkpoint.seen for model in models]
+
+    def is_in(kind: str, name: str) -> bool:
+        return any(id_digests(kind, [name])[0] in record.get(kind, ()) for record in records)
+
+    doubtful = [
+        name
+        for name in sorted(set(case_ids))
+        if not is_in("case", name) and is_in("case_spelling", plain_spelling(name))
+    ]
+    if doubtful:
+        log.warning(
+            "%s: patients whose names differ in spelling only from those of training (case, leading zeros, marks): "
+            "%s; they count as unseen; if they are the same, write them as in training",
+            table, first_few(doubtful),
+        )  # fmt: skip
 
 
 def compares_content(models: Sequence[TrainedModel]) -> bool:
