@@ -32,9 +32,10 @@ from pathlib import Path
 import numpy as np
 
 from datasets.synthetic import MPP, PATTERNS, SITES, Patient, draw_slide, write_slide
-from utils.core.engine import Processes, Send, threads
+from utils.core.engine import Processes, threads
 from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
+from utils.core.processes import Send
 from utils.core.runtime import keep_freed_memory, log, processors, progress_bar
 from utils.features.extraction import extract_slides
 from utils.features.extractor import WSIFeatureExtractor

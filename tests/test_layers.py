@@ -28,7 +28,6 @@ LIBRARIES = {
     "h5py": {"utils/bags"},
     "timm": {"utils/features/networks.py"},
     "huggingface_hub": {"utils/features/weights.py"},
-    "sklearn": {"utils/learning"},
     "matplotlib": {
         "utils/pictures", "utils/core/plots.py", "utils/evaluation/prediction_figures.py",
         "utils/evaluation/comparison_figures.py", "utils/learning/learning_curves.py", "utils/slides/preview.py",
@@ -80,6 +79,16 @@ def test_a_file_imports_only_what_its_room_may(path):
     else:
         allowed = {"core", place[1], *BEFORE[place[1]]}
     assert found <= allowed, f"{path} imports {found - allowed}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Not even late, within a function, or for types only."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    following = {module: {name for name in imports(path) if name in modules} for module, path in modules.items()}
+    while ends := [module for module, names in following.items() if not names & following.keys()]:
+        for module in ends:
+            del following[module]
+    assert not following, f"a circle among {', '.join(sorted(following))}"
 
 
 def test_what_evaluates_predictions_needs_no_torch():

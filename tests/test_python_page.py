@@ -1,6 +1,7 @@
 """The pages of Python code run as they stand and print what they say, but for figures, here of shorter trainings."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,13 @@ def test_the_page_prints_what_it_says(name, demo_home, request, tmp_path, monkey
     (tmp_path / "datasets").symlink_to(request.getfixturevalue(demo_home)[0] / "datasets")
     (tmp_path / "testSlides").symlink_to(ROOT / "testSlides")
     monkeypatch.chdir(tmp_path)
+    codes = blocks(page, "python")
+    if name == "own_model":
+        (tmp_path / "my_model.py").write_text(codes.pop(0))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "my_model", raising=False)
     scope: dict[str, object] = {"__name__": name}
-    for code in blocks(page, "python"):
+    for code in codes:
         exec(code.replace("epochs=40", "epochs=1"), scope)  # noqa: S102 - our own page
     printed = capsys.readouterr().out
     if demo_home == "small_demo":

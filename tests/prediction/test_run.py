@@ -684,8 +684,8 @@ def test_no_top_patches_are_shown_if_none_are_wanted(drawable, predict, tmp_path
         outcome = predict(*flags, *drawn[:-1], 0)
         assert outcome.code == 0, (status, outcome.err)
         assert {path.name for path in (tmp_path / "out").iterdir()} == {
-            f"slide_{name}" for name in ("prediction.json", "heatmap.png", "detailed.png", "thumbnail.jpg",
-                                         "attention.npz", "attention.geojson", "report.html")
+            f"slide_{name}" for name in ("prediction.json", "heatmap.png", "detailed.png", "evidence.png",
+                                         "thumbnail.jpg", "attention.npz", "attention.geojson", "report.html")
         }  # fmt: skip
     assert "numbered" not in texts_of_figures["slide_detailed.png"]
     assert "attended patches</h2>" not in (tmp_path / "out" / "slide_report.html").read_text()

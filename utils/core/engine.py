@@ -13,26 +13,21 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 
 from utils.core.errors import ConfigError, EngineError
-from utils.core.processes import OUT_OF_MEMORY, Pool, WorkerDied, is_out_of_memory
+from utils.core.processes import OUT_OF_MEMORY, OnMessage, Pool, Task, Work, WorkerDied, is_out_of_memory
 from utils.core.ray_settings import Cluster
 from utils.core.runtime import processors, threads_are_given
-
-Task = TypeVar("Task")
-Send = Callable[[Any], None]
-Work = Callable[[Task, Send], None]
-OnMessage = Callable[[Task, Any], None]
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 

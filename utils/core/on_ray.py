@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from utils.core.engine import OnMessage, Task, Work
 from utils.core.errors import EngineError, plural
-from utils.core.processes import WorkerDied
+from utils.core.processes import OnMessage, Task, Work, WorkerDied
 from utils.core.ray_actor import Actor, Parcel, cannot_begin
 from utils.core.ray_settings import Cluster
 from utils.core.runtime import log, processors

@@ -18,12 +18,17 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from utils.core.errors import EngineError
 from utils.core.runtime import log
+
+Task = TypeVar("Task")
+Send = Callable[[Any], None]
+Work = Callable[[Task, Send], None]
+OnMessage = Callable[[Task, Any], None]
 
 # The work is given up after this many deaths, one after the other, of workers without a task.
 _MOST_IDLE_DEATHS = 3

@@ -9,8 +9,8 @@ import torch
 
 from MILS import build_mil
 from utils.bags.dataset import MILDataset
-from utils.core.engine import Send
 from utils.core.errors import DivergedError, TrainingError
+from utils.core.processes import Send
 from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.core.tensor_files import load_tensors, save_tensors
 from utils.learning.early_stopping import EarlyStopping

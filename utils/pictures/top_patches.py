@@ -74,8 +74,8 @@ def attention_groups(attention: AttentionMap, top: Sequence[MapPatch], least: Se
         return [f"{attention.ranks[patch.index]}: {attention.attention[patch.index]:.3g}" for patch in patches]
 
     return [
-        PatchGroup("most attended", "top", top, captions(top)),
-        PatchGroup("least attended", "least", least, captions(least)),
+        PatchGroup("most attended patches", "top", top, captions(top)),
+        PatchGroup("least attended patches", "least", least, captions(least)),
     ]
 
 
@@ -90,7 +90,7 @@ def read_evidence_groups(
     supporters, opponents = evidence.strongest(name, count)
     return [
         PatchGroup(
-            f"most evidence {side} {name}", kind, read_patches(slide, attention, indices),
+            f"patches with most evidence {side} {name}", kind, read_patches(slide, attention, indices),
             [f"{value:+.2g}" for value in values[indices]],
         )
         for side, kind, indices in (("for", "top", supporters), ("against", "least", opponents))

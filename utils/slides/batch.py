@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from utils.core.batch_report import update_report
-from utils.core.engine import Engine, Send, WorkerDied, threads
+from utils.core.engine import Engine, threads
 from utils.core.errors import BackboneError, ConfigError, DiskFullError, LiteMILError, NoTissueError, SlideError
 from utils.core.files import check_distinct, check_writable, claim_on, clear_parts, clear_parts_of, is_free
+from utils.core.processes import Send, WorkerDied
 from utils.core.recipe import Recipe
 from utils.core.repeated_log import log_repeats_once
 from utils.core.runtime import log, progress_bar
