@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from utils.pictures.heatmap import save_picture
 from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
 from utils.prediction.forward_pass import SlideFeed
 from utils.prediction.predictor import SlidePredictor
+from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.slides.slide import quick_hash_of
 from utils.tasks.calibration import scale_probabilities
 
@@ -1033,6 +1035,94 @@ def test_the_um_per_px_of_raw_slides_can_be_told_of_all(predict, tmp_path):
     assert "told_mpp: found 0.5, expected 0.4" in predict(*flags, "--slide_mpp", "0.4").err
     one = ("--checkpoint", path, "--input", tmp_path / "slides" / "b.png", "--slide_mpp", "0.5")
     assert "no row for b.png" in predict(*one, "--slides_csv", tmp_path / "mpp.csv", output="one").err
+
+
+def write_raw_model(path: Path, mpp_range=(0.5, 0.5), **recipe) -> Path:
+    """A model of patches of 64 px, encoded by "stain"."""
+    torch.manual_seed(0)
+    model = build_mil("LiteMIL", input_dim=45, num_classes=2)
+    made = WSIFeatureExtractor("stain", 64, **({"tissue_threshold": 0} | recipe)).recipe
+    return write_model(path, 1, model=model.spec, state_dict=model.state_dict(), recipe=made, mpp_range=mpp_range)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "patches"), [("stride", 32, 49), ("tissue_threshold", 1, 0), ("tissue_threshold", 0, 16)]
+)
+def test_flags_that_choose_the_patches_and_change_no_feature_are_taken(predict, tmp_path, flag, value, patches):
+    """As for feature files: those of another stride or tissue threshold are predicted, too."""
+    image = stained_image(256, 256) if patches else np.full((256, 256, 3), 245, np.uint8)
+    write_pyramid(tmp_path / "slide.tif", image, mpp=0.5)
+    threshold = 0.1 if flag == "tissue_threshold" else 0
+    path = write_raw_model(tmp_path / "m.pth", mpp=0.5, tissue_threshold=threshold)
+    outcome = predict("--checkpoint", path, "--input", tmp_path / "slide.tif", f"--{flag}", value, "--save_features")
+    assert f"chosen in another way than in training ({flag}: found {value}" in outcome.err
+    if patches:
+        record = of(tmp_path / "out", "slide")
+        assert (record["num_instances"], record["recipe"][flag]) == (patches, value)
+        predict("--checkpoint", path, "--input", tmp_path / "out" / "slide.h5", output="features")
+        assert of(tmp_path / "features", "slide")["probabilities"] == record["probabilities"]
+    else:
+        assert "draw it and extract it with extractFeatures.py --tissue" in outcome.errors[0]
+
+
+def test_a_slide_of_another_scanner_is_resampled_as_its_refusal_advises(predict, tmp_path):
+    write_pyramid(tmp_path / "slide.tif", stained_image(512, 512), mpp=0.25, downsamples=(1, 2))
+    flags = ("--checkpoint", write_raw_model(tmp_path / "m.pth", level=0), "--input", tmp_path / "slide.tif")
+    refused = predict(*flags)
+    assert "mpp: found 0.25 um/px, expected 0.5 to 0.5" in refused.errors[0]
+    assert "; give --mpp 0.5, which resamples it to that, or give --allow_mismatch" in refused.errors[0]
+    outcome = predict(*flags, "--mpp", "0.5")
+    assert outcome.code == 0, outcome.err
+    record = of(tmp_path / "out", "slide")
+    assert (record["num_instances"], record["slide_record"]["mpp_delivered"]) == (16, 0.5)
+    assert "expected 0.5 to 0.5" in predict(*flags, "--mpp", "0.3", "--overwrite").errors[0]
+    # Of a model that does not record the um/px of its patches, nothing tells whether they agree.
+    unknown = write_raw_model(tmp_path / "unknown.pth", None, level=0)
+    refused = predict("--checkpoint", unknown, *flags[2:], "--mpp", "0.5", output="unknown")
+    assert "mpp: found 0.5, expected level 0" in refused.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "mpp", "brightness"), [(256, 0.5, 245), (256, 0.5, 0), (256, 1, 200), (32, 0.5, 200), (256, None, 200)]
+)
+def test_advice_names_flags_that_predict_has(predict, tmp_path, size, mpp, brightness):
+    """No tissue, fluorescence, too coarse, too small, no um/px: the remedies of an extraction are called so."""
+    write_pyramid(tmp_path / "slide.tif", np.full((size, size, 3), brightness, np.uint8), mpp=mpp, downsamples=(1,))
+    path = write_raw_model(tmp_path / "m.pth", mpp=0.5, tissue_threshold=0.5)
+    refused = predict("--checkpoint", path, "--input", tmp_path / "slide.tif")
+    assert (refused.code, len(refused.errors)) == (1, 1)
+    flags = re.findall(r"(?<!extractFeatures\.py )--(\w+)", refused.errors[0])
+    own = {item.name for kind in (Prediction, PredictionRecipe) for item in fields(kind)}
+    assert set(flags) <= own - {"mpp", "level", "patch_size"}, refused.errors[0]
+
+
+def test_the_size_of_patches_to_draw_is_given_by_a_level_beside_a_recipe_in_um(drawable, predict, tmp_path):
+    recipe = replace(synthetic_passport("slide").recipe, level=None, mpp=0.5)
+    flags, drawn = drawable("LiteMIL", recipe=recipe)
+    bag = read_bag(tmp_path / "slide.h5")
+    write_bag(tmp_path / "slide.h5", Bag(bag.features, bag.coords // 2, None, None))
+    refused = predict(*flags, *drawn)
+    assert "does not record the patch size; give --patch_size, and --level if not 0" in refused.errors[0]
+    assert predict(*flags, *drawn, "--patch_size", 256, "--level", 0).code == 0
+
+
+def test_overwriting_replaces_what_is_in_the_way_of_features(predict, tmp_path):
+    write_pyramid(tmp_path / "slide.tif", stained_image(256, 256), mpp=0.5)
+    write_bag(tmp_path / "out" / "slide.h5", Bag(np.ones((1, 16), np.float16)))
+    path = write_raw_model(tmp_path / "m.pth", mpp=0.5)
+    flags = ("--checkpoint", path, "--input", tmp_path / "slide.tif", "--save_features")
+    assert "slide.h5: was made by something else" in predict(*flags).errors[0]
+    assert predict(*flags, "--overwrite").code == 0
+    assert len(read_bag(tmp_path / "out" / "slide.h5").features) == 16
+
+
+def test_advice_on_labels_names_flags_that_predict_has(cohort, models, predict, tmp_path):
+    (tmp_path / "labels.csv").write_text("case_id,wsi_id,label\nP000,P000-S1,NA\n")
+    flags = ("--checkpoint", models[0], "--input_dir", cohort[1], "--labels_csv", tmp_path / "labels.csv")
+    for allowed in ((), ("--allow", "unknown")):
+        error = predict(*flags, *allowed).errors[0]
+        assert "--class_names" not in error
+        assert "--features_dir" not in error
 
 
 class Silent(BagModel):

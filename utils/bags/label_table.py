@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.bags.spelling import is_placeholder, spelled_alike
+from utils.core.cli import is_flag
 from utils.core.cohorts import tcga_case
 from utils.core.errors import LabelsError, first_few, plural
 from utils.core.table_headers import DELIMITERS, SLIDE_NAMES, plain_header
@@ -138,8 +139,9 @@ def several_names(
     patients += _joined(rows, barcodes, "are of the barcode")
     for column in patient_columns:
         patients += _joined(
-            rows, _column(rows, column), f"share the {column}", f": --group_column {column} keeps them together"
-        )
+            rows, _column(rows, column), f"share the {column}",
+            f": --group_column {column} keeps them together" if is_flag("group_column") else "",
+        )  # fmt: skip
     for doubt in patients:
         is_divided = len(set().union(*(groups_of[name] for name in doubt.names))) > 1
         if is_divided and doubt.names not in [earlier.names for earlier in doubts]:

@@ -16,6 +16,7 @@ from utils.bags.spelling import (
     without_ending,
     without_folder,
 )
+from utils.core.cli import is_flag
 from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, did_you_mean, first_few, plural
 from utils.core.runtime import log
@@ -123,7 +124,8 @@ def resolve_labels(
     rows = _with_class(table.path, rows, class_names, left_out, allow)
     usable = _with_file(table.path, rows, class_names, find_file, ids, allow)
     if not usable:
-        raise LabelsError(f"{table.path}: no usable row is left; check the labels, --class_names and --features_dir")
+        sources = "the labels, --class_names and --features_dir" if is_flag("features_dir") else "its labels and wsi_id"
+        raise LabelsError(f"{table.path}: no usable row is left; check {sources}")
     _log_mixed_patients(table.path, usable)
     return usable
 
@@ -176,7 +178,8 @@ def label_hint(labels: Iterable[str], class_names: Sequence[str]) -> str:
     """Return a hint about labels that are not classes: a placeholder, another spelling or a near name; "" if none."""
     for label in dict.fromkeys(labels):
         if is_placeholder(label):
-            return f"{label!r} stands for no label: fill it in, or name it in --class_names if it is a class"
+            instead = ", or name it in --class_names if it is a class" if is_flag("class_names") else ""
+            return f"{label!r} stands for no label: fill it in{instead}"
         alike = [name for name in class_names if plain_class(name) == plain_class(label)]
         if alike:
             return f"{label!r} is {alike[0]!r} in another spelling: write the class in one way"

@@ -25,6 +25,8 @@ _TAKES = {
     "_dir": "DIR", "_csv": "FILE", "_column": "COLUMN", "device": "DEVICE", "mpp": "UM", "patch_size": "PX",
     "stride": "PX",
 }  # fmt: skip
+# The flags of the running command; none outside of `run`.
+_running: list[set[str]] = []
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -75,12 +77,21 @@ def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None 
     _add_common(parser)
     words = sys.argv[1:] if argv is None else list(argv)
     parser.refuse_unknown(words)
+    if _running:
+        _running[-1].update(field.name for config in groups.values() for field in _options(config))
     values = vars(parser.parse_args(words))
     if values["quiet"]:
         runtime.be_quiet()
     return [
         config(**{field.name: _frozen(values[field.name]) for field in _options(config)}) for config in groups.values()
     ]
+
+
+def is_flag(name: str) -> bool:
+    """Return whether the running command has the flag `--<name>`, which a message may then advise; True if no command
+    line was parsed.
+    """
+    return not any(_running) or name in _running[-1]
 
 
 def _add_flags(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None:
@@ -132,6 +143,7 @@ def run(main: Callable[[], None]) -> None:
     runtime.start_logging()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
+    _running.append(set())
     try:
         main()
     except LiteMILError as error:
@@ -140,6 +152,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         runtime.log.log(logging.ERROR, "interrupted; what was finished is kept, the same command goes on from there")
         sys.exit(130)
+    finally:
+        _running.pop()
 
 
 def given_flags(config: Any, leave_out: Sequence[str] = ()) -> list[str]:

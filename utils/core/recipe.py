@@ -23,6 +23,8 @@ OUR_FIELDS = (
 )  # fmt: skip
 # What a user may set for the prediction of a raw slide.
 ASKED_FIELDS = ("backbone", "patch_size", "stride", "level", "mpp", "tissue_threshold")
+# Those of them that choose which patches of a slide are encoded, and change none of their features.
+PATCH_CHOICE_FIELDS = ("stride", "tissue_threshold")
 # Scanners of one nominal magnification differ by about this much (0.22 to 0.25 um/px at "40x").
 MPP_TOLERANCE = 0.15
 # The other names of backbones, in hubs and other toolkits; case does not matter, and "_" is "-".

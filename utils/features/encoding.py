@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from utils.core.cli import is_flag
 from utils.core.errors import FeatureFileError, SlideError
 from utils.core.runtime import log, processors, progress_bar
 from utils.features.backbones import Backbone
@@ -54,9 +55,10 @@ class Encoder:
                 good = patches[torch.from_numpy(reasons == "")] if reasons.any() else patches
                 features = self._embed(good).cpu().numpy().astype(config.dtype)
                 if not np.isfinite(features).all():
+                    command = "" if is_flag("dtype") else "extractFeatures.py with "
                     raise FeatureFileError(
                         f"{slide.path}: the backbone gave features that are not finite in {config.dtype}; "
-                        "try --dtype float32, or --precision fp32"
+                        f"try {command}--dtype float32, or --precision fp32"
                     )
                 if on_gpu:
                     bar.set_postfix_str(f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB", refresh=False)

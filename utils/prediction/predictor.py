@@ -17,8 +17,9 @@ from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.settings import CohortFiles
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.device import resolve_device
+from utils.core.differences import first_differences
 from utils.core.errors import CheckpointError, ConfigError, RecipeError
-from utils.core.recipe import ASKED_FIELDS, Recipe
+from utils.core.recipe import ASKED_FIELDS, PATCH_CHOICE_FIELDS, Recipe
 from utils.core.runtime import keep_freed_memory, log
 from utils.core.settings import check_setting
 from utils.features.backbones import canonical_backbone
@@ -42,6 +43,7 @@ from utils.prediction.trained_model import (
     without_copies,
 )
 from utils.slides.batch import SlideNotes
+from utils.slides.find import is_slide_file
 from utils.slides.open_slides import slide_mpp
 from utils.slides.slide import Slide
 from utils.tasks.classification import Classification
@@ -134,10 +136,19 @@ class SlidePredictor:
         with self._own_extractor().opened(path) as raw:
             return self._checked_extractor(raw).extract(raw)
 
-    def keep_features(self, slide: Slide, folder: Path) -> Path:
-        """Return the feature file of an open slide in `folder`; extract it unless it exists, with the same recipe."""
-        target = folder / f"{slide.path.stem}.h5"
-        extract_one(self._checked_extractor(slide), slide, target, notes=SlideNotes(slide.user_mpp))
+    def keep_features(self, slide: Slide, folder: Path, overwrite: bool = False) -> Path:
+        """Return the feature file of an open slide in `folder`; extract it unless it exists, with the same recipe.
+
+        Raises RecipeError if the file holds something else, unless `overwrite` is given.
+        """
+        target, extractor = folder / f"{slide.path.stem}.h5", self._checked_extractor(slide)
+        notes = SlideNotes(slide.user_mpp)
+        try:
+            extract_one(extractor, slide, target, notes=notes)
+        except RecipeError:
+            if not overwrite:
+                raise
+            extract_one(extractor, slide, target, overwrite=True, notes=notes)
         return target
 
     def predict_bag(
@@ -246,6 +257,15 @@ class SlidePredictor:
             content["features"] = features_digest(features)
         return content
 
+    def _remedy(self, path: Path, recipe: Recipe, mpp: float | None) -> str:
+        """Return what to do about a slide or feature file whose recipe or `mpp` differs from the training's."""
+        if not is_slide_file(path):
+            return "extract it with the training recipe"
+        trained_mpp = _trained_mpp(self)
+        if recipe.mpp is None and mpp is not None and trained_mpp is not None and mpp < trained_mpp:
+            return f"give --mpp {trained_mpp:.4g}, which resamples it to that"
+        return "leave it out"
+
     def _checked_extractor(self, slide: Slide) -> WSIFeatureExtractor:
         """Return the feature extractor. Raises RecipeError if the slide's features would differ from the training's."""
         extractor = self._own_extractor()
@@ -280,9 +300,17 @@ class SlidePredictor:
             if difference and not self.allow_mismatch:
                 raise RecipeError(
                     f"{path}: made in another way than the features {model_path} was trained on ({difference}); "
-                    "extract it with the training recipe, or give --allow_mismatch"
+                    f"{self._remedy(path, recipe, mpp)}, or give --allow_mismatch"
                 )
         return list(dict.fromkeys(filter(None, differences.values())))
+
+
+def _trained_mpp(predictor: SlidePredictor) -> float | None:
+    """Return the um/px of the first model's training patches, in the middle of their range; None unless all models
+    record theirs.
+    """
+    ranges = [model.checkpoint.mpp_range for model in predictor.trained]
+    return None if None in ranges or ranges[0] is None else sum(ranges[0]) / 2
 
 
 def _features_of(bag: Bag | StoredBag) -> torch.Tensor | StoredFeatures:
@@ -309,9 +337,10 @@ def extractPredict(  # noqa: N802 - the first version's public name
 ) -> SlidePredictor:
     """Return a SlidePredictor for raw slides, whose patches are cut and encoded like the training features.
 
-    If the checkpoint records a recipe, `backbone`, `patch_size`, `stride`, `level`, `mpp` and `tissue_threshold` must
-    agree with it, and fill its gaps; otherwise they are the recipe. `weights` is the backbone's local file instead of a
-    download. Raises RecipeError, BackboneError, CheckpointError.
+    If the checkpoint records a recipe, `backbone`, `patch_size`, `level` and `mpp` must agree with it, and fill its
+    gaps; otherwise they are the recipe. `stride` and `tissue_threshold` may differ: they choose the patches, and each
+    is encoded as in training. `mpp` may replace a level if every slide then has the um/px of the training patches.
+    `weights` is the backbone's local file instead of a download. Raises RecipeError, BackboneError, CheckpointError.
     """
     predictor = SlidePredictor(
         model_path,
@@ -333,12 +362,26 @@ def extractPredict(  # noqa: N802 - the first version's public name
 def _training_extractor(predictor: SlidePredictor, settings: PredictionRecipe, device: str) -> WSIFeatureExtractor:
     """Return an extractor with the recipe of the training features; the settings fill its gaps, or are the recipe."""
     flags, recorded = flags_recipe(settings), predictor.checkpoint.recipe
-    predictor.require(recipe=flags)
     running: dict[str, Any] = {"weights": settings.weights, "batch_size": settings.batch_size, "device": device}
     if recorded is None:
+        predictor.require(recipe=flags)
         return WSIFeatureExtractor(**flags.as_dict(), **running)
+    # Instead of a level, whose um/px differ between scanners; each slide's are compared with those of training.
+    resamples = flags.level is None and recorded.mpp is None and _trained_mpp(predictor) is not None
+    encoding = replace(flags, stride=None, tissue_threshold=None, mpp=None if resamples else flags.mpp)
+    predictor.require(recipe=encoding)
     defaults = {"tissue_threshold": Extraction.tissue_threshold, "dtype": Extraction.dtype}
-    return WSIFeatureExtractor.of_recipe(recorded.completed(flags, **defaults), **running)
+    recipe = recorded.completed(encoding, **defaults)
+    other_patches = recipe.differences(flags, PATCH_CHOICE_FIELDS)
+    if other_patches:
+        log.warning(
+            "the patches are chosen in another way than in training (%s); each is encoded as there",
+            first_differences(other_patches),
+        )
+    recipe = replace(recipe, **{name: flags[name] for name in PATCH_CHOICE_FIELDS if flags[name] is not None})
+    if resamples and flags.mpp is not None:
+        recipe = replace(recipe, level=None, mpp=flags.mpp)
+    return WSIFeatureExtractor.of_recipe(recipe, **running)
 
 
 def flags_recipe(settings: PredictionRecipe) -> Recipe:

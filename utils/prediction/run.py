@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,10 @@ def _make_predictor(
             inputs = settings.input or settings.input_dir or settings.out_of_fold
             raise ConfigError(f"{inputs}: holds features already; {' and '.join(unused)} goes with raw slides")
         predictor = SlidePredictor(checkpoints, **arguments)
-        predictor.require(recipe=flags_recipe(recipe))
+        flags, recorded = flags_recipe(recipe), predictor.checkpoint.recipe
+        if recorded is not None and recorded.mpp is not None:
+            flags = replace(flags, level=None)  # it gives the size of the patches to draw, in a file that lacks it
+        predictor.require(recipe=flags)
     predictor.require(mil=settings.mil, input_dim=settings.input_dim)
     if predictor.feed(settings.mode, settings.chunk_size).mode == "full" and settings.chunk_size is not None:
         raise ConfigError("--chunk_size has no meaning in full mode; give --mode chunked with it")

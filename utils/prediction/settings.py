@@ -116,7 +116,9 @@ class Prediction(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionRecipe(Settings):
-    """How raw slides are extracted; if the recipe of the training features is recorded, these must agree with it."""
+    """How raw slides are extracted; if the recipe of the training features is recorded, these must agree with it, but
+    for those that choose the patches.
+    """
 
     backbone: str | None = option(None, "backbone, if the checkpoint records none")
     weights: Path | None = option(None, "local weights of the backbone instead of a download")

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ class SlideFolder:
     def __init__(self, folder: Path, feat_type: str) -> None:
         self.folder, self._feat_type = folder, feat_type
         listing = look_for_slides(folder)
-        listing.log(folder)
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         for slide in one_per_series(listing.slides):
             self._by_name[slide.stem].append(slide)
+        self._left_out: dict[str, list[Path]] = defaultdict(list)
+        for path in chain(*listing.left_out.values()):
+            self._left_out[path.stem].append(path)
         self._slide_of: dict[Path, Path] = {}
 
     def slide_of(self, source: Path) -> Path:
@@ -56,6 +59,9 @@ class SlideFolder:
         if of_name != [slide]:
             evidence = "hash" if has_hash else "size"
             log.info("%s: drawn on %s, by the slide's %s that the feature file records", source, slide, evidence)
+        elif not has_hash and self._left_out[source.stem]:
+            others = first_few(list(map(str, self._left_out[source.stem])))
+            log.warning("%s: drawn on %s, not on %s; it records no hash of its slide", source, slide, others)
         return slide
 
     def _refusal(self, source: Path, of_name: Sequence[Path], has_hash: bool) -> str:

@@ -148,7 +148,8 @@ class SlideWorker:
         """Return the bag. Of a raw slide, write a feature file in `folder` first, so that it can be streamed."""
         if slide is None or not is_slide_file(source):
             return predictor.bag(source, self.files.feat_type, slide)
-        return predictor.bag(predictor.keep_features(slide, folder), self.files.feat_type)
+        overwrite = self.files.settings.overwrite
+        return predictor.bag(predictor.keep_features(slide, folder, overwrite), self.files.feat_type)
 
     def _record(
         self, prediction: SlidePrediction, predictor: SlidePredictor, request: Mapping[str, Any]

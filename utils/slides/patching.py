@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from utils.core.cli import is_flag
 from utils.core.errors import ConfigError, SlideError
 from utils.core.geometry import covered_fraction, level0_size, patch_grid, usable_extent
 from utils.slides.slide import WHITE, Slide
@@ -134,12 +135,13 @@ def plan_patches(slide: Slide, settings: PatchGrid, outlined: TissueMask | None 
 
 def _shortage(slide: Slide, tissue: TissueMask, fraction: NDArray[np.float64], threshold: float) -> str:
     """Say why no patch of a grid is kept, and what to do."""
+    draw = f"draw it and {'give' if is_flag('tissue') else 'extract it with extractFeatures.py'} --tissue"
     if tissue.is_grey:
         return (
-            f"{slide.path}: it is greyscale, and the detector finds tissue by its colour; draw it and give --tissue, "
+            f"{slide.path}: it is greyscale, and the detector finds tissue by its colour; {draw}, "
             "keep every patch with --tissue_threshold 0, or leave the slide out"
         )
-    remedy = "lower --tissue_threshold, or " if fraction.max() > 0 else "draw it and give --tissue, or "
+    remedy = "lower --tissue_threshold, or " if fraction.max() > 0 else f"{draw}, or "
     return (
         f"{slide.path}: none of {len(fraction)} patches holds {threshold:g} tissue (the most is {fraction.max():.2f}, "
         f"{tissue.fraction:.1%} of the slide is tissue); {remedy}leave the slide out"
@@ -168,16 +170,18 @@ def choose_sampling(
     if level is not None:
         raise ConfigError(f"level {level} and mpp {mpp:g}: give at most one of them")
     if slide.mpp is None:
+        instead = "; an extraction may ask for a --level instead of --mpp" if is_flag("allow_upsample") else ""
         raise SlideError(
             f"{slide.path}: its um/px is needed and unknown ({slide.mpp_problem}); give it with --slide_mpp (of all "
-            "slides) or in --slides_csv (a table wsi,mpp); an extraction may ask for a --level instead of --mpp"
+            f"slides) or in --slides_csv (a table wsi,mpp){instead}"
         )
     downsample = mpp / slide.mpp
     tolerance = 0.5 / patch_size
     if downsample < 1 / (1 + MOST_UPSAMPLING) and not allow_upsample:
+        instead = "ask for a coarser --mpp, " if is_flag("allow_upsample") else ""
         raise SlideError(
             f"{slide.path}: too coarse for {mpp:g} um/px: it has {slide.mpp:.4g} um/px at its finest, "
-            f"{1 / downsample:.3g} times that; leave it out, ask for a coarser --mpp, or enlarge it with "
+            f"{1 / downsample:.3g} times that; leave it out, {instead}or enlarge it with "
             "extractFeatures.py --allow_upsample"
         )
     nearest = slide.coarsest_level(downsample * (1 + tolerance))
@@ -226,9 +230,11 @@ def _grid(slide: Slide, sampling: Sampling, patch_size: int, stride_level0: int,
         downsample if keep_edge else None,
     )
     if not len(grid):
+        is_free = is_flag("allow_upsample")  # else the patch size is that of a model
+        remedy = "choose a smaller --patch_size or a finer resolution" if is_free else "leave the slide out"
         raise SlideError(
             f"{slide.path}: a patch of {patch_size} px is {reach} level-0 px wide, larger than the slide "
-            f"({slide.width} x {slide.height} px); choose a smaller --patch_size or a finer resolution"
+            f"({slide.width} x {slide.height} px); {remedy}"
         )
     return grid
 
