@@ -38,7 +38,7 @@ S = TypeVar("S", bound=Summary)
 
 class MergeableModel(BagModel, Generic[S]):
     """A bag model that consists of a map and a merge. A subclass defines `instance_layers`, `reduce`, `classify` and
-    `attention`.
+    `attention`; to give evidence (`MILS.evidence`), also `pooled`, `classify_pooled` and `contributions`.
 
     A bag longer than a block is processed block by block, so that results stay in the processor's cache and memory
     stays small. If gradients are needed, the product of the first layer is saved and the rest computed again in the
@@ -63,6 +63,11 @@ class MergeableModel(BagModel, Generic[S]):
     def attention(self, summary: S, trace: Tensor) -> Tensor:
         """Return attention (B, H, N), given the summary of the whole bag and its blocks' joined traces (B, R, N)."""
         raise NotImplementedError
+
+    @property
+    def gives_evidence(self) -> bool:
+        """Whether the model says what each instance contributes."""
+        return type(self).contributions is not MergeableModel.contributions
 
     def pooled(self, summary: S) -> Tensor:
         """Return the pooled embedding (B, R, d) of a bag."""
@@ -128,11 +133,11 @@ class MergeableModel(BagModel, Generic[S]):
         total, count = None, 0
         with evaluating(self):
             for h in self._embedded(blocks):
-                sum_ = h.double().sum(dim=0)
-                total, count = sum_ if total is None else total + sum_, count + len(h)
+                block_total = h.sum(dim=0).cpu().double()  # mps has no float64
+                total, count = block_total if total is None else total + block_total, count + len(h)
         if total is None:
             raise ModelError(f"{type(self).__name__}: no instance in any of the blocks")
-        return (total / count).to(self.dtype)
+        return (total / count).to(next(self.parameters()))
 
     @torch.no_grad()
     def summaries(self, blocks: Iterable[Tensor], groups: Tensor) -> list[list[S]]:

@@ -6,6 +6,8 @@ import torch
 
 from MILS import list_mils
 from MILS.ensemble import Ensemble
+from MILS.mergeable import MergeableModel
+from MILS.summaries import MaxSummary
 from utils.bags.chunks import cut_chunks
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.prediction.forward_pass import SlideFeed, predict_features, set_references
@@ -125,6 +127,33 @@ def test_a_model_that_does_not_merge_gives_none(made):
     assert evidence_in(model, bag(), FEEDS["whole"]).evidence is None
     assert model.pooled_reference is None
     assert evidence_in(Ensemble([model, model]), bag(), FEEDS["whole"]).evidence is None
+
+
+def test_a_model_of_ones_own_may_merge_without_evidence():
+    class Last(MergeableModel):
+        """Sees nothing but its last instance."""
+
+        def __init__(self) -> None:
+            super().__init__(16, 2)
+            self.layers = torch.nn.Sequential(torch.nn.Linear(16, 4))
+            self.head = torch.nn.Linear(4, 2)
+
+        def instance_layers(self):
+            return self.layers
+
+        def reduce(self, h, mask):
+            return MaxSummary(h[:, -1], torch.zeros(len(h), 4, dtype=torch.long), torch.tensor(h.shape[1])), h.mT[:, :1]
+
+        def classify(self, summary):
+            return self.head(summary.maximum)
+
+        def attention(self, summary, trace):
+            return torch.softmax(trace, dim=-1)
+
+    model = Last().eval()
+    set_references(model, lambda: [bag()], FEEDS["whole"])
+    assert model.pooled_reference is None
+    assert evidence_in(model, bag(), FEEDS["whole"]).evidence is None
 
 
 def test_it_is_made_only_when_asked_for(made):

@@ -77,7 +77,7 @@ def evidence_of(task: Task, model: MergeableModel, bags: Sequence[ReadBag]) -> E
     The patches are in the order of the bags.
     """
     sizes = torch.tensor([bag.size for bag in bags], dtype=torch.float64)
-    shares = (sizes / sizes.sum()).to(next(model.parameters()).device)
+    shares = (sizes / sizes.sum()).to(next(model.parameters()).device, model.dtype)
     pooled = torch.cat([model.pooled(bag.summary) for bag in bags])  # (K, R, d)
     kept = model.pooled_reference
     reference = _own_mean(model, bags, shares, pooled) if kept is None else kept.to(pooled)
@@ -88,8 +88,8 @@ def evidence_of(task: Task, model: MergeableModel, bags: Sequence[ReadBag]) -> E
     ]
     return Evidence(
         torch.cat(contributions, dim=1).float().cpu().numpy(),
-        slopes.end.double().cpu().numpy(),
-        slopes.start.double().cpu().numpy(),
+        slopes.end.cpu().double().numpy(),
+        slopes.start.cpu().double().numpy(),
         is_own_mean=kept is None,
     )
 
@@ -99,11 +99,11 @@ def mean_pooled(model: MergeableModel, slides: Iterable[Sequence[ReadBag]]) -> T
     total, count = None, 0
     for bags in slides:
         sizes = torch.tensor([bag.size for bag in bags], dtype=torch.float64)
-        pooled = torch.cat([model.pooled(bag.summary) for bag in bags]).double()
-        mean = torch.einsum("k,krd->rd", (sizes / sizes.sum()).to(pooled.device), pooled)
+        pooled = torch.cat([model.pooled(bag.summary) for bag in bags]).cpu().double()  # mps has no float64
+        mean = torch.einsum("k,krd->rd", sizes / sizes.sum(), pooled)
         total, count = mean if total is None else total + mean, count + 1
     assert total is not None  # noqa: S101 - for the type checker: a training has slides
-    return (total / count).to(model.dtype)
+    return (total / count).to(next(model.parameters()))
 
 
 def _own_mean(model: MergeableModel, bags: Sequence[ReadBag], shares: Tensor, pooled: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def predict_features(
     evidence: bool = False,
 ) -> SlideOutput:
     """Run `model`, in evaluation mode, over `features (N, D)`. The output has attention and evidence only if they are
-    asked for; evidence also takes a model that merges.
+    asked for; evidence also takes a model that gives it.
 
     Stored features of a full slide are streamed from their file, if the model can.
     """
@@ -93,7 +93,7 @@ def predict_features(
         cuts = _cuts(features, feed)
         bags = _cut(features, cuts)
         if isinstance(model, MergeableModel):
-            return _merged_output(task, model, bags, cuts, attention, evidence)
+            return _merged_output(task, model, bags, cuts, attention, evidence and model.gives_evidence)
         return _stitched_output(task, model, [bag for bag in bags if isinstance(bag, torch.Tensor)], cuts, attention)
 
 
@@ -102,7 +102,7 @@ def set_references(model: BagModel, slides: Callable[[], Iterable[torch.Tensor]]
     what its evidence begins at. A model that does not merge is left as it is.
     """
     for member in members_of(model):
-        if isinstance(member, MergeableModel):
+        if isinstance(member, MergeableModel) and member.gives_evidence:
             chunks = (_read(member, _cut(features, _cuts(features, feed)), keep_traces=False) for features in slides())
             with evaluating(member):
                 member.pooled_reference = mean_pooled(member, chunks)
