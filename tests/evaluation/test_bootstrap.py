@@ -98,12 +98,28 @@ def test_undefined_figures():
     assert intervals["accuracy"] is not None
 
 
-@pytest.mark.parametrize(("patients", "defined"), [(8, True), (2, False)])
+@pytest.mark.parametrize(("patients", "defined"), [(12, True), (2, False)])
 def test_an_auc_that_is_mostly_undefined_has_no_interval(patients, defined):
     """Of two patients, one of each class, half the resamples hold one class, and by seed 2 more than half do."""
     labels = np.arange(patients) % 2
     intervals = bootstrap_intervals(TASK, labels, np.eye(2)[labels], np.arange(patients).astype(str), 2, 101)
     assert (intervals["auc"] is not None) is defined
+
+
+@pytest.mark.parametrize(("patients", "right", "defined"), [(1, 1, False), (1, 0.5, False), (4, 1, False),
+                                                           (4, 0.5, True), (9, 1, False), (10, 1, True)])  # fmt: skip
+def test_few_patients_that_all_give_the_same_figure_have_no_interval(patients, right, defined):
+    labels, cases = np.zeros(4 * patients, dtype=int), np.repeat(np.arange(patients).astype(str), 4)
+    wrong = np.arange(len(labels)) >= right * len(labels)
+    intervals = bootstrap_intervals(TASK, labels, np.eye(2)[wrong.astype(int)], cases, 0, 100)
+    assert (intervals["accuracy"] is not None) is defined
+
+
+def test_one_patient_has_no_roc_band():
+    labels = np.arange(8) % 2
+    scores = np.random.default_rng(0).random(8)
+    assert roc_band(labels == 1, scores, np.array(["P1"] * 8), 0, resamples=50) is None
+    assert roc_band(labels == 1, scores, np.arange(8).astype(str), 0, resamples=50) is not None
 
 
 def repeated(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

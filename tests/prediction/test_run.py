@@ -361,6 +361,26 @@ def test_patients_of_training_in_another_spelling_are_told(cohort, predict, tmp_
     assert of(tmp_path / "same", "a")["seen_as"] == "case"
 
 
+@pytest.mark.parametrize(("patients", "reason"), [
+    (("Q",) * 3, "3 slides of 1 patient. No 95% intervals: they come from resampling patients, and there is one."),
+    (("Q", "R", "R"), "There is none (-) where resamples of 2 patients all give one figure, or mostly none."),
+])  # fmt: skip
+def test_few_patients_have_no_interval_and_the_reason_is_told(cohort, models, predict, tmp_path, patients, reason):
+    slides, predictor = sorted(cohort[1].glob("*.h5"))[:3], SlidePredictor(models[0], device="cpu")
+    rows = []
+    for case_id, path in zip(patients, slides, strict=True):
+        write_bag(tmp_path / "in" / path.name, read_bag(path))
+        rows.append(f"{case_id},{path.stem},{predictor.predict(path).predicted_class}")  # all right
+    (tmp_path / "labels.csv").write_text("\n".join(["case_id,wsi_id,label", *rows]) + "\n")
+    flags = ("--checkpoint", models[0], "--input_dir", tmp_path / "in", "--labels_csv", tmp_path / "labels.csv")
+    outcome = predict(*flags)
+    assert outcome.code == 0, outcome.err
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["pooled"]["accuracy"], scores["intervals_95"]["accuracy"]) == (1, None)
+    assert "1.000-1.000" not in outcome.out
+    assert reason in outcome.out
+
+
 def test_two_inputs_of_one_name_are_refused(cohort, models, predict, tmp_path):
     bag = read_bag(cohort[1] / "P000-S1.h5")
     for place in ("a/slide.h5", "b/slide.h5"):

@@ -7,9 +7,13 @@ import numpy as np
 from utils.tasks.task import Figures, Task, single
 
 RESAMPLES = 1000
+# Of fewer patients an interval of no width says that there are few, not that other patients would give the same: all
+# of nine are right in one of twenty cohorts even if 28% of such patients are not.
+MANY_PATIENTS = 10
 # False positive rates of the band; 0 is there twice, since a curve may rise before its first false positive.
 _GRID = np.append(0, np.arange(201) / 200)
 _BLOCK_VALUES = 1 << 20
+_ROUNDING = 1e-9
 
 
 def pooled_metrics(task: Task, labels: np.ndarray, values: np.ndarray, repeats: np.ndarray) -> Figures:
@@ -33,10 +37,17 @@ def bootstrap_intervals(
     """Return 95% percentile intervals of `pooled_metrics` over resampled patients.
 
     They are conditional on the trained models: they cover other patients, not other trainings. Resamples in which a
-    metric is undefined are left out; it has None if they are more than half.
+    metric is undefined are left out; it has None if they are more than half. It also has None if there is one patient,
+    or if there are fewer than 10 and all resamples give the same figure.
     """
     draws = bootstrap_draws(task, labels, values, cases, seed, resamples, repeats=repeats)
-    return {name: interval(values) for name, values in draws.items()}
+    patients = len(np.unique(cases))
+    return {name: _unless_too_few(interval(values), patients) for name, values in draws.items()}
+
+
+def _unless_too_few(limits: tuple[float, float] | None, patients: int) -> tuple[float, float] | None:
+    has_width = limits is not None and limits[1] - limits[0] > _ROUNDING
+    return limits if patients >= MANY_PATIENTS or (patients > 1 and has_width) else None
 
 
 def bootstrap_draws(
@@ -112,8 +123,11 @@ def roc_band(
     resamples: int = RESAMPLES,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return the 95% percentile interval of the ROC curve over resampled patients: false positive rates, low and high,
-    each `(G,)`. None if the curve is undefined for the slides, or for more than half of the resamples.
+    each `(G,)`. None if the curve is undefined for the slides, or for more than half of the resamples, and for one
+    patient.
     """
+    if len(np.unique(cases)) == 1:
+        return None
     blocks = [_curves(is_class, scores, weights, repeats) for weights in _resampled(cases, seed, resamples)]
     curves = np.concatenate(blocks)
     defined = curves[~np.isnan(curves).any(axis=1)]

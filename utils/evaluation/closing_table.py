@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from utils.core.errors import plural
 from utils.core.text import aligned, figure_text, interval_text
+from utils.evaluation.bootstrap import MANY_PATIENTS
 from utils.evaluation.outputs import NO_PATIENTS
 from utils.tasks.classification import Classification
 from utils.tasks.task import Task
@@ -45,6 +47,18 @@ def intervals_row(intervals: Mapping[str, Sequence[float] | None], metrics: Sequ
     return ["95% CI", *[interval_text(intervals[metric]) for metric in metrics]]
 
 
+def interval_words(results: Mapping[str, Any]) -> str:
+    """Return how the 95% intervals of an `outputs.json` or `scores.json` come about, or why there are none."""
+    patients, pooled = results["n_cases"], results["pooled"]
+    has_gap = any(limits is None and pooled[name] is not None for name, limits in results["intervals_95"].items())
+    if patients == 1:
+        return "No 95% intervals: they come from resampling patients, and there is one."
+    words = "The 95% intervals come from resampling patients and are conditional on the trained models."
+    if not has_gap or patients >= MANY_PATIENTS:
+        return words
+    return f"{words} There is none (-) where resamples of {patients} patients all give one figure, or mostly none."
+
+
 def text_table(blocks: Sequence[Sequence[Sequence[str]]], metrics: Sequence[str]) -> str:
     """Return blocks of such rows under the names of the `metrics`, with a rule between blocks."""
     return aligned([[["", *[name.replace("_", " ") for name in metrics]]], *blocks])
@@ -52,10 +66,10 @@ def text_table(blocks: Sequence[Sequence[Sequence[str]]], metrics: Sequence[str]
 
 def closing_text(results: dict[str, Any]) -> str:
     """Return the closing table, followed by sentences on how to read it."""
-    about = f"{results['n_slides']} slides of {results['n_cases']} patients, tested once"
+    about = f"{plural(results['n_slides'], 'slide')} of {plural(results['n_cases'], 'patient')}, tested once"
     if results["n_repeats"] > 1:
         about += f" in each of {results['n_repeats']} repeats (pooled: the repeats' mean)"
-    sentences = [f"{about}. The 95% intervals come from resampling patients and are conditional on the trained models."]
+    sentences = [f"{about}. {interval_words(results)}"]
     if results.get("patients_from") == NO_PATIENTS:
         sentences.append("No patients are known: where some have several slides, every figure above is too good.")
     task = task_of(results)

@@ -19,7 +19,7 @@ from utils.core.files import digest, read_record, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
-from utils.evaluation.closing_table import figures_row, intervals_row, task_of, text_table
+from utils.evaluation.closing_table import figures_row, interval_words, intervals_row, task_of, text_table
 from utils.evaluation.outputs import NO_PATIENTS, write_table
 from utils.evaluation.predictions import Predictions
 from utils.prediction.existing_records import ENDING
@@ -231,8 +231,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     task = task_of(scores)
     metrics = task.main_metrics
     blocks = [[figures_row("slides", scores["pooled"], metrics), intervals_row(scores["intervals_95"], metrics)]]
-    counts = f"{scores['n_slides']} slides of {scores['n_cases']} patients."
-    words = [f"{counts} The 95% intervals come from resampling patients and are conditional on the trained models."]
+    counts = f"{plural(scores['n_slides'], 'slide')} of {plural(scores['n_cases'], 'patient')}."
+    words = [f"{counts} {interval_words(scores)}"]
     if scores["patients_from"] == NO_PATIENTS:
         words.append("No patients are known: where some have several slides, the intervals are too narrow.")
     words += task.closing_sentences(scores)
@@ -242,7 +242,9 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         unseen = scores["unseen"]
         rows = [figures_row("unseen", unseen["pooled"], metrics), intervals_row(unseen["intervals_95"], metrics)]
         blocks.append(rows)
-        words.append(f"Unseen: the {unseen['n_slides']} slides of the other {unseen['n_cases']} patients.")
+        counts = f"{plural(unseen['n_slides'], 'slide')} of the other {plural(unseen['n_cases'], 'patient')}"
+        reason = interval_words(unseen)
+        words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores) else f" {reason}"))
     table = task.table(scores["pooled"], scores["intervals_95"])
     return "\n".join([text_table(blocks, metrics), "", table, "", *filter(None, words)])
 
