@@ -294,6 +294,29 @@ def test_inputs_that_contradict_each_other(flags, message, models, predict, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "near"),
+    [
+        (("--input", "features/slide.h5", "--checkpoint", "runs/gals"), "runs/glas"),
+        (("--input", "features/slide.h5", "--checkpoint", "runs/gals/best.pth"), "runs/glas/best.pth"),
+        (("--input", "features/slide.h5", "--checkpoint", "runs/glas/bset.pth"), "runs/glas/best.pth"),
+        (("--out_of_fold", "runs/gals"), "runs/glas"),
+        (("--checkpoint", "runs/glas/best.pth", "--input", "features/slid.h5"), "features/slide.h5"),
+        (("--checkpoint", "runs/glas/best.pth", "--input_dir", "feature"), "features"),
+        (("--checkpoint", "runs/glas/best.pth", "--input_dir", "features", "--visualize", "--wsi", "feat"), "features"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_path_is_answered_with_the_nearest(predict, tmp_path, monkeypatch, flags, near):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/glas").mkdir(parents=True)
+    write_model(Path("runs/glas/best.pth"), 1)
+    write_bag(Path("features/slide.h5"), Bag(np.ones((1, 16), np.float16)))
+    outcome = predict(*flags)
+    assert (outcome.code, len(outcome.errors)) == (1, 1)
+    assert outcome.errors[0].endswith(f"; did you mean {near}?")
+    assert "no such" in outcome.errors[0] or "no folder" in outcome.errors[0]
+
+
 def test_a_table_that_does_not_account_for_the_folder(cohort, models, predict, tmp_path):
     labels_csv, features = cohort
     table = pd.read_csv(labels_csv)

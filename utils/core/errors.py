@@ -6,6 +6,7 @@ traceback.
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class LiteMILError(Exception):
@@ -70,9 +71,32 @@ class CheckpointError(LiteMILError):
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the nearest of the choices, ignoring case; "" if none is near."""
+    near = _nearest(word, choices)
+    return "" if near is None else f"; did you mean {near}?"
+
+
+def did_you_mean_path(path: Path) -> str:
+    """Return "; did you mean ...?" with the existing path nearest to one that does not exist; "" if none is near."""
+    missing = path
+    if path.exists():
+        return ""
+    while not missing.parent.is_dir() and missing != missing.parent:
+        missing = missing.parent
+    try:
+        names = [entry.name for entry in missing.parent.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        return ""
+    near = _nearest(missing.name, names)
+    if near is None:
+        return ""
+    whole = missing.with_name(near) / path.relative_to(missing)
+    return f"; did you mean {whole if whole.exists() else missing.with_name(near)}?"
+
+
+def _nearest(word: str, choices: Iterable[str]) -> str | None:
     by_folded = {choice.casefold(): choice for choice in choices}
     near = difflib.get_close_matches(word.casefold(), by_folded, n=1)
-    return f"; did you mean {by_folded[near[0]]}?" if near else ""
+    return by_folded[near[0]] if near else None
 
 
 def plural(number: int, noun: str) -> str:

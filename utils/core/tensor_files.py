@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.core.errors import LiteMILError
+from utils.core.errors import LiteMILError, did_you_mean_path
 from utils.core.files import write_bytes
 
 # What unpickling a NumPy array or scalar needs: files written by NumPy 1 name numpy.core, by NumPy 2 numpy._core.
@@ -59,7 +59,7 @@ def load_tensors(path: Path, error: type[LiteMILError], expected: str) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise error(f"{path}: no such file; expected {expected}")
+        raise error(f"{path}: no such file; expected {expected}{did_you_mean_path(path)}")
     try:
         with torch.serialization.safe_globals(_NUMPY_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

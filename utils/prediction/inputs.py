@@ -8,7 +8,7 @@ from utils.bags.label_table import read_table
 from utils.bags.labels import LabelRow
 from utils.bags.store import is_feature_file
 from utils.core.cohorts import cohort_classes
-from utils.core.errors import ConfigError, FeatureFileError, plural
+from utils.core.errors import ConfigError, FeatureFileError, did_you_mean_path, plural
 from utils.core.files import check_distinct
 from utils.core.runtime import log
 from utils.prediction.existing_records import ENDING
@@ -83,7 +83,8 @@ def check_input(path: Path) -> None:
     if path.is_dir():
         raise FeatureFileError(f"{path}: is a folder; give it with --input_dir")
     if not path.is_file():
-        raise FeatureFileError(f"{path}: no such file; give a feature file (.h5, .pt, .pth) or a slide")
+        near = did_you_mean_path(path)
+        raise FeatureFileError(f"{path}: no such file; give a feature file (.h5, .pt, .pth) or a slide{near}")
     if not is_feature_file(path) and not is_slide_file(path):
         raise FeatureFileError(
             f"{path}: neither a feature file (.h5, .pt, .pth) nor a slide, by its ending {path.suffix!r}"
@@ -94,7 +95,8 @@ def _inputs_of(settings: Prediction) -> list[Path]:
     folder, output_dir = settings.input_dir, (settings.output_dir or DEFAULT_FOLDER).resolve()
     assert folder is not None  # noqa: S101 - for the type checker: there is an input or a folder
     if not folder.is_dir():
-        raise ConfigError(f"--input_dir {folder}: no such folder; give a folder of feature files or of slides")
+        near = did_you_mean_path(folder)
+        raise ConfigError(f"--input_dir {folder}: no such folder; give a folder of feature files or of slides{near}")
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and is_feature_file(path) and not path.name.startswith(".")
     )

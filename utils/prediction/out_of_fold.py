@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from utils.bags.feature_folder import FeatureFolder
-from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, first_few, plural
+from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, did_you_mean_path, first_few, plural
 from utils.core.files import read_json
 from utils.core.runtime import log
 from utils.evaluation.predictions import Predictions
@@ -37,6 +37,9 @@ def run_record(folder: Path) -> dict[str, Any]:
     """Return the `run.json` of a finished run. Raises CheckpointError if there is none."""
     path = folder / RECORD
     if not path.is_file():
+        if not folder.exists():
+            near = did_you_mean_path(folder)
+            raise CheckpointError(f"{folder}: no such folder; give the output folder of train.py{near}")
         raise CheckpointError(f"{folder}: no training run (it has no {RECORD}); {_instead(folder)}")
     record = read_json(path, CheckpointError)
     if not isinstance(record, dict) or "finished" not in record:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from utils.bags.store import Bag, StoredBag, is_feature_file
-from utils.core.errors import ConfigError
+from utils.core.errors import ConfigError, did_you_mean_path
 from utils.core.runtime import log
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import EvidenceMap
@@ -46,7 +46,8 @@ class PredictionPictures:
         elif wsi.is_dir() and not is_single:
             self._slides = SlideFolder(wsi, files.feat_type)
         elif not is_single:
-            raise ConfigError(f"--wsi {wsi}: no folder; give the one that holds the slides of --input_dir")
+            near = did_you_mean_path(wsi)
+            raise ConfigError(f"--wsi {wsi}: no folder; give the one that holds the slides of --input_dir{near}")
 
     @property
     def cmap(self) -> str:
