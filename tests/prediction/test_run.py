@@ -29,7 +29,7 @@ from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import save_picture
-from utils.prediction.checkpoint import Checkpoint, id_digests, save_checkpoint
+from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
 from utils.prediction.forward_pass import SlideFeed
 from utils.prediction.predictor import SlidePredictor
 from utils.prediction.settings import Prediction, PredictionRecipe
@@ -192,6 +192,25 @@ def test_several_checkpoints_answer_as_their_mean(cohort, models, predict, tmp_p
     weights = np.average([one.attention for one in alone], axis=0, weights=[1, 1, 2])
     np.testing.assert_allclose(together.attention, weights, rtol=1e-5)
     assert together.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_models_of_a_record_are_a_list_whatever_their_number(cohort, models, predict, tmp_path, count):
+    predict("--checkpoint", *models[:count], "--input_dir", cohort[1], "--labels_csv", cohort[0])
+    record = of(tmp_path / "out", "P003-S1")
+    assert [model["checkpoint"] for model in record["models"]] == list(map(str, models[:count]))
+    for model, path in zip(record["models"], models, strict=False):
+        checkpoint = load_checkpoint(path)
+        assert model == {
+            "checkpoint": str(path), "model": checkpoint.model, "selection": {"threshold": 0.4}, "temperature": 2.0,
+            "weights_digest": checkpoint.weights_digest,
+        }  # fmt: skip
+    # The entries of earlier records stay.
+    for name in ("checkpoint", "model", "selection", "temperature"):
+        values = [model[name] for model in record["models"]]
+        assert record[name] == (values if count > 1 else values[0])
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["checkpoints"] == list(map(str, models[:count]))
 
 
 def test_one_model_in_two_files_counts_once(cohort, models, predict, tmp_path):
@@ -874,14 +893,14 @@ def test_the_record_holds_each_thing_once_and_says_what_it_is_for(predict, tmp_p
     flags = ("--checkpoint", path, "--backbone", "stain", "--patch_size", "64", "--input", tmp_path / "slide.tif")
     assert predict(*flags, "--visualize", "--faithfulness").code == 0
     text = (tmp_path / "out" / "slide_prediction.json").read_text()
-    for name in (
-        "tissue_threshold",
-        "chunk_size",
-        "weights_digest",
-        "rank_correlation_with_random_weights",
-        "num_heads",
-    ):
-        assert text.count(f'"{name}"') == 1, name
+    for name, count in {
+        "tissue_threshold": 1,
+        "chunk_size": 1,
+        "weights_digest": 2,  # of the backbone, and of the model
+        "rank_correlation_with_random_weights": 1,
+        "num_heads": 2,  # of `model`, and in the list `models`
+    }.items():
+        assert text.count(f'"{name}"') == count, name
     record = json.loads(text)
     assert record["notice"] == "For research, not a diagnosis."
     assert record.keys() >= {"predicted_class", "confidence", "probabilities", "num_instances", "mode", "model",

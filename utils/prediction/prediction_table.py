@@ -178,7 +178,9 @@ class PredictedSlides:
         earlier = read_record(folder / SCORES)
         if earlier and any(earlier.get(name) != scores[name] for name in ("settings", "labels")):
             _clear_scores(folder, overwrite)
-        write_json(folder / SCORES, {"checkpoint": self.records[0]["checkpoint"], **scores})
+        checkpoint = self.records[0]["checkpoint"]
+        checkpoints = checkpoint if isinstance(checkpoint, list) else [checkpoint]
+        write_json(folder / SCORES, {"checkpoint": checkpoint, "checkpoints": checkpoints, **scores})
         self.draw(folder, formats)
         return scores_text(scores)
 

@@ -208,13 +208,17 @@ class SlidePredictor:
             model.require_recipe(recipe or Recipe())
 
     def provenance(self, prediction: SlidePrediction) -> dict[str, Any]:
-        """Return the model's entries in a prediction's record (of several models, as lists), and how the slide's
-        features were made.
+        """Return the models' entries in a prediction's record, and how the slide's features were made.
+
+        `models` is always a list. The same entries by themselves are lists of several models only, as in earlier
+        records.
         """
         models = [model.provenance() for model in self.trained]
+        digests = [{"weights_digest": model.checkpoint.weights_digest} for model in self.trained]
         passport = prediction.bag.passport
         return {
             **(models[0] if len(models) == 1 else {name: [model[name] for model in models] for name in models[0]}),
+            "models": [model | own for model, own in zip(models, digests, strict=True)],
             "recipe": passport.recipe.as_dict() if passport else None,
             "slide_record": passport.slide if passport else None,
             "seen_compared": self.seen_compared(prediction.slide, prediction.seen_as),
