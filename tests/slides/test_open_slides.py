@@ -131,6 +131,19 @@ def test_thumbnail_blocks_leave_no_seam(place_slide, monkeypatch):
     np.testing.assert_allclose(blocks.astype(int), whole, atol=2)
 
 
+def test_an_overview_read_in_many_blocks_shows_its_progress(tmp_path, monkeypatch, capsys):
+    """As that of a large slide without coarse levels; a quick one shows none."""
+    write_pyramid(tmp_path / "giant.tif", place_image(512, 512), downsamples=(1,))
+    monkeypatch.setattr(slide_module, "READ_BLOCK", 50)
+    with open_slide(tmp_path / "giant.tif") as slide:
+        slide.thumbnail(max_side=128)
+        assert "giant" not in capsys.readouterr().err
+        monkeypatch.setattr(slide_module, "BAR_DELAY_SECONDS", 0)
+        slide.thumbnail(max_side=128)
+    assert "giant, overview" in (shown := capsys.readouterr().err)
+    assert "block/s" in shown or "?block" in shown
+
+
 def test_a_level_that_is_not_there_is_named_with_the_ones_that_are(place_slide):
     with open_slide(place_slide) as slide:
         for level in (3, -1):

@@ -6,7 +6,8 @@ problem with a file, at opening or later, is a SlideError of one line.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Self
 
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.core.errors import SlideError
+from utils.core.runtime import progress
 from utils.slides.mirax import data_files, is_mirax
 from utils.slides.resolution import NOT_IN_FILE, Resolution
 
+BAR_DELAY_SECONDS = 3  # after which a progress bar of an overview is shown
 READ_BLOCK = 4096  # px of a level read at once for a thumbnail: 50 MB, whatever the slide's size
 WHITE = (255, 255, 255)
 Colour = tuple[int, int, int]
@@ -157,17 +160,17 @@ class Slide:
         scale_y = area_height / self.height * level_height / height
         step_x, step_y = max(1, int(READ_BLOCK / scale_x)), max(1, int(READ_BLOCK / scale_y))
         thumbnail = np.empty((height, width, 3), dtype=np.uint8)
-        for top in range(0, height, step_y):
-            bottom = min(top + step_y, height)
-            for left in range(0, width, step_x):
-                right = min(left + step_x, width)
-                box = (
-                    start_x + left * scale_x, start_y + top * scale_y,
-                    start_x + right * scale_x, start_y + bottom * scale_y,
-                )  # fmt: skip
-                thumbnail[top:bottom, left:right] = self._averaged(
-                    level, box, (right - left, bottom - top), where_damaged
-                )
+        corners: Iterable[tuple[int, int]] = list(product(range(0, height, step_y), range(0, width, step_x)))
+        if len(corners) > 1:  # of a large slide without coarse levels they take minutes
+            text = f"{self.name}, overview"
+            corners = progress(corners, text, unit="block", leave=False, delay=BAR_DELAY_SECONDS)
+        for top, left in corners:
+            bottom, right = min(top + step_y, height), min(left + step_x, width)
+            box = (
+                start_x + left * scale_x, start_y + top * scale_y,
+                start_x + right * scale_x, start_y + bottom * scale_y,
+            )  # fmt: skip
+            thumbnail[top:bottom, left:right] = self._averaged(level, box, (right - left, bottom - top), where_damaged)
         return thumbnail
 
     def quick_hash(self) -> str:
