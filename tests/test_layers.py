@@ -99,6 +99,13 @@ def test_what_evaluates_predictions_needs_no_torch():
         assert "torch" not in {name.split(".")[0] for name in imports(path)}, path
 
 
+def test_a_worker_process_begins_without_torch():
+    """Its import takes seconds, and comes with the work that needs it."""
+    modules = "utils.core.engine, utils.core.processes, utils.core.ray_actor"
+    loaded = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_library_is_imported_only_in_its_room(path):
     place = path.relative_to(ROOT).as_posix()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.conftest import is_running
-from tests.core import work
+from tests.core import torch_work, work
 from utils.core.engine import (
     Processes,
     Threads,
@@ -47,12 +47,12 @@ def engine(request):
 
 def test_every_task_is_done_and_heard_in_its_order_of_telling(engine):
     heard: dict[int, list] = {}
-    engine.run(work.square, [3, 4, 5], lambda task, message: heard.setdefault(task, []).append(message))
+    engine.run(torch_work.square, [3, 4, 5], lambda task, message: heard.setdefault(task, []).append(message))
     assert heard == {task: [("threads", 1), ("square", task * task)] for task in (3, 4, 5)}
 
 
 def test_no_task_begins_nothing(engine):
-    engine.run(work.square, [], print)
+    engine.run(torch_work.square, [], print)
 
 
 def test_the_first_error_comes_back_as_it_was(engine):
@@ -209,7 +209,7 @@ class TestRay:
         """As a run goes on that was begun on a larger machine."""
         heard = []
         with threads(processors() + 1):
-            ray.run(work.square, [2], lambda _, message: heard.append(message))
+            ray.run(torch_work.square, [2], lambda _, message: heard.append(message))
         assert heard == [("threads", processors() + 1), ("square", 4)]
 
     def test_workers_that_die_at_their_beginning_are_replaced_so_often(self, ray, caplog):

@@ -6,16 +6,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from utils.core.engine import worker_number
 from utils.core.errors import ConfigError, TrainingError
 from utils.core.runtime import log, processors
-
-
-def square(task: int, send) -> None:
-    send(("threads", torch.get_num_threads()))
-    send(("square", task * task))
 
 
 def fail_at_two(task: int, send) -> None:
@@ -59,6 +52,8 @@ def run_out_of_memory(task: tuple[int, Path], send) -> None:
     if number == 3:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
     if number == 2 and not (folder / "ran_out").exists():
+        import torch
+
         (folder / "ran_out").touch()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     send("ended")

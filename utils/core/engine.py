@@ -2,7 +2,7 @@
 
 An engine calls `work(task, send)` for every task, several at once. Whatever a task passes to `send` reaches
 `on_message(task, message)` in the calling thread. Callers depend on `Engine` alone; the choice of engine changes the
-speed, never the results.
+speed, never the results. PyTorch is imported where it is needed, as a worker process may do without it.
 """
 
 import importlib.util
@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
-
-import torch
 
 from utils.core.errors import ConfigError, EngineError
 from utils.core.processes import OUT_OF_MEMORY, OnMessage, Pool, Task, Work, WorkerDied, is_out_of_memory
@@ -52,6 +50,8 @@ def threads_each(jobs: int) -> int:
     """Return this process's threads per process if `jobs` processes share them: at most its processors, unless the user
     has set their number.
     """
+    import torch
+
     count = torch.get_num_threads()
     return max(1, (count if threads_are_given() else min(count, processors())) // jobs)
 
@@ -59,6 +59,8 @@ def threads_each(jobs: int) -> int:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Compute on `count` threads within the block."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -156,6 +158,8 @@ class Threads:
 
     @property
     def threads(self) -> int:
+        import torch
+
         return torch.get_num_threads()
 
     def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import platform
 import signal
+import sys
 import threading
 import traceback
 from collections import Counter, deque
@@ -20,10 +21,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-import torch
-
 from utils.core.errors import EngineError
-from utils.core.runtime import log
+from utils.core.runtime import log, threads_in_use, use_threads
 
 Task = TypeVar("Task")
 Send = Callable[[Any], None]
@@ -165,7 +164,7 @@ class _Worker:
     def start(cls, parcel: Path) -> "_Worker":
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, parcel, torch.get_num_threads()))
+        process = context.Process(target=_serve, args=(theirs, parcel, threads_in_use()))
         with _sigint_blocked():
             process.start()
         theirs.close()  # so that the connection breaks when the process ends
@@ -194,17 +193,18 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(connection: Connection, parcel: Path, threads: int) -> None:
+def _serve(connection: Connection, parcel: Path, threads: int | None) -> None:
     """Do the tasks that the parent process sends, until it closes the connection or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # if a mask is not inherited
     tasks: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_fetch, args=(connection, tasks), daemon=True).start()
-    torch.set_num_threads(threads)
     try:
         work = pickle.loads(parcel.read_bytes())  # noqa: S301 - written by the process that started us
         connection.send(("ready", None))
         while True:
-            work(tasks.get(), lambda content: connection.send(("message", content)))
+            task = tasks.get()
+            use_threads(threads)
+            work(task, lambda content: connection.send(("message", content)))
             connection.send(("ended", None))
     except BaseException as failure:  # noqa: BLE001 - raised again by the process that asked
         connection.send(("out of memory", None) if is_out_of_memory(failure) else ("error", sendable(failure)))
@@ -220,7 +220,8 @@ def _fetch(connection: Connection, tasks: SimpleQueue) -> None:
 
 def is_out_of_memory(failure: BaseException) -> bool:
     """Whether memory ran out, on the machine or its GPU: PyTorch raises several kinds of error."""
-    if isinstance(failure, MemoryError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")
+    if isinstance(failure, MemoryError) or (torch and isinstance(failure, torch.OutOfMemoryError)):
         return True
     return isinstance(failure, RuntimeError) and any(words in str(failure) for words in _OUT_OF_MEMORY_WORDS)
 

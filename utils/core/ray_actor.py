@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from utils.core.errors import EngineError, LiteMILError
 from utils.core.processes import sendable
-from utils.core.runtime import log, share_processors
+from utils.core.runtime import log, share_processors, use_threads
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Actor:
         yield "ended", last
 
     def _work_on(self, task: Any, messages: SimpleQueue) -> None:
-        torch.set_num_threads(self.count)  # it is a setting of the thread
+        use_threads(self.count)  # it is a setting of the thread
         handler = _MessageHandler(messages)
         log.addHandler(handler)
         try:

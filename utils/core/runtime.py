@@ -111,6 +111,21 @@ def share_processors(count: int) -> None:
     _most_processors = count
 
 
+def threads_in_use() -> int | None:
+    """Return how many threads PyTorch computes on; None if it is not loaded, and will choose their number."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
+
+
+def use_threads(count: int | None) -> None:
+    """Let PyTorch compute on `count` threads from now on. Do nothing for None, or if PyTorch is not loaded: its import
+    takes seconds, which a process that does not need it is spared.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and count is not None:
+        torch.set_num_threads(count)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors of up to 32 MiB, the most it allows, for the next ones; otherwise each
     batch returns it and fetches it again page by page. Do nothing with other C libraries.
