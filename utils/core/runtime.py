@@ -58,6 +58,7 @@ def versions() -> dict[str, str]:
     return ours | {name: version_of(name) for name in _RECORDED_PACKAGES}
 
 
+@functools.cache
 def version_of(package: str) -> str:
     """Return the version of a package, "not installed" if it is missing."""
     from importlib import metadata  # imports much that only this function needs
