@@ -37,8 +37,6 @@ from utils.core.errors import SlideError
 from utils.core.files import whole_file, write_records
 from utils.core.processes import Send
 from utils.core.runtime import keep_freed_memory, log, processors, progress_bar
-from utils.features.extraction import extract_slides
-from utils.features.extractor import WSIFeatureExtractor
 from utils.features.settings import Extraction
 from utils.slides.settings import ExtractionFiles
 
@@ -133,6 +131,10 @@ def _draw(task: tuple[DemoSlide, Path], send: Send) -> None:
 
 
 def _extract(files: ExtractionFiles) -> None:
+    # Not above: the processes that draw would wait for PyTorch.
+    from utils.features.extraction import extract_slides
+    from utils.features.extractor import WSIFeatureExtractor
+
     for status in extract_slides(WSIFeatureExtractor.of_config(RECIPE), files):
         if status.status not in ("done", "skipped"):
             raise SlideError(f"{status.slide}: {status.reason or status.status}; remove it, and it is drawn again")
