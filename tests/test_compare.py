@@ -407,6 +407,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_a_comparison_has_a_folder_that_is_called_after_its_runs(runs, tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ("outputs/LiteMIL/mine", "outputs/ABMIL/mine", "--metrics", "brier")
@@ -420,6 +421,7 @@ def test_a_comparison_has_a_folder_that_is_called_after_its_runs(runs, tmp_path,
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "LiteMIL_mine_vs_meanPool_mine"]
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_runs_that_differ_in_the_scale_of_their_features_are_warned_of(runs, tmp_path, script):
     where = (*runs[:2], "--metrics", "brier", "--output_dir", tmp_path / "comparison")
     assert "standardised" not in script("utils.compare", *where).err
@@ -428,6 +430,7 @@ def test_runs_that_differ_in_the_scale_of_their_features_are_warned_of(runs, tmp
     assert told in script("utils.compare", *where).err
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_another_comparison_in_the_folder_is_moved_aside_and_that_is_said(runs, tmp_path, script):
     folder = tmp_path / "comparison"
     where = ("--metrics", "brier", "--output_dir", folder)
@@ -454,6 +457,7 @@ def test_another_comparison_in_the_folder_is_moved_aside_and_that_is_said(runs, 
     assert not (folder / "comparison.4.json").exists()
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_a_refused_comparison_moves_nothing(runs, tmp_path, script):
     folder = tmp_path / "comparison"
     script("utils.compare", *runs[:2], "--metrics", "brier", "--output_dir", folder)
@@ -567,6 +571,7 @@ def test_the_figure_draws_each_difference(tmp_path):
         save_figure(comparison_figure(content), tmp_path / "figure.png")
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_runs_of_train_py(tmp_path, script):
     labels, features = write_cohort(tmp_path / "cohort", patients_per_class=6, slides_per_patient=1, patches=(5, 8))
     given = ["--dataset", "toy", "--labels_csv", labels, "--features_dir", features, "--device", "cpu"]

@@ -291,7 +291,7 @@ def test_no_text_is_small_nor_a_formula(tmp_path):
         calibration(labels % 2, probabilities[:, :2], names[:2]),
     ]
     for number, figure in enumerate(figures):
-        save_figure(figure, tmp_path / f"{number}.png")
+        save_figure(figure, tmp_path / f"{number}.png", dpi=50)
         for text in figure.findobj(Text):
             assert text.get_fontsize() >= 8
             assert text.get_text().count("$") == text.get_text().count(r"\$")

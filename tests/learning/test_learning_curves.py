@@ -210,7 +210,7 @@ def test_a_single_epoch_and_a_single_training_draw(settings, tmp_path):
     for lengths in ([1], [1, 1], [7]):
         table = pd.concat([history(flat(lengths, [0.2] * len(lengths)), f"lr={number}") for number in range(settings)])
         figure = drawn(table)
-        save_figure(figure, tmp_path / "curves.png")
+        save_figure(figure, tmp_path / "curves.png", dpi=50)
         assert figure.axes[0].get_xlim() == ((1, 7) if lengths == [7] else (0.5, 1.5))
 
 

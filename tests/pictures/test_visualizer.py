@@ -66,16 +66,9 @@ def test_patches_of_an_earlier_call_do_not_stay_behind(slide, tmp_path):
 
 
 def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
-    heads = np.stack([ATTENTION, ATTENTION[::-1]])
-    paths = AttentionVisualizer().save_set(
-        slide,
-        tmp_path,
-        COORDS,
-        heads,
-        50,
-        RECORD,
-        top_k=200,
-    )
+    coords = patch_grid(*SIZE, 100, 100)
+    heads = np.stack([np.linspace(0, 0.1, len(coords)), np.linspace(0.1, 0, len(coords))])
+    paths = AttentionVisualizer().save_set(slide, tmp_path, coords, heads, 100, RECORD, top_k=200)
     assert set(paths) == {path for path in tmp_path.rglob("*") if path.is_file()} - {slide}
     names = (
         "heatmap.png", "detailed.png", "patch_grid.png", "thumbnail.jpg", "attention.npz", "attention.geojson",
@@ -83,7 +76,7 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
     )  # fmt: skip
     assert [path.name for path in paths if path.parent == tmp_path] == [f"place_{name}" for name in names]
     patches = tmp_path / "place_top_patches"
-    assert len(list(patches.glob("*.png"))) == len(COORDS)  # top_k larger than the slide shows what there is
+    assert len(list(patches.glob("*.png"))) == len(coords)  # top_k larger than the slide shows what there is
     assert pd.read_csv(patches / "patches.csv")["seen_in_training"].all()
     data = np.load(paths[-3])
     assert set(data.files) == {
@@ -204,6 +197,7 @@ def test_what_the_pictures_say_of_several_models():
     assert "deletion +0.250 (beats 9 of 10), insertion -0.125 (beats 9 of 10)" in facts["faithfulness"]
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_attention_that_does_not_support_the_answer_is_said_to(slide, tmp_path):
     against = {"gap": -0.1, "random_orders_beaten": 0}
     record = RECORD | {

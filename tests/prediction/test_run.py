@@ -18,11 +18,13 @@ from MILS import build_mil, list_mils, registry
 from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble
 from tests.cohort import synthetic_passport, write_cohort
+from tests.conftest import drawn_coarsely
 from tests.small import TASK, classification_metrics
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag
 from utils.core.errors import CheckpointError
 from utils.core.passport import Passport
+from utils.core.plots import FORMATS
 from utils.evaluation.bootstrap import bootstrap_intervals
 from utils.features.extractor import WSIFeatureExtractor
 from utils.mil_dataset import MILDataset
@@ -431,7 +433,18 @@ def test_two_inputs_of_one_name_are_refused(cohort, models, predict, tmp_path):
     assert "would both be written to" in outcome.errors[0]
 
 
-@pytest.mark.usefixtures("coarse_figures")
+@pytest.fixture
+def coarse_heatmaps(monkeypatch) -> None:
+    """Of the pictures of a slide the heatmap is drawn, with few pixels."""
+
+    def save(figure, path) -> None:
+        with drawn_coarsely(blank=() if path.name.endswith("_heatmap.png") else ("png",)):
+            save_picture(figure, path)
+
+    monkeypatch.setattr("utils.pictures.picture_set.save_picture", save)
+
+
+@pytest.mark.usefixtures("coarse_heatmaps")
 def test_a_folders_pictures_are_drawn_on_the_slides_of_another(cohort, models, predict, tmp_path):
     """Each on the slide of its name; a slide that is not there is that slide's failure alone; new looks draw anew."""
     (tmp_path / "in").mkdir()
@@ -688,10 +701,11 @@ def test_pictures_and_figures_come_in_other_formats_of_the_same_answer(drawable,
 
     labels_csv, features = cohort
     given = ("--input_dir", features, "--labels_csv", labels_csv)
-    predict("--checkpoint", models[0], *given, output="scored")
-    predict("--checkpoint", models[0], *given, "--figure_format", "svg", output="scored")
-    assert {(tmp_path / "scored" / f"roc.{kind}").exists() for kind in ("png", "svg")} == {True}
-    predict("--checkpoint", models[1], *given, "--figure_format", "pdf", "--overwrite", output="scored")
+    with drawn_coarsely(blank=FORMATS):
+        predict("--checkpoint", models[0], *given, output="scored")
+        predict("--checkpoint", models[0], *given, "--figure_format", "svg", output="scored")
+        assert {(tmp_path / "scored" / f"roc.{kind}").exists() for kind in ("png", "svg")} == {True}
+        predict("--checkpoint", models[1], *given, "--figure_format", "pdf", "--overwrite", output="scored")
     assert sorted(path.name for path in (tmp_path / "scored").glob("*.???") if path.suffix != ".csv") == [
         "calibration.pdf", "confusion_matrix.pdf", "precision_recall.pdf", "roc.pdf",
     ]  # fmt: skip
