@@ -247,14 +247,40 @@ def test_a_container_gets_as_many_threads_as_its_share_fills(environment):
     assert runtime.threads_are_given()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP, which PyTorch brings on Linux")
-def test_pytorchs_openmp_takes_it_over():
-    script = "from utils.core import cli\ndef main():\n    import torch\n    torch.ones(9)\ncli.run(main)"
+FAULTS = """
+import resource
+from utils.core import cli
+from utils.core.runtime import keep_freed_memory
+
+def faults():
+    import torch
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def main():
+    faults()
+    keep_freed_memory()
+    faults()
+    print(faults())
+
+cli.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def answer() -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, which it changes for good: its page faults, and OpenMP's settings."""
     clean = {name: value for name, value in os.environ.items() if name not in runtime.WAITING}
-    answer = subprocess.run(
-        [sys.executable, "-c", script], env=clean | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True,
-        check=True,
+    return subprocess.run(
+        [sys.executable, "-c", FAULTS], env=clean | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True,
+        check=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP, which PyTorch brings on Linux")
+def test_pytorchs_openmp_takes_it_over(answer):
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in answer.stderr
     assert "GOMP_SPINCOUNT = '0'" in answer.stderr
 
@@ -308,21 +334,10 @@ def test_what_is_made_ahead_may_be_left_alone():
     started.close()
 
 
-def test_keeping_freed_memory_spares_page_faults():
-    """In a process of its own, which it changes for good: tensors made again and again touch new pages only once."""
-    code = (
-        "import resource, torch; from utils.core.runtime import keep_freed_memory\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    for _ in range(20): torch.ones(2**20)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "torch.ones(2**20); keep_freed_memory(); faults(); print(faults())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        assert int(done.stdout) < 1024  # 1024 pages a tensor, 20 tensors
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_keeping_freed_memory_spares_page_faults(answer):
+    """Tensors made again and again touch new pages only once."""
+    assert int(answer.stdout) < 1024  # 1024 pages a tensor, 20 tensors
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +307,8 @@ def test_features_in_a_cohorts_own_folder_are_audited_by_its_name(slides, extrac
     assert extract(*RECIPE, output="datasets/mine/features").out.splitlines()[-1].endswith("utils.audit --dataset mine")
 
 
-def test_two_processes_on_one_folder_share_the_slides(tmp_path):
+def test_two_processes_on_one_folder_share_the_slides(extract, tmp_path):
+    """This one begins when the other is at its first slide."""
     (tmp_path / "slides").mkdir()
     for number in range(8):
         image = stained_image(1024, 768, seed=number)
@@ -314,12 +316,15 @@ def test_two_processes_on_one_folder_share_the_slides(tmp_path):
     command = [sys.executable, ROOT / "extractFeatures.py", "--input_dir", tmp_path / "slides", "--output_dir",
                tmp_path / "out", *RECIPE]  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([str(part) for part in command], **pipes) for _ in range(2)]
-    ends = [process.communicate(timeout=240) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ends
-    assert "warning" not in ends[0][1] + ends[1][1]
-    counts = [int(re.search(r"(\d+) extracted", out)[1]) for out, _ in ends]
-    assert sum(counts) == 8, ends
+    process = subprocess.Popen([str(part) for part in command], **pipes)
+    while process.poll() is None and not list(tmp_path.glob("out/.*.h5*")):
+        time.sleep(0.005)
+    outcome = extract(*RECIPE)
+    other = process.communicate(timeout=240)
+    assert (outcome.code, process.returncode) == (0, 0), (outcome, other)
+    assert "warning" not in outcome.err + other[1]
+    counts = [int(re.search(r"(\d+) extracted", out)[1]) for out in (outcome.out, other[0])]
+    assert sum(counts) == 8, (outcome, other)
     report = report_of(tmp_path)
     assert sorted(report.index) == [f"{number}.h5" for number in range(8)]
     assert set(report["status"]) <= {"done", "skipped"}
