@@ -145,21 +145,15 @@ def test_extraction_goes_on_after_its_driver_was_ended(ray, demo, script, tmp_pa
     assert not list(target.rglob("*.part"))
 
 
-def test_training_gives_the_same_files_though_its_driver_and_then_its_workers_die(ray, demo, script, tmp_path):
+@pytest.mark.parametrize("driver_dies", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_gives_the_same_files_though_processes_die(ray, demo, script, tmp_path, driver_dies):
+    """Its workers, or first its driver and then its workers."""
     run, expected = tmp_path / "run", Path("outputs/LiteMIL/demo")
     arguments = ("--mil", "LiteMIL", "--dataset", "demo", "--output_dir", run, *demo.flags, *ON_RAY)
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(list((run / "resume").glob("fold_*.pt"))) > 1)
-    theirs = workers(driver.pid)
-    assert theirs
-    driver.kill()
-    driver.wait()
-    wait_until(lambda: not any(map(is_running, theirs)))
-    kept = list((run / "resume").glob("fold_*.pt"))
+    kept = trained_until_the_driver_was_killed(arguments, run) if driver_dies else 0
     trainings = len(pd.read_csv(expected / "history.csv")[["fold", "inner"]].drop_duplicates())
-    assert 1 < len(kept) < trainings - 2
-    with workers_killed_at(len(kept) + 2, run / "resume", "fold_*.pt"):
+    assert kept < trainings - 2
+    with workers_killed_at(kept + 2, run / "resume", "fold_*.pt"):
         outcome = script("train", *arguments)
     assert outcome.code == 0, outcome.err
     assert "was lost, as when memory runs out or a node goes down; it is trained again" in outcome.err
@@ -170,6 +164,19 @@ def test_training_gives_the_same_files_though_its_driver_and_then_its_workers_di
     record = json.loads((run / "run.json").read_text())
     assert record["jobs"] == 2
     assert record["peak_memory"] is None  # of machines that this one does not see
+
+
+def trained_until_the_driver_was_killed(arguments: tuple[object, ...], run: Path) -> int:
+    """How many trainings had ended by then."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list((run / "resume").glob("fold_*.pt"))) > 1)
+    theirs = workers(driver.pid)
+    assert theirs
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not any(map(is_running, theirs)))
+    return len(list((run / "resume").glob("fold_*.pt")))
 
 
 @pytest.mark.parametrize(

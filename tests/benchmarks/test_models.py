@@ -84,32 +84,26 @@ def test_the_published_transmil_has_the_shapes_of_ours(references):
 
 
 @LINUX
-@pytest.mark.parametrize("thousands", [10, pytest.param(50, marks=pytest.mark.slow)])
-def test_memory_is_what_it_was_measured_to_be(thousands):
+@pytest.mark.slow
+def test_memory_is_what_it_was_measured_to_be():
     """Megabytes beyond input and weights, of which a tensor of 50,000 x 256 in single precision is 51."""
-    code = f"""
+    code = """
 setting = models.Setting("cpu", torch.float32, torch.get_num_threads(), 1)
 def peak(group, name, which, lengths):
     return models.in_own_process(lambda: models.measure_memory(setting, group[name], which, lengths)) / 1e6
 def stream():
     model, block = models.mil("LiteMIL"), torch.randn(5000, 1024)
     model.forward_blocks(block for _ in range(2))
-    return models.peak_of(lambda: model.forward_blocks(block for _ in range({thousands} * 4 // 5)), "cpu") / 1e6
-found = {{
-    "step": peak(models.MODELS, "LiteMIL", "step", [{thousands}_000]),
-    "plain step": peak(models.MODELS, "LiteMIL by nn.MultiheadAttention", "step", [{thousands}_000]),
+    return models.peak_of(lambda: model.forward_blocks(block for _ in range(40)), "cpu") / 1e6
+found = {
+    "step": peak(models.MODELS, "LiteMIL", "step", [50_000]),
+    "plain step": peak(models.MODELS, "LiteMIL by nn.MultiheadAttention", "step", [50_000]),
     "stream": models.in_own_process(stream),
-}}
-if {thousands} == 50:
-    found |= {{
-        "ragged forward": peak(models.BATCHES, "LiteMIL.forward_bags", "forward", models.RAGGED),
-        "ragged step": peak(models.BATCHES, "LiteMIL.forward_bags", "step", models.RAGGED),
-    }}
+    "ragged forward": peak(models.BATCHES, "LiteMIL.forward_bags", "forward", models.RAGGED),
+    "ragged step": peak(models.BATCHES, "LiteMIL.forward_bags", "step", models.RAGGED),
+}
 print(json.dumps(found))"""
     found = json.loads(run(code))
-    limits = {
-        10: {"step": 45, "stream": 48},
-        50: {"step": 90, "stream": 48, "ragged forward": 32, "ragged step": 220},
-    }[thousands]
+    limits = {"step": 90, "stream": 48, "ragged forward": 32, "ragged step": 220}
     assert {name: found[name] for name, limit in limits.items() if found[name] > limit} == {}
-    assert found["plain step"] > {10: 2, 50: 4}[thousands] * found["step"], "the measure does not see what it should"
+    assert found["plain step"] > 4 * found["step"], "the measure does not see what it should"

@@ -9,19 +9,17 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read off Linux's /proc")
-@pytest.mark.parametrize(
-    ("patches", "most"),  # 61 and 205 MB of features, twice that in single precision
-    [(30_000, 90), pytest.param(100_000, 130, marks=pytest.mark.slow)],
-)
-def test_a_slides_features_are_streamed(patches, most):
-    flags = ["--patches", str(patches), "--dim", "1024", "--models", "LiteMIL", "--repeats", "1"]
+def test_a_slides_features_are_streamed():
+    """205 MB of features, twice that in single precision."""
+    flags = ["--patches", "100000", "--dim", "1024", "--models", "LiteMIL", "--repeats", "1"]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "prediction.py", *flags], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("| LiteMIL")]
     ratio, memory, faithfulness = (cell.strip() for cell in row.strip("| ").split("|")[1:])
-    assert 0 < float(memory.removesuffix(" MB")) < most
+    assert 0 < float(memory.removesuffix(" MB")) < 130
     assert float(ratio) > 0
     assert float(faithfulness) > 0

@@ -715,7 +715,9 @@ def test_a_damaged_slide_leaves_no_file(shared_data, slide_cohort, script, tmp_p
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_signals_leave_whole_files_only(slide_cohort, tmp_path, number, code):
     process = started(slide_cohort, tmp_path)
     deadline = time.monotonic() + 60
