@@ -50,9 +50,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 # What takes minutes begins first: dealt out last, a long file would leave the other process of the two idle.
+# Each process is given two at first, alternately: the first and the third share one Ray.
 LONGEST = (
-    "test_ray.py", "test_engine.py", "test_run.py", "test_nested_cv.py", "test_commands.py", "test_readme.py",
-    "test_leakage.py", "test_extractor.py", "test_tutorial.py", "test_demo.py", "test_compare.py",
+    "test_ray.py", "test_nested_cv.py", "test_engine.py", "test_run.py", "test_commands.py", "test_extractor.py",
+    "test_backbones.py", "test_readme.py", "test_leakage.py", "test_audit.py", "test_tutorial.py", "test_training.py",
+    "test_patching.py", "test_compare.py", "test_extraction_orchestration.py",
 )  # fmt: skip
 
 
@@ -69,6 +71,14 @@ class SlideCohort:
     features: Path
     labels: Path
     weights: Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Files need not outlive a power failure; thousands of them are written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

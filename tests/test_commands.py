@@ -39,7 +39,7 @@ def trained(slide_cohort, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     command = [
         sys.executable, ROOT / "train.py", "--mil", "LiteMIL", *cohort_flags(slide_cohort), *TRAINING,
-        "--epochs", 30, "--lr", 3e-3, "--patience", 30, "--hidden_dim", 32, "--output_dir", folder / "run",
+        "--epochs", 12, "--lr", 1e-2, "--patience", 12, "--hidden_dim", 32, "--output_dir", folder / "run",
     ]  # fmt: skip
     done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -225,7 +225,7 @@ def test_where_features_are_changes_no_number(slide_cohort, script, tmp_path):
 @pytest.mark.usefixtures("coarse_figures")
 def test_the_whole_protocol_in_one_command(slide_cohort, script, tmp_path):
     """Grid, ensemble, repeats and another monitor; then given splits; then its ensemble predicts a raw slide."""
-    run, flags = tmp_path / "run", ("--mil", "LiteMIL", *cohort_flags(slide_cohort), *TRAINING, "--epochs", 2)
+    run, flags = tmp_path / "run", ("--mil", "LiteMIL", *cohort_flags(slide_cohort), *TRAINING, "--epochs", 1)
     outcome = script(
         "train", *flags, "--grid", "lr=1e-3,1e-2 num_queries=1,2", "--final", "ensemble", "--repeats", 2,
         "--monitor", "slide_balanced_accuracy", "--output_dir", run,
