@@ -18,8 +18,8 @@ class ContentDigest:
         self._content = hashlib.sha256(f"{dtype} {tuple(shape)}\n".encode())
 
     def add(self, rows: Tensor) -> None:
-        for part in rows.split(_ROWS):
-            self._content.update(part.contiguous().numpy().data)
+        for block in rows.split(_ROWS):
+            self._content.update(block.contiguous().numpy().data)
 
     def hexdigest(self) -> str:
         return self._content.hexdigest()

@@ -61,9 +61,9 @@ def picture_paths(
     """
     left_out = {_EVIDENCE: not evidence, _GRID: top_k == 0, _PATCHES: top_k == 0}
     figures = [name for name in (*_FIGURES, _EVIDENCE) if not left_out.get(name)]
-    others = [name for name in (_THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE) if not left_out.get(name)]
+    files = [name for name in (_THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE) if not left_out.get(name)]
     paths = [path for name in figures for path in figure_paths(folder / f"{slide}_{name}", formats)]
-    return [*paths, *(folder / f"{slide}_{name}" for name in others)]
+    return [*paths, *(folder / f"{slide}_{name}" for name in files)]
 
 
 @dataclass(frozen=True, eq=False)

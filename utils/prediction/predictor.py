@@ -38,7 +38,9 @@ from utils.prediction.trained_model import (
     check_alike,
     common_feed,
     compares_content,
+    models_provenance,
     seen_as,
+    seen_compared,
     seen_words,
     without_copies,
 )
@@ -177,7 +179,7 @@ class SlidePredictor:
         # A temperature was fitted to slides that were fed as in the model's evaluation.
         checkpoints = [model.checkpoint for model in self.trained]
         temperatures = [each.temperature if each.slide_feed == feed else None for each in checkpoints]
-        seen = self.seen_as(path.stem, case_id, self._content(bag, features))
+        seen = self.seen_as(path.stem, case_id, _content(bag, features, self.trained))
         return SlidePrediction(
             path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, temperatures),
             output.attention, bag, feed, seen, output.members, output.evidence,
@@ -208,17 +210,10 @@ class SlidePredictor:
             model.require_recipe(recipe or Recipe())
 
     def provenance(self, prediction: SlidePrediction) -> dict[str, Any]:
-        """Return the models' entries in a prediction's record, and how the slide's features were made.
-
-        `models` is always a list. The same entries by themselves are lists of several models only, as in earlier
-        records.
-        """
-        models = [model.provenance() for model in self.trained]
-        digests = [{"weights_digest": model.checkpoint.weights_digest} for model in self.trained]
+        """Return the models' entries in a prediction's record, and how the slide's features were made."""
         passport = prediction.bag.passport
         return {
-            **(models[0] if len(models) == 1 else {name: [model[name] for model in models] for name in models[0]}),
-            "models": [model | own for model, own in zip(models, digests, strict=True)],
+            **models_provenance(self.trained),
             "recipe": passport.recipe.as_dict() if passport else None,
             "slide_record": passport.slide if passport else None,
             "seen_compared": self.seen_compared(prediction.slide, prediction.seen_as),
@@ -241,39 +236,13 @@ class SlidePredictor:
         return seen_as(self.trained, slide, case_id, content)
 
     def seen_compared(self, slide: str, seen: str | None) -> str | None:
-        """Return what the answer `seen` of `seen_as` rests on: the slide's "name" (or its patient's), or its "content".
-
-        A slide that was not seen by its name alone, as earlier checkpoints know no more, may be a renamed one. None if
-        the answer is unknown.
-        """
-        if seen == "":
-            return "content" if compares_content(self.trained) else "name"
-        if seen == "slide" and self.seen_as(slide) != "slide":
-            return "content"
-        return seen and "name"
-
-    def _content(self, bag: Bag | StoredBag, features: torch.Tensor | StoredFeatures) -> dict[str, str | None]:
-        """Return what identifies the content of a slide, as far as the checkpoints record it of theirs."""
-        content = {"slide_hash": bag.passport.slide_hash if bag.passport else None}
-        if isinstance(features, DigestedFeatures):
-            content["features"] = features.digest()
-        elif isinstance(features, torch.Tensor) and compares_content(self.trained):
-            content["features"] = features_digest(features)
-        return content
-
-    def _remedy(self, path: Path, recipe: Recipe, mpp: float | None) -> str:
-        """Return what to do about a slide or feature file whose recipe or `mpp` differs from the training's."""
-        if not is_slide_file(path):
-            return "extract it with the training recipe"
-        trained_mpp = _trained_mpp(self)
-        if recipe.mpp is None and mpp is not None and trained_mpp is not None and mpp < trained_mpp:
-            return f"give --mpp {trained_mpp:.4g}, which resamples it to that"
-        return "leave it out"
+        """Return what the answer `seen` of `seen_as` rests on (see `trained_model.seen_compared`)."""
+        return seen_compared(self.trained, slide, seen)
 
     def _checked_extractor(self, slide: Slide) -> WSIFeatureExtractor:
         """Return the feature extractor. Raises RecipeError if the slide's features would differ from the training's."""
         extractor = self._own_extractor()
-        self._differences(slide.path, extractor.recipe, extractor.delivered_mpp(slide))
+        _differences(self, slide.path, extractor.recipe, extractor.delivered_mpp(slide))
         return extractor
 
     def _own_extractor(self) -> WSIFeatureExtractor:
@@ -288,7 +257,7 @@ class SlidePredictor:
         recipe = bag.passport.recipe if bag.passport else Recipe()
         self.trained[0].check_width(bag.features.shape[1], recipe, path)
         mpp = bag.passport.slide.get("mpp_delivered") if bag.passport else None
-        for difference in self._differences(path, recipe, mpp):
+        for difference in _differences(self, path, recipe, mpp):
             log.warning("%s: made in another way than the training features (%s)", path, difference)
         unknown = next(filter(None, (model.unknown_fields(recipe, mpp) for model in self.trained)), [])
         if unknown and not self._warned:
@@ -297,16 +266,39 @@ class SlidePredictor:
             )
             self._warned = True
 
-    def _differences(self, path: Path, recipe: Recipe, mpp: float | None) -> list[str]:
-        """Return how a slide's features differ from the training's. Raises RecipeError unless that is allowed."""
-        differences = {model.path: model.differences(recipe, mpp) for model in self.trained}
-        for model_path, difference in differences.items():
-            if difference and not self.allow_mismatch:
-                raise RecipeError(
-                    f"{path}: made in another way than the features {model_path} was trained on ({difference}); "
-                    f"{self._remedy(path, recipe, mpp)}, or give --allow_mismatch"
-                )
-        return list(dict.fromkeys(filter(None, differences.values())))
+
+def _differences(predictor: SlidePredictor, path: Path, recipe: Recipe, mpp: float | None) -> list[str]:
+    """Return how a slide's features differ from the training's. Raises RecipeError unless that is allowed."""
+    differences = {model.path: model.differences(recipe, mpp) for model in predictor.trained}
+    for model_path, difference in differences.items():
+        if difference and not predictor.allow_mismatch:
+            raise RecipeError(
+                f"{path}: made in another way than the features {model_path} was trained on ({difference}); "
+                f"{_remedy(predictor, path, recipe, mpp)}, or give --allow_mismatch"
+            )
+    return list(dict.fromkeys(filter(None, differences.values())))
+
+
+def _content(
+    bag: Bag | StoredBag, features: torch.Tensor | StoredFeatures, models: Sequence[TrainedModel]
+) -> dict[str, str | None]:
+    """Return what identifies the content of a slide, as far as the models' checkpoints record it of theirs."""
+    content = {"slide_hash": bag.passport.slide_hash if bag.passport else None}
+    if isinstance(features, DigestedFeatures):
+        content["features"] = features.digest()
+    elif isinstance(features, torch.Tensor) and compares_content(models):
+        content["features"] = features_digest(features)
+    return content
+
+
+def _remedy(predictor: SlidePredictor, path: Path, recipe: Recipe, mpp: float | None) -> str:
+    """Return what to do about a slide or feature file whose recipe or `mpp` differs from the training's."""
+    if not is_slide_file(path):
+        return "extract it with the training recipe"
+    trained_mpp = _trained_mpp(predictor)
+    if recipe.mpp is None and mpp is not None and trained_mpp is not None and mpp < trained_mpp:
+        return f"give --mpp {trained_mpp:.4g}, which resamples it to that"
+    return "leave it out"
 
 
 def _trained_mpp(predictor: SlidePredictor) -> float | None:

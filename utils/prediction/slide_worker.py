@@ -261,18 +261,8 @@ class SlideWorker:
             if "evidence" not in record or not self._has_same_pictures(record, source):
                 return False
             files += [folder / name for name in record["pictures"]["files"]]
-        return self._is_seen_alike(record, source) and all(path.exists() for path in files)
-
-    def _is_seen_alike(self, record: Mapping[str, Any], source: Path) -> bool:
-        """Return whether a record of the same file and checkpoints says of training what would be said now."""
-        slide, compared = record["slide"], record.get("seen_compared")
-        if record["seen_as"] == "slide" and compared == "content":
-            return True
-        predictor = self.predictors.of(slide)
-        seen = predictor.seen_as(slide, self._case_of(source))
-        if "seen_compared" not in record:  # earlier versions compared names
-            compared = seen if seen is None else "name"
-        return record["seen_as"] == seen and compared == predictor.seen_compared(slide, seen)
+        predictor = self.predictors.of(record["slide"])
+        return _is_seen_alike(record, predictor, self._case_of(source)) and all(path.exists() for path in files)
 
     def output_files(self, record: Mapping[str, Any], folder: Path) -> list[Path]:
         """Return the files that this command makes of a slide besides its record."""
@@ -281,6 +271,17 @@ class SlideWorker:
         pictures = self.drawing.paths(folder, record) if self.drawing else []
         is_measured = self.files.settings.faithfulness and record["faithfulness"]
         return [*features, *pictures, *(self._faithfulness_paths(folder, slide) if is_measured else [])]
+
+
+def _is_seen_alike(record: Mapping[str, Any], predictor: SlidePredictor, case_id: str | None) -> bool:
+    """Return whether a record of the same file and checkpoints says of training what would be said now."""
+    slide, compared = record["slide"], record.get("seen_compared")
+    if record["seen_as"] == "slide" and compared == "content":
+        return True
+    seen = predictor.seen_as(slide, case_id)
+    if "seen_compared" not in record:  # earlier versions compared names
+        compared = seen if seen is None else "name"
+    return record["seen_as"] == seen and compared == predictor.seen_compared(slide, seen)
 
 
 def _faithfulness_digest(faithfulness: Mapping[str, Any] | str | None) -> str | None:

@@ -98,6 +98,17 @@ class TrainedModel:
         }
 
 
+def models_provenance(models: Sequence[TrainedModel]) -> dict[str, Any]:
+    """Return the entries of one or several models in a prediction's record.
+
+    `models` is always a list. The same entries by themselves are lists of several models only, as in earlier records.
+    """
+    entries = [model.provenance() for model in models]
+    alone = entries[0] if len(entries) == 1 else {name: [entry[name] for entry in entries] for name in entries[0]}
+    digests = [{"weights_digest": model.checkpoint.weights_digest} for model in models]
+    return alone | {"models": [entry | own for entry, own in zip(entries, digests, strict=True)]}
+
+
 def check_alike(models: Sequence[TrainedModel]) -> None:
     """Raise CheckpointError unless the checkpoints' predictions can be averaged, RecipeError unless their features are
     alike.
@@ -190,6 +201,19 @@ def warn_of_spelling(models: Sequence[TrainedModel], case_ids: Iterable[str], ta
 def compares_content(models: Sequence[TrainedModel]) -> bool:
     """Return whether all checkpoints record the content of the slides that they were trained on."""
     return all(model.checkpoint.seen.get("features") for model in models)
+
+
+def seen_compared(models: Sequence[TrainedModel], slide: str, seen: str | None) -> str | None:
+    """Return what the answer `seen` of `seen_as` rests on: the slide's "name" (or its patient's), or its "content".
+
+    A slide that was not seen by its name alone, as earlier checkpoints know no more, may be a renamed one. None if the
+    answer is unknown.
+    """
+    if seen == "":
+        return "content" if compares_content(models) else "name"
+    if seen == "slide" and seen_as(models, slide) != "slide":
+        return "content"
+    return seen and "name"
 
 
 def seen_words(seen: str, compared: str | None) -> str:
