@@ -7,6 +7,7 @@ from typing import Literal
 from utils.core.errors import ConfigError
 from utils.core.settings import FigureFormat, Settings, figure_format_option, option
 from utils.features.settings import Extraction
+from utils.slides.settings import slide_mpp_option, slides_csv_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +128,7 @@ class PredictionRecipe(Settings):
     level: int | None = option(None, "pyramid level to read", least=0)
     mpp: float | None = option(None, "um per pixel of the patches", least=0.05, most=40)
     tissue_threshold: float | None = option(None, "least fraction of tissue in a patch", least=0, most=1)
-    slides_csv: Path | None = option(
-        None, "table wsi,mpp: um per level-0 pixel of slides whose own value is missing or wrong"
-    )
-    slide_mpp: float | None = option(
-        None, "um per level-0 pixel of all slides except those in --slides_csv", least=0.05, most=40
-    )
+    slides_csv: Path | None = slides_csv_option()
+    slide_mpp: float | None = slide_mpp_option()
     batch_size: int = option(Extraction.batch_size, "patches per forward pass", least=1)
     save_features: bool = option(False, "keep the features as <output_dir>/<slide>.h5")

@@ -3,10 +3,20 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from utils.core.errors import ConfigError
 from utils.core.settings import Settings, option
+
+
+def slides_csv_option() -> Any:
+    """Return the field of a settings class for a table of slides' um per pixel."""
+    return option(None, "table wsi,mpp: um per level-0 pixel of slides whose own value is missing or wrong")
+
+
+def slide_mpp_option() -> Any:
+    """Return the field of a settings class for the um per pixel of all slides."""
+    return option(None, "um per level-0 pixel of all slides except those in --slides_csv", least=0.05, most=40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +32,8 @@ class ExtractionFiles(Settings):
     format: Literal["h5", "pt"] | None = option(None, "feature file format (default: h5, or as --output ends)")
     extensions: tuple[str, ...] | None = option(None, "only files with these endings, e.g. .svs .ndpi", metavar="EXT")
     keep_structure: bool = option(False, "keep the subfolders of --input_dir in --output_dir")
-    slides_csv: Path | None = option(
-        None, "table wsi,mpp: um per level-0 pixel of slides whose own value is missing or wrong"
-    )
-    slide_mpp: float | None = option(
-        None, "um per level-0 pixel of all slides except those in --slides_csv", least=0.05, most=40
-    )
+    slides_csv: Path | None = slides_csv_option()
+    slide_mpp: float | None = slide_mpp_option()
     write_slides_csv: Path | None = option(
         None, "write a table for --slides_csv with each slide's own values, then stop", metavar="FILE"
     )
