@@ -1,4 +1,4 @@
-"""What tests all over the house share: a synthetic cohort of slides with its features, and scripts run in-process."""
+"""What all tests share: a synthetic cohort of slides with its features, and scripts run in-process."""
 
 import csv
 import importlib.util

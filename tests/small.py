@@ -1,4 +1,4 @@
-"""A small cohort and small models, for the rooms that train and predict."""
+"""A small cohort and small models, for tests of training and prediction."""
 
 from collections.abc import Callable
 

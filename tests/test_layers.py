@@ -1,4 +1,4 @@
-"""The house's layering, read off the imports: no circle, no arrow back up, each library in its room."""
+"""The layers of the code, read from its imports: no circle, no import of a later folder, each library in its place."""
 
 import ast
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WINGS = ["tasks", "slides", "bags", "features", "evaluation", "pictures", "prediction", "learning", "auditing"]
-# What each wing may import of the project besides core and itself; the doors come after all of them.
-BEFORE = {
+FOLDERS = ["tasks", "slides", "bags", "features", "evaluation", "pictures", "prediction", "learning", "auditing"]
+# What each folder of utils may import besides core and itself; the public modules of utils may import all of them.
+IMPORTABLE = {
     "tasks": set(), "slides": set(), "bags": {"slides", "tasks"}, "features": {"slides", "bags"},
     "evaluation": {"tasks"},
     "pictures": {"slides", "bags"},
@@ -18,7 +18,7 @@ BEFORE = {
     "learning": {"tasks", "slides", "bags", "evaluation", "prediction", "MILS"},
     "auditing": {"bags", "evaluation", "learning"},
 }  # fmt: skip
-DOORS = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
+PUBLIC = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
 LIBRARIES = {
     "openslide": {"utils/slides/open_slides.py", "utils/slides/find.py"},
     "tifffile": {
@@ -46,38 +46,38 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides its room; write the whole name"
+            assert node.level == 0, f"{path}: a relative import hides its folder; write the whole name"
             assert node.module is not None
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return found
 
 
-def rooms(path: Path) -> set[str]:
-    """The project's rooms a file imports: MILS, core, a wing, or a door as utils/<door>."""
+def folders(path: Path) -> set[str]:
+    """The project's folders a file imports: MILS, core, a folder of utils, or a public module as utils/<module>."""
     found = set()
     for name in imports(path):
         parts = name.split(".")
         if parts[0] in ("MILS", "datasets", "tests"):
             found.add(parts[0])
         elif parts[0] == "utils" and len(parts) > 1:
-            found.add(f"utils/{parts[1]}" if parts[1] in DOORS else parts[1])
+            found.add(f"utils/{parts[1]}" if parts[1] in PUBLIC else parts[1])
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_what_its_room_may(path):
+def test_a_file_imports_only_what_its_folder_may(path):
     place = path.relative_to(ROOT).parts
-    found = rooms(path)
+    found = folders(path)
     if place[0] == "MILS":
         allowed = {"MILS"}
     elif place[0] == "datasets":
-        allowed = {"core", *WINGS, "MILS", "datasets", *(f"utils/{door}" for door in DOORS)}
+        allowed = {"core", *FOLDERS, "MILS", "datasets", *(f"utils/{module}" for module in PUBLIC)}
     elif len(place) == 2:
-        allowed = {"core", *WINGS, "MILS"}
+        allowed = {"core", *FOLDERS, "MILS"}
     elif place[1] == "core":
         allowed = {"core"}
     else:
-        allowed = {"core", place[1], *BEFORE[place[1]]}
+        allowed = {"core", place[1], *IMPORTABLE[place[1]]}
     assert found <= allowed, f"{path} imports {found - allowed}"
 
 
@@ -89,6 +89,13 @@ def test_no_files_import_each_other_in_a_circle():
         for module in ends:
             del following[module]
     assert not following, f"a circle among {', '.join(sorted(following))}"
+
+
+def test_only_tasks_know_which_task_it_is():
+    """Others ask the task of a dataset, a checkpoint or a record; a class against the rest is a classification."""
+    users = [path for path in [*FILES, *SCRIPTS] if "utils.tasks.classification" in imports(path)]
+    others = {path.relative_to(ROOT).as_posix() for path in users if path.parent.name != "tasks"}
+    assert others == {"utils/evaluation/predictions.py"}
 
 
 def test_what_evaluates_predictions_needs_no_torch():
@@ -107,10 +114,12 @@ def test_a_worker_process_begins_without_torch():
 
 
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_library_is_imported_only_in_its_room(path):
+def test_a_library_is_imported_only_in_its_place(path):
     place = path.relative_to(ROOT).as_posix()
     for library in {name.split(".")[0] for name in imports(path)} & LIBRARIES.keys():
-        assert any(place == room or place.startswith(f"{room}/") for room in LIBRARIES[library]), f"{place}: {library}"
+        assert any(place == allowed or place.startswith(f"{allowed}/") for allowed in LIBRARIES[library]), (
+            f"{place}: {library}"
+        )
 
 
 def test_the_models_are_pure_torch():
@@ -124,9 +133,9 @@ def test_nothing_imports_the_scripts():
         assert not imports(path) & {"train", "predict", "extractFeatures"}, path
 
 
-def test_the_wings_are_imported_from_their_files():
-    for wing in [*WINGS, "core"]:
-        assert (ROOT / "utils" / wing / "__init__.py").read_text() == ""
+def test_the_folders_are_imported_from_their_files():
+    for folder in [*FOLDERS, "core"]:
+        assert (ROOT / "utils" / folder / "__init__.py").read_text() == ""
 
 
 @pytest.mark.parametrize("name", ["extractFeatures.py", "train.py", "predict.py"])

@@ -111,7 +111,7 @@ def test_extraction_gives_the_same_bytes_though_its_workers_die(ray, demo, scrip
     assert outcome.code == 0, outcome.err
     assert "0 failed" in outcome.out
     assert "raylet" not in outcome.out + outcome.err
-    assert "was lost, as when memory runs out or a node goes down; it is tried again" in outcome.err
+    assert "was lost, as when memory runs out or a node goes down; trying it again" in outcome.err
     assert same_features(target, demo.folder / "features")
     report = pd.read_csv(target / "extraction_report.csv")
     assert set(report["status"]) <= {"done", "skipped"}  # skipped: it died between writing and telling
@@ -215,7 +215,7 @@ def test_what_does_not_go_with_it_is_told_before_any_work(script, tmp_path, monk
         (
             "predict",
             ("--checkpoint", CHECKPOINT, "--input", "datasets/demo/wsi/synthetic-01-1.tif"),
-            "--ray shares a folder out; give --input_dir",
+            "--ray distributes the slides of a folder; give --input_dir",
         ),
         ("train", ("--mil", "LiteMIL", "--dataset", "demo", "--jobs", "2"), "--jobs 2: is for one machine"),
     ],

@@ -1,1 +1,1 @@
-"""The doors of LiteMIL (see the README); each opens the wing of the same concern."""
+"""LiteMIL: the modules here are public (see the README); the folders hold what they are made of."""

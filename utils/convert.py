@@ -158,7 +158,7 @@ def _there_already(source: Path, target: Path, conversion: Conversion, mpp: floa
     try:
         target_info, target_coords = peek_bag(target), peek_coords(target).coords
     except FeatureFileError as error:
-        raise FeatureFileError(f"{error}; is in the way: {remedy}") from error
+        raise FeatureFileError(f"{error}; the output exists: {remedy}") from error
     expected, actual = _facts(info), _facts(target_info)
     unlike = differences(expected, actual, expected | actual, strict=True)
     if not np.array_equal(target_coords, coords.coords):

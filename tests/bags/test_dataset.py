@@ -118,7 +118,7 @@ def test_a_classifier_needs_two_classes(cohort, classes):
 
 def test_class_names_are_parted_by_blanks(cohort):
     with pytest.raises(
-        LabelsError, match=r"two different ones; blanks part the names: --class_names benign malignant$"
+        LabelsError, match=r"two different ones; separate the names by blanks: --class_names benign malignant$"
     ):
         MILDataset(*cohort, class_names=["benign,malignant"])
     with pytest.raises(LabelsError, match=r"two different ones$"):

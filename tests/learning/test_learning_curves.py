@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from tests.small import TASK
 from utils.core.plots import save_figure
 from utils.learning.learning_curves import learning_figure
 
@@ -45,7 +46,9 @@ def flat(lengths: list[int], losses: list[float]) -> list[dict[str, list[float]]
 
 def drawn(table: pd.DataFrame, monitor: str = "slide_auc", **others: str) -> Figure:
     monitors = dict.fromkeys(table["fold"].unique().tolist(), monitor)
-    return learning_figure(table, monitors | {int(fold.removeprefix("fold_")): value for fold, value in others.items()})
+    return learning_figure(
+        TASK, table, monitors | {int(fold.removeprefix("fold_")): value for fold, value in others.items()}
+    )
 
 
 def bold(axes: Axes) -> list[Line2D]:

@@ -35,7 +35,7 @@ def train(dataset, make_model):
         chosen = Training(**({"epochs": 3, "batch_size": 8, "lr": 1e-2} | settings))
         hook = {} if on_epoch is None else {"on_epoch": on_epoch}
         return fit(
-            make, data, slides, EarlyStopping(val, CHUNKED, monitor), chosen, seed=seed, device=CPU, **hook
+            make, data, slides, EarlyStopping(data.task, val, CHUNKED, monitor), chosen, seed=seed, device=CPU, **hook
         )  # fmt: skip
 
     return run
@@ -384,7 +384,7 @@ class TestTrouble:
             def forward(self, x, mask=None):
                 return self.layers(x.float().mean(dim=1)), {"attn": None}
 
-        with pytest.raises(TrainingError, match="answer for a slide is not finite; lower --lr"):
+        with pytest.raises(TrainingError, match="output for a slide is not finite; lower --lr"):
             train(Unnormalised, batch_size=1000, monitor=monitor)
 
     def test_an_answer_that_is_not_finite_is_no_answer(self, dataset, make_model):

@@ -169,12 +169,12 @@ def test_what_the_pictures_say_of_a_prediction():
         "model": "LiteMIL (num_heads 4)", "checkpoint": "model.pth", "backbone": "uni", "weights_digest": "a" * 16,
         "fed": "in chunks of 1000, their probabilities averaged", "µm/px of the patches": "0.5",
     }  # fmt: skip
-    assert caption.notes == ["The model was trained on this slide: its prediction proves nothing."]
+    assert caption.notes == ["The model was trained on this slide: its prediction is not independent evidence."]
     unknown = Caption.of(RECORD | {"recipe": None, "slide_record": None, "seen_in_training": None, "mode": "full"})
     assert [name for name, _ in unknown.facts] == ["model", "checkpoint", "fed"]
     assert (dict(unknown.facts)["fed"], unknown.notes) == ("whole", [])
     patient = Caption.of(RECORD | {"seen_as": "case"})
-    assert patient.notes == ["The model was trained on this patient: its prediction proves nothing."]
+    assert patient.notes == ["The model was trained on this patient: its prediction is not independent evidence."]
 
 
 def test_what_the_pictures_say_of_several_models():
@@ -193,7 +193,7 @@ def test_what_the_pictures_say_of_several_models():
     assert facts["models, averaged"] == "2 x LiteMIL (num_heads 4); ABMIL (hidden_dim 8)"
     assert facts["checkpoints"] == "a.pth, b.pth in run; c.pth in other"
     assert facts["calibrated probability"] == "60.0% (temperature 1.50, 2.00, 0.50)"
-    assert caption.notes == ["The model was trained on this slide: its prediction proves nothing."]
+    assert caption.notes == ["The model was trained on this slide: its prediction is not independent evidence."]
     assert "deletion +0.250 (beats 9 of 10), insertion -0.125 (beats 9 of 10)" in facts["faithfulness"]
 
 

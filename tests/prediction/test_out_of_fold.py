@@ -125,7 +125,7 @@ def test_features_that_have_changed_are_told(cohort, run, predict, tmp_path):
     outcome = predict("--input_dir", tmp_path / "features")
     assert outcome.code == 0, outcome.err
     assert "the probabilities differ by up to" in outcome.err
-    assert "are not answered as in" in outcome.out
+    assert "have other probabilities than in" in outcome.out
     assert "so not compared" in predict("--mode", "full", output="whole").out
 
 

@@ -1,4 +1,4 @@
-"""Slides every test of this wing may use."""
+"""Slides that every test of this folder may use."""
 
 from pathlib import Path
 

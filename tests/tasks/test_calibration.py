@@ -11,6 +11,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+def fit(temperature: float | None) -> dict[str, float | None]:
+    return {"threshold": None, "temperature": temperature}
+
+
 def drawn(classes: int, count: int = 20_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Logits, and labels drawn from their softmax: calibrated by construction."""
     rng = np.random.default_rng(seed)
@@ -54,15 +58,16 @@ def test_each_model_of_an_ensemble_is_scaled_before_the_mean():
     members = np.array([[0.9, 0.1], [0.2, 0.8]])
     output = SlideOutput(members.mean(axis=0), members.mean(axis=0)[None], np.array([5]), None, members)
     expected = scale_probabilities(members, 2.0).mean(axis=0)
-    np.testing.assert_allclose(mean_calibrated(TASK, [output], [2.0]), expected)
+    np.testing.assert_allclose(mean_calibrated(TASK, [output], [fit(2.0)]), expected)
     alone = SlideOutput(members[0], members[:1], np.array([5]), None)
-    np.testing.assert_allclose(mean_calibrated(TASK, [alone], [2.0]), scale_probabilities(members[0], 2.0))
+    np.testing.assert_allclose(mean_calibrated(TASK, [alone], [fit(2.0)]), scale_probabilities(members[0], 2.0))
     assert mean_calibrated(TASK, [alone], [None]) is None
+    assert mean_calibrated(TASK, [alone], [fit(None)]) is None
 
 
 def test_each_checkpoint_is_scaled_by_its_own_temperature():
     members = np.array([[0.9, 0.1], [0.2, 0.8]])
     outputs = [SlideOutput(one, one[None], np.array([5]), None) for one in members]
     expected = (scale_probabilities(members[0], 2.0) + scale_probabilities(members[1], 0.5)) / 2
-    np.testing.assert_allclose(mean_calibrated(TASK, outputs, [2.0, 0.5]), expected)
-    assert mean_calibrated(TASK, outputs, [2.0, None]) is None
+    np.testing.assert_allclose(mean_calibrated(TASK, outputs, [fit(2.0), fit(0.5)]), expected)
+    assert mean_calibrated(TASK, outputs, [fit(2.0), None]) is None

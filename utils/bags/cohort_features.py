@@ -1,4 +1,4 @@
-"""The feature files of a cohort together: whether they fit each other, and where their features are in use."""
+"""The feature files of a cohort together: whether they fit each other, and where their features are read from."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from utils.core.errors import ConfigError, FeatureFileError, RecipeError, first_
 from utils.core.recipe import COMPARED_FIELDS, Recipe
 from utils.core.runtime import available_memory, log, progress
 
-# Features are kept in memory, unasked, when the whole cohort fits this part of what is free.
+# By default, features are kept in memory if the whole cohort fits in this share of the free memory.
 _MEMORY_SHARE = 0.25
 
 
@@ -28,7 +28,7 @@ def look_at_files(paths: Sequence[Path], feat_type: str, folder: Path, packed: P
             info.append((opened.info(path) if opened else None) or peek_bag(path, feat_type))
         except FeatureFileError as error:
             faults.append(str(error))
-    if faults:  # the others may hold what only reading them shows: all is told at once
+    if faults:  # files of a sound layout may be damaged inside: read all, so that one message names every damaged file
         faults = [fault for path in paths if (fault := _fault_of(path, feat_type))]
     refuse(FeatureFileError, faults, len(paths))
     _check_widths(paths, info)

@@ -24,14 +24,15 @@ from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import FileRecord, take_inventory
 from utils.bags.label_table import LabelTable, read_table
 from utils.bags.packed import FileFeatures, MemoryFeatures, packed_path
-from utils.bags.settings import BatchSize, Cohort, batch_size_option
+from utils.bags.settings import CHUNK_SIZE, BatchSize, Cohort, batch_size_option
 from utils.bags.store import Bag, read_bag
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.errors import ConfigError, LabelsError, did_you_mean
 from utils.core.recipe import Recipe
 from utils.core.runtime import log
 from utils.core.settings import checked
-from utils.tasks.classification import Classification
+from utils.tasks.records import task_of
+from utils.tasks.task import Task
 
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
@@ -49,7 +50,7 @@ class MILDataset(Dataset):
     leave a row out (see `utils.bags.labels.resolve_labels`). `group_column` names the column whose values splits keep
     together, instead of the patient. `no_patients` takes each slide as a patient where the table names none.
 
-    `cache` says where the features are in use: "off" reads them from their files whenever they are needed, "ram" keeps
+    `cache` says where the features are read from: "off" reads their files whenever they are needed, "ram" keeps
     them in memory, a folder holds them in one packed file that all processes share and later runs find again. By
     default "ram" where the cohort fits a quarter of the free memory, else "off".
 
@@ -66,7 +67,7 @@ class MILDataset(Dataset):
         features_dir: str | Path,
         class_names: Sequence[str] | None = None,
         mode: str = "chunked",
-        chunk_size: int = 1000,
+        chunk_size: int = CHUNK_SIZE,
         feat_type: str = "features",
         *,
         sequential: bool = False,
@@ -89,7 +90,7 @@ class MILDataset(Dataset):
         for note in table.notes:
             log.info("%s: %s", csv_path, note)
         self.class_names = cohort.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
-        self.task = _classification(table, self.class_names)
+        self.task = _task(table, self.class_names)
         self.mode, self.chunk_size, self.sequential = cohort.mode, cohort.chunk_size, cohort.sequential
         self.feat_type = feat_type
         for warning in (labels.missing_patients(table, no_patients), labels.doubted_patients(table)):
@@ -165,7 +166,7 @@ class MILDataset(Dataset):
 
     @cached_property
     def recipe(self) -> Recipe | None:
-        """How the features were made, as the first file that records it says; None where none does."""
+        """How the features were made, by the first file that records it; None if none does."""
         return next((info.passport.recipe for info in self.info if info.passport), None)
 
     @cached_property
@@ -266,10 +267,10 @@ def _are_text(values: Collection[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def _classification(table: LabelTable, class_names: tuple[str, ...]) -> Classification:
+def _task(table: LabelTable, class_names: tuple[str, ...]) -> Task:
     """Return the task of these classes. Raise LabelsError unless there are two different ones."""
     try:
-        return Classification(class_names)
+        return task_of({"class_names": class_names})
     except ValueError as error:
         in_table = {row["label"] for row in table.rows}
         raise LabelsError(f"{table.path}: {error}{_separator_hint(class_names, in_table)}") from None
@@ -280,7 +281,7 @@ def _separator_hint(class_names: Sequence[str], labels: Collection[str]) -> str:
     names = [name.strip() for name in ",".join(class_names).split(",")]
     if len(class_names) > 1 or len(names) < 2 or class_names[0] in labels:
         return ""
-    return f"; blanks part the names: --class_names {shlex.join(names)}"
+    return f"; separate the names by blanks: --class_names {shlex.join(names)}"
 
 
 def _why_not_there(name: str, home: Path) -> str:

@@ -8,6 +8,7 @@ from utils.core.errors import ConfigError
 from utils.core.settings import REQUIRED, Settings, option
 
 BatchSize = int | Literal["auto"]
+CHUNK_SIZE = 1000  # patches in a chunk at most, by default
 
 
 def batch_size_option() -> Any:
@@ -47,7 +48,7 @@ class Cohort(CohortFiles):
         REQUIRED, "name of the cohort; names the default folders datasets/<name> and outputs/<mil>/<name>"
     )
     mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
-    chunk_size: int = option(1000, "most patches in a chunk", least=1)
+    chunk_size: int = option(CHUNK_SIZE, "most patches in a chunk", least=1)
     sequential: bool = option(False, "make chunks of consecutive patches in the file, not of random ones")
     cache: str | None = option(
         None,

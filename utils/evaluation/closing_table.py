@@ -8,16 +8,10 @@ from utils.core.errors import plural
 from utils.core.text import aligned, figure_text, interval_text
 from utils.evaluation.bootstrap import MANY_PATIENTS
 from utils.evaluation.outputs import NO_PATIENTS
-from utils.tasks.classification import Classification
-from utils.tasks.task import Task
+from utils.tasks.records import task_of
 
 # With more folds, the closing table leaves them to outputs.json.
 _MOST_FOLDS = 20
-
-
-def task_of(results: Mapping[str, Any]) -> Task:
-    """Return the task of an `outputs.json` or `scores.json`."""
-    return Classification(tuple(results["class_names"]))
 
 
 def results_table(results: dict[str, Any]) -> str:

@@ -51,21 +51,21 @@ def runs_roc_figure(runs: Mapping[str, Predictions]) -> Figure:
     """
     first = next(iter(runs.values()))
     title = f"{pooled_title(first)}; AUC with its 95% interval over patients"
-    if len(first.task.ranked_classes) == 1:
+    if len(first.task.ranked_outputs) == 1:
         figure, axes = bare_axes(5, 4.8)
-        _draw_runs(axes, runs, first.task.ranked_classes[0], width=60)
+        _draw_runs(axes, runs, first.task.ranked_outputs[0], width=60)
         legend_below(figure)
-        axes.set_title(f"{title}\n{fill(f'positive: {escape_mathtext(first.class_names[1])}', 60)}", fontsize=10)
+        axes.set_title(f"{title}\n{fill(f'positive: {escape_mathtext(first.task.outputs[1])}', 60)}", fontsize=10)
         return figure
-    columns = min(_COLUMNS, len(first.task.ranked_classes))
-    rows = -(-len(first.task.ranked_classes) // columns)
+    columns = min(_COLUMNS, len(first.task.ranked_outputs))
+    rows = -(-len(first.task.ranked_outputs) // columns)
     figure = Figure(figsize=(3.7 * columns, rows * (3.9 + 0.2 * len(runs))), layout="constrained")
     plots: Sequence[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, index in zip(plots, first.task.ranked_classes, strict=False):
+    for axes, index in zip(plots, first.task.ranked_outputs, strict=False):
         _draw_runs(axes, runs, index, width=44)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), **LEGEND | {"handlelength": 2.5})
-        axes.set_title(fill(escape_mathtext(first.class_names[index]), 40), fontsize=9)
-    for axes in plots[len(first.task.ranked_classes) :]:
+        axes.set_title(fill(escape_mathtext(first.task.outputs[index]), 40), fontsize=9)
+    for axes in plots[len(first.task.ranked_outputs) :]:
         axes.set_axis_off()
     figure.suptitle(f"{title}\neach class against the rest", fontsize=10)
     return figure

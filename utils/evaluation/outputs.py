@@ -23,6 +23,7 @@ def gallery_table(predictions: Predictions) -> pd.DataFrame:
     import pandas as pd
 
     mean, names = predictions.mean_over_repeats(), predictions.task.outputs
+    predicted = predictions.task.target_text(mean.predicted)
     kinds = predictions.task.gallery(mean.labels, mean.values)
     return pd.DataFrame(
         [
@@ -31,7 +32,7 @@ def gallery_table(predictions: Predictions) -> pd.DataFrame:
                 "wsi_id": mean.slides[row],
                 "case_id": mean.cases[row],
                 "label": mean.label_names[row],
-                "predicted": names[int(mean.predicted[row])],
+                "predicted": predicted[row],
                 **{f"prob_{name}": mean.values[row, index] for index, name in enumerate(names)},
             }
             for kind, rows in kinds.items()
@@ -45,7 +46,7 @@ def outputs_content(
 ) -> dict[str, Any]:
     """Return the metrics of `outputs.json`; `fold_figures` are those of each outer fold, with its record."""
     summary: dict[str, Any] = {
-        "class_names": list(predictions.task.outputs),
+        **predictions.task.record,
         "n_slides": predictions.n_slides,
         "n_cases": predictions.n_cases,
         "n_folds": len(fold_figures),

@@ -38,7 +38,7 @@ def roc_figure(predictions: Predictions) -> Figure:
     Up to three curves have a 95% band over patients, and each fold's curve if there are folds.
     """
     figure, axes = _curve_axes("False positive rate (1 - specificity)", "True positive rate (sensitivity)")
-    is_detailed = len(predictions.task.ranked_classes) <= _MOST_BANDS
+    is_detailed = len(predictions.task.ranked_outputs) <= _MOST_BANDS
     for index, line in _class_lines(predictions):
         is_class, scores = predictions.one_against_rest(index)
         curve = mean_roc(is_class, scores, predictions.repeats)
@@ -49,7 +49,7 @@ def roc_figure(predictions: Predictions) -> Figure:
             band = roc_band(is_class, scores, predictions.cases, predictions.seed, repeats=predictions.repeats)
             if band is not None:
                 axes.fill_between(*band, color=line["color"], alpha=0.15, lw=0)
-        ranking, name = predictions.rankings[index], escape_mathtext(predictions.class_names[index])
+        ranking, name = predictions.rankings[index], escape_mathtext(predictions.task.outputs[index])
         label = fill(f"{name}: AUC {with_interval(ranking.auc, ranking.auc_interval)}", _LINE_WIDTH)
         axes.plot(*curve, **line, label=label)
     has_folds = predictions.folds is not None
@@ -66,12 +66,12 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
     mean. Thin lines show the precision of chance, which is the share of the class.
     """
     figure, axes = _curve_axes("Recall (sensitivity)", "Precision (positive predictive value)")
-    has_baselines = len(predictions.task.ranked_classes) <= _MOST_BANDS
+    has_baselines = len(predictions.task.ranked_outputs) <= _MOST_BANDS
     for index, line in _class_lines(predictions):
         curve = mean_precision(*predictions.one_against_rest(index), predictions.repeats)
         if curve is None:
             continue
-        ranking, name = predictions.rankings[index], escape_mathtext(predictions.class_names[index])
+        ranking, name = predictions.rankings[index], escape_mathtext(predictions.task.outputs[index])
         value = with_interval(ranking.average_precision, ranking.average_precision_interval)
         label = fill(f"{name}: AP {value}, chance {ranking.prevalence:.3f}", _LINE_WIDTH)
         axes.plot(*curve, **line, label=label)
@@ -84,7 +84,7 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
 
 def confusion_figure(predictions: Predictions) -> Figure:
     """Draw the confusion matrix in slides, shaded by the fraction of the true class; each repeat counts."""
-    num_classes = len(predictions.class_names)
+    num_classes = len(predictions.task.outputs)
     pairs = predictions.labels * num_classes + predictions.predicted
     counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -96,7 +96,7 @@ def confusion_figure(predictions: Predictions) -> Figure:
         text, colour = f"{count}\n{share[row, column]:.0%}", "white" if share[row, column] > 0.7 else "black"
         size = 10 if num_classes <= 4 else SMALL
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
-    names = [escape_mathtext(name) for name in predictions.class_names]
+    names = [escape_mathtext(name) for name in predictions.task.outputs]
     wrapped = [fill(name, 16) for name in names]
     widest = max(len(line) for name in wrapped for line in name.splitlines())
     if widest * num_classes > 40:
@@ -118,8 +118,8 @@ def calibration_figure(predictions: Predictions) -> Figure:
     against accuracy. Slides of one patient count as independent; repeats do not multiply slides. Temperature-scaled
     probabilities are drawn too, if there are any.
     """
-    if len(predictions.class_names) == 2:
-        positive = escape_mathtext(predictions.class_names[1])
+    if len(predictions.task.outputs) == 2:
+        positive = escape_mathtext(predictions.task.outputs[1])
         x_label, y_label = f"Predicted probability of {positive}", f"Observed share of {positive}"
     else:
         x_label, y_label = "Probability of the predicted class", "Accuracy"
@@ -172,14 +172,16 @@ def _curve_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def _class_lines(predictions: Predictions) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each class that has a curve, and the style of its line."""
-    for index, colour, style in zip(predictions.task.ranked_classes, cycle(COLOURS), cycle(STYLES), strict=False):
+    for index, colour, style in zip(predictions.task.ranked_outputs, cycle(COLOURS), cycle(STYLES), strict=False):
         yield index, {"color": colour, "ls": style, "lw": 1.8}
 
 
 def _finish_curves(figure: Figure, axes: Axes, predictions: Predictions, explanation: str) -> None:
     """Add the legend below, and a title with the slides, the positive class and the explanation of the curves."""
-    is_binary = len(predictions.class_names) == 2
-    meaning = f"positive: {escape_mathtext(predictions.class_names[1])}" if is_binary else "each class against the rest"
+    is_binary = len(predictions.task.outputs) == 2
+    meaning = (
+        f"positive: {escape_mathtext(predictions.task.outputs[1])}" if is_binary else "each class against the rest"
+    )
     about = f"{fill(meaning, _LINE_WIDTH)}\n({explanation})"
     if axes.lines:
         legend_below(figure)

@@ -14,7 +14,8 @@ import numpy as np
 from utils.evaluation.bootstrap import bootstrap_draws, bootstrap_intervals, pooled_metrics
 from utils.tasks.classification import Classification
 from utils.tasks.metrics import mean_and_std
-from utils.tasks.task import Figures
+from utils.tasks.records import task_of
+from utils.tasks.task import Figures, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +54,7 @@ class Predictions:
     cases: np.ndarray
     labels: np.ndarray
     values: np.ndarray
-    task: Classification
+    task: Task
     repeats: np.ndarray
     seed: int
     folds: np.ndarray | None = None
@@ -62,7 +63,7 @@ class Predictions:
     title: str = ""
 
     @classmethod
-    def read(cls, path: Path, seed: int, task: Classification | None = None) -> Self:
+    def read(cls, path: Path, seed: int, task: Task | None = None) -> Self:
         """Read a `predictions.csv` of a training; without a task, the classes are those of its columns.
 
         Raises OSError or ValueError with what is wrong with the table.
@@ -75,21 +76,23 @@ class Predictions:
         if not rows:
             raise ValueError("no slide in it")
         if task is None:
-            names = tuple(name.removeprefix("prob_") for name in rows[0] if name.startswith("prob_"))
+            names = [name.removeprefix("prob_") for name in rows[0] if name.startswith("prob_")]
             if not names:
                 raise ValueError("no column prob_<class>")
-            task = Classification(names)
+            task = task_of({"class_names": names})
         columns = ["wsi_id", "case_id", "label", "fold", *(f"prob_{name}" for name in task.outputs)]
         missing = [name for name in columns if name not in rows[0]]
         if missing:
             raise ValueError(f"no column {', '.join(missing)}")
-        if not {row["label"] for row in rows} <= set(task.class_names):
-            raise ValueError("a label that is no class")
+        try:
+            labels = np.array([task.target(row["label"]) for row in rows])
+        except ValueError as failure:
+            raise ValueError("a label that is no class") from failure
         scaled = [f"calibrated_{name}" for name in task.outputs]
         return cls(
             slides=np.array([row["wsi_id"] for row in rows]),
             cases=np.array([row["case_id"] for row in rows]),
-            labels=np.array([task.target(row["label"]) for row in rows]),
+            labels=labels,
             values=_numbers(rows, columns[4:]),
             task=task,
             repeats=np.array([int(row.get("repeat", 1)) for row in rows]),
@@ -107,7 +110,7 @@ class Predictions:
             "wsi_id": self.slides,
             "case_id": self.cases,
             "label": self.label_names,
-            "predicted": np.array(names)[self.predicted],
+            "predicted": self.task.target_text(self.predicted),
         }
         columns |= {f"prob_{name}": self.values[:, index] for index, name in enumerate(names)}
         if self.calibrated is not None:
@@ -139,13 +142,9 @@ class Predictions:
         return self.task.decide(self.values)
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.task.class_names
-
-    @property
     def label_names(self) -> np.ndarray:
         """The name of the true class `(n,)`."""
-        return np.array(self.class_names)[self.labels]
+        return self.task.target_text(self.labels)
 
     @property
     def n_slides(self) -> int:
@@ -200,8 +199,8 @@ class Predictions:
 
     @cached_property
     def rankings(self) -> dict[int, Ranking]:
-        """The ranking of each of the task's `ranked_classes`."""
-        return {index: self._ranking(index) for index in self.task.ranked_classes}
+        """The ranking of each of the task's `ranked_outputs`."""
+        return {index: self._ranking(index) for index in self.task.ranked_outputs}
 
     def _ranking(self, index: int) -> Ranking:
         is_class, scores = self.one_against_rest(index)

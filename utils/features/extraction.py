@@ -54,7 +54,7 @@ def extract_slides(
     targets = slide_files.targets()
     if files.input is not None:
         if cluster.is_asked_for:
-            raise ConfigError("--ray shares the slides of a folder out; give --input_dir with it")
+            raise ConfigError("--ray distributes the slides of a folder; give --input_dir with it")
         (pair,) = targets.items()
         status = _Extraction.of((extractor,), slide_files, targets)(*pair)
         if status.status == CLAIMED:

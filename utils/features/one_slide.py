@@ -76,7 +76,7 @@ def _check_current(
     try:
         info = peek_bag(target)
     except FeatureFileError as error:
-        raise RecipeError(f"{error}; is in the way: move it, or extract with --overwrite") from error
+        raise RecipeError(f"{error}; the output exists: move it, or extract with --overwrite") from error
     if info.passport is None:
         raise RecipeError(
             f"{target}: was made by something else (it holds no recipe); move it, or extract with --overwrite"

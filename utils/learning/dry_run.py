@@ -186,20 +186,23 @@ def _trial_slides(slides: np.ndarray, sizes: np.ndarray, labels: np.ndarray) -> 
 
 
 def splits_table(folds: Sequence[OuterFold], data: MILDataset) -> str:
-    """Return how many slides (and patients) of each class each fold trains, validates and tests on, as a table."""
-    rows = [["slides (patients)", *data.class_names]]
+    """Return how many slides (and patients) of each class (stratum) each fold trains, validates and tests on, as a
+    table.
+    """
+    rows = [["slides (patients)", *data.task.strata_names]]
     for fold in folds[:_MOST_FOLDS_SHOWN]:
         subsets = {f"fold {fold.number}: test": fold.test}
         for number, inner in enumerate(fold.inner, start=1):
             subsets |= {f"inner {number}: train": inner.train, f"inner {number}: validation": inner.val}
-        rows += [[name, *_class_counts(slides, data)] for name, slides in subsets.items()]
+        rows += [[name, *_stratum_counts(slides, data)] for name, slides in subsets.items()]
     more = len(folds) - _MOST_FOLDS_SHOWN
     return aligned([rows]) + (f"\nand {more} folds more" if more > 0 else "")
 
 
-def _class_counts(slides: np.ndarray, data: MILDataset) -> list[str]:
-    classes = [slides[data.labels[slides] == label] for label in range(len(data.class_names))]
-    return [f"{len(in_class)} ({len(np.unique(data.cases[in_class]))})" for in_class in classes]
+def _stratum_counts(slides: np.ndarray, data: MILDataset) -> list[str]:
+    strata = data.task.strata(data.labels[slides])
+    groups = [slides[strata == stratum] for stratum in range(len(data.task.strata_names))]
+    return [f"{len(group)} ({len(np.unique(data.cases[group]))})" for group in groups]
 
 
 @dataclass(frozen=True)

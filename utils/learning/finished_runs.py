@@ -16,7 +16,7 @@ from utils.evaluation.predictions import Predictions
 from utils.learning.run_figures import FIGURES, draw_figures
 from utils.learning.settings import Protocol
 from utils.learning.split_files import SUBSETS, NamedSplit, read_splits
-from utils.tasks.classification import Classification
+from utils.tasks.records import task_of
 
 _FILES = ("run.json", "outputs.json", "predictions.csv", "splits.json")
 
@@ -122,7 +122,7 @@ def read_run(path: Path, name: str) -> Run:
 def _read_predictions(path: Path, classes: Sequence[str], seed: int) -> Predictions:
     """Read the table, sorted by repeat and slide."""
     try:
-        predictions = Predictions.read(path, seed, Classification(tuple(classes)))
+        predictions = Predictions.read(path, seed, task_of({"class_names": classes}))
     except (OSError, ValueError) as failure:
         raise ConfigError(
             f"{path}: no predictions as train.py writes them ({failure}); train the run again"

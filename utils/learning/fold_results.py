@@ -10,21 +10,19 @@ from utils.bags.dataset import MILDataset
 from utils.evaluation.predictions import Predictions
 from utils.learning.splits import OuterFold
 from utils.prediction.forward_pass import SlideOutput, mean_calibrated
-from utils.tasks.classification import Classification
+from utils.tasks.task import Figures, Task
 
 
 @dataclass(frozen=True)
 class FoldResult:
-    """The result of an outer fold: the tested model's output for each test slide; the decision `threshold` (two classes
-    only) and the `temperature`, fitted on inner validation; the record of the model's selection; and the epochs of all
-    trainings.
+    """The result of an outer fold: the tested model's output for each test slide; what was fitted to inner validation
+    (see `Task.fit_on_validation`); the record of the model's selection; and the epochs of all trainings.
     """
 
-    task: Classification
+    task: Task
     fold: OuterFold
     outputs: list[SlideOutput]
-    threshold: float | None
-    temperature: float | None
+    fitted: Figures
     selection: dict[str, Any]
     history: list[dict[str, Any]]
 
@@ -35,15 +33,15 @@ class FoldResult:
 
     @property
     def calibrated(self) -> np.ndarray | None:
-        """Return the temperature-scaled probabilities `(n, C)`, or None without a temperature."""
-        slides = [mean_calibrated(self.task, [output], [self.temperature]) for output in self.outputs]
+        """Return the calibrated probabilities `(n, C)`, or None if nothing calibrates them."""
+        slides = [mean_calibrated(self.task, [output], [self.fitted]) for output in self.outputs]
         scaled = [probabilities for probabilities in slides if probabilities is not None]
         return np.stack(scaled) if scaled else None
 
     @property
-    def decisions(self) -> np.ndarray:
-        """Return the predicted classes `(n,)` int of the test slides, at the threshold if there is one."""
-        return self.task.decide(self.probabilities, self.threshold)
+    def decisions(self) -> np.ndarray | None:
+        """Return the decisions `(n,)` int for the test slides by what was fitted, or None if nothing decides."""
+        return self.task.decide_by(self.fitted, self.probabilities)
 
     def figures(self, data: MILDataset) -> dict[str, Any]:
         """Return the fold's entry in `outputs.json`."""
@@ -58,9 +56,7 @@ class FoldResult:
             "n_train": len(self.fold.train),
             "chunk": task.unweighted_metrics(chunk_labels, chunks),
             "slide": task.unweighted_metrics(labels, self.probabilities),
-            "threshold": self.threshold,
-            "thresholded": None if self.threshold is None else task.decision_metrics(labels, self.decisions),
-            "temperature": self.temperature,
+            **task.fitted_figures(self.fitted, labels, self.probabilities),
             "selection": self.selection,
         }
 
@@ -68,12 +64,12 @@ class FoldResult:
 def pooled_predictions(results: Sequence[FoldResult], data: MILDataset, seed: int) -> Predictions:
     """Return the out-of-fold predictions of all folds, sorted by repeat, then in the label table's order.
 
-    Calibrated probabilities, and decisions at a threshold, are included only if every fold has them.
+    Calibrated probabilities, and decisions by what was fitted, are included only if every fold has them.
     """
     slides = np.concatenate([result.fold.test for result in results])
     sizes = [len(result.fold.test) for result in results]
     scaled = [calibrated for result in results if (calibrated := result.calibrated) is not None]
-    has_thresholds = all(result.threshold is not None for result in results)
+    decisions = [decided for result in results if (decided := result.decisions) is not None]
     predictions = Predictions(
         slides=np.array([data.rows[slide].wsi_id for slide in slides.tolist()]),
         cases=data.cases[slides],
@@ -84,6 +80,6 @@ def pooled_predictions(results: Sequence[FoldResult], data: MILDataset, seed: in
         seed=seed,
         folds=np.repeat([result.fold.number for result in results], sizes),
         calibrated=np.concatenate(scaled) if len(scaled) == len(results) else None,
-        decisions=np.concatenate([result.decisions for result in results]) if has_thresholds else None,
+        decisions=np.concatenate(decisions) if len(decisions) == len(results) else None,
     )
     return predictions.where(np.lexsort((slides, predictions.repeats)))

@@ -71,18 +71,18 @@ class FoldTester:
         record |= changes
         model = self._model(choice.setting, states)
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
-        threshold, temperature = (choice.fitted_to_values[name] for name in ("threshold", "temperature"))
-        record |= {"threshold": threshold, "settings": choice.scores}
-        result = FoldResult(data.task, choice.fold, outputs, threshold, temperature, record, history)
+        record |= {"threshold": choice.fitted_to_values["threshold"], "settings": choice.scores}
+        result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history)
         self._save(model.cpu(), result)
         return result
 
     def save_best(self, results: Sequence[FoldResult]) -> None:
         """Save the model of the fold that did best on inner validation; the test slides play no role."""
+        data = self.trainer.dataset
         # All folds are compared by one metric: the loss, if they used several.
         monitors = {result.selection["monitor"] for result in results}
         monitor = monitors.pop() if len(monitors) == 1 else "slide_loss"
-        best = results[best_of([rank(result.selection, monitor) for result in results])]
+        best = results[best_of([rank(data.task, result.selection, monitor) for result in results])]
         checkpoint = load_checkpoint(self._path(best))
         selection = checkpoint.selection | {"best_of_all_folds": True}
         save_checkpoint(self.folder / "all_folds_best.pth", replace(checkpoint, selection=selection))
@@ -135,13 +135,13 @@ class FoldTester:
             Checkpoint(
                 model=members_of(model)[0].spec,
                 state_dict=model.state_dict(),
-                class_names=data.class_names,
+                class_names=data.task.outputs,
                 dataset=self.dataset_name,
                 feed=self.trainer.feed.as_dict(),
                 recipe=data.recipe,
                 mpp_range=data.mpp_range,
                 selection=result.selection | {"best_of_all_folds": False},
-                temperature=result.temperature,
+                temperature=result.fitted["temperature"],
                 seen={kind: id_digests(kind, ids) for kind, ids in self._seen(slides.tolist()).items()},
             ),
         )

@@ -81,7 +81,7 @@ class Trainer:
         if not job.inner:
             return refit(factory, self.dataset, job.fold.train, training, epochs=job.epochs, **common)
         inner = job.fold.inner[job.inner - 1]
-        stopping = EarlyStopping(inner.val, self.feed, job.monitor)
+        stopping = EarlyStopping(self.dataset.task, inner.val, self.feed, job.monitor)
         return fit(factory, self.dataset, inner.train, stopping, training, **common)
 
     def training_of(self, job: TrainingJob) -> Training:

@@ -1,6 +1,5 @@
 """Draw the learning curves: every inner training to its end, their mean, and the epochs that were kept."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from utils.core.errors import plural
 from utils.core.plots import COLOURS, SMALL, STYLES, bare, legend_below
 from utils.core.text import escape_mathtext
 from utils.learning.ranking import best_of, mean_rank, rank
+from utils.tasks.task import Task
 
 _MOST_SETTINGS = 6
-# Losses above this multiple of the steadiest setting's median peak, or of chance (log 2), are cut off.
+# Losses above this multiple of the steadiest setting's median peak, or of chance, are cut off.
 _WILD = 10
-_FIGURES = {"slide_auc": "AUC", "slide_balanced_accuracy": "balanced accuracy", "slide_f1_macro": "macro F1"}
 _CAPTION = (
     "Bold: mean of all trainings, each carried on at its last value once it has stopped; faded where fewer than half "
     "of them still run. Dots: the epoch that was kept of each."
@@ -30,10 +29,11 @@ _CAPTION = (
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """An inner training: its outer fold and setting, its `rows` of the history, one per epoch, the `monitor` that
+    """An inner training: its task, outer fold and setting, its `rows` of the history, one per epoch, the `monitor` that
     compared them, and the index of the `best` one, which was kept.
     """
 
+    task: Task
     fold: int
     setting: str
     rows: pd.DataFrame
@@ -55,7 +55,7 @@ class _Curve:
     label: str | None
 
 
-def learning_figure(history: pd.DataFrame, monitors: Mapping[int, str]) -> Figure:
+def learning_figure(task: Task, history: pd.DataFrame, monitors: Mapping[int, str]) -> Figure:
     """Draw the losses of the inner trainings, and the metric that compared their epochs, if it is not the loss.
 
     `history` has a row per `fold`, `setting`, `inner` and `epoch` with `train_loss`, `val_loss` and the metric that
@@ -63,7 +63,7 @@ def learning_figure(history: pd.DataFrame, monitors: Mapping[int, str]) -> Figur
     trainings at every epoch: over those still running it would fall as soon as a bad one stops. Of several settings,
     each in its colour, at most the six best on inner validation are drawn.
     """
-    trainings = _trainings(history, monitors)
+    trainings = _trainings(task, history, monitors)
     settings = _ordered_settings(trainings)
     drawn_settings = settings[:_MOST_SETTINGS]
     title = plural(len(trainings), "inner training")
@@ -88,15 +88,15 @@ def learning_figure(history: pd.DataFrame, monitors: Mapping[int, str]) -> Figur
     return figure
 
 
-def _trainings(history: pd.DataFrame, monitors: Mapping[int, str]) -> list[_Training]:
+def _trainings(task: Task, history: pd.DataFrame, monitors: Mapping[int, str]) -> list[_Training]:
     inner = history.loc[history["inner"] > 0]
     inner = inner.assign(setting=inner["setting"].astype(object).where(inner["setting"].notna(), "").astype(str))
     trainings = []
     for (fold, setting, _), rows in inner.groupby(["fold", "setting", "inner"], sort=False):
         monitor = monitors[int(fold)]
         ordered = rows.sort_values("epoch")
-        best = best_of([rank(row, monitor) for row in ordered.to_dict("records")])
-        trainings.append(_Training(int(fold), setting, ordered, monitor, best))
+        best = best_of([rank(task, row, monitor) for row in ordered.to_dict("records")])
+        trainings.append(_Training(task, int(fold), setting, ordered, monitor, best))
     return trainings
 
 
@@ -113,7 +113,11 @@ def _orders(trainings: Sequence[_Training]) -> list[list[str]]:
                 validations[training.setting].append(training.rows.iloc[training.best].to_dict())
         monitor = next(training.monitor for training in trainings if training.fold == fold)
         most = max(map(len, validations.values()))
-        ranks = {setting: mean_rank(each, monitor) for setting, each in validations.items() if len(each) == most}
+        ranks = {
+            setting: mean_rank(trainings[0].task, each, monitor)
+            for setting, each in validations.items()
+            if len(each) == most
+        }
         best_first = sorted(ranks, key=lambda setting, ranks=ranks: ranks[setting], reverse=True)
         orders.append(best_first + [setting for setting in settings if setting not in ranks])
     return orders
@@ -161,7 +165,8 @@ def _scores(trainings: Sequence[_Training]) -> list[tuple[str, str, list[_Traini
     scores = []
     for monitor in sorted({training.monitor for training in trainings} - {"slide_loss"}):
         group = [training for training in trainings if training.monitor == monitor]
-        name = f"Validation {_FIGURES.get(monitor, monitor.removeprefix('slide_'))}"
+        metric = monitor.removeprefix("slide_")
+        name = f"Validation {group[0].task.metric_titles.get(metric, metric.replace('_', ' '))}"
         if len(group) < len(trainings):
             folds, all_folds = (len({training.fold for training in each}) for each in (group, trainings))
             name += f"\n({folds} of {all_folds} outer folds; in the others the loss chose)"
@@ -199,9 +204,10 @@ def _cut_off(axes: Axes, curves: Sequence[_Curve]) -> str:
     """End the axis of a loss above the steady trainings; return a note about those cut off, or ""."""
     if not curves[0].column.endswith("_loss"):
         return ""
+    chance_loss = curves[0].trainings[0].task.chance_loss
     peaks = [[training.values(curve.column).max() for training in curve.trainings] for curve in curves]
     all_peaks = np.concatenate(peaks)
-    steady = all_peaks[all_peaks <= _WILD * max(math.log(2), min(map(np.median, peaks)))]
+    steady = all_peaks[all_peaks <= _WILD * max(chance_loss, min(map(np.median, peaks)))]
     if len(steady) == len(all_peaks):
         return ""
     low = min(training.values(curve.column).min() for curve in curves for training in curve.trainings)

@@ -50,7 +50,10 @@ def choose(
         raise TrainingError(f"{diverged[0]}; or leave this setting out of --grid")
     for reason in diverged.values():
         log.warning("%s; this setting is not chosen", reason)
-    chosen = max(finished, key=lambda index: mean_rank([fitted.validation for fitted in finished[index]], monitor))
+    ranks = {
+        index: mean_rank(task, [model.validation for model in fitted], monitor) for index, fitted in finished.items()
+    }
+    chosen = max(ranks, key=lambda index: ranks[index])
     models = finished[chosen]
     scores = []
     for index, setting in enumerate(settings):
@@ -58,7 +61,7 @@ def choose(
         if index in diverged:
             means = {"diverged": True, **dict.fromkeys(means)}
         scores.append({"setting": setting.values, **means})
-    best = best_of([rank(model.validation, monitor) for model in models])
+    best = best_of([rank(task, model.validation, monitor) for model in models])
     # All inner validation slides, each predicted by the model that was not trained on it.
     val_labels = labels[np.concatenate([inner.val for inner in fold.inner])]
     values = np.concatenate([model.val_probabilities.numpy() for model in models])

@@ -42,8 +42,8 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
 
 
 def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
-    """Warn if inner folds validate on a single patient of a class, or on none."""
-    warning = few_patients(folds, data.labels, data.cases, data.class_names)
+    """Warn if inner folds validate on a single patient of a stratum (a class), or on none."""
+    warning = few_patients(folds, data.task.strata(data.labels), data.cases, data.task.strata_names)
     if warning:
         log.warning(warning)
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from utils.core.errors import TrainingError
+from utils.tasks.task import Task
 
 Validation = Mapping[str, float | None]
 
 
-def rank(validation: Validation, monitor: str) -> tuple[float, ...]:
+def rank(task: Task, validation: Validation, monitor: str) -> tuple[float, ...]:
     """Return the rank of an epoch or a model; greater is better, the slide loss breaks ties."""
     loss = validation["val_loss"]
     assert loss is not None  # noqa: S101 - for the type checker: only the AUC can be undefined
@@ -19,12 +20,13 @@ def rank(validation: Validation, monitor: str) -> tuple[float, ...]:
     score = validation[monitor.replace("slide_", "val_")]
     if score is None:
         raise TrainingError(f"{monitor} is undefined for the validation slides; choose by --monitor slide_loss")
-    return (score, -loss)
+    is_reversed = monitor.removeprefix("slide_") in task.lower_is_better
+    return (-score if is_reversed else score, -loss)
 
 
-def mean_rank(validations: Sequence[Validation], monitor: str) -> tuple[float, ...]:
+def mean_rank(task: Task, validations: Sequence[Validation], monitor: str) -> tuple[float, ...]:
     """Return the rank of a setting: the mean of its models' ranks over the inner folds."""
-    ranks = [rank(validation, monitor) for validation in validations]
+    ranks = [rank(task, validation, monitor) for validation in validations]
     return tuple(math.fsum(values) / len(ranks) for values in zip(*ranks, strict=True))
 
 

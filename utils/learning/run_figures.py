@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from utils.core.plots import write_figures
 from utils.evaluation.predictions import Predictions
-from utils.tasks.classification import Classification
+from utils.tasks.records import FIGURE_NAMES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FIGURES = (*Classification.figure_names, "learning_curves")
+FIGURES = (*FIGURE_NAMES, "learning_curves")
 
 
 def draw_figures(
@@ -32,5 +32,7 @@ def draw_figures(
     from utils.evaluation.prediction_figures import prediction_figures
     from utils.learning.learning_curves import learning_figure
 
-    figures = prediction_figures(predictions) | {"learning_curves": learning_figure(history, monitors)}
+    figures = prediction_figures(predictions) | {
+        "learning_curves": learning_figure(predictions.task, history, monitors)
+    }
     return write_figures(folder, figures, formats, missing_only=missing_only)

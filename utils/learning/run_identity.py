@@ -28,7 +28,7 @@ def settings_identity(trainer: Trainer, protocol: Protocol, folds: Sequence[Oute
         "feed": trainer.feed.as_dict(),
         "device": trainer.device.type,
         "feat_type": data.feat_type,
-        "class_names": list(data.class_names),
+        **data.task.record,
         "groups": digest(*data.groups),
     }
 

@@ -229,4 +229,4 @@ def _check_finite(model: BagModel, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         on_cpu = next(model.parameters()).device.type == "cpu"
         remedy = "lower --lr" + ("" if on_cpu else ", or give --precision fp32")  # a CPU computes in fp32 anyway
-        raise DivergedError(f"the model's answer for a slide is not finite; {remedy}")
+        raise DivergedError(f"the model's output for a slide is not finite; {remedy}")

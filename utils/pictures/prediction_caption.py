@@ -27,7 +27,7 @@ def _answer(record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Caption:
-    """The answer of a prediction in one line, `probabilities` by class, `facts` (pairs of a name and a text) on how it
+    """The result of a prediction in one line, `probabilities` by class, `facts` (pairs of a name and a text) on how it
     was made, `notes`, which are warnings, and what `evidence` adds up to, if there is any.
     """
 
@@ -79,7 +79,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     notes = []
     if record["seen_in_training"]:
         unit = "patient" if record.get("seen_as") == "case" else "slide"
-        notes.append(f"The model was trained on this {unit}: its prediction proves nothing.")
+        notes.append(f"The model was trained on this {unit}: its prediction is not independent evidence.")
     if record.get("dataset") == SYNTHETIC:
         notes.append("The model was trained on synthetic slides, drawn by rule: what it says of tissue means nothing.")
     if record.get("faithfulness"):

@@ -21,7 +21,8 @@ from utils.core.tensor_files import load_tensors, save_tensors
 from utils.prediction import first_version
 from utils.prediction.foreign_checkpoints import names_in, names_of_pickle, origin
 from utils.prediction.forward_pass import SlideFeed
-from utils.tasks.classification import Classification
+from utils.tasks.records import task_of
+from utils.tasks.task import Figures, Task
 
 FORMAT = "litemil-checkpoint"
 VERSION = 1
@@ -58,8 +59,13 @@ class Checkpoint:
     temperature: float | None = None
 
     @property
-    def task(self) -> Classification:
-        return Classification(self.class_names)
+    def task(self) -> Task:
+        return task_of({"class_names": self.class_names})
+
+    @property
+    def fitted(self) -> Figures:
+        """Return what was fitted to inner validation (see `Task.fit_on_validation`)."""
+        return {"threshold": self.selection.get("threshold"), "temperature": self.temperature}
 
     @property
     def slide_feed(self) -> SlideFeed:

@@ -69,7 +69,7 @@ def read_finished(target: Path, request: Mapping[str, Any]) -> dict[str, Any] | 
         return None
     record = read_record(target)
     if request_in(record) is None:
-        raise ConfigError(f"{target}: is in the way, and no prediction that can be read; move it, or give --overwrite")
+        raise ConfigError(f"{target}: exists, and is no prediction that can be read; move it, or give --overwrite")
     _check_request(target, record, request, whole=True)
     return record
 

@@ -19,7 +19,7 @@ from MILS.mergeable import BLOCK_ROWS, MergeableModel
 from utils.bags.chunks import Cut, cut_chunks, take
 from utils.bags.store import StoredFeatures
 from utils.prediction.evidence import Evidence, ReadBag, evidence_of, mean_evidence, mean_pooled, merged
-from utils.tasks.task import Task
+from utils.tasks.task import Figures, Task
 
 
 @dataclass(frozen=True)
@@ -242,15 +242,13 @@ def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
     )
 
 
-def mean_calibrated(
-    task: Task, outputs: Sequence[SlideOutput], temperatures: Sequence[float | None]
-) -> np.ndarray | None:
-    """Return a slide's values `(C,)`: each model's, calibrated by its checkpoint's temperature, then averaged; None
-    unless all have a temperature.
+def mean_calibrated(task: Task, outputs: Sequence[SlideOutput], fitted: Sequence[Figures | None]) -> np.ndarray | None:
+    """Return a slide's values `(C,)`: each model's, calibrated by what was `fitted` with it, then averaged; None unless
+    all are calibrated.
     """
     scaled = [
-        task.calibrate(output.each, temperature)
-        for output, temperature in zip(outputs, temperatures, strict=True)
-        if temperature is not None
+        calibrated
+        for output, figures in zip(outputs, fitted, strict=True)
+        if figures is not None and (calibrated := task.calibrate(figures, output.each)) is not None
     ]
     return np.concatenate(scaled).mean(axis=0) if len(scaled) == len(outputs) else None

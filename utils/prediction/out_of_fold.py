@@ -145,7 +145,7 @@ class OutOfFold:
             "features have changed since, or the device or versions differ",
             table, len(unlike), len(differences), largest, first_few(unlike, 3),
         )  # fmt: skip
-        return f"{len(unlike)} of {plural(len(differences), 'slide')} are not answered as in {table}."
+        return f"{len(unlike)} of {plural(len(differences), 'slide')} have other probabilities than in {table}."
 
 
 def _features_dir(record: Mapping[str, Any]) -> Path | None:

@@ -24,7 +24,8 @@ from utils.evaluation.outputs import NO_PATIENTS, write_table
 from utils.evaluation.predictions import Predictions
 from utils.prediction.existing_records import ENDING
 from utils.prediction.trained_model import BY_NAME
-from utils.tasks.classification import Classification
+from utils.tasks.records import FIGURE_NAMES
+from utils.tasks.task import Figures, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,7 @@ class PredictedSlides:
 
     records: Sequence[Mapping[str, Any]]
     rows: Mapping[str, LabelRow]
-    task: Classification
+    task: Task
     infos: Mapping[str, SlideInfo] = field(default_factory=dict)
     patients_from: str | None = None
 
@@ -89,8 +90,8 @@ class PredictedSlides:
         row |= {name: record[name] for name in ("num_instances", "seen_in_training")}
         return row | ({"fold": record["fold"]} if "fold" in record else {})
 
-    def predictions(self, threshold: float | None = None) -> Predictions:
-        """Return the predictions of the labelled slides, decided at the `threshold` of two classes, if any.
+    def predictions(self, fitted: Figures | None = None) -> Predictions:
+        """Return the predictions of the labelled slides, also decided by what was `fitted` with the model, if any.
 
         Raises ConfigError if no labelled slide was predicted.
         """
@@ -110,26 +111,26 @@ class PredictedSlides:
             repeats=np.zeros(len(rows)),
             seed=_SEED,
             calibrated=None if None in scaled else self._by_class(scaled),
-            decisions=None if threshold is None else self.task.decide(values, threshold),
+            decisions=None if fitted is None else self.task.decide_by(fitted, values),
             title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
         )
 
-    def scores(self, threshold: float | None) -> dict[str, Any]:
+    def scores(self, fitted: Figures | None) -> dict[str, Any]:
         """Return the figures of the labelled slides, named as a training's, with 95% intervals over patients.
 
-        `threshold`, of two classes, is the model's own. If a model was trained on some of the slides, `unseen` has the
-        figures of the other slides.
+        `fitted` is what was fitted with the model, if there is one. If a model was trained on some of the slides,
+        `unseen` has the figures of the other slides.
         """
-        predictions = self.predictions(threshold)
+        predictions = self.predictions(fitted)
         in_training = {record["slide"]: record["seen_in_training"] for record in self.records}
         is_seen = np.array([in_training[slide] is True for slide in predictions.slides])
         is_unseen = np.array([in_training[slide] is False for slide in predictions.slides])
         scored = [record for record in self.records if record["slide"] in self.rows]
         _, num_renamed, num_by_name = self._seen_counts(scored)
         return {
-            "class_names": list(self.task.outputs),
+            **self.task.record,
             **_figures(predictions),
-            "threshold": threshold,
+            "threshold": fitted and fitted["threshold"],
             "patients_from": self.patients_from or NO_PATIENTS,
             "n_seen_in_training": int(is_seen.sum()),
             "n_seen_under_another_name": num_renamed,
@@ -157,7 +158,7 @@ class PredictedSlides:
     def write(
         self,
         folder: Path,
-        threshold: float | None,
+        fitted: Figures | None,
         settings: Mapping[str, Any],
         overwrite: bool,
         formats: Sequence[str] = FIGURE_FORMAT,
@@ -174,7 +175,7 @@ class PredictedSlides:
             if read_record(folder / SCORES).get("settings") != settings:
                 _clear_scores(folder, overwrite)
             return _seen_words(*self._seen_counts(self.records))
-        scores = {"settings": dict(settings), "labels": self._labels_digest(), **self.scores(threshold)}
+        scores = {"settings": dict(settings), "labels": self._labels_digest(), **self.scores(fitted)}
         earlier = read_record(folder / SCORES)
         if earlier and any(earlier.get(name) != scores[name] for name in ("settings", "labels")):
             _clear_scores(folder, overwrite)
@@ -215,7 +216,7 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
 
 def _clear_scores(folder: Path, overwrite: bool) -> None:
     """Set aside scores of other slides, labels or settings, and their figures, or delete them with `overwrite`."""
-    figures = [path for name in Classification.figure_names for path in figure_paths(folder / name, FORMATS)]
+    figures = [path for name in FIGURE_NAMES for path in figure_paths(folder / name, FORMATS)]
     paths = [path for path in [folder / SCORES, *figures] if path.exists()]
     if overwrite:
         for path in paths:

@@ -48,7 +48,7 @@ from utils.slides.batch import SlideNotes
 from utils.slides.find import is_slide_file
 from utils.slides.open_slides import slide_mpp
 from utils.slides.slide import Slide
-from utils.tasks.classification import Classification
+from utils.tasks.task import Task
 
 
 class SlidePredictor:
@@ -175,13 +175,13 @@ class SlidePredictor:
         outputs = [predict_features(self.task, model, features, feed, True, evidence) for model in self.models]
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
-            raise CheckpointError(f"{self.path}: its answer for {path} is not finite; train the model again")
-        # A temperature was fitted to slides that were fed as in the model's evaluation.
+            raise CheckpointError(f"{self.path}: its output for {path} is not finite; train the model again")
+        # What was fitted, was fitted to slides that were fed as in the model's evaluation.
         checkpoints = [model.checkpoint for model in self.trained]
-        temperatures = [each.temperature if each.slide_feed == feed else None for each in checkpoints]
+        fitted = [each.fitted if each.slide_feed == feed else None for each in checkpoints]
         seen = self.seen_as(path.stem, case_id, _content(bag, features, self.trained))
         return SlidePrediction(
-            path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, temperatures),
+            path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, fitted),
             output.attention, bag, feed, seen, output.members, output.evidence,
         )  # fmt: skip
 
@@ -220,7 +220,7 @@ class SlidePredictor:
         }
 
     @property
-    def task(self) -> Classification:
+    def task(self) -> Task:
         return self.checkpoint.task
 
     def feed(self, mode: str | None = None, chunk_size: int | None = None) -> SlideFeed:
@@ -236,7 +236,7 @@ class SlidePredictor:
         return seen_as(self.trained, slide, case_id, content)
 
     def seen_compared(self, slide: str, seen: str | None) -> str | None:
-        """Return what the answer `seen` of `seen_as` rests on (see `trained_model.seen_compared`)."""
+        """Return what `seen`, from `seen_as`, was found by (see `trained_model.seen_compared`)."""
         return seen_compared(self.trained, slide, seen)
 
     def _checked_extractor(self, slide: Slide) -> WSIFeatureExtractor:

@@ -112,7 +112,7 @@ def predict_files(
     if settings.input is None:
         return _predict_folder(worker, folder, rows, cluster)
     if cluster.is_asked_for:
-        raise ConfigError("--ray shares a folder out; give --input_dir with it")
+        raise ConfigError("--ray distributes the slides of a folder; give --input_dir with it")
     return _predict_slide(worker, settings.input, files.targets(folder)[settings.input])
 
 
@@ -185,7 +185,7 @@ def _conclude(
     task = worker.predictors.first.checkpoint.task
     slides = PredictedSlides(all_records, rows, task, worker.infos, files.patients_from)
     first_settings, formats = worker.all_settings[0], settings.figure_format
-    words = [slides.write(folder, worker.threshold, first_settings, settings.overwrite, formats)]
+    words = [slides.write(folder, worker.fitted, first_settings, settings.overwrite, formats)]
     notes = _notes(worker) + ([f"{plural(failed, 'slide')} without an answer: see {REPORT}."] if failed else [])
     write_index(folder / INDEX, [_index_row(record, slides, folder) for record in all_records], notes)
     if files.run is not None:
@@ -198,7 +198,7 @@ def _conclude(
 def _out_of_fold_words(files: PredictionFiles, records: Sequence[Mapping[str, Any]]) -> str:
     run, settings = files.run, files.settings
     assert run is not None  # noqa: S101 - for the type checker: only called with a run
-    text = f"Each slide is answered by the model of the fold of {run.folder} that did not see it"
+    text = f"Each slide is predicted by the model of the fold of {run.folder} that did not see it"
     if run.repeats > 1 and settings.repeat is None:
         text += f", in the first of {run.repeats} repeats (--repeat takes another)"
     if settings.mode or settings.chunk_size:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from utils.bags.store import Bag, StoredBag
 from utils.prediction.evidence import Evidence
 from utils.prediction.forward_pass import SlideFeed
-from utils.tasks.classification import Classification
+from utils.tasks.task import Task
 
-SEEN = "%s: this model was trained on this %s; its prediction proves nothing"
+SEEN = "%s: this model was trained on this %s; its prediction is not independent evidence"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SlidePrediction:
     """
 
     slide: str
-    task: Classification
+    task: Task
     probabilities: NDArray[np.float64]
     calibrated: NDArray[np.float64] | None
     attention: NDArray[np.float32] | None
@@ -39,11 +39,11 @@ class SlidePrediction:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self.task.class_names
+        return self.task.outputs
 
     @property
     def predicted_class(self) -> str:
-        return self.class_names[int(self.task.decide(self.probabilities))]
+        return str(self.task.target_text(self.task.decide(self.probabilities)))
 
     @property
     def confidence(self) -> float:

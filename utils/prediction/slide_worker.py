@@ -34,6 +34,7 @@ from utils.slides.open_slides import open_slide
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.slide_status import SlideStatus
+from utils.tasks.task import Figures
 
 if TYPE_CHECKING:  # it imports what draws
     from utils.prediction.prediction_pictures import PredictionPictures
@@ -164,11 +165,11 @@ class SlideWorker:
         if run is not None:
             fold = run.slides[slide].fold
             if prediction.seen_as != "":
-                seen = prediction.seen_as and seen_words(prediction.seen_as, record["seen_compared"])
-                raise LiteMILError(
-                    f"{slide}: the model of fold {fold} of {run.folder}, which tests it, was trained on this "
-                    f"{seen or 'or not, which it does not tell'}; train again, without such a leak"
-                )
+                model = f"the model of fold {fold} of {run.folder}, which tests it,"
+                if prediction.seen_as is None:
+                    raise LiteMILError(f"{slide}: {model} does not record its training slides; train again")
+                seen = seen_words(prediction.seen_as, record["seen_compared"])
+                raise LiteMILError(f"{slide}: {model} was trained on this {seen}; train again, without such a leak")
             record["fold"] = fold
         return record | {"request": request_entry(request)}
 
@@ -219,7 +220,7 @@ class SlideWorker:
                 "checkpoint": digest(*(model.path.read_bytes() for model in predictor.trained)),
                 # A checkpoint of the first version leaves this to the command line.
                 "num_heads": sorted({model.checkpoint.model.get("num_heads") or 0 for model in predictor.trained}),
-                "class_names": list(predictor.checkpoint.class_names),
+                **predictor.task.record,
                 "feed": predictor.feed(settings.mode, settings.chunk_size).as_dict(),
                 "feat_type": self.files.feat_type,
                 "recipe": predictor.feature_extractor and predictor.feature_extractor.recipe.as_dict(),
@@ -232,13 +233,13 @@ class SlideWorker:
         return self.all_settings[self.predictors.number(slide)]
 
     @property
-    def threshold(self) -> float | None:
-        """Return the model's threshold; None for several models, and for slides fed in another way than those it was
-        fitted on.
+    def fitted(self) -> Figures | None:
+        """Return what was fitted with the model; None for several models, and for slides fed in another way than those
+        it was fitted on.
         """
         settings, first = self.files.settings, self.predictors.first
         is_same_feed = first.feed(settings.mode, settings.chunk_size) == first.checkpoint.slide_feed
-        return first.checkpoint.selection.get("threshold") if is_same_feed and len(first.trained) == 1 else None
+        return first.checkpoint.fitted if is_same_feed and len(first.trained) == 1 else None
 
     def _picture_inputs(self, source: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the pictures of a record depend on besides its prediction."""

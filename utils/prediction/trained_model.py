@@ -7,6 +7,7 @@ from typing import Any
 
 from MILS import ModelError, mil_name
 from MILS.bag_model import BagModel
+from utils.bags.settings import CHUNK_SIZE
 from utils.bags.spelling import plain_spelling
 from utils.core.cohorts import tcga_case
 from utils.core.differences import first_differences
@@ -65,7 +66,7 @@ class TrainedModel:
         own = self.checkpoint.slide_feed
         if mode is None or mode == own.mode:
             return own if own.mode == "full" else replace(own, chunk_size=chunk_size or own.chunk_size)
-        return SlideFeed.of_mode(mode, chunk_size or 1000)
+        return SlideFeed.of_mode(mode, chunk_size or CHUNK_SIZE)
 
     def check_width(self, width: int, recipe: Recipe, path: Path) -> None:
         """Raise FeatureFileError unless the model takes features `width` wide, which the file `path` holds."""
@@ -204,10 +205,10 @@ def compares_content(models: Sequence[TrainedModel]) -> bool:
 
 
 def seen_compared(models: Sequence[TrainedModel], slide: str, seen: str | None) -> str | None:
-    """Return what the answer `seen` of `seen_as` rests on: the slide's "name" (or its patient's), or its "content".
+    """Return what `seen`, from `seen_as`, was found by: the slide's "name" (or its patient's), or its "content".
 
-    A slide that was not seen by its name alone, as earlier checkpoints know no more, may be a renamed one. None if the
-    answer is unknown.
+    Earlier checkpoints record names alone, so that a slide which was not seen by its name may be a renamed one. None if
+    `seen` is unknown.
     """
     if seen == "":
         return "content" if compares_content(models) else "name"

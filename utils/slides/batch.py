@@ -273,7 +273,7 @@ class _Batch:
         if isinstance(message, WorkerDied):
             clear_parts_of(message.node, message.process, self._report.parent)
             if not message.for_good:
-                log.warning("%s", f"{slide}: {message}; it is tried again")  # each time, not once for all slides
+                log.warning("%s", f"{slide}: {message}; trying it again")  # each time, not once for all slides
                 return
             message = SlideStatus(slide, "failed", f"{slide}: {message}", node=message.node)
         self.statuses[slide] = announced(replace(message, tries=self._tries[slide]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ class Classification(Task):
     main_metrics = METRICS
     calibration_metrics = ("brier", "ece")
     lower_is_better = ("brier", "ece")
+    metric_titles = {"auc": "AUC", "f1_macro": "macro F1"}  # noqa: RUF012 - a constant of the class, as the others
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
@@ -54,6 +56,16 @@ class Classification(Task):
         return self.class_names
 
     @property
+    def record(self) -> dict[str, Any]:
+        """Return the `class_names`."""
+        return {"class_names": list(self.class_names)}
+
+    @property
+    def ranked_outputs(self) -> Sequence[int]:
+        """Return the classes with an AUC (see `metrics.ranked_classes`)."""
+        return ranked_classes(len(self.class_names))
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """Return `METRICS`, then sensitivity and specificity of each class."""
         return metric_names(self.class_names)
@@ -61,6 +73,10 @@ class Classification(Task):
     def target(self, text: str) -> int:
         """Return the index of a class. Raise ValueError for an unknown name."""
         return self.class_names.index(text)
+
+    def target_text(self, targets: np.ndarray) -> np.ndarray:
+        """Return the names of the classes."""
+        return np.array(self.class_names)[targets]
 
     @property
     def strata_names(self) -> tuple[str, ...]:
@@ -80,6 +96,11 @@ class Classification(Task):
         from torch.nn import functional
 
         return functional.cross_entropy(logits.float(), targets, weight=weights, reduction="none")
+
+    @property
+    def chance_loss(self) -> float:
+        """Return the cross-entropy of equal probabilities."""
+        return math.log(len(self.class_names))
 
     def activate(self, logits: Tensor) -> np.ndarray:
         """Return the softmax in float64."""
@@ -108,7 +129,7 @@ class Classification(Task):
         is_defined = metric != "auc" or auc_is_defined(targets, len(self.class_names))
         return "" if is_defined else "lacks a class"
 
-    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
+    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> Figures:
         """Return the `temperature` and, of two classes, the `threshold` with the best balanced accuracy."""
         is_binary = len(self.class_names) == 2
         return {
@@ -116,17 +137,32 @@ class Classification(Task):
             "temperature": fitted_temperature(targets, values),
         }
 
-    def decide(self, values: np.ndarray, threshold: float | None = None) -> np.ndarray:
-        """Return the most probable class `(n,)` int; with a threshold, 1 where the positive probability reaches it."""
-        return values.argmax(axis=-1) if threshold is None else (values[..., 1] >= threshold).astype(int)
+    def fitted_figures(self, fitted: Figures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+        """Return the `threshold`, the metrics at it (`thresholded`) and the `temperature`."""
+        decisions = self.decide_by(fitted, values)
+        return {
+            "threshold": fitted["threshold"],
+            "thresholded": None if decisions is None else self.decision_metrics(targets, decisions),
+            "temperature": fitted["temperature"],
+        }
+
+    def decide(self, values: np.ndarray) -> np.ndarray:
+        """Return the most probable class `(n,)` int."""
+        return values.argmax(axis=-1)
+
+    def decide_by(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
+        """Return 1 where the positive class's probability reaches the `threshold`, else 0; None without one."""
+        threshold = fitted["threshold"]
+        return None if threshold is None else (values[..., 1] >= threshold).astype(int)
 
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
         """Return accuracy, balanced accuracy, macro F1, and each class's sensitivity and specificity."""
         return decision_metrics(targets, decisions, self.class_names)
 
-    def calibrate(self, values: np.ndarray, temperature: float) -> np.ndarray:
-        """Return the temperature-scaled probabilities."""
-        return scale_probabilities(values, temperature)
+    def calibrate(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
+        """Return the probabilities scaled by the `temperature`; None without one."""
+        temperature = fitted["temperature"]
+        return None if temperature is None else scale_probabilities(values, temperature)
 
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows that are surest and correct, surest and wrong, and most uncertain."""
@@ -168,8 +204,3 @@ class Classification(Task):
             changes = [f"{name} {figure_text(scaled[name])} ({figure_text(pooled[name])} as it is)" for name in scaled]
             sentences.append(f"Temperature-scaled as fitted on inner validation, pooled: {', '.join(changes)}.")
         return sentences
-
-    @property
-    def ranked_classes(self) -> Sequence[int]:
-        """Return the classes with an AUC (see `metrics.ranked_classes`)."""
-        return ranked_classes(len(self.class_names))

@@ -27,17 +27,29 @@ class Task(ABC):
         main_metrics: the metrics of validation and of closing tables.
         calibration_metrics: the metrics that calibration should improve.
         lower_is_better: the metrics of which a smaller value is better.
+        metric_titles: the names of metrics in figures, if they differ from those in tables.
     """
 
     figure_names: ClassVar[tuple[str, ...]]
     main_metrics: ClassVar[tuple[str, ...]]
     calibration_metrics: ClassVar[tuple[str, ...]]
     lower_is_better: ClassVar[tuple[str, ...]]
+    metric_titles: ClassVar[Mapping[str, str]]
 
     @property
     @abstractmethod
     def outputs(self) -> tuple[str, ...]:
         """Return the names of the C outputs in columns and records."""
+
+    @property
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """Return what records keep of the task; `tasks.records.task_of` reads it."""
+
+    @property
+    @abstractmethod
+    def ranked_outputs(self) -> Sequence[int]:
+        """Return the outputs whose values rank the slides, each against the rest, as ROC curves show."""
 
     @property
     @abstractmethod
@@ -47,6 +59,10 @@ class Task(ABC):
     @abstractmethod
     def target(self, text: str) -> int:
         """Return the target for a cell of the label table. Raise ValueError if it is not a valid target."""
+
+    @abstractmethod
+    def target_text(self, targets: np.ndarray) -> np.ndarray:
+        """Return the cells `(n,)` of a label table for targets `(n,)`, the inverse of `target`."""
 
     @property
     @abstractmethod
@@ -64,6 +80,11 @@ class Task(ABC):
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Return the loss `(B,)` of each bag; logits are `(B, C)`, targets `(B,)`, weights from `loss_weights`."""
+
+    @property
+    @abstractmethod
+    def chance_loss(self) -> float:
+        """Return the loss of a model that knows nothing of the slides."""
 
     @abstractmethod
     def activate(self, logits: Tensor) -> np.ndarray:
@@ -89,20 +110,28 @@ class Task(ABC):
         """Return why a metric is undefined for these targets; "" if it is defined."""
 
     @abstractmethod
-    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> dict[str, float | None]:
-        """Fit the `threshold` and the `temperature` to inner validation slides and return them; None if undefined."""
+    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> Figures:
+        """Return what is fitted to inner validation slides, by name; None if it is undefined for them."""
 
     @abstractmethod
-    def decide(self, values: np.ndarray, threshold: float | None = None) -> np.ndarray:
+    def fitted_figures(self, fitted: Figures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+        """Return a fold's entries in `outputs.json` on what was fitted: it, and the metrics of test slides by it."""
+
+    @abstractmethod
+    def decide(self, values: np.ndarray) -> np.ndarray:
         """Return the decision `(n,)` int for values `(n, C)`."""
+
+    @abstractmethod
+    def decide_by(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
+        """Return the decision `(n,)` int by what was fitted on validation; None if nothing of it decides."""
 
     @abstractmethod
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
         """Return the metrics that depend on the decisions only."""
 
     @abstractmethod
-    def calibrate(self, values: np.ndarray, temperature: float) -> np.ndarray:
-        """Return the calibrated values `(..., C)`."""
+    def calibrate(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
+        """Return the values `(..., C)` calibrated by what was fitted; None if nothing of it calibrates."""
 
     @abstractmethod
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
