@@ -18,6 +18,7 @@ from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.prediction.out_of_fold import OutOfFold
 from utils.prediction.predictor import SlidePredictor
+from utils.prediction.trained_model import seen_as
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -87,7 +88,7 @@ def test_each_slide_is_answered_as_in_the_runs_table_by_a_model_that_did_not_see
         assert record["probabilities"]["malignant"] == pytest.approx(row["prob_malignant"], abs=1e-6)
         # Any other fold's model of the repeat has seen the slide.
         others = [fold for fold in (1, 2) if fold != row["fold"]]
-        assert all(SlidePredictor(run / f"fold_{fold}_best.pth").seen_as(slide) == "slide" for fold in others)
+        assert all(seen_as(SlidePredictor(run / f"fold_{fold}_best.pth").trained, slide) == "slide" for fold in others)
     table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("wsi_id")
     assert not table["seen_in_training"].any()
     assert (table["label"] == expected.loc[table.index, "label"]).all()

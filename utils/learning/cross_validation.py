@@ -227,24 +227,14 @@ class NestedCrossValidation:
         tester = FoldTester(
             trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for, digests
         )
-        jobs = self.jobs(folds, standardization.folds)
-        train_jobs(trainer, jobs, engine, self._remedy())
+        jobs, remedy = self.jobs(folds, standardization.folds), _remedy(self.cluster, self.dataset)
+        train_jobs(trainer, jobs, engine, remedy)
         choices = [tester.choice(fold, [job for job in jobs if job.fold is fold]) for fold in folds]
         if self.protocol.final == "refit":
-            train_jobs(trainer, [tester.refit_job(choice) for choice in choices], engine, self._remedy())
+            train_jobs(trainer, [tester.refit_job(choice) for choice in choices], engine, remedy)
         results = [tester.test(choice) for choice in choices]
         tester.save_best(results)
         return results
-
-    def _remedy(self) -> str:
-        """Return the advice for a training whose workers die again and again."""
-        if self.cluster.is_asked_for:
-            return "give the same again with fewer --actors"
-        # In the end it ran alone, so fewer workers would not help.
-        less = "--batch_size, --chunk_size or --hidden_dim"
-        if self.dataset.largest_chunk is None:
-            less = "--batch_size or --hidden_dim, or --mode chunked"
-        return f"it needs more memory, or a smaller {less}"
 
     def _record(self, engine: Engine) -> dict[str, Any]:
         # `predict.py --out_of_fold` finds the features by it.
@@ -252,6 +242,17 @@ class NestedCrossValidation:
         return {
             "dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, **run_metadata(self.device)
         }  # fmt: skip
+
+
+def _remedy(cluster: Cluster, dataset: MILDataset) -> str:
+    """Return the advice for a training whose workers die again and again."""
+    if cluster.is_asked_for:
+        return "give the same again with fewer --actors"
+    # In the end it ran alone, so fewer workers would not help.
+    less = "--batch_size, --chunk_size or --hidden_dim"
+    if dataset.largest_chunk is None:
+        less = "--batch_size or --hidden_dim, or --mode chunked"
+    return f"it needs more memory, or a smaller {less}"
 
 
 def _configs(settings: Mapping[str, Any], *kinds: type) -> list[Any]:

@@ -128,23 +128,33 @@ def measure_faithfulness(
     number = len(orders)
     if evidence is not None:
         orders.append(np.lexsort((rng.random(count), -evidence)))
-    group = torch.from_numpy(np.repeat(np.arange(len(edges) - 1, dtype=np.int8), np.diff(edges)))
-    groups = torch.empty((len(orders), count), dtype=torch.int8)
-    for row, order in zip(groups, orders, strict=True):
-        row[torch.from_numpy(order)] = group
+    groups = _groups(orders, edges)
     averages = np.mean([_probabilities(task, member, features, groups)[..., class_index] for member in members], axis=0)
-    prefixes, suffixes = averages[:, 0], averages[:, 1]  # (O, G): the first groups alone, and all but the first ones
-    fractions = edges / count
-    # Without the least attended patches, the most attended remain, and the other way round.
-    by_map = [
-        (Curves(fractions[:-1], suffixes[order], prefixes[order, ::-1], suffixes[1:number]),
-         Curves(fractions[1:], prefixes[order], suffixes[order, ::-1], prefixes[1:number]))
-        for order in (0, *range(number, len(orders)))
-    ]  # fmt: skip
+    by_map = [_curves(averages, edges / count, order, number) for order in (0, *range(number, len(orders)))]
     seeds = [derive_seed(seed, "weights", number) for number in range(_RANDOM_MODELS)]
     randomised = [_randomised_attention(task, models, features, model_seed) for model_seed in seeds]
     correlations = [_rank_correlation(attention, weights) for weights in randomised]
     return Faithfulness(class_index, *by_map[0], randomised[0], correlations, None if evidence is None else by_map[1])
+
+
+def _groups(orders: Sequence[NDArray[np.int64]], edges: NDArray[np.int64]) -> torch.Tensor:
+    """Return the group `(O, N)` int8 of each patch in each order; a group ends at each of the `edges`."""
+    group = torch.from_numpy(np.repeat(np.arange(len(edges) - 1, dtype=np.int8), np.diff(edges)))
+    groups = torch.empty((len(orders), int(edges[-1])), dtype=torch.int8)
+    for row, order in zip(groups, orders, strict=True):
+        row[torch.from_numpy(order)] = group
+    return groups
+
+
+def _curves(averages: NDArray, fractions: NDArray, order: int, number: int) -> tuple[Curves, Curves]:
+    """Return the deletion and insertion curves of an `order`; the random orders are those from 1 to `number`.
+
+    `averages (O, 2, G)` are the class's probabilities of the first groups alone, and of all but the first ones.
+    """
+    prefixes, suffixes = averages[:, 0], averages[:, 1]
+    # Without the least attended patches, the most attended remain, and the other way round.
+    deletion = Curves(fractions[:-1], suffixes[order], prefixes[order, ::-1], suffixes[1:number])
+    return deletion, Curves(fractions[1:], prefixes[order], suffixes[order, ::-1], prefixes[1:number])
 
 
 def _edges(count: int) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class SlidePredictor:
         """
         prediction = self.predict_bag(self.bag(Path(path), feat_type), Path(path), mode, chunk_size)
         if prediction.seen_as:
-            compared = self.seen_compared(prediction.slide, prediction.seen_as)
+            compared = seen_compared(self.trained, prediction.slide, prediction.seen_as)
             log.warning(SEEN, path, seen_words(prediction.seen_as, compared))
         return prediction
 
@@ -176,10 +176,8 @@ class SlidePredictor:
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
             raise CheckpointError(f"{self.path}: its output for {path} is not finite; train the model again")
-        # What was fitted, was fitted to slides that were fed as in the model's evaluation.
-        checkpoints = [model.checkpoint for model in self.trained]
-        fitted = [each.fitted if each.slide_feed == feed else None for each in checkpoints]
-        seen = self.seen_as(path.stem, case_id, _content(bag, features, self.trained))
+        fitted = [model.fitted_to(feed) for model in self.trained]
+        seen = seen_as(self.trained, path.stem, case_id, _content(bag, features, self.trained))
         return SlidePrediction(
             path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, fitted),
             output.attention, bag, feed, seen, output.members, output.evidence,
@@ -196,9 +194,8 @@ class SlidePredictor:
 
     def gives_attention(self) -> bool:
         """Return whether every model returns attention, for a bag of two patches."""
-        bag = torch.zeros(2, self.checkpoint.model["input_dim"])
-        feed = SlideFeed.of_mode("full", 2)
-        outputs = [predict_features(self.task, model, bag, feed, attention=True) for model in self.models]
+        bag, feed = torch.zeros(2, self.checkpoint.model["input_dim"]), SlideFeed.of_mode("full", 2)
+        outputs = (predict_features(self.task, model, bag, feed, attention=True) for model in self.models)
         return all(output.attention is not None for output in outputs)
 
     def require(self, *, recipe: Recipe | None = None, **expected: Any) -> None:
@@ -216,7 +213,7 @@ class SlidePredictor:
             **models_provenance(self.trained),
             "recipe": passport.recipe.as_dict() if passport else None,
             "slide_record": passport.slide if passport else None,
-            "seen_compared": self.seen_compared(prediction.slide, prediction.seen_as),
+            "seen_compared": seen_compared(self.trained, prediction.slide, prediction.seen_as),
         }
 
     @property
@@ -228,16 +225,6 @@ class SlidePredictor:
         mode = check_setting(Prediction, "mode", mode)
         chunk_size = check_setting(Prediction, "chunk_size", chunk_size)
         return common_feed(self.trained, mode, chunk_size)
-
-    def seen_as(
-        self, slide: str, case_id: str | None = None, content: Mapping[str, str | None] | None = None
-    ) -> str | None:
-        """Return whether a model was trained on the slide (see `trained_model.seen_as`)."""
-        return seen_as(self.trained, slide, case_id, content)
-
-    def seen_compared(self, slide: str, seen: str | None) -> str | None:
-        """Return what `seen`, from `seen_as`, was found by (see `trained_model.seen_compared`)."""
-        return seen_compared(self.trained, slide, seen)
 
     def _checked_extractor(self, slide: Slide) -> WSIFeatureExtractor:
         """Return the feature extractor. Raises RecipeError if the slide's features would differ from the training's."""
@@ -261,9 +248,8 @@ class SlidePredictor:
             log.warning("%s: made in another way than the training features (%s)", path, difference)
         unknown = next(filter(None, (model.unknown_fields(recipe, mpp) for model in self.trained)), [])
         if unknown and not self._warned:
-            log.warning(
-                "%s: %s not recorded on both sides, so not compared with the training", path, ", ".join(unknown)
-            )
+            text = "%s: %s not recorded on both sides, so not compared with the training"
+            log.warning(text, path, ", ".join(unknown))
             self._warned = True
 
 

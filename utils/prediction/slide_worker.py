@@ -28,7 +28,7 @@ from utils.prediction.prediction_table import SlideInfo
 from utils.prediction.predictor import SlidePredictor
 from utils.prediction.settings import PredictionRecipe
 from utils.prediction.slide_prediction import SlidePrediction
-from utils.prediction.trained_model import seen_words
+from utils.prediction.trained_model import seen_as, seen_compared, seen_words
 from utils.slides.find import is_slide_file
 from utils.slides.open_slides import open_slide
 from utils.slides.slide import Slide
@@ -108,13 +108,10 @@ class SlideWorker:
             size = None if self.drawing is None or slide is None else self.drawing.check(slide, source, bag)
             case_id = self._case_of(source)
             wants_evidence = self.drawing is not None or settings.faithfulness
-            prediction = predictor.predict_bag(
-                bag, source, settings.mode, settings.chunk_size, case_id, evidence=wants_evidence
-            )
+            feed = settings.mode, settings.chunk_size
+            prediction = predictor.predict_bag(bag, source, *feed, case_id, evidence=wants_evidence)
             record = self._record(prediction, predictor, request)
-            if earlier.get("seen_as") == record["seen_as"]:
-                entries = ("evidence", "faithfulness", "pictures")
-                record |= {name: earlier[name] for name in entries if name in earlier}
+            record |= _same_entries(record, earlier)
             if wants_evidence:
                 record["evidence"] = prediction.evidence_entry()
             faithfulness = self._faithfulness(source, prediction, predictor)
@@ -238,8 +235,8 @@ class SlideWorker:
         it was fitted on.
         """
         settings, first = self.files.settings, self.predictors.first
-        is_same_feed = first.feed(settings.mode, settings.chunk_size) == first.checkpoint.slide_feed
-        return first.checkpoint.fitted if is_same_feed and len(first.trained) == 1 else None
+        feed = first.feed(settings.mode, settings.chunk_size)
+        return first.trained[0].fitted_to(feed) if len(first.trained) == 1 else None
 
     def _picture_inputs(self, source: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the pictures of a record depend on besides its prediction."""
@@ -274,15 +271,22 @@ class SlideWorker:
         return [*features, *pictures, *(self._faithfulness_paths(folder, slide) if is_measured else [])]
 
 
+def _same_entries(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of an earlier record of the same request that hold for the new one."""
+    if earlier.get("seen_as") != record["seen_as"]:
+        return {}
+    return {name: earlier[name] for name in ("evidence", "faithfulness", "pictures") if name in earlier}
+
+
 def _is_seen_alike(record: Mapping[str, Any], predictor: SlidePredictor, case_id: str | None) -> bool:
     """Return whether a record of the same file and checkpoints says of training what would be said now."""
     slide, compared = record["slide"], record.get("seen_compared")
     if record["seen_as"] == "slide" and compared == "content":
         return True
-    seen = predictor.seen_as(slide, case_id)
+    seen = seen_as(predictor.trained, slide, case_id)
     if "seen_compared" not in record:  # earlier versions compared names
         compared = seen if seen is None else "name"
-    return record["seen_as"] == seen and compared == predictor.seen_compared(slide, seen)
+    return record["seen_as"] == seen and compared == seen_compared(predictor.trained, slide, seen)
 
 
 def _faithfulness_digest(faithfulness: Mapping[str, Any] | str | None) -> str | None:

@@ -16,6 +16,7 @@ from utils.core.recipe import Recipe, mpp_difference
 from utils.core.runtime import log
 from utils.prediction.checkpoint import Checkpoint, id_digests
 from utils.prediction.forward_pass import SlideFeed
+from utils.tasks.task import Figures
 
 BY_NAME = (
     "compared with the training slides by name alone, as the checkpoint does not record their content: a renamed copy "
@@ -51,6 +52,10 @@ class TrainedModel:
             if value is not None and value != own:
                 text = f"records no {name}, so not" if own is None else f"was trained with {name} {own!r}, not"
                 raise CheckpointError(f"{self.path}: {text} {value!r}; leave that setting out")
+
+    def fitted_to(self, feed: SlideFeed) -> Figures | None:
+        """Return what was fitted to inner validation if slides were fed so there, else None."""
+        return self.checkpoint.fitted if self.checkpoint.slide_feed == feed else None
 
     def require_recipe(self, recipe: Recipe) -> None:
         """Raise RecipeError if a recipe contradicts that of the training features."""
