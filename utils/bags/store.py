@@ -104,6 +104,10 @@ def is_feature_file(path: Path) -> bool:
     return path.suffix.lower() in FEATURE_EXTENSIONS
 
 
+def is_tensor_file(path: Path) -> bool:
+    return path.suffix.lower() in _TENSOR_EXTENSIONS
+
+
 def peek_bag(path: Path, feat_type: str = "features") -> BagInfo:
     """Return the bag's size and passport. Raises FeatureFileError as `read_bag` does, but does not check the values."""
     path = Path(path)
@@ -174,7 +178,7 @@ def bag_writer(path: Path, dim: int, dtype: np.dtype | str) -> Iterator["BagWrit
     """
     path = Path(path)
     check_writable(path)
-    kind = TensorWriter if path.suffix.lower() in _TENSOR_EXTENSIONS else HDF5Writer
+    kind = TensorWriter if is_tensor_file(path) else HDF5Writer
     with whole_file(path) as unfinished, unfinished.open("wb") as file:
         yield kind(file, dim, np.dtype(dtype))
 

@@ -6,6 +6,8 @@ import numpy as np
 
 from utils.tasks.task import Figures, Task, single
 
+Interval = tuple[float, float] | None
+
 RESAMPLES = 1000
 # Of fewer patients an interval of no width says that there are few, not that other patients would give the same: all
 # of nine are right in one of twenty cohorts even if 28% of such patients are not.
@@ -45,7 +47,16 @@ def bootstrap_intervals(
     return {name: _unless_too_few(interval(values), patients) for name, values in draws.items()}
 
 
-def _unless_too_few(limits: tuple[float, float] | None, patients: int) -> tuple[float, float] | None:
+def mean_interval(values: np.ndarray, cases: np.ndarray, seed: int, resamples: int = RESAMPLES) -> Interval:
+    """Return the 95% percentile interval of the mean of slides' `values (n,)` over resampled patients, `cases (n,)`.
+
+    None under the conditions of `bootstrap_intervals`.
+    """
+    draws = [weights @ values / weights.sum(axis=1) for weights in _resampled(cases, seed, resamples)]
+    return _unless_too_few(interval(np.concatenate(draws)), len(np.unique(cases)))
+
+
+def _unless_too_few(limits: Interval, patients: int) -> Interval:
     has_width = limits is not None and limits[1] - limits[0] > _ROUNDING
     return limits if patients >= MANY_PATIENTS or (patients > 1 and has_width) else None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from utils.evaluation.bootstrap import bootstrap_draws, bootstrap_intervals, pooled_metrics
+from utils.evaluation.bootstrap import Interval, bootstrap_draws, bootstrap_intervals, pooled_metrics
 from utils.tasks.classification import Classification
 from utils.tasks.metrics import mean_and_std
 from utils.tasks.records import task_of
@@ -19,8 +19,6 @@ from utils.tasks.task import Figures, Task
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("calibrated probability", f"{calibrated[record['predicted_class']]:.1%} (temperature {text})"))
     if record.get("evidence"):
         facts.append(("evidence", evidence_text(record)))
+    facts += _localization(record.get("localization") or {"classes": {}})
     if record.get("faithfulness"):
         facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
         if "evidence" in record["faithfulness"]:
@@ -127,6 +128,23 @@ def _faithfulness(curves: Mapping[str, Any]) -> str:
         for name in ("deletion", "insertion")
     ]
     return f"mean probability against random orders: {', '.join(gaps)}"
+
+
+def _localization(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return how well the maps find the patches annotated as each class."""
+    facts = []
+    for name, found in entry["classes"].items():
+        maps = [_map_text(kind, found[kind]) for kind in ("attention", "evidence") if found.get(kind)]
+        texts = [f"{found['patches']:,} of {found['of']:,} patches", *filter(None, maps)]
+        facts.append((f"annotated {name}", "; ".join(texts)))
+    return facts
+
+
+def _map_text(kind: str, scores: Mapping[str, float | None]) -> str:
+    if scores["auc"] is None:
+        return ""
+    pointing = {0.0: "no", 1.0: "yes"}.get(scores["pointing"] or 0.0, f"{scores['pointing']:.0%} of tied ones")
+    return f"{kind} AUC {scores['auc']:.3f}, top patch in it: {pointing}, overlap {scores['overlap']:.3f}"
 
 
 def evidence_text(record: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ def check_drawable(
         )
     with opened(wsi) as slide:
         _check_same_slide(slide, source, bag.passport.slide if bag.passport else {}, allow_renamed)
-        size = bag.patch_size_level0 or _size_level0(slide, source, patch_size, level or 0)
+        size = patch_edge(slide, source, bag, patch_size, level)
         _check_on_slide(slide, bag.coords, size)
     return size
 
@@ -63,9 +63,21 @@ def _check_same_slide(slide: Slide, source: Path, record: Mapping[str, Any], all
         )
 
 
-def _size_level0(slide: Slide, source: Path, patch_size: int | None, level: int) -> int:
+def patch_edge(
+    slide: Slide | None, source: Path, bag: Bag | StoredBag, patch_size: int | None, level: int | None
+) -> int:
+    """Return the edge of a bag's patches in level-0 px, as recorded, or by `patch_size` and `level`.
+
+    Without the slide, only patches of level 0 have a known edge. Raises ConfigError.
+    """
+    if bag.patch_size_level0 is not None:
+        return bag.patch_size_level0
     if patch_size is None:
         raise ConfigError(f"{source}: does not record the patch size; give --patch_size, and --level if not 0")
+    if not level:
+        return patch_size
+    if slide is None:
+        raise ConfigError(f"{source}: does not record the patch size; --level {level} needs the slide: give --wsi")
     slide.check_level(level)
     return level0_size(patch_size, slide.level_downsamples[level])
 

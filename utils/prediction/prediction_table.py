@@ -19,12 +19,13 @@ from utils.core.files import digest, read_record, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
-from utils.evaluation.closing_table import figures_row, interval_words, intervals_row, task_of, text_table
+from utils.evaluation import localization
+from utils.evaluation.closing_table import figures_row, interval_words, intervals_row, text_table
 from utils.evaluation.outputs import NO_PATIENTS, write_table
 from utils.evaluation.predictions import Predictions
 from utils.prediction.existing_records import ENDING
 from utils.prediction.trained_model import BY_NAME
-from utils.tasks.records import FIGURE_NAMES
+from utils.tasks.records import FIGURE_NAMES, task_of
 from utils.tasks.task import Figures, Task
 
 if TYPE_CHECKING:
@@ -135,10 +136,21 @@ class PredictedSlides:
             "n_seen_in_training": int(is_seen.sum()),
             "n_seen_under_another_name": num_renamed,
             "n_unseen_by_name_alone": num_by_name,
+            "localization": self.localization(),
             "unseen": _figures(replace(predictions, decisions=None).where(is_unseen))
             if is_seen.any() and is_unseen.any()
             else None,
         }
+
+    def localization(self) -> dict[str, Any] | None:
+        """Return the mean scores of the maps against annotations, by class; None if no slide's maps are scored.
+
+        A slide of no known patient is taken as a patient of its own.
+        """
+        records = [record for record in self.records if record.get("localization")]
+        infos = [self.infos.get(record["slide"], SlideInfo()) for record in records]
+        cases = [info.case_id or record["slide"] for info, record in zip(infos, records, strict=True)]
+        return localization.mean_scores([record["localization"] for record in records], cases, _SEED) or None
 
     @staticmethod
     def _seen_counts(records: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
@@ -174,7 +186,8 @@ class PredictedSlides:
         if not self.rows:
             if read_record(folder / SCORES).get("settings") != settings:
                 _clear_scores(folder, overwrite)
-            return _seen_words(*self._seen_counts(self.records))
+            sentences = localization.means_text(self.localization() or {})
+            return " ".join(filter(None, [*sentences, _seen_words(*self._seen_counts(self.records))]))
         scores = {"settings": dict(settings), "labels": self._labels_digest(), **self.scores(fitted)}
         earlier = read_record(folder / SCORES)
         if earlier and any(earlier.get(name) != scores[name] for name in ("settings", "labels")):
@@ -238,7 +251,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     words = [f"{counts} {interval_words(scores)}"]
     if scores["patients_from"] == NO_PATIENTS:
         words.append("No patients are known: where some have several slides, the intervals are too narrow.")
-    words += task.closing_sentences(scores)
+    words += [*task.closing_sentences(scores), *localization.means_text(scores["localization"] or {})]
     counts = ("n_seen_in_training", "n_seen_under_another_name", "n_unseen_by_name_alone")
     words.append(_seen_words(*(scores[name] for name in counts)))
     if scores["unseen"] is not None:

@@ -20,6 +20,7 @@ from utils.core.runtime import log
 from utils.core.text import NOTICE
 from utils.pictures.index_page import INDEX, IndexRow, write_index
 from utils.pictures.prediction_caption import prediction_title
+from utils.prediction.annotations import Annotations
 from utils.prediction.existing_records import ENDING, check_settings, has_settings
 from utils.prediction.inputs import DEFAULT_FOLDER, PredictionFiles
 from utils.prediction.prediction_table import REPORT, PredictedSlides, SlideInfo, earlier_slides
@@ -97,7 +98,8 @@ def predict_files(
     their figures. Returns the status of each slide and the closing words. Raises if a single slide fails.
     """
     settings, folder, cluster = files.settings, output_folder(files, predictors), cluster or Cluster()
-    _check_attention(predictors, {"--visualize": drawing is not None, "--faithfulness": settings.faithfulness})
+    needing = {"--visualize": drawing is not None, "--faithfulness": settings.faithfulness}
+    _check_attention(predictors, needing | {"--annotations": settings.annotations is not None})
     first = predictors.first.checkpoint
     rows = files.label_rows(first.class_names, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
@@ -108,12 +110,26 @@ def predict_files(
         infos |= {slide: SlideInfo(tested.case_id, tested.label) for slide, tested in files.run.slides.items()}
     mpps = SlideMpps.read(recipe.slides_csv, recipe.slide_mpp)
     mpps.check(files.sources, settings.input or Path(str(settings.input_dir)))
-    worker = SlideWorker(predictors, files, recipe, drawing, infos, mpps)
+    annotations = _annotations(predictors, files, recipe)
+    worker = SlideWorker(predictors, files, recipe, drawing, infos, mpps, annotations)
     if settings.input is None:
         return _predict_folder(worker, folder, rows, cluster)
     if cluster.is_asked_for:
         raise ConfigError("--ray distributes the slides of a folder; give --input_dir with it")
     return _predict_slide(worker, settings.input, files.targets(folder)[settings.input])
+
+
+def _annotations(predictors: Predictors, files: PredictionFiles, recipe: PredictionRecipe) -> Annotations | None:
+    """Return what maps are scored against, if anything; warn of its files that match no slide."""
+    settings = files.settings
+    if settings.annotations is None:
+        return None
+    annotations = Annotations(
+        settings.annotations, settings.annotation_class, predictors.first.task.outputs, recipe,
+        is_folder=settings.input is None,
+    )  # fmt: skip
+    annotations.log_unused(files.sources)
+    return annotations
 
 
 def _check_attention(predictors: Predictors, flags: Mapping[str, bool]) -> None:

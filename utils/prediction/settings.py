@@ -63,6 +63,18 @@ class Prediction(Settings):
     faithfulness: bool = option(
         False, "measure whether the attention matters: remove and add patches in its order, and in random ones"
     )
+    annotations: Path | None = option(
+        None,
+        "score attention and evidence against what is annotated: a QuPath GeoJSON file, a folder of <slide>.geojson, "
+        "or inst_labels, the labels of patches in the feature files",
+        metavar="FILE|DIR|inst_labels",
+    )
+    annotation_class: tuple[str, ...] = option(
+        (),
+        "the class of the model that a class of --annotations, or a number of inst_labels, stands for, such as "
+        "Tumor=malignant (default: the class of the same name; of two classes 1 is the last)",
+        metavar="NAME=CLASS",
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
     allow_mismatch: bool = option(False, "predict even if the features were made with another recipe than the model's")
@@ -96,6 +108,11 @@ class Prediction(Settings):
         for name in ("labels_csv", "extensions"):
             if self.input is not None and getattr(self, name):
                 raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
+        if self.annotation_class and self.annotations is None:
+            raise ConfigError(
+                f"--annotation_class {' '.join(self.annotation_class)}: goes with --annotations; give it, or leave "
+                "--annotation_class out"
+            )
         if self.allow and self.labels_csv is None and self.out_of_fold is None:
             raise ConfigError(
                 f"--allow {' '.join(self.allow)}: is about rows of --labels_csv; give it, or leave --allow out"

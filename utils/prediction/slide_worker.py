@@ -21,6 +21,7 @@ from utils.core.runtime import log, versions
 from utils.core.text import NOTICE
 from utils.pictures.prediction_caption import prediction_title
 from utils.pictures.settings import Pictures
+from utils.prediction.annotations import Annotations
 from utils.prediction.existing_records import FAITHFULNESS, clear_pictures, read_finished, request_entry, request_of
 from utils.prediction.faithfulness import Faithfulness
 from utils.prediction.inputs import PredictionFiles
@@ -37,6 +38,7 @@ from utils.slides.slide_status import SlideStatus
 from utils.tasks.task import Figures
 
 if TYPE_CHECKING:  # it imports what draws
+    from utils.pictures.picture_set import PictureSet
     from utils.prediction.prediction_pictures import PredictionPictures
 
 
@@ -78,6 +80,7 @@ class SlideWorker:
     drawing: PredictionPictures | None
     infos: Mapping[str, SlideInfo]
     mpps: SlideMpps
+    annotations: Annotations | None = None
 
     def __call__(self, source: Path, target: Path) -> SlideStatus:
         started = time.perf_counter()
@@ -107,13 +110,15 @@ class SlideWorker:
             bag = self._bag(source, slide, predictor, folder if self.recipe.save_features else Path(scratch))
             size = None if self.drawing is None or slide is None else self.drawing.check(slide, source, bag)
             case_id = self._case_of(source)
-            wants_evidence = self.drawing is not None or settings.faithfulness
+            wants_evidence = self.drawing is not None or settings.faithfulness or self.annotations is not None
             feed = settings.mode, settings.chunk_size
             prediction = predictor.predict_bag(bag, source, *feed, case_id, evidence=wants_evidence)
             record = self._record(prediction, predictor, request)
             record |= _same_entries(record, earlier)
             if wants_evidence:
                 record["evidence"] = prediction.evidence_entry()
+            if self.annotations is not None:
+                record["localization"] = self.annotations.entry(source, prediction, slide, self.files.feat_type)
             faithfulness = self._faithfulness(source, prediction, predictor)
             if settings.faithfulness:
                 record["faithfulness"] = faithfulness and faithfulness.as_dict()
@@ -123,9 +128,7 @@ class SlideWorker:
             pictures = None
             if self.drawing is not None and slide is not None and size is not None:
                 pictures = self.drawing.pictures(slide, folder, prediction, size, record)
-                names = [file.relative_to(folder).as_posix() for file in pictures.files]
-                names += record.get("pictures", {}).get("files", [])  # earlier ones in other formats
-                record["pictures"] = self._picture_inputs(source, record) | {"files": list(dict.fromkeys(names))}
+                record["pictures"] = self._picture_inputs(source, record) | _picture_files(pictures, folder, record)
             # Before drawing, so that a killed run leaves no pictures beside the record of another prediction.
             write_json(target, record)
             if faithfulness is not None:
@@ -211,20 +214,7 @@ class SlideWorker:
     @cached_property
     def all_settings(self) -> list[dict[str, Any]]:
         """Return the settings that change a prediction, of each predictor."""
-        settings = self.files.settings
-        return [
-            {
-                "checkpoint": digest(*(model.path.read_bytes() for model in predictor.trained)),
-                # A checkpoint of the first version leaves this to the command line.
-                "num_heads": sorted({model.checkpoint.model.get("num_heads") or 0 for model in predictor.trained}),
-                **predictor.task.record,
-                "feed": predictor.feed(settings.mode, settings.chunk_size).as_dict(),
-                "feat_type": self.files.feat_type,
-                "recipe": predictor.feature_extractor and predictor.feature_extractor.recipe.as_dict(),
-                "litemil": versions()["litemil"],
-            }
-            for predictor in self.predictors.each
-        ]
+        return [_settings_of(predictor, self.files) for predictor in self.predictors.each]
 
     def settings_of(self, slide: str) -> dict[str, Any]:
         return self.all_settings[self.predictors.number(slide)]
@@ -242,7 +232,9 @@ class SlideWorker:
         """Return what the pictures of a record depend on besides its prediction."""
         assert self.drawing is not None  # noqa: S101 - for the type checker: only called where pictures are drawn
         look = self.drawing.picture_settings(source)
-        return {"look": look, "faithfulness": _faithfulness_digest(record.get("faithfulness"))}
+        inputs = {"look": look, "faithfulness": _faithfulness_digest(record.get("faithfulness"))}
+        annotated = record.get("localization")
+        return inputs | ({"localization": annotated["digest"]} if annotated else {})
 
     def _has_same_pictures(self, record: Mapping[str, Any], source: Path) -> bool:
         """Return whether the record's pictures are those that would be drawn now."""
@@ -254,6 +246,10 @@ class SlideWorker:
         """Return whether an earlier record and its files have everything that this command asks for."""
         if self.files.settings.faithfulness and "faithfulness" not in record:
             return False
+        if self.annotations is not None:
+            earlier = record.get("localization") or {}
+            if "localization" not in record or earlier.get("digest") != self.annotations.digest_of(source):
+                return False
         files = self.output_files(record, folder)
         if self.drawing is not None:
             if "evidence" not in record or not self._has_same_pictures(record, source):
@@ -271,11 +267,31 @@ class SlideWorker:
         return [*features, *pictures, *(self._faithfulness_paths(folder, slide) if is_measured else [])]
 
 
+def _settings_of(predictor: SlidePredictor, files: PredictionFiles) -> dict[str, Any]:
+    """Return the settings that change a predictor's predictions."""
+    return {
+        "checkpoint": digest(*(model.path.read_bytes() for model in predictor.trained)),
+        # A checkpoint of the first version leaves this to the command line.
+        "num_heads": sorted({model.checkpoint.model.get("num_heads") or 0 for model in predictor.trained}),
+        **predictor.task.record,
+        "feed": predictor.feed(files.settings.mode, files.settings.chunk_size).as_dict(),
+        "feat_type": files.feat_type,
+        "recipe": predictor.feature_extractor and predictor.feature_extractor.recipe.as_dict(),
+        "litemil": versions()["litemil"],
+    }
+
+
 def _same_entries(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of an earlier record of the same request that hold for the new one."""
     if earlier.get("seen_as") != record["seen_as"]:
         return {}
-    return {name: earlier[name] for name in ("evidence", "faithfulness", "pictures") if name in earlier}
+    return {name: earlier[name] for name in ("evidence", "localization", "faithfulness", "pictures") if name in earlier}
+
+
+def _picture_files(pictures: PictureSet, folder: Path, record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of a record's pictures: those to be drawn, and earlier ones in other formats."""
+    names = [file.relative_to(folder).as_posix() for file in pictures.files]
+    return {"files": list(dict.fromkeys([*names, *record.get("pictures", {}).get("files", [])]))}
 
 
 def _is_seen_alike(record: Mapping[str, Any], predictor: SlidePredictor, case_id: str | None) -> bool:

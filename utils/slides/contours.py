@@ -100,7 +100,7 @@ class ContourFile:
         if not tissue:
             raise SlideError(f"{self.path}: {shortage_of(areas, self.classes)}")
         cut_out = [area for area in areas if area.is_cut_out(self.classes)]
-        offset = self._offset(slide, tissue, cut_out)
+        offset = self.origin(slide, tissue, cut_out)
         check_position(slide, tissue, cut_out, offset, self.path)
         shape = mask_shape(slide)
         to_mask = np.array([shape[1] / slide.width, shape[0] / slide.height])
@@ -119,11 +119,16 @@ class ContourFile:
         frame = self.content.get("litemil") if isinstance(self.content, Mapping) else None
         return frame if isinstance(frame, Mapping) else None
 
-    def _offset(self, slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area]) -> NDArray[np.float64]:
-        """Return the origin (x, y) of its polygons in level-0 px, as recorded, or as their positions show."""
+    def origin(self, slide: Slide | None, areas: Sequence[Area], cut_out: Sequence[Area]) -> NDArray[np.float64]:
+        """Return the origin (x, y) of its polygons in level-0 px, as recorded, or as their positions show.
+
+        Without a slide, a file that records no origin counts from the slide's own corner.
+        """
         frame = self._frame
+        if slide is None:
+            return np.array((frame or {}).get("offset", (0, 0)), dtype=float)
         if frame is None:
-            return find_offset(slide, tissue, cut_out, self.path)
+            return find_offset(slide, areas, cut_out, self.path)
         size = frame.get("width", slide.width), frame.get("height", slide.height)
         if size != (slide.width, slide.height):
             raise SlideError(

@@ -1,4 +1,4 @@
-"""Match the files in the folder of `--tissue` to slides."""
+"""Match the files in a folder of outlines (`--tissue`, `--annotations`) to slides."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -16,16 +16,18 @@ _NAMED = 4
 class OutlineFolder:
     """A folder of files `<slide>.geojson` or `<slide>.svs.geojson`, with that ending in any case.
 
-    With `is_strict` every slide needs a file. Slides are given with the subfolder that holds their file.
+    With `is_strict` every slide needs a file. Slides are given with the subfolder that holds their file. `flag` is the
+    flag that names the folder.
     """
 
     path: Path
     is_strict: bool = False
+    flag: str = "--tissue"
     _listings: dict[Path, list[Path]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.path.is_dir():
-            raise ConfigError(f"--tissue {self.path}: no such folder; give that of the .geojson files")
+            raise ConfigError(f"{self.flag} {self.path}: no such folder; give that of the .geojson files")
 
     def file_of(self, slide: Path, subfolder: Path) -> Path | None:
         """Return the file with a slide's outlines, or None.
