@@ -39,7 +39,7 @@ def test_the_slides_are_what_they_are_made_for(extraction, tmp_path, monkeypatch
         with extraction.open_slide(extraction.write_slide(tmp_path / f"{tile}.tif", 700, tile)) as slide:
             assert slide.vendor == vendor
             assert slide.level_dimensions == ((700, 700), (175, 175), (43, 43))
-            assert slide._tile_reader() is not None
+            assert slide.tile_reader is not None
 
 
 def test_a_patch_that_differs_ends_the_run(extraction, tmp_path, monkeypatch):

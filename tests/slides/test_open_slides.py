@@ -5,6 +5,8 @@ import pickle
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import openslide
@@ -93,8 +95,10 @@ def test_transparent_pixels_are_white_and_half_transparent_ones_half(tmp_path, n
 def test_the_slides_own_background_colour_is_used():
     rgba = np.zeros((1, 2, 4), dtype=np.uint8)
     rgba[0, 1] = (10, 20, 30, 255)
-    assert slide_module.opaque(rgba, open_slides._background("E0E1E2")).tolist() == [[[224, 225, 226], [10, 20, 30]]]
-    assert open_slides._background(None) == open_slides._background("no colour") == (255, 255, 255)
+    assert slide_module.opaque(rgba, open_slides.background_colour("E0E1E2")).tolist() == [
+        [[224, 225, 226], [10, 20, 30]]
+    ]
+    assert open_slides.background_colour(None) == open_slides.background_colour("no colour") == (255, 255, 255)
 
 
 def test_a_thumbnail_is_the_slide_averaged(place_slide):
@@ -451,7 +455,7 @@ def test_the_fast_reader_is_chosen_and_gives_openslides_pixels(tmp_path, factors
             np.testing.assert_array_equal(
                 slide.read_region(x, y, level, 140, 90), by_openslide(path, x, y, level, 140, 90)
             )
-        assert slide._tile_reader() is not None
+        assert slide.tile_reader is not None
     assert not caplog.records
 
 
@@ -468,7 +472,7 @@ def test_a_reader_that_is_wrong_by_one_grey_level_is_not_used(tmp_path, caplog, 
     with caplog.at_level(logging.INFO), open_slide(path) as slide:
         for _ in range(2):
             np.testing.assert_array_equal(slide.read_level(0, 5, 5, 99, 99), by_openslide(path, 5, 5, 0, 99, 99))
-        assert slide._tile_reader() is None
+        assert slide.tile_reader is None
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert "a.tif: read through OpenSlide" in record.message
@@ -494,10 +498,14 @@ def test_a_slide_with_damaged_tiles_is_still_read_elsewhere(tmp_path, damaged_ti
 
 def test_a_reader_that_fails_where_openslide_does_not_is_not_used(tmp_path, monkeypatch):
     path = write_jpeg_pyramid(tmp_path / "a.tif", factors=(1,))
-    monkeypatch.setattr(tiles, "_EOI", b"no stream ends like this")
+
+    def failing(*_, **__):
+        raise ValueError("no stream that it knows")
+
+    monkeypatch.setattr(tiles.imagecodecs, "jpeg8_decode", failing)
     with open_slide(path) as slide:
         np.testing.assert_array_equal(slide.read_level(0, 5, 5, 99, 99), by_openslide(path, 5, 5, 0, 99, 99))
-        assert slide._tile_reader() is None
+        assert slide.tile_reader is None
 
 
 def test_threads_that_read_first_choose_one_reader(tmp_path, monkeypatch):
@@ -549,7 +557,7 @@ def test_a_slide_that_travels_keeps_what_the_user_said_of_it(tmp_path):
 
 def test_a_closed_slide_gives_its_fast_reader_back(tmp_path):
     slide = open_slide(write_jpeg_pyramid(tmp_path / "a.tif"))
-    reader = slide.read_level(0, 0, 0, 5, 5) is not None and slide._tile_reader()
+    reader = slide.tile_reader
     slide.close()
     with pytest.raises(SlideError, match="closed"):
         slide.read_level(0, 0, 0, 5, 5)
@@ -563,9 +571,11 @@ def test_transparent_and_half_transparent_px_are_composed_on_the_slides_colour(t
     region = Image.new("RGBA", (4, 3), (0, 0, 0, 0))
     region.putpixel((1, 1), (10, 20, 30, 255))
     region.putpixel((2, 1), (100, 100, 100, 51))  # a fifth
+    monkeypatch.setattr(TileReader, "open", lambda *_: None)
+    monkeypatch.setattr(open_slides, "background_colour", lambda _: (255, 200, 150))
     with open_slide(path) as slide:
-        slide._tiles, slide._chosen, slide._background = None, True, (255, 200, 150)
-        monkeypatch.setattr(slide._handle, "read_region", lambda *args: region)
+        assert slide.level_dimensions == ((700, 500),)
+        monkeypatch.setattr(openslide.OpenSlide, "read_region", lambda *args: region)
         pixels = slide.read_level(0, 0, 0, 4, 3)
     assert pixels[1, 1].tolist() == [10, 20, 30]
     assert pixels[1, 2].tolist() == [224, 180, 140]
@@ -669,8 +679,14 @@ def test_a_table_that_is_not_text_or_not_there(tmp_path):
 def test_a_series_of_dicom_files_is_one_slide(tmp_path, monkeypatch):
     names = ["a_0.dcm", "a_1.dcm", "b_0.dcm", "broken.dcm", "c.svs", "other/a_0.dcm"]
     slides = [tmp_path / name for name in names]
-    series = {"a_0.dcm": "1", "a_1.dcm": "1", "b_0.dcm": "2", "broken.dcm": None}
-    monkeypatch.setattr(find, "_series", lambda path: series[path.name])
+    series = {"a_0.dcm": "1", "a_1.dcm": "1", "b_0.dcm": "2"}
+
+    def opened(path):
+        if path.name not in series:
+            raise openslide.OpenSlideError("no DICOM")
+        return nullcontext(SimpleNamespace(properties={"dicom.SeriesInstanceUID": series[path.name]}))
+
+    monkeypatch.setattr(find.openslide, "OpenSlide", opened)
     kept = find.one_per_series([*slides, tmp_path / "broken.dcm"])
     assert [path.relative_to(tmp_path).as_posix() for path in kept] == [
         "a_0.dcm", "b_0.dcm", "broken.dcm", "c.svs", "other/a_0.dcm", "broken.dcm",
@@ -679,10 +695,12 @@ def test_a_series_of_dicom_files_is_one_slide(tmp_path, monkeypatch):
 
 def test_a_real_dicom_file_tells_its_series(shared_data, tmp_path):
     (found,) = (shared_data / "slides").glob("*.dcm")
-    shutil.copy(found, tmp_path / "a.dcm")
-    assert find._series(tmp_path / "a.dcm")
-    (tmp_path / "b.dcm").write_bytes(b"no DICOM")
-    assert find._series(tmp_path / "b.dcm") is None
+    for name in ("a.dcm", "b.dcm"):
+        shutil.copy(found, tmp_path / name)
+    for name in ("c.dcm", "d.dcm"):
+        (tmp_path / name).write_bytes(b"no DICOM")
+    slides = [tmp_path / f"{name}.dcm" for name in "abcd"]
+    assert find.one_per_series(slides) == [slides[0], *slides[2:]]
 
 
 def test_a_closed_slide_stays_closed(shared_data):

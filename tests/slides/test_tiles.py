@@ -218,10 +218,11 @@ def test_subsampled_jpeg_2000_is_an_error_and_so_left_to_openslide(tmp_path):
         stream[46:48] = stream[49:51] = b"\2\1"
         return bytes(stream)
 
-    _, reader = both(write_slide(tmp_path / "a.tif", jpeg_2000, "rgb", 33005, description=APERIO))
-    data = subsampled(stained_image(TILE, TILE))
+    path = write_slide(tmp_path / "a.tif", jpeg_2000, "rgb", 33005, description=APERIO)
+    with tifffile.TiffFile(path) as file:
+        decode = tiles.fast_decoder(tiles.keyframe(file.pages.first))
     with pytest.raises(ValueError, match="subsampled"):
-        reader._levels[0].decode(0, [data])
+        decode(0, [subsampled(stained_image(TILE, TILE))])
 
 
 # Threads and memory
@@ -277,8 +278,8 @@ def test_threads_that_hammer_a_small_cache_all_see_the_slide(tmp_path, monkeypat
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(agrees, corners))
-    assert reader._cache._nbytes <= max(limit, TILE * TILE * 3)
-    assert sum(tile.pixels.nbytes for tile in reader._cache._tiles.values()) == reader._cache._nbytes
+    assert reader.cache.nbytes <= max(limit, TILE * TILE * 3)
+    assert len(reader.cache) * TILE * TILE * 3 == reader.cache.nbytes
 
 
 def test_threads_that_want_one_tile_at_once_decode_it_once(tmp_path, counted):
@@ -350,7 +351,7 @@ def test_a_damaged_tile_is_named_and_the_others_are_read(tmp_path, damage):
         ) as error:
             reader.read(0, *box)
         assert "\n" not in str(error.value)
-    assert reader._cache._nbytes == 0
+    assert reader.cache.nbytes == 0
     np.testing.assert_array_equal(reader.read(0, 0, 0, TILE, TILE), before)
     with pytest.raises(openslide.OpenSlideError):  # it does not take it either
         handle.read_region((TILE, TILE), 0, (TILE, TILE))
@@ -411,4 +412,4 @@ def test_real_slides_are_read_as_by_openslide(shared_data, name, taken):
             theirs = np.array(handle.read_region((0, 0), level, (width, height)))
             assert (theirs[..., 3] == 255).all()
             np.testing.assert_array_equal(slide.read_level(level, 0, 0, width, height), theirs[..., :3])
-        assert (slide._tile_reader() is not None) == taken
+        assert (slide.tile_reader is not None) == taken

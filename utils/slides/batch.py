@@ -33,7 +33,7 @@ from utils.slides.tissue import TissueMask, detect_tissue
 SHEET = "contact_sheet"
 PREVIEWS, TISSUE = "previews", "tissue"  # folders beside the features
 _SECONDS_BETWEEN_REPORTS = 10
-_SECONDS_BETWEEN_LOOKS = 1
+SECONDS_BETWEEN_LOOKS = 1
 
 
 # Makes a slide's feature file, or raises a LiteMILError.
@@ -295,7 +295,7 @@ def _wait_for_release(claimed: Mapping[_Pair, str]) -> list[_Pair]:
             for reason in sorted(set(claimed.values())):
                 log.info("%s; waiting for it, Ctrl-C stops", reason)
             is_logged = True
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     return free
 
 

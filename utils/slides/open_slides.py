@@ -147,7 +147,7 @@ class _OpenSlideSlide(Slide):
         self.objective = number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.bounds = _bounds(properties)
-        self._background = _background(properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR))
+        self._background = background_colour(properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR))
         self._lock = threading.Lock()
         self._tiles: TileReader | None = None
         self._chosen = False
@@ -194,7 +194,7 @@ class _OpenSlideSlide(Slide):
         return self._read_by_openslide(*corner, level, width, height)
 
     def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        tiles = self._tile_reader()
+        tiles = self.tile_reader
         if tiles is not None:
             return tiles.read(level, x, y, width, height)
         level_width, level_height = self._reader_dimensions[level]
@@ -202,8 +202,9 @@ class _OpenSlideSlide(Slide):
         corner = _level0(x, width, level_width, downsample), _level0(y, height, level_height, downsample)
         return self._read_by_openslide(*corner, level, width, height)
 
-    def _tile_reader(self) -> TileReader | None:
-        """Return the fast reader, chosen at the first read; None if OpenSlide reads the slide."""
+    @property
+    def tile_reader(self) -> TileReader | None:
+        """The fast reader, chosen at the first read; None if OpenSlide reads the slide. Raises SlideError if closed."""
         with self._lock:
             if self._handle is None:
                 raise SlideError(closed(self.path))
@@ -309,7 +310,7 @@ def _bounds(properties) -> tuple[int, int, int, int] | None:
     return x, y, width, height
 
 
-def _background(text: str | None) -> tuple[int, int, int]:
+def background_colour(text: str | None) -> tuple[int, int, int]:
     """Parse OpenSlide's background colour, six hexadecimal digits; white if there is none."""
     try:
         red, green, blue = bytes.fromhex(text or "ffffff")

@@ -133,14 +133,17 @@ class _Tile:
         self.pixels, self.ready, self.users = pixels, Future[None](), 0
 
 
-class _Cache:
-    """The most recently used tiles, up to `limit` bytes, whose memory is reused."""
+class TileCache:
+    """The most recently used tiles, `nbytes` in all and at most `limit`, whose memory is reused."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._nbytes = limit, 0
+        self._limit, self.nbytes = limit, 0
         self._tiles: OrderedDict[tuple[int, int], _Tile] = OrderedDict()
         self._spare: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._tiles)
 
     def __contains__(self, key: tuple[int, int]) -> bool:
         return key in self._tiles
@@ -183,17 +186,17 @@ class _Cache:
             with self._lock:
                 if self._tiles.get(key) is tile:
                     del self._tiles[key]
-                    self._nbytes -= tile.pixels.nbytes
+                    self.nbytes -= tile.pixels.nbytes
             raise
 
     def _room(self, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         size = math.prod(shape)
-        while self._tiles and self._nbytes + size > self._limit:
+        while self._tiles and self.nbytes + size > self._limit:
             _, dropped = self._tiles.popitem(last=False)
-            self._nbytes -= dropped.pixels.nbytes
+            self.nbytes -= dropped.pixels.nbytes
             if not dropped.users:
                 self._spare.append(dropped.pixels)
-        self._nbytes += size
+        self.nbytes += size
         self._spare = [pixels for pixels in self._spare if pixels.shape == shape]
         return self._spare.pop() if self._spare else np.empty(shape, dtype=np.uint8)
 
@@ -212,7 +215,7 @@ class TileReader:
         self._background = background
         self._file = path.open("rb", buffering=0)
         self._file_lock = threading.Lock()
-        self._cache = _Cache(min(max(page.bytes_to_keep for page in levels), CACHE_BYTES))
+        self.cache = TileCache(min(max(page.bytes_to_keep for page in levels), CACHE_BYTES))
 
     @classmethod
     def open(
@@ -243,7 +246,7 @@ class TileReader:
     def close(self) -> None:
         """Close the file and drop the decoded tiles; reading afterwards is a SlideError."""
         self._file.close()
-        self._cache = _Cache(0)
+        self.cache = TileCache(0)
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Read (height, width, 3) uint8 RGB at px (x, y) of a level, with background beyond its edges.
@@ -255,7 +258,7 @@ class TileReader:
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + width, page.width), min(y + height, page.height)
         whole = page.whole_tile(left, top, right, bottom) if (right - left, bottom - top) == (width, height) else None
-        if whole is not None and (level, whole) not in self._cache:
+        if whole is not None and (level, whole) not in self.cache:
             return self._decoded(level, whole)
         region = np.empty((height, width, 3), dtype=np.uint8)
         if right - left < width or bottom - top < height:
@@ -269,7 +272,7 @@ class TileReader:
                 index = row * page.tiles_across + column
                 target = region[upper - y : lower - y, first - x : last - x]
                 if page.is_there(index):
-                    with self._cache.tile((level, index), page.tile_shape, self._fill) as tile:
+                    with self.cache.tile((level, index), page.tile_shape, self._fill) as tile:
                         target[...] = tile[upper - tile_y : lower - tile_y, first - tile_x : last - tile_x]
                 else:
                     target[...] = self._background
