@@ -63,7 +63,7 @@ TEST_SLIDE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e00
 TEST_SLIDE_BYTES = 1_938_955
 
 _ATTEMPTS = 6  # in a row without progress
-_PAUSE = 2.0  # s before the second attempt, twice as long before each further one
+PAUSE = 2.0  # s before the second attempt, twice as long before each further one
 _TIMEOUT = 60  # s without a response
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _BLOCK = 2**20  # bytes
@@ -77,7 +77,7 @@ RECIPE = {
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A cohort's archive of features in the record, its label table, and the table's SHA-256."""
 
     archive: str
@@ -85,17 +85,17 @@ class _Source:
     sha256: str
 
 
-_SOURCES = {
-    "breast": _Source(
+SOURCES = {
+    "breast": Source(
         "BRCA.zip", "tcga_brca_subset.csv", "368c651d91d3c08cc2a72d96f16e836ac18d584e30b3bea404c9fb18eb393b82"
     ),
-    "kidney": _Source(
+    "kidney": Source(
         "KIDNEY.zip", "tcga_kidney_subset.csv", "4954982a767a29cd5195de4823fce26d1a42ffe2da94963db83ddeacfe48f23f"
     ),
-    "lung": _Source(
+    "lung": Source(
         "LUNG.zip", "tcga_lung_subset.csv", "bb21f8eaf2e74566c216f6d8f8f3a852208a62d029405f28e820b65c71a1e10b"
     ),
-    "tupac": _Source("TUPAC.zip", "tupac16.csv", "4e437732ed1a3461beaea017beb15cadccc7369af8439940a72e195cdc04656b"),
+    "tupac": Source("TUPAC.zip", "tupac16.csv", "4e437732ed1a3461beaea017beb15cadccc7369af8439940a72e195cdc04656b"),
 }
 
 
@@ -104,7 +104,7 @@ def download_cohort(name: str, folder: Path, labels_only: bool = False) -> None:
 
     Raises DownloadError if the network keeps failing, a file is not what was published, or the disk is too small.
     """
-    source, cohort = _SOURCES[name], KNOWN_COHORTS[name]
+    source, cohort = SOURCES[name], KNOWN_COHORTS[name]
     table = folder / source.table
     fetch(TABLES + source.table, table, algorithm="sha256", expected=source.sha256)
     rows = _label_rows(table.read_text(encoding="utf-8-sig"), table)
@@ -174,7 +174,7 @@ def _fetch_with_retries(url: str, partial: Path, size: int | None, bar: Any) -> 
                 has_logged_a_retry = True
                 log.info("%s: %s; tried again, up to %d times without progress", url, failure, _ATTEMPTS)
             bar.set_postfix_str(f"attempt {failures + 1} of {_ATTEMPTS}")
-            time.sleep(_PAUSE * 2 ** (failures - 1))
+            time.sleep(PAUSE * 2 ** (failures - 1))
 
 
 def _continue(url: str, partial: Path, size: int | None, bar: Any) -> None:

@@ -21,6 +21,23 @@ def found(what: str) -> doctor.Finding:
     return next(finding for finding in doctor.examine() if finding.subject == what)
 
 
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Without CUDA, let a line of shell script answer for NVIDIA's program."""
+    if sys.platform == "win32":
+        pytest.skip("a shell script stands in for nvidia-smi")
+    program = tmp_path / "nvidia-smi"
+
+    def answer(line: str) -> None:
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+
+    return answer
+
+
 def test_a_whole_installation(capsys):
     doctor.main()
     told = capsys.readouterr().out
@@ -51,16 +68,15 @@ def test_what_cannot_be_imported_is_told_and_the_rest_is_checked(monkeypatch, ca
     assert "BAD  processors" not in told
 
 
-def test_a_driver_without_cuda_says_why(monkeypatch):
-    monkeypatch.setattr(doctor, "_driver", lambda: "470.1")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def test_a_driver_without_cuda_says_why(nvidia_smi):
+    nvidia_smi("echo 470.1")
     finding = found("device")
     assert (finding.state, "GPU driver 470.1, but" in finding.text) == ("note", True)
     assert "update the driver" in finding.remedy
 
 
 def test_a_slide_that_cannot_be_read_and_one_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_TEST_SLIDE", tmp_path / "testSlide.svs")
+    monkeypatch.setattr(doctor, "TEST_SLIDE", tmp_path / "testSlide.svs")
     assert found("slides").state == "note"
     (tmp_path / "testSlide.svs").write_bytes(b"no slide")
     finding = found("slides")
@@ -108,11 +124,7 @@ def test_the_hub_and_the_token(monkeypatch):
     assert "offline" in weights.hub_access(1)[1]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for nvidia-smi")
-@pytest.mark.parametrize(("script", "version"), [("echo 535.54", "535.54"), ("exit 9", None)])
-def test_the_driver_is_asked_for_its_version(tmp_path, monkeypatch, script, version):
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor._driver() == version
+@pytest.mark.parametrize(("script", "text"), [("echo 535.54", "GPU driver 535.54, but"), ("exit 9", "no GPU: the CPU")])
+def test_the_driver_is_asked_for_its_version(nvidia_smi, script, text):
+    nvidia_smi(script)
+    assert found("device").text.startswith(text)

@@ -32,9 +32,9 @@ class Server(ThreadingHTTPServer):
 
     def publish(self, monkeypatch: pytest.MonkeyPatch, name: str, table: str, packed: bytes) -> None:
         """Let a cohort's table and archive, and the record that lists it, be these."""
-        source = download._SOURCES[name]
-        changed = download._Source(source.archive, source.table, hashlib.sha256(table.encode()).hexdigest())
-        monkeypatch.setitem(download._SOURCES, name, changed)
+        source = download.SOURCES[name]
+        changed = download.Source(source.archive, source.table, hashlib.sha256(table.encode()).hexdigest())
+        monkeypatch.setitem(download.SOURCES, name, changed)
         md5 = hashlib.md5(packed).hexdigest()  # noqa: S324 - what the record tells
         link = f"{self.url}/record/files/{source.archive}/content"
         listed = {"key": source.archive, "size": len(packed), "checksum": f"md5:{md5}", "links": {"self": link}}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 _OK, _NOTE, _BAD = "ok", "note", "BAD"
 _LEAST_DISK, _LEAST_MEMORY = 20e9, 4e9  # bytes: features of some hundred slides; a backbone and its patches
-_TEST_SLIDE = Path(__file__).resolve().parents[1] / "testSlides" / "testSlide.svs"
+TEST_SLIDE = Path(__file__).resolve().parents[1] / "testSlides" / "testSlide.svs"
 _PACKAGES = ("numpy", "h5py", "openslide", "imagecodecs", "tifffile", "timm", "sklearn", "scipy",
              "pandas", "matplotlib", "PIL", "tqdm", "huggingface_hub")  # fmt: skip
 _SECONDS = 10  # to wait for a program or the network
@@ -137,18 +137,18 @@ def _slides() -> Finding:
     from utils.slides.open_slides import open_slide
 
     library = f"OpenSlide {importlib.import_module('openslide').__library_version__}"
-    if not _TEST_SLIDE.exists():
+    if not TEST_SLIDE.exists():
         remedy = "not a clone of the repository? then look at a slide of yours: extractFeatures.py --dry_run"
         return Finding("slides", _NOTE, f"{library}; the test slide is not there", remedy)
     try:
-        with open_slide(_TEST_SLIDE) as slide:
+        with open_slide(TEST_SLIDE) as slide:
             slide.read_region(0, 0, 0, 64, 64)
             return Finding("slides", _OK, f"{library} reads the test slide ({slide.width} x {slide.height} px)")
     except SlideError as failure:
         return Finding(
             "slides",
             _BAD,
-            f"{library}: {failure}".replace(str(_TEST_SLIDE.parent), "testSlides"),
+            f"{library}: {failure}".replace(str(TEST_SLIDE.parent), "testSlides"),
             "run `uv sync --reinstall`",
         )
 

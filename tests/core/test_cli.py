@@ -152,7 +152,7 @@ def test_what_is_given_by_its_place(capsys):
     for argv in (["a"], [], ["a", "often"], ["a", "3", "4"], ["--source", "a", "3"]):
         refused(capsys, cli.parse, "", {"placed": Placed}, argv)
     assert "IN" in refused(capsys, cli.parse, "", {"placed": Placed}, [])
-    assert [flag_of(field) for field in cli._options(Placed)] == ["IN", "times", "--folder"]
+    assert [flag_of(field) for field in cli.options(Placed)] == ["IN", "times", "--folder"]
 
 
 def test_several_values_are_given_by_their_place(capsys):
@@ -222,7 +222,7 @@ def test_help_names_every_flag_and_every_default(capsys, script):
     text = help_of(capsys, script)
     for title, cls in SCRIPTS[script].items():
         assert f"{title}:" in text
-        for field in cli._options(cls):
+        for field in cli.options(cls):
             if field.metadata["hidden"]:
                 assert field.metadata["help"] not in text
                 continue
@@ -238,7 +238,7 @@ def test_help_names_every_flag_and_every_default(capsys, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_begins_with_what_is_required(capsys, script):
     text = help_of(capsys, script)
-    fields = [field for cls in SCRIPTS[script].values() for field in cli._options(cls)]
+    fields = [field for cls in SCRIPTS[script].values() for field in cli.options(cls)]
     required = [field for field in fields if field.default is REQUIRED or field.metadata["one_of"]]
     first = text.partition("required:")[2].partition(f"{next(iter(SCRIPTS[script]))}:")[0] if required else ""
     for field in required:

@@ -108,7 +108,7 @@ def test_the_claims_of_the_dead_are_cleared(tmp_path, claimed_elsewhere):
 
 @pytest.mark.parametrize("seconds", [0.2, 60])
 def test_another_machines_claim_is_taken_over_without_a_sign_of_life(tmp_path, claimed_elsewhere, monkeypatch, seconds):
-    monkeypatch.setattr(files, "_SECONDS_WITHOUT_A_SIGN", seconds)
+    monkeypatch.setattr(files, "SECONDS_WITHOUT_A_SIGN", seconds)
     file = tmp_path / ".a.h5.claim"
     text = f"filelock/2\npid=1\nhost=node7\nmode=lease\ntoken=x\nduration={float(seconds)}\n"
     file.write_text(text)

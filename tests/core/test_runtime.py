@@ -18,7 +18,16 @@ from tqdm import tqdm
 from utils.core import runtime
 from utils.core.device import resolve_device, run_metadata, seed_everything
 from utils.core.errors import ConfigError
-from utils.core.runtime import available_memory, derive_seed, duration, prefetch, progress, progress_bar, versions
+from utils.core.runtime import (
+    available_memory,
+    derive_seed,
+    duration,
+    prefetch,
+    progress,
+    progress_bar,
+    version_of,
+    versions,
+)
 
 
 @pytest.fixture
@@ -107,9 +116,8 @@ def test_versions_are_those_of_the_packages():
     assert found["litemil"] != "not installed"
 
 
-def test_a_package_that_is_absent_is_said_to_be(monkeypatch):
-    monkeypatch.setattr(runtime, "_RECORDED_PACKAGES", ("no-such-package",))
-    assert versions()["no-such-package"] == "not installed"
+def test_a_package_that_is_absent_is_said_to_be():
+    assert version_of("no-such-package") == "not installed"
 
 
 def test_run_metadata_says_what_ran_and_where():
@@ -147,27 +155,27 @@ def test_the_limits_of_a_batch_job_are_found(tmp_path):
     write_group(mount / "slurm/job_7/step_0", "max", 10, 0)
     write_group(mount / "slurm/job_7", "1000", 700, 100)
     write_group(mount / "slurm", "5000", 700, 100)
-    assert runtime._free_within_limits(tmp_path) == [400, 4400]
+    assert runtime.free_within_limits(tmp_path) == [400, 4400]
 
 
 def test_the_limits_of_a_container_are_found(tmp_path):
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("5:cpu:/x\n4:memory:/docker/abc\n0::/\n")
     write_group(tmp_path / "sys/fs/cgroup/memory/docker/abc", "1000", 1200, 0, version=1)
-    assert runtime._free_within_limits(tmp_path) == [0], "never less than nothing"
+    assert runtime.free_within_limits(tmp_path) == [0], "never less than nothing"
 
 
 def test_a_system_without_limits_has_none(tmp_path):
-    assert runtime._free_within_limits(tmp_path) == []
+    assert runtime.free_within_limits(tmp_path) == []
 
 
 def test_the_tightest_bound_counts(monkeypatch):
-    monkeypatch.setattr(runtime, "_system_memory", lambda: 1000)
-    monkeypatch.setattr(runtime, "_free_within_limits", lambda: [2000, 300])
+    monkeypatch.setattr(runtime, "system_memory", lambda: 1000)
+    monkeypatch.setattr(runtime, "free_within_limits", lambda: [2000, 300])
     assert available_memory() == 300
-    monkeypatch.setattr(runtime, "_free_within_limits", lambda: [2000])
+    monkeypatch.setattr(runtime, "free_within_limits", lambda: [2000])
     assert available_memory() == 1000
-    monkeypatch.setattr(runtime, "_system_memory", lambda: None)
+    monkeypatch.setattr(runtime, "system_memory", lambda: None)
     assert available_memory() is None
 
 
@@ -184,7 +192,7 @@ def test_a_containers_share_of_the_processors_is_found(tmp_path):
     write_quota(mount / "kubepods/pod_1/box", cpu__max="250000 100000")
     write_quota(mount / "kubepods/pod_1", cpu__max="max 100000")
     write_quota(mount / "kubepods", cpu__max="600000 50000")
-    assert runtime._shares_of_processors(tmp_path) == [2.5, 12]
+    assert runtime.shares_of_processors(tmp_path) == [2.5, 12]
 
 
 @pytest.mark.parametrize("line", ["5:cpu,cpuacct:/docker/abc", "5:cpu:/docker/abc", "5:cpuacct,cpu:/docker/abc"])
@@ -194,17 +202,20 @@ def test_a_share_is_found_in_the_first_version_of_cgroups_too(tmp_path, line):
     mount = tmp_path / "sys/fs/cgroup/cpu"
     write_quota(mount / "docker/abc", cpu__cfs_quota_us="150000", cpu__cfs_period_us="100000")
     write_quota(mount, cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
-    assert runtime._shares_of_processors(tmp_path) == [1.5]
+    assert runtime.shares_of_processors(tmp_path) == [1.5]
 
 
 def test_no_more_processors_are_used_than_the_share_fills(monkeypatch):
     monkeypatch.setattr(runtime, "visible_processors", lambda: 64)
-    monkeypatch.setattr(runtime, "_most_processors", None)
     for shares, count in (([], 64), ([2.5, 12.0], 2), ([0.5], 1), ([100.0], 64)):
-        monkeypatch.setattr(runtime, "_shares_of_processors", lambda shares=shares: shares)
+        monkeypatch.setattr(runtime, "shares_of_processors", lambda shares=shares: shares)
         assert runtime.processors() == count
-    runtime.share_processors(3)
-    assert runtime.processors() == 3
+    try:
+        runtime.share_processors(3)
+        assert runtime.processors() == 3
+    finally:
+        runtime.share_processors(None)
+    assert runtime.processors() == 64
 
 
 @pytest.fixture
@@ -213,7 +224,6 @@ def environment(monkeypatch) -> pytest.MonkeyPatch:
     for name in (*runtime.WAITING, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-    monkeypatch.setattr(runtime, "_thread_limit", None)
     return monkeypatch
 
 
@@ -236,8 +246,7 @@ def test_how_the_user_lets_threads_wait_stays(environment, name, value):
 
 def test_a_container_gets_as_many_threads_as_its_share_fills(environment):
     environment.setattr(runtime, "visible_processors", lambda: 64)
-    environment.setattr(runtime, "_shares_of_processors", lambda: [4.0])
-    environment.setattr(runtime, "_most_processors", None)
+    environment.setattr(runtime, "shares_of_processors", lambda: [4.0])
     runtime.prepare_threads()
     assert os.environ["OMP_NUM_THREADS"] == "4"
     assert not runtime.threads_are_given(), "that is ours"

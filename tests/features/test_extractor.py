@@ -22,7 +22,7 @@ from tests.synthetic import stained_image, write_pyramid
 from tests.test_commands import ROOT, recipe
 from utils.bags.store import read_bag, write_bag
 from utils.core.errors import ConfigError, FeatureFileError, RecipeError, SlideError
-from utils.core.files import _machine
+from utils.core.files import machine_name
 from utils.core.recipe import Recipe
 from utils.features import encoding, extraction
 from utils.features.extraction import extract_slides
@@ -197,7 +197,7 @@ def test_a_full_disk_ends_the_batch_at_once(slide_cohort, script, tmp_path, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("utils.bags.bag_writer.HDF5Writer._append", full)
+    monkeypatch.setattr("utils.bags.bag_writer.HDF5Writer.append", full)
     done = script("extractFeatures", "--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out",
                   "--backbone", "stain", "--patch_size", 64, "--no-preview")  # fmt: skip
     assert done.code == 1
@@ -537,7 +537,7 @@ def test_rows_of_the_slides_csv_that_match_no_slide_are_told(slide_cohort, scrip
 
 
 def test_what_killed_runs_left_is_cleared_everywhere(slide_cohort, script, tmp_path):
-    left = [tmp_path / place / f".a.{_machine()}-999999999.1.part" for place in ("", "previews", "tissue")]
+    left = [tmp_path / place / f".a.{machine_name()}-999999999.1.part" for place in ("", "previews", "tissue")]
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.touch()

@@ -19,7 +19,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def nothing_given(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(runtime, "_thread_limit", None)
 
 
 def batch(*patches: int, width: int = 16) -> Batch:
@@ -34,14 +33,14 @@ def choose(make_model, batch, most: int = 2, device: torch.device = CPU, may_try
 @pytest.fixture
 def large(monkeypatch):
     """A batch that is large enough to be tried."""
-    monkeypatch.setattr(chooser, "_SMALL_STEP", 100)
+    monkeypatch.setattr(chooser, "SMALL_STEP", 100)
     return batch(40, 50)
 
 
 def test_small_steps_take_one_thread_without_a_trial(make_model, monkeypatch):
     monkeypatch.setattr(chooser, "step_seconds", None)
     assert choose(make_model, batch(900, 100), most=64) == ThreadChoice(1, "its steps are small")
-    assert chooser._SMALL_STEP == 1024 * 1024, "a thousand patches of 1024 features"
+    assert chooser.SMALL_STEP == 1024 * 1024, "a thousand patches of 1024 features"
 
 
 def test_large_steps_are_tried_and_the_choice_is_written_down(make_model, large, monkeypatch):
@@ -137,7 +136,7 @@ def test_a_run_says_and_keeps_what_was_chosen(dataset, make_model, tmp_path, mon
     # The run that is begun again keeps its number, whatever would be chosen now.
     content = read_json(tmp_path / "run" / "run.json") | {"finished": False}
     write_json(tmp_path / "run" / "run.json", content)
-    monkeypatch.setattr(chooser, "_SMALL_STEP", 1)
+    monkeypatch.setattr(chooser, "SMALL_STEP", 1)
     monkeypatch.setattr(chooser, "step_seconds", None)
     assert run()["threads"] == 1
     assert "each training goes on with 1 thread, as the run began" in caplog.text

@@ -78,12 +78,12 @@ def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None 
     words = sys.argv[1:] if argv is None else list(argv)
     parser.refuse_unknown(words)
     if _running:
-        _running[-1].update(field.name for config in groups.values() for field in _options(config))
+        _running[-1].update(field.name for config in groups.values() for field in options(config))
     values = vars(parser.parse_args(words))
     if values["quiet"]:
         runtime.be_quiet()
     return [
-        config(**{field.name: _frozen(values[field.name]) for field in _options(config)}) for config in groups.values()
+        config(**{field.name: _frozen(values[field.name]) for field in options(config)}) for config in groups.values()
     ]
 
 
@@ -100,7 +100,7 @@ def _add_flags(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None
     required: dict[str, list[str]] = {}
     for title, config in groups.items():
         hints = typing.get_type_hints(config)
-        for field in _options(config):
+        for field in options(config):
             argument, one_of = _argument(field, hints[field.name]), field.metadata["one_of"]
             is_required = field.default is dataclasses.MISSING or one_of is not None
             if is_required:
@@ -159,7 +159,7 @@ def run(main: Callable[[], None]) -> None:
 def given_flags(config: Any, leave_out: Sequence[str] = ()) -> list[str]:
     """Return the words of a command line that set a config's values other than defaults, without some fields."""
     words: list[str] = []
-    for field in _options(type(config)):
+    for field in options(type(config)):
         value = getattr(config, field.name)
         if field.name in leave_out or value == field.default:
             continue
@@ -177,7 +177,7 @@ def _terminated(*_: object) -> None:
     sys.exit(128 + signal.SIGTERM)  # upon which half-written files are removed
 
 
-def _options(config: type) -> list[dataclasses.Field]:
+def options(config: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(config) if field.metadata]
 
 

@@ -25,7 +25,7 @@ import filelock
 from utils.core.errors import ConfigError, DiskFullError, LiteMILError
 
 _SECONDS_TO_BE_FORGOTTEN = 24 * 3600
-_SECONDS_WITHOUT_A_SIGN = 600  # after which another machine's claim is taken over
+SECONDS_WITHOUT_A_SIGN = 600  # after which another machine's claim is taken over
 _SECONDS_TO_SIGN = 60
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
@@ -38,7 +38,7 @@ def whole_file(path: Path, error: type[LiteMILError] = LiteMILError) -> Iterator
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        owner = f"{_machine()}-{os.getpid()}"
+        owner = f"{machine_name()}-{os.getpid()}"
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.{owner}.", suffix=".part", dir=path.parent)
     except OSError as failure:
         kind = _kind_of(failure, error)
@@ -108,7 +108,7 @@ def is_free(claim: filelock.SoftFileLease) -> bool:
 
 
 def _claim(file: Path) -> filelock.SoftFileLease:
-    return filelock.SoftFileLease(file, lease_duration=_SECONDS_WITHOUT_A_SIGN)
+    return filelock.SoftFileLease(file, lease_duration=SECONDS_WITHOUT_A_SIGN)
 
 
 def _remove_unsigned(claim: filelock.SoftFileLease) -> None:
@@ -170,7 +170,7 @@ def clear_parts(folder: Path) -> None:
         if owner is None:
             continue
         with suppress(OSError):  # it has been renamed since, or is another user's
-            is_abandoned = _is_forgotten(unfinished) if owner[1] != _machine() else not _is_running(int(owner[2]))
+            is_abandoned = _is_forgotten(unfinished) if owner[1] != machine_name() else not _is_running(int(owner[2]))
             if is_abandoned:
                 unfinished.unlink()
 
@@ -183,13 +183,13 @@ def clear_parts_of(node: str, process: int, folder: Path) -> None:
     """Remove the half-written files and claims of a dead process, anywhere below a folder."""
     for claim in map(_claim, folder.rglob(".*.claim")):
         owner = claim.owner
-        if owner and (_machine(_node(owner)), owner.pid) == (_machine(node), process):
+        if owner and (machine_name(_node(owner)), owner.pid) == (machine_name(node), process):
             claim.break_lock()
-    for unfinished in folder.rglob(f".*.{_machine(node)}-{process}.*.part"):
+    for unfinished in folder.rglob(f".*.{machine_name(node)}-{process}.*.part"):
         unfinished.unlink(missing_ok=True)
 
 
-def _machine(node: str = "") -> str:
+def machine_name(node: str = "") -> str:
     return re.sub(r"[^A-Za-z0-9]", "_", node or platform.node())[:60]
 
 

@@ -102,12 +102,12 @@ def processors() -> int:
     """Return how many processors this process may use, at least 1: those it may run on, within its share in a batch job
     or container.
     """
-    shares = [visible_processors(), *_shares_of_processors()]
+    shares = [visible_processors(), *shares_of_processors()]
     return max(1, min(int(min(shares)), _most_processors or shares[0]))
 
 
-def share_processors(count: int) -> None:
-    """Use at most `count` processors from now on."""
+def share_processors(count: int | None) -> None:
+    """Use at most `count` processors from now on; None lifts the limit."""
     global _most_processors
     _most_processors = count
 
@@ -148,11 +148,11 @@ def git_commit() -> str | None:
 
 def available_memory() -> int | None:
     """Return the bytes of free memory within a batch job's or container's limits; None if the system does not say."""
-    free = _system_memory()
-    return free if free is None else min([free, *_free_within_limits()])
+    free = system_memory()
+    return free if free is None else min([free, *free_within_limits()])
 
 
-def _system_memory() -> int | None:
+def system_memory() -> int | None:
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         # It includes caches that the kernel could free; the pages that sysconf counts do not.
@@ -165,7 +165,7 @@ def _system_memory() -> int | None:
         return None
 
 
-def _free_within_limits(root: Path = Path("/")) -> list[int]:
+def free_within_limits(root: Path = Path("/")) -> list[int]:
     """Return the bytes left of each memory limit that a batch system or container sets on this process."""
     free = (
         _free_of(group, limit, used)
@@ -175,7 +175,7 @@ def _free_within_limits(root: Path = Path("/")) -> list[int]:
     return [count for count in free if count is not None]
 
 
-def _shares_of_processors(root: Path = Path("/")) -> list[float]:
+def shares_of_processors(root: Path = Path("/")) -> list[float]:
     """Return the processors, or fractions of one, that each limit of a batch system or container allows."""
     shares = (
         _share_of(group, files) for line, mount, files in _PROCESSOR_LIMITS for group in _groups(root, line, mount)

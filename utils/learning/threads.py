@@ -20,7 +20,7 @@ from utils.core.errors import plural
 from utils.core.runtime import progress, threads_are_given
 
 # One thread is enough for a step with fewer features (patches times width): a thousand patches of 1024.
-_SMALL_STEP = 2**20
+SMALL_STEP = 2**20
 # Patches of a trial step; rounds, and the seconds after which no further round begins.
 _TRIAL_PATCHES, _ROUNDS, _SECONDS = 4096, 5, 10
 # The entries of run.json about the choice.
@@ -64,7 +64,7 @@ def choose_threads(
     if device.type != "cpu":
         return ThreadChoice(most, f"the {device.type} device computes")
     bags = make_batch().bags
-    if sum(bag.numel() for bag in bags) < _SMALL_STEP:
+    if sum(bag.numel() for bag in bags) < SMALL_STEP:
         return ThreadChoice(1, "its steps are small")
     if not may_try:
         return ThreadChoice(most, "there are so many for each")
