@@ -13,7 +13,7 @@ from torch.nn import functional
 # oneDNN's product x w^T + b. For single precision PyTorch uses MKL, which does not use AVX-512 on processors other than
 # Intel's: there this is twice as fast. Not every build of PyTorch has it.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_ONEDNN_PAYS = ONEDNN_LINEAR is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ONEDNN_PAYS = ONEDNN_LINEAR is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Linear(nn.Linear):
@@ -46,7 +46,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 def _by_onednn(*tensors: Tensor) -> bool:
     return (
-        _ONEDNN_PAYS
+        ONEDNN_PAYS
         and not torch.compiler.is_compiling()  # which supports the private product only with constant weights
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from MILS.bag_model import BagModel, ModelError, class_options
 
-_MILS: dict[str, type[BagModel]] = {}
+MODELS: dict[str, type[BagModel]] = {}
 _ALIASES = {"MADMIL": "ABMIL_Multihead"}
 
 ModelClass = TypeVar("ModelClass", bound=type[BagModel])
@@ -22,29 +22,29 @@ ModelClass = TypeVar("ModelClass", bound=type[BagModel])
 
 def register_mil(cls: ModelClass) -> ModelClass:
     """Register the class `cls` under its own name; a class decorator."""
-    _MILS[cls.__name__] = cls
+    MODELS[cls.__name__] = cls
     return cls
 
 
 def list_mils() -> list[str]:
     """Return the names of the models, in order of registration."""
-    return list(_MILS)
+    return list(MODELS)
 
 
 def mil_name(name: str) -> str:
     """Return the registered name for `name`, which may be an alias. Raises ModelError if there is none."""
     name = _ALIASES.get(name, name)
-    if name in _MILS:
+    if name in MODELS:
         return name
-    by_lower = {registered.lower(): registered for registered in [*_MILS, *_ALIASES]}
+    by_lower = {registered.lower(): registered for registered in [*MODELS, *_ALIASES]}
     nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
     hint = f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
-    raise ModelError(f"unknown model {name!r}, expected one of {', '.join(_MILS)}{hint}")
+    raise ModelError(f"unknown model {name!r}, expected one of {', '.join(MODELS)}{hint}")
 
 
 def mil_options(name: str) -> dict[str, Any]:
     """Return the hyperparameters of the model `name` and their defaults. Raises ModelError for an unknown name."""
-    return class_options(_MILS[mil_name(name)])
+    return class_options(MODELS[mil_name(name)])
 
 
 def build_mil(name: str, *, input_dim: int, num_classes: int, **hyperparameters: Any) -> BagModel:
@@ -59,8 +59,8 @@ def build_mil(name: str, *, input_dim: int, num_classes: int, **hyperparameters:
     Raises ModelError for an unknown name, an unknown hyperparameter, or a value that does not fit.
     """
     name = mil_name(name)
-    options = class_options(_MILS[name])
+    options = class_options(MODELS[name])
     unknown = [key for key in hyperparameters if key not in options]
     if unknown:
         raise ModelError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes {', '.join(options)}")
-    return _MILS[name](input_dim, num_classes, **hyperparameters)
+    return MODELS[name](input_dim, num_classes, **hyperparameters)

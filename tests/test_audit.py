@@ -100,7 +100,7 @@ def test_all_features_are_read_for_what_cannot_be_used(cohort, monkeypatch):
     features[4, 2] = np.nan
     cohort.change("P003-S2", features=features)
     assert "P003-S2.h5" in cohort.found("error", "files")
-    monkeypatch.setattr("utils.auditing.feature_files._MOST_READ", 1000)
+    monkeypatch.setattr("utils.auditing.feature_files.MOST_READ", 1000)
     assert "of 28, others were not read" in cohort.found("ok", "scale")
 
 

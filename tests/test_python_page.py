@@ -25,7 +25,7 @@ def masked(text: str) -> str:
 @pytest.mark.parametrize("name", ["python", "own_model"])
 def test_the_page_prints_what_it_says(name, demo_home, request, tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / f"{name}.md").read_text()
-    monkeypatch.setattr(registry, "_MILS", dict(registry._MILS))
+    monkeypatch.setattr(registry, "MODELS", dict(registry.MODELS))
     (tmp_path / "datasets").symlink_to(request.getfixturevalue(demo_home)[0] / "datasets")
     (tmp_path / "testSlides").symlink_to(ROOT / "testSlides")
     monkeypatch.chdir(tmp_path)

@@ -470,7 +470,7 @@ def test_automatic_batches_make_at_least_eight_steps_of_at_most_128(numbered_coh
     dataset = MILDataset(*numbered_cohort, **settings)
     sizes = [len(batch.bags) for batch in dataset.batches(slides, "auto", seed=3)]
     assert (sum(sizes), max(sizes)) == (chunks, -(-chunks // 8))
-    monkeypatch.setattr("utils.bags.chunks._MOST_IN_BATCH", 3)
+    monkeypatch.setattr("utils.bags.chunks.MOST_IN_BATCH", 3)
     assert max(len(batch.bags) for batch in dataset.batches(slides, "auto", seed=3)) == min(3, -(-chunks // 8))
 
 

@@ -260,7 +260,7 @@ def test_a_damaged_packed_file_is_made_anew(files, store, said, damage):
 
 
 def test_a_packing_that_dies_goes_on_where_it_was(files, store, reads, monkeypatch, said):
-    monkeypatch.setattr(packed, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(packed, "FLUSH_BYTES", 1)
     read = FileFeatures.__call__
 
     def dying(files, slide):
@@ -281,7 +281,7 @@ def test_a_packing_that_dies_goes_on_where_it_was(files, store, reads, monkeypat
 
 
 def test_a_packing_that_died_is_not_gone_on_with_when_a_file_has_changed(files, paths, store, monkeypatch):
-    monkeypatch.setattr(packed, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(packed, "FLUSH_BYTES", 1)
     with monkeypatch.context() as patch:
         patch.setattr(
             packed, "progress", lambda items, *_, **__: (item for n, item in enumerate(items) if n < 2 or 1 / 0)
@@ -332,7 +332,8 @@ def test_a_feature_file_that_changes_before_it_is_packed_is_named(files, paths, 
 
 
 def test_a_full_disk_is_told_before_anything_is_written(files, store, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2**26))
+    usage = shutil.disk_usage(store.parents[1])._replace(free=2**26)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(FeatureFileError, match=r"0\.1 GB free, the packed features take 0\.0 GB; give --cache another"):
         pack(store, files)
     assert [path.name for path in store.parent.iterdir()] == ["a.packed.lock"]
@@ -397,7 +398,7 @@ def slowly(files, slide):
     print("read", files.paths[slide].name, flush=True)
     return read(files, slide)
 packed.FileFeatures.__call__ = slowly
-packed._FLUSH_BYTES = 1
+packed.FLUSH_BYTES = 1
 files = packed.FileFeatures(paths, [peek_bag(path) for path in paths], "features")
 print("packing", flush=True)
 packed.pack(Path(sys.argv[2]), files)

@@ -346,7 +346,7 @@ def test_what_another_process_is_at_is_done_last_and_waited_for(
         return looks[-1]
 
     monkeypatch.setattr(batch, "is_free", look)
-    monkeypatch.setattr(batch, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(batch, "SECONDS_BETWEEN_LOOKS", 0.05)
     ended = extract(*RECIPE)
     assert ended.code == 0
     assert looks == [False] * (len(looks) - 1) + [True]  # of one slide alone
@@ -391,15 +391,14 @@ def test_what_another_process_made_since_the_run_began_is_made(slides, extract, 
     """Files of before are made anew by --overwrite, once."""
     if overwrite:
         assert extract(*RECIPE).code == 0
-    begin = extraction._Extraction.of
+    work_through = extraction.work_through
 
-    def begin_and_let_another_run_pass(*arguments):
-        work = begin(*arguments)
+    def let_another_run_pass_first(*arguments):
         monkeypatch.undo()
         assert extract(*RECIPE, "--overwrite", "--limit", 2).code == 0
-        return work
+        return work_through(*arguments)
 
-    monkeypatch.setattr(extraction._Extraction, "of", begin_and_let_another_run_pass)
+    monkeypatch.setattr(extraction, "work_through", let_another_run_pass_first)
     assert extract(*RECIPE, *(["--overwrite"] if overwrite else [])).code == 0
     report = report_of(tmp_path)
     assert report["status"].to_dict() == {"a.h5": "skipped", "b.h5": "skipped", "c.h5": "done"}

@@ -1469,8 +1469,8 @@ class TestLargeSlides:
     def test_what_their_step_takes_is_said_at_the_start(
         self, free, level, cohort, tmp_path, unfitted, monkeypatch, aloud
     ):
-        monkeypatch.setattr(dry_run, "_MANY_PATCHES", 100)
-        monkeypatch.setattr(dry_run, "_FORECAST_ROWS", (32, 64))
+        monkeypatch.setattr(dry_run, "MANY_PATCHES", 100)
+        monkeypatch.setattr(dry_run, "FORECAST_ROWS", (32, 64))
         monkeypatch.setattr(dry_run, "available_memory", lambda: free)
         make_cv(MILDataset(*cohort, mode="full"), tmp_path / "run", lambda: small("TransMIL")).run()
         (record,) = [record for record in aloud.records if "TransMIL on whole slides" in record.getMessage()]
@@ -1480,7 +1480,7 @@ class TestLargeSlides:
 
     def test_chunks_and_small_slides_need_no_word(self, dataset, cohort, tmp_path, unfitted, monkeypatch, aloud):
         make_cv(MILDataset(*cohort, mode="full"), tmp_path / "full").run()
-        monkeypatch.setattr(dry_run, "_MANY_PATCHES", 1)
+        monkeypatch.setattr(dry_run, "MANY_PATCHES", 1)
         make_cv(dataset, tmp_path / "chunked").run()
         assert "on whole slides" not in aloud.text
 

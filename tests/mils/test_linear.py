@@ -17,7 +17,7 @@ with_onednn = pytest.mark.skipif(layers.ONEDNN_LINEAR is None, reason="this buil
 def by_onednn(request, monkeypatch):
     if request.param and layers.ONEDNN_LINEAR is None:
         pytest.skip("this build of PyTorch has no product by oneDNN")
-    monkeypatch.setattr(layers, "_ONEDNN_PAYS", request.param)
+    monkeypatch.setattr(layers, "ONEDNN_PAYS", request.param)
     return request.param
 
 
@@ -65,7 +65,7 @@ def test_weight_gradient_of_strided_rows(by_onednn):
 @with_onednn
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_takes_single_precision_only(monkeypatch, dtype):
-    monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
+    monkeypatch.setattr(layers, "ONEDNN_PAYS", True)
     monkeypatch.setattr(layers, "ONEDNN_LINEAR", None)  # what would take another type fails
     x, weight = torch.ones(5, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype)
     assert torch.equal(layers.linear(x, weight), functional.linear(x, weight))
@@ -73,7 +73,7 @@ def test_takes_single_precision_only(monkeypatch, dtype):
 
 @with_onednn
 def test_autocast_and_pytorch_s_own_switch_are_heeded(monkeypatch):
-    monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
+    monkeypatch.setattr(layers, "ONEDNN_PAYS", True)
     monkeypatch.setattr(layers, "ONEDNN_LINEAR", None)
     x, weight = torch.ones(5, 8), torch.ones(4, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -89,7 +89,7 @@ def test_every_model_computes_the_same_by_either(monkeypatch, name):
     bags = [bag(n, seed=n, dtype=torch.float32)[0] for n in (70, 40, 1, 1700)]
     answers = []
     for pays in (False, True):
-        monkeypatch.setattr(layers, "_ONEDNN_PAYS", pays)
+        monkeypatch.setattr(layers, "ONEDNN_PAYS", pays)
         model.zero_grad()
         logits, _ = model.forward_bags(bags)
         logits.square().sum().backward()
@@ -100,7 +100,7 @@ def test_every_model_computes_the_same_by_either(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["LiteMIL", "ABMIL", "ABMIL_Multihead"])
 def test_no_product_falls_back_to_a_slow_one(monkeypatch, name):
-    if not layers._ONEDNN_PAYS:
+    if not layers.ONEDNN_PAYS:
         pytest.skip("this processor's products are PyTorch's own")
     model = build_mil(name, input_dim=256, num_classes=2)
     bags = [torch.randn(900, 256), torch.randn(850, 256)]
@@ -112,14 +112,14 @@ def test_no_product_falls_back_to_a_slow_one(monkeypatch, name):
 
     taken = {}
     for pays in (False, True):
-        monkeypatch.setattr(layers, "_ONEDNN_PAYS", pays)
+        monkeypatch.setattr(layers, "ONEDNN_PAYS", pays)
         taken[pays] = min(step() for _ in range(4))
     assert taken[True] < 4 * taken[False]  # it takes half the time; what falls back, a hundredfold
 
 
 @with_onednn
 def test_a_compiled_model_goes_without_it(monkeypatch):
-    monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
+    monkeypatch.setattr(layers, "ONEDNN_PAYS", True)
     calls, product = [], layers.ONEDNN_LINEAR
     monkeypatch.setattr(layers, "ONEDNN_LINEAR", lambda *arguments: [calls.append(1), product(*arguments)][1])
     layer, x = layers.Linear(16, 4), torch.randn(2, 30, 16)
@@ -135,7 +135,7 @@ def test_a_compiled_model_goes_without_it(monkeypatch):
 @with_onednn
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_model_compiled_to_machine_code_goes_without_it(monkeypatch):
-    monkeypatch.setattr(layers, "_ONEDNN_PAYS", True)
+    monkeypatch.setattr(layers, "ONEDNN_PAYS", True)
     layer, x = layers.Linear(16, 4), torch.randn(2, 30, 16)
     compiled = torch.compile(layer, options={"compile_threads": 1})
     assert torch.allclose(compiled(x), layer(x), atol=1e-5)

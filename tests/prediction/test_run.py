@@ -1217,7 +1217,7 @@ class Silent(BagModel):
 
 @pytest.fixture
 def silent(monkeypatch) -> type[BagModel]:
-    monkeypatch.setitem(registry._MILS, "Silent", Silent)
+    monkeypatch.setitem(registry.MODELS, "Silent", Silent)
     return Silent
 
 

@@ -23,7 +23,7 @@ from utils.core.runtime import progress
 from utils.learning.standardization import why_unusual
 
 SMALL_BAG = 10
-_MOST_READ = 4e9  # bytes of features; of larger cohorts, only every k-th slide is read
+MOST_READ = 4e9  # bytes of features; of larger cohorts, only every k-th slide is read
 _MOST_LINES = 20  # damaged files with a line of their own; the others are counted
 
 
@@ -97,7 +97,7 @@ def _content_digest(path: Path, feat_type: str) -> str:
 def check_scale(bags: Sequence[AuditedBag], feat_type: str) -> list[Finding]:
     """Check that features can be read, and have the scale that models are initialised for."""
     findings, scales = [], []
-    every = max(1, math.ceil(sum(bag.info.nbytes for bag in bags) / _MOST_READ))
+    every = max(1, math.ceil(sum(bag.info.nbytes for bag in bags) / MOST_READ))
     for bag in progress(bags[::every], "Reading features", unit="slide", leave=False):
         try:
             scales.append(root_mean_square(torch.from_numpy(read_bag(bag.path, feat_type).features)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # The indices of a chunk's patches in its slide: a range costs no copy of the features, a tensor one.
 Cut = range | Tensor
-_MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
+MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Batch:
 
 def chunks_per_step(chunks: int) -> int:
     """Return the size of automatic batches in an epoch of this many chunks."""
-    return min(_MOST_IN_BATCH, -(-chunks // _LEAST_STEPS))
+    return min(MOST_IN_BATCH, -(-chunks // _LEAST_STEPS))
 
 
 def num_chunks(num_instances: int, chunk_size: int | None) -> int:

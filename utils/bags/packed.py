@@ -34,7 +34,7 @@ _SCHEMA = 1
 _TORCH = {"float16": torch.float16, "float32": torch.float32}
 # Slides and arrays begin at whole pages.
 _PAGE = 4096
-_FLUSH_BYTES = 2**28  # written between two flushes to disk, after which the slides are marked as done
+FLUSH_BYTES = 2**28  # written between two flushes to disk, after which the slides are marked as done
 _SPARE_BYTES = 2**26  # left free on the disk, for other files
 
 
@@ -261,7 +261,7 @@ def _write(packed: Path, files: FileFeatures, old: PackedFeatures | None) -> Non
                 raise FeatureFileError(f"{home / name}: was changed while it was packed; start again")
             unflushed.append(number)
             unflushed_bytes += entry.count * entry.itemsize
-            if unflushed_bytes >= _FLUSH_BYTES:
+            if unflushed_bytes >= FLUSH_BYTES:
                 _mark_done(file, offsets["done"], unflushed)
                 unflushed, unflushed_bytes = [], 0
         _mark_done(file, offsets["done"], unflushed)

@@ -143,12 +143,12 @@ class Backbone:
 
 def list_backbones() -> list[str]:
     """Return the names of the registry, sorted; any other model of timm is called `timm:<model>`."""
-    return sorted(_REGISTRY)
+    return sorted(REGISTRY)
 
 
 def backbone_spec(name: str) -> BackboneSpec:
     """Return the registry's entry for a name or alias; `timm:` names have none."""
-    return _REGISTRY[canonical_backbone(name)]
+    return REGISTRY[canonical_backbone(name)]
 
 
 def canonical_backbone(name: str) -> str:
@@ -158,9 +158,9 @@ def canonical_backbone(name: str) -> str:
         BackboneError: the name is unknown; the message lists those that are known, and the nearest.
     """
     canonical = backbone_name(name)
-    if canonical in _REGISTRY or canonical.startswith(_TIMM):
+    if canonical in REGISTRY or canonical.startswith(_TIMM):
         return canonical
-    aliases = [alias for spec in _REGISTRY.values() for alias in (spec.name, *spec.aliases)]
+    aliases = [alias for spec in REGISTRY.values() for alias in (spec.name, *spec.aliases)]
     near = difflib.get_close_matches(canonical, aliases, n=1)
     hint = f"did you mean {backbone_name(near[0])}? " if near else ""
     if load_timm().is_model(name.strip()):
@@ -185,7 +185,7 @@ def load_backbone(name: str, weights: Path | str | None = None) -> Backbone:
         module, transform = timm_network(name, name[len(_TIMM) :], path)
         digest = digest_weights(module.state_dict())
         return Backbone(name, measured_dim(name, module, transform), transform, module, digest)
-    spec = _REGISTRY[name]
+    spec = REGISTRY[name]
     if spec.repo is None and path is not None:
         raise BackboneError(f"--weights {path}: backbone {name!r} has no weights; leave --weights out")
     if spec.repo is None:
@@ -242,7 +242,7 @@ def _stain(name: str, *, texture: bool) -> BackboneSpec:
 # no precision, UNI and UNI2-h take that of their laboratory's toolkit, https://github.com/mahmoodlab/TRIDENT, and the
 # others fp32. We have not run the gated ones with their real weights: tests cover their architecture, token rule and
 # transform.
-_REGISTRY: dict[str, BackboneSpec] = {
+REGISTRY: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (
         BackboneSpec(

@@ -24,11 +24,11 @@ from utils.learning.training import ModelTraining, validate
 # A trial trains on at least this many patches and at least one slide per class, and validates on as many.
 _TRIAL_PATCHES = 30_000
 # Patches of the two bags that a forecast extrapolates from.
-_FORECAST_ROWS = 2048, 4096
+FORECAST_ROWS = 2048, 4096
 # Peak memory of a step, in units of the tensors that it saves for its backward pass.
 _PEAK_PER_SAVED = 1.5
 # Steps of fewer patches take little memory and time, whatever the model.
-_MANY_PATCHES = 50_000
+MANY_PATCHES = 50_000
 _MOST_FOLDS_SHOWN = 20
 
 
@@ -124,7 +124,7 @@ def log_large_steps(trainer: Trainer, job: TrainingJob) -> None:
     sizes = _sizes(trainer.dataset)
     slides, _ = largest_step(trainer, job, sizes)
     patches = int(sizes[slides].sum())
-    if trainer.feed.mode != "full" or patches < _MANY_PATCHES:
+    if trainer.feed.mode != "full" or patches < MANY_PATCHES:
         return
     seconds, memory = _forecast(trainer, job, trainer.dataset.input_dim, patches)
     epoch_seconds = seconds / patches * sizes.mean() * len(job.fold.inner[job.inner - 1].train)
@@ -144,10 +144,10 @@ def _forecast(trainer: Trainer, job: TrainingJob, input_dim: int, patches: int) 
     """Return seconds and bytes of a step on slides of `patches` in all, extrapolated from two small random bags."""
     torch.manual_seed(0)
     model = trainer.factory(trainer.settings[job.setting - 1])().to(trainer.device)
-    bags = [torch.randn(rows, input_dim, device=trainer.device) for rows in _FORECAST_ROWS]
+    bags = [torch.randn(rows, input_dim, device=trainer.device) for rows in FORECAST_ROWS]
     _measure_step(model, bags[0])  # warm up
     small, large = (_measure_step(model, bag) for bag in bags)
-    factor = (patches - _FORECAST_ROWS[0]) / (_FORECAST_ROWS[1] - _FORECAST_ROWS[0])
+    factor = (patches - FORECAST_ROWS[0]) / (FORECAST_ROWS[1] - FORECAST_ROWS[0])
     seconds, memory = (low + factor * max(0, high - low) for low, high in zip(small, large, strict=True))
     return seconds, _PEAK_PER_SAVED * memory
 
