@@ -1,1 +1,66 @@
-from tests.small import dataset, make_model  # noqa: F401 - fixtures
+"""A small cohort, and a run on it that is trained once, for all tests of this room."""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.cohort import write_cohort
+from tests.conftest import drawn_coarsely
+from tests.learning.runs import Finished, Unfitted, Watch, make_cv
+from tests.small import make_model  # noqa: F401 - a fixture
+from utils.core.engine import threads
+from utils.core.files import write_text
+from utils.evaluation import predictions
+from utils.learning import jobs, run_figures
+from utils.mil_dataset import MILDataset
+
+
+@pytest.fixture
+def aloud(caplog) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, "litemil"):
+        yield caplog
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> tuple[Path, Path]:
+    """24 slides of 12 patients, of 5 to 50 patches."""
+    return write_cohort(tmp_path_factory.mktemp("cohort"), patches=(5, 50))
+
+
+@pytest.fixture(scope="session")
+def dataset(cohort) -> MILDataset:
+    """One to three chunks of each slide."""
+    return MILDataset(*cohort, chunk_size=20)
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    def write(folder, *_):
+        for name in run_figures.FIGURES:
+            write_text(folder / f"{name}.png", "a figure")
+
+    monkeypatch.setattr(run_figures, "draw_figures", write)
+
+
+@pytest.fixture(scope="session")
+def finished(dataset, tmp_path_factory) -> Finished:
+    """One uninterrupted run, watched."""
+    with pytest.MonkeyPatch.context() as patch, threads(1), drawn_coarsely(blank=("png",)):
+        watch = Watch()
+        watch.install(patch)
+        cv = make_cv(dataset, tmp_path_factory.mktemp("runs") / "LiteMIL" / "demo")
+        results = cv.run()
+    return Finished(cv.output_dir, cv, results, watch.events)
+
+
+@pytest.fixture
+def unfitted(monkeypatch, no_figures) -> Unfitted:
+    """Runs in no time, where what is tested is not the training."""
+    stand_in = Unfitted()
+    monkeypatch.setattr(jobs, "fit", stand_in)
+    quick = partial(predictions.bootstrap_intervals, resamples=10)
+    monkeypatch.setattr(predictions, "bootstrap_intervals", quick)
+    return stand_in

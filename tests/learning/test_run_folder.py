@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.learning.runs import TRAININGS, assert_same, contents, leave_unfinished, make_cv
 from utils.core.errors import ConfigError
 from utils.core.files import read_json
 from utils.learning.run_folder import RunFolder
@@ -70,3 +71,44 @@ def test_finished_says_so_to_the_next(tmp_path):
     assert read_json(tmp_path / "run" / "run.json") == {"identity": {"seed": 1}, "argv": ["train.py"], "finished": True}
     assert not RunFolder(tmp_path / "run").take({"seed": 2}, dict)["finished"]
     assert read_json(tmp_path / "run.1" / "run.json")["identity"] == {"seed": 1}
+
+
+class TestFolder:
+    def test_each_old_run_keeps_its_own_folder(self, dataset, tmp_path, unfitted):
+        kept = []
+        for seed in (1, 2, 3):
+            make_cv(dataset, tmp_path / "run", seed=seed).run()
+            kept.append(contents(tmp_path / "run"))
+        for folder, expected in zip(("run.1", "run.2", "run"), kept, strict=True):
+            assert_same(contents(tmp_path / folder), expected)
+
+    def test_an_unfinished_run_of_another_configuration_is_moved_whole(self, dataset, tmp_path, unfitted):
+        leave_unfinished(make_cv(dataset, tmp_path / "run", seed=1))
+        make_cv(dataset, tmp_path / "run", seed=2).run()
+        assert len(list((tmp_path / "run.1" / "resume").glob("*.pt"))) == TRAININGS
+
+    def test_a_folder_that_is_not_a_run_is_left_alone(self, dataset, tmp_path, unfitted):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.txt").write_text("years of work")
+        with pytest.raises(ConfigError, match="not empty and not a training run; give another --output_dir"):
+            make_cv(dataset, tmp_path / "run").run()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+        assert not unfitted.states
+
+    def test_an_empty_folder_will_do(self, dataset, tmp_path, unfitted):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".DS_Store").write_text("")
+        make_cv(dataset, tmp_path / "run").run()
+        assert (tmp_path / "run" / "outputs.json").is_file()
+
+
+class TestResume:
+    def test_a_finished_run_killed_before_it_tidied_up_is_tidied_up(self, dataset, tmp_path, monkeypatch, unfitted):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunFolder, "clear_leftovers", lambda _: None)
+            make_cv(dataset, tmp_path / "run").run()
+        (tmp_path / "run" / ".outputs.json.x.part").write_text("half")
+        assert (tmp_path / "run" / "resume").is_dir()
+        make_cv(dataset, tmp_path / "run").run()
+        assert not (tmp_path / "run" / "resume").exists()
+        assert not (tmp_path / "run" / ".outputs.json.x.part").exists()

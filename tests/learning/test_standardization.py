@@ -1,6 +1,10 @@
 """Features of any scale reach a model as those it is initialised for, by a map that is part of the model."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -9,12 +13,19 @@ from MILS import build_mil, list_mils
 from MILS.bag_model import BagModel, evaluating
 from MILS.ensemble import Ensemble
 from MILS.mergeable import MergeableModel
+from tests.cohort import write_cohort
+from tests.learning.runs import assert_same, contents, leave_unfinished, make_cv
 from tests.small import TASK
 from utils.bags.inventory import root_mean_square
+from utils.bags.store import read_bag, write_bag
 from utils.core.errors import ConfigError
+from utils.learning import jobs
 from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.standardization import Standardization, feature_scale, standardize, why_unusual
+from utils.mil_dataset import MILDataset
+from utils.prediction.checkpoint import load_checkpoint
 from utils.prediction.faithfulness import measure_faithfulness
+from utils.prediction.forward_pass import SlideFeed, predict_features
 
 DIM = 12
 
@@ -170,3 +181,62 @@ def test_a_model_that_takes_features_as_they_are_is_refused():
 
     with pytest.raises(ConfigError, match=r"Raw: does not standardise .* begin it with x = self\.cast\(x\), or give"):
         standardize(Raw(), *scale())
+
+
+class TestStandardize:
+    def scaled(self, folder: Path, factor: float) -> MILDataset:
+        """The cohort of the other tests, its features so many times as large."""
+        csv_path, features = write_cohort(folder, patches=(5, 50), dtype="float32")
+        for path in features.iterdir():
+            bag = read_bag(path)
+            write_bag(path, replace(bag, features=bag.features * np.float32(factor)))
+        return MILDataset(csv_path, features, chunk_size=20)
+
+    @pytest.mark.usefixtures("blank_figures")
+    def test_features_of_usual_scale_are_left_alone(self, finished, dataset, tmp_path):
+        assert finished.results["standardize"] | {"rms": None} == {"asked": "auto", "folds": [], "rms": None}
+        make_cv(dataset, tmp_path / "run", standardize="off").run()
+        found, expected = contents(tmp_path / "run"), contents(finished.folder)
+        assert [name for name in expected if found[name] != expected[name]] == ["outputs.json"]
+        assert "feature_mean" not in load_checkpoint(finished.folder / "all_folds_best.pth").state_dict
+
+    def test_the_decision_is_no_other_run_where_it_decides_the_same(self, finished, dataset):
+        assert make_cv(dataset, finished.folder, standardize="off").run() == finished.results
+
+    @pytest.mark.parametrize("final", ["best", "ensemble", "refit"])
+    def test_features_of_another_scale_are_standardised_as_a_part_of_the_model(
+        self, final, tmp_path, aloud, no_figures
+    ):
+        data = self.scaled(tmp_path / "cohort", 1e4)
+        cv = make_cv(data, tmp_path / "run", final=final)
+        results = cv.run()
+        assert results["standardize"]["folds"] == [1, 2, 3]
+        assert aloud.text.count("each feature is standardised (--standardize off leaves them as they are)") == 1
+        predictions = pd.read_csv(tmp_path / "run" / "predictions.csv")
+        for number, fold in enumerate(cv.folds(), start=1):
+            model = load_checkpoint(tmp_path / "run" / f"fold_{number}_best.pth").build()
+            for slide in fold.test.tolist():
+                output = predict_features(TASK, model, data.features(slide), SlideFeed(20, "mean"))
+                assert predictions["prob_malignant"][slide] == pytest.approx(output.probabilities[1], abs=1e-6)
+            inner = results["fold_results"][number - 1]["selection"]["inner_fold"] or 1
+            used = fold.train if final == "refit" else fold.inner[inner - 1].train
+            mean, _ = feature_scale(data.features, used)
+            stored = load_checkpoint(tmp_path / "run" / f"fold_{number}_best.pth").state_dict
+            assert torch.equal(stored["members.0.feature_mean" if final == "ensemble" else "feature_mean"], mean)
+
+    def test_a_killed_run_goes_on_standardising(self, tmp_path, no_figures, monkeypatch):
+        data = self.scaled(tmp_path / "cohort", 1e-4)
+        make_cv(data, tmp_path / "whole", n_outer=2).run()
+        leave_unfinished(make_cv(data, tmp_path / "run", n_outer=2))
+        monkeypatch.setattr(jobs, "fit", None)
+        make_cv(data, tmp_path / "run", n_outer=2).run()
+        assert_same(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+
+    def test_asked_for_or_not_it_is_another_run(self, dataset, tmp_path, unfitted, aloud):
+        make_cv(dataset, tmp_path / "run").run()
+        make_cv(dataset, tmp_path / "run", standardize="on").run()
+        assert "held another run (standardized differs)" in aloud.text
+
+    def test_turned_off_it_says_what_that_costs(self, tmp_path, unfitted, aloud):
+        make_cv(self.scaled(tmp_path / "cohort", 1e4), tmp_path / "run", standardize="off").run()
+        assert "they may learn little; give --standardize auto" in aloud.text
