@@ -52,9 +52,9 @@ SHARED = ROOT.parent / "shared" / "data"
 # What takes minutes begins first: dealt out last, a long file would leave the other process of the two idle.
 # Each process is given two at first, alternately: the first and the third share one Ray.
 LONGEST = (
-    "test_ray.py", "test_cross_validation.py", "test_engine.py", "test_run.py", "test_commands.py", "test_extractor.py",
-    "test_backbones.py", "test_readme.py", "test_leakage.py", "test_audit.py", "test_tutorial.py", "test_training.py",
-    "test_patching.py", "test_compare.py", "test_extraction_orchestration.py",
+    "test_ray.py", "test_cross_validation.py", "test_engine.py", "test_prediction_pictures.py", "test_commands.py",
+    "test_extractor.py", "test_backbones.py", "test_readme.py", "test_leakage.py", "test_tutorial.py",
+    "test_training.py", "test_patching.py", "test_compare.py", "test_extraction_orchestration.py",
 )  # fmt: skip
 
 

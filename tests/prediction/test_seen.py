@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cohort import synthetic_passport
-from tests.prediction.test_run import write_model
+from tests.prediction.predict_helpers import write_model
 from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.store import Bag, open_bag, read_bag, write_bag
 from utils.core.passport import Passport
