@@ -6,15 +6,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cohort import write_cohort
 from tests.conftest import drawn_coarsely
-from tests.learning.runs import Finished, Unfitted, Watch, make_cv
+from tests.learning.runs import CHUNKED, TRAIN, VAL, Finished, Unfitted, Watch, make_cv
 from tests.small import make_model  # noqa: F401 - a fixture
 from utils.core.engine import threads
 from utils.core.files import write_text
 from utils.evaluation import predictions
 from utils.learning import jobs, run_figures
+from utils.learning.early_stopping import EarlyStopping
+from utils.learning.settings import Training
+from utils.learning.training import fit
 from utils.mil_dataset import MILDataset
 
 
@@ -64,3 +68,26 @@ def unfitted(monkeypatch, no_figures) -> Unfitted:
     quick = partial(predictions.bootstrap_intervals, resamples=10)
     monkeypatch.setattr(predictions, "bootstrap_intervals", quick)
     return stand_in
+
+
+@pytest.fixture
+def train(dataset, make_model):  # noqa: F811 - the fixture
+    """A short training on the shared cohort; settings and arguments by name."""
+
+    def run(
+        make=make_model, *, data=dataset, slides=TRAIN, val=VAL, monitor="slide_auc", seed=7, on_epoch=None, **settings
+    ):
+        chosen = Training(**({"epochs": 3, "batch_size": 8, "lr": 1e-2} | settings))
+        hook = {} if on_epoch is None else {"on_epoch": on_epoch}
+        return fit(
+            make,
+            data,
+            slides,
+            EarlyStopping(data.task, val, CHUNKED, monitor),
+            chosen,
+            seed=seed,
+            device=torch.device("cpu"),
+            **hook,
+        )
+
+    return run

@@ -9,36 +9,18 @@ from torch import nn
 from MILS import list_mils
 from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
+from tests.learning.runs import CHUNKED, TRAIN, VAL, Scripted
 from tests.small import TASK
 from utils.core.device import amp_dtype
 from utils.core.errors import ConfigError, TrainingError
 from utils.learning import training
-from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
-from utils.learning.training import Fitted, fit, learning_rate, predict_slides, refit, validate
+from utils.learning.training import Fitted, learning_rate, predict_slides, refit, validate
 from utils.mil_dataset import MILDataset
-from utils.prediction.forward_pass import SlideFeed, predict_features, set_references
+from utils.prediction.forward_pass import predict_features, set_references
 from utils.tasks.metrics import METRICS, balanced_class_weights
 
 CPU = torch.device("cpu")
-CHUNKED = SlideFeed(20, "mean")
-TRAIN, VAL = np.arange(16), np.arange(16, 24)
-
-
-@pytest.fixture
-def train(dataset, make_model):
-    """A short training on the shared cohort; settings and arguments by name."""
-
-    def run(
-        make=make_model, *, data=dataset, slides=TRAIN, val=VAL, monitor="slide_auc", seed=7, on_epoch=None, **settings
-    ):
-        chosen = Training(**({"epochs": 3, "batch_size": 8, "lr": 1e-2} | settings))
-        hook = {} if on_epoch is None else {"on_epoch": on_epoch}
-        return fit(
-            make, data, slides, EarlyStopping(data.task, val, CHUNKED, monitor), chosen, seed=seed, device=CPU, **hook
-        )  # fmt: skip
-
-    return run
 
 
 @pytest.fixture
@@ -100,18 +82,6 @@ class TestLearningRate:
         assert used == [learning_rate(epoch, Training(epochs=4, lr=1e-2)) for epoch in range(1, 5)]
 
 
-class Scripted:
-    """Stands for `validate`: gives the figures of a script, and keeps the weights it was asked about."""
-
-    def __init__(self, aucs, losses):
-        self.script = [{"val_loss": loss, "val_auc": auc} for auc, loss in zip(aucs, losses, strict=True)]
-        self.seen = []
-
-    def __call__(self, model, *_):
-        self.seen.append(copy.deepcopy(model.state_dict()))
-        return self.script[len(self.seen) - 1], np.full((4, 2), len(self.seen) / 10)
-
-
 class TestSelection:
     def test_the_best_epoch_is_a_copy_that_later_epochs_leave_alone(self, train, monkeypatch):
         script = Scripted([0.6, 0.9, 0.7, 0.8], [0.5] * 4)
@@ -123,19 +93,6 @@ class TestSelection:
         assert fitted.validation["val_auc"] == 0.9
         assert (fitted.val_probabilities == 0.2).all()
         assert [row["epoch"] for row in fitted.history] == [1, 2, 3, 4]
-
-    @pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 6), (3, 7), (10, 8)])
-    def test_stops_after_patience_epochs_without_a_better_one(self, patience, epochs, train, monkeypatch):
-        monkeypatch.setattr(training, "validate", Scripted([0.5, 0.6, 0.5, 0.7, 0.7, 0.6, 0.6, 0.6], [1.0] * 8))
-        assert len(train(epochs=8, patience=patience, batch_size=100).history) == epochs
-
-    def test_equal_aucs_are_decided_by_the_loss_then_by_the_earlier_epoch(self, train, monkeypatch):
-        monkeypatch.setattr(training, "validate", Scripted([0.9, 0.9, 0.9, 0.8], [0.5, 0.4, 0.4, 0.1]))
-        assert train(epochs=4).epoch == 2
-
-    def test_the_loss_chooses_where_it_is_monitored(self, train, monkeypatch):
-        monkeypatch.setattr(training, "validate", Scripted([0.9, None, 0.8], [0.5, 0.4, 0.6]))
-        assert train(epochs=3, monitor="slide_loss").epoch == 2
 
     def test_an_auc_of_one_class_cannot_choose(self, train, dataset):
         benign = VAL[dataset.labels[VAL] == 0]
@@ -384,7 +341,7 @@ class TestTrouble:
             def forward(self, x, mask=None):
                 return self.layers(x.float().mean(dim=1)), {"attn": None}
 
-        with pytest.raises(TrainingError, match="output for a slide is not finite; lower --lr"):
+        with pytest.raises(TrainingError, match="answer for a slide is not finite; lower --lr"):
             train(Unnormalised, batch_size=1000, monitor=monitor)
 
     def test_an_answer_that_is_not_finite_is_no_answer(self, dataset, make_model):
