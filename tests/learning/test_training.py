@@ -341,7 +341,7 @@ class TestTrouble:
             def forward(self, x, mask=None):
                 return self.layers(x.float().mean(dim=1)), {"attn": None}
 
-        with pytest.raises(TrainingError, match="answer for a slide is not finite; lower --lr"):
+        with pytest.raises(TrainingError, match="output for a slide is not finite; lower --lr"):
             train(Unnormalised, batch_size=1000, monitor=monitor)
 
     def test_an_answer_that_is_not_finite_is_no_answer(self, dataset, make_model):
