@@ -1,26 +1,33 @@
-"""Does attention find what the label is about? Bags of real tissue tiles with known key instances, as a Markdown table.
+"""Do maps find what the label is about? Bags with known key instances, as a Markdown table.
 
     uv run benchmarks/key_instances.py kather5000_best3_49feat.mat
     uv run benchmarks/key_instances.py kather5000_best3_49feat.mat --models LiteMIL ABMIL --seeds 1
+    uv run benchmarks/key_instances.py malaria --positive infected
 
-The tiles are those of Kather et al. 2016 (https://doi.org/10.1038/srep27988, CC BY): 5000 of colorectal tissue, 625 of
-each of eight classes, as 49 texture features each; the file is that of the authors' code. A bag has 30 tiles. In a
-positive one 2 to 5 are tumour, in a negative one none; the others are of the seven other classes at random. For each
-seed the tiles are parted, class by class, 300 bags for training are drawn from 70% of them and 100 for testing from the
-others, half of them positive; features are standardised by the training tiles. Of the training bags, a fifth chooses
-the epoch.
+Tiles (a .mat file). They are those of Kather et al. 2016 (https://doi.org/10.1038/srep27988, CC BY): 5000 of colorectal
+tissue, 625 of each of eight classes, as 49 texture features each; the file is that of the authors' code. A bag has 30
+tiles. In a positive one 2 to 5 are tumour, in a negative one none; the others are of the seven other classes at random.
+For each seed the tiles are split, class by class, 300 bags for training are drawn from 70% of them and 100 for testing
+from the others, half of them positive; features are standardised by the training tiles. Of the training bags, a fifth
+chooses the epoch. All figures are means over the seeds with their standard deviation.
 
-bags AUC        of the bag label, on the test bags
-key AUC         how well attention ranks the tumour tiles of a positive test bag above its other tiles: the area under
-                the ROC curve within each bag, the mean over them
-deletion,       `--faithfulness` on the positive test bags that are told right: by how much the mean probability falls
-insertion       faster (rises faster) as the most attended tiles are taken away (added) first, against random orders
-beats random    in how many of these bags it does so, of both together
+A cohort (a folder with labels.csv and features/, whose files hold inst_labels, 1 for a key instance). Every slide is
+predicted out of fold by a nested cross-validation with train.py's settings, 5 outer and 2 inner folds. Means are over
+the slides, with 95% intervals over patients.
 
-All are means over the seeds with their standard deviation.
+map         attention, or the evidence for the class of the key instances (for deletion: for the predicted class)
+bags AUC    of the bag label, on the test bags
+key AUC     in a bag with key instances, how often one has a greater value than another instance, ties counted half
+pointing    in how many of these bags the instance with the greatest value is a key instance (cohorts)
+overlap     of the n greatest values, the share of key instances, where n instances are key (cohorts); by chance it is
+            their share of all
+deletion    `--faithfulness` on the test bags that are predicted right, by class: how much faster the probability of the
+            predicted class falls as instances are taken away, those of the greatest values first, than in random orders
+beaten      the share of the random orders that it beats
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -31,25 +38,31 @@ import scipy.io
 import torch
 from numpy.typing import NDArray
 from report import processor, table, versions
-from scipy.stats import rankdata
 
 from MILS import build_mil, list_mils
 from MILS.bag_model import BagModel
+from utils.bags.instance_labels import read_instance_labels
+from utils.bags.label_table import read_table
 from utils.bags.store import Bag, write_bag
 from utils.core.files import write_text
 from utils.core.runtime import derive_seed, progress
+from utils.evaluation.localization import SCORES, map_scores, mean_scores
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
 from utils.learning.training import fit
 from utils.mil_dataset import MILDataset
+from utils.nested_cv import NestedCrossValidation
+from utils.prediction.evidence import Evidence
 from utils.prediction.faithfulness import measure_faithfulness
 from utils.prediction.forward_pass import SlideFeed, predict_features
+from utils.prediction.predictor import SlidePredictor
 
 TILES, TRAINING_BAGS, TEST_BAGS = 30, 300, 100
 LEAST_KEYS, MOST_KEYS = 2, 5
 TRAINING_SHARE, VALIDATION_BAGS = 0.7, 60
 TUMOUR = 1  # of the file's eight classes
 CLASSES = ("other", "tumour")
+MAPS = ("attention", "evidence")
 SETTINGS = Training(epochs=100, patience=20, batch_size=16, lr=3e-4)
 WHOLE = SlideFeed(None, "merge")
 
@@ -104,8 +117,9 @@ def written(bags: Sequence[NDArray[np.float32]], labels: NDArray[np.int64], fold
 def trained(name: str, dataset: MILDataset, seed: int) -> BagModel:
     factory = partial(build_mil, name, input_dim=dataset.input_dim, num_classes=2)
     bags = np.arange(TRAINING_BAGS)
+    stopping = EarlyStopping(dataset.task, bags[-VALIDATION_BAGS:], WHOLE, "slide_auc")
     kept = fit(
-        factory, dataset, bags[:-VALIDATION_BAGS], EarlyStopping(bags[-VALIDATION_BAGS:], WHOLE, "slide_auc"), SETTINGS,
+        factory, dataset, bags[:-VALIDATION_BAGS], stopping, SETTINGS,
         seed=derive_seed(seed, name), device=torch.device("cpu"),
     )  # fmt: skip
     model = factory()
@@ -113,37 +127,79 @@ def trained(name: str, dataset: MILDataset, seed: int) -> BagModel:
     return model.eval()
 
 
-def key_auc(attention: NDArray, keys: NDArray[np.bool_]) -> float:
-    """How often a key instance is attended to more than another one, ties counted half."""
-    ranks, count = rankdata(attention), int(keys.sum())
-    return float((ranks[keys].sum() - count * (count + 1) / 2) / (count * (len(keys) - count)))
-
-
-def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int) -> dict[str, float]:
-    model, test = trained(name, dataset, seed), range(TRAINING_BAGS, TRAINING_BAGS + TEST_BAGS)
-    outputs = {bag: predict_features(dataset.task, model, dataset.features(bag), WHOLE, attention=True) for bag in test}
-    labels = dataset.labels[list(test)]
-    probabilities = np.stack([outputs[bag].probabilities for bag in test])
-    aucs, gaps = [], []
-    for bag in test:
-        weights = outputs[bag].attention
-        if weights is None or not dataset.labels[bag]:
-            continue
-        attention = weights.mean(axis=0)
-        aucs.append(key_auc(attention, keys[bag]))
-        if outputs[bag].probabilities.argmax() == 1:
-            found = measure_faithfulness(dataset.task, [model], dataset.features(bag), attention, 1, seed).as_dict()
-            gaps.append((found["deletion"]["gap"], found["insertion"]["gap"]))
-    gaps = np.array(gaps)
+def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int) -> dict[str, dict[str, float]]:
+    """The figures of each map of a model, on the test bags."""
+    model, test = trained(name, dataset, seed), np.arange(TRAINING_BAGS, TRAINING_BAGS + TEST_BAGS)
+    outputs = [
+        predict_features(dataset.task, model, dataset.features(bag), WHOLE, attention=True, evidence=True)
+        for bag in test
+    ]
+    labels, probabilities = dataset.labels[test], np.stack([output.probabilities for output in outputs])
     bags_auc = dataset.task.unweighted_metrics(labels, probabilities)["auc"]
     assert bags_auc is not None  # noqa: S101 - both labels occur
+    found: dict[str, dict[str, list[float]]] = {}
+    for bag, output, label in zip(test, outputs, labels, strict=True):
+        for kind, values in _maps(output.attention, output.evidence).items():
+            figures = found.setdefault(kind, {})
+            if label:
+                auc = map_scores(values[1], keys[bag])["auc"]
+                figures.setdefault("key AUC", []).append(np.nan if auc is None else auc)
+            if output.probabilities.argmax() == label:
+                features, orders = dataset.features(bag), values[label]
+                curve = measure_faithfulness(dataset.task, [model], features, orders, int(label), seed).as_dict()
+                side, deletion = ("negative", "positive")[label], curve["deletion"]
+                beaten = deletion["random_orders_beaten"] / curve["random_orders"]
+                figures.setdefault(f"deletion, {side}", []).append(deletion["gap"])
+                figures.setdefault(f"beaten, {side}", []).append(beaten)
     return {
-        "bags AUC": bags_auc,
-        "key AUC": float(np.mean(aucs)),
-        "deletion": float(gaps[:, 0].mean()),
-        "insertion": float(gaps[:, 1].mean()),
-        "beats random": float((gaps.sum(axis=1) > 0).mean()),
+        kind: {"bags AUC": bags_auc} | {figure: float(np.mean(figures[figure])) for figure in sorted(figures)}
+        for kind, figures in found.items()
     }
+
+
+def _maps(attention: NDArray | None, evidence: Evidence | None) -> dict[str, NDArray]:
+    """Each map `(C, N)`, for each class; attention is the same for both."""
+    maps = {}
+    if attention is not None:
+        maps["attention"] = np.repeat(attention.mean(axis=0, keepdims=True), 2, axis=0)
+    if evidence is not None:
+        maps["evidence"] = evidence.contributions
+    return maps
+
+
+def out_of_fold(name: str, home: Path, positive: str, folder: Path) -> list[list[str]]:
+    """The rows of a model on a cohort: nested cross-validation, then the maps of each slide by its fold's model."""
+    classes = sorted(set(read_labels(home)) - {positive})
+    dataset = MILDataset(home / "labels.csv", home / "features", (*classes, positive), cache="ram")
+    factory = partial(build_mil, name, input_dim=dataset.input_dim, num_classes=2)
+    outputs = NestedCrossValidation(
+        factory, dataset, dataset.class_names, folder, n_outer=5, n_inner=2, device="cpu"
+    ).run()
+    entries, cases = [], []
+    for fold in json.loads((folder / "splits.json").read_text())["folds"]:
+        predictor = SlidePredictor(folder / f"fold_{fold['fold']}_best.pth", device="cpu")
+        for row in [row for row in dataset.rows if row.wsi_id in set(fold["test"])]:
+            is_key = read_instance_labels(row.path) > 0
+            found = predictor.predict_bag(predictor.bag(row.path), row.path, evidence=True)
+            maps = _maps(found.attention, found.evidence)
+            scores = {kind: map_scores(values[1], is_key) for kind, values in maps.items()}
+            counts = {"patches": int(is_key.sum()), "of": len(is_key)}
+            entries.append({"classes": {positive: counts | scores}})
+            cases.append(row.case_id)
+    means = mean_scores(entries, cases, derive_seed(0, "bootstrap"))[positive]
+    bags = _with_interval(outputs["pooled"]["auc"], outputs["intervals_95"]["auc"])
+    chance = f"{means['chance_overlap']:.3f}"
+    return [
+        [name, kind, bags]
+        + [_with_interval(means[kind][score], means[kind]["intervals_95"][score]) for score in SCORES]
+        + [chance]
+        for kind in MAPS
+        if kind in means
+    ]
+
+
+def read_labels(home: Path) -> list[str]:
+    return [row["label"] for row in read_table(home / "labels.csv").rows]
 
 
 def main() -> None:
@@ -151,27 +207,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="kather5000_best3_49feat.mat")
+    parser.add_argument("source", type=Path, help="kather5000_best3_49feat.mat, or the folder of a cohort")
     parser.add_argument("--models", nargs="+", default=list_mils(), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how often all is drawn and trained anew")
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="how often tiles are drawn and models trained"
+    )
+    parser.add_argument("--positive", metavar="CLASS", help="the class of a cohort's key instances")
     asked = parser.parse_args()
-    features, classes = read_tiles(asked.file)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in asked.models}
-    for seed in progress(range(asked.seeds), "Seeds", unit="seed"):
+    if asked.source.is_dir():
+        if asked.positive not in read_labels(asked.source):
+            parser.error(
+                f"--positive {asked.positive}: give one of {', '.join(sorted(set(read_labels(asked.source))))}"
+            )
+        of_cohort(asked.source, asked.positive, asked.models)
+    else:
+        of_tiles(asked.source, asked.models, asked.seeds)
+
+
+def of_tiles(path: Path, models: Sequence[str], seeds: int) -> None:
+    """Print the table of the tiles."""
+    features, classes = read_tiles(path)
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for seed in progress(range(seeds), "Seeds", unit="seed"):
         bags, keys, labels = draw_bags(features, classes, seed)
         with tempfile.TemporaryDirectory() as folder:
             dataset = written(bags, labels, Path(folder))
-            for name in asked.models:
-                found[name].append(measured(name, dataset, keys, seed))
-    names = list(next(iter(found.values()))[0])
-    rows = [[name, *[_cell([one[figure] for one in each]) for figure in names]] for name, each in found.items()]
-    print(f"{processor()}, {', '.join(versions())}; {asked.seeds} seeds\n")
-    print(table(" | ".join(["model", *names]), rows))
+            for name in models:
+                for kind, figures in measured(name, dataset, keys, seed).items():
+                    found.setdefault((name, kind), []).append(figures)
+    names = ["bags AUC", "key AUC", "deletion, negative", "deletion, positive", "beaten, negative", "beaten, positive"]
+    rows = [[*row, *[_cell([figures[name] for figures in each]) for name in names]] for row, each in found.items()]
+    print(f"{processor()}, {', '.join(versions())}; {seeds} seeds\n")
+    print(table(" | ".join(["model", "map", *names]), rows))
+
+
+def of_cohort(home: Path, positive: str, models: Sequence[str]) -> None:
+    """Print the table of a cohort."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in models:
+            rows += out_of_fold(name, home, positive, Path(folder) / name)
+    print(f"{processor()}, {', '.join(versions())}; {home.name}, key instances of {positive}\n")
+    print(table("model | map | bags AUC | key AUC | pointing | overlap | chance overlap", rows))
 
 
 def _cell(values: Sequence[float]) -> str:
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
+
+
+def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None or interval is None:
+        return "-" if value is None else f"{value:.3f}"
+    return f"{value:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
 
 
 if __name__ == "__main__":
