@@ -176,6 +176,7 @@ def drawn_coarsely(*, blank: Sequence[str] = ()) -> Iterator[None]:
     """Write figures with few pixels meanwhile, their parts where they are without a layout; in `blank` formats, files
     that show nothing.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     save = getattr(Figure.savefig, "original", Figure.savefig)
@@ -185,7 +186,15 @@ def drawn_coarsely(*, blank: Sequence[str] = ()) -> Iterator[None]:
             Image.new("RGB", (8, 8)).save(path, "png")
             return
         figure.set_layout_engine("none")
-        save(figure, path, **settings | {"dpi": 25, "bbox_inches": None})
+        if settings["format"] != "png":
+            save(figure, path, **settings | {"dpi": 25, "bbox_inches": None})
+            return
+        # Once: `savefig` draws a figure a first time without pixels.
+        dpi, canvas = figure.dpi, figure.canvas
+        figure.dpi = 25
+        FigureCanvasAgg(figure).print_png(path, metadata=settings.get("metadata"))
+        figure.dpi = dpi
+        figure.set_canvas(canvas)
 
     save_coarsely.original = save
     with pytest.MonkeyPatch.context() as patch:

@@ -115,7 +115,7 @@ class TestTurnedLabels:
             return folds
 
         monkeypatch.setattr(protocol, "repeated_splits", deal)
-        settings = {"grid": "lr=1e-3,3e-2 dropout=0,0.25"} | changes
+        settings = {"grid": "lr=1e-3,3e-2", "n_outer": 2} | changes
         run(MILDataset(csv, features), folder / "before", **settings)
         table = pd.read_csv(csv, dtype=str)
         is_test = table["wsi_id"].isin(read_json(folder / "before" / "splits.json")["folds"][0]["test"])
@@ -178,7 +178,7 @@ class TestPatientSignature:
         csv, features = signed_cohort
         table = pd.read_csv(csv, dtype=str)
         table.assign(case_id=table["wsi_id"]).to_csv(tmp_path / "naive.csv", index=False)
-        settings = {"epochs": 20, "hidden_dim": 64, "lr": 3e-2, "final": "ensemble"}
+        settings = {"epochs": 10, "hidden_dim": 64, "lr": 3e-2, "final": "ensemble"}
         naive = run(MILDataset(tmp_path / "naive.csv", features), tmp_path / "naive", **settings)
         by_patient = [
             run(MILDataset(csv, features), tmp_path / f"{seed}", **(settings | {"seed": seed})) for seed in range(seeds)

@@ -29,6 +29,15 @@ from functools import partial
 from datasets import demo
 demo.TRAINING, demo.HOLDOUT = demo.demo_slides(12, 1), demo.demo_slides(2, 1, first=demo.PATIENTS)
 utils.nested_cv.NestedCrossValidation = partial(utils.nested_cv.NestedCrossValidation, n_inner=2, epochs=3)
+
+from matplotlib.figure import Figure
+save = Figure.savefig
+
+def save_coarsely(figure, path, **settings):
+    figure.set_layout_engine("none")
+    save(figure, path, **settings | {"dpi": 30, "bbox_inches": None})
+
+Figure.savefig = save_coarsely
 """
 
 
