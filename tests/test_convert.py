@@ -410,7 +410,7 @@ def test_another_encoder_of_the_same_width_is_not_taken_for_the_same(tmp_path):
 
 def test_a_killed_batch_goes_on_to_the_same_bytes(tmp_path):
     rng = np.random.default_rng(0)
-    for number in range(120):
+    for number in range(60):
         bag = synthetic_bag(f"S{number:03d}", rng.standard_normal((64, 32)).astype("float32"), rng)
         write_bag(tmp_path / "in" / f"S{number:03d}.pt", bag)
     settings = "--dtype", "float16"
@@ -422,14 +422,14 @@ def test_a_killed_batch_goes_on_to_the_same_bytes(tmp_path):
     batch.kill()
     assert batch.wait() == -9
     there = contents(tmp_path / "out")
-    assert 5 <= len(there) < 120
+    assert 5 <= len(there) < 60
     assert not (tmp_path / "out" / REPORT).exists()
 
     statuses = run(tmp_path / "in", tmp_path / "out", dtype="float16")
     assert [status.status for status in statuses].count("there already") == len(there)
     run(tmp_path / "in", tmp_path / "undisturbed", dtype="float16")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
-    assert len(contents(tmp_path / "out")) == 120
+    assert len(contents(tmp_path / "out")) == 60
 
 
 def test_a_real_bag_without_a_unit_keeps_its_features_and_tells_why_not_its_coordinates(tmp_path, shared_data):

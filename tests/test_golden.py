@@ -93,7 +93,7 @@ def heatmaps_alone_are_drawn(monkeypatch) -> None:
     monkeypatch.setattr("utils.pictures.picture_set.save_picture", save)
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=["level 0", pytest.param("level 1", marks=pytest.mark.slow), "0.75 um"])
 def predicted(request, slide, heatmaps_alone_are_drawn, script, tmp_path):
     """The set from the slide itself and from its feature file, and the patches' size."""
     settings, size = RECIPES[request.param]

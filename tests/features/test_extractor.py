@@ -454,10 +454,11 @@ def test_quality_control_drops_patches_and_tells_why(slide_cohort, script, tmp_p
 
 
 def test_a_folder_is_to_be_looked_at(slide_cohort, script, tmp_path):
-    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path / "out", *recipe(slide_cohort))
+    slides = slide_cohort.slides / "nested"
+    flags = ("--input_dir", slides, "--output_dir", tmp_path / "out", *recipe(slide_cohort))
     assert script("extractFeatures", *flags).code == 0
     pictures = sorted((tmp_path / "out" / "previews").iterdir())
-    assert [path.stem for path in pictures] == sorted(path.stem for path in slide_cohort.features.glob("*.h5"))
+    assert [path.stem for path in pictures] == sorted(path.stem for path in slides.iterdir())
     for path in pictures:
         with Image.open(path) as picture:
             assert picture.format == "JPEG"
@@ -494,11 +495,11 @@ def test_a_slide_without_tissue_is_to_be_looked_at_too(slide_cohort, script, tmp
 def test_an_extraction_beside_the_slides_goes_on_from_there(slide_cohort, script, tmp_path):
     """What it has written there, pictures among them, are no slides."""
     for name, output in (("within", "within/features"), ("same", "same")):
-        shutil.copytree(slide_cohort.slides, tmp_path / name)
+        shutil.copytree(slide_cohort.slides / "nested", tmp_path / name)
         flags = ("--input_dir", tmp_path / name, "--output_dir", tmp_path / output, *recipe(slide_cohort))
         first, second = (script("extractFeatures", *flags) for _ in range(2))
         assert (first.code, second.code) == (0, 0), second.err
-        count = len(list(slide_cohort.features.glob("*.h5")))
+        count = len(list((slide_cohort.slides / "nested").iterdir()))
         assert first.out.startswith(f"{count} extracted")
         assert f"0 extracted (0 patches), {count} skipped" in second.out
 
@@ -598,7 +599,7 @@ def test_each_shard_has_its_own_report(slide_cohort, script, tmp_path):
 
 
 def test_the_report_tells_of_what_was_there(slide_cohort, script, tmp_path):
-    flags = ("--input_dir", slide_cohort.slides, "--output_dir", tmp_path, *recipe(slide_cohort))
+    flags = ("--input_dir", slide_cohort.slides / "nested", "--output_dir", tmp_path, *recipe(slide_cohort))
     for status in ("done", "skipped"):
         assert script("extractFeatures", *flags).code == 0
         report = pd.read_csv(tmp_path / "extraction_report.csv")

@@ -114,7 +114,7 @@ def test_a_trial_takes_a_few_patches_only():
     assert [len(bag) for bag in trial_bags(batch(5, 6, width=1).bags)] == [5, 6]
 
 
-@pytest.mark.usefixtures("coarse_figures")
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_says_and_keeps_what_was_chosen(dataset, make_model, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(runtime.log, "propagate", True)
     caplog.set_level(logging.INFO, logger=runtime.log.name)

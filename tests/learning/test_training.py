@@ -379,7 +379,7 @@ class TestLearning:
     @pytest.mark.parametrize("name", list_mils())
     def test_learns_what_the_cohort_holds(self, name, tmp_path_factory, train, make_model):
         csv, features = write_cohort(
-            tmp_path_factory.mktemp("learn"), patients_per_class=10, slides_per_patient=1, patches=(30, 40), signal=3
+            tmp_path_factory.mktemp("learn"), patients_per_class=10, slides_per_patient=1, patches=(15, 20), signal=3
         )
         data = MILDataset(csv, features, chunk_size=20)
         fitted = train(

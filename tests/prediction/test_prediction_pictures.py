@@ -92,9 +92,12 @@ def test_of_two_slides_of_one_name_the_one_the_features_were_made_from_is_drawn_
     assert "holds 2 slides S1 (a/S1.tif, b/S1.tif), and it records no hash of its slide" in outcome.errors[0]
 
 
-@pytest.mark.usefixtures("coarse_figures")
 @pytest.mark.parametrize("mil", list_mils())
-def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_path):
+def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_path, request):
+    """With and without evidence the set is drawn; that of other models has no more than these to draw."""
+    is_drawn = mil in ("LiteMIL", "TransMIL")
+    if is_drawn:
+        request.getfixturevalue("coarse_figures")
     flags, drawn = drawable(mil)
     outcome = predict(*flags, *drawn, "--faithfulness")
     assert outcome.code == 0, outcome.err
@@ -113,7 +116,7 @@ def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_p
     page = (tmp_path / "out" / "slide_report.html").read_text()
     assert ('<select id="map">' in page) is gives_evidence
     assert np.isfinite(found["deletion"]["gap"])
-    assert (tmp_path / "out" / "slide_faithfulness.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "slide_faithfulness.png").stat().st_size > (1000 if is_drawn else 0)
     assert "faithfulness" in (tmp_path / "out" / "slide_report.html").read_text()
 
 

@@ -177,9 +177,10 @@ def test_the_settings_say_everything():
     assert (patch_quality(patches, MPP, lenient) == "").all()
 
 
-def test_real_tissue_sharp_and_blurred(shared_data):
+@pytest.mark.parametrize("every", [24, pytest.param(8, marks=pytest.mark.slow)])
+def test_real_tissue_sharp_and_blurred(shared_data, every):
     """Of colon and skin in focus nothing is dropped; of what is blurred by 2 to 10 um nearly all."""
-    files = sorted((shared_data / "glas" / "images").iterdir())[::8]
+    files = sorted((shared_data / "glas" / "images").iterdir())[::every]
     judged = {blur: [] for blur in (0, 2, 7, 10)}
     for path, mpp in [(file, 0.62) for file in files] + [(shared_data / "slides" / "CMU-1-Small-Region.svs", 0.499)]:
         with open_slide(path) as slide:
@@ -189,7 +190,7 @@ def test_real_tissue_sharp_and_blurred(shared_data):
             grid = grid[covered_fraction(mask, grid, PATCH, slide.width, slide.height) >= 0.5]
         for blur, found in judged.items():
             found.extend(patch_quality(patches_of(blurred(image, blur, mpp) if blur else image, grid), mpp))
-    assert len(judged[0]) > 80
+    assert len(judged[0]) > 640 / every
     assert set(judged[0]) == {""}
     caught = {blur: np.mean([reason == BLURRED for reason in found]) for blur, found in judged.items()}
     assert caught[2] > 0.98
