@@ -7,7 +7,7 @@ import pytest
 from tests.cohort import write_cohort
 from tests.learning.runs import EPOCHS, N_OUTER, make_cv, small, strict_json
 from tests.small import classification_metrics
-from utils.evaluation.closing_table import closing_text, results_table
+from utils.evaluation.closing_table import closing_text
 from utils.evaluation.outputs import NO_PATIENTS
 from utils.mil_dataset import MILDataset
 from utils.tasks.metrics import METRICS
@@ -76,29 +76,6 @@ class TestOutputs:
         assert list(history[["fold", "inner", "epoch"]].itertuples(index=False, name=None)) == expected
         assert history["setting"].isna().all()
         assert np.isfinite(history.drop(columns="setting").to_numpy()).all()
-
-    def test_the_closing_table(self, finished):
-        lines = results_table(finished.results).splitlines()
-        assert len({len(line) for line in lines}) == 1
-        assert [line.split()[0] for line in lines if "---" not in line][1:] == [
-            "fold", "fold", "fold", "mean", "std", "pooled", "95%",
-        ]  # fmt: skip
-        assert f"{finished.results['slide_auc_mean']:.3f}" in results_table(finished.results)
-
-    def test_sensitivity_and_specificity_of_each_class_close_the_run(self, finished):
-        results = finished.results
-        for name in results["class_names"]:
-            (line,) = [line for line in closing_text(results).splitlines() if line.split()[:1] == [name]]
-            for kind in ("sensitivity", "specificity"):
-                low, high = results["intervals_95"][f"{kind}_{name}"]
-                assert f"{results['pooled'][f'{kind}_{name}']:.3f}" in line
-                assert f"{low:.3f}-{high:.3f}" in line
-
-    @pytest.mark.parametrize(("pooled", "is_explained"), [(0.96, True), (0.995, False)])
-    def test_a_pooled_auc_that_differs_from_the_mean_is_explained(self, finished, pooled, is_explained):
-        figures = finished.results["pooled"] | {"auc": pooled}
-        words = closing_text(finished.results | {"slide_auc_mean": 1.0, "pooled": figures})
-        assert ("The mean AUC 1.000 ranks each fold's slides" in words) is is_explained
 
     def test_where_the_patients_are_known_from_is_recorded(self, finished):
         assert finished.results["patients_from"] == "the column case_id"

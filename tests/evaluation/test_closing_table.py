@@ -1,0 +1,86 @@
+"""What is printed when a cross-validation ends."""
+
+import pytest
+
+from tests.evaluation.predicted import predicted
+from utils.evaluation.closing_table import closing_text, results_table
+from utils.evaluation.outputs import NO_PATIENTS, outputs_content
+
+
+def closed(folds: int = 3, patients_from: str | None = "the column case_id") -> dict:
+    """The content of an `outputs.json`."""
+    predictions = predicted(patients=2 * max(folds, 6), folds=folds)
+    figures = []
+    for number in range(1, folds + 1):
+        part = predictions.where(predictions.folds == number)
+        slide = predictions.task.unweighted_metrics(part.labels, part.values)
+        selection = {"setting": {}, "settings": [{"setting": {}}]}
+        figures.append({"fold": number, "chunk": slide, "slide": slide, "thresholded": None, "selection": selection})
+    return outputs_content(predictions, figures, patients_from)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    return closed()
+
+
+def names_of(table: str) -> list[str]:
+    return [line.split()[0] for line in table.splitlines() if "---" not in line][1:]
+
+
+def test_the_closing_table(results):
+    table = results_table(results)
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "pooled", "95%"]
+    for name in ("slide_auc_mean", "slide_accuracy_mean", "slide_auc_std"):
+        assert f"{results[name]:.3f}" in table
+
+
+def test_many_folds_are_left_to_the_file():
+    assert names_of(results_table(closed(folds=20))).count("fold") == 20
+    assert names_of(results_table(closed(folds=21))) == ["mean", "std", "pooled", "95%"]
+
+
+def test_a_figure_that_some_folds_lack_says_how_many_have_it(results):
+    folds = [dict(fold) for fold in results["fold_results"]]
+    folds[1]["slide"] = folds[1]["slide"] | {"auc": None}
+    table = results_table(results | {"fold_results": folds, "slide_auc_folds": 2})
+    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "folds", "pooled", "95%"]
+    (line,) = [line for line in table.splitlines() if line.split()[:1] == ["folds"]]
+    assert sorted(set(line.split()[1:])) == ["2", "3"]
+    assert line.split().count("2") == 1
+
+
+def test_sensitivity_and_specificity_of_each_class_close_the_run(results):
+    for name in ("no", "yes"):
+        (line,) = [line for line in closing_text(results).splitlines() if line.split()[:1] == [name]]
+        for kind in ("sensitivity", "specificity"):
+            low, high = results["intervals_95"][f"{kind}_{name}"]
+            assert f"{results['pooled'][f'{kind}_{name}']:.3f}" in line
+            assert f"{low:.3f}-{high:.3f}" in line
+
+
+@pytest.mark.parametrize(("pooled", "is_explained"), [(0.96, True), (0.995, False)])
+def test_a_pooled_auc_that_differs_from_the_mean_is_explained(results, pooled, is_explained):
+    figures = results["pooled"] | {"auc": pooled}
+    words = closing_text(results | {"slide_auc_mean": 1.0, "pooled": figures})
+    assert ("The mean AUC 1.000 ranks each fold's slides" in words) is is_explained
+
+
+def test_unknown_patients_are_told(results):
+    assert "No patients are known" not in closing_text(results)
+    assert "No patients are known" in closing_text(results | {"patients_from": NO_PATIENTS})
+
+
+def test_repeats_and_the_settings_that_were_chosen_are_told(results):
+    words = closing_text(results)
+    assert words.splitlines()[-1].startswith("24 slides of 12 patients, tested once. ")
+    assert "Chosen in the inner loop" not in words
+    settings = [{"lr": 0.1}, {"lr": 0.01}, {"lr": 0.01}]
+    folds = [
+        fold | {"selection": {"setting": setting, "settings": [{}, {}]}}
+        for fold, setting in zip(results["fold_results"], settings, strict=True)
+    ]
+    words = closing_text(results | {"n_repeats": 2, "fold_results": folds})
+    assert "tested once in each of 2 repeats (pooled: the repeats' mean)" in words
+    assert "Chosen in the inner loop: lr=0.01 in 2 of 3 folds; lr=0.1 in 1 of 3 folds." in words
