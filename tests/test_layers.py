@@ -29,8 +29,8 @@ LIBRARIES = {
     "timm": {"utils/features/networks.py"},
     "huggingface_hub": {"utils/features/weights.py"},
     "matplotlib": {
-        "utils/pictures", "utils/core/plots.py", "utils/evaluation/prediction_figures.py",
-        "utils/evaluation/comparison_figures.py", "utils/learning/learning_curves.py", "utils/slides/preview.py",
+        "utils/pictures", "utils/core/plots.py", "utils/core/fonts.py", "utils/evaluation/prediction_figures.py",
+        "utils/evaluation/comparison_figures.py", "utils/learning/learning_curves.py",
     },
     "argparse": {"utils/core/cli.py"},
     "ray": set(),  # the engine imports it when it is asked for

@@ -5,12 +5,14 @@ Functions that draw import Matplotlib themselves, so that nothing else waits for
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.core.errors import ConfigError
 from utils.core.files import whole_file
+from utils.core.fonts import MISSING_GLYPH, set_fonts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +52,11 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 300, *, tight: bool
     kind = path.suffix[1:].lower()
     if kind not in FORMATS:
         raise ConfigError(f"{path}: figures are written as .png, .pdf or .svg; end the name in one of them")
+    set_fonts(figure)
     if figure.legends:  # a legend beside the plots is placed only when it is drawn a second time
         figure.draw_without_rendering()
-    with whole_file(path) as temporary, matplotlib.rc_context(_SETTINGS):
+    with whole_file(path) as temporary, matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", MISSING_GLYPH)  # told in one line by `set_fonts`
         figure.savefig(temporary, format=kind, dpi=dpi, bbox_inches="tight" if tight else None, metadata=_UNDATED[kind])
 
 

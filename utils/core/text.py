@@ -23,6 +23,22 @@ def aligned(blocks: Sequence[Sequence[Sequence[str]]]) -> str:
     return f"\n{rule}\n".join("\n".join(text) for text in texts if text)
 
 
+def percent_text(share: float) -> str:
+    """Return a share as a percentage with one decimal; neither 0 nor 100% if it is not."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= share < 1:
+        return ">99.9%"
+    return f"{share:.1%}" if share else "0%"
+
+
+def multiple_text(value: float) -> str:
+    """Return a multiple with three digits, or whole from 100 on, and never with an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return "<0.001" if 0 < value < 0.001 else f"{value:.3g}"
+
+
 def figure_text(value: float | None) -> str:
     """Return a number with three decimals, "-" if it is undefined."""
     return "-" if value is None else f"{value:.3f}"

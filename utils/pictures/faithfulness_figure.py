@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from utils.core.fonts import wrapped
 from utils.core.text import escape_mathtext
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.heatmap import with_notice
@@ -23,13 +24,16 @@ def faithfulness_figure(
     """Draw the curves of `record`, a prediction's `faithfulness`; and, if the patches have coordinates, the two `maps`
     of the model and of the same model with random weights, by percentile.
     """
-    figure = Figure(figsize=(10 if maps else 6.4, 3.3), layout="constrained")
+    width = 10 if maps else 6.4
+    title, label = wrapped(title, width - 0.3, 10), wrapped(f"Probability of {class_name}", 2.4, 8)
+    height = 3.1 + 0.17 * (title.count("\n") + 1)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, 4 if maps else 2, width_ratios=[1.25, 1.25, 1, 1] if maps else None)
     for curve_axes, (name, verb) in zip(axes, _VERBS.items(), strict=False):
         _draw_curves(curve_axes, record[name], record["random_orders"])
         curve_axes.set_title(f"{name.capitalize()}: gap {record[name]['gap']:+.3f}", fontsize=9)
         curve_axes.set_xlabel(f"Share of patches {verb}", fontsize=8)
-    axes[0].set_ylabel(f"Probability of {escape_mathtext(class_name)}", fontsize=8)
+    axes[0].set_ylabel(escape_mathtext(label), fontsize=8)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=7)
     if maps:
         defined = [value for value in record["rank_correlation_with_random_weights"] if value is not None]

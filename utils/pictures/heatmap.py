@@ -1,20 +1,21 @@
 """Figures of attention over a slide."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.core.plots import save_figure
-from utils.core.text import NOTICE, escape_mathtext
+from utils.core.fonts import wrapped
+from utils.core.plots import SMALL, save_figure
+from utils.core.text import NOTICE, escape_mathtext, percent_text
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import EvidenceOverlay
 from utils.pictures.overlay import Overlay, Picture
@@ -24,7 +25,12 @@ _BAR_LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _TOP_COLOUR, _LEAST_COLOUR = "#d62728", "#1f77b4"
 _COLUMNS = 5
 _THUMBNAIL = 240  # px of the longer side
-_FACT_WIDTH = 62  # characters of a line of the detailed figure's text
+_LEAST_ASPECT = 4 / 9  # width by height of a map with its margins, so that a title has room above a narrow slide
+_BAR_ROOM = 1.5  # inches beside a map for its colour bar
+_LINE = 1.35 / 72  # inches of a line of text for each point of its size
+_DETAILED = 14  # inches of the detailed figure's width
+_FACTS_SIZE, _FACTS_WIDTH = 7.5, 4.0  # points, inches
+_CLASS_WIDTH = 1.4  # inches for the name of a class beside its bar
 _LOG_FROM = 200  # patches from which the histogram is logarithmic, so that bins of few patches show
 
 
@@ -41,12 +47,9 @@ def map_thumbnail(overlay: Overlay) -> Image.Image:
 
 def heatmap_figure(overlay: Overlay, *, title: str, top_k: int) -> Figure:
     """Draw the heatmap over the overview, the `top_k` most attended patches outlined and numbered."""
-    h, w = overlay.picture.shape
-    figure = Figure(figsize=_figure_size(w, h), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _map_figure(overlay.picture, title, 10)
     _draw_slide(axes, overlay.picture)
-    _draw_heat(axes, overlay, top_k)
-    axes.set_title(escape_mathtext(title), fontsize=10)
+    _draw_heat(axes, overlay, top_k, _map_size(overlay.picture)[1])
     return with_notice(figure)
 
 
@@ -55,20 +58,15 @@ def evidence_figure(overlay: EvidenceOverlay, *, title: str, text: str, top_k: i
     numbered, those that argue most against it outlined in dashes. `text` is what they add up to.
     """
     picture, evidence, name = overlay.picture, overlay.evidence, overlay.name
-    h, w = picture.shape
-    figure = Figure(figsize=_figure_size(w, h), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _map_figure(picture, f"{title}\nEvidence: {text}", 9)
     _draw_slide(axes, picture)
     colours = overlay.colours()
     colours[..., 3] *= alpha
-    axes.imshow(colours, interpolation="nearest")
+    _lay_over(axes, colours)
     supporters, opponents = evidence.strongest(name, top_k)
     _outline(axes, picture, overlay.attention.coords[supporters], overlay.attention.size_level0)
     _outline(axes, picture, overlay.attention.coords[opponents], overlay.attention.size_level0, against=True)
-    figure.colorbar(evidence.mappable(name), ax=axes, shrink=0.8, label=escape_mathtext(evidence.label(name)),
-                    extend="both")  # fmt: skip
-    lines = [title, *textwrap.wrap(f"Evidence: {text}", max(40, int(12 * figure.get_figwidth())))]
-    axes.set_title(escape_mathtext("\n".join(lines)), fontsize=9)
+    _colour_bar(axes, evidence.mappable(name), evidence.label(name), _map_size(picture)[1], extend="both")
     return with_notice(figure)
 
 
@@ -85,24 +83,30 @@ def detailed_figure(
     """
     picture, attention = overlay.picture, overlay.attention
     h, w = picture.shape
-    height, lines = min(max(6.2 * h / w, 3.0), 8.0), _fact_lines(facts)
-    below_height = max(3.2, 0.15 * len(lines) + 0.4)
-    figure = Figure(figsize=(14, height + below_height + 0.2), layout="constrained")
+    height = min(max(6.2 * h / w, 3.0), 8.0)
+    fact_text = "\n".join(wrapped(f"{name}: {value}", _FACTS_WIDTH, _FACTS_SIZE, "    ") for name, value in facts)
+    names = [wrapped(name, _CLASS_WIDTH, SMALL) for name in probabilities]
+    below_height = max(
+        3.2, _lines_height(fact_text, _FACTS_SIZE) * 1.15 + 0.4, _lines_height("\n".join(names), SMALL) + 0.9
+    )
+    title = wrapped(title, _DETAILED - 0.4, 12)
+    total_height = height + below_height + 0.2 + _lines_height(title, 12)
+    figure = Figure(figsize=(_DETAILED, total_height), layout="constrained")
     above, below = _rows(figure, [height, below_height])
     slide, heat = above.subplots(1, 2)
     _draw_slide(slide, picture)
     slide.set_title("slide", fontsize=10)
     _draw_slide(heat, picture)
-    _draw_heat(heat, overlay, top_k)
+    _draw_heat(heat, overlay, top_k, height)
     numbered = f", the {min(top_k, len(attention))} highest numbered" if top_k else ""
     heat.set_title(f"attention{numbered}", fontsize=10)
     distribution, concentration, classes, text = below.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
     _draw_distribution(distribution, attention)
     _draw_concentration(concentration, attention)
-    _draw_probabilities(classes, probabilities)
+    _draw_probabilities(classes, names, list(probabilities.values()))
     text.set_axis_off()
     text.text(
-        0, 1, escape_mathtext("\n".join(lines)), va="top", fontsize=7.5, linespacing=1.4, transform=text.transAxes
+        0, 1, escape_mathtext(fact_text), va="top", fontsize=_FACTS_SIZE, linespacing=1.4, transform=text.transAxes
     )
     figure.suptitle(escape_mathtext(title), fontsize=12)
     return with_notice(figure)
@@ -117,9 +121,12 @@ def patch_grid_figure(
     groups = [group for group in groups if len(group[2])]
     rows = [-(-len(patches) // _COLUMNS) for _, _, patches, _ in groups]
     columns = min(_COLUMNS, max(len(patches) for _, _, patches, _ in groups))
-    figure = Figure(figsize=(max(2.2 * columns, 5), 2.55 * sum(rows) + 0.5 * len(groups) + 0.4), layout="constrained")
-    subfigures = _rows(figure, [2.55 * count + 0.5 for count in rows])
-    for subfigure, count, (name, kind, patches, captions) in zip(subfigures, rows, groups, strict=True):
+    width = max(2.2 * columns, 5)
+    title, names = (wrapped(title, width - 0.3, 10), [wrapped(name, width - 0.3, 10) for name, *_ in groups])
+    heights = [2.55 * count + 0.3 + _lines_height(name, 10) for count, name in zip(rows, names, strict=True)]
+    figure = Figure(figsize=(width, sum(heights) + 0.3 + _lines_height(title, 10)), layout="constrained")
+    subfigures = _rows(figure, heights)
+    for subfigure, count, name, (_, kind, patches, captions) in zip(subfigures, rows, names, groups, strict=True):
         subfigure.suptitle(escape_mathtext(name), fontsize=10, color=_TOP_COLOUR if kind == "top" else _LEAST_COLOUR)
         cells = subfigure.subplots(count, columns, squeeze=False).ravel()
         for cell in cells:
@@ -142,27 +149,58 @@ def _rows(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
     return list(np.asarray(subfigures, dtype=object).ravel())
 
 
-def _figure_size(width: int, height: int) -> tuple[float, float]:
-    """Return width and height in inches: 9 for the longer side, and room for the colour bar."""
-    longer = max(width, height)
-    return max(4.0, 9 * width / longer) + 1.2, max(3.0, 9 * height / longer) + 0.5
+def _map_size(picture: Picture) -> tuple[float, float]:
+    """Return width and height of a map in inches: 9 for the longer side, and the least that texts need."""
+    h, w = picture.shape
+    return max(4.0, 9 * w / max(h, w)), max(3.0, 9 * h / max(h, w))
+
+
+def _map_figure(picture: Picture, title: str, size: float) -> tuple[Figure, Axes]:
+    """Return a figure of one map with room for its colour bar, as high as its title needs at a font size."""
+    width, height = _map_size(picture)
+    title = wrapped(title, width - 0.4, size)
+    figure = Figure(figsize=(width + _BAR_ROOM, height + 0.5 + _lines_height(title, size)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(escape_mathtext(title), fontsize=size)
+    return figure, axes
+
+
+def _lines_height(text: str, size: float) -> float:
+    """Return the height of the lines of a text in inches."""
+    return (text.count("\n") + 1) * size * _LINE
 
 
 def _draw_slide(axes: Axes, picture: Picture) -> None:
+    h, w = picture.shape
     axes.imshow(picture.thumbnail)
     axes.set_axis_off()
+    margin = max(0.0, _LEAST_ASPECT * h - w) / 2
+    axes.set_xlim(-0.5 - margin, w - 0.5 + margin)
     if picture.mpp is not None:
-        h, w = picture.shape
         _scale_bar(axes, picture.mpp / picture.scale[0], w, h)
 
 
-def _draw_heat(axes: Axes, overlay: Overlay, top_k: int) -> None:
+def _draw_heat(axes: Axes, overlay: Overlay, top_k: int, height: float) -> None:
+    """Draw the heatmap, and its colour bar for a map `height` inches high."""
     picture, attention, style = overlay.picture, overlay.attention, overlay.style
     colours = overlay.colours
     colours[..., 3] *= style.alpha
-    axes.imshow(colours, interpolation="nearest")
+    _lay_over(axes, colours)
     _outline(axes, picture, attention.coords[attention.top(top_k)], attention.size_level0)
-    axes.figure.colorbar(style.mappable(attention), ax=axes, shrink=0.8, label=style.label(attention))
+    _colour_bar(axes, style.mappable(attention), style.label(attention), height)
+
+
+def _lay_over(axes: Axes, colours: NDArray[np.float64]) -> None:
+    limits = axes.get_xlim()
+    axes.imshow(colours, interpolation="nearest")
+    axes.set_xlim(limits)
+
+
+def _colour_bar(axes: Axes, mappable: ScalarMappable, label: str, height: float, *, extend: str = "neither") -> None:
+    """Add a colour bar whose label has lines as long as the map is high, in inches."""
+    bar = axes.figure.colorbar(mappable, ax=axes, shrink=0.8, extend=extend)
+    bar.set_label(escape_mathtext(wrapped(label, height, SMALL)), fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
 
 
 def _outline(
@@ -181,10 +219,11 @@ def _outline(
 def _scale_bar(axes: Axes, um_per_pixel: float, width: int, height: int) -> None:
     length = min(_BAR_LENGTHS, key=lambda um: abs(um - width * um_per_pixel / 5))
     pixels = length / um_per_pixel
-    x, y = width * 0.03, height * 0.97
-    axes.add_patch(Rectangle((x, y), pixels, height * 0.008, facecolor="black", edgecolor="white", lw=0.5))
+    thickness = max(width, height) * 0.006
+    x, y = width * 0.03, height * 0.97 - thickness
+    axes.add_patch(Rectangle((x, y), pixels, thickness, facecolor="black", edgecolor="white", lw=0.5))
     name = f"{length} µm" if length < 1000 else f"{length // 1000} mm"
-    axes.text(x + pixels / 2, y - height * 0.01, name, ha="center", va="bottom", fontsize=8,
+    axes.text(x + pixels + thickness, y + thickness, name, ha="left", va="bottom", fontsize=8,
               bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
@@ -207,22 +246,20 @@ def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
     axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=1, ls="--")
     axes.plot(half / len(attention), share[half - 1], "o", color=_TOP_COLOUR)
     axes.set(xlabel="patches, the most attended first", ylabel="attention held", xlim=(0, 1), ylim=(0, 1))
-    axes.set_title(f"half is held by {half:,} of {len(attention):,} ({half / len(attention):.1%})", fontsize=10)
+    text = f"half is held by {half:,} of {len(attention):,} ({percent_text(half / len(attention))})"
+    axes.set_title(wrapped(text, 2.7, 10), fontsize=10)
 
 
-def _draw_probabilities(axes: Axes, probabilities: Mapping[str, float]) -> None:
-    names, values = [escape_mathtext(name) for name in probabilities], list(probabilities.values())
-    best = values.index(max(values))
-    bars = axes.barh(names, values, color=["#222222" if index == best else "#aaaaaa" for index in range(len(values))])
-    axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=9)
-    axes.set(xlim=(0, 1.25), xticks=[0, 0.5, 1])
+def _draw_probabilities(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
+    best, lines = values.index(max(values)), np.array([name.count("\n") + 1 for name in names])
+    middles = np.cumsum(lines) - lines / 2  # a bar has as much room as its name
+    colours = ["#222222" if index == best else "#aaaaaa" for index in range(len(values))]
+    bars = axes.barh(middles, values, height=0.7, color=colours)
+    axes.set_yticks(middles, [escape_mathtext(name) for name in names], fontsize=SMALL)
+    axes.bar_label(bars, [percent_text(value) for value in values], padding=3, fontsize=SMALL)
+    axes.set(xlim=(0, 1.4), xticks=[0, 0.5, 1])
     axes.invert_yaxis()
     axes.set_title("probability", fontsize=10)
-
-
-def _fact_lines(facts: Sequence[tuple[str, str]]) -> list[str]:
-    texts = (textwrap.wrap(f"{name}: {value}", _FACT_WIDTH, subsequent_indent="    ") for name, value in facts)
-    return [line for lines in texts for line in lines]
 
 
 def save_picture(figure: Figure, path: str | Path | None) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from utils.core.errors import ConfigError, did_you_mean
 from utils.core.settings import check_setting
+from utils.core.text import multiple_text
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.settings import Pictures
 
@@ -73,7 +74,7 @@ class MapStyle:
 
     def label(self, attention: AttentionMap) -> str:
         """Return the label of the colour bar."""
-        peak = f"highest: {attention.peak:.3g} x uniform"
+        peak = f"highest: {multiple_text(attention.peak)} x uniform"
         if self.scale == "percentile":
             return f"attention percentile within the slide ({peak})"
         return f"attention, which sums to 1 over {len(attention):,} patches ({peak})"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from utils.core.cohorts import SYNTHETIC
+from utils.core.text import percent_text
 
 _RECIPE = (
     "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
@@ -22,7 +23,9 @@ def prediction_title(record: Mapping[str, Any]) -> str:
 def _answer(record: Mapping[str, Any]) -> str:
     predicted, members = record["predicted_class"], record.get("member_probabilities") or []
     agreeing = sum(max(member, key=member.__getitem__) == predicted for member in members)
-    return f"{predicted} ({record['confidence']:.1%}" + (f", {agreeing} of {len(members)} models)" if members else ")")
+    return f"{predicted} ({percent_text(record['confidence'])}" + (
+        f", {agreeing} of {len(members)} models)" if members else ")"
+    )
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,15 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if record.get("member_probabilities"):
         predicted = record["predicted_class"]
-        values = ", ".join(f"{member[predicted]:.1%}" for member in record["member_probabilities"])
+        values = ", ".join(percent_text(member[predicted]) for member in record["member_probabilities"])
         facts.append((f"{predicted} by each model", f"{values}; standard deviation {record['spread'][predicted]:.1%}"))
     calibrated = record.get("calibrated_probabilities")
     if calibrated is not None:
         temperatures = record["temperature"] if several else [record["temperature"]]
         text = ", ".join(f"{temperature:.2f}" for temperature in temperatures)
-        facts.append(("calibrated probability", f"{calibrated[record['predicted_class']]:.1%} (temperature {text})"))
+        facts.append(
+            ("calibrated probability", f"{percent_text(calibrated[record['predicted_class']])} (temperature {text})")
+        )
     if record.get("evidence"):
         facts.append(("evidence", evidence_text(record)))
     facts += _localization(record.get("localization") or {"classes": {}})

@@ -14,7 +14,7 @@ from PIL import Image
 
 from utils.core.html_page import write_page
 from utils.core.runtime import versions
-from utils.core.text import NOTICE
+from utils.core.text import NOTICE, multiple_text, percent_text
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import CMAP, EvidenceOverlay
 from utils.pictures.overlay import Overlay, Picture
@@ -63,7 +63,7 @@ def write_report(
             if patches
         ],
         "evidence": caption.evidence,
-        "probabilities": caption.probabilities,
+        "probabilities": [(name, value, percent_text(value)) for name, value in caption.probabilities.items()],
         "concentration": _concentration(attention),
         "facts": caption.facts,
         "data": _data(picture, attention) | {"layers": [asdict(layer) for layer in layers]},
@@ -187,10 +187,10 @@ def _gallery(
     items = []
     for (index, image), caption in zip(patches, captions, strict=False):
         (x, y), weight = attention.coords[index], attention.attention[index]
-        rank, times = attention.ranks[index], weight * len(attention)
-        title = f"Rank {rank} of {len(attention)}: attention {weight:.3g}, {times:.3g} times uniform, at ({x}, {y})"
+        rank, times = attention.ranks[index], multiple_text(weight * len(attention))
+        title = f"Rank {rank} of {len(attention)}: attention {weight:.3g}, {times} times uniform, at ({x}, {y})"
         is_evidence = caption[0] in "+-"
-        lines = [caption] if is_evidence else [f"rank {rank}", f"{weight:.3g} ({times:.3g} x)"]
+        lines = [caption] if is_evidence else [f"rank {rank}", f"{weight:.3g} ({times} x)"]
         lines.append(f"at ({x}, {y})")
         title += f", evidence {caption}" if is_evidence else ""
         items.append(_GalleryItem(int(index), image, title, lines))
@@ -201,7 +201,7 @@ def _concentration(attention: AttentionMap) -> list[tuple[str, str]]:
     half, tenth = attention.half_count, attention.cumulative[max(1, len(attention) // 10) - 1]
     return [
         ("Patches", f"{len(attention):,}"),
-        ("Half of the attention is held by", f"{half:,} patches ({half / len(attention):.1%})"),
-        ("The most attended tenth holds", f"{tenth / attention.cumulative[-1]:.1%}"),
-        ("Highest attention", f"{attention.peak:.3g} times uniform"),
+        ("Half of the attention is held by", f"{half:,} patches ({percent_text(half / len(attention))})"),
+        ("The most attended tenth holds", percent_text(tenth / attention.cumulative[-1])),
+        ("Highest attention", f"{multiple_text(attention.peak)} times uniform"),
     ]

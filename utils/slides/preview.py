@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from utils.core.files import write_bytes
+from utils.core.fonts import font_file
 
 LITTLE_TISSUE = "little tissue"
 
@@ -192,7 +193,7 @@ def _framed(
     picture: Image.Image, title: str, legend: Sequence[tuple[str, str]], um_per_pixel: float | None
 ) -> Image.Image:
     """Add the title above the picture, and below it the legend and a scale bar."""
-    font = _font()
+    font = _font(font_file(title))
     width = max(picture.width, _MIN_SIDE)
     lines: list[list[tuple[str, str]]] = [[]]
     x = _MARGIN
@@ -223,11 +224,8 @@ def _framed(
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
-    """Load Matplotlib's font; Pillow's has no µ, nor the non-English letters that names of slides may have."""
-    import matplotlib  # slow, and not needed before the first picture
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT)
+def _font(path: Path | None = None) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path or font_file(""), _FONT)
 
 
 def _entry_width(text: str, font: ImageFont.FreeTypeFont) -> int:
