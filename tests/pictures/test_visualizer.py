@@ -67,7 +67,7 @@ def test_patches_of_an_earlier_call_do_not_stay_behind(slide, tmp_path):
 
 def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
     coords = patch_grid(*SIZE, 100, 100)
-    heads = np.stack([np.linspace(0, 0.1, len(coords)), np.linspace(0.1, 0, len(coords))])
+    heads = np.stack([np.linspace(0, 0.1, len(coords)), np.linspace(0.07, 0.03, len(coords))])
     paths = AttentionVisualizer().save_set(slide, tmp_path, coords, heads, 100, RECORD, top_k=200)
     assert set(paths) == {path for path in tmp_path.rglob("*") if path.is_file()} - {slide}
     names = (

@@ -219,9 +219,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def write_records(path: Path, records: Sequence[Any]) -> None:
-    """Write dataclasses of one kind, at least one, as a CSV table: a column per field, None as an empty cell."""
-    names = [field.name for field in dataclasses.fields(records[0])]
+def write_records(path: Path, records: Sequence[Any], kind: type | None = None) -> None:
+    """Write dataclasses of one kind as a CSV table: a column per field, None as an empty cell.
+
+    `kind` is their class, needed if there may be none.
+    """
+    names = [field.name for field in dataclasses.fields(kind or records[0])]
     table = io.StringIO()
     lines = csv.writer(table, lineterminator="\n")
     lines.writerow(names)

@@ -1,22 +1,39 @@
 """`AttentionMap`: a model's attention to the patches of a slide, with ranks, percentiles and a seamless raster."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+ATTENTION, _MIXED = "attention", "mean weight"
+# What models without attention give instead.
+_NAMES = {"meanPool": "uniform weight", "maxPool": "share of winning features"}
+# Equal patches have no rank to show if they are more than this share of a slide's.
+_MOST_EQUAL = 0.2
+_SAME = 1e-6  # relative difference up to which all patches weigh the same
+
+
+def weight_name(record: Mapping[str, Any]) -> str:
+    """Return what the weights of the patches are in a prediction's record: attention, or what its model has instead."""
+    models = record["model"] if isinstance(record["model"], list) else [record["model"]]
+    names = {_NAMES.get(model["name"], ATTENTION) for model in models}
+    return names.pop() if len(names) == 1 else _MIXED
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
     """`attention (N,)`, which sums to 1, of the patches at `coords (N, 2)`, level-0 px of their top-left corners, each
-    `size_level0` px wide and high.
+    `size_level0` px wide and high. `name` is what the weights are.
     """
 
     coords: NDArray[np.int64]
     attention: NDArray
     size_level0: int
+    name: str = ATTENTION
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -28,7 +45,7 @@ class AttentionMap:
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
-        """Rank (N,) of each patch by attention, from 1."""
+        """Number (N,) of each patch by attention, from 1; ties are numbered in the order of the patches."""
         ranks = np.empty(len(self), dtype=np.int64)
         ranks[self.order] = np.arange(1, len(self) + 1)
         return ranks
@@ -36,11 +53,50 @@ class AttentionMap:
     @cached_property
     def percentiles(self) -> NDArray[np.float64]:
         """Percentile (N,) of each patch by attention, 0 to 100; ties share their mean (all equal: 50)."""
-        if len(self) == 1:
-            return np.array([50.0])
+        return np.full(1, 50.0) if len(self) == 1 else (len(self) - self.mean_ranks) / (len(self) - 1) * 100
+
+    @cached_property
+    def mean_ranks(self) -> NDArray[np.float64]:
+        """Rank (N,) of each patch by attention, from 1; ties share their mean."""
         from scipy.stats import rankdata  # slow to import, and not always needed
 
-        return (rankdata(self.attention) - 1) / (len(self) - 1) * 100
+        return rankdata(np.zeros(len(self)) if self.is_uniform else -self.attention)
+
+    @cached_property
+    def equals(self) -> NDArray[np.int64]:
+        """Number (N,) of the patches with a patch's attention, itself included."""
+        if self.is_uniform:
+            return np.full(len(self), len(self))
+        _, inverse, counts = np.unique(self.attention, return_inverse=True, return_counts=True)
+        return counts[inverse]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all of several patches weigh the same."""
+        highest = self.attention.max()
+        return len(self) > 1 and bool(highest - self.attention.min() <= _SAME * highest)
+
+    @property
+    def is_unranked(self) -> NDArray[np.bool_]:
+        """Whether (N,) so many patches have a patch's attention that it has no rank to show."""
+        return (self.equals > 1) & (self.equals > _MOST_EQUAL * len(self))
+
+    @property
+    def most_text(self) -> str:
+        """The words for the patches of the highest attention."""
+        return "most attended patches" if self.name == ATTENTION else f"patches with the highest {self.name}"
+
+    @property
+    def least_text(self) -> str:
+        """The words for the patches of the lowest attention."""
+        return "least attended patches" if self.name == ATTENTION else f"patches with the lowest {self.name}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before the colours are read."""
+        if self.is_uniform:
+            return [f"All {len(self):,} patches weigh the same: none is the most or the least attended."]
+        return []
 
     @property
     def peak(self) -> float:
@@ -58,12 +114,20 @@ class AttentionMap:
         return int(np.searchsorted(self.cumulative, self.cumulative[-1] / 2)) + 1
 
     def top(self, count: int) -> NDArray[np.int64]:
-        """Return the indices of the most attended patches, in order."""
-        return self.order[:count]
+        """Return the indices of the most attended patches, in order; of several that share the lowest, none."""
+        shared = self.lowest_count
+        return self.order[: min(count, len(self) - shared if shared > 1 else len(self))]
 
     def lowest(self, count: int) -> NDArray[np.int64]:
-        """Return the indices of the least attended patches, the least first, without the `count` most attended."""
-        return self.order[count:][::-1][:count]
+        """Return the indices of the least attended patches, the least first, without the `count` most attended; none
+        if all weigh the same.
+        """
+        return self.order[:0] if self.is_uniform else self.order[count:][::-1][:count]
+
+    @property
+    def lowest_count(self) -> int:
+        """The number of the patches that share the lowest attention."""
+        return int(self.equals[self.order[-1]])
 
     def raster(
         self,

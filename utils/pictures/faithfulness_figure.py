@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from utils.core.fonts import wrapped
 from utils.core.text import escape_mathtext
-from utils.pictures.attention_map import AttentionMap
+from utils.pictures.attention_map import ATTENTION, AttentionMap
 from utils.pictures.heatmap import with_notice
 
 _MOST, _LEAST, _RANDOM = "#d62728", "#1f77b4", "#7f7f7f"
@@ -19,10 +19,15 @@ _VERBS = {"deletion": "taken away", "insertion": "added"}
 
 
 def faithfulness_figure(
-    record: Mapping[str, Any], maps: Sequence[AttentionMap], cmap: str, title: str, class_name: str
+    record: Mapping[str, Any],
+    maps: Sequence[AttentionMap],
+    cmap: str,
+    title: str,
+    class_name: str,
+    weights: str = ATTENTION,
 ) -> Figure:
     """Draw the curves of `record`, a prediction's `faithfulness`; and, if the patches have coordinates, the two `maps`
-    of the model and of the same model with random weights, by percentile.
+    of the model and of the same model with random weights, by percentile. `weights` is what the weights are.
     """
     width = 10 if maps else 6.4
     title, label = wrapped(title, width - 0.3, 10), wrapped(f"Probability of {class_name}", 2.4, 8)
@@ -30,7 +35,7 @@ def faithfulness_figure(
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, 4 if maps else 2, width_ratios=[1.25, 1.25, 1, 1] if maps else None)
     for curve_axes, (name, verb) in zip(axes, _VERBS.items(), strict=False):
-        _draw_curves(curve_axes, record[name], record["random_orders"])
+        _draw_curves(curve_axes, record[name], record["random_orders"], weights)
         curve_axes.set_title(f"{name.capitalize()}: gap {record[name]['gap']:+.3f}", fontsize=9)
         curve_axes.set_xlabel(f"Share of patches {verb}", fontsize=8)
     axes[0].set_ylabel(escape_mathtext(label), fontsize=8)
@@ -38,7 +43,7 @@ def faithfulness_figure(
     if maps:
         defined = [value for value in record["rank_correlation_with_random_weights"] if value is not None]
         correlation = f"{np.mean(defined):.2f}, mean of {len(defined)}" if defined else "none: all patches are equal"
-        titles = "Attention", f"With random weights\n(rank correlation\n{correlation})"
+        titles = wrapped(weights.capitalize(), 1.8, 9), f"With random weights\n(rank correlation\n{correlation})"
         for map_axes, attention_map, map_title in zip(axes[2:], maps, titles, strict=True):
             _draw_map(map_axes, attention_map, cmap)
             map_axes.set_title(map_title, fontsize=9)
@@ -46,13 +51,16 @@ def faithfulness_figure(
     return with_notice(figure)
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, Any], orders: int) -> None:
+def _draw_curves(axes: Axes, curves: Mapping[str, Any], orders: int, weights: str) -> None:
+    most, least = "most attended", "least attended"
+    if weights != ATTENTION:
+        most, least = f"highest {weights}", f"lowest {weights}"
     x, mean, spread = (np.array(curves[name]) for name in ("fractions", "random_mean", "random_std"))
     low, high = (np.clip(mean + sign * spread, 0, 1) for sign in (-1, 1))
     axes.fill_between(x, low, high, color=_RANDOM, alpha=0.25, lw=0)
     axes.plot(x, mean, color=_RANDOM, ls=":", lw=1.5, label=f"random ({orders} orders, ± sd)")
-    axes.plot(x, curves["most_attended_first"], color=_MOST, lw=1.6, label="most attended first")
-    axes.plot(x, curves["least_attended_first"], color=_LEAST, lw=1.6, ls="--", label="least attended first")
+    axes.plot(x, curves["most_attended_first"], color=_MOST, lw=1.6, label=f"{most} first")
+    axes.plot(x, curves["least_attended_first"], color=_LEAST, lw=1.6, ls="--", label=f"{least} first")
     axes.set(xlim=(0, 1), ylim=(-0.03, 1.03))
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,7 +11,8 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 
 from utils.core.files import write_text
-from utils.pictures.attention_map import AttentionMap
+from utils.pictures.attention_map import ATTENTION, AttentionMap
+from utils.pictures.overlay import GREY
 from utils.slides.outline_origin import qupath_offset
 from utils.slides.slide import Slide
 
@@ -29,35 +30,52 @@ def write_attention(
 ) -> None:
     """Write one feature per patch (RFC 7946), in QuPath's frame: level-0 px from the corner of the scanned area.
 
-    Measurements are attention, its percentile within the slide, the rank from 1, and `more`, each `(N,)`, by their
-    names; the class is the percentile's fifth. The offset of the frame and `record`, which QuPath does not read, are
-    under "litemil".
+    Measurements are attention, its percentile within the slide, the rank from 1 (ties share the mean of theirs), how
+    many patches are equal, and `more`, each `(N,)`, by their names. The class is the percentile's fifth; patches equal
+    to so many others that they have no rank are a class of their own. The offset of the frame and `record`, which
+    QuPath does not read, are under "litemil".
     """
-    more = more or {}
-    offset = qupath_offset(slide)
-    colours = (colormaps[cmap](np.linspace(0, 1, len(_STEPS) - 1))[:, :3] * 255).round().astype(int).tolist()
-    classes = [
-        {"name": f"Attention {low}-{high}%", "color": colour}
-        for low, high, colour in zip(_STEPS[:-1], _STEPS[1:], colours, strict=True)
-    ]
-    steps = np.clip(np.searchsorted(_STEPS, attention.percentiles, side="right") - 1, 0, len(classes) - 1)
+    more, offset = more or {}, qupath_offset(slide)
+    classes, steps = _classes(attention, cmap)
     corners = attention.coords - offset
+    measured = {
+        "Attention": attention.attention, "Attention percentile": attention.percentiles.round(3),
+        "Attention rank": attention.mean_ranks, "Patches of equal attention": attention.equals, **more,
+    }  # fmt: skip
     rows = zip(
-        corners.tolist(), (corners + attention.size_level0).tolist(), attention.attention.tolist(),
-        attention.percentiles.tolist(), attention.ranks.tolist(), steps.tolist(),
-        np.stack([*more.values()], axis=1).tolist() if more else [()] * len(attention), strict=True,
+        corners.tolist(), (corners + attention.size_level0).tolist(), steps.tolist(),
+        zip(*(values.tolist() for values in measured.values()), strict=True), strict=True,
     )  # fmt: skip
     lines = (
-        _feature(f"{slide.name}/{left:g}/{top:g}", (left, top, right, bottom), classes[step], {
-            "Attention": weight, "Attention percentile": round(percentile, 3), "Attention rank": rank,
-            **dict(zip(more, values, strict=True)),
-        })
-        for (left, top), (right, bottom), weight, percentile, rank, step, values in rows
+        _feature(
+            f"{slide.name}/{left:g}/{top:g}", (left, top, right, bottom), classes[step],
+            dict(zip(measured, map(_whole, values), strict=True)),
+        )
+        for (left, top), (right, bottom), step, values in rows
     )  # fmt: skip
     frame = {"slide": slide.name, "offset": offset.tolist(), "width": slide.width, "height": slide.height}
+    frame |= {} if attention.name == ATTENTION else {"attention_is": attention.name}
     head = json.dumps(frame | dict(record), allow_nan=False)
     features = ",\n".join(lines)
     write_text(path, f'{{"type": "FeatureCollection", "litemil": {head}, "features": [\n{features}\n]}}\n')
+
+
+def _classes(attention: AttentionMap, cmap: str) -> tuple[list[Mapping[str, Any]], NDArray[np.int64]]:
+    """Return QuPath's classes, and the index (N,) of each patch's."""
+    name = attention.name.capitalize()
+    colours = (colormaps[cmap](np.linspace(0, 1, len(_STEPS) - 1))[:, :3] * 255).round().astype(int).tolist()
+    classes = [
+        {"name": f"{name} {low}-{high}%", "color": colour}
+        for low, high, colour in zip(_STEPS[:-1], _STEPS[1:], colours, strict=True)
+    ]
+    steps = np.clip(np.searchsorted(_STEPS, attention.percentiles, side="right") - 1, 0, len(classes) - 1)
+    steps[attention.is_unranked] = len(classes)
+    return [*classes, {"name": f"{name} equal, no rank", "color": [round(255 * part) for part in GREY]}], steps
+
+
+def _whole(value: float) -> float:
+    """Return a rank without a fraction as an int, which JSON writes without one."""
+    return int(value) if value >= 1 and value == int(value) else value
 
 
 def _feature(

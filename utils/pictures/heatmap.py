@@ -47,7 +47,7 @@ def map_thumbnail(overlay: Overlay) -> Image.Image:
 
 def heatmap_figure(overlay: Overlay, *, title: str, top_k: int) -> Figure:
     """Draw the heatmap over the overview, the `top_k` most attended patches outlined and numbered."""
-    figure, axes = _map_figure(overlay.picture, title, 10)
+    figure, axes = _map_figure(overlay.picture, "\n".join([title, *overlay.attention.notes]), 10)
     _draw_slide(axes, overlay.picture)
     _draw_heat(axes, overlay, top_k, _map_size(overlay.picture)[1])
     return with_notice(figure)
@@ -98,8 +98,8 @@ def detailed_figure(
     slide.set_title("slide", fontsize=10)
     _draw_slide(heat, picture)
     _draw_heat(heat, overlay, top_k, height)
-    numbered = f", the {min(top_k, len(attention))} highest numbered" if top_k else ""
-    heat.set_title(f"attention{numbered}", fontsize=10)
+    count = len(attention.top(top_k))
+    heat.set_title(f"{attention.name}{f', the {count} highest numbered' if count else ''}", fontsize=10)
     distribution, concentration, classes, text = below.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
     _draw_distribution(distribution, attention)
     _draw_concentration(concentration, attention)
@@ -119,6 +119,8 @@ def patch_grid_figure(
     their captions.
     """
     groups = [group for group in groups if len(group[2])]
+    if not groups:
+        return _notice_only(f"{title}\nNo patch is the most or the least attended: all weigh the same.")
     rows = [-(-len(patches) // _COLUMNS) for _, _, patches, _ in groups]
     columns = min(_COLUMNS, max(len(patches) for _, _, patches, _ in groups))
     width = max(2.2 * columns, 5)
@@ -135,6 +137,13 @@ def patch_grid_figure(
             cell.imshow(patch)
             cell.set_title(caption, fontsize=8)
     figure.suptitle(escape_mathtext(title), fontsize=10)
+    return with_notice(figure)
+
+
+def _notice_only(text: str) -> Figure:
+    text = wrapped(text, 7.7, 10)
+    figure = Figure(figsize=(8, 0.6 + _lines_height(text, 10)), layout="constrained")
+    figure.suptitle(escape_mathtext(text), fontsize=10)
     return with_notice(figure)
 
 
@@ -235,8 +244,8 @@ def _draw_distribution(axes: Axes, attention: AttentionMap) -> None:
         axes.set_yscale("log")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="attention, multiple of uniform (dashed)", ylabel="patches")
-    axes.set_title("how attention is spread", fontsize=10)
+    axes.set(xlabel=f"{attention.name}, multiple of uniform (dashed)", ylabel="patches")
+    axes.set_title(f"how {attention.name} is spread", fontsize=10)
 
 
 def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
@@ -245,7 +254,7 @@ def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
     axes.plot(np.r_[0, patches], np.r_[0, share], color="#555555")
     axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=1, ls="--")
     axes.plot(half / len(attention), share[half - 1], "o", color=_TOP_COLOUR)
-    axes.set(xlabel="patches, the most attended first", ylabel="attention held", xlim=(0, 1), ylim=(0, 1))
+    axes.set(xlabel=f"{attention.most_text} first", ylabel=f"{attention.name} held", xlim=(0, 1), ylim=(0, 1))
     text = f"half is held by {half:,} of {len(attention):,} ({percent_text(half / len(attention))})"
     axes.set_title(wrapped(text, 2.7, 10), fontsize=10)
 

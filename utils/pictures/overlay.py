@@ -16,6 +16,8 @@ from utils.core.text import multiple_text
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.settings import Pictures
 
+GREY = (0.6, 0.6, 0.6)  # of patches without a rank: in no colour map that is readable in print
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -74,10 +76,20 @@ class MapStyle:
 
     def label(self, attention: AttentionMap) -> str:
         """Return the label of the colour bar."""
+        if attention.is_uniform:
+            return f"{attention.name}: all {len(attention):,} patches weigh the same (grey)"
         peak = f"highest: {multiple_text(attention.peak)} x uniform"
         if self.scale == "percentile":
-            return f"attention percentile within the slide ({peak})"
-        return f"attention, which sums to 1 over {len(attention):,} patches ({peak})"
+            equal = int(attention.is_unranked.sum())
+            ties = f"; grey: {equal:,} of {len(attention):,} patches, equal and so without a rank" if equal else ""
+            return f"{attention.name} percentile within the slide ({peak}){ties}"
+        return f"{attention.name}, which sums to 1 over {len(attention):,} patches ({peak})"
+
+    def is_grey(self, attention: AttentionMap) -> NDArray[np.bool_]:
+        """Return whether (N,) a patch is equal to so many others that it has no colour on the scale."""
+        if self.scale == "percentile":
+            return attention.is_unranked
+        return np.full(len(attention), attention.is_uniform)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +103,22 @@ class Overlay:
     @cached_property
     def heat(self) -> NDArray[np.float64]:
         """The value `(h, w)` of each pixel on the scale, NaN where no patch is."""
-        picture, style = self.picture, self.style
-        extent = picture.width, picture.height
-        return self.attention.raster(style.values(self.attention), extent, picture.shape, style.device)
+        return self._raster(self.style.values(self.attention))
+
+    @cached_property
+    def is_grey(self) -> NDArray[np.bool_]:
+        """Whether (h, w) most patches at a pixel have no colour on the scale."""
+        is_grey = self.style.is_grey(self.attention)
+        return np.nan_to_num(self._raster(is_grey)) > 0.5 if is_grey.any() else np.zeros(self.picture.shape, bool)
+
+    def _raster(self, values: NDArray) -> NDArray[np.float64]:
+        extent = self.picture.width, self.picture.height
+        return self.attention.raster(values, extent, self.picture.shape, self.style.device)
 
     @property
     def colours(self) -> NDArray[np.float64]:
         """RGBA `(h, w, 4)` of 0..1; opaque on patches, transparent elsewhere."""
         colours = self.style.mappable(self.attention).to_rgba(np.nan_to_num(self.heat))
+        colours[self.is_grey, :3] = GREY
         colours[..., 3] = ~np.isnan(self.heat)
         return colours

@@ -161,5 +161,6 @@ class PictureSet:
 
 def captioned_figure(overlay: Overlay, caption: Caption, title: str, top_k: int) -> Figure:
     """Draw the detailed figure with the caption's facts and notes."""
-    facts = [*caption.facts, *(("note", note) for note in caption.notes)]
+    notes = [*caption.notes, *overlay.attention.notes]
+    facts = [*caption.facts, *(("note", note) for note in notes)]
     return detailed_figure(overlay, title=title, top_k=top_k, probabilities=caption.probabilities, facts=facts)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from utils.core.cohorts import SYNTHETIC
 from utils.core.text import percent_text
+from utils.pictures.attention_map import ATTENTION, weight_name
 
 _RECIPE = (
     "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
@@ -89,20 +90,22 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     if record.get("dataset") == SYNTHETIC:
         notes.append("The model was trained on synthetic slides, drawn by rule: what it says of tissue means nothing.")
     if record.get("faithfulness"):
-        notes += _faithfulness_notes(record["predicted_class"], record["faithfulness"])
+        notes += _faithfulness_notes(record["predicted_class"], record["faithfulness"], weight_name(record))
     return notes
 
 
-def _faithfulness_notes(predicted_class: str, measured: Mapping[str, Any]) -> list[str]:
-    """Return which maps the answer does not bear out, and which it does instead."""
-    maps = {"Attention": measured} | ({"Evidence": measured["evidence"]} if "evidence" in measured else {})
-    firsts = {"Attention": "the most attended patches", "Evidence": "the patches that argue most for it"}
-    failing = [name for name in maps if maps[name]["deletion"]["gap"] <= 0]
+def _faithfulness_notes(predicted_class: str, measured: Mapping[str, Any], weights: str) -> list[str]:
+    """Return which maps the answer does not bear out, and which it does instead; `weights` is what the weights are."""
+    name = weights.capitalize()
+    maps = {name: measured} | ({"Evidence": measured["evidence"]} if "evidence" in measured else {})
+    most = "the most attended patches" if weights == ATTENTION else f"the patches with the highest {weights}"
+    firsts = {name: most, "Evidence": "the patches that argue most for it"}
+    failing = [kind for kind in maps if maps[kind]["deletion"]["gap"] <= 0]
     notes = [
-        f"{name} does not support this answer: without {firsts[name]}, {predicted_class} is no less probable than "
-        "without random ones." for name in failing
+        f"{kind} does not support this answer: without {firsts[kind]}, {predicted_class} is no less probable than "
+        "without random ones." for kind in failing
     ]  # fmt: skip
-    if failing == ["Attention"] and "Evidence" in maps:
+    if failing == [name] and "Evidence" in maps:
         notes[0] += " The evidence does: look at that map."
     return notes
 

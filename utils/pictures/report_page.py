@@ -15,14 +15,14 @@ from PIL import Image
 from utils.core.html_page import write_page
 from utils.core.runtime import versions
 from utils.core.text import NOTICE, multiple_text, percent_text
-from utils.pictures.attention_map import AttentionMap
+from utils.pictures.attention_map import ATTENTION, AttentionMap
 from utils.pictures.evidence_map import CMAP, EvidenceOverlay
-from utils.pictures.overlay import Overlay, Picture
+from utils.pictures.overlay import GREY, Overlay, Picture
 from utils.pictures.prediction_caption import Caption
-from utils.pictures.top_patches import MapPatch, PatchGroup
+from utils.pictures.top_patches import MapPatch, PatchGroup, rank_text
 
 _TEMPLATE = Path(__file__).with_name("report_page.html")
-_TRANSPARENT = 255  # index in the overlay's palette; colours are the others
+_EQUAL, _TRANSPARENT = 254, 255  # indices in the overlay's palette of grey and of nothing; colours are the others
 _MOST_LAYERS = 8  # maps of evidence, of as many classes
 _QUALITY = 88  # of JPEGs
 # Limits that keep the page fast to open: patches of a gallery, their sides in px, bytes of all their images.
@@ -44,24 +44,20 @@ def write_report(
     """
     picture, attention, style = overlay.picture, overlay.attention, overlay.style
     h, w = picture.shape
-    images = _encoded(*(group.patches[:_PATCHES] for group in groups))
     layers = [_attention_layer(overlay), *map(_evidence_layer, evidence[:_MOST_LAYERS])]
     values = {
         "slide": slide,
         "answer": caption.answer,
         "notice": NOTICE,
-        "notes": caption.notes,
+        "notes": [*caption.notes, *attention.notes],
         "width_px": w,
         "height_px": h,
         "opacity": round(100 * style.alpha),
         "slide_image": _jpeg(picture.thumbnail),
-        "heat_alt": f"Attention by colour; {attention.half_count} of {len(attention)} patches hold half of it",
+        "weights": attention.name,
+        "heat_alt": f"{attention.name} by colour; {attention.half_count} of {len(attention)} patches hold half of it",
         "layers": layers,
-        "galleries": [
-            (f"{group.title[0].upper()}{group.title[1:]}", group.kind, _gallery(attention, patches, group.captions))
-            for group, patches in zip(groups, images, strict=True)
-            if patches
-        ],
+        "galleries": _galleries(attention, groups),
         "evidence": caption.evidence,
         "probabilities": [(name, value, percent_text(value)) for name, value in caption.probabilities.items()],
         "concentration": _concentration(attention),
@@ -81,6 +77,8 @@ def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
         "overview": [w, h],
         "mpp": picture.mpp,
         "size": attention.size_level0,
+        "weights": attention.name,
+        "is_uniform": attention.is_uniform,
         "coords": _base64(attention.coords.astype("<i4").tobytes()),
         "attention": _base64(attention.attention.astype("<f4").tobytes()),
     }
@@ -104,8 +102,8 @@ class _Layer:
 def _attention_layer(overlay: Overlay) -> _Layer:
     attention, style = overlay.attention, overlay.style
     palette, highest = _palette(style.cmap), style.highest(attention)
-    image = _heat_png(overlay.heat / highest, palette)
-    return _Layer("attention", image, _colour_scale(palette), "0", f"{highest:.3g}", style.label(attention))
+    image = _heat_png(overlay.heat / highest, palette, overlay.is_grey)
+    return _Layer(attention.name, image, _colour_scale(palette), "0", f"{highest:.3g}", style.label(attention))
 
 
 def _evidence_layer(overlay: EvidenceOverlay) -> _Layer:
@@ -124,19 +122,21 @@ def _evidence_layer(overlay: EvidenceOverlay) -> _Layer:
     )
 
 
-def _heat_png(heat: NDArray[np.float64], palette: NDArray[np.uint8]) -> str:
+def _heat_png(heat: NDArray[np.float64], palette: NDArray[np.uint8], is_grey: NDArray[np.bool_] | None = None) -> str:
     """Return a map `(h, w)` of 0..1 as a PNG with a palette, transparent where it is NaN."""
-    steps = np.rint(np.nan_to_num(heat) * (_TRANSPARENT - 1)).astype(np.uint8)
+    steps = np.rint(np.nan_to_num(heat) * (_EQUAL - 1)).astype(np.uint8)
+    if is_grey is not None:
+        steps[is_grey] = _EQUAL
     image = Image.fromarray(np.where(np.isnan(heat), np.uint8(_TRANSPARENT), steps))
-    image.putpalette([*palette.ravel().tolist(), 0, 0, 0])
+    image.putpalette([*palette.ravel().tolist(), *(round(255 * part) for part in GREY), 0, 0, 0])
     file = io.BytesIO()
     image.save(file, "PNG", transparency=_TRANSPARENT, optimize=True)
     return f"data:image/png;base64,{_base64(file.getvalue())}"
 
 
 def _palette(cmap: str) -> NDArray[np.uint8]:
-    """Return the colours (255, 3) of a colour map, in order."""
-    return np.rint(colormaps[cmap](np.linspace(0, 1, _TRANSPARENT))[:, :3] * 255).astype(np.uint8)
+    """Return the colours (254, 3) of a colour map, in order."""
+    return np.rint(colormaps[cmap](np.linspace(0, 1, _EQUAL))[:, :3] * 255).astype(np.uint8)
 
 
 def _colour_scale(palette: NDArray[np.uint8]) -> str:
@@ -181,14 +181,24 @@ class _GalleryItem:
     lines: Sequence[str]
 
 
+def _galleries(attention: AttentionMap, groups: Sequence[PatchGroup]) -> list[tuple[str, str, list[_GalleryItem]]]:
+    """Return title, kind and items of each group that has patches."""
+    images = _encoded(*(group.patches[:_PATCHES] for group in groups))
+    return [
+        (f"{group.title[0].upper()}{group.title[1:]}", group.kind, _gallery(attention, patches, group.captions))
+        for group, patches in zip(groups, images, strict=True)
+        if patches
+    ]
+
+
 def _gallery(
     attention: AttentionMap, patches: Sequence[tuple[int, str]], captions: Sequence[str]
 ) -> list[_GalleryItem]:
     items = []
     for (index, image), caption in zip(patches, captions, strict=False):
         (x, y), weight = attention.coords[index], attention.attention[index]
-        rank, times = attention.ranks[index], multiple_text(weight * len(attention))
-        title = f"Rank {rank} of {len(attention)}: attention {weight:.3g}, {times} times uniform, at ({x}, {y})"
+        rank, times = rank_text(attention, index), multiple_text(weight * len(attention))
+        title = f"Rank {rank} of {len(attention)}: {attention.name} {weight:.3g}, {times} times uniform, at ({x}, {y})"
         is_evidence = caption[0] in "+-"
         lines = [caption] if is_evidence else [f"rank {rank}", f"{weight:.3g} ({times} x)"]
         lines.append(f"at ({x}, {y})")
@@ -201,7 +211,10 @@ def _concentration(attention: AttentionMap) -> list[tuple[str, str]]:
     half, tenth = attention.half_count, attention.cumulative[max(1, len(attention) // 10) - 1]
     return [
         ("Patches", f"{len(attention):,}"),
-        ("Half of the attention is held by", f"{half:,} patches ({percent_text(half / len(attention))})"),
-        ("The most attended tenth holds", percent_text(tenth / attention.cumulative[-1])),
-        ("Highest attention", f"{multiple_text(attention.peak)} times uniform"),
+        (f"Half of the {attention.name} is held by", f"{half:,} patches ({percent_text(half / len(attention))})"),
+        (
+            "The most attended tenth holds" if attention.name == ATTENTION else "The highest tenth holds",
+            percent_text(tenth / attention.cumulative[-1]),
+        ),
+        (f"Highest {attention.name}", f"{multiple_text(attention.peak)} times uniform"),
     ]

@@ -28,7 +28,9 @@ class MapPatch:
 
 @dataclass(frozen=True)
 class PatchRecord:
-    """A row of `patches.csv`; `x` and `y` are level-0 px of the patch's top-left corner."""
+    """A row of `patches.csv`; `x` and `y` are level-0 px of the patch's top-left corner. `rank` is the number in the
+    file's name, `mean_rank` the rank that `equal_patches`, those of the same attention, share.
+    """
 
     file: str
     rank: int
@@ -37,6 +39,8 @@ class PatchRecord:
     x: int
     y: int
     seen_in_training: bool | None
+    mean_rank: float
+    equal_patches: int
 
 
 def read_patches(slide: Slide, attention: AttentionMap, indices: NDArray[np.int64]) -> list[MapPatch]:
@@ -71,12 +75,21 @@ def attention_groups(attention: AttentionMap, top: Sequence[MapPatch], least: Se
     """Return the most and the least attended patches as groups, captioned with rank and attention."""
 
     def captions(patches: Sequence[MapPatch]) -> list[str]:
-        return [f"{attention.ranks[patch.index]}: {attention.attention[patch.index]:.3g}" for patch in patches]
+        return [f"{rank_text(attention, patch.index)}: {attention.attention[patch.index]:.3g}" for patch in patches]
 
+    shared = attention.lowest_count
+    which = f" ({len(least):,} of the {shared:,} that share the lowest)" if shared > len(least) else ""
     return [
-        PatchGroup("most attended patches", "top", top, captions(top)),
-        PatchGroup("least attended patches", "least", least, captions(least)),
+        PatchGroup(attention.most_text, "top", top, captions(top)),
+        PatchGroup(f"{attention.least_text}{which}", "least", least, captions(least)),
     ]
+
+
+def rank_text(attention: AttentionMap, index: int) -> str:
+    """Return a patch's rank; of patches that are equal, the first and the last of theirs."""
+    equal, middle = int(attention.equals[index]), attention.mean_ranks[index]
+    first, last = round(middle - (equal - 1) / 2), round(middle + (equal - 1) / 2)
+    return f"{first:,}" if equal == 1 else f"{first:,} to {last:,}"
 
 
 def read_evidence_groups(
@@ -120,7 +133,8 @@ def patch_records(attention: AttentionMap, count: int, seen_in_training: bool | 
             rank, (x, y) = int(attention.ranks[index]), attention.coords[index].tolist()
             weight, percentile = float(attention.attention[index]), float(attention.percentiles[index])
             name = f"{kind}_{rank:0{digits}d}_x{x}_y{y}.png"
-            records.append(PatchRecord(name, rank, weight, round(percentile, 3), x, y, seen_in_training))
+            ties = float(attention.mean_ranks[index]), int(attention.equals[index])
+            records.append(PatchRecord(name, rank, weight, round(percentile, 3), x, y, seen_in_training, *ties))
     return records
 
 
@@ -137,4 +151,4 @@ def write_patches(folder: Path, records: Sequence[PatchRecord], patches: Sequenc
     for record, patch in zip(records, patches, strict=True):
         with whole_file(folder / record.file) as unfinished:
             Image.fromarray(patch.pixels).save(unfinished, format="png")
-    write_records(folder / _TABLE, records)
+    write_records(folder / _TABLE, records, PatchRecord)

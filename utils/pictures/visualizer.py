@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from utils.core.settings import FIGURE_FORMAT
-from utils.pictures.attention_map import AttentionMap
+from utils.pictures.attention_map import ATTENTION, AttentionMap, weight_name
 from utils.pictures.heatmap import Figure, heatmap_figure, save_picture
 from utils.pictures.overlay import MapStyle, Overlay
 from utils.pictures.picture_set import PictureSet, captioned_figure, overview
@@ -171,7 +171,8 @@ class AttentionVisualizer:
         `<slide>_prediction.json`.
         """
         with opened(wsi_path) as slide:
-            attention_map = _attention_map(slide, coords, attention.mean(axis=0), patch_size_level0)
+            weights = attention.mean(axis=0)
+            attention_map = _attention_map(slide, coords, weights, patch_size_level0, weight_name(record))
             pictures = PictureSet(slide, Path(output_dir), attention_map, attention, record, self.style, top_k, formats)
             pictures.write()
         return pictures.files
@@ -180,6 +181,8 @@ class AttentionVisualizer:
         return Overlay(overview(slide), _attention_map(slide, coords, attention, patch_size_level0), self.style)
 
 
-def _attention_map(slide: Slide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int) -> AttentionMap:
+def _attention_map(
+    slide: Slide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int, name: str = ATTENTION
+) -> AttentionMap:
     check_patches_fit(slide, coords, attention, patch_size_level0)
-    return AttentionMap(np.asarray(coords, dtype=np.int64), attention, patch_size_level0)
+    return AttentionMap(np.asarray(coords, dtype=np.int64), attention, patch_size_level0, name)

@@ -9,7 +9,7 @@ import torch
 from utils.bags.store import Bag, StoredBag, is_feature_file
 from utils.core.errors import ConfigError, did_you_mean_path
 from utils.core.runtime import log
-from utils.pictures.attention_map import AttentionMap
+from utils.pictures.attention_map import AttentionMap, weight_name
 from utils.pictures.evidence_map import EvidenceMap
 from utils.pictures.overlay import MapStyle
 from utils.pictures.picture_set import PictureSet, picture_paths
@@ -86,10 +86,12 @@ class PredictionPictures:
         """Return the set of pictures of a slide's record, ready to be written."""
         coords, attention = prediction.coords, prediction.attention
         assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
-        attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0)
+        attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0, weight_name(record))
         check_patches_fit(slide, coords, attention_map.attention, size_level0)
         found = prediction.evidence
         evidence = found and EvidenceMap(prediction.class_names, found.contributions, found.signals, found.reference)
+        for note in attention_map.notes:
+            log.info("%s: %s", record["slide"], note)
         top_k = self._patches_of_each_kind(record["slide"], len(attention_map))
         return PictureSet(slide, folder, attention_map, attention, record, self.style, top_k, self.formats, evidence)
 

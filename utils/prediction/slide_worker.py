@@ -195,6 +195,7 @@ class SlideWorker:
         self, prediction: SlidePrediction, faithfulness: Faithfulness, record: dict[str, Any], folder: Path
     ) -> None:
         # Imported here, because drawing is slow to import.
+        from utils.pictures.attention_map import weight_name
         from utils.pictures.faithfulness_figure import cropped_map, faithfulness_figure
         from utils.pictures.heatmap import save_picture
 
@@ -204,7 +205,9 @@ class SlideWorker:
             maps = [cropped_map(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
         cmap = Pictures.cmap if self.drawing is None else self.drawing.cmap
         title, predicted_class = prediction_title(record), prediction.predicted_class
-        figure = faithfulness_figure(record["faithfulness"], maps, cmap, title, predicted_class)
+        figure = faithfulness_figure(
+            record["faithfulness"], maps, cmap, title, predicted_class, weights=weight_name(record)
+        )
         for path in self._faithfulness_paths(folder, prediction.slide):
             save_picture(figure, path)
 
