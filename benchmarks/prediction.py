@@ -9,7 +9,8 @@ memory. Each model predicts it whole with `SlidePredictor`, attention included, 
 time      of a prediction, as a multiple of what anyone would need: h5py's blocks of 4096 rows, each to float32 and
           through a linear layer of the model's own width. The two take turns; medians
 memory    the most that the process takes during the prediction, beyond what it takes idle with the model loaded
-faithfulness  the time of `--faithfulness`, likewise
+evidence  the time of a prediction with evidence, as a multiple of one without, and its memory; medians of turns
+faithfulness  the time of `--faithfulness`, as a multiple of reading and projecting
 """
 
 import argparse
@@ -30,7 +31,8 @@ from MILS.mergeable import MergeableModel
 from utils.bags.store import bag_writer
 from utils.inference import SlidePredictor
 from utils.prediction.checkpoint import Checkpoint, save_checkpoint
-from utils.prediction.forward_pass import SlideFeed
+from utils.prediction.forward_pass import SlideFeed, set_references
+from utils.prediction.slide_prediction import SlidePrediction
 
 _BLOCK = 4096
 
@@ -50,6 +52,7 @@ def write_slide(path: Path, patches: int, dim: int) -> Path:
 def write_model(path: Path, name: str, dim: int) -> Path:
     torch.manual_seed(0)
     model = build_mil(name, input_dim=dim, num_classes=2)
+    set_references(model, lambda: [torch.randn(100, dim)], SlideFeed(None, "merge"))
     feed, seen = SlideFeed(None, "merge").as_dict(), {"slide": [], "case": []}
     save_checkpoint(
         path, Checkpoint(model.spec, model.state_dict(), ("a", "b"), "synthetic", feed, None, None, {}, seen)
@@ -71,21 +74,30 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measured(slide: Path, checkpoint: Path, repeats: int) -> tuple[float, float, float]:
-    """Time and `--faithfulness` time as multiples of reading and projecting, and bytes beyond the idle process."""
+def measured(slide: Path, checkpoint: Path, repeats: int) -> list[str]:
+    """The cells of a model's row."""
     predictor = SlidePredictor(checkpoint, device="cpu")
-    memory = peak_of(lambda: predictor.predict(slide, mode="full"), "cpu")
+
+    def predict(evidence: bool = False) -> SlidePrediction:
+        return predictor.predict_bag(predictor.bag(slide), slide, "full", evidence=evidence)
+
+    def argue() -> None:
+        predict(evidence=True)
+
+    memory, evidence_memory = peak_of(lambda: [predict()].clear(), "cpu"), peak_of(argue, "cpu")
     (model,) = predictor.models
     assert isinstance(model, MergeableModel)  # noqa: S101 - for the type checker: only those are asked for
     layer = model.instance_layers()[0]
     assert isinstance(layer, torch.nn.Linear)  # noqa: S101 - for the type checker
     turns = [
-        (seconds(lambda: read_and_project(slide, layer)), seconds(lambda: predictor.predict(slide, mode="full")))
-        for _ in range(repeats)
+        (seconds(lambda: read_and_project(slide, layer)), seconds(predict), seconds(argue)) for _ in range(repeats)
     ]
-    base, whole = (statistics.median(times) for times in zip(*turns, strict=True))
-    prediction = predictor.predict(slide, mode="full")
-    return whole / base, seconds(lambda: predictor.faithfulness(prediction)) / base, memory
+    base, whole, argued = (statistics.median(times) for times in zip(*turns, strict=True))
+    faithfulness = seconds(lambda: predictor.faithfulness(predict())) / base
+    return [
+        f"{whole / base:.2f}", f"{memory / 1e6:,.0f} MB", f"{argued / whole:.2f}", f"{evidence_memory / 1e6:,.0f} MB",
+        f"{faithfulness:.1f}",
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -106,10 +118,10 @@ def main() -> None:
         for mil in asked.models:
             checkpoint = write_model(folder / f"{mil}.pth", mil, asked.dim)
             found = in_own_process(lambda checkpoint=checkpoint: measured(slide, checkpoint, asked.repeats))
-            rows.append([mil, f"{found[0]:.2f}", f"{found[2] / 1e6:,.0f} MB", f"{found[1]:.1f}"] if found else [mil])
+            rows.append([mil, *(found or ["-"] * 5)])
     print(f"{processor()}, {', '.join(versions())}, {torch.get_num_threads()} threads")
     print(f"{asked.patches:,} patches of {asked.dim} float16, {asked.repeats} turns\n")
-    print(table("model | time | memory beyond idle | faithfulness", rows))
+    print(table("model | time | memory beyond idle | evidence | memory with evidence | faithfulness", rows))
 
 
 if __name__ == "__main__":

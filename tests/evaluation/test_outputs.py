@@ -14,7 +14,7 @@ def fold(number: int, auc: float | None, threshold: dict | None = None) -> dict:
 
 
 def test_figures_over_the_folds_leave_out_where_they_are_undefined():
-    folds = [fold(1, 0.6, {"accuracy": 0.8}), fold(2, None), fold(3, 0.8)]
+    folds = [fold(1, 0.6), fold(2, None, {"accuracy": 0.8}), fold(3, 0.8)]
     outputs = outputs_content(predicted(), folds, "the column case_id")
     assert outputs["slide_auc_mean"] == pytest.approx(0.7)
     assert outputs["slide_auc_std"] == pytest.approx(np.sqrt(0.02))

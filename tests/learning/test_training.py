@@ -156,11 +156,18 @@ class TestLoss:
     def test_evidence_begins_at_the_mean_of_the_training_slides_as_the_kept_epoch_pools_them(
         self, train, dataset, make_model
     ):
-        fitted = train(epochs=2)
-        model = make_model()
+        """The classes weigh alike, though one has twice the slides."""
+        slides = np.concatenate([np.flatnonzero(dataset.labels == 0)[:4], np.flatnonzero(dataset.labels == 1)[:8]])
+        fitted = train(epochs=2, slides=slides, val=np.setdiff1d(np.arange(len(dataset)), slides))
+        model, means = make_model(), []
         model.load_state_dict(trained_weights(fitted))
-        set_references(model, lambda: (dataset.features(int(slide)) for slide in TRAIN), CHUNKED)
-        assert torch.equal(fitted.state_dict["pooled_reference"], model.pooled_reference)
+        for label in (0, 1):
+            of_class = [slide for slide in slides if dataset.labels[slide] == label]
+            set_references(model, lambda of_class=of_class: map(dataset.features, of_class), CHUNKED)
+            means.append(model.pooled_reference)
+        reference = fitted.state_dict["pooled_reference"]
+        assert torch.allclose(reference, (means[0] + means[1]) / 2, atol=1e-6)
+        assert not torch.allclose(reference, (means[0] + 2 * means[1]) / 3, atol=1e-6)
 
     def test_validation_loss_counts_slides(self, dataset, make_model):
         model, weights = make_model(), balanced_class_weights(dataset.labels[TRAIN], 2)

@@ -130,10 +130,16 @@ class ModelTraining:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
     def with_reference(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights of this training with what evidence begins at: the mean pooled embedding of its slides."""
+        """Return weights of this training with what evidence begins at: the mean pooled embedding of its slides.
+
+        Classes (strata) weigh alike there, as in the loss: else a frequent class would be what its own evidence begins
+        at.
+        """
         self.model.load_state_dict(weights)
+        strata = self.dataset.task.strata(self.dataset.labels[self.train])
+        shares = 1 / np.bincount(strata)[strata]
         feed = SlideFeed.of_mode(self.dataset.mode, self.dataset.chunk_size, self.dataset.sequential)
-        set_references(self.model, lambda: (self.dataset.features(int(slide)) for slide in self.train), feed)
+        set_references(self.model, lambda: map(self.dataset.features, self.train), feed, shares)
         return self.weights()
 
 

@@ -23,7 +23,8 @@ class Evidence:
     """Signed contributions of N patches to the C signals of a slide (`Task.signals`; of classes, their log-odds).
 
     Over the patches they add up to `signals (C,)` less `reference (C,)`, the signals of the reference slide: the mean
-    of the training slides, or, if `is_own_mean`, the slide itself with all its patches weighted alike.
+    of the training slides, in which classes weigh alike, or, if `is_own_mean`, the slide itself, all its patches
+    weighted alike.
     """
 
     contributions: NDArray[np.float32]  # (C, N)
@@ -94,16 +95,16 @@ def evidence_of(task: Task, model: MergeableModel, bags: Sequence[ReadBag]) -> E
     )
 
 
-def mean_pooled(model: MergeableModel, slides: Iterable[Sequence[ReadBag]]) -> Tensor:
-    """Return the mean pooled embedding (R, d) of slides, each read as its chunks, which count by their sizes."""
-    total, count = None, 0
-    for bags in slides:
+def mean_pooled(model: MergeableModel, slides: Iterable[Sequence[ReadBag]], weights: Iterable[float]) -> Tensor:
+    """Return the weighted mean pooled embedding (R, d) of slides, each read as chunks, which count by their sizes."""
+    total, weight_sum = None, 0.0
+    for bags, weight in zip(slides, weights, strict=False):
         sizes = torch.tensor([bag.size for bag in bags], dtype=torch.float64)
         pooled = torch.cat([model.pooled(bag.summary) for bag in bags]).cpu().double()  # mps has no float64
-        mean = torch.einsum("k,krd->rd", sizes / sizes.sum(), pooled)
-        total, count = mean if total is None else total + mean, count + 1
+        mean = weight * torch.einsum("k,krd->rd", sizes / sizes.sum(), pooled)
+        total, weight_sum = mean if total is None else total + mean, weight_sum + weight
     assert total is not None  # noqa: S101 - for the type checker: a training has slides
-    return (total / count).to(next(model.parameters()))
+    return (total / weight_sum).to(next(model.parameters()))
 
 
 def _own_mean(model: MergeableModel, bags: Sequence[ReadBag], shares: Tensor, pooled: Tensor) -> Tensor:

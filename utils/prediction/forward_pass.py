@@ -4,6 +4,7 @@
 streamed in blocks if the model can.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -97,15 +98,21 @@ def predict_features(
         return _stitched_output(task, model, [bag for bag in bags if isinstance(bag, torch.Tensor)], cuts, attention)
 
 
-def set_references(model: BagModel, slides: Callable[[], Iterable[torch.Tensor]], feed: SlideFeed) -> None:
+def set_references(
+    model: BagModel,
+    slides: Callable[[], Iterable[torch.Tensor]],
+    feed: SlideFeed,
+    weights: Iterable[float] = itertools.repeat(1.0),
+) -> None:
     """Keep the mean pooled embedding of the slides, each `(N, D)`, in a model, or in each member of an ensemble, as
-    what its evidence begins at. A model that does not merge is left as it is.
+    what its evidence begins at; by default all slides have the same weight. A model that does not merge is left as it
+    is.
     """
     for member in members_of(model):
         if isinstance(member, MergeableModel) and member.gives_evidence:
             chunks = (_read(member, _cut(features, _cuts(features, feed)), keep_traces=False) for features in slides())
             with evaluating(member):
-                member.pooled_reference = mean_pooled(member, chunks)
+                member.pooled_reference = mean_pooled(member, chunks, weights)
 
 
 def _merged_output(
