@@ -313,7 +313,7 @@ def test_print_shows_the_whole_slide_with_each_map_and_its_legend(tmp_path, size
     chromium(tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'a.pdf'}", (tmp_path / "a.html").as_uri())
     subprocess.run(["pdftoppm", "-r", "100", "-gray", tmp_path / "a.pdf", tmp_path / "p"], check=True)
     text = " ".join(subprocess.check_output(["pdftotext", "-layout", tmp_path / "a.pdf", "-"], text=True).split())
-    for title, ends in (("Attention 0", "100 Colour"), ("benign -1", "+1 Colour"), ("malignant -1", "+1 Colour")):
+    for title, ends in (("percentile 0", "100 Colour"), ("benign -1", "+1 Colour"), ("malignant -1", "+1 Colour")):
         assert title in text
         assert ends in text.split(title)[1]
     assert "benign: against (dark) and for (bright)" in text

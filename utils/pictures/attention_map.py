@@ -14,6 +14,8 @@ ATTENTION, _MIXED = "attention", "mean weight"
 _NAMES = {"meanPool": "uniform weight", "maxPool": "share of winning features"}
 # Equal patches have no rank to show if they are more than this share of a slide's.
 _MOST_EQUAL = 0.2
+# From this share of effective patches on the attention is called nearly uniform.
+_NEARLY_UNIFORM = 0.95
 _SAME = 1e-6  # relative difference up to which all patches weigh the same
 
 
@@ -96,7 +98,24 @@ class AttentionMap:
         """What a reader must know before the colours are read."""
         if self.is_uniform:
             return [f"All {len(self):,} patches weigh the same: none is the most or the least attended."]
+        if len(self) > 1 and self.effective_count >= _NEARLY_UNIFORM * len(self):
+            return [
+                f"The {self.name} is nearly uniform, as if {self.effective_count:,.0f} of {len(self):,} patches "
+                "weighed the same and the others nothing: strong colours may stand for small differences."
+            ]
         return []
+
+    @cached_property
+    def effective_count(self) -> float:
+        """The number of patches of equal weight that are as spread out: exp of the entropy, from 1 to N."""
+        weights = self.attention[self.attention > 0].astype(np.float64)
+        weights /= weights.sum()
+        return float(np.exp(-(weights * np.log(weights)).sum()))
+
+    @property
+    def multiples(self) -> NDArray[np.float64]:
+        """Attention (N,) as a multiple of uniform attention."""
+        return self.attention.astype(np.float64) * len(self)
 
     @property
     def peak(self) -> float:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -196,7 +197,10 @@ def _draw_heat(axes: Axes, overlay: Overlay, top_k: int, height: float) -> None:
     colours[..., 3] *= style.alpha
     _lay_over(axes, colours)
     _outline(axes, picture, attention.coords[attention.top(top_k)], attention.size_level0)
-    _colour_bar(axes, style.mappable(attention), style.label(attention), height)
+    bar = _colour_bar(axes, style.mappable(attention), style.label(attention), height)
+    if style.tick_text(0) is not None:
+        bar.locator = MaxNLocator(integer=True)
+        bar.formatter = FuncFormatter(lambda value, _: style.tick_text(value) or "")
 
 
 def _lay_over(axes: Axes, colours: NDArray[np.float64]) -> None:
@@ -205,11 +209,14 @@ def _lay_over(axes: Axes, colours: NDArray[np.float64]) -> None:
     axes.set_xlim(limits)
 
 
-def _colour_bar(axes: Axes, mappable: ScalarMappable, label: str, height: float, *, extend: str = "neither") -> None:
+def _colour_bar(
+    axes: Axes, mappable: ScalarMappable, label: str, height: float, *, extend: str = "neither"
+) -> Colorbar:
     """Add a colour bar whose label has lines as long as the map is high, in inches."""
     bar = axes.figure.colorbar(mappable, ax=axes, shrink=0.8, extend=extend)
     bar.set_label(escape_mathtext(wrapped(label, height, SMALL)), fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
+    return bar
 
 
 def _outline(

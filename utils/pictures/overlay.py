@@ -1,5 +1,6 @@
 """Attention drawn over a slide's overview: each patch at its exact footprint, overlaps averaged."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,8 @@ from utils.pictures.attention_map import AttentionMap
 from utils.pictures.settings import Pictures
 
 GREY = (0.6, 0.6, 0.6)  # of patches without a rank: in no colour map that is readable in print
+
+_MOST_DOUBLINGS = 10  # of uniform attention, at either end of the logarithmic scale
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class MapStyle:
-    """The colours of attention: a Matplotlib colour map over `scale`, "attention" (from 0 to the highest) or
-    "percentile" (within the slide), with the opacity `alpha`. The raster is computed on `device`.
+    """The colours of attention: a Matplotlib colour map over `scale`, "attention" (from 0 to the highest),
+    "percentile" (within the slide) or "uniform" (log2 of the multiple of uniform attention, 0 in the middle), with the
+    opacity `alpha`. The raster is computed on `device`.
 
     Raises ConfigError for an unknown colour map or scale, or an opacity outside 0 to 1.
     """
@@ -64,15 +68,36 @@ class MapStyle:
 
     def values(self, attention: AttentionMap) -> NDArray:
         """Return the value (N,) of each patch on the scale."""
+        if self.scale == "uniform":
+            low, high = self.limits(attention)
+            return np.clip(np.log2(np.maximum(attention.multiples, 2.0**low)), low, high)
         return attention.percentiles if self.scale == "percentile" else attention.attention
 
-    def highest(self, attention: AttentionMap) -> float:
-        """Return the upper end of the scale."""
-        return 100 if self.scale == "percentile" else float(attention.attention.max())
+    def limits(self, attention: AttentionMap) -> tuple[float, float]:
+        """Return the lower and the upper end of the scale."""
+        if self.scale == "uniform":
+            end = min(max(1, math.ceil(math.log2(attention.peak) - 1e-9)), _MOST_DOUBLINGS)
+            return -end, end
+        return 0, 100 if self.scale == "percentile" else float(attention.attention.max())
+
+    def end_texts(self, attention: AttentionMap) -> tuple[str, str]:
+        """Return the texts at the ends of the scale."""
+        low, high = self.limits(attention)
+        if self.scale == "uniform":
+            below = " or less" if attention.multiples.min() < 2.0**low else ""
+            above = " or more" if attention.peak > 2.0**high * (1 + 1e-9) else ""
+            return f"{doublings_text(low)}{below}", f"{doublings_text(high)}{above}"
+        return f"{low:g}", f"{high:.3g}"
+
+    def tick_text(self, value: float) -> str | None:
+        """Return the text of a tick of the colour bar; None for the number itself, "" for no text."""
+        if self.scale != "uniform":
+            return None
+        return doublings_text(value) if value == int(value) else ""
 
     def mappable(self, attention: AttentionMap) -> ScalarMappable:
         """Return Matplotlib's mapping of values to colours."""
-        return ScalarMappable(Normalize(0, self.highest(attention)), colormaps[self.cmap])
+        return ScalarMappable(Normalize(*self.limits(attention)), colormaps[self.cmap])
 
     def label(self, attention: AttentionMap) -> str:
         """Return the label of the colour bar."""
@@ -83,13 +108,25 @@ class MapStyle:
             equal = int(attention.is_unranked.sum())
             ties = f"; grey: {equal:,} of {len(attention):,} patches, equal and so without a rank" if equal else ""
             return f"{attention.name} percentile within the slide ({peak}){ties}"
+        if self.scale == "uniform":
+            return f"{attention.name} as a multiple of uniform, logarithmic, 1 in the middle ({peak})"
         return f"{attention.name}, which sums to 1 over {len(attention):,} patches ({peak})"
+
+    def title(self, attention: AttentionMap) -> str:
+        """Return the name of the map on this scale."""
+        kinds = {"percentile": "percentile", "attention": "from 0 to the highest", "uniform": "times uniform"}
+        return f"{attention.name}, {kinds[self.scale]}"
 
     def is_grey(self, attention: AttentionMap) -> NDArray[np.bool_]:
         """Return whether (N,) a patch is equal to so many others that it has no colour on the scale."""
         if self.scale == "percentile":
             return attention.is_unranked
         return np.full(len(attention), attention.is_uniform)
+
+
+def doublings_text(value: float) -> str:
+    """Return how many times uniform so many doublings are; below 0 as a fraction."""
+    return f"1/{2 ** -int(value):,} x" if value < 0 else f"{2 ** int(value):,} x"
 
 
 @dataclass(frozen=True, eq=False)

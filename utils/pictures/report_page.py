@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from utils.pictures.top_patches import MapPatch, PatchGroup, rank_text
 _TEMPLATE = Path(__file__).with_name("report_page.html")
 _EQUAL, _TRANSPARENT = 254, 255  # indices in the overlay's palette of grey and of nothing; colours are the others
 _MOST_LAYERS = 8  # maps of evidence, of as many classes
+_SCALES = "percentile", "attention", "uniform"
 _QUALITY = 88  # of JPEGs
 # Limits that keep the page fast to open: patches of a gallery, their sides in px, bytes of all their images.
 _PATCHES, _PATCH_SIDES, _GALLERY_BYTES = 24, (1024, 768, 512, 384, 256, 192), 8_000_000
@@ -44,7 +45,9 @@ def write_report(
     """
     picture, attention, style = overlay.picture, overlay.attention, overlay.style
     h, w = picture.shape
-    layers = [_attention_layer(overlay), *map(_evidence_layer, evidence[:_MOST_LAYERS])]
+    scales = dict.fromkeys((style.scale, *_SCALES))
+    overlays = [overlay, *(replace(overlay, style=replace(style, scale=scale)) for scale in list(scales)[1:])]
+    layers = [*map(_attention_layer, overlays), *map(_evidence_layer, evidence[:_MOST_LAYERS])]
     values = {
         "slide": slide,
         "answer": caption.answer,
@@ -101,9 +104,10 @@ class _Layer:
 
 def _attention_layer(overlay: Overlay) -> _Layer:
     attention, style = overlay.attention, overlay.style
-    palette, highest = _palette(style.cmap), style.highest(attention)
-    image = _heat_png(overlay.heat / highest, palette, overlay.is_grey)
-    return _Layer(attention.name, image, _colour_scale(palette), "0", f"{highest:.3g}", style.label(attention))
+    palette, (lowest, highest) = _palette(style.cmap), style.limits(attention)
+    image = _heat_png((overlay.heat - lowest) / (highest - lowest), palette, overlay.is_grey)
+    ends = style.end_texts(attention)
+    return _Layer(style.title(attention), image, _colour_scale(palette), *ends, style.label(attention))
 
 
 def _evidence_layer(overlay: EvidenceOverlay) -> _Layer:
@@ -216,5 +220,6 @@ def _concentration(attention: AttentionMap) -> list[tuple[str, str]]:
             "The most attended tenth holds" if attention.name == ATTENTION else "The highest tenth holds",
             percent_text(tenth / attention.cumulative[-1]),
         ),
+        ("Effective number of patches", f"{attention.effective_count:,.0f} (exp of the entropy)"),
         (f"Highest {attention.name}", f"{multiple_text(attention.peak)} times uniform"),
     ]

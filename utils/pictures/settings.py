@@ -19,7 +19,9 @@ class Pictures(Settings):
         metavar="FILE|DIR",
     )
     top_k: int = option(10, "how many patches with the highest attention are shown (0: none)", least=0)
-    scale: Literal["attention", "percentile"] = option("percentile", "whether colour shows attention or its percentile")
+    scale: Literal["attention", "percentile", "uniform"] = option(
+        "percentile", "what colour shows: attention, its percentile, or how many times uniform it is (logarithmic)"
+    )
     cmap: str = option("viridis", "Matplotlib colour map")
     alpha: float = option(0.5, "opacity of the heatmap over the slide", least=0, most=1)
 

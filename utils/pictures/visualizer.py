@@ -37,9 +37,9 @@ class AttentionVisualizer:
     """Draws the attention to a slide: `attention (N,)`, which sums to 1, of the patches at `coords (N, 2)`, level-0 px
     of their top-left corners, each `patch_size_level0` px wide and high.
 
-    Colours are those of `cmap` over `scale`, "percentile" within the slide or "attention" itself, with the opacity
-    `alpha`. Figures are returned, and written to `save_path` if given. Raises FeatureFileError if the patches are not
-    on the slide, ConfigError for an unknown colour map.
+    Colours are those of `cmap` over `scale`, "percentile" within the slide, "attention" itself or "uniform", its
+    multiple of uniform attention, with the opacity `alpha`. Figures are returned, and written to `save_path` if given.
+    Raises FeatureFileError if the patches are not on the slide, ConfigError for an unknown colour map.
     """
 
     def __init__(
