@@ -154,17 +154,20 @@ class AttentionMap:
         extent: tuple[int, int],
         shape: tuple[int, int],
         device: torch.device | str = "cpu",
+        *,
+        corner: tuple[int, int] = (0, 0),
     ) -> NDArray[np.float64]:
         """Return the mean `(h, w)` of the `values (N,)` of the patches that cover each pixel, NaN where none does.
 
-        `extent` is (width, height) of the slide in level-0 px, `shape` (h, w) of the raster over it. Edges are rounded
+        `extent` is (width, height) of the area to cover in level-0 px, from `corner` (x, y) on, `shape` (h, w) of the
+        raster over it. Edges are rounded
         to raster pixels, so that neighbouring patches share theirs: no seam, no overlap. Each patch adds to its four
         corners, and cumulative sums along both axes fill it: O(N + h w). Computed on `device` in float64.
         """
         height, width = shape
         device = "cpu" if torch.device(device).type == "mps" else device  # mps has no float64
         scale = torch.tensor([width / extent[0], height / extent[1]], dtype=torch.float64, device=device)
-        corners = torch.from_numpy(self.coords).to(device).double()
+        corners = torch.from_numpy(self.coords - corner).to(device).double()
         limit = torch.tensor([width, height], device=device)
         low = torch.minimum((corners * scale).round().long(), limit - 1)
         # A patch smaller than a raster pixel fills one.

@@ -74,8 +74,8 @@ class EvidenceOverlay:
     @cached_property
     def heat(self) -> NDArray[np.float64]:
         """The mean contribution `(h, w)` of the patches at each pixel, NaN where no patch is."""
-        extent = self.picture.width, self.picture.height
-        return self.attention.raster(self.evidence.of_class(self.name), extent, self.picture.shape)
+        picture, values = self.picture, self.evidence.of_class(self.name)
+        return self.attention.raster(values, (picture.width, picture.height), picture.shape, corner=picture.corner)
 
     def colours(self) -> NDArray[np.float64]:
         """Return RGBA `(h, w, 4)` of 0..1; opaque on patches, transparent elsewhere."""

@@ -223,7 +223,7 @@ def _outline(
     axes: Axes, picture: Picture, corners: NDArray[np.int64], size_level0: int, *, against: bool = False
 ) -> None:
     side, line = size_level0 * picture.scale, "--" if against else "-"
-    for rank, (x, y) in enumerate(corners * picture.scale - 0.5, start=1):
+    for rank, (x, y) in enumerate((corners - picture.corner) * picture.scale - 0.5, start=1):
         colour = _LEAST_COLOUR if against else _TOP_COLOUR
         axes.add_patch(Rectangle((x, y), side[0], side[1], fill=False, edgecolor=colour, lw=1, ls=line))
         if against:

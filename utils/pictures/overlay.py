@@ -24,14 +24,15 @@ _MOST_DOUBLINGS = 10  # of uniform attention, at either end of the logarithmic s
 
 @dataclass(frozen=True)
 class Picture:
-    """A slide's overview to draw on: `thumbnail (h, w, 3)` uint8 of the whole slide of `width` x `height` level-0 px;
-    `mpp` um per level-0 px, or None.
+    """A slide's overview to draw on: `thumbnail (h, w, 3)` uint8 of an area of `width` x `height` level-0 px from
+    `corner` (x, y) on; `mpp` um per level-0 px, or None.
     """
 
     thumbnail: NDArray[np.uint8]
     width: int
     height: int
     mpp: float | None
+    corner: tuple[int, int] = (0, 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -149,8 +150,9 @@ class Overlay:
         return np.nan_to_num(self._raster(is_grey)) > 0.5 if is_grey.any() else np.zeros(self.picture.shape, bool)
 
     def _raster(self, values: NDArray) -> NDArray[np.float64]:
-        extent = self.picture.width, self.picture.height
-        return self.attention.raster(values, extent, self.picture.shape, self.style.device)
+        picture = self.picture
+        extent = picture.width, picture.height
+        return self.attention.raster(values, extent, picture.shape, self.style.device, corner=picture.corner)
 
     @property
     def colours(self) -> NDArray[np.float64]:

@@ -48,9 +48,17 @@ _THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE = (
 )  # fmt: skip
 
 
-def overview(slide: Slide, mpp: float | None = None) -> Picture:
-    """Return the slide's overview; `mpp` is its um per level-0 px, by default that of the file."""
-    return Picture(slide.thumbnail(max_side=_OVERVIEW), slide.width, slide.height, mpp or slide.mpp)
+def overview(slide: Slide, attention: AttentionMap, mpp: float | None = None) -> Picture:
+    """Return the overview of what was scanned, and of all patches; `mpp` is the slide's um per level-0 px, by default
+    that of the file.
+    """
+    x, y, width, height = slide.scanned
+    low = np.minimum(attention.coords.min(axis=0), (x, y)).clip(0)
+    high = np.maximum(attention.coords.max(axis=0) + attention.size_level0, (x + width, y + height))
+    right, bottom = np.minimum(high, (slide.width, slide.height)).tolist()
+    left, top = low.tolist()
+    area = left, top, right - left, bottom - top
+    return Picture(slide.thumbnail(max_side=_OVERVIEW, area=area), *area[2:], mpp or slide.mpp, (left, top))
 
 
 def picture_paths(
@@ -104,7 +112,8 @@ class PictureSet:
     def write(self) -> None:
         """Draw and write the files."""
         caption, record = Caption.of(self.record), self.record
-        overlay = Overlay(overview(self.slide, (record["slide_record"] or {}).get("mpp")), self.attention, self.style)
+        mpp = (record["slide_record"] or {}).get("mpp")
+        overlay = Overlay(overview(self.slide, self.attention, mpp), self.attention, self.style)
         top, least = read_extremes(self.slide, self.attention, self.top_k)
         groups, predicted = attention_groups(self.attention, top, least), record["predicted_class"]
         if self.evidence is not None:

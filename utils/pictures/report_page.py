@@ -77,6 +77,7 @@ def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
     return {
         "width": picture.width,
         "height": picture.height,
+        "corner": picture.corner,
         "overview": [w, h],
         "mpp": picture.mpp,
         "size": attention.size_level0,

@@ -178,7 +178,8 @@ class AttentionVisualizer:
         return pictures.files
 
     def _overlay(self, slide: Slide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int) -> Overlay:
-        return Overlay(overview(slide), _attention_map(slide, coords, attention, patch_size_level0), self.style)
+        attention_map = _attention_map(slide, coords, attention, patch_size_level0)
+        return Overlay(overview(slide, attention_map), attention_map, self.style)
 
 
 def _attention_map(
