@@ -81,6 +81,23 @@ def test_the_detailed_figure_holds_long_names_and_facts(shape, classes):
     check_texts(detailed_figure(overlay_of(*shape), title=TITLE, top_k=3, probabilities=probabilities, facts=facts))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_detailed_figure_shows_both_maps(shape):
+    overlay = overlay_of(*shape)
+    evidence = evidence_overlay(overlay)
+    figure = detailed_figure(
+        overlay, title=TITLE, top_k=3, probabilities=dict.fromkeys(CLASSES, 0.1), facts=[], evidence=evidence
+    )
+    above = figure.subfigs[0].axes
+    titles = [" ".join(axes.get_title().split()) for axes in above if axes.images]
+    assert titles == ["slide", "attention, the 3 highest numbered", f"evidence for {CLASSES[0]}"]
+    labels = [" ".join(axes.get_ylabel().split()) for axes in above if axes.get_ylabel()]
+    assert labels == [overlay.style.label(overlay.attention), evidence.evidence.label(CLASSES[0])]
+    painted = np.asarray(above[2].images[1].get_array())
+    np.testing.assert_allclose(painted[..., :3], evidence.colours()[..., :3])
+    check_texts(figure)
+
+
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_the_patch_grid_and_the_curves_hold_their_titles(count):
     patches = [np.zeros((8, 8, 3), np.uint8)] * count

@@ -58,16 +58,9 @@ def evidence_figure(overlay: EvidenceOverlay, *, title: str, text: str, top_k: i
     """Draw the evidence for a class over the overview. The `top_k` patches that argue most for it are outlined and
     numbered, those that argue most against it outlined in dashes. `text` is what they add up to.
     """
-    picture, evidence, name = overlay.picture, overlay.evidence, overlay.name
-    figure, axes = _map_figure(picture, f"{title}\nEvidence: {text}", 9)
-    _draw_slide(axes, picture)
-    colours = overlay.colours()
-    colours[..., 3] *= alpha
-    _lay_over(axes, colours)
-    supporters, opponents = evidence.strongest(name, top_k)
-    _outline(axes, picture, overlay.attention.coords[supporters], overlay.attention.size_level0)
-    _outline(axes, picture, overlay.attention.coords[opponents], overlay.attention.size_level0, against=True)
-    _colour_bar(axes, evidence.mappable(name), evidence.label(name), _map_size(picture)[1], extend="both")
+    figure, axes = _map_figure(overlay.picture, f"{title}\nEvidence: {text}", 9)
+    _draw_slide(axes, overlay.picture)
+    _draw_evidence(axes, overlay, top_k, alpha, _map_size(overlay.picture)[1])
     return with_notice(figure)
 
 
@@ -78,13 +71,16 @@ def detailed_figure(
     top_k: int,
     probabilities: Mapping[str, float],
     facts: Sequence[tuple[str, str]],
+    evidence: EvidenceOverlay | None = None,
 ) -> Figure:
-    """Draw the slide beside the heatmap; below them the distribution and the concentration of attention, the
-    probabilities of the classes, and `facts`, pairs of a name and a text.
+    """Draw the slide beside the heatmap, and beside the `evidence` for a class if there is any; below them the
+    distribution and the concentration of attention, the probabilities of the classes, and `facts`, pairs of a name and
+    a text.
     """
     picture, attention = overlay.picture, overlay.attention
     h, w = picture.shape
-    height = min(max(6.2 * h / w, 3.0), 8.0)
+    maps = 2 if evidence is None else 3
+    height = min(max((_DETAILED / maps - 0.8) * h / w, 3.0), 8.0)
     fact_text = "\n".join(wrapped(f"{name}: {value}", _FACTS_WIDTH, _FACTS_SIZE, "    ") for name, value in facts)
     names = [wrapped(name, _CLASS_WIDTH, SMALL) for name in probabilities]
     below_height = max(
@@ -94,23 +90,43 @@ def detailed_figure(
     total_height = height + below_height + 0.2 + _lines_height(title, 12)
     figure = Figure(figsize=(_DETAILED, total_height), layout="constrained")
     above, below = _rows(figure, [height, below_height])
-    slide, heat = above.subplots(1, 2)
+    _draw_maps(above, overlay, evidence, top_k, height)
+    _draw_statistics(below, attention, names, list(probabilities.values()), fact_text)
+    figure.suptitle(escape_mathtext(title), fontsize=12)
+    return with_notice(figure)
+
+
+def _draw_maps(
+    figure: SubFigure, overlay: Overlay, evidence: EvidenceOverlay | None, top_k: int, height: float
+) -> None:
+    """Draw the slide, the heatmap and the evidence side by side, `height` inches high."""
+    picture, attention = overlay.picture, overlay.attention
+    slide, heat, *for_evidence = figure.subplots(1, 2 if evidence is None else 3)
     _draw_slide(slide, picture)
     slide.set_title("slide", fontsize=10)
     _draw_slide(heat, picture)
     _draw_heat(heat, overlay, top_k, height)
     count = len(attention.top(top_k))
     heat.set_title(f"{attention.name}{f', the {count} highest numbered' if count else ''}", fontsize=10)
-    distribution, concentration, classes, text = below.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
+    if evidence is not None:
+        _draw_slide(for_evidence[0], picture)
+        _draw_evidence(for_evidence[0], evidence, top_k, overlay.style.alpha, height)
+        name = wrapped(f"evidence for {evidence.name}", _DETAILED / 3 - 1, 10)
+        for_evidence[0].set_title(escape_mathtext(name), fontsize=10)
+
+
+def _draw_statistics(
+    figure: SubFigure, attention: AttentionMap, names: Sequence[str], probabilities: Sequence[float], fact_text: str
+) -> None:
+    """Draw how attention is spread and concentrated, the probabilities of the classes, and the facts."""
+    distribution, concentration, classes, text = figure.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
     _draw_distribution(distribution, attention)
     _draw_concentration(concentration, attention)
-    _draw_probabilities(classes, names, list(probabilities.values()))
+    _draw_probabilities(classes, names, probabilities)
     text.set_axis_off()
     text.text(
         0, 1, escape_mathtext(fact_text), va="top", fontsize=_FACTS_SIZE, linespacing=1.4, transform=text.transAxes
     )
-    figure.suptitle(escape_mathtext(title), fontsize=12)
-    return with_notice(figure)
 
 
 def patch_grid_figure(
@@ -207,6 +223,18 @@ def _lay_over(axes: Axes, colours: NDArray[np.float64]) -> None:
     limits = axes.get_xlim()
     axes.imshow(colours, interpolation="nearest")
     axes.set_xlim(limits)
+
+
+def _draw_evidence(axes: Axes, overlay: EvidenceOverlay, top_k: int, alpha: float, height: float) -> None:
+    """Draw the evidence for a class, and its colour bar for a map `height` inches high."""
+    picture, evidence, name = overlay.picture, overlay.evidence, overlay.name
+    colours = overlay.colours()
+    colours[..., 3] *= alpha
+    _lay_over(axes, colours)
+    supporters, opponents = evidence.strongest(name, top_k)
+    _outline(axes, picture, overlay.attention.coords[supporters], overlay.attention.size_level0)
+    _outline(axes, picture, overlay.attention.coords[opponents], overlay.attention.size_level0, against=True)
+    _colour_bar(axes, evidence.mappable(name), evidence.label(name), height, extend="both")
 
 
 def _colour_bar(

@@ -123,14 +123,13 @@ class PictureSet:
             f"Evidence {name}": self.evidence.of_class(name) for name in self.evidence.class_names
         }  # fmt: skip
         write_attention(self._path(_TILES), self.attention, self.slide, self.style.cmap, about, by_class)
-        title = prediction_title(record)
+        title, evidence = prediction_title(record), self._evidence_overlays(overlay.picture)
         figures = {
             "heatmap": heatmap_figure(overlay, title=title, top_k=self.top_k),
-            "detailed": captioned_figure(overlay, caption, title, self.top_k),
+            "detailed": captioned_figure(overlay, caption, title, self.top_k, evidence[0] if evidence else None),
         }
         if self.top_k:
             figures[_GRID] = grid_figure(self.attention, groups, title)
-        evidence = self._evidence_overlays(overlay.picture)
         if evidence:
             look = {"top_k": self.top_k, "alpha": self.style.alpha}
             figures[_EVIDENCE] = evidence_figure(evidence[0], title=title, text=caption.evidence, **look)
@@ -168,8 +167,12 @@ class PictureSet:
             )  # fmt: skip
 
 
-def captioned_figure(overlay: Overlay, caption: Caption, title: str, top_k: int) -> Figure:
+def captioned_figure(
+    overlay: Overlay, caption: Caption, title: str, top_k: int, evidence: EvidenceOverlay | None = None
+) -> Figure:
     """Draw the detailed figure with the caption's facts and notes."""
     notes = [*caption.notes, *overlay.attention.notes]
     facts = [*caption.facts, *(("note", note) for note in notes)]
-    return detailed_figure(overlay, title=title, top_k=top_k, probabilities=caption.probabilities, facts=facts)
+    return detailed_figure(
+        overlay, title=title, top_k=top_k, probabilities=caption.probabilities, facts=facts, evidence=evidence
+    )
