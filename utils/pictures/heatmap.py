@@ -8,8 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,6 +26,8 @@ from utils.pictures.overlay import Overlay, Picture
 # Scale bars are one of these long, in um, whichever is nearest to a fifth of the picture.
 _BAR_LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _TOP_COLOUR, _LEAST_COLOUR = "#d62728", "#1f77b4"
+_NUMBER_ROOM = 24  # points of a patch's side from which its number covers little of it
+_LONGER_SIDE = 9  # inches of a map's longer side
 _COLUMNS = 5
 _THUMBNAIL = 240  # px of the longer side
 _LEAST_ASPECT = 4 / 9  # width by height of a map with its margins, so that a title has room above a narrow slide
@@ -178,7 +182,7 @@ def _rows(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
 def _map_size(picture: Picture) -> tuple[float, float]:
     """Return width and height of a map in inches: 9 for the longer side, and the least that texts need."""
     h, w = picture.shape
-    return max(4.0, 9 * w / max(h, w)), max(3.0, 9 * h / max(h, w))
+    return max(4.0, _LONGER_SIDE * w / max(h, w)), max(3.0, _LONGER_SIDE * h / max(h, w))
 
 
 def _map_figure(picture: Picture, title: str, size: float) -> tuple[Figure, Axes]:
@@ -212,8 +216,8 @@ def _draw_heat(axes: Axes, overlay: Overlay, top_k: int, height: float) -> None:
     colours = overlay.colours
     colours[..., 3] *= style.alpha
     _lay_over(axes, colours)
-    _outline(axes, picture, attention.coords[attention.top(top_k)], attention.size_level0)
-    bar = _colour_bar(axes, style.mappable(attention), style.label(attention), height)
+    _outline(axes, picture, attention.coords[attention.top(top_k)], attention.size_level0, height)
+    bar = _colour_bar(axes, _over_white(style.mappable(attention), style.alpha), style.label(attention), height)
     if style.tick_text(0) is not None:
         bar.locator = MaxNLocator(integer=True)
         bar.formatter = FuncFormatter(lambda value, _: style.tick_text(value) or "")
@@ -232,9 +236,16 @@ def _draw_evidence(axes: Axes, overlay: EvidenceOverlay, top_k: int, alpha: floa
     colours[..., 3] *= alpha
     _lay_over(axes, colours)
     supporters, opponents = evidence.strongest(name, top_k)
-    _outline(axes, picture, overlay.attention.coords[supporters], overlay.attention.size_level0)
-    _outline(axes, picture, overlay.attention.coords[opponents], overlay.attention.size_level0, against=True)
-    _colour_bar(axes, evidence.mappable(name), evidence.label(name), height, extend="both")
+    size = overlay.attention.size_level0
+    _outline(axes, picture, overlay.attention.coords[supporters], size, height)
+    _outline(axes, picture, overlay.attention.coords[opponents], size, height, against=True)
+    _colour_bar(axes, _over_white(evidence.mappable(name), alpha), evidence.label(name), height, extend="both")
+
+
+def _over_white(mappable: ScalarMappable, alpha: float) -> ScalarMappable:
+    """Return a mapping to the colours that a map of this opacity has over white, as a colour bar shows them."""
+    colours = mappable.cmap(np.linspace(0, 1, 256))[:, :3] * alpha + 1 - alpha
+    return ScalarMappable(mappable.norm, ListedColormap(colours))
 
 
 def _colour_bar(
@@ -248,16 +259,33 @@ def _colour_bar(
 
 
 def _outline(
-    axes: Axes, picture: Picture, corners: NDArray[np.int64], size_level0: int, *, against: bool = False
+    axes: Axes,
+    picture: Picture,
+    corners: NDArray[np.int64],
+    size_level0: int,
+    height: float,
+    *,
+    against: bool = False,
 ) -> None:
+    """Outline patches on a map `height` inches high, and number those that are not `against`; a number that would cover
+    its patch stands beside it.
+    """
     side, line = size_level0 * picture.scale, "--" if against else "-"
+    h, w = picture.shape
+    points = float(side.min()) * 72 * min(height / h, _LONGER_SIDE / w)
     for rank, (x, y) in enumerate((corners - picture.corner) * picture.scale - 0.5, start=1):
         colour = _LEAST_COLOUR if against else _TOP_COLOUR
         axes.add_patch(Rectangle((x, y), side[0], side[1], fill=False, edgecolor=colour, lw=1, ls=line))
         if against:
             continue
-        box = {"facecolor": _TOP_COLOUR, "edgecolor": "none", "pad": 1}
-        axes.text(x, y, str(rank), color="white", fontsize=6, ha="left", va="top", bbox=box, clip_on=True)
+        if points >= _NUMBER_ROOM:
+            box = {"facecolor": _TOP_COLOUR, "edgecolor": "none", "pad": 1}
+            axes.text(x, y, str(rank), color="white", fontsize=6, ha="left", va="top", bbox=box, clip_on=True)
+        else:
+            number = axes.annotate(
+                str(rank), (x + side[0], y), (1.5, 1), textcoords="offset points", fontsize=6, color=_TOP_COLOUR
+            )
+            number.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
 
 
 def _scale_bar(axes: Axes, um_per_pixel: float, width: int, height: int) -> None:
@@ -309,4 +337,4 @@ def _draw_probabilities(axes: Axes, names: Sequence[str], values: Sequence[float
 def save_picture(figure: Figure, path: str | Path | None) -> None:
     """Write the figure in the format of the path's ending (.png, .pdf or .svg), if a path is given."""
     if path is not None:
-        save_figure(figure, path, dpi=200, tight=False)
+        save_figure(figure, path, dpi=300, tight=False)

@@ -35,6 +35,7 @@ from utils.pictures.top_patches import (
     patch_records,
     read_evidence_groups,
     read_extremes,
+    read_patches,
     write_patches,
 )
 from utils.slides.slide import Slide
@@ -139,7 +140,9 @@ class PictureSet:
         with whole_file(self._path(_THUMBNAIL)) as unfinished:
             map_thumbnail(overlay).save(unfinished, "JPEG", quality=75)
         if self.top_k:
-            write_patches(self._path(_PATCHES), self._patch_records, [*top, *least])
+            extremes = np.concatenate([self.attention.top(self.top_k), self.attention.lowest(self.top_k)])
+            patches = read_patches(self.slide, self.attention, extremes)
+            write_patches(self._path(_PATCHES), self._patch_records, patches)
         self._write_data(caption.probabilities)
         write_report(self._path(_PAGE), record["slide"], overlay, caption, groups, evidence)
 

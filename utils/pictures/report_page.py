@@ -19,15 +19,15 @@ from utils.pictures.attention_map import ATTENTION, AttentionMap
 from utils.pictures.evidence_map import CMAP, EvidenceOverlay
 from utils.pictures.overlay import GREY, Overlay, Picture
 from utils.pictures.prediction_caption import Caption
-from utils.pictures.top_patches import MapPatch, PatchGroup, rank_text
+from utils.pictures.top_patches import PAGE_PATCHES, PAGE_SIDE, MapPatch, PatchGroup, rank_text, reduced
 
 _TEMPLATE = Path(__file__).with_name("report_page.html")
 _EQUAL, _TRANSPARENT = 254, 255  # indices in the overlay's palette of grey and of nothing; colours are the others
 _MOST_LAYERS = 8  # maps of evidence, of as many classes
 _SCALES = "percentile", "attention", "uniform"
 _QUALITY = 88  # of JPEGs
-# Limits that keep the page fast to open: patches of a gallery, their sides in px, bytes of all their images.
-_PATCHES, _PATCH_SIDES, _GALLERY_BYTES = 24, (1024, 768, 512, 384, 256, 192), 8_000_000
+# Limits that keep the page fast to open: sides of the galleries' patches in px, bytes of all their images.
+_PATCH_SIDES, _GALLERY_BYTES = (PAGE_SIDE, 768, 512, 384, 256, 192), 8_000_000
 
 
 def write_report(
@@ -164,16 +164,10 @@ def _encoded(*galleries: Sequence[MapPatch]) -> list[list[tuple[int, str]]]:
     """Return index and image of each patch, all of the largest side that keeps within `_GALLERY_BYTES`."""
     encoded = []
     for side in _PATCH_SIDES:
-        encoded = [[(patch.index, _jpeg(_reduced(patch.pixels, side))) for patch in patches] for patches in galleries]
+        encoded = [[(patch.index, _jpeg(reduced(patch.pixels, side))) for patch in patches] for patches in galleries]
         if sum(len(image) for gallery in encoded for _, image in gallery) <= _GALLERY_BYTES:
             break
     return encoded
-
-
-def _reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(image)
 
 
 @dataclass(frozen=True)
@@ -188,7 +182,7 @@ class _GalleryItem:
 
 def _galleries(attention: AttentionMap, groups: Sequence[PatchGroup]) -> list[tuple[str, str, list[_GalleryItem]]]:
     """Return title, kind and items of each group that has patches."""
-    images = _encoded(*(group.patches[:_PATCHES] for group in groups))
+    images = _encoded(*(group.patches[:PAGE_PATCHES] for group in groups))
     return [
         (f"{group.title[0].upper()}{group.title[1:]}", group.kind, _gallery(attention, patches, group.captions))
         for group, patches in zip(groups, images, strict=True)

@@ -1,6 +1,6 @@
 """The most and the least attended patches: read from the slide, shown in a figure, written as files with a table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from utils.pictures.heatmap import Figure, patch_grid_figure
 from utils.slides.slide import Slide
 
 GRID_PATCHES = 50  # of each kind in the figure; files have no limit
+PAGE_PATCHES, PAGE_SIDE = 24, 1024  # of each kind on the page, and px of their longest side
+_GRID_SIDE = 660  # px of a patch in the figure: 2.2 inches at 300 dpi
 _TABLE = "patches.csv"
 
 
@@ -43,20 +45,36 @@ class PatchRecord:
     equal_patches: int
 
 
-def read_patches(slide: Slide, attention: AttentionMap, indices: NDArray[np.int64]) -> list[MapPatch]:
-    """Read the patches with these indices."""
+def read_patches(slide: Slide, attention: AttentionMap, indices: NDArray[np.int64]) -> Iterator[MapPatch]:
+    """Read the patches with these indices, one at a time."""
     size = attention.size_level0
-    corners = attention.coords[indices].tolist()
+    for index in indices.tolist():
+        x, y = attention.coords[index].tolist()
+        yield MapPatch(index, slide.read_region(x, y, 0, size, size))
+
+
+def read_shown(slide: Slide, attention: AttentionMap, indices: NDArray[np.int64]) -> list[MapPatch]:
+    """Read the patches with these indices, at most 50, as large as the page and the figure show them."""
+    patches = read_patches(slide, attention, indices[:GRID_PATCHES])
     return [
-        MapPatch(index, slide.read_region(x, y, 0, size, size))
-        for index, (x, y) in zip(indices.tolist(), corners, strict=True)
+        MapPatch(patch.index, reduced(patch.pixels, PAGE_SIDE if number < PAGE_PATCHES else _GRID_SIDE))
+        for number, patch in enumerate(patches)
     ]
 
 
 def read_extremes(slide: Slide, attention: AttentionMap, count: int) -> tuple[list[MapPatch], list[MapPatch]]:
-    """Read the `count` most attended patches, and as many of the least attended."""
+    """Read the `count` most attended patches, and as many of the least attended, as `read_shown` does."""
     top, least = attention.top(count), attention.lowest(count)
-    return read_patches(slide, attention, top), read_patches(slide, attention, least)
+    return read_shown(slide, attention, top), read_shown(slide, attention, least)
+
+
+def reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return an image whose longer side is at most `side` px."""
+    if max(pixels.shape) <= side:
+        return pixels
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 @dataclass(frozen=True)
@@ -103,8 +121,8 @@ def read_evidence_groups(
     supporters, opponents = evidence.strongest(name, count)
     return [
         PatchGroup(
-            f"patches with most evidence {side} {name}", kind, read_patches(slide, attention, indices),
-            [f"{value:+.2g}" for value in values[indices]],
+            f"patches with most evidence {side} {name}", kind, read_shown(slide, attention, indices),
+            [f"{value:+.2g}" for value in values[indices[:GRID_PATCHES]]],
         )
         for side, kind, indices in (("for", "top", supporters), ("against", "least", opponents))
     ]  # fmt: skip
@@ -143,7 +161,7 @@ def patch_files(folder: Path, records: Sequence[PatchRecord]) -> list[Path]:
     return [folder / name for name in (*(record.file for record in records), _TABLE)]
 
 
-def write_patches(folder: Path, records: Sequence[PatchRecord], patches: Sequence[MapPatch]) -> None:
+def write_patches(folder: Path, records: Sequence[PatchRecord], patches: Iterable[MapPatch]) -> None:
     """Write the patches and their table, and remove the patches of an earlier call."""
     for kind in ("top", "least"):
         for path in folder.glob(f"{kind}_*_x*_y*.png"):

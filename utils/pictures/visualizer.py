@@ -5,6 +5,7 @@ visualizer.visualize_full_attention("slide.svs", coords, attention, size_level0,
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,10 @@ class AttentionVisualizer:
         """
         with opened(wsi_path) as slide:
             attention_map = _attention_map(slide, coords, attention, patch_size_level0)
-            if save_dir is None:
-                return [patch.pixels for patch in read_patches(slide, attention_map, attention_map.top(top_k))]
-            top, least = read_extremes(slide, attention_map, top_k)
-        write_patches(Path(save_dir), patch_records(attention_map, top_k, None), [*top, *least])
+            top = list(read_patches(slide, attention_map, attention_map.top(top_k)))
+            if save_dir is not None:
+                patches = chain(top, read_patches(slide, attention_map, attention_map.lowest(top_k)))
+                write_patches(Path(save_dir), patch_records(attention_map, top_k, None), patches)
         return [patch.pixels for patch in top]
 
     def create_patch_grid(
