@@ -1,6 +1,7 @@
 """Attention as GeoJSON: RFC 7946's structure, QuPath's frame, and the numbers that were given."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -75,3 +76,26 @@ def test_the_same_map_gives_the_same_bytes(tmp_path, slide, attention):
     for name in ("a", "b"):
         write_attention(tmp_path / f"{name}.geojson", attention, slide, "magma", {})
     assert (tmp_path / "a.geojson").read_bytes() == (tmp_path / "b.geojson").read_bytes()
+
+
+def test_ids_and_classes_tell_models_apart(tmp_path, slide, attention):
+    found = {}
+    for model in ("LiteMIL 1a2b3c", "LiteMIL 4d5e6f"):
+        write_attention(tmp_path / "a.geojson", attention, slide, "magma", {}, model=model)
+        features = json.loads((tmp_path / "a.geojson").read_text())["features"]
+        found[model] = {feature["id"] for feature in features}
+        # QuPath takes what stands before the colon as the class that these are derived from.
+        assert features[-1]["properties"]["classification"]["name"] == f"{model}: attention 80-100%"
+    assert not set.intersection(*found.values())
+
+
+def test_a_zipped_file_holds_the_same_and_is_the_same_whenever_it_is_written(tmp_path, slide, attention, monkeypatch):
+    write_attention(tmp_path / "a.geojson", attention, slide, "magma", {})
+    write_attention(tmp_path / "a.geojson.zip", attention, slide, "magma", {})
+    with zipfile.ZipFile(tmp_path / "a.geojson.zip") as archive:
+        assert archive.namelist() == ["a.geojson"]
+        assert archive.read("a.geojson") == (tmp_path / "a.geojson").read_bytes()
+    before = (tmp_path / "a.geojson.zip").read_bytes()
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    write_attention(tmp_path / "a.geojson.zip", attention, slide, "magma", {})
+    assert (tmp_path / "a.geojson.zip").read_bytes() == before

@@ -114,7 +114,7 @@ def test_every_model_draws_its_set_and_measures_it(mil, drawable, predict, tmp_p
     classes = {name for name in tiles[0]["properties"]["measurements"] if name.startswith("Evidence ")}
     assert classes == ({f"Evidence {name}" for name in record["probabilities"]} if gives_evidence else set())
     page = (tmp_path / "out" / "slide_report.html").read_text()
-    assert ('<select id="map">' in page) is gives_evidence
+    assert (">evidence for " in page) is gives_evidence
     assert np.isfinite(found["deletion"]["gap"])
     assert (tmp_path / "out" / "slide_faithfulness.png").stat().st_size > (1000 if is_drawn else 0)
     assert "faithfulness" in (tmp_path / "out" / "slide_report.html").read_text()
@@ -167,7 +167,7 @@ def test_pictures_say_what_was_seen_in_training_also_when_that_is_learnt_later(
     }
     assert all("seen in training" in text for text in texts_of_figures.values())
     assert json.loads((out / "slide_attention.geojson").read_text())["litemil"]["seen_in_training"] is True
-    assert str(np.load(out / "slide_attention.npz")["seen_in_training"]) == "True"
+    assert np.load(out / "slide_attention.npz")["seen_in_training"] == np.bool_(True)
     assert "not independent evidence" in (out / "slide_report.html").read_text()
     assert pd.read_csv(out / "slide_top_patches" / "patches.csv")["seen_in_training"].all()
 

@@ -14,7 +14,7 @@ from utils.core.plots import figure_paths
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import EvidenceMap, EvidenceOverlay
-from utils.pictures.geojson import write_attention
+from utils.pictures.geojson import ZIPPED_FROM, write_attention
 from utils.pictures.heatmap import (
     Figure,
     detailed_figure,
@@ -24,7 +24,7 @@ from utils.pictures.heatmap import (
     save_picture,
 )
 from utils.pictures.overlay import MapStyle, Overlay, Picture
-from utils.pictures.prediction_caption import Caption, prediction_title
+from utils.pictures.prediction_caption import Caption, model_text, prediction_title
 from utils.pictures.report_page import write_report
 from utils.pictures.settings import Pictures
 from utils.pictures.top_patches import (
@@ -63,16 +63,21 @@ def overview(slide: Slide, attention: AttentionMap, mpp: float | None = None) ->
 
 
 def picture_paths(
-    folder: Path, slide: str, formats: Sequence[str], *, evidence: bool, top_k: int = Pictures.top_k
+    folder: Path, slide: str, formats: Sequence[str], count: int, *, evidence: bool, top_k: int = Pictures.top_k
 ) -> list[Path]:
-    """Return the paths of a slide's pictures, the figures in each of the `formats` first; of evidence only if there is
-    any, of patches only for a `top_k` above 0.
+    """Return the paths of the pictures of a slide of `count` patches, the figures in each of the `formats` first; of
+    evidence only if there is any, of patches only for a `top_k` above 0.
     """
     left_out = {_EVIDENCE: not evidence, _GRID: top_k == 0, _PATCHES: top_k == 0}
     figures = [name for name in (*_FIGURES, _EVIDENCE) if not left_out.get(name)]
-    files = [name for name in (_THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE) if not left_out.get(name)]
+    files = [name for name in (_THUMBNAIL, _PATCHES, _DATA, _tiles(count), _PAGE) if not left_out.get(name)]
     paths = [path for name in figures for path in figure_paths(folder / f"{slide}_{name}", formats)]
     return [*paths, *(folder / f"{slide}_{name}" for name in files)]
+
+
+def _tiles(count: int) -> str:
+    """Return the end of the name of the file with QuPath's tiles, by their number."""
+    return _TILES if count < ZIPPED_FROM else f"{_TILES}.zip"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +101,8 @@ class PictureSet:
     def files(self) -> list[Path]:
         """All files that `write` writes."""
         has_evidence, patches = self.evidence is not None, self._path(_PATCHES)
-        paths = picture_paths(self.folder, self.record["slide"], self.formats, evidence=has_evidence, top_k=self.top_k)
+        slide, count = self.record["slide"], len(self.attention)
+        paths = picture_paths(self.folder, slide, self.formats, count, evidence=has_evidence, top_k=self.top_k)
         return [
             file
             for path in paths
@@ -123,7 +129,8 @@ class PictureSet:
         by_class = {} if self.evidence is None else {
             f"Evidence {name}": self.evidence.of_class(name) for name in self.evidence.class_names
         }  # fmt: skip
-        write_attention(self._path(_TILES), self.attention, self.slide, self.style.cmap, about, by_class)
+        tiles = self._path(_tiles(len(self.attention)))
+        write_attention(tiles, self.attention, self.slide, self.style.cmap, about, by_class, model=model_text(record))
         title, evidence = prediction_title(record), self._evidence_overlays(overlay.picture)
         figures = {
             "heatmap": heatmap_figure(overlay, title=title, top_k=self.top_k),
@@ -155,7 +162,8 @@ class PictureSet:
 
     def _write_data(self, probabilities: Mapping[str, float]) -> None:
         """Write the attention, also of each head `(H, N)`, the evidence `(C, N)` and the prediction as `.npz`."""
-        record, attention = self.record, self.attention
+        record, attention, slide = self.record, self.attention, self.record["slide_record"] or {}
+        seen, models = record["seen_in_training"], record.get("models", [])
         evidence = {} if self.evidence is None else {
             "evidence": self.evidence.contributions, "log_odds": self.evidence.log_odds,
             "reference_log_odds": self.evidence.reference,
@@ -165,8 +173,10 @@ class PictureSet:
                 file, coords=attention.coords, attention=attention.attention, attention_heads=self.heads,
                 patch_size_level0=attention.size_level0, class_names=list(probabilities),
                 probabilities=list(probabilities.values()), prediction=record["predicted_class"],
-                seen_in_training=str(record["seen_in_training"]),
-                mpp=(record["slide_record"] or {}).get("mpp_delivered") or np.nan, **evidence,
+                mpp=slide.get("mpp") or self.slide.mpp or np.nan, mpp_patches=slide.get("mpp_delivered") or np.nan,
+                checkpoints=[model["checkpoint"] for model in models],
+                weights_digests=[model["weights_digest"] for model in models],
+                **({} if seen is None else {"seen_in_training": seen}), **evidence,
             )  # fmt: skip
 
 

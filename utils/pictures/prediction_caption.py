@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from utils.core.cohorts import SYNTHETIC
+from utils.core.files import digest
 from utils.core.text import percent_text
 from utils.pictures.attention_map import ATTENTION, weight_name
 
@@ -108,6 +109,15 @@ def _faithfulness_notes(predicted_class: str, measured: Mapping[str, Any], weigh
     if failing == [name] and "Evidence" in maps:
         notes[0] += " The evidence does: look at that map."
     return notes
+
+
+def model_text(record: Mapping[str, Any]) -> str:
+    """Return a short name of a record's models that tells them from others: their kinds and a digest of their weights;
+    empty if the record does not say.
+    """
+    models = record.get("models", [])
+    names = "+".join(dict.fromkeys(model["model"]["name"] for model in models))
+    return f"{names} {digest(*(model['weights_digest'] for model in models))[:6]}" if models else ""
 
 
 def _model_text(model: Mapping[str, Any]) -> str:

@@ -76,8 +76,9 @@ class PredictionPictures:
 
     def paths(self, folder: Path, record: Mapping[str, Any]) -> list[Path]:
         """Return the paths of the pictures of a slide's record."""
+        has_evidence, count = bool(record.get("evidence")), record["num_instances"]
         return picture_paths(
-            folder, record["slide"], self.formats, evidence=bool(record.get("evidence")), top_k=self.settings.top_k
+            folder, record["slide"], self.formats, count, evidence=has_evidence, top_k=self.settings.top_k
         )
 
     def pictures(
