@@ -335,8 +335,8 @@ def test_a_raw_slide_with_pictures_is_opened_painted_and_recorded_once(
         "--visualize", "--device", "cpu", "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    # The map of attention, its thumbnail, and the evidence for either class.
-    assert Counter(calls) == {"opened": 1, "recorded": 1, "painted": 4}
+    # The map of attention and its thumbnail, each with its grey patches, and the evidence for either class.
+    assert Counter(calls) == {"opened": 1, "recorded": 1, "painted": 6}
 
 
 def test_prediction_equals_the_out_of_fold_row(trained, slide_cohort, script, tmp_path):
@@ -430,7 +430,6 @@ def bad_inputs(trained, cohort, folder) -> list[tuple[tuple, str]]:
         (("--input", features, "--dataset", "lung"), "was trained with dataset 'stains', not 'lung'"),
         (("--input", features, "--input_dim", 1024), "was trained with input_dim 64, not 1024"),
         (("--input", features, "--num_heads", 8), "was trained with num_heads 4, not 8"),
-        (("--input", features, "--visualize"), "with --wsi"),
         (("--input", features, "--visualize", "--wsi", features), "a feature file; give the slide"),
         (("--input", features, "--visualize", "--wsi", folder / "small.tif"), "not the slide that"),
         (("--input", features, "--visualize", "--wsi", slide, "--cmap", "rainbows"), "no such colour map"),

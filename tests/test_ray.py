@@ -211,7 +211,7 @@ def test_what_does_not_go_with_it_is_told_before_any_work(script, tmp_path, monk
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("extractFeatures", ("--input", "a.svs"), "--ray shares the slides of a folder out; give --input_dir"),
+        ("extractFeatures", ("--input", "a.svs"), "--ray distributes the slides of a folder; give --input_dir"),
         (
             "predict",
             ("--checkpoint", CHECKPOINT, "--input", "datasets/demo/wsi/synthetic-01-1.tif"),

@@ -81,9 +81,9 @@ def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
     data = np.load(paths[-3])
     assert set(data.files) == {
         "coords", "attention", "attention_heads", "patch_size_level0", "class_names", "probabilities", "prediction",
-        "mpp", "seen_in_training",
+        "mpp", "mpp_patches", "checkpoints", "weights_digests", "seen_in_training",
     }  # fmt: skip
-    assert (data["prediction"], data["mpp"], data["seen_in_training"]) == ("b", 0.5, "True")
+    assert (data["prediction"], data["mpp"], data["mpp_patches"], data["seen_in_training"]) == ("b", 0.5, 0.5, True)
     assert json.loads(paths[-2].read_text())["litemil"]["seen_in_training"] is True
     assert "was trained on this slide" in paths[-1].read_text()
     np.testing.assert_allclose(data["attention"], heads.mean(axis=0))

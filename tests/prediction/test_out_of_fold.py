@@ -173,7 +173,6 @@ def test_every_slide_is_drawn_and_the_index_page_shows_them(cohort, run, predict
         (("--checkpoint", "a.pth"), "knows its models, slides and labels; leave --checkpoint out"),
         (("--labels_csv", "a.csv"), "leave --labels_csv out"),
         (("--input", "a.h5"), "leave --input out"),
-        (("--visualize",), "--visualize needs the slide of each feature file"),
     ],
 )
 def test_what_contradicts_a_run(flags, message, predict):

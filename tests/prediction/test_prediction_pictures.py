@@ -65,12 +65,37 @@ def test_a_folders_pictures_are_drawn_on_the_slides_of_another(cohort, models, p
     assert "1 done, 1 skipped" in predict(*flags, "--cmap", "magma").out
     assert "2 skipped" in predict(*flags[:4]).out  # the pictures are not asked for again
     (tmp_path / "in" / "three.h5").unlink()
-    for wrong, message in (
-        (("--wsi", tmp_path / "slides" / "one.tif"), "no folder; give the one that holds the slides"),
-        ((), "--visualize needs the slide of each feature file"),
-    ):
-        outcome = predict(*flags[:4], "--visualize", *wrong)
-        assert message in outcome.errors[0]
+    outcome = predict(*flags[:4], "--visualize", "--wsi", tmp_path / "slides" / "one.tif")
+    assert "no folder; give the one that holds the slides" in outcome.errors[0]
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_without_the_slide_maps_are_drawn_by_the_patches_coordinates(
+    is_recorded, drawable, predict, tmp_path, coarse_figures
+):
+    flags, _ = drawable("LiteMIL")
+    bag = read_bag(tmp_path / "slide.h5")
+    size = {"width": 600, "height": 512, "mpp": 0.25, "bounds": [0, 0, 512, 400]} if is_recorded else {}
+    passport = Passport(bag.passport.recipe, {"name": "slide", **size})
+    write_bag(tmp_path / "slide.h5", Bag(bag.features, bag.coords, 128, passport))
+    outcome = predict(*flags, "--visualize", "--top_k", 2)
+    assert outcome.code == 0, outcome.err
+    assert "maps are drawn on white ground by the patches' coordinates" in outcome.err
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "slide_prediction.json", "slide_heatmap.png", "slide_detailed.png", "slide_evidence.png", "slide_thumbnail.jpg",
+        "slide_attention.npz", "slide_attention.geojson", "slide_report.html", "slide_top_patches",
+    }  # fmt: skip
+    table = pd.read_csv(out / "slide_top_patches" / "patches.csv")
+    assert len(table) == 4
+    assert table["file"].isna().all()
+    frame = json.loads((out / "slide_attention.geojson").read_text())["litemil"]
+    assert (frame["width"], frame["height"]) == ((600, 512) if is_recorded else (384, 384))
+    assert np.load(out / "slide_attention.npz")["mpp"] == pytest.approx(0.25 if is_recorded else np.nan, nan_ok=True)
+    assert [path.name for path in (out / "slide_top_patches").iterdir()] == ["patches.csv"]
+    record = (out / "slide_prediction.json").stat().st_mtime_ns
+    assert predict(*flags, "--visualize", "--top_k", 2).code == 0
+    assert (out / "slide_prediction.json").stat().st_mtime_ns == record
 
 
 def test_of_two_slides_of_one_name_the_one_the_features_were_made_from_is_drawn_on(models, predict, tmp_path):

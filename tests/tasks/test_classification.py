@@ -30,7 +30,8 @@ def test_the_auc_alone_needs_every_class():
 def test_a_threshold_decides_between_two_classes_and_the_greatest_value_without():
     values = np.array([[0.7, 0.3], [0.6, 0.4], [0.1, 0.9]])
     assert TWO.decide(values).tolist() == [0, 0, 1]
-    assert TWO.decide(values, 0.4).tolist() == [0, 1, 1]
+    assert TWO.decide_by({"threshold": 0.4}, values).tolist() == [0, 1, 1]
+    assert TWO.decide_by({"threshold": None}, values) is None
     assert THREE.decide(np.array([[0.2, 0.5, 0.3]])).tolist() == [1]
 
 

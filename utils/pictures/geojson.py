@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from utils.core.files import whole_file
 from utils.pictures.attention_map import ATTENTION, AttentionMap
+from utils.pictures.blank_slide import BlankSlide
 from utils.pictures.overlay import GREY
 from utils.slides.outline_origin import qupath_offset
 from utils.slides.slide import Slide
@@ -28,7 +29,7 @@ _STEPS = (0, 20, 40, 60, 80, 100)
 def write_attention(
     path: Path,
     attention: AttentionMap,
-    slide: Slide,
+    slide: Slide | BlankSlide,
     cmap: str,
     record: Mapping[str, Any],
     more: Mapping[str, NDArray] | None = None,
@@ -45,7 +46,7 @@ def write_attention(
     to so many others that they have no rank are a class of their own. The offset of the frame and `record`, which
     QuPath does not read, are under "litemil".
     """
-    offset = qupath_offset(slide)
+    offset = qupath_offset(slide.bounds)
     frame = {"slide": slide.name, "offset": offset.tolist(), "width": slide.width, "height": slide.height}
     frame |= {} if attention.name == ATTENTION else {"attention_is": attention.name}
     head = json.dumps(frame | dict(record), allow_nan=False)

@@ -1,7 +1,7 @@
 """All pictures of one prediction: figures, patches, data, QuPath tiles and the report page."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from utils.core.files import whole_file
 from utils.core.plots import figure_paths
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import AttentionMap
+from utils.pictures.blank_slide import BlankSlide
 from utils.pictures.evidence_map import EvidenceMap, EvidenceOverlay
 from utils.pictures.geojson import ZIPPED_FROM, write_attention
 from utils.pictures.heatmap import (
@@ -28,6 +29,7 @@ from utils.pictures.prediction_caption import Caption, model_text, prediction_ti
 from utils.pictures.report_page import write_report
 from utils.pictures.settings import Pictures
 from utils.pictures.top_patches import (
+    PatchGroup,
     PatchRecord,
     attention_groups,
     grid_figure,
@@ -49,7 +51,7 @@ _THUMBNAIL, _PATCHES, _DATA, _TILES, _PAGE = (
 )  # fmt: skip
 
 
-def overview(slide: Slide, attention: AttentionMap, mpp: float | None = None) -> Picture:
+def overview(slide: Slide | BlankSlide, attention: AttentionMap, mpp: float | None = None) -> Picture:
     """Return the overview of what was scanned, and of all patches; `mpp` is the slide's um per level-0 px, by default
     that of the file.
     """
@@ -63,12 +65,19 @@ def overview(slide: Slide, attention: AttentionMap, mpp: float | None = None) ->
 
 
 def picture_paths(
-    folder: Path, slide: str, formats: Sequence[str], count: int, *, evidence: bool, top_k: int = Pictures.top_k
+    folder: Path,
+    slide: str,
+    formats: Sequence[str],
+    count: int,
+    *,
+    evidence: bool,
+    top_k: int = Pictures.top_k,
+    is_blank: bool = False,
 ) -> list[Path]:
     """Return the paths of the pictures of a slide of `count` patches, the figures in each of the `formats` first; of
-    evidence only if there is any, of patches only for a `top_k` above 0.
+    evidence only if there is any, of patches only for a `top_k` above 0, and no grid if the slide is not at hand.
     """
-    left_out = {_EVIDENCE: not evidence, _GRID: top_k == 0, _PATCHES: top_k == 0}
+    left_out = {_EVIDENCE: not evidence, _GRID: top_k == 0 or is_blank, _PATCHES: top_k == 0}
     figures = [name for name in (*_FIGURES, _EVIDENCE) if not left_out.get(name)]
     files = [name for name in (_THUMBNAIL, _PATCHES, _DATA, _tiles(count), _PAGE) if not left_out.get(name)]
     paths = [path for name in figures for path in figure_paths(folder / f"{slide}_{name}", formats)]
@@ -84,10 +93,11 @@ def _tiles(count: int) -> str:
 class PictureSet:
     """The pictures of one prediction, to be written to a folder.
 
-    `attention` is the mean over the `heads (H, N)`. `record` is the content of `<slide>_prediction.json`.
+    `attention` is the mean over the `heads (H, N)`. `record` is the content of `<slide>_prediction.json`. Without the
+    slide, maps are drawn on white ground, and patches are not shown.
     """
 
-    slide: Slide
+    slide: Slide | BlankSlide
     folder: Path
     attention: AttentionMap
     heads: NDArray
@@ -102,7 +112,15 @@ class PictureSet:
         """All files that `write` writes."""
         has_evidence, patches = self.evidence is not None, self._path(_PATCHES)
         slide, count = self.record["slide"], len(self.attention)
-        paths = picture_paths(self.folder, slide, self.formats, count, evidence=has_evidence, top_k=self.top_k)
+        paths = picture_paths(
+            self.folder,
+            slide,
+            self.formats,
+            count,
+            evidence=has_evidence,
+            top_k=self.top_k,
+            is_blank=self._pixels is None,
+        )
         return [
             file
             for path in paths
@@ -111,7 +129,8 @@ class PictureSet:
 
     @cached_property
     def _patch_records(self) -> list[PatchRecord]:
-        return patch_records(self.attention, self.top_k, self.record["seen_in_training"])
+        records = patch_records(self.attention, self.top_k, self.record["seen_in_training"])
+        return [replace(record, file="") for record in records] if self._pixels is None else records
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{self.record['slide']}_{name}"
@@ -121,10 +140,7 @@ class PictureSet:
         caption, record = Caption.of(self.record), self.record
         mpp = (record["slide_record"] or {}).get("mpp")
         overlay = Overlay(overview(self.slide, self.attention, mpp), self.attention, self.style)
-        top, least = read_extremes(self.slide, self.attention, self.top_k)
-        groups, predicted = attention_groups(self.attention, top, least), record["predicted_class"]
-        if self.evidence is not None:
-            groups += read_evidence_groups(self.slide, self.attention, self.evidence, predicted, self.top_k)
+        groups = self._patch_groups()
         about = {"prediction": caption.answer, "seen_in_training": record["seen_in_training"], "notice": NOTICE}
         by_class = {} if self.evidence is None else {
             f"Evidence {name}": self.evidence.of_class(name) for name in self.evidence.class_names
@@ -136,7 +152,7 @@ class PictureSet:
             "heatmap": heatmap_figure(overlay, title=title, top_k=self.top_k),
             "detailed": captioned_figure(overlay, caption, title, self.top_k, evidence[0] if evidence else None),
         }
-        if self.top_k:
+        if groups and self.top_k:
             figures[_GRID] = grid_figure(self.attention, groups, title)
         if evidence:
             look = {"top_k": self.top_k, "alpha": self.style.alpha}
@@ -148,10 +164,27 @@ class PictureSet:
             map_thumbnail(overlay).save(unfinished, "JPEG", quality=75)
         if self.top_k:
             extremes = np.concatenate([self.attention.top(self.top_k), self.attention.lowest(self.top_k)])
-            patches = read_patches(self.slide, self.attention, extremes)
+            patches = () if self._pixels is None else read_patches(self._pixels, self.attention, extremes)
             write_patches(self._path(_PATCHES), self._patch_records, patches)
         self._write_data(caption.probabilities)
         write_report(self._path(_PAGE), record["slide"], overlay, caption, groups, evidence)
+
+    @property
+    def _pixels(self) -> Slide | None:
+        """Return the slide if it is at hand."""
+        return None if isinstance(self.slide, BlankSlide) else self.slide
+
+    def _patch_groups(self) -> list[PatchGroup]:
+        """Read the patches to show; none if the slide is not at hand."""
+        slide = self._pixels
+        if slide is None:
+            return []
+        top, least = read_extremes(slide, self.attention, self.top_k)
+        groups = attention_groups(self.attention, top, least)
+        if self.evidence is not None:
+            predicted = self.record["predicted_class"]
+            groups += read_evidence_groups(slide, self.attention, self.evidence, predicted, self.top_k)
+        return groups
 
     def _evidence_overlays(self, picture: Picture) -> list[EvidenceOverlay]:
         """Return the evidence for each class over the overview, that for the predicted class first."""

@@ -15,7 +15,7 @@ class Pictures(Settings):
     visualize: bool = option(False, "draw the attention: heatmap, report page, patches, QuPath tiles and .npz")
     wsi: Path | None = option(
         None,
-        "the slide of the feature file, or the folder of slides for --input_dir (needed with --visualize)",
+        "the slide of the feature file to draw on, or the folder of slides for --input_dir (default: white ground)",
         metavar="FILE|DIR",
     )
     top_k: int = option(10, "how many patches with the highest attention are shown (0: none)", least=0)

@@ -11,12 +11,13 @@ from utils.bags.store import Bag, StoredBag
 from utils.core.differences import differences, first_differences
 from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import level0_size
+from utils.pictures.blank_slide import BlankSlide
 from utils.slides.open_slides import opened
 from utils.slides.slide import Slide
 
 
 def check_drawable(
-    wsi: Path | Slide,
+    wsi: Path | Slide | None,
     source: Path,
     bag: Bag | StoredBag,
     patch_size: int | None = None,
@@ -24,7 +25,8 @@ def check_drawable(
     *,
     allow_renamed: bool = False,
 ) -> int:
-    """Check that the patches of `bag`, read from `source`, belong to a slide, and return their edge in level-0 px.
+    """Check that the patches of `bag`, read from `source`, belong to a slide, if there is one, and return their edge in
+    level-0 px.
 
     The slide is compared with the bag's record of it; without a record, the slide and the file must have the same name,
     unless `allow_renamed`. `patch_size` and `level` are for a bag that does not record the edge. Raises
@@ -35,6 +37,8 @@ def check_drawable(
         raise FeatureFileError(
             f"{source}: has no coordinates, so nothing can be drawn{reason}; extract the slide again"
         )
+    if wsi is None:
+        return patch_edge(None, source, bag, patch_size, level)
     with opened(wsi) as slide:
         _check_same_slide(slide, source, bag.passport.slide if bag.passport else {}, allow_renamed)
         size = patch_edge(slide, source, bag, patch_size, level)
@@ -82,18 +86,25 @@ def patch_edge(
     return level0_size(patch_size, slide.level_downsamples[level])
 
 
-def check_patches_fit(slide: Slide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int) -> None:
+def check_patches_fit(
+    slide: Slide | BlankSlide, coords: NDArray[np.int64], attention: NDArray, patch_size_level0: int
+) -> None:
     """Raise FeatureFileError unless each patch has its attention and lies on the slide."""
     if attention.shape != (len(coords),):
-        raise FeatureFileError(f"{slide.path}: {len(coords)} patches but attention of shape {attention.shape}")
+        raise FeatureFileError(f"{_file_of(slide)}: {len(coords)} patches but attention of shape {attention.shape}")
     _check_on_slide(slide, coords, patch_size_level0)
 
 
-def _check_on_slide(slide: Slide, coords: NDArray[np.int64], patch_size_level0: int) -> None:
+def _check_on_slide(slide: Slide | BlankSlide, coords: NDArray[np.int64], patch_size_level0: int) -> None:
     low, high = coords.min(axis=0), coords.max(axis=0) + patch_size_level0
     # A patch size rounded to level-0 pixels may extend one px beyond the edge.
     if low.min() < 0 or high[0] > slide.width + 1 or high[1] > slide.height + 1:
         raise FeatureFileError(
-            f"{slide.path}: is {slide.width} x {slide.height} px, but the patches reach from "
+            f"{_file_of(slide)}: is {slide.width} x {slide.height} px, but the patches reach from "
             f"{low.tolist()} to {high.tolist()}; give the slide that the features were made from with --wsi"
         )
+
+
+def _file_of(slide: Slide | BlankSlide) -> str:
+    """Return the slide's path, or its name if it is not at hand."""
+    return slide.name if isinstance(slide, BlankSlide) else str(slide.path)

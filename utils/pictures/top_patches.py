@@ -158,15 +158,15 @@ def patch_records(attention: AttentionMap, count: int, seen_in_training: bool | 
 
 def patch_files(folder: Path, records: Sequence[PatchRecord]) -> list[Path]:
     """Return the files that `write_patches` writes."""
-    return [folder / name for name in (*(record.file for record in records), _TABLE)]
+    return [folder / name for name in (*(record.file for record in records if record.file), _TABLE)]
 
 
 def write_patches(folder: Path, records: Sequence[PatchRecord], patches: Iterable[MapPatch]) -> None:
-    """Write the patches and their table, and remove the patches of an earlier call."""
+    """Write the patches and their table, and remove the patches of an earlier call; rows without a file have none."""
     for kind in ("top", "least"):
         for path in folder.glob(f"{kind}_*_x*_y*.png"):
             path.unlink()
-    for record, patch in zip(records, patches, strict=True):
+    for record, patch in zip([record for record in records if record.file], patches, strict=True):
         with whole_file(folder / record.file) as unfinished:
             Image.fromarray(patch.pixels).save(unfinished, format="png")
     write_records(folder / _TABLE, records, PatchRecord)

@@ -10,6 +10,7 @@ from utils.bags.store import Bag, StoredBag, is_feature_file
 from utils.core.errors import ConfigError, did_you_mean_path
 from utils.core.runtime import log
 from utils.pictures.attention_map import AttentionMap, weight_name
+from utils.pictures.blank_slide import BlankSlide
 from utils.pictures.evidence_map import EvidenceMap
 from utils.pictures.overlay import MapStyle
 from utils.pictures.picture_set import PictureSet, picture_paths
@@ -36,11 +37,12 @@ class PredictionPictures:
         self.style = MapStyle(settings.cmap, settings.alpha, settings.scale, device)
         wsi, is_single = settings.wsi, files.settings.input is not None
         self._slides: SlideFolder | None = None
+        self._are_raw = files.are_raw
         if files.are_raw:
             if wsi not in (None, files.settings.input):
                 raise ConfigError(f"--wsi {wsi}: the input is raw slides itself; leave --wsi out")
         elif wsi is None:
-            raise ConfigError("--visualize needs the slide of each feature file: give it, or their folder, with --wsi")
+            log.info("Without --wsi, maps are drawn on white ground by the patches' coordinates, and no patch is shown")
         elif is_feature_file(wsi):
             raise ConfigError(f"--wsi {wsi}: a feature file; give the slide it was made from")
         elif wsi.is_dir() and not is_single:
@@ -48,6 +50,11 @@ class PredictionPictures:
         elif not is_single:
             near = did_you_mean_path(wsi)
             raise ConfigError(f"--wsi {wsi}: no folder; give the one that holds the slides of --input_dir{near}")
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether maps are drawn without their slides."""
+        return self.settings.wsi is None and not self._are_raw
 
     @property
     def cmap(self) -> str:
@@ -58,18 +65,16 @@ class PredictionPictures:
         """Return the settings that change a slide's pictures."""
         look = {name: getattr(self.settings, name) for name in ("top_k", "scale", "cmap", "alpha")}
         footprint = {name: getattr(self.recipe, name) for name in ("patch_size", "level")}
-        return look | footprint | {"wsi": str(self.slide_of(source))}
+        slide = self.slide_of(source)
+        return look | footprint | {"wsi": slide and str(slide)}
 
-    def slide_of(self, source: Path) -> Path:
-        """Return the slide that a feature file was made from, or a raw slide itself."""
+    def slide_of(self, source: Path) -> Path | None:
+        """Return the slide that a feature file was made from, or a raw slide itself; None if no slide is given."""
         if not is_feature_file(source):
             return source
-        if self._slides is None:
-            assert self.settings.wsi is not None  # noqa: S101 - for the type checker: checked at the beginning
-            return self.settings.wsi
-        return self._slides.slide_of(source)
+        return self.settings.wsi if self._slides is None else self._slides.slide_of(source)
 
-    def check(self, slide: Slide, source: Path, bag: Bag | StoredBag) -> int:
+    def check(self, slide: Slide | None, source: Path, bag: Bag | StoredBag) -> int:
         """Return the edge of the patches in level-0 px. Raises what `check_drawable` raises."""
         recipe = self.recipe
         return check_drawable(slide, source, bag, recipe.patch_size, recipe.level, allow_renamed=self.allow_renamed)
@@ -78,23 +83,30 @@ class PredictionPictures:
         """Return the paths of the pictures of a slide's record."""
         has_evidence, count = bool(record.get("evidence")), record["num_instances"]
         return picture_paths(
-            folder, record["slide"], self.formats, count, evidence=has_evidence, top_k=self.settings.top_k
-        )
+            folder, record["slide"], self.formats, count, evidence=has_evidence, top_k=self.settings.top_k,
+            is_blank=self.is_blank,
+        )  # fmt: skip
 
     def pictures(
-        self, slide: Slide, folder: Path, prediction: SlidePrediction, size_level0: int, record: Mapping[str, Any]
+        self,
+        slide: Slide | None,
+        folder: Path,
+        prediction: SlidePrediction,
+        size_level0: int,
+        record: Mapping[str, Any],
     ) -> PictureSet:
         """Return the set of pictures of a slide's record, ready to be written."""
+        ground = slide or BlankSlide.of(prediction.slide, prediction.bag, size_level0)
         coords, attention = prediction.coords, prediction.attention
         assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
         attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0, weight_name(record))
-        check_patches_fit(slide, coords, attention_map.attention, size_level0)
+        check_patches_fit(ground, coords, attention_map.attention, size_level0)
         found = prediction.evidence
         evidence = found and EvidenceMap(prediction.class_names, found.contributions, found.signals, found.reference)
         for note in attention_map.notes:
             log.info("%s: %s", record["slide"], note)
         top_k = self._patches_of_each_kind(record["slide"], len(attention_map))
-        return PictureSet(slide, folder, attention_map, attention, record, self.style, top_k, self.formats, evidence)
+        return PictureSet(ground, folder, attention_map, attention, record, self.style, top_k, self.formats, evidence)
 
     def _patches_of_each_kind(self, name: str, count: int) -> int:
         """Return how many of `count` patches are shown as the most attended; no other half is shown as the least."""

@@ -108,7 +108,7 @@ class SlideWorker:
             scratch = open_files.enter_context(tempfile.TemporaryDirectory())
             slide = self._open(source, open_files)
             bag = self._bag(source, slide, predictor, folder if self.recipe.save_features else Path(scratch))
-            size = None if self.drawing is None or slide is None else self.drawing.check(slide, source, bag)
+            size = None if self.drawing is None else self.drawing.check(slide, source, bag)
             case_id = self._case_of(source)
             wants_evidence = self.drawing is not None or settings.faithfulness or self.annotations is not None
             feed = settings.mode, settings.chunk_size
@@ -126,7 +126,7 @@ class SlideWorker:
                 record.pop("pictures", None)
             clear_pictures(target, record)
             pictures = None
-            if self.drawing is not None and slide is not None and size is not None:
+            if self.drawing is not None and size is not None:
                 pictures = self.drawing.pictures(slide, folder, prediction, size, record)
                 record["pictures"] = self._picture_inputs(source, record) | _picture_files(pictures, folder, record)
             # Before drawing, so that a killed run leaves no pictures beside the record of another prediction.
@@ -141,9 +141,8 @@ class SlideWorker:
         """Open the raw slide, or the slide to draw on; return None if neither is needed."""
         if is_slide_file(source):
             return open_files.enter_context(open_slide(source, self.mpps.of(source)))
-        if self.drawing is None:
-            return None
-        return open_files.enter_context(open_slide(self.drawing.slide_of(source)))
+        drawn_on = None if self.drawing is None else self.drawing.slide_of(source)
+        return None if drawn_on is None else open_files.enter_context(open_slide(drawn_on))
 
     def _bag(self, source: Path, slide: Slide | None, predictor: SlidePredictor, folder: Path) -> Bag | StoredBag:
         """Return the bag. Of a raw slide, write a feature file in `folder` first, so that it can be streamed."""

@@ -38,7 +38,7 @@ def write_contours(path: Path, tissue: TissueMask, slide: Slide) -> None:
         return
     rows, columns = tissue.mask.shape
     scale = np.array([slide.width / columns, slide.height / rows])
-    offset = qupath_offset(slide)
+    offset = qupath_offset(slide.bounds)
     features = [
         {
             "type": "Feature",
@@ -137,7 +137,7 @@ class ContourFile:
             )
         if frame.get("slide", slide.name) != slide.name:
             log.warning("%s: says that it is of slide %s, used for %s", self.path, frame["slide"], slide.path)
-        return np.array(frame.get("offset", qupath_offset(slide)), dtype=float)
+        return np.array(frame.get("offset", qupath_offset(slide.bounds)), dtype=float)
 
 
 def _detector(slide: Slide) -> dict[str, Any]:

@@ -19,9 +19,11 @@ _BEYOND = 0.8
 _LEAST = 0.02
 
 
-def qupath_offset(slide: Slide) -> NDArray[np.float64]:
-    """Return QuPath's origin (x, y) in level-0 px: the corner of the scanned area, if the file records it."""
-    return np.array(slide.bounds[:2] if slide.bounds else (0, 0), dtype=float)
+def qupath_offset(bounds: tuple[int, int, int, int] | None) -> NDArray[np.float64]:
+    """Return QuPath's origin (x, y) in level-0 px: the corner of the scanned area, if a slide's file has its `bounds`
+    (x, y, width, height).
+    """
+    return np.array(bounds[:2] if bounds else (0, 0), dtype=float)
 
 
 def find_offset(slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area], path: Path) -> NDArray[np.float64]:
@@ -30,7 +32,7 @@ def find_offset(slide: Slide, tissue: Sequence[Area], cut_out: Sequence[Area], p
     Raises SlideError if a polygon of tissue lies in the scanned area from neither origin, or polygons contradict each
     other.
     """
-    offset, own = qupath_offset(slide), np.zeros(2)
+    offset, own = qupath_offset(slide.bounds), np.zeros(2)
     if not offset.any():
         return offset
     of_tissue = _boxes(tissue)
