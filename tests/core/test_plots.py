@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib import rcParams
 from matplotlib.figure import Figure
+from PIL import Image
 
 from utils.core.errors import ConfigError
 from utils.core.plots import figure_paths, legend_below, save_figure, write_figures
@@ -70,3 +71,12 @@ def test_only_what_is_missing_is_written_where_that_is_asked(tmp_path):
     written = write_figures(tmp_path, {"one": figure()}, ("png", "pdf", "pdf"), missing_only=True)
     assert written == [tmp_path / "one.pdf"] == figure_paths(tmp_path / "one", ("pdf", "pdf"))
     assert (tmp_path / "one.png").read_text() == "kept"
+
+
+def test_a_picture_of_a_large_figure_has_fewer_dots(tmp_path):
+    for name, size in (("small", (2, 1)), ("large", (11, 110))):
+        save_figure(Figure(figsize=size), tmp_path / f"{name}.png", tight=False)
+    assert Image.open(tmp_path / "small.png").size == (600, 300)
+    width, height = Image.open(tmp_path / "large.png").size
+    assert 38e6 < width * height <= 40e6
+    assert height == pytest.approx(10 * width, rel=0.01)

@@ -5,6 +5,7 @@ Functions that draw import Matplotlib themselves, so that nothing else waits for
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,10 +40,12 @@ LEGEND: dict[str, Any] = {"frameon": False, "fontsize": SMALL, "handlelength": 4
 _SETTINGS: Any = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "litemil"}
 _UNDATED: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 FORMATS = tuple(_UNDATED)
+_MOST_PIXELS = 40_000_000  # of a picture: 160 MB while it is drawn
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 300, *, tight: bool = True) -> None:
-    """Write a figure in the format of the path's ending, .png, .pdf or .svg; pictures have `dpi`.
+    """Write a figure in the format of the path's ending, .png, .pdf or .svg; pictures have `dpi`, or fewer if they
+    would have more than 40 million pixels.
 
     `tight` cuts the margins off. Equal figures give equal files. Raises ConfigError for another ending.
     """
@@ -53,6 +56,8 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 300, *, tight: bool
     if kind not in FORMATS:
         raise ConfigError(f"{path}: figures are written as .png, .pdf or .svg; end the name in one of them")
     set_fonts(figure)
+    width, height = figure.get_size_inches()
+    dpi = min(dpi, math.floor(math.sqrt(_MOST_PIXELS / (width * height))))
     if figure.legends:  # a legend beside the plots is placed only when it is drawn a second time
         figure.draw_without_rendering()
     with whole_file(path) as temporary, matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():

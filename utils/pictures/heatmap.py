@@ -337,4 +337,4 @@ def _draw_probabilities(axes: Axes, names: Sequence[str], values: Sequence[float
 def save_picture(figure: Figure, path: str | Path | None) -> None:
     """Write the figure in the format of the path's ending (.png, .pdf or .svg), if a path is given."""
     if path is not None:
-        save_figure(figure, path, dpi=300, tight=False)
+        save_figure(figure, path, tight=False)
