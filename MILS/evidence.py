@@ -58,21 +58,21 @@ def path_slopes(answers: Callable[[Tensor], Tensor], pooled: Tensor, reference: 
 def _mean_gradients(answers: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, points: int) -> Tensor:
     """Return the mean (A, K, R, d) of the gradients along the way."""
     total: Tensor | None = None
-    for place, weight in _quadrature(points):
-        between = (start + place * (end - start)).requires_grad_()
+    for position, weight in _quadrature(points):
+        between = (start + position * (end - start)).requires_grad_()
         values = answers(between)
-        each = [torch.autograd.grad(value, between, retain_graph=True)[0] for value in values]
-        here = weight * torch.stack(each)
-        total = here if total is None else total + here
+        gradients = [torch.autograd.grad(value, between, retain_graph=True)[0] for value in values]
+        weighted = weight * torch.stack(gradients)
+        total = weighted if total is None else total + weighted
     assert total is not None  # noqa: S101 - for the type checker: there are points
     return total
 
 
 def _quadrature(points: int) -> list[tuple[float, float]]:
-    """Return the places between 0 and 1, and their weights, of Gauss and Legendre's rule: from the eigenvalues and the
+    """Return the positions between 0 and 1, and their weights, of Gauss-Legendre quadrature: from the eigenvalues and
     eigenvectors of its Jacobi matrix (Golub and Welsch 1969, https://doi.org/10.1090/S0025-5718-69-99647-1).
     """
     order = torch.arange(1, points, dtype=torch.float64)
     beside = order / (4 * order**2 - 1).sqrt()
-    places, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
-    return list(zip(((places + 1) / 2).tolist(), (vectors[0] ** 2).tolist(), strict=True))
+    positions, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    return list(zip(((positions + 1) / 2).tolist(), (vectors[0] ** 2).tolist(), strict=True))

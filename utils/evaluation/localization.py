@@ -1,4 +1,4 @@
-"""Score maps against patches of which it is known what they show: does a map rank those of a class first?"""
+"""Score maps against annotated patches: does a map rank the patches of a class first?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,8 +29,8 @@ def map_scores(values: np.ndarray, is_inside: np.ndarray) -> dict[str, float | N
     misses = sizes - hits
     above = np.cumsum(hits) - hits  # patches of the class with greater values
     auc = float((misses * (above + hits / 2)).sum()) / (count * (len(values) - count))
-    taken = np.clip(count - (ends - sizes), 0, sizes)
-    overlap = float((hits * taken / sizes).sum()) / count
+    top_counts = np.clip(count - (ends - sizes), 0, sizes)  # of each run, its patches among the first `count`
+    overlap = float((hits * top_counts / sizes).sum()) / count
     return {"auc": auc, "pointing": float(hits[0] / sizes[0]), "overlap": overlap}
 
 
@@ -45,31 +45,31 @@ def mean_scores(entries: Sequence[Mapping[str, Any]], cases: Sequence[str], seed
 
 
 def _class_means(name: str, entries: Sequence[Mapping[str, Any]], cases: np.ndarray, seed: int) -> dict[str, Any]:
-    each = [entry["classes"].get(name, {}) for entry in entries]
-    scored = np.array([bool(found) and found["attention"]["auc"] is not None for found in each])
-    found = [entry for entry, is_scored in zip(each, scored, strict=True) if is_scored]
-    means: dict[str, Any] = {"n_slides": len(found), "n_cases": len(np.unique(cases[scored]))}
-    if found:
-        means["chance_overlap"] = float(np.mean([entry["patches"] / entry["of"] for entry in found]))
+    by_slide = [entry["classes"].get(name, {}) for entry in entries]
+    is_scored = np.array([bool(scores) and scores["attention"]["auc"] is not None for scores in by_slide])
+    scored = [scores for scores, counts in zip(by_slide, is_scored, strict=True) if counts]
+    means: dict[str, Any] = {"n_slides": len(scored), "n_cases": len(np.unique(cases[is_scored]))}
+    if scored:
+        means["chance_overlap"] = float(np.mean([scores["patches"] / scores["of"] for scores in scored]))
     for kind in ("attention", "evidence"):
-        if found and all(entry.get(kind) for entry in found):
-            values = {score: np.array([entry[kind][score] for entry in found]) for score in SCORES}
-            means[kind] = {score: float(values[score].mean()) for score in SCORES}
-            means[kind]["intervals_95"] = {score: mean_interval(values[score], cases[scored], seed) for score in SCORES}
+        if scored and all(scores.get(kind) for scores in scored):
+            values = {name: np.array([scores[kind][name] for scores in scored]) for name in SCORES}
+            intervals = {name: mean_interval(values[name], cases[is_scored], seed) for name in SCORES}
+            means[kind] = {name: float(values[name].mean()) for name in SCORES} | {"intervals_95": intervals}
     return means
 
 
 def means_text(means: Mapping[str, Any]) -> list[str]:
     """Return the sentences on the `localization` of a `scores.json`."""
     sentences = []
-    for name, found in means.items():
-        if not found["n_slides"]:
+    for name, class_means in means.items():
+        if not class_means["n_slides"]:
             sentences.append(f"Annotated {name}: no slide has patches of it and others, so no map is scored.")
             continue
-        maps = [_means_of_map(kind, found[kind]) for kind in ("attention", "evidence") if kind in found]
+        maps = [_means_of_map(kind, class_means[kind]) for kind in ("attention", "evidence") if kind in class_means]
         sentences.append(
-            f"Annotated {name}, mean of {plural(found['n_slides'], 'slide')} (chance: AUC 0.5, overlap "
-            f"{figure_text(found['chance_overlap'])}): {'; '.join(maps)}."
+            f"Annotated {name}, mean of {plural(class_means['n_slides'], 'slide')} (chance: AUC 0.5, overlap "
+            f"{figure_text(class_means['chance_overlap'])}): {'; '.join(maps)}."
         )
     return sentences
 

@@ -109,7 +109,7 @@ def _classes(attention: AttentionMap, cmap: str, model: str) -> tuple[list[Mappi
     ]
     steps = np.clip(np.searchsorted(_STEPS, attention.percentiles, side="right") - 1, 0, len(classes) - 1)
     steps[attention.is_unranked] = len(classes)
-    return [*classes, {"name": f"{name} equal, no rank", "color": [round(255 * part) for part in GREY]}], steps
+    return [*classes, {"name": f"{name} equal, no rank", "color": [round(255 * value) for value in GREY]}], steps
 
 
 def _whole(value: float) -> float:

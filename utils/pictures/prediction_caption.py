@@ -151,9 +151,9 @@ def _faithfulness(curves: Mapping[str, Any]) -> str:
 def _localization(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return how well the maps find the patches annotated as each class."""
     facts = []
-    for name, found in entry["classes"].items():
-        maps = [_map_text(kind, found[kind]) for kind in ("attention", "evidence") if found.get(kind)]
-        texts = [f"{found['patches']:,} of {found['of']:,} patches", *filter(None, maps)]
+    for name, scores in entry["classes"].items():
+        maps = [_map_text(kind, scores[kind]) for kind in ("attention", "evidence") if scores.get(kind)]
+        texts = [f"{scores['patches']:,} of {scores['of']:,} patches", *filter(None, maps)]
         facts.append((f"annotated {name}", "; ".join(texts)))
     return facts
 
@@ -171,7 +171,7 @@ def evidence_text(record: Mapping[str, Any]) -> str:
         return ""
     name, evidence = record["predicted_class"], record["evidence"]
     log_odds, start, favourable, adverse = (
-        evidence[part][name] for part in ("log_odds", "reference", "for", "against")
+        evidence[term][name] for term in ("log_odds", "reference", "for", "against")
     )
     return (
         f"log-odds of {name} {log_odds:+.3g}: {evidence['begins_at']} {start:+.3g}, patches for it {favourable:+.3g}, "

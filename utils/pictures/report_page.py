@@ -133,7 +133,7 @@ def _heat_png(heat: NDArray[np.float64], palette: NDArray[np.uint8], is_grey: ND
     if is_grey is not None:
         steps[is_grey] = _EQUAL
     image = Image.fromarray(np.where(np.isnan(heat), np.uint8(_TRANSPARENT), steps))
-    image.putpalette([*palette.ravel().tolist(), *(round(255 * part) for part in GREY), 0, 0, 0])
+    image.putpalette([*palette.ravel().tolist(), *(round(255 * value) for value in GREY), 0, 0, 0])
     file = io.BytesIO()
     image.save(file, "PNG", transparency=_TRANSPARENT, optimize=True)
     return f"data:image/png;base64,{_base64(file.getvalue())}"

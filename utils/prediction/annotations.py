@@ -42,7 +42,7 @@ class Annotations:
         self, source: Path, words: Sequence[str], classes: Sequence[str], recipe: PredictionRecipe, *, is_folder: bool
     ) -> None:
         self.source, self.recipe, self.classes = source, recipe, tuple(classes)
-        self.given = dict(_pair(word, self.classes) for word in words)
+        self._words = dict(_pair(word, self.classes) for word in words)
         self.uses_labels = str(source) == INST_LABELS
         self._folder: OutlineFolder | None = None
         if self.uses_labels:
@@ -67,7 +67,7 @@ class Annotations:
         if path is None:
             return None
         content = [INST_LABELS] if self.uses_labels else [path.read_bytes()]  # a feature file is identified elsewhere
-        return digest(*content, *(f"{name}={self.given[name]}" for name in sorted(self.given)))
+        return digest(*content, *(f"{name}={self._words[name]}" for name in sorted(self._words)))
 
     def entry(
         self, source: Path, prediction: SlidePrediction, slide: Slide | None, feat_type: str
@@ -100,7 +100,7 @@ class Annotations:
         if bag.coords is None:
             raise FeatureFileError(f"{source}: has no coordinates, so no patch can be found in {path}")
         edge = patch_edge(slide, source, bag, self.recipe.patch_size, self.recipe.level)
-        words = {name: name for name in self.classes} | self.given
+        words = {name: name for name in self.classes} | self._words
         inside, is_ignored = annotated_patches(path, words, bag.coords, edge, slide)
         return _Truth(inside, ~is_ignored)
 
@@ -110,7 +110,7 @@ class Annotations:
                 f"--annotations {INST_LABELS}: {path} is a slide; give feature files, which may hold them"
             )
         labels = read_instance_labels(path, feat_type)
-        numbers = {int(name): cls for name, cls in self.given.items()} or {1: self.classes[-1]}
+        numbers = {int(name): cls for name, cls in self._words.items()} or {1: self.classes[-1]}
         unknown = sorted(set(labels[labels > 0].tolist()) - numbers.keys())
         if unknown:
             raise FeatureFileError(
@@ -123,10 +123,10 @@ class Annotations:
         return _Truth(inside, labels >= 0)
 
     def _check_numbers(self) -> None:
-        for name in self.given:
+        for name in self._words:
             if not name.isdigit():
-                raise ConfigError(f"--annotation_class {name}={self.given[name]}: {INST_LABELS} are numbers: 1=CLASS")
-        if not self.given and len(self.classes) > 2:
+                raise ConfigError(f"--annotation_class {name}={self._words[name]}: {INST_LABELS} are numbers: 1=CLASS")
+        if not self._words and len(self.classes) > 2:
             raise ConfigError(
                 f"--annotations {INST_LABELS}: which of the classes {', '.join(self.classes)} are its numbers? Give "
                 f"--annotation_class 1={self.classes[-1]}"

@@ -73,25 +73,25 @@ def merged(bags: Sequence[ReadBag]) -> ReadBag:
 
 
 def evidence_of(task: Task, model: MergeableModel, bags: Sequence[ReadBag]) -> Evidence:
-    """Return the evidence in bags that together are a slide, whose answer is the mean of theirs, weighted by size.
+    """Return the evidence in the bags of one slide. The slide's values are the mean of the bags', weighted by size.
 
     The patches are in the order of the bags.
     """
     sizes = torch.tensor([bag.size for bag in bags], dtype=torch.float64)
     shares = (sizes / sizes.sum()).to(next(model.parameters()).device, model.dtype)
     pooled = torch.cat([model.pooled(bag.summary) for bag in bags])  # (K, R, d)
-    kept = model.pooled_reference
-    reference = _own_mean(model, bags, shares, pooled) if kept is None else kept.to(pooled)
+    training_mean = model.pooled_reference
+    reference = _own_mean(model, bags, shares, pooled) if training_mean is None else training_mean.to(pooled)
     slopes = path_slopes(lambda z: task.signals(model.classify_pooled(z), shares), pooled, reference)
     contributions = [
-        model.contributions(bag.blocks(), bag.summary, bag.traced, slopes.mean[:, place], reference)
-        for place, bag in enumerate(bags)
+        model.contributions(bag.blocks(), bag.summary, bag.traced, slopes.mean[:, index], reference)
+        for index, bag in enumerate(bags)
     ]
     return Evidence(
         torch.cat(contributions, dim=1).float().cpu().numpy(),
         slopes.end.cpu().double().numpy(),
         slopes.start.cpu().double().numpy(),
-        is_own_mean=kept is None,
+        is_own_mean=training_mean is None,
     )
 
 
@@ -120,8 +120,8 @@ def mean_evidence(each: Sequence[Evidence], counts: Sequence[int]) -> Evidence:
         return np.average(values, axis=0, weights=counts)
 
     return Evidence(
-        mean([one.contributions for one in each]).astype(np.float32),
-        mean([one.signals for one in each]),
-        mean([one.reference for one in each]),
-        any(one.is_own_mean for one in each),
+        mean([evidence.contributions for evidence in each]).astype(np.float32),
+        mean([evidence.signals for evidence in each]),
+        mean([evidence.reference for evidence in each]),
+        any(evidence.is_own_mean for evidence in each),
     )

@@ -127,14 +127,15 @@ def _merged_output(
     chunks = _read(model, bags, keep_traces=attention or evidence)
     sizes = np.array([chunk.size for chunk in chunks])
     each = np.stack([task.activate(model.classify(chunk.summary)[0]) for chunk in chunks])
-    order, weights, found = _order(cuts), None, None
+    order, weights, slide_evidence = _order(cuts), None, None
     if attention:
         whole = merged(chunks)
         weights = _in_place(model.attention(whole.summary, whole.traced)[0], order)
     if evidence:
-        found = evidence_of(task, model, chunks)
-        found = replace(found, contributions=_in_place(torch.from_numpy(found.contributions), order))
-    return SlideOutput(_mean(each, sizes), each, sizes, weights, evidence=found)
+        unordered = evidence_of(task, model, chunks)
+        contributions = _in_place(torch.from_numpy(unordered.contributions), order)
+        slide_evidence = replace(unordered, contributions=contributions)
+    return SlideOutput(_mean(each, sizes), each, sizes, weights, evidence=slide_evidence)
 
 
 def _stitched_output(

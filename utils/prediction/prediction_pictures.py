@@ -101,8 +101,10 @@ class PredictionPictures:
         assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
         attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0, weight_name(record))
         check_patches_fit(ground, coords, attention_map.attention, size_level0)
-        found = prediction.evidence
-        evidence = found and EvidenceMap(prediction.class_names, found.contributions, found.signals, found.reference)
+        values = prediction.evidence
+        evidence = values and EvidenceMap(
+            prediction.class_names, values.contributions, values.signals, values.reference
+        )
         for note in attention_map.notes:
             log.info("%s: %s", record["slide"], note)
         top_k = self._patches_of_each_kind(record["slide"], len(attention_map))
