@@ -1,4 +1,4 @@
-"""How much each instance of a bag argues for an answer: signed contributions that add up to it.
+"""Compute how much each instance of a bag argues for an answer: signed contributions that add up to it.
 
 A model that merges pools a bag to z (R, d), and its head makes the answer of z alone. Between a reference z0 and z an
 answer F changes by

@@ -200,7 +200,7 @@ class MergeableModel(BagModel, Generic[S]):
         return self.classify(summary), self.attention(summary, trace)
 
     def _owns_first_layer(self) -> bool:
-        """Whether the first layer's weights are parameters themselves, not computed from others."""
+        """Return whether the first layer's weights are parameters themselves, not computed from others."""
         own = {id(parameter) for parameter in self.parameters()}
         return {id(self.instance_layers()[0].weight), id(self.instance_layers()[0].bias)} <= own
 

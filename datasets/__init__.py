@@ -1,1 +1,1 @@
-"""The cohorts: one folder each (see README.md)."""
+"""Cohorts, each in a folder of its own (see README.md)."""

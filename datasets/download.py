@@ -210,7 +210,7 @@ def _continue(url: str, partial: Path, size: int | None, bar: Any) -> None:
 
 
 def _is_final(failure: Exception) -> bool:
-    """Whether retrying is pointless: the server has no such file, or refuses it."""
+    """Return whether retrying is pointless: the server has no such file, or refuses it."""
     return isinstance(failure, urllib.error.HTTPError) and 400 <= failure.code < 500 and failure.code not in (408, 429)
 
 
@@ -247,7 +247,7 @@ def _unpack(archive: Path, features: Path) -> None:
 
 
 def _is_unpacked(features: Path, archive: str) -> bool:
-    """Whether everything is unpacked: the recipe is written last."""
+    """Return whether everything is unpacked: the recipe is written last."""
     return (features / "recipe.json").exists() and not (features.parent / archive).exists()
 
 

@@ -1,4 +1,4 @@
-"""The digest of a slide's features, by which the same features are known under another name or in another file."""
+"""Digest a slide's features, to recognise the same features under another name or in another file."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -117,7 +117,7 @@ class MILDataset(Dataset):
 
     @classmethod
     def of_cohort(cls, cohort: Cohort) -> "MILDataset":
-        """The dataset a command line describes; a known cohort brings its classes, any name its default folders."""
+        """Return the dataset of a command line. A known cohort has its classes, every name its default folders."""
         classes = cohort_classes(cohort.dataset, cohort.class_names)
         home = Path("datasets") / cohort.dataset
         if cohort.labels_csv is None and not (home / "labels.csv").exists():

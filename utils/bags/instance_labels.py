@@ -1,4 +1,4 @@
-"""Read what each patch of a feature file shows, where the file says it (`inst_labels`, as torchmil names it)."""
+"""Read the labels of single patches (`inst_labels`, as torchmil names them)."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ NAME = "inst_labels"
 
 
 def read_instance_labels(path: Path, feat_type: str = "features") -> NDArray[np.int64]:
-    """Return the labels `(N,)` of a feature file's patches: of its `inst_labels`, or those of the file of its name in
-    the folder `inst_labels` beside its own. Raises FeatureFileError if there are none, or not one for each patch.
+    """Return the labels `(N,)` of a feature file's patches: its `inst_labels`, or those in the file of the same name in
+    `inst_labels/`, a folder beside its own. Raises FeatureFileError if there are none, or not one for each patch.
     """
     labels, source = _own(path), path
     if labels is None:
@@ -35,7 +35,7 @@ def read_instance_labels(path: Path, feat_type: str = "features") -> NDArray[np.
 
 
 def _own(path: Path) -> np.ndarray | None:
-    """Return a file's own labels as they are, or None."""
+    """Return the labels as the file holds them, or None."""
     if is_tensor_file(path):
         content: Any = load_tensors(path, FeatureFileError, "a dict of tensors")
         labels = content.get(NAME) if isinstance(content, dict) else None

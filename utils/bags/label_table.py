@@ -117,7 +117,7 @@ def _look_shared(rows: Sequence[Row]) -> str:
 
 
 def _are_patients(groups: int, slides: int) -> bool:
-    """Whether the groups may be patients by their number: a few slides each."""
+    """Return whether the groups may be patients by their number: a few slides each."""
     return 1 < groups < slides <= groups * _MOST_SLIDES_EACH
 
 
@@ -191,7 +191,7 @@ def _column_of(path: Path, name: str, columns: Sequence[str], rows: Sequence[Row
 
 
 def _are_equivalent(rows: Sequence[Row], first: str, second: str) -> bool:
-    """Whether the values of two columns map one to one."""
+    """Return whether the values of two columns map one to one."""
     pairs = {(row[first], row[second]) for row in rows}
     return len(pairs) == len({pair[0] for pair in pairs}) == len({pair[1] for pair in pairs})
 

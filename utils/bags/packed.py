@@ -112,7 +112,7 @@ class _Entry:
         return np.dtype(self.dtype).itemsize
 
     def is_of(self, path: Path) -> bool:
-        """Whether the feature file exists and is unchanged."""
+        """Return whether the feature file exists and is unchanged."""
         return Fingerprint.at(path) == Fingerprint(self.size, self.mtime_ns)
 
     def info(self) -> BagInfo:
@@ -208,7 +208,7 @@ def pack(packed: Path, files: FileFeatures) -> PackedFeatures:
 
 
 def _holds(opened: PackedFeatures | None, files: FileFeatures) -> TypeGuard[PackedFeatures]:
-    """Whether the packed file has all of these features, of the same fingerprints."""
+    """Return whether the packed file has all of these features, of the same fingerprints."""
     if opened is None:
         return False
     packed = [opened.info(path) for path in files.paths]

@@ -46,7 +46,7 @@ _OPPOSITES = [
 
 
 def is_placeholder(text: str) -> bool:
-    """Whether the text stands for an unknown value: "NA", "nan", "[Not Available]", "unknown"."""
+    """Return whether the text stands for an unknown value: "NA", "nan", "[Not Available]", "unknown"."""
     plain = unicodedata.normalize("NFKC", text).casefold().strip("[]()'\" \t")
     return " ".join(plain.split()) in _PLACEHOLDERS
 
@@ -104,12 +104,12 @@ def _words(name: str) -> list[str]:
 
 
 def _is_long_word(word: str) -> bool:
-    """Whether a changed letter is likely a misspelling: not in numbers, grades (II, III) and abbreviations."""
+    """Return whether a changed letter is likely a misspelling: not in numbers, grades (II, III) and abbreviations."""
     return word.isalpha() and len(word) >= _SHORTEST_WORD and not set(word) <= set("ivx")
 
 
 def _is_abbreviated(short: str, long: str) -> bool:
-    """Whether a word abbreviates the other, as "pos" does "positive", but not "type" "typea", or "II" "III"."""
+    """Return whether a word abbreviates the other, as "pos" does "positive", but not "type" "typea", or "II" "III"."""
     left_out = len(long) - len(short)
     return long.startswith(short) and min(len(short), left_out) >= _SHORTEST_ABBREVIATION and long.isalpha()
 
@@ -127,7 +127,7 @@ def _is_misspelt(first: str, second: str) -> bool:
 
 
 def _differ_in_prefix(first: str, second: str) -> bool:
-    """Whether the words differ only in a prefix that changes the meaning: typical, atypical; hyper-, hypo-."""
+    """Return whether the words differ only in a prefix that changes the meaning: typical, atypical; hyper-, hypo-."""
     shorter, longer = sorted((first, second), key=len)
     if longer.endswith(shorter) and longer[: len(longer) - len(shorter)] in _PREFIXES:
         return True

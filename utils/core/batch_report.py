@@ -73,7 +73,7 @@ def _updated(path: Path, rows: Mapping[Path, AnyRow], kind: type[AnyRow]) -> lis
 
 
 def _holds(row: Row, folder: Path) -> bool:
-    """Whether the output file of a row exists or, if none could be made, its source."""
+    """Return whether the output file of a row exists or, if none could be made, its source."""
     return (folder / row.output if row.is_made and row.output else row.source).exists()
 
 

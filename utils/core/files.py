@@ -96,7 +96,7 @@ def claim_on(path: Path) -> filelock.SoftFileLease:
 
 
 def is_free(claim: filelock.SoftFileLease) -> bool:
-    """Whether no living process holds the claim."""
+    """Return whether no living process holds the claim."""
     try:
         _remove_unsigned(claim)
         with claim.acquire(blocking=False):

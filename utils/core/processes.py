@@ -219,7 +219,7 @@ def _fetch(connection: Connection, tasks: SimpleQueue) -> None:
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
-    """Whether memory ran out, on the machine or its GPU: PyTorch raises several kinds of error."""
+    """Return whether memory ran out, on the machine or its GPU: PyTorch raises several kinds of error."""
     torch = sys.modules.get("torch")
     if isinstance(failure, MemoryError) or (torch and isinstance(failure, torch.OutOfMemoryError)):
         return True

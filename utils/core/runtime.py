@@ -84,12 +84,12 @@ def prepare_threads() -> None:
 
 
 def threads_are_given() -> bool:
-    """Whether the user has set the number of threads, by OMP_NUM_THREADS."""
+    """Return whether the user has set the number of threads, by OMP_NUM_THREADS."""
     return os.environ.get("OMP_NUM_THREADS", _thread_limit) != _thread_limit
 
 
 def threads_wait_asleep() -> bool:
-    """Whether OpenMP's threads sleep while they wait."""
+    """Return whether OpenMP's threads sleep while they wait."""
     return os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" or os.environ.get("GOMP_SPINCOUNT") == "0"
 
 

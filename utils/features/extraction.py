@@ -112,7 +112,7 @@ def _with_scales(statuses: Sequence[SlideStatus], targets: Mapping[Path, Path], 
 
 
 def _latest_recipe(features: Sequence[Path]) -> Recipe | None:
-    """The recipe of the feature file that was written last, or None if there is none.
+    """Return the recipe of the feature file that was written last, or None if there is none.
 
     Settings that every file refused leave no file, and so no recipe.
     """

@@ -62,7 +62,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def vit(model: str, **settings: Any) -> nn.Module:
-    """A vision transformer whose feature is its CLS token, with layer scale."""
+    """Return a vision transformer with layer scale, whose feature is its CLS token."""
     return load_timm().create_model(
         model, pretrained=False, num_classes=0, init_values=1e-5, dynamic_img_size=True, **settings
     )

@@ -1,4 +1,4 @@
-"""`EvidenceMap`: what the patches of a slide argue, for and against each class."""
+"""`EvidenceMap`: how much each patch of a slide argues for or against each class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,8 +49,8 @@ class EvidenceMap:
         return ScalarMappable(Normalize(-self.limit(name), self.limit(name)), CMAP)
 
     def strongest(self, name: str, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the indices of the patches that argue most for a class, and of those that argue most against it; at
-        most `count` each, and none that hardly does.
+        """Return the indices of the patches that argue most for a class, and of those that argue most against it: at
+        most `count` each, without those of little evidence.
         """
         values, least = self.of_class(name), _NOTABLE * self.limit(name)
         order = np.argsort(-values, kind="stable")

@@ -104,7 +104,7 @@ def attention_groups(attention: AttentionMap, top: Sequence[MapPatch], least: Se
 
 
 def rank_text(attention: AttentionMap, index: int) -> str:
-    """Return a patch's rank; of patches that are equal, the first and the last of theirs."""
+    """Return a patch's rank; of equal patches, their first and last rank."""
     equal, middle = int(attention.equals[index]), attention.mean_ranks[index]
     first, last = round(middle - (equal - 1) / 2), round(middle + (equal - 1) / 2)
     return f"{first:,}" if equal == 1 else f"{first:,} to {last:,}"

@@ -268,7 +268,7 @@ def _differences(predictor: SlidePredictor, path: Path, recipe: Recipe, mpp: flo
 def _content(
     bag: Bag | StoredBag, features: torch.Tensor | StoredFeatures, models: Sequence[TrainedModel]
 ) -> dict[str, str | None]:
-    """Return what identifies the content of a slide, as far as the models' checkpoints record it of theirs."""
+    """Return what identifies a slide's content, as far as checkpoints record the same of their training slides."""
     content = {"slide_hash": bag.passport.slide_hash if bag.passport else None}
     if isinstance(features, DigestedFeatures):
         content["features"] = features.digest()

@@ -35,8 +35,8 @@ class SlideFolder:
         self._slide_of: dict[Path, Path] = {}
 
     def slide_of(self, source: Path) -> Path:
-        """Return the slide that a feature file was made from. Raises SlideError, which names all slides that it may be,
-        if that cannot be told.
+        """Return the slide that a feature file was made from. Raises SlideError, with all candidates, if it is
+        ambiguous.
         """
         if source not in self._slide_of:
             self._slide_of[source] = self._look_up(source)
@@ -65,7 +65,7 @@ class SlideFolder:
         return slide
 
     def _refusal(self, source: Path, of_name: Sequence[Path], has_hash: bool) -> str:
-        """Return the error text for a feature file whose slide cannot be told."""
+        """Return the error text for a feature file whose slide is ambiguous."""
         if not of_name:
             return f"{source}: --wsi {self.folder} holds no slide {source.stem} to draw it on"
         names = first_few([str(slide.relative_to(self.folder)) for slide in of_name])

@@ -120,7 +120,7 @@ class SlideNotes:
         return self.tissue.mask(slide)
 
     def is_same_tissue(self, slide: Slide, recorded: str | None) -> bool:
-        """Whether features were made from the same tissue as these notes describe.
+        """Return whether features were made from the same tissue as these notes describe.
 
         `recorded` is the digest of the outlines they were made from, None for the detector's tissue. If only one of the
         two has outlines, the detector is run to compare them.

@@ -75,7 +75,7 @@ class ContourFile:
         return cls(path, read_json(path, SlideError), classes)
 
     def is_as_detected(self, slide: Slide) -> bool:
-        """Whether the present detector wrote the file for this slide, by its record, and nobody edited it."""
+        """Return whether the present detector wrote the file for this slide, by its record, and nobody edited it."""
         frame = self._frame
         return (
             frame is not None
@@ -115,7 +115,7 @@ class ContourFile:
 
     @property
     def _frame(self) -> Mapping[str, Any] | None:
-        """The record of the slide in a file that we wrote, or None."""
+        """Return the record of the slide in a file that we wrote, or None."""
         frame = self.content.get("litemil") if isinstance(self.content, Mapping) else None
         return frame if isinstance(frame, Mapping) else None
 

@@ -52,7 +52,7 @@ _REMEDIES = {
 
 
 def is_slide_file(path: Path | str) -> bool:
-    """Whether a file is a slide or an image that can be read, by its ending alone."""
+    """Return whether a file is a slide or an image that can be read, by its ending alone."""
     return Path(path).suffix.lower() in SLIDE_EXTENSIONS | IMAGE_EXTENSIONS
 
 
@@ -147,7 +147,7 @@ def _known_slides(folder: Path, files: Sequence[Path], left_out: dict[str, list[
 
 
 def _may_be_a_folder(path: Path) -> bool:
-    """Whether a path is a link whose ending is not that of a file."""
+    """Return whether a path is a link whose ending is not that of a file."""
     file_endings = SLIDE_EXTENSIONS | IMAGE_EXTENSIONS | FOREIGN_EXTENSIONS | _PACKED_EXTENSIONS
     if path.suffix.lower() in file_endings:
         return False
@@ -185,7 +185,7 @@ def _files_under(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path
 
 
 def _is_reachable(path: Path) -> bool:
-    """Whether the target of a link exists and may be read."""
+    """Return whether the target of a link exists and may be read."""
     try:
         path.stat()
     except OSError:

@@ -76,7 +76,7 @@ def _near(pixels: NDArray[np.uint8], colour: NDArray[np.float64]) -> NDArray[np.
 
 
 def _is_ground(rgb: NDArray[np.uint8], colour: NDArray[np.float64], density: float, mpp: float) -> bool:
-    """Whether much of an image has this colour, with something denser on it, or an area too large for flat tissue."""
+    """Return whether much of an image has this colour, with something denser on it, or more than flat tissue covers."""
     share = float(_near(rgb, colour).mean())
     if share > _FLAT_SHARE and min(rgb.shape[:2]) * mpp >= _FLAT_UM:
         return True

@@ -138,7 +138,7 @@ class _Comparison:
         return replace(self, read=read)
 
     def agrees_at_once(self, fit: LevelFit) -> bool:
-        """Whether the first few regions with contrast agree, or none has any."""
+        """Return whether the first few regions with contrast agree, or none has any."""
         ratio = fit.downsample / self.finer.downsample
         side = max(_LEAST_SIDE, min(_SIDE, int(_QUICK_SIDE / ratio), *fit.size))
         if side > min(fit.size):
@@ -169,7 +169,7 @@ class _Comparison:
         return float(np.median(scores)) if scores else 1.0
 
     def is_plain_beyond(self, fit: LevelFit, padded: LevelFit) -> bool:
-        """Whether the level has no contrast beyond the padded size, but some within it."""
+        """Return whether the level has no contrast beyond the padded size, but some within it."""
         side = max(_LEAST_SIDE, min(_SIDE, *padded.size))
         beyond, within = [], []
         for x, y in _corners(fit.size, side):
@@ -214,7 +214,7 @@ def _grey(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _shows_something(grey: NDArray[np.float64], blur: int) -> bool:
-    """Whether there is contrast, and not only noise, which disappears if squares of `blur` px are averaged."""
+    """Return whether there is contrast, and not only noise, which disappears if squares of `blur` px are averaged."""
     contrast = _averaged(grey, blur).std()
     return contrast >= _LEAST_CONTRAST and contrast >= _NOISE_LEFT * grey.std()
 

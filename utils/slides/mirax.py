@@ -10,7 +10,7 @@ _DATA_FILE = re.compile(r"slidedat\.ini|index\.dat|data\S*\.dat", re.IGNORECASE)
 
 
 def is_mirax(slide: Path) -> bool:
-    """Whether the file is a MIRAX slide, by its ending."""
+    """Return whether the file is a MIRAX slide, by its ending."""
     return slide.suffix.lower() == ".mrxs"
 
 

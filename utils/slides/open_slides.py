@@ -222,7 +222,7 @@ class _OpenSlideSlide(Slide):
         return None
 
     def _reads_the_same(self, tiles: TileReader) -> bool:
-        """Whether a few regions have OpenSlide's pixels, or are damaged for both readers."""
+        """Return whether a few regions have OpenSlide's pixels, or are damaged for both readers."""
         with closing(_LevelReader(self.path, self._reader_downsamples, self._background)) as reader:
             for level, x, y in tiles.probes(derive_seed(self.path.name, self.width, self.height)):
                 downsample = self._reader_downsamples[level]

@@ -53,7 +53,7 @@ def fill(mask: NDArray[np.bool_], rings: Sequence[Ring]) -> None:
 
 
 def is_inside(point: NDArray[np.float64], ring: Ring) -> bool:
-    """Whether a point (x, y) lies within a ring (n, 2)."""
+    """Return whether a point (x, y) lies within a ring (n, 2)."""
     start, end = ring, np.roll(ring, -1, axis=0)
     crosses = (start[:, 1] > point[1]) != (end[:, 1] > point[1])
     start, end = start[crosses], end[crosses]

@@ -28,7 +28,7 @@ def words_of(name: str) -> Words:
 
 
 def is_picture_name(name: str, slides: Collection[Words] = ()) -> bool:
-    """Whether a name (without its ending) is that of a picture; `slides` are the words of the slides' names.
+    """Return whether a name (without its ending) is that of a picture; `slides` are the words of the slides' names.
 
     Only whole words count: "maskell" is not a mask.
     """

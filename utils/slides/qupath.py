@@ -44,12 +44,12 @@ class Area:
         return ": ".join(self.classes) or ("a missing core" if self.is_missing else "no class")
 
     def is_cut_out(self, tissue_classes: Collection[str]) -> bool:
-        """Whether it is cut out of the tissue; words in the names of `tissue_classes` are never a reason."""
+        """Return whether it is cut out of the tissue; words in the names of `tissue_classes` are never a reason."""
         tissue_words = {word for name in tissue_classes for word in class_key(name)}
         return self.is_missing or any(_is_ignored(word) and word not in tissue_words for word in self._key)
 
     def is_tissue(self, tissue_classes: Collection[str]) -> bool:
-        """Whether it belongs to one of `tissue_classes`, or, if there are none, to any class but QuPath's Region*."""
+        """Return whether it belongs to one of `tissue_classes`; without any, to any class but QuPath's Region*."""
         if self.is_cut_out(tissue_classes):
             return False
         if not tissue_classes:
@@ -124,13 +124,13 @@ def _is_ignored(word: str) -> bool:
 
 
 def _lies_in(area: Area, core: Area) -> bool:
-    """Whether the middle of an area lies in a core."""
+    """Return whether the middle of an area lies in a core."""
     middle = np.mean(area.polygons[0][0], axis=0)
     return any(is_inside(middle, polygon[0]) for polygon in core.polygons)
 
 
 def _missing_mark(feature: Mapping[str, Any], properties: Mapping[str, Any]) -> bool | None:
-    """Whether an object is marked as a missing core, in any of the variants; None if it has no such mark."""
+    """Return whether an object is marked as a missing core, in any of the variants; None if it has no such mark."""
     metadata = properties.get("metadata")
     for holder in (properties, feature, metadata if isinstance(metadata, Mapping) else {}):
         if holder.get("isMissing") is not None:

@@ -133,7 +133,7 @@ def _whole_stroke(squares: _Squares, area: tuple[slice, slice], seed: NDArray[np
 
 
 def _is_long_on_glass(stroke: NDArray[np.bool_], stained: NDArray[np.bool_], um: float) -> bool:
-    """Whether a piece (n, m) of squares of `um` has the shape of a stroke, and glass around it."""
+    """Return whether a piece (n, m) of squares of `um` has the shape of a stroke, and glass around it."""
     from scipy import ndimage
 
     depth_of = _depth(stroke)
@@ -186,7 +186,7 @@ def _inside(stroke: NDArray[np.bool_], seed: NDArray[np.bool_]) -> NDArray[np.bo
 
 
 def _is_plain(density: NDArray[np.float32], inside: NDArray[np.bool_]) -> bool:
-    """Whether the pixels `inside` (h, w) have a strong colour, a single hue, and no nuclei."""
+    """Return whether the pixels `inside` (h, w) have a strong colour, a single hue, and no nuclei."""
     from scipy import ndimage
 
     u, v, mean = hue(density)

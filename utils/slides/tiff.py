@@ -49,7 +49,7 @@ _UNITS = {2: "inch", 3: "centimeter"}
 
 
 def is_tiff(path: Path) -> bool:
-    """Whether the file begins as a TIFF does."""
+    """Return whether the file begins as a TIFF does."""
     with path.open("rb") as file:
         return file.read(4) in _SIGNATURES
 

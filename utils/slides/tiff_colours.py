@@ -60,7 +60,7 @@ def check_samples(path: Path, image: TiffImage) -> None:
 
 
 def openslide_shows_colours(image: TiffImage) -> bool:
-    """Whether OpenSlide shows the colours of a page that it opens.
+    """Return whether OpenSlide shows the colours of a page that it opens.
 
     It shows only the first of several grey samples, and takes a fourth sample of no stated meaning for alpha.
     """
@@ -124,7 +124,7 @@ def _alpha(page: tifffile.TiffPage) -> int | None:
 
 
 def _are_fluorescence(image: TiffImage) -> bool:
-    """Whether the OME-XML names the channels other than by colours, or with dyes or wavelengths."""
+    """Return whether the OME-XML names the channels other than by colours, or with dyes or wavelengths."""
     attributes, names = _channels(image)
     if any(name and name not in colours for name, colours in zip(names, _CHANNELS, strict=False)):
         return True
@@ -132,7 +132,7 @@ def _are_fluorescence(image: TiffImage) -> bool:
 
 
 def are_unnamed_channels(image: TiffImage) -> bool:
-    """Whether there are three channels, and the file does not say if they are red, green and blue."""
+    """Return whether there are three channels, and the file does not say if they are red, green and blue."""
     names = _channels(image)[1][: len(_CHANNELS)]
     return _channel_count(image) == len(_CHANNELS) and not (len(names) == len(_CHANNELS) and all(names))
 
@@ -236,7 +236,7 @@ def _fractions(values: Sequence[int]) -> list[float]:
 
 
 def _needs_conversion(page: tifffile.TiffPage) -> bool:
-    """Whether the decoder leaves the colours as YCbCr."""
+    """Return whether the decoder leaves the colours as YCbCr."""
     if page.planarconfig == PLANES_APART:
         return True
     if page.compression in _JPEG_2000:

@@ -199,7 +199,7 @@ def _not_reduced(images: list[TiffImage]) -> list[TiffImage]:
 
 
 def _is_copy(image: TiffImage, chosen: TiffImage) -> bool:
-    """Whether the size of an image is that of a smaller copy of the chosen one."""
+    """Return whether the size of an image is that of a smaller copy of the chosen one."""
     return whole_downsample(chosen.sizes[0], image.sizes[0]) not in (None, 1.0)
 
 

@@ -114,7 +114,7 @@ class Level:
         return rows * self.tiles_across * math.prod(self.tile_shape)
 
     def is_there(self, index: int) -> bool:
-        """Whether the file holds this tile."""
+        """Return whether the file holds this tile."""
         return bool(self.byte_counts[:, index].all())
 
     def whole_tile(self, left: int, top: int, right: int, bottom: int) -> int | None:

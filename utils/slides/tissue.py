@@ -242,8 +242,8 @@ def _whole_ink(density: NDArray[np.float32], mpp: float, settings: TissueSetting
 
 
 def _is_fluorescence(rgb: NDArray[np.uint8]) -> bool:
-    """Whether an image is mostly grey and nowhere bright, or mostly black or without a channel and the rest not bright:
-    black around H&E is no reason to refuse it.
+    """Return whether an image is mostly grey and nowhere bright; or mostly black or without a channel, and nowhere else
+    bright, so that black around H&E is no reason to refuse it.
     """
     brightness = rgb.mean(axis=-1)
     if np.quantile(brightness, 0.95) < _DIM and is_stained(optical_density(rgb)).mean() < 0.5:

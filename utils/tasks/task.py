@@ -18,7 +18,7 @@ Figures = dict[str, float | None]
 
 
 class Task(ABC):
-    """Defines targets, loss, values and metrics.
+    """Define targets, loss, values and metrics.
 
     A slide's target comes from the label table. A model's logits `(C,)` for a slide become its values `(C,)`.
 
@@ -115,7 +115,7 @@ class Task(ABC):
 
     @abstractmethod
     def fitted_figures(self, fitted: Figures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-        """Return a fold's entries in `outputs.json` on what was fitted: it, and the metrics of test slides by it."""
+        """Return a fold's entries in `outputs.json` on what was fitted, and on the test slides' metrics with it."""
 
     @abstractmethod
     def decide(self, values: np.ndarray) -> np.ndarray:
