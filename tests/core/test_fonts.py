@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from utils.core import fonts
-from utils.core.fonts import font_file, set_fonts, wrapped
+from utils.core.fonts import font_file, set_fonts, text_width, wrapped
 from utils.core.plots import save_figure
 from utils.slides.preview import draw_preview
 
@@ -24,7 +24,7 @@ TEXT = "患者 한국"
 def nothing_is_remembered(monkeypatch):
     """No font that another test installed, and every warning anew."""
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist])
-    caches = fonts._fallbacks, fonts._installed, fonts._characters, fonts._file_of, fonts._warn, fonts._advance
+    caches = [function for function in vars(fonts).values() if hasattr(function, "cache_clear")]
     for function in caches:
         function.cache_clear()
     yield
@@ -86,7 +86,9 @@ def test_a_font_installed_since_is_used(tmp_path, monkeypatch, caplog, kind):
 
 
 def test_missing_characters_are_told_once_in_one_line(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(fonts, "_installed", list)
+    base = [font for font in font_manager.fontManager.ttflist if font.name == fonts.BASE_FAMILY]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", base)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         for name in ("a.png", "b.png"):
@@ -136,6 +138,6 @@ def test_a_word_longer_than_a_line_is_broken_and_nothing_is_lost():
     for text in ("x" * 200, "ab " + "长" * 100, "a " * 50 + "b" * 90):
         lines = wrapped(text, 1.0, 10).split("\n")
         assert "".join("".join(lines).split()) == "".join(text.split())
-        assert all(fonts._width(line) <= 7.2 for line in lines)
+        assert all(text_width(line) <= 7.2 for line in lines)
         assert len(lines) > 3
     assert wrapped("checkpoint: " + "y" * 60, 1.0, 10, "    ").split("\n")[1].startswith("    y")

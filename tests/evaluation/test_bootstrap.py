@@ -174,7 +174,7 @@ def test_many_slides_are_drawn_like_few(monkeypatch):
     """The resamples are computed in blocks; the block's size changes nothing."""
     labels, probabilities, cases, repeats = repeated()
     whole = bootstrap_intervals(TASK, labels, probabilities, cases, 5, 60, repeats=repeats)
-    monkeypatch.setattr("utils.evaluation.bootstrap._BLOCK_VALUES", 7 * len(labels))
+    monkeypatch.setattr("utils.evaluation.bootstrap.BLOCK_VALUES", 7 * len(labels))
     assert bootstrap_intervals(TASK, labels, probabilities, cases, 5, 60, repeats=repeats) == whole
 
 

@@ -48,7 +48,7 @@ def test_pictures_are_part_of_the_page_unless_they_are_many(page, tmp_path, monk
     text = page(rows)
     assert not re.search(r'src="(?!data:image/jpeg;base64,)|url\(|@import|https?://', text)
     assert text.count("<img") == 1
-    monkeypatch.setattr(index_page, "_MOST_BYTES", 10)
+    monkeypatch.setattr(index_page, "MOST_EMBEDDED_BYTES", 10)
     assert 'src="s10%20%25_thumbnail.jpg" loading="lazy"' in page(rows)
 
 

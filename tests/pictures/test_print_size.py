@@ -77,7 +77,7 @@ def test_pictures_have_300_dpi(tmp_path):
 
 def test_patches_at_full_resolution_are_not_held_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(top_patches, "PAGE_SIDE", 32)
-    monkeypatch.setattr(top_patches, "_GRID_SIDE", 20)
+    monkeypatch.setattr(top_patches, "GRID_SIDE", 20)
     monkeypatch.setattr("utils.pictures.picture_set.save_picture", lambda *_: None)
     monkeypatch.setattr("utils.pictures.picture_set.write_report", lambda *_: None)
     path = write_pyramid(tmp_path / "place.tiff", place_image(640, 640), mpp=0.25, tile=256)

@@ -4,10 +4,11 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from utils.core.fonts import font_file
 from utils.core.geometry import covered_fraction, patch_grid
-from utils.slides.preview import LITTLE_TISSUE, MAX_SIDE, _font, draw_preview, write_preview
+from utils.slides.preview import LITTLE_TISSUE, MAX_SIDE, draw_preview, write_preview
 from utils.slides.quality import REASONS
 
 SIZE, PATCH = (8000, 6000), 400
@@ -78,9 +79,10 @@ def test_patches_with_little_tissue_are_shaded_faintly_but_for_what_was_kept():
 
 
 def test_names_and_units_are_written_in_letters_that_the_font_has():
-    missing = _font().getmask("\ufffe")
+    font = ImageFont.truetype(font_file(""), 12)
+    missing = font.getmask("\ufffe")
     for letter in "µéüßłΩЖ":
-        mask = _font().getmask(letter)
+        mask = font.getmask(letter)
         assert (mask.size, bytes(mask)) != (missing.size, bytes(missing))
 
 

@@ -66,11 +66,11 @@ def wrapped(text: str, inches: float, size: float, indent: str = "") -> str:
     for paragraph in text.split("\n"):
         line = ""
         for word in re.findall(r"\s*\S+", paragraph):
-            if _width(line + word) > most and _width(indent + word.lstrip()) <= most:
+            if text_width(line + word) > most and text_width(indent + word.lstrip()) <= most:
                 lines.append(line)
                 line, word = indent, word.lstrip()
             for character in word:
-                if line.strip() and _width(line + character) > most:
+                if line.strip() and text_width(line + character) > most:
                     lines.append(line)
                     line = indent
                 line += character
@@ -78,8 +78,8 @@ def wrapped(text: str, inches: float, size: float, indent: str = "") -> str:
     return "\n".join(lines)
 
 
-def _width(text: str) -> float:
-    """Return the width of a text in em."""
+def text_width(text: str) -> float:
+    """Return the width of a text in em, the font's size."""
     return sum(map(_advance, text))
 
 

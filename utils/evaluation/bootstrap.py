@@ -14,7 +14,7 @@ RESAMPLES = 1000
 MANY_PATIENTS = 10
 # False positive rates of the band; 0 is there twice, since a curve may rise before its first false positive.
 _GRID = np.append(0, np.arange(201) / 200)
-_BLOCK_VALUES = 1 << 20
+BLOCK_VALUES = 1 << 20
 _ROUNDING = 1e-9
 
 
@@ -224,7 +224,7 @@ def _resampled(cases: np.ndarray, seed: int, resamples: int) -> Iterator[np.ndar
     """Yield blocks `(b, n)` of how often each row's patient was drawn, `resamples` rows in all."""
     rng = np.random.default_rng(seed)
     patients, patient_of = np.unique(cases, return_inverse=True)
-    block = max(1, _BLOCK_VALUES // len(cases))
+    block = max(1, BLOCK_VALUES // len(cases))
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
         chosen = rng.integers(len(patients), size=(size, len(patients))) + np.arange(size)[:, None] * len(patients)

@@ -16,7 +16,7 @@ from utils.core.text import NOTICE
 INDEX = "index.html"
 _TEMPLATE = Path(__file__).with_name("index_page.html")
 _GENERATOR = "LiteMIL predictions"
-_MOST_BYTES = 20_000_000  # of all thumbnails that are embedded; larger ones stay files beside the page
+MOST_EMBEDDED_BYTES = 20_000_000  # of all thumbnails that are embedded; larger ones stay files beside the page
 _MOST_CLASSES = 6  # with a column of probabilities each
 
 
@@ -52,7 +52,7 @@ def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> N
     if path.exists() and f'content="{_GENERATOR}"' not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
         log.warning("%s: not an index page of predictions; moved to %s", path, *set_aside(path))
     pictures = [row.thumbnail for row in rows if row.thumbnail is not None and row.thumbnail.suffix == ".jpg"]
-    embed = sum(picture.stat().st_size for picture in pictures) <= _MOST_BYTES
+    embed = sum(picture.stat().st_size for picture in pictures) <= MOST_EMBEDDED_BYTES
     columns = _columns(rows)
     values = {
         "generator": _GENERATOR,

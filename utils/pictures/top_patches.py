@@ -16,7 +16,7 @@ from utils.slides.slide import Slide
 
 GRID_PATCHES = 50  # of each kind in the figure; files have no limit
 PAGE_PATCHES, PAGE_SIDE = 24, 1024  # of each kind on the page, and px of their longest side
-_GRID_SIDE = 660  # px of a patch in the figure: 2.2 inches at 300 dpi
+GRID_SIDE = 660  # px of a patch in the figure: 2.2 inches at 300 dpi
 _TABLE = "patches.csv"
 
 
@@ -57,7 +57,7 @@ def read_shown(slide: Slide, attention: AttentionMap, indices: NDArray[np.int64]
     """Read the patches with these indices, at most 50, as large as the page and the figure show them."""
     patches = read_patches(slide, attention, indices[:GRID_PATCHES])
     return [
-        MapPatch(patch.index, reduced(patch.pixels, PAGE_SIDE if number < PAGE_PATCHES else _GRID_SIDE))
+        MapPatch(patch.index, reduced(patch.pixels, PAGE_SIDE if number < PAGE_PATCHES else GRID_SIDE))
         for number, patch in enumerate(patches)
     ]
 
