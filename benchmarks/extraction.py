@@ -3,9 +3,9 @@
     uv run benchmarks/extraction.py
     uv run benchmarks/extraction.py --side 5000 --patches 300 --repeats 3
 
-A synthetic slide of each tile size is written as a JPEG pyramid and read by contenders that take turns, in one process,
-from a file the system has in memory: what is measured is the reading, not the disk. What is compared is first checked
-to be equal: pixel by pixel, or to rounding where a network has been at work.
+A synthetic slide of each tile size is written as a JPEG pyramid. The contenders read it in alternating turns, in one
+process, from the system's cache, so that reading is measured and not the disk. Results are first checked to be equal:
+pixels exactly, features to rounding.
 
 The first version's way is one patch after the other: OpenSlide, PIL, torchvision's transforms, and batches of 64 by
 the network as published. The memory part runs each extraction in a process of its own.
@@ -56,7 +56,7 @@ Read = Callable[[Corner], NDArray[np.uint8]]
 
 
 def texture(seed: int = 0) -> NDArray[np.uint8]:
-    """(PERIOD, PERIOD, 3) uint8 that looks like H&E and goes on at its edges where it began."""
+    """Return (PERIOD, PERIOD, 3) uint8 that looks like H&E and tiles without a seam."""
     rng = np.random.default_rng(seed)
 
     def noise(sigma: float) -> NDArray[np.float64]:
@@ -72,7 +72,7 @@ def texture(seed: int = 0) -> NDArray[np.uint8]:
 
 
 def jpeg_tiles(image: NDArray[np.uint8], side: int, tile: int) -> Iterator[bytes]:
-    """The tiles of a level of side x side px, on which the image is laid over and over."""
+    """Return the JPEG tiles of a level of side x side px, filled by repeating the image."""
     for top in range(0, side, tile):
         rows = np.arange(top, top + tile) % len(image)
         for left in range(0, side, tile):
@@ -81,7 +81,7 @@ def jpeg_tiles(image: NDArray[np.uint8], side: int, tile: int) -> Iterator[bytes
 
 
 def write_slide(path: Path, side: int, tile: int) -> Path:
-    """A pyramid of JPEG tiles, YCbCr 4:2:0: a BigTIFF, and what OpenSlide takes for Aperio's where tiles are 240 px."""
+    """Write a BigTIFF pyramid of JPEG tiles, YCbCr 4:2:0; with tiles of 240 px OpenSlide takes it for Aperio's."""
     image = texture()
     described = f"Aperio Image Library\r\n{side}x{side} ({tile}x{tile}) JPEG/YCC Q={QUALITY}|AppMag = 20|MPP = 0.5"
     with tifffile.TiffWriter(path, bigtiff=True) as writer:
@@ -103,13 +103,13 @@ def write_slide(path: Path, side: int, tile: int) -> Path:
 
 
 def grid(side: int, patch: int, count: int) -> list[Corner]:
-    """The first patches of a slide, row by row."""
+    """Return the first patches of a slide, row by row."""
     places = range(0, side - patch + 1, patch)
     return [(x, y) for y in places for x in places][:count]
 
 
 def read_all(read: Read, corners: list[Corner], threads: int) -> None:
-    """Read every patch, and keep none; threads take runs of neighbours, as those of an extraction do."""
+    """Read every patch and drop it; each thread reads runs of neighbours, as in an extraction."""
 
     def read_run(run: list[Corner]) -> None:
         for corner in run:
@@ -137,7 +137,7 @@ def check_equal(path: Path, corners: list[Corner], patch: int) -> None:
 
 
 def openslide_seconds(path: Path, corners: list[Corner], patch: int, threads: int) -> float:
-    """From a handle of its own, so that no turn finds the tiles of the one before it."""
+    """Return the seconds of reading with OpenSlide, with a new handle, so that no tile is in its cache."""
     with openslide.OpenSlide(path) as handle:
         read = partial(through_openslide, handle, patch)
         before = time.perf_counter()
@@ -146,7 +146,7 @@ def openslide_seconds(path: Path, corners: list[Corner], patch: int, threads: in
 
 
 def our_seconds(path: Path, corners: list[Corner], patch: int, threads: int) -> float:
-    """As `openslide_seconds`; the reader is chosen and verified before the clock starts, once a slide."""
+    """Return the seconds of reading with our reader, which is chosen and verified before the clock starts."""
     with open_slide(path) as slide:
         slide.read_level(0, slide.width - 1, slide.height - 1, 1, 1)
         before = time.perf_counter()
@@ -155,7 +155,7 @@ def our_seconds(path: Path, corners: list[Corner], patch: int, threads: int) -> 
 
 
 def decoding_seconds(path: Path, corners: list[Corner], patch: int, threads: int) -> float:
-    """Every tile that the patches touch is decoded once, and nothing else is done: the bound."""
+    """Return the seconds of decoding each tile that the patches touch once: the lower bound."""
     with tifffile.TiffFile(path) as file, path.open("rb") as source:
         page = file.pages.first
         tile, across = page.tilewidth, -(-page.imagewidth // page.tilewidth)
@@ -177,7 +177,7 @@ def decoding_seconds(path: Path, corners: list[Corner], patch: int, threads: int
 
 
 def first_read(path: Path) -> float:
-    """Seconds to open a slide and choose and verify its reader."""
+    """Return the seconds to open a slide and to choose and verify its reader."""
     before = time.perf_counter()
     with open_slide(path) as slide:
         slide.read_level(0, 0, 0, 1, 1)
@@ -185,7 +185,7 @@ def first_read(path: Path) -> float:
 
 
 def reading(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
-    """Patches in grid order, by OpenSlide one by one and by our reader."""
+    """Measure reading patches in grid order, with OpenSlide one by one and with our reader."""
     rows: dict[str, list[str]] = {}
     opening = []
     for tile in asked.tiles:
@@ -212,7 +212,7 @@ def reading(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
 
 
 def first_batches(path: Path, corners: list[Corner], patch: int) -> Iterator[Tensor]:
-    """(B, 3, patch, patch) float32 as the first version made it."""
+    """Yield batches (B, 3, patch, patch) float32 as the first version made them."""
     prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     with openslide.OpenSlide(path) as handle:
         for start in range(0, len(corners), BATCH):
@@ -221,7 +221,7 @@ def first_batches(path: Path, corners: list[Corner], patch: int) -> Iterator[Ten
 
 
 def our_batches(path: Path, count: int, patch: int, workers: int) -> Iterator[Tensor]:
-    """The same patches, a few at a time, by what `extractFeatures.py` reads and prepares them with on a CPU."""
+    """Yield the same batches as `extractFeatures.py` reads and prepares them on a CPU, a few patches at a time."""
     spec = backbone_spec("resnet50")
     backbone = Backbone(spec.name, spec.dim, spec.transform, nn.Identity(), weights_digest="")
     with open_slide(path) as slide:
@@ -237,7 +237,7 @@ def exhaust(batches: Callable[[], Iterator[Tensor]]) -> None:
 
 
 def feeding(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
-    """Reading and preparing, which is one thread's work beside the readers: what the network is fed with."""
+    """Measure reading and preparing batches for the network."""
     keep_freed_memory()  # as the extractor does; all contenders gain
     torch.set_num_threads(1)
     path = write_slide(folder / "feeding.tif", asked.side, 256)
@@ -259,14 +259,14 @@ def feeding(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
 
 
 def plain_features(path: Path, network: nn.Module, patch: int, count: int) -> NDArray[np.float32]:
-    """Of the first version's batches, by the network as it is published."""
+    """Return the features of the first version's batches, from the published network."""
     with torch.no_grad():
         corners = grid(int(count**0.5) * patch, patch, count)
         return torch.cat([network(batch) for batch in first_batches(path, corners, patch)]).numpy()
 
 
 def extracting(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
-    """Slide to features, on a CPU."""
+    """Measure a whole extraction, from slide to features, on a CPU."""
     torch.set_num_threads(max(asked.threads))
     torch.manual_seed(0)
     count = asked.extracted**2
@@ -299,7 +299,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def peak_megabytes(path: Path, stride: int) -> tuple[int, float]:
-    """Patches, and the most memory of this process, of an extraction to a file; on Linux."""
+    """Return the number of patches of an extraction to a file, and the peak memory of this process; on Linux."""
     extractor = WSIFeatureExtractor("stain", 256, stride, tissue_threshold=0, device="cpu", num_workers=2)
     found = extractor.extract_to(path, path.with_suffix(".h5"))
     # Not what `resource` knows: that begins with the memory of the process that started this one.
@@ -308,7 +308,7 @@ def peak_megabytes(path: Path, stride: int) -> tuple[int, float]:
 
 
 def memory(folder: Path, asked: argparse.Namespace) -> Iterator[str]:
-    """The most that a process takes for few patches and for many of the same slide."""
+    """Measure the peak memory of a process for few and for many patches of one slide."""
     path = write_slide(folder / "memory.tif", asked.side, 256)
     rows = []
     for stride in asked.strides:
@@ -328,7 +328,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[str]]] = {
 
 
 def medians(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """The median seconds of each contender, which take turns; the first turn, which fills caches, does not count."""
+    """Return the median seconds of each contender, in alternating turns, after one that fills caches."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():

@@ -128,7 +128,7 @@ def trained(name: str, dataset: MILDataset, seed: int) -> BagModel:
 
 
 def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int) -> dict[str, dict[str, float]]:
-    """The figures of each map of a model, on the test bags."""
+    """Return the figures of each map of a model on the test bags."""
     model, test = trained(name, dataset, seed), np.arange(TRAINING_BAGS, TRAINING_BAGS + TEST_BAGS)
     outputs = [
         predict_features(dataset.task, model, dataset.features(bag), WHOLE, attention=True, evidence=True)
@@ -158,7 +158,7 @@ def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int)
 
 
 def _maps(attention: NDArray | None, evidence: Evidence | None) -> dict[str, NDArray]:
-    """Each map `(C, N)`, for each class; attention is the same for both."""
+    """Return each map `(C, N)`, by class; attention is the same for both classes."""
     maps = {}
     if attention is not None:
         maps["attention"] = np.repeat(attention.mean(axis=0, keepdims=True), 2, axis=0)
@@ -168,7 +168,7 @@ def _maps(attention: NDArray | None, evidence: Evidence | None) -> dict[str, NDA
 
 
 def out_of_fold(name: str, home: Path, positive: str, folder: Path) -> list[list[str]]:
-    """The rows of a model on a cohort: nested cross-validation, then the maps of each slide by its fold's model."""
+    """Return the rows of a model on a cohort: cross-validate it, then score each slide's maps by its fold's model."""
     classes = sorted(set(read_labels(home)) - {positive})
     dataset = MILDataset(home / "labels.csv", home / "features", (*classes, positive), cache="ram")
     factory = partial(build_mil, name, input_dim=dataset.input_dim, num_classes=2)

@@ -32,7 +32,7 @@ FIRST = "first version"
 
 
 def write_clam(path: Path, features: np.ndarray, coords: np.ndarray) -> None:
-    """A batch of 256 patches at a time, coordinates after features, in chunks of 32 patches."""
+    """Write features as CLAM does: 256 patches at a time, coordinates after features, in chunks of 32 patches."""
     kept = {"features": features, "coords": coords.astype(np.int32)}
     with h5py.File(path, "w") as file:
         for name, values in kept.items():
@@ -64,7 +64,7 @@ LAYOUTS: dict[str, Callable[[Path, np.ndarray, np.ndarray], None]] = {
 
 
 def first_version(paths: list[Path]) -> Iterator[torch.Tensor]:
-    """An item is a chunk of patches: the file is opened, coordinates are read too, both become float32."""
+    """Read a slide as the first version did: each chunk opens the file, reads coordinates too, converts to float32."""
     for path in paths:
         with h5py.File(path, "r") as file:
             length = file["features"].shape[0]
@@ -81,7 +81,7 @@ def whole_slides(features: FileFeatures) -> Iterator[torch.Tensor]:
 
 
 def chunks(dataset: MILDataset) -> Iterator[torch.Tensor]:
-    """Chunks as training gets them, one at a time: copies of neighbouring patches, or of some of the whole slide's."""
+    """Yield chunks as training gets them: copies of neighbouring patches, or of a random choice over the slide."""
     for batch in dataset.batches(range(len(dataset)), 1, seed=0):
         yield batch.bags[0]
 
@@ -122,7 +122,7 @@ def seconds(run: Callable[[], Iterable[torch.Tensor]]) -> float:
 
 
 def measure(paths: list[Path], folder: Path, repeats: int) -> dict[str, float]:
-    """The median seconds of each contender, which take turns."""
+    """Return the median seconds of each contender, in alternating turns."""
     runs = contenders(paths, folder)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
@@ -134,7 +134,7 @@ def measure(paths: list[Path], folder: Path, repeats: int) -> dict[str, float]:
 
 
 def label_pass(folder: Path, slides: int) -> list[list[str]]:
-    """Milliseconds per 1000 slides to learn lengths and labels; slides of few patches, for they are not to be read."""
+    """Return milliseconds per 1000 slides to read lengths and labels. Slides are small, as features are not needed."""
     (folder / "features").mkdir(parents=True)
     paths = [folder / "features" / f"S{number}.h5" for number in range(slides)]
     for path in paths:
@@ -166,7 +166,7 @@ def label_pass(folder: Path, slides: int) -> list[list[str]]:
 
 
 def private_memory() -> float | None:
-    """MB that this process alone holds, the mapped files left out; None where the system does not tell."""
+    """Return the MB that only this process holds, without mapped files; None if the system does not tell."""
     try:
         found = re.search(r"Private_Dirty:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
     except OSError:

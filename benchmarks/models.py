@@ -127,12 +127,12 @@ class Subject:
 
 
 def linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of a product that the counter does not know, from the shapes (..., D) and (d, D)."""
+    """Return the operations of a product that torch's counter misses, from the shapes (..., D) and (d, D)."""
     return 2 * math.prod(x) * weight[0]
 
 
 def measure_times(setting: Setting, group: Group, which: str, lengths: Sequence[int]) -> dict[str, tuple[float, float]]:
-    """Of each contender, taking turns, the median seconds of pass `which`; with the forward pass its operations."""
+    """Return each contender's median seconds of pass `which`, in alternating turns; for forward also its operations."""
     bags = setting.bags(lengths)
     subjects = {name: Subject(contender, setting, bags) for name, contender in group.items()}
     runs = {}
@@ -151,7 +151,7 @@ def measure_times(setting: Setting, group: Group, which: str, lengths: Sequence[
 
 
 def seconds(run: Callable[[], None], times: int, device: str) -> float:
-    """Seconds of one run, the mean of several."""
+    """Return the seconds of one run, the mean of several."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -167,7 +167,7 @@ def seconds(run: Callable[[], None], times: int, device: str) -> float:
 
 
 def measure_memory(setting: Setting, contender: Contender, which: str, lengths: Sequence[int]) -> float:
-    """Peak bytes of pass `which` beyond input and weights, NaN where the system does not tell."""
+    """Return the peak bytes of pass `which` beyond input and weights; NaN if the system does not tell."""
     getattr(Subject(contender, setting, setting.bags([min(WARM_UP, max(1, max(lengths) // 4))])), which)()
     return peak_of(getattr(Subject(contender, setting, setting.bags(lengths)), which), setting.device)
 
@@ -190,13 +190,13 @@ def peak_of(run: Callable[[], None], device: str) -> float:
 
 
 def resident(field: str) -> float:
-    """Bytes under `field` of Linux's account of this process."""
+    """Return the bytes under `field` in Linux's account of this process."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * float(found[1]) if found else float("nan")
 
 
 def in_own_process(function: Callable[[], Any]) -> Any:
-    """The function's result, or None for lack of memory, be it said by PyTorch or by the system's killing it."""
+    """Return the function's result from a process of its own; None if that ran out of memory."""
     if sys.platform != "linux":
         return or_none(function)
     # Forked before anything ran here: the child has all imports and no thread, nor a context on the device.
@@ -224,7 +224,7 @@ def or_none(function: Callable[[], Any]) -> Any:
 
 
 def measure(setting: Setting, group: Group, lengths: Sequence[int]) -> list[list[str]]:
-    """One row per contender: name, parameters, GFLOPs, then time and memory of each pass."""
+    """Return a row per contender: name, parameters, GFLOPs, then time and memory of each pass."""
     parameters = {name: sum(p.numel() for p in contender.build().parameters()) for name, contender in group.items()}
     cells = {name: [name, f"{count:,}", ""] for name, count in parameters.items()}
     for which in PASSES:
@@ -255,7 +255,7 @@ def progress(sign: str) -> None:
 
 
 def machine(setting: Setting) -> str:
-    """What ran it: processor or GPU, threads, versions."""
+    """Return what ran the benchmark: processor or GPU, threads, versions."""
     name = in_own_process(torch.cuda.get_device_name) if setting.device == "cuda" else processor()
     dtype = str(setting.dtype).removeprefix("torch.")
     return ", ".join([name, f"{setting.threads} threads", dtype, f"{setting.repeats} turns", *versions()])

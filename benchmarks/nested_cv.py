@@ -3,18 +3,18 @@
     uv run benchmarks/nested_cv.py
     uv run benchmarks/nested_cv.py --slides 40 --repeats 3 --jobs 2
 
-The cohort is synthetic. From its files, which were just written and are in the system's memory, to the results on disk,
-each way runs in a fresh process, one after the other, on the same folds and as many threads. Imports are not counted.
+The cohort is synthetic. Each way runs in a fresh process, from the feature files (just written, so in the system's
+cache) to the results on disk, one after the other, on the same folds and threads. Imports are not counted.
 
-plain  As the first version went. torch's DataLoader over chunks of neighbouring patches: every access opens the file,
-       reads the coordinates too and converts to float32. Batches padded to the longest chunk, with a mask. LiteMIL by
-       nn.MultiheadAttention. Lengths take a look into every file, labels a load of every chunk.
-ours   MILDataset and NestedCrossValidation as they are by default, beginning with an empty folder for the packed file,
-       and with figures, intervals and checkpoints.
+plain  Like the first version: torch's DataLoader over chunks of neighbouring patches. Every access opens the file,
+       reads the coordinates too and converts to float32. Batches are padded to the longest chunk, with a mask. LiteMIL
+       is made of nn.MultiheadAttention. Reading lengths opens every file, reading labels loads every chunk.
+ours   MILDataset and NestedCrossValidation with their defaults, from an empty folder for the packed file, with figures,
+       intervals and checkpoints.
 
-Both have the same batch size, optimizer, schedule, class weights and clipping, validate after every epoch and test each
-fold once. First of all both train a small model from the same weights on the same chunks in the same order, without
-dropout: the largest difference of their loss curves is printed, and tells that they compute the same function.
+Both use the same batch size, optimizer, schedule, class weights and clipping, validate after every epoch and test each
+fold once. Before that, both train a small model from the same weights on the same chunks in the same order, without
+dropout. The largest difference of their loss curves is printed: it shows that they compute the same function.
 """
 
 import argparse
@@ -108,7 +108,7 @@ class Cohort:
 
 
 def write_cohort(folder: Path, plan: Plan) -> None:
-    """Slides of half to one and a half times `plan.patches`, three patients to four of them."""
+    """Write slides of half to one and a half times `plan.patches`, four for every three patients."""
     (folder / "features").mkdir(parents=True)
     rng = np.random.default_rng(0)
     patients = -(-plan.slides * 3 // 4)
@@ -148,12 +148,12 @@ class PlainChunks(torch.utils.data.Dataset):
         return features, int(self.cohort.labels[slide]), slide
 
     def of(self, slides: np.ndarray) -> np.ndarray:
-        """The items of these slides."""
+        """Return the items of these slides."""
         return np.flatnonzero(np.isin(self.slides, slides))
 
 
 def pad_and_mask(items: Sequence[tuple[Tensor, int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (B, N, D), its mask (B, N), True on padding, labels (B,), slides (B,)."""
+    """Return x (B, N, D), its mask (B, N) (True on padding), labels (B,) and slides (B,)."""
     bags, labels, slides = zip(*items, strict=True)
     lengths = torch.tensor([len(bag) for bag in bags])
     mask = torch.arange(int(lengths.max())) >= lengths.unsqueeze(1)
@@ -162,7 +162,7 @@ def pad_and_mask(items: Sequence[tuple[Tensor, int, int]]) -> tuple[Tensor, Tens
 
 
 class PlainTraining:
-    """One training as the first version went, of the function and the loss that are ours."""
+    """A training like the first version's, with our model and our loss."""
 
     def __init__(self, chunks: PlainChunks, train: np.ndarray, plan: Plan, seed: int) -> None:
         seed_everything(seed)
@@ -176,7 +176,7 @@ class PlainTraining:
         self.weights = torch.tensor(of_slide[train].sum() / len(train) / of_slide, dtype=torch.float32)
 
     def epoch(self, number: int, order: Sequence[Sequence[int]] | None = None) -> float:
-        """The loss of one epoch over all items, shuffled, or over batches of items in the given `order`."""
+        """Train one epoch and return its loss: over all items, shuffled, or over the batches of `order`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.plan.training)
         seed_everything(derive_seed(self.seed, number))
@@ -195,7 +195,7 @@ class PlainTraining:
 
     @torch.no_grad()
     def probabilities(self, slides: np.ndarray) -> np.ndarray:
-        """`(n, C)`: each slide's mean over its chunks, by their number of patches."""
+        """Return `(n, C)`: each slide's mean over its chunks, weighted by their numbers of patches."""
         self.model.eval()
         summed = np.zeros((len(self.chunks.cohort.paths), len(CLASSES)))
         patches = np.zeros(len(summed))
@@ -223,7 +223,7 @@ class PlainTraining:
 
 
 def plain(plan: Plan, folder: Path, output: Path) -> Iterator[str]:
-    """The whole cross-validation, the plain way; says the name of each part that is done."""
+    """Run the whole cross-validation the plain way; yield the name of each finished part."""
     cohort = Cohort.of(folder)
     chunks = PlainChunks(cohort, plan.chunk_size)
     for item in range(len(chunks)):
@@ -254,7 +254,7 @@ def plain(plan: Plan, folder: Path, output: Path) -> Iterator[str]:
 
 
 def ours(plan: Plan, folder: Path, output: Path) -> Iterator[str]:
-    """The whole cross-validation, our way, from an empty folder for the packed file on."""
+    """Run the whole cross-validation our way, from an empty folder for the packed file; yield each finished part."""
     dataset = our_dataset(plan, folder, output.parent / f"{output.name}_packed")
     yield "before the first training"
     factory = functools.partial(build_mil, "LiteMIL", input_dim=plan.dim, num_classes=len(CLASSES))
@@ -273,12 +273,12 @@ def our_dataset(plan: Plan, folder: Path, cache: Path, kind: type[MILDataset] = 
 
 
 def clock() -> np.ndarray:
-    """Seconds passed, and seconds of processor time of this process and the children it has seen end."""
+    """Return wall seconds, and processor seconds of this process and its ended children."""
     return np.array([time.perf_counter(), sum(os.times()[:4])])
 
 
 def timed(way: str, plan: Plan, folder: Path, output: Path) -> dict[str, tuple[float, float]]:
-    """Seconds, and seconds of processor time, of each part of a whole cross-validation, and in all."""
+    """Return wall and processor seconds of each part of a whole cross-validation, and of all."""
     torch.set_num_threads(plan.threads)
     torch.optim.AdamW([torch.zeros(1)])  # the first one imports half of PyTorch
     parts: dict[str, tuple[float, float]] = {}
@@ -323,8 +323,8 @@ class Recorded(MILDataset):
 
 
 def loss_curves(folder: Path, plan: Plan = SMALL) -> dict[str, np.ndarray]:
-    """Of each way, the training and validation loss of each epoch `(epochs, 2)`: from the same weights, on the same
-    chunks of neighbours in the same order, without dropout.
+    """Return the training and validation losses `(epochs, 2)` of each way: from the same weights, on the same chunks of
+    neighbouring patches in the same order, without dropout.
     """
     write_cohort(folder, plan)
     dataset = our_dataset(plan, folder, folder, Recorded, sequential=True)
@@ -348,7 +348,7 @@ def same_weights_without_dropout(plain_model: PlainLiteMIL, model: nn.Module) ->
 
 
 def items_of(batch: Batch, chunks: PlainChunks) -> list[int]:
-    """The chunks of a batch, told by their features."""
+    """Return the chunks of a batch, identified by their features."""
     return [
         next(item for item in chunks.of(np.array([slide])).tolist() if torch.equal(chunks[item][0], bag))
         for slide, bag in zip(batch.slides.tolist(), batch.bags, strict=True)
@@ -356,12 +356,12 @@ def items_of(batch: Batch, chunks: PlainChunks) -> list[int]:
 
 
 def largest_difference(curves: dict[str, np.ndarray]) -> float:
-    """The largest relative difference of the two ways' losses."""
+    """Return the largest relative difference of the two ways' losses."""
     return float((np.abs(curves["ours"] - curves["plain"]) / np.abs(curves["plain"])).max())
 
 
 def time_epochs(plan: Plan, folder: Path, cache: Path, epochs: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """Median seconds, and seconds of processor time, of what an inner training is made of; the ways take turns."""
+    """Return median wall and processor seconds of the parts of an inner training; the ways take turns."""
     torch.set_num_threads(plan.threads)
     plan = replace(plan, epochs=epochs)
     pair = Pair(plan, folder, our_dataset(plan, folder, cache))
@@ -385,7 +385,7 @@ def time_epochs(plan: Plan, folder: Path, cache: Path, epochs: int) -> dict[str,
 
 
 def rows(found: dict[str, dict[str, tuple[float, float]]]) -> list[list[str]]:
-    """Of each part, seconds of both ways and their ratio, then the same of processor time."""
+    """Return a row per part: seconds of both ways and their ratio, then the same for processor time."""
     cells = []
     for name, ways in found.items():
         pairs = zip(ways["plain"], ways["ours"], strict=True)
@@ -395,7 +395,7 @@ def rows(found: dict[str, dict[str, tuple[float, float]]]) -> list[list[str]]:
 
 
 def whole_runs(plan: Plan, folder: Path, home: Path, repeats: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """Of each part of the whole cross-validation, the medians of both ways, which take turns."""
+    """Return the medians of both ways for each part of the whole cross-validation; the ways take turns."""
     taken: dict[str, list[dict[str, tuple[float, float]]]] = {way: [] for way in WAYS}
     for turn in range(repeats):
         for way in WAYS:
@@ -410,7 +410,7 @@ def whole_runs(plan: Plan, folder: Path, home: Path, repeats: int) -> dict[str, 
 
 
 def pooled_auc(folder: Path, output: Path) -> float:
-    """Of the slides' answers out of fold."""
+    """Return the AUC of the out-of-fold predictions."""
     labels = pd.read_csv(folder / "labels.csv", dtype=str, index_col="wsi_id")["label"].eq(CLASSES[1])
     score = pd.read_csv(output / "predictions.csv", index_col="wsi_id")[f"prob_{CLASSES[1]}"][labels.index].to_numpy()
     figures = TASK.unweighted_metrics(labels.to_numpy(dtype=int), np.stack([1 - score, score], axis=1))

@@ -75,7 +75,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measured(slide: Path, checkpoint: Path, repeats: int) -> list[str]:
-    """The cells of a model's row."""
+    """Return the cells of a model's row."""
     predictor = SlidePredictor(checkpoint, device="cpu")
 
     def predict(evidence: bool = False) -> SlidePrediction:

@@ -40,7 +40,7 @@ def sleep(times: dict[Path, float], slide: Path, _: Path) -> SlideStatus:
 
 
 def simulated(folder: Path, seconds: Sequence[float]) -> dict[Path, Path]:
-    """Slides and targets; a slide is a file without content, of a size as its seconds, for the largest go first."""
+    """Return slides and targets. Each slide is an empty file of a size by its seconds, as the largest go first."""
     slides = [folder / f"simulated_{one:05d}.svs" for one in range(len(seconds))]
     for slide, time_of_it in zip(slides, seconds, strict=True):
         with slide.open("wb") as file:
@@ -58,7 +58,7 @@ def seconds_of(engine: Engine, work, targets: dict[Path, Path], report: Path) ->
 
 
 def resident() -> float:
-    """MB of this process."""
+    """Return the MB of this process."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmRSS"].split()[0]) / 1e3
 
