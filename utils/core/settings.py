@@ -13,35 +13,49 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 from utils.core.errors import ConfigError, did_you_mean
 
 REQUIRED: Any = dataclasses.MISSING
 
 
+class FlagDetails(TypedDict, total=False):
+    """What a flag may have besides its default and help.
+
+    Attributes
+        least, most: the limits of a number.
+        flag, alias: its name if it is not that of the field, and a second one; metavar: its value in the help text.
+        positional: it is given by position, not by name.
+        one_of: one of the flags that share this name has to be given.
+        also: maps other words for a choice to the choice.
+        hidden: it works, but is not in the help text.
+    """
+
+    least: float
+    most: float
+    flag: str | None
+    alias: str | None
+    metavar: str | None
+    positional: bool
+    one_of: str | None
+    also: Mapping[str, str]
+    hidden: bool
+
+
+_PLAIN_FLAG: FlagDetails = {
+    "least": -math.inf, "most": math.inf, "flag": None, "alias": None, "metavar": None, "positional": False,
+    "one_of": None, "also": {}, "hidden": False,
+}  # fmt: skip
+
+
 def option(
     default: Any,
     help: str,  # noqa: A002 - argparse's own word
-    *,
-    least: float = -math.inf,
-    most: float = math.inf,
-    flag: str | None = None,
-    alias: str | None = None,
-    metavar: str | None = None,
-    positional: bool = False,
-    one_of: str | None = None,
-    also: Mapping[str, str] | None = None,
-    hidden: bool = False,
+    **details: Unpack[FlagDetails],
 ) -> Any:
-    """Return a dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory; a `positional` one is
-    given by position, not by name. One of the flags that share a name in `one_of` has to be given. `also` maps other
-    words for a choice to the choice. A `hidden` flag works, but is not in the help text.
-    """
-    metadata = {
-        "help": help, "least": least, "most": most, "flag": flag, "alias": alias, "metavar": metavar,
-        "positional": positional, "one_of": one_of, "also": also or {}, "hidden": hidden,
-    }  # fmt: skip
+    """Return a dataclass field that is also a flag. `default=REQUIRED` makes the flag mandatory."""
+    metadata = {"help": help} | _PLAIN_FLAG | details
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
