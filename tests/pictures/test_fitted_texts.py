@@ -1,6 +1,7 @@
 """Texts of any length in figures of any shape: nothing is cut, nothing lies on anything else."""
 
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -114,3 +115,13 @@ def test_the_patch_grid_and_the_curves_hold_their_titles(count):
     attention = overlay_of(800, 600).attention
     for maps in ([], [attention, attention]):
         check_texts(faithfulness_figure(record, maps, "viridis", TITLE, CLASSES[0]))
+
+
+@pytest.mark.parametrize("name", ["attention", "uniform weight", "share of winning features", "mean weight"])
+def test_the_detailed_figure_holds_the_name_of_any_weights(name):
+    overlay = overlay_of(2400, 3200)
+    overlay = replace(overlay, attention=replace(overlay.attention, name=name))
+    for evidence in (None, evidence_overlay(overlay)):
+        check_texts(
+            detailed_figure(overlay, title=SHORT, top_k=3, probabilities={"a": 1.0}, facts=[], evidence=evidence)
+        )

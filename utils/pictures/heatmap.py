@@ -35,6 +35,7 @@ _BAR_ROOM = 1.5  # inches beside a map for its colour bar
 _LINE = 1.35 / 72  # inches of a line of text for each point of its size
 _DETAILED = 14  # inches of the detailed figure's width
 _FACTS_SIZE, _FACTS_WIDTH = 7.5, 4.0  # points, inches
+_PLOT_WIDTH = 2.7  # inches for the texts of the plots of attention
 _CLASS_WIDTH = 1.4  # inches for the name of a class beside its bar
 _LOG_FROM = 200  # patches from which the histogram is logarithmic, so that bins of few patches show
 
@@ -307,8 +308,8 @@ def _draw_distribution(axes: Axes, attention: AttentionMap) -> None:
         axes.set_yscale("log")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=f"{attention.name}, multiple of uniform (dashed)", ylabel="patches")
-    axes.set_title(f"how {attention.name} is spread", fontsize=10)
+    axes.set(xlabel=wrapped(f"{attention.name}, multiple of uniform (dashed)", _PLOT_WIDTH, 10), ylabel="patches")
+    axes.set_title(wrapped(f"how the {attention.name} is spread", _PLOT_WIDTH, 10), fontsize=10)
 
 
 def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
@@ -317,9 +318,10 @@ def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
     axes.plot(np.r_[0, patches], np.r_[0, share], color="#555555")
     axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=1, ls="--")
     axes.plot(half / len(attention), share[half - 1], "o", color=_TOP_COLOUR)
-    axes.set(xlabel=f"{attention.most_text} first", ylabel=f"{attention.name} held", xlim=(0, 1), ylim=(0, 1))
+    first = wrapped(f"{attention.most_text} first", _PLOT_WIDTH, 10)
+    axes.set(xlabel=first, ylabel=f"{attention.name} held", xlim=(0, 1), ylim=(0, 1))
     text = f"half is held by {half:,} of {len(attention):,} ({percent_text(half / len(attention))})"
-    axes.set_title(wrapped(text, 2.7, 10), fontsize=10)
+    axes.set_title(wrapped(text, _PLOT_WIDTH, 10), fontsize=10)
 
 
 def _draw_probabilities(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
