@@ -8,6 +8,7 @@ from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import CMAP, EvidenceMap, EvidenceOverlay
 from utils.pictures.heatmap import evidence_figure
 from utils.pictures.overlay import Picture
+from utils.pictures.prediction_caption import evidence_text
 
 NAMES = ("benign", "malignant")
 COORDS = patch_grid(400, 200, 100, 100)  # 8 patches
@@ -69,3 +70,21 @@ def test_the_figure_says_which_class_and_what_it_adds_up_to():
     assert [number.get_text() for number in axes.texts if number.get_text().isdigit()] == ["1", "2"]
     outlines = [patch.get_linestyle() for patch in axes.patches if not patch.get_fill()]
     assert outlines == ["-", "-", "--"]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((0.53409, 0.20813, 1.29568, -0.96972), "+0.534: mean training slide +0.208, patches for it +1.296, "
+         "patches against it -0.970"),
+        ((0.06494, -0.05034, 0.13731, -0.02204), "+0.0649: mean training slide -0.0503, patches for it +0.1373, "
+         "patches against it -0.0220"),
+        ((-1234.5, 0, 0, -1234.5), "-1234: mean training slide +0, patches for it +0, patches against it -1234"),
+        ((0, 0, 0, 0), "+0.000: mean training slide +0.000, patches for it +0.000, patches against it +0.000"),
+    ],
+)  # fmt: skip
+def test_what_the_log_odds_are_the_sum_of_has_equal_decimals(values, text):
+    names = ("log_odds", "reference", "for", "against")
+    evidence = {name: {"malignant": value} for name, value in zip(names, values, strict=True)}
+    record = {"predicted_class": "malignant", "evidence": evidence | {"begins_at": "mean training slide"}}
+    assert evidence_text(record) == f"log-odds of malignant {text}"

@@ -1,5 +1,6 @@
 """The text on the pictures of a prediction, from its record `<slide>_prediction.json`."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,9 +174,11 @@ def evidence_text(record: Mapping[str, Any]) -> str:
     log_odds, start, favourable, adverse = (
         evidence[term][name] for term in ("log_odds", "reference", "for", "against")
     )
+    largest = max(map(abs, (log_odds, start, favourable, adverse)))
+    decimals = max(0, 3 - math.floor(math.log10(largest))) if largest > 0 else 3  # the same, so that they add up
+    total, begin, gain, loss = (f"{value:+.{decimals}f}" for value in (log_odds, start, favourable, adverse))
     return (
-        f"log-odds of {name} {log_odds:+.3g}: {evidence['begins_at']} {start:+.3g}, patches for it {favourable:+.3g}, "
-        f"patches against it {adverse:+.3g}"
+        f"log-odds of {name} {total}: {evidence['begins_at']} {begin}, patches for it {gain}, patches against it {loss}"
     )
 
 
