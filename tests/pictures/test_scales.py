@@ -39,7 +39,7 @@ def test_nearly_uniform_attention_is_said_to_be_on_each_picture(tmp_path, spread
     page = page_of(tmp_path / "a.html", PICTURE, attention)
     for text in (title, " ".join(facts.split()), page):
         assert ("attention is nearly uniform" in text) is is_said
-        assert (f"as spread out as over {attention.effective_count:,.0f} of 320 patches" in text) is is_said
+        assert (f"as if {attention.effective_count:,.0f} of 320 patches" in text) is is_said
 
 
 def test_the_scale_of_multiples_is_flat_where_attention_is():

@@ -100,8 +100,8 @@ class AttentionMap:
             return [f"All {len(self):,} patches weigh the same: none is the most or the least attended."]
         if len(self) > 1 and self.effective_count >= _NEARLY_UNIFORM * len(self):
             return [
-                f"The {self.name} is nearly uniform, as spread out as over {self.effective_count:,.0f} of {len(self):,} "
-                "patches of equal weight: strong colours may stand for small differences."
+                f"The {self.name} is nearly uniform, as if {self.effective_count:,.0f} of {len(self):,} patches "
+                "weighed the same: strong colours may stand for small differences."
             ]
         return []
 
