@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
+from tests.synthetic import place_image, write_pyramid
 from utils.core.geometry import patch_grid
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import CMAP, EvidenceMap, EvidenceOverlay
 from utils.pictures.heatmap import evidence_figure
 from utils.pictures.overlay import Picture
 from utils.pictures.prediction_caption import evidence_text
+from utils.pictures.top_patches import read_evidence_groups
+from utils.slides.open_slides import open_slide
 
 NAMES = ("benign", "malignant")
 COORDS = patch_grid(400, 200, 100, 100)  # 8 patches
@@ -88,3 +91,24 @@ def test_what_the_log_odds_are_the_sum_of_has_equal_decimals(values, text):
     evidence = {name: {"malignant": value} for name, value in zip(names, values, strict=True)}
     record = {"predicted_class": "malignant", "evidence": evidence | {"begins_at": "mean training slide"}}
     assert evidence_text(record) == f"log-odds of malignant {text}"
+
+
+def test_patches_have_the_numbers_of_the_map(tmp_path):
+    evidence = evidence_of(5, 4, 1, 0, 0, 0, -3, -2)
+    overlay = overlay_of(evidence)
+    with open_slide(write_pyramid(tmp_path / "a.tiff", place_image(400, 200), mpp=0.5, tile=128)) as slide:
+        groups = read_evidence_groups(slide, overlay.attention, evidence, "malignant", 2)
+    assert [(group.kind, list(group.captions)) for group in groups] == [
+        ("top", ["1: +5.0", "2: +4.0"]), ("least", ["-3.0", "-2.0"]),
+    ]  # fmt: skip
+    assert [[patch.index for patch in group.patches] for group in groups] == [[0, 1], [6, 7]]
+    axes = evidence_figure(overlay, title="", text="", top_k=2, alpha=0.5).axes[0]
+    numbers = {number.get_text(): number.get_position()[0] // 10 for number in axes.texts if number.get_text() in "12"}
+    assert numbers == {"1": -1, "2": 0}  # the left edges of the first and the second patch of 10 px
+
+
+def test_dashes_stand_out_on_dark_patches():
+    overlay = overlay_of(evidence_of(1, 0, 0, 0, 0, 0, 0, -2))
+    axes = evidence_figure(overlay, title="", text="", top_k=2, alpha=1).axes[0]
+    outlines = [patch for patch in axes.patches if not patch.get_fill()]
+    assert [(outline.get_linestyle(), len(outline.get_path_effects())) for outline in outlines] == [("-", 0), ("--", 1)]

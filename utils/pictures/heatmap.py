@@ -276,7 +276,10 @@ def _outline(
     points = float(side.min()) * 72 * min(height / h, _LONGER_SIDE / w)
     for rank, (x, y) in enumerate((corners - picture.corner) * picture.scale - 0.5, start=1):
         colour = _LEAST_COLOUR if against else _TOP_COLOUR
-        axes.add_patch(Rectangle((x, y), side[0], side[1], fill=False, edgecolor=colour, lw=1, ls=line))
+        outline = Rectangle((x, y), side[0], side[1], fill=False, edgecolor=colour, lw=1, ls=line)
+        if against:  # dark dashes would be lost on what is dark
+            outline.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        axes.add_patch(outline)
         if against:
             continue
         if points >= _NUMBER_ROOM:

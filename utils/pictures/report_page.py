@@ -184,24 +184,21 @@ def _galleries(attention: AttentionMap, groups: Sequence[PatchGroup]) -> list[tu
     """Return title, kind and items of each group that has patches."""
     images = _encoded(*(group.patches[:PAGE_PATCHES] for group in groups))
     return [
-        (f"{group.title[0].upper()}{group.title[1:]}", group.kind, _gallery(attention, patches, group.captions))
+        (f"{group.title[0].upper()}{group.title[1:]}", group.kind, _gallery(attention, patches, group))
         for group, patches in zip(groups, images, strict=True)
         if patches
     ]
 
 
-def _gallery(
-    attention: AttentionMap, patches: Sequence[tuple[int, str]], captions: Sequence[str]
-) -> list[_GalleryItem]:
+def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]], group: PatchGroup) -> list[_GalleryItem]:
     items = []
-    for (index, image), caption in zip(patches, captions, strict=False):
+    for (index, image), caption in zip(patches, group.captions, strict=False):
         (x, y), weight = attention.coords[index], attention.attention[index]
         rank, times = rank_text(attention, index), multiple_text(weight * len(attention))
         title = f"Rank {rank} of {len(attention)}: {attention.name} {weight:.3g}, {times} times uniform, at ({x}, {y})"
-        is_evidence = caption[0] in "+-"
-        lines = [caption] if is_evidence else [f"rank {rank}", f"{weight:.3g} ({times} x)"]
+        lines = [caption] if group.is_evidence else [f"rank {rank}", f"{weight:.3g} ({times} x)"]
         lines.append(f"at ({x}, {y})")
-        title += f", evidence {caption}" if is_evidence else ""
+        title += f", evidence {caption.split(': ')[-1]}" if group.is_evidence else ""
         items.append(_GalleryItem(int(index), image, title, lines))
     return items
 

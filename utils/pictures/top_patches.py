@@ -80,13 +80,14 @@ def reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 @dataclass(frozen=True)
 class PatchGroup:
     """Patches to show together, in order: their `title`, the `kind` of their mark ("top" or "least"), and a caption of
-    each.
+    each, which may be of their evidence.
     """
 
     title: str
     kind: str
     patches: Sequence[MapPatch]
     captions: Sequence[str]
+    is_evidence: bool = False
 
 
 def attention_groups(attention: AttentionMap, top: Sequence[MapPatch], least: Sequence[MapPatch]) -> list[PatchGroup]:
@@ -115,16 +116,20 @@ def read_evidence_groups(
 ) -> list[PatchGroup]:
     """Read the `count` patches that argue most for a class, and those that argue most against it, as two groups.
 
-    A caption is what the patch adds to the class's log-odds.
+    A caption is what the patch adds to the class's log-odds; those that argue for it have their number on the map.
     """
     values = evidence.of_class(name)
     supporters, opponents = evidence.strongest(name, count)
+    texts = [[f"{value:+#.2g}" for value in values[indices[:GRID_PATCHES]]] for indices in (supporters, opponents)]
+    texts[0] = [f"{number}: {text}" for number, text in enumerate(texts[0], start=1)]
     return [
         PatchGroup(
-            f"patches with most evidence {side} {name}", kind, read_shown(slide, attention, indices),
-            [f"{value:+.2g}" for value in values[indices[:GRID_PATCHES]]],
+            f"patches with most evidence {side} {name}", kind, read_shown(slide, attention, indices), captions,
+            is_evidence=True,
         )
-        for side, kind, indices in (("for", "top", supporters), ("against", "least", opponents))
+        for side, kind, indices, captions in (
+            ("for", "top", supporters, texts[0]), ("against", "least", opponents, texts[1]),
+        )
     ]  # fmt: skip
 
 
