@@ -113,8 +113,16 @@ def test_the_patch_grid_and_the_curves_hold_their_titles(count):
     }  # fmt: skip
     record = {"deletion": curve, "insertion": curve, "random_orders": 10, "rank_correlation_with_random_weights": [0.5]}
     attention = overlay_of(800, 600).attention
+    of_evidence = {"fractions": [0, 1], "most_for_first": [1, 0.5], "gap": 0.2}
+    both = record | {"evidence": {"deletion": of_evidence, "insertion": of_evidence}}
     for maps in ([], [attention, attention]):
         check_texts(faithfulness_figure(record, maps, "viridis", TITLE, CLASSES[0]))
+        for name in ("attention", "uniform weight", "share of winning features"):
+            figure = faithfulness_figure(both, maps, "viridis", TITLE, CLASSES[0], name)
+            check_texts(figure)
+            title, is_equal = figure.axes[0].get_title(), name == "uniform weight"
+            assert title == ("Deletion: evidence +0.200" if is_equal else "Deletion: gap +0.100, evidence +0.200")
+            assert len(figure.axes[0].lines) == (2 if is_equal else 4)
 
 
 @pytest.mark.parametrize("name", ["attention", "uniform weight", "share of winning features", "mean weight"])

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-ATTENTION, _MIXED = "attention", "mean weight"
+ATTENTION, UNIFORM, _MIXED = "attention", "uniform weight", "mean weight"
 # What models without attention give instead.
-_NAMES = {"meanPool": "uniform weight", "maxPool": "share of winning features"}
+_NAMES = {"meanPool": UNIFORM, "maxPool": "share of winning features"}
 # Equal patches have no rank to show if they are more than this share of a slide's.
 _MOST_EQUAL = 0.2
 # From this share of effective patches on the attention is called nearly uniform.

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from utils.core.fonts import wrapped
 from utils.core.text import escape_mathtext
-from utils.pictures.attention_map import ATTENTION, AttentionMap
+from utils.pictures.attention_map import ATTENTION, UNIFORM, AttentionMap
 from utils.pictures.heatmap import with_notice
 
 _MOST, _LEAST, _RANDOM = "#d62728", "#1f77b4", "#7f7f7f"
+_FOR = {"color": "#111111", "lw": 1.3, "ls": "-.", "label": "most evidence first"}
 _MAP_SIDE = 400  # px of the longer side of a map
 _VERBS = {"deletion": "taken away", "insertion": "added"}
 
@@ -26,20 +27,32 @@ def faithfulness_figure(
     class_name: str,
     weights: str = ATTENTION,
 ) -> Figure:
-    """Draw the curves of `record`, a prediction's `faithfulness`; and, if the patches have coordinates, the two `maps`
-    of the model and of the same model with random weights, by percentile. `weights` is what the weights are.
+    """Draw the curves of `record`, a prediction's `faithfulness`, those of evidence too if there are any; and, if the
+    patches have coordinates, the two `maps` of the model and of the same model with random weights, by percentile.
+    `weights` is what the weights are.
     """
     width = 10 if maps else 6.4
     title, label = wrapped(title, width - 0.3, 10), wrapped(f"Probability of {class_name}", 2.4, 8)
     height = 3.1 + 0.17 * (title.count("\n") + 1)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, 4 if maps else 2, width_ratios=[1.25, 1.25, 1, 1] if maps else None)
+    evidence = record.get("evidence") or {}
     for curve_axes, (name, verb) in zip(axes, _VERBS.items(), strict=False):
         _draw_curves(curve_axes, record[name], record["random_orders"], weights)
-        curve_axes.set_title(f"{name.capitalize()}: gap {record[name]['gap']:+.3f}", fontsize=9)
+        gaps = [] if weights == UNIFORM else [f"gap {record[name]['gap']:+.3f}"]
+        if evidence:
+            curve_axes.plot(evidence[name]["fractions"], evidence[name]["most_for_first"], **_FOR)
+            gaps.append(f"evidence {evidence[name]['gap']:+.3f}")
+        curve_axes.set_title(": ".join([name.capitalize(), *([", ".join(gaps)] if gaps else [])]), fontsize=9)
         curve_axes.set_xlabel(f"Share of patches {verb}", fontsize=8)
     axes[0].set_ylabel(escape_mathtext(label), fontsize=8)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=7)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=4 if maps else 2,
+        frameon=False,
+        fontsize=7,
+    )
     if maps:
         defined = [value for value in record["rank_correlation_with_random_weights"] if value is not None]
         correlation = f"{np.mean(defined):.2f}, mean of {len(defined)}" if defined else "none: all patches are equal"
@@ -59,8 +72,9 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Any], orders: int, weights: st
     low, high = (np.clip(mean + sign * spread, 0, 1) for sign in (-1, 1))
     axes.fill_between(x, low, high, color=_RANDOM, alpha=0.25, lw=0)
     axes.plot(x, mean, color=_RANDOM, ls=":", lw=1.5, label=f"random ({orders} orders, ± sd)")
-    axes.plot(x, curves["most_attended_first"], color=_MOST, lw=1.6, label=f"{most} first")
-    axes.plot(x, curves["least_attended_first"], color=_LEAST, lw=1.6, ls="--", label=f"{least} first")
+    if weights != UNIFORM:  # equal weights have no order
+        axes.plot(x, curves["most_attended_first"], color=_MOST, lw=1.6, label=f"{most} first")
+        axes.plot(x, curves["least_attended_first"], color=_LEAST, lw=1.6, ls="--", label=f"{least} first")
     axes.set(xlim=(0, 1), ylim=(-0.03, 1.03))
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from utils.core.cohorts import SYNTHETIC
 from utils.core.files import digest
 from utils.core.text import percent_text
-from utils.pictures.attention_map import ATTENTION, weight_name
+from utils.pictures.attention_map import ATTENTION, UNIFORM, weight_name
 
 _RECIPE = (
     "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
@@ -75,7 +75,8 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("evidence", evidence_text(record)))
     facts += _localization(record.get("localization") or {"classes": {}})
     if record.get("faithfulness"):
-        facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
+        if weight_name(record) != UNIFORM:
+            facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
         if "evidence" in record["faithfulness"]:
             measured = record["faithfulness"]["evidence"] | {"random_orders": record["faithfulness"]["random_orders"]}
             facts.append(("faithfulness of evidence", _faithfulness(measured)))
@@ -97,9 +98,14 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
 
 
 def _faithfulness_notes(predicted_class: str, measured: Mapping[str, Any], weights: str) -> list[str]:
-    """Return which maps the answer does not bear out, and which it does instead; `weights` is what the weights are."""
+    """Return which maps the answer does not bear out, and which it does instead; `weights` is what the weights are.
+
+    Equal weights are no map to be borne out: their order is that of the file.
+    """
     name = weights.capitalize()
-    maps = {name: measured} | ({"Evidence": measured["evidence"]} if "evidence" in measured else {})
+    maps = ({} if weights == UNIFORM else {name: measured}) | (
+        {"Evidence": measured["evidence"]} if "evidence" in measured else {}
+    )
     most = "the most attended patches" if weights == ATTENTION else f"the patches with the highest {weights}"
     firsts = {name: most, "Evidence": "the patches that argue most for it"}
     failing = [kind for kind in maps if maps[kind]["deletion"]["gap"] <= 0]
