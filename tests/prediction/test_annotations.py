@@ -127,6 +127,10 @@ def test_a_class_of_the_models_name_needs_no_flag_and_the_page_says_the_scores(h
     page = (tmp_path / "out" / "s1_report.html").read_text()
     assert "annotated malignant" in page
     assert "12 of 36 patches; attention AUC " in page
+    assert "annotated malignant: 12 of 36 patches; attention AUC " in outcome.out
+    drawn.rename(drawn.with_name("s1.geojson"))
+    outcome = predict("--input", home / "features" / "s2.h5", "--annotations", drawn.parent)
+    assert f"{drawn.parent} has no annotations of this slide, so no map is scored" in outcome.err
 
 
 def test_labels_of_the_feature_file_are_truth_too(home, predict, tmp_path):

@@ -73,7 +73,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     if record.get("evidence"):
         facts.append(("evidence", evidence_text(record)))
-    facts += _localization(record.get("localization") or {"classes": {}})
+    facts += localization_facts(record.get("localization") or {"classes": {}})
     if record.get("faithfulness"):
         if weight_name(record) != UNIFORM:
             facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
@@ -155,7 +155,7 @@ def _faithfulness(curves: Mapping[str, Any]) -> str:
     return f"mean probability against random orders: {', '.join(gaps)}"
 
 
-def _localization(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
+def localization_facts(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return how well the maps find the patches annotated as each class."""
     facts = []
     for name, scores in entry["classes"].items():

@@ -19,7 +19,7 @@ from utils.core.recipe import ASKED_FIELDS
 from utils.core.runtime import log
 from utils.core.text import NOTICE
 from utils.pictures.index_page import INDEX, IndexRow, write_index
-from utils.pictures.prediction_caption import prediction_title
+from utils.pictures.prediction_caption import localization_facts, prediction_title
 from utils.prediction.annotations import Annotations
 from utils.prediction.existing_records import ENDING, check_settings, has_settings
 from utils.prediction.inputs import DEFAULT_FOLDER, PredictionFiles
@@ -147,10 +147,21 @@ def _predict_slide(worker: SlideWorker, source: Path, target: Path) -> tuple[lis
         log.warning(SEEN, source, seen_words(record["seen_as"], record.get("seen_compared")))
     elif record["seen_as"] == "" and record.get("seen_compared") == "name":
         log.info("%s: %s", source, BY_NAME)
-    lines = [prediction_title(record), *(f"  {path}" for path in [*worker.output_files(record, target.parent), target])]
+    if worker.annotations is not None and record["localization"] is None:
+        log.warning("%s: %s has no annotations of this slide, so no map is scored", source, worker.annotations.source)
+    lines = [
+        prediction_title(record),
+        *_localization_lines(record),
+        *(f"  {path}" for path in [*worker.output_files(record, target.parent), target]),
+    ]
     if source.stem in earlier_slides(target.parent):  # update its row in the folder's table and index page
         lines += _conclude(worker, target.parent, [target], {}, failed=0)
     return [status], "\n".join([*lines, f"{NOTICE} (took {cli.took()})", f"Next: {_next_step(worker)}"])
+
+
+def _localization_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return the lines on how well the maps find what is annotated; none without annotations."""
+    return [f"  {name}: {text}" for name, text in localization_facts(record.get("localization") or {"classes": {}})]
 
 
 def _predict_folder(
