@@ -46,13 +46,8 @@ def faithfulness_figure(
         curve_axes.set_title(": ".join([name.capitalize(), *([", ".join(gaps)] if gaps else [])]), fontsize=9)
         curve_axes.set_xlabel(f"Share of patches {verb}", fontsize=8)
     axes[0].set_ylabel(escape_mathtext(label), fontsize=8)
-    figure.legend(
-        *axes[1].get_legend_handles_labels(),
-        loc="outside lower left",
-        ncols=4 if maps else 2,
-        frameon=False,
-        fontsize=7,
-    )
+    look = {"loc": "outside lower left", "ncols": 4 if maps else 2, "frameon": False, "fontsize": 7}
+    figure.legend(*axes[1].get_legend_handles_labels(), **look)
     if maps:
         defined = [value for value in record["rank_correlation_with_random_weights"] if value is not None]
         correlation = f"{np.mean(defined):.2f}, mean of {len(defined)}" if defined else "none: all patches are equal"
