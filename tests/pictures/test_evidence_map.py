@@ -68,7 +68,8 @@ def test_the_figure_says_which_class_and_what_it_adds_up_to():
         overlay_of(evidence_of(5, 4, 1, 0, 0, 0, 0, -2)), title="S1", text=text, top_k=2, alpha=0.5
     )
     axes, bar = figure.axes
-    assert axes.get_title().replace("\n", " ") == f"S1 Evidence: {text}"
+    outlined = "numbered patches argue most for it, dashed ones most against it"
+    assert axes.get_title().replace("\n", " ") == f"S1 Evidence: {text}; {outlined}"
     assert bar.get_ylabel() == "log-odds of malignant: against (dark) and for (bright), 0 in the middle"
     assert [number.get_text() for number in axes.texts if number.get_text().isdigit()] == ["1", "2"]
     outlines = [patch.get_linestyle() for patch in axes.patches if not patch.get_fill()]

@@ -35,7 +35,7 @@ def test_every_slide_has_a_row_with_what_is_known_of_it(page):
     cells = [re.findall("<td>(.*?)</td>", line) for line in text.splitlines() if line.startswith("<tr")]
     assert cells[1] == ["", '<a href="s2_report.html">s2</a>', "b", "0.800", "0.800", "a", "no", "P2", "20", "yes"]
     assert cells[2][5:] == ["", "", "", "3", "unknown"]
-    assert "1 a, 2 b; 1 of 2 labelled slides correct (50%); 1 seen in training, which prove nothing" in text
+    assert "1 a, 2 b; 1 of 2 labelled slides correct (50%); 1 seen in training, not independent evidence" in text
     assert "For research, not a diagnosis." in text
     bare = page([replace(row, label="", case_id="") for row in ROWS])
     assert "<button>label</button>" not in bare

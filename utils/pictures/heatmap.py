@@ -63,7 +63,8 @@ def evidence_figure(overlay: EvidenceOverlay, *, title: str, text: str, top_k: i
     """Draw the evidence for a class over the overview. The `top_k` patches that argue most for it are outlined and
     numbered, those that argue most against it outlined in dashes. `text` is what they add up to.
     """
-    figure, axes = _map_figure(overlay.picture, f"{title}\nEvidence: {text}", 9)
+    outlined = "; numbered patches argue most for it, dashed ones most against it" if top_k else ""
+    figure, axes = _map_figure(overlay.picture, f"{title}\nEvidence: {text}{outlined}", 9)
     _draw_slide(axes, overlay.picture)
     _draw_evidence(axes, overlay, top_k, alpha, _map_size(overlay.picture)[1])
     return with_notice(figure)

@@ -78,7 +78,7 @@ def _summary(rows: Sequence[IndexRow]) -> str:
         counts.append(f"{correct} of {plural(len(labelled), 'labelled slide')} correct ({correct / len(labelled):.0%})")
     trained_on = sum(row.seen_in_training is True for row in rows)
     if trained_on:
-        counts.append(f"{trained_on} seen in training, which prove nothing")
+        counts.append(f"{trained_on} seen in training, not independent evidence")
     return "; ".join(counts)
 
 

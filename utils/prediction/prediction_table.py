@@ -272,7 +272,7 @@ def _seen_words(num_seen: int, num_renamed: int, num_by_name: int) -> str:
         renamed = f" ({num_renamed} under another name)" if num_renamed else ""
         sentences.append(
             f"{plural(num_seen, 'slide')} seen in training, or of patients seen there{renamed}: their predictions "
-            "prove nothing."
+            "are not independent evidence."
         )
     if num_by_name:
         sentences.append(f"{plural(num_by_name, 'slide')} {BY_NAME}.")
