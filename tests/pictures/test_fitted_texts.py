@@ -60,6 +60,19 @@ def check_texts(figure: Figure) -> None:
         assert (overlap <= 2).any(), (text, other)
 
 
+def test_without_the_slide_no_panel_is_empty_and_the_heatmap_says_so():
+    overlay = overlay_of(400, 300)
+    blank = replace(overlay, picture=replace(overlay.picture, is_blank=True))
+    evidence = evidence_overlay(blank)
+    figure = detailed_figure(blank, title="S1", top_k=3, probabilities={"a": 1.0}, facts=[], evidence=evidence)
+    check_texts(figure)
+    titles = [text for text, _ in texts_of(figure)]
+    assert "slide" not in titles
+    assert "attention, the 3 highest numbered" in titles
+    assert "Drawn without the slide" in heatmap_figure(blank, title="S1", top_k=3).axes[0].get_title()
+    assert "Drawn without" not in heatmap_figure(overlay, title="S1", top_k=3).axes[0].get_title()
+
+
 @pytest.mark.parametrize("title", [SHORT, TITLE, f"{'y' * 300}, seen in training"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maps_of_any_shape_hold_their_title_and_label(shape, title):

@@ -38,6 +38,7 @@ _FACTS_SIZE, _FACTS_WIDTH = 7.5, 4.0  # points, inches
 _PLOT_WIDTH = 2.7  # inches for the texts of the plots of attention
 _CLASS_WIDTH = 1.4  # inches for the name of a class beside its bar
 _LOG_FROM = 200  # patches from which the histogram is logarithmic, so that bins of few patches show
+_BLANK = "Drawn without the slide: patches are where their coordinates place them."
 
 
 def map_thumbnail(overlay: Overlay) -> Image.Image:
@@ -53,7 +54,8 @@ def map_thumbnail(overlay: Overlay) -> Image.Image:
 
 def heatmap_figure(overlay: Overlay, *, title: str, top_k: int) -> Figure:
     """Draw the heatmap over the overview, the `top_k` most attended patches outlined and numbered."""
-    figure, axes = _map_figure(overlay.picture, "\n".join([title, *overlay.attention.notes]), 10)
+    notes = [*overlay.attention.notes, *([_BLANK] if overlay.picture.is_blank else [])]
+    figure, axes = _map_figure(overlay.picture, "\n".join([title, *notes]), 10)
     _draw_slide(axes, overlay.picture)
     _draw_heat(axes, overlay, top_k, _map_size(overlay.picture)[1])
     return with_notice(figure)
@@ -85,7 +87,7 @@ def detailed_figure(
     """
     picture, attention = overlay.picture, overlay.attention
     h, w = picture.shape
-    maps = 2 if evidence is None else 3
+    maps = 1 + (not picture.is_blank) + (evidence is not None)
     height = min(max((_DETAILED / maps - 0.8) * h / w, 3.0), 8.0)
     fact_text = "\n".join(wrapped(f"{name}: {value}", _FACTS_WIDTH, _FACTS_SIZE, "    ") for name, value in facts)
     names = [wrapped(name, _CLASS_WIDTH, SMALL) for name in probabilities]
@@ -105,11 +107,15 @@ def detailed_figure(
 def _draw_maps(
     figure: SubFigure, overlay: Overlay, evidence: EvidenceOverlay | None, top_k: int, height: float
 ) -> None:
-    """Draw the slide, the heatmap and the evidence side by side, `height` inches high."""
+    """Draw the slide, if it is at hand, the heatmap and the evidence side by side, `height` inches high."""
     picture, attention = overlay.picture, overlay.attention
-    slide, heat, *for_evidence = figure.subplots(1, 2 if evidence is None else 3)
-    _draw_slide(slide, picture)
-    slide.set_title("slide", fontsize=10)
+    maps = 1 + (not picture.is_blank) + (evidence is not None)
+    axes = list(figure.subplots(1, maps, squeeze=False).flat)
+    if not picture.is_blank:
+        slide = axes.pop(0)
+        _draw_slide(slide, picture)
+        slide.set_title("slide", fontsize=10)
+    heat, *for_evidence = axes
     _draw_slide(heat, picture)
     _draw_heat(heat, overlay, top_k, height)
     count = len(attention.top(top_k))
@@ -117,7 +123,7 @@ def _draw_maps(
     if evidence is not None:
         _draw_slide(for_evidence[0], picture)
         _draw_evidence(for_evidence[0], evidence, top_k, overlay.style.alpha, height)
-        name = wrapped(f"evidence for {evidence.name}", _DETAILED / 3 - 1, 10)
+        name = wrapped(f"evidence for {evidence.name}", _DETAILED / maps - 1, 10)
         for_evidence[0].set_title(escape_mathtext(name), fontsize=10)
 
 

@@ -25,7 +25,7 @@ _MOST_DOUBLINGS = 10  # of uniform attention, at either end of the logarithmic s
 @dataclass(frozen=True)
 class Picture:
     """A slide's overview to draw on: `thumbnail (h, w, 3)` uint8 of an area of `width` x `height` level-0 px from
-    `corner` (x, y) on; `mpp` um per level-0 px, or None.
+    `corner` (x, y) on; `mpp` um per level-0 px, or None. `is_blank` if the slide is not at hand.
     """
 
     thumbnail: NDArray[np.uint8]
@@ -33,6 +33,7 @@ class Picture:
     height: int
     mpp: float | None
     corner: tuple[int, int] = (0, 0)
+    is_blank: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:

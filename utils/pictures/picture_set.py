@@ -61,7 +61,8 @@ def overview(slide: Slide | BlankSlide, attention: AttentionMap, mpp: float | No
     right, bottom = np.minimum(high, (slide.width, slide.height)).tolist()
     left, top = low.tolist()
     area = left, top, right - left, bottom - top
-    return Picture(slide.thumbnail(max_side=_OVERVIEW, area=area), *area[2:], mpp or slide.mpp, (left, top))
+    pixels, is_blank = slide.thumbnail(max_side=_OVERVIEW, area=area), isinstance(slide, BlankSlide)
+    return Picture(pixels, *area[2:], mpp or slide.mpp, (left, top), is_blank)
 
 
 def picture_paths(
