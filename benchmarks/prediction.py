@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -116,7 +117,8 @@ def main() -> None:
         folder = Path(name)
         slide = write_slide(folder / "slide.h5", asked.patches, asked.dim)
         for mil in asked.models:
-            checkpoint = write_model(folder / f"{mil}.pth", mil, asked.dim)
+            # In a process of its own too: one that is forked after PyTorch has used its threads hangs.
+            checkpoint = in_own_process(partial(write_model, folder / f"{mil}.pth", mil, asked.dim))
             found = in_own_process(lambda checkpoint=checkpoint: measured(slide, checkpoint, asked.repeats))
             rows.append([mil, *(found or ["-"] * 5)])
     print(f"{processor()}, {', '.join(versions())}, {torch.get_num_threads()} threads")
