@@ -152,6 +152,19 @@ def test_labels_of_the_feature_file_are_truth_too(home, predict, tmp_path):
     assert list(record(tmp_path / "out", "s1")["localization"]["classes"]) == ["benign"]
 
 
+def test_labels_beside_the_features_that_change_are_scored_anew(home, predict, tmp_path):
+    for name in ("features", "inst_labels"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "features" / "s1.h5").write_bytes((home / "features" / "s1.h5").read_bytes())
+    flags = ("--input", tmp_path / "features" / "s1.h5", "--annotations", "inst_labels")
+    for columns in (2, 3):
+        with h5py.File(tmp_path / "inst_labels" / "s1.h5", "w") as file:
+            file["inst_labels"] = (CORNERS[:, 0] < columns * EDGE).astype(np.int8)
+        outcome = predict(*flags)
+        assert outcome.code == 0, outcome.err
+        assert record(tmp_path / "out", "s1")["localization"]["classes"]["malignant"]["patches"] == columns * CELLS
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

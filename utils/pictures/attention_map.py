@@ -160,9 +160,9 @@ class AttentionMap:
         """Return the mean `(h, w)` of the `values (N,)` of the patches that cover each pixel, NaN where none does.
 
         `extent` is (width, height) of the area to cover in level-0 px, from `corner` (x, y) on, `shape` (h, w) of the
-        raster over it. Edges are rounded
-        to raster pixels, so that neighbouring patches share theirs: no seam, no overlap. Each patch adds to its four
-        corners, and cumulative sums along both axes fill it: O(N + h w). Computed on `device` in float64.
+        raster over it. Edges are rounded to raster pixels, so that neighbouring patches share theirs: no seam, no
+        overlap. Each patch adds to its four corners, and cumulative sums along both axes fill it: O(N + h w). Computed
+        on `device` in float64.
         """
         height, width = shape
         device = "cpu" if torch.device(device).type == "mps" else device  # mps has no float64

@@ -87,7 +87,7 @@ def detailed_figure(
     """
     picture, attention = overlay.picture, overlay.attention
     h, w = picture.shape
-    maps = 1 + (not picture.is_blank) + (evidence is not None)
+    maps = _count_maps(picture, evidence)
     height = min(max((_DETAILED / maps - 0.8) * h / w, 3.0), 8.0)
     fact_text = "\n".join(wrapped(f"{name}: {value}", _FACTS_WIDTH, _FACTS_SIZE, "    ") for name, value in facts)
     names = [wrapped(name, _CLASS_WIDTH, SMALL) for name in probabilities]
@@ -104,12 +104,17 @@ def detailed_figure(
     return with_notice(figure)
 
 
+def _count_maps(picture: Picture, evidence: EvidenceOverlay | None) -> int:
+    """Return how many panels stand side by side: the slide, if it is at hand, the heatmap, and the evidence, if any."""
+    return 1 + (not picture.is_blank) + (evidence is not None)
+
+
 def _draw_maps(
     figure: SubFigure, overlay: Overlay, evidence: EvidenceOverlay | None, top_k: int, height: float
 ) -> None:
     """Draw the slide, if it is at hand, the heatmap and the evidence side by side, `height` inches high."""
     picture, attention = overlay.picture, overlay.attention
-    maps = 1 + (not picture.is_blank) + (evidence is not None)
+    maps = _count_maps(picture, evidence)
     axes = list(figure.subplots(1, maps, squeeze=False).flat)
     if not picture.is_blank:
         slide = axes.pop(0)

@@ -39,9 +39,16 @@ class Annotations:
     """
 
     def __init__(
-        self, source: Path, words: Sequence[str], classes: Sequence[str], recipe: PredictionRecipe, *, is_folder: bool
+        self,
+        source: Path,
+        words: Sequence[str],
+        classes: Sequence[str],
+        recipe: PredictionRecipe,
+        *,
+        feat_type: str,
+        is_folder: bool,
     ) -> None:
-        self.source, self.recipe, self.classes = source, recipe, tuple(classes)
+        self.source, self.recipe, self.classes, self.feat_type = source, recipe, tuple(classes), feat_type
         self._words = dict(_pair(word, self.classes) for word in words)
         self.uses_labels = str(source) == INST_LABELS
         self._folder: OutlineFolder | None = None
@@ -66,19 +73,17 @@ class Annotations:
         path = self.file_of(source)
         if path is None:
             return None
-        content = [INST_LABELS] if self.uses_labels else [path.read_bytes()]  # a feature file is identified elsewhere
-        return digest(*content, *(f"{name}={self._words[name]}" for name in sorted(self._words)))
+        content = self._labels_of(path).tobytes() if self.uses_labels else path.read_bytes()
+        return digest(content, *(f"{name}={self._words[name]}" for name in sorted(self._words)))
 
-    def entry(
-        self, source: Path, prediction: SlidePrediction, slide: Slide | None, feat_type: str
-    ) -> dict[str, Any] | None:
+    def entry(self, source: Path, prediction: SlidePrediction, slide: Slide | None) -> dict[str, Any] | None:
         """Return the `localization` of a slide's record: how well attention and evidence find what is annotated; None
         if nothing is annotated on it.
         """
         path = self.file_of(source)
         if path is None:
             return None
-        truth = self._labelled(path, feat_type) if self.uses_labels else self._drawn(path, source, prediction, slide)
+        truth = self._labelled(path) if self.uses_labels else self._drawn(path, source, prediction, slide)
         scored = truth.is_scored
         classes = {}
         for name, is_inside in truth.inside.items():
@@ -104,12 +109,16 @@ class Annotations:
         inside, is_ignored = annotated_patches(path, words, bag.coords, edge, slide)
         return _Truth(inside, ~is_ignored)
 
-    def _labelled(self, path: Path, feat_type: str) -> _Truth:
+    def _labels_of(self, path: Path) -> NDArray[np.int64]:
+        """Return the labels `(N,)` of a feature file's patches."""
         if is_slide_file(path):
             raise ConfigError(
                 f"--annotations {INST_LABELS}: {path} is a slide; give feature files, which may hold them"
             )
-        labels = read_instance_labels(path, feat_type)
+        return read_instance_labels(path, self.feat_type)
+
+    def _labelled(self, path: Path) -> _Truth:
+        labels = self._labels_of(path)
         numbers = {int(name): cls for name, cls in self._words.items()} or {1: self.classes[-1]}
         unknown = sorted(set(labels[labels > 0].tolist()) - numbers.keys())
         if unknown:

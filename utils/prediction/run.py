@@ -126,7 +126,7 @@ def _annotations(predictors: Predictors, files: PredictionFiles, recipe: Predict
         return None
     annotations = Annotations(
         settings.annotations, settings.annotation_class, predictors.first.task.outputs, recipe,
-        is_folder=settings.input is None,
+        feat_type=files.feat_type, is_folder=settings.input is None,
     )  # fmt: skip
     annotations.log_unused(files.sources)
     return annotations

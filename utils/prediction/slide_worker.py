@@ -118,7 +118,7 @@ class SlideWorker:
             if wants_evidence:
                 record["evidence"] = prediction.evidence_entry()
             if self.annotations is not None:
-                record["localization"] = self.annotations.entry(source, prediction, slide, self.files.feat_type)
+                record["localization"] = self.annotations.entry(source, prediction, slide)
             faithfulness = self._faithfulness(source, prediction, predictor)
             if settings.faithfulness:
                 record["faithfulness"] = faithfulness and faithfulness.as_dict()
