@@ -55,7 +55,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     checkpoints = record["checkpoint"] if several else [record["checkpoint"]]
     chunked = f"in chunks of {record['chunk_size']}, their probabilities averaged"
     facts = [
-        ("models, averaged" if several else "model", _with_counts(map(_model_text, models))),
+        ("models, averaged" if several else "model", _with_counts(map(_settings_text, models))),
         ("checkpoints" if several else "checkpoint", _paths_text(checkpoints)),
         *([("answered", f"out of fold, by the model of fold {record['fold']}")] if "fold" in record else []),
         ("fed", chunked if record["mode"] == "chunked" else "whole"),
@@ -127,7 +127,7 @@ def model_text(record: Mapping[str, Any]) -> str:
     return f"{names} {digest(*(model['weights_digest'] for model in models))[:6]}" if models else ""
 
 
-def _model_text(model: Mapping[str, Any]) -> str:
+def _settings_text(model: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in model.items() if name != "name")
     return f"{model['name']} ({settings})"
 
