@@ -49,7 +49,7 @@ def test_a_whole_installation(capsys):
     assert "--weights FILE" in told
 
 
-def test_what_cannot_be_imported_is_told_and_the_rest_is_checked(monkeypatch, capsys):
+def test_what_cannot_be_imported_is_named_and_the_rest_is_checked(monkeypatch, capsys):
     real = builtins.__import__
 
     def broken(name, *rest):
@@ -84,7 +84,7 @@ def test_a_slide_that_cannot_be_read_and_one_that_is_not_there(monkeypatch, tmp_
     assert str(tmp_path) not in finding.text
 
 
-def test_processors_are_told_with_their_limit_and_what_competes(monkeypatch):
+def test_processors_are_listed_with_their_limit_and_what_competes(monkeypatch):
     monkeypatch.setattr(runtime, "visible_processors", lambda: 64)
     monkeypatch.setattr(runtime, "processors", lambda: 4)
     monkeypatch.setattr("os.getloadavg", lambda: (1.5, 0, 0), raising=False)
@@ -95,7 +95,7 @@ def test_processors_are_told_with_their_limit_and_what_competes(monkeypatch):
     assert "OMP_NUM_THREADS" in finding.remedy
 
 
-def test_threads_are_told_with_how_they_wait(monkeypatch):
+def test_threads_are_listed_with_how_they_wait(monkeypatch):
     for name in runtime.WAITING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")

@@ -201,7 +201,7 @@ def test_prediction_gives_the_same_files(ray, demo, script, tmp_path, flags, sli
             assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-def test_what_does_not_go_with_it_is_told_before_any_work(script, tmp_path, monkeypatch):
+def test_contradicting_flags_are_refused_before_any_work(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = script("train", "--mil", "LiteMIL", "--dataset", "demo", "--jobs", 2, "--ray", "local")
     assert outcome.code == 1

@@ -10,6 +10,7 @@ from utils.bags.labels import LabelRow, class_counts, classes_in, classes_of, gr
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
 from utils.core.runtime import log
+from utils.tasks.classification import Classification
 
 CLASSES = ("benign", "malignant")
 REAL_TABLES = Path(__file__).resolve().parents[3] / "shared" / "data" / "labels"
@@ -43,7 +44,7 @@ class Table:
         def find_file(wsi_id: str) -> Path | None:
             return None if wsi_id in absent else Path(f"{wsi_id}.h5")
 
-        return resolve_labels(read_table(self.path), classes, find_file, **settings)
+        return resolve_labels(read_table(self.path), Classification(classes), find_file, **settings)
 
     def refusal(self, **settings) -> str:
         with pytest.raises(LabelsError) as caught:
@@ -397,7 +398,7 @@ def test_the_real_tables_with_the_known_cohorts(name, usable, counts):
     assert "subset" in table.rows[0], "extra columns are kept"
     assert several_names(table.rows, [row["case_id"] for row in table.rows]) == []
     rows = resolve_labels(
-        table, known.class_names, lambda wsi_id: Path(f"{wsi_id}.pt"),
+        table, Classification(known.class_names), lambda wsi_id: Path(f"{wsi_id}.pt"),
         label_names=known.label_names, left_out=known.left_out,
     )  # fmt: skip
     assert len(rows) == usable

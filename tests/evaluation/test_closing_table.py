@@ -67,12 +67,12 @@ def test_a_pooled_auc_that_differs_from_the_mean_is_explained(results, pooled, i
     assert ("The mean AUC 1.000 ranks each fold's slides" in words) is is_explained
 
 
-def test_unknown_patients_are_told(results):
+def test_unknown_patients_are_mentioned(results):
     assert "No patients are known" not in closing_text(results)
     assert "No patients are known" in closing_text(results | {"patients_from": NO_PATIENTS})
 
 
-def test_repeats_and_the_settings_that_were_chosen_are_told(results):
+def test_repeats_and_chosen_settings_are_mentioned(results):
     words = closing_text(results)
     assert words.splitlines()[-1].startswith("24 slides of 12 patients, tested once. ")
     assert "Chosen in the inner loop" not in words

@@ -396,7 +396,7 @@ def test_a_file_without_a_state_dict(tmp_path, content):
         read_weights(saved(tmp_path / "a.pth", content))
 
 
-def test_a_whole_model_is_told_to_be_saved_as_its_state_dict(tmp_path):
+def test_the_remedy_for_a_whole_model_is_to_save_its_state_dict(tmp_path):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(BackboneError, match=r"a \.pth of torch\.save\(model\.state_dict\(\), FILE\)\): it holds torch"):
         read_weights(saved(tmp_path / "a.pth", model))

@@ -117,7 +117,9 @@ def test_drawing_is_checked_before_any_work(slide, tmp_path):
         check_drawable(slide, source, Bag(features, COORDS, 50, other))
     scanned = Passport(Recipe(), {"name": "other", "bounds": [0, 0, 100, 100]})
     slide_of = Passport(Recipe(), {"name": "place", "width": SIZE[0], "quick_hash": quick_hash_of(slide)})
-    with pytest.raises(FeatureFileError, match=r"place\.tiff: is not called as .*renamed\.h5.*or --allow_mismatch"):
+    with pytest.raises(
+        FeatureFileError, match=r"place\.tiff: has another name than .*renamed\.h5.*or --allow_mismatch"
+    ):
         check_drawable(slide, tmp_path / "renamed.h5", Bag(features, COORDS, 50, scanned))
     assert check_drawable(slide, tmp_path / "renamed.h5", Bag(features, COORDS, 50), allow_renamed=True) == 50
     assert check_drawable(slide, tmp_path / "renamed.h5", Bag(features, COORDS, 50, slide_of)) == 50

@@ -137,7 +137,7 @@ def test_attention_that_matters_is_told_from_attention_that_does_not():
     assert worse["deletion"]["random_orders_beaten"] == 0
 
 
-def test_a_map_that_owes_nothing_to_training_is_told():
+def test_a_map_that_owes_nothing_to_training_is_noted():
     """The rank correlation with random weights: 1 for a map that is the features' alone, none for a constant one."""
     model, features = planted()
     found = measure_faithfulness(TASK, [model], features, attention_of(model, features), 1)

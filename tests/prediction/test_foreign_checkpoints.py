@@ -75,7 +75,7 @@ def test_what_cannot_be_loaded_is_looked_through_and_not_executed(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_whole_model_is_told_to_be_saved_as_its_state_dict(tmp_path):
+def test_the_remedy_for_a_whole_model_is_to_save_its_state_dict(tmp_path):
     model = build_mil("LiteMIL", input_dim=8, num_classes=2, num_heads=4)
     for content in (model, {"model": model, "epoch": 3}, torch.nn.Linear(2, 2)):
         torch.save(content, tmp_path / "whole.pth")
@@ -86,7 +86,7 @@ def test_a_whole_model_is_told_to_be_saved_as_its_state_dict(tmp_path):
     assert load_checkpoint(tmp_path / "weights.pth", class_names=("a", "b")).model["input_dim"] == 8
 
 
-def test_what_nobody_is_known_by_is_told_as_before(tmp_path):
+def test_an_unknown_file_gets_the_general_message(tmp_path):
     torch.save(weights(("net.weight",)), tmp_path / "a.pth")
     check_refused(tmp_path / "a.pth", r"\(it holds net.weight\)$")
     assert origin([]) == ""

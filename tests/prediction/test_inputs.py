@@ -103,7 +103,7 @@ def test_a_table_that_does_not_account_for_the_folder(cohort, models, predict, t
         ("Q1,1,benign", "1 (there is 001); a spreadsheet has made the ids numbers and lost their zeros"),
     ],
 )
-def test_ids_that_just_miss_a_file_are_told_with_it(cohort, models, predict, tmp_path, row, message):
+def test_ids_that_just_miss_a_file_are_named_with_it(cohort, models, predict, tmp_path, row, message):
     write_bag(tmp_path / "in" / "001.h5", read_bag(cohort[1] / "P000-S1.h5"))
     (tmp_path / "labels.csv").write_text(f"case_id,wsi_id,label\n{row}\n")
     flags = ("--input_dir", tmp_path / "in", "--labels_csv", tmp_path / "labels.csv")

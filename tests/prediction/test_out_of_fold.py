@@ -119,7 +119,7 @@ def test_a_model_that_has_seen_its_slide_gives_no_answer(run, predict, tmp_path)
     assert not records_of(tmp_path / "out")
 
 
-def test_features_that_have_changed_are_told(cohort, run, predict, tmp_path):
+def test_features_that_have_changed_are_named(cohort, run, predict, tmp_path):
     for path in (cohort / "features").glob("*.h5"):
         bag = read_bag(path)
         write_bag(tmp_path / "features" / path.name, type(bag)(-3 * bag.features, bag.coords, 128, bag.passport))
@@ -130,7 +130,7 @@ def test_features_that_have_changed_are_told(cohort, run, predict, tmp_path):
     assert "so not compared" in predict("--mode", "full", output="whole").out
 
 
-def test_where_the_features_are_is_recorded_and_can_be_told(cohort, run, predict, tmp_path, monkeypatch):
+def test_the_features_folder_is_recorded_and_can_be_given(cohort, run, predict, tmp_path, monkeypatch):
     assert OutOfFold.read(run).features_dir == (cohort / "features").resolve()
     monkeypatch.chdir(tmp_path)
     before = altered(run, tmp_path / "before", features_dir=None)
@@ -190,7 +190,7 @@ def test_a_run_is_a_checkpoint(cohort, run, script, tmp_path):
     assert SlidePredictor(tmp_path / "first_version", device="cpu").path.name == "all_folds_best.pth"
 
 
-def test_a_folder_that_is_no_finished_run_is_told_with_what_to_give(cohort, run, tmp_path):
+def test_a_folder_that_is_no_finished_run_is_refused_with_what_to_give(cohort, run, tmp_path):
     unfinished = altered(run, tmp_path / "unfinished", finished=False)
     shutil.copytree(run, tmp_path / "pieces", ignore=shutil.ignore_patterns("run.json", "all_*"))
     (tmp_path / "damaged").mkdir()

@@ -84,9 +84,9 @@ def test_a_table_without_patients_says_what_is_taken_for_them(cohort, models, pr
 
 @pytest.mark.parametrize(("patients", "reason"), [
     (("Q",) * 3, "3 slides of 1 patient. No 95% intervals: they come from resampling patients, and there is one."),
-    (("Q", "R", "R"), "There is none (-) where resamples of 2 patients all give one figure, or mostly none."),
+    (("Q", "R", "R"), '"-": the resamples of 2 patients all give one figure, or mostly none.'),
 ])  # fmt: skip
-def test_few_patients_have_no_interval_and_the_reason_is_told(cohort, models, predict, tmp_path, patients, reason):
+def test_few_patients_have_no_interval_and_the_reason_is_given(cohort, models, predict, tmp_path, patients, reason):
     slides, predictor = sorted(cohort[1].glob("*.h5"))[:3], SlidePredictor(models[0], device="cpu")
     rows = []
     for case_id, path in zip(patients, slides, strict=True):

@@ -182,7 +182,7 @@ def test_a_bad_slide_does_not_stop_the_others(cohort, models, predict, tmp_path)
     assert "0 done, 3 skipped" in predict("--checkpoint", models[0], "--input_dir", folder).out
 
 
-def test_patients_of_training_in_another_spelling_are_told(cohort, predict, tmp_path):
+def test_patients_of_training_in_another_spelling_are_named(cohort, predict, tmp_path):
     write_bag(tmp_path / "in" / "a.h5", read_bag(cohort[1] / "P000-S1.h5"))
     write_bag(tmp_path / "in" / "b.h5", read_bag(cohort[1] / "P001-S1.h5"))
     seen = {"slide": id_digests("slide", ["none"]), "case": id_digests("case", ["007"]),

@@ -73,3 +73,13 @@ def test_the_gallery_is_in_the_order_of_sureness():
     assert {kind: index.tolist() for kind, index in rows.items()} == {
         "surest correct": [0, 2], "surest wrong": [3, 1], "most uncertain": [1, 3, 2, 0],
     }  # fmt: skip
+
+
+def test_reliability_is_of_the_positive_class_or_of_the_predicted_one():
+    assert (TWO.positive_output, THREE.positive_output) == (TWO.outputs[1], None)
+    two = np.array([[0.9, 0.1], [0.2, 0.8]])
+    probability, is_true = TWO.reliability(np.array([0, 0]), two)
+    assert (probability.tolist(), is_true.tolist()) == ([0.1, 0.8], [False, False])
+    three = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+    probability, is_true = THREE.reliability(np.array([0, 1]), three)
+    assert (probability.tolist(), is_true.tolist()) == ([0.7, 0.6], [True, False])

@@ -98,7 +98,7 @@ class MILDataset(Dataset):
                 log.warning(warning)
         self.patients_from = table.patients_from
         self.rows = labels.resolve_labels(
-            table, self.class_names, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
+            table, self.task, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
             allow=allow,
         )  # fmt: skip
         folder.check_unique(row.wsi_id for row in self.rows)

@@ -20,6 +20,7 @@ from utils.core.cli import is_flag
 from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, did_you_mean, first_few, plural
 from utils.core.runtime import log
+from utils.tasks.task import Task
 
 FindFile = Callable[[str], Path | None]
 ListIds = Callable[[], Iterable[str]]
@@ -27,7 +28,7 @@ ListIds = Callable[[], Iterable[str]]
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One slide: its patient (the case), its class as an index into the class names, its feature file, and all columns
+    """One slide: its patient (the case), its target, which is the index of its class, its feature file, and all columns
     of its row in the table.
     """
 
@@ -102,7 +103,7 @@ def doubted_patients(table: LabelTable) -> str | None:
 
 def resolve_labels(
     table: LabelTable,
-    class_names: Sequence[str],
+    task: Task,
     find_file: FindFile,
     *,
     ids: ListIds = tuple,
@@ -114,15 +115,16 @@ def resolve_labels(
 
     `find_file` returns the feature file of a wsi_id, or None; `ids` returns all ids that have one, to name the nearest.
     Problems in `allow` ("missing", "unknown", "duplicate") only leave the row out, with a warning; an id that would
-    leave the features folder is always an error. `label_names` renames labels that are not class names themselves; the
-    labels in `left_out` belong to no class.
+    leave the features folder is always an error. `label_names` renames labels that are not targets of the task
+    themselves; the labels in `left_out` are not predicted.
     """
-    rows = _renamed(table.rows, {old: new for old, new in (label_names or {}).items() if old not in class_names})
+    renamed = {old: new for old, new in (label_names or {}).items() if _target(task, old) is None}
+    rows = _renamed(table.rows, renamed)
     _check_ids(table.path, rows)
     # First, so that a slide cannot have a label in one row and a label to leave out in another.
     rows = _without_duplicates(table.path, rows, allow)
-    rows = _with_class(table.path, rows, class_names, left_out, allow)
-    usable = _with_file(table.path, rows, class_names, find_file, ids, allow)
+    rows = _with_target(table.path, rows, task, left_out, allow)
+    usable = _with_file(table.path, rows, task, find_file, ids, allow)
     if not usable:
         sources = "the labels, --class_names and --features_dir" if is_flag("features_dir") else "its labels and wsi_id"
         raise LabelsError(f"{table.path}: no usable row is left; check {sources}")
@@ -139,25 +141,32 @@ def _without_duplicates(path: Path, rows: Sequence[Row], allow: Collection[str])
     return list(first.values())
 
 
-def _with_class(
-    path: Path, rows: Sequence[Row], class_names: Sequence[str], left_out: Collection[str], allow: Collection[str]
+def _target(task: Task, label: str) -> int | None:
+    try:
+        return task.target(label)
+    except ValueError:
+        return None
+
+
+def _with_target(
+    path: Path, rows: Sequence[Row], task: Task, left_out: Collection[str], allow: Collection[str]
 ) -> list[Row]:
-    """Return the rows whose label is a class."""
+    """Return the rows whose label is a target of the task."""
     count = sum(row["label"] in left_out for row in rows)
     if count:
         log.info("%s: %s left out, of the labels %s", path, plural(count, "row"), ", ".join(sorted(left_out)))
     rows = [row for row in rows if row["label"] not in left_out]
-    unknown = {row["wsi_id"]: row["label"] for row in rows if row["label"] not in class_names}
+    unknown = {row["wsi_id"]: row["label"] for row in rows if _target(task, row["label"]) is None}
     _report(
-        path, "unknown", f"label that is none of {', '.join(class_names)}",
+        path, "unknown", f"label that is {task.no_target}",
         [f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()], allow,
-        label_hint(unknown.values(), class_names),
+        label_hint(unknown.values(), task.outputs),
     )  # fmt: skip
-    return [row for row in rows if row["label"] in class_names]
+    return [row for row in rows if row["wsi_id"] not in unknown]
 
 
 def _with_file(
-    path: Path, rows: Sequence[Row], classes: Sequence[str], find_file: FindFile, ids: ListIds, allow: Collection[str]
+    path: Path, rows: Sequence[Row], task: Task, find_file: FindFile, ids: ListIds, allow: Collection[str]
 ) -> list[LabelRow]:
     """Return the rows that have a feature file, with that file."""
     files = {row["wsi_id"]: find_file(row["wsi_id"]) for row in rows}
@@ -168,7 +177,7 @@ def _with_file(
         id_hint(near), may_leave_out=len(absent) < len(rows),
     )  # fmt: skip
     return [
-        LabelRow(row["wsi_id"], row["case_id"], classes.index(row["label"]), file, row)
+        LabelRow(row["wsi_id"], row["case_id"], task.target(row["label"]), file, row)
         for row in rows
         if (file := files[row["wsi_id"]]) is not None
     ]

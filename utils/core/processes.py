@@ -140,8 +140,8 @@ class Pool:
     def _on_death_without_a_task(self, worker: "_Worker") -> None:
         if not self.has_begun:
             raise EngineError(
-                f"a worker process ended as it began: it {worker.how_it_ended}; give fewer --jobs, and let a script of "
-                'your own begin with: if __name__ == "__main__"'
+                f"a worker process ended before its first task: it {worker.how_it_ended}; give fewer --jobs, and let "
+                'a script of your own begin with: if __name__ == "__main__"'
             )
         self.idle_deaths += 1
         log.warning("a worker process %s without a task; %d go on", worker.how_it_ended, len(self.workers))

@@ -50,7 +50,7 @@ def interval_words(results: Mapping[str, Any]) -> str:
     words = "The 95% intervals come from resampling patients and are conditional on the trained models."
     if not has_gap or patients >= MANY_PATIENTS:
         return words
-    return f"{words} There is none (-) where resamples of {patients} patients all give one figure, or mostly none."
+    return f'{words} "-": the resamples of {patients} patients all give one figure, or mostly none.'
 
 
 def text_table(blocks: Sequence[Sequence[Sequence[str]]], metrics: Sequence[str]) -> str:

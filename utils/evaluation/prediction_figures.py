@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from utils.core.plots import COLOURS, LEGEND, SMALL, STYLES, bare, bare_axes, legend_below
 from utils.core.text import escape_mathtext
-from utils.evaluation.bootstrap import mean_precision, mean_roc, pooled_metrics, roc_band
+from utils.evaluation.bootstrap import mean_precision, mean_roc, roc_band
 from utils.evaluation.predictions import Predictions
 from utils.tasks.metrics import BINS, probability_bins
 
@@ -118,11 +118,7 @@ def calibration_figure(predictions: Predictions) -> Figure:
     against accuracy. Slides of one patient count as independent; repeats do not multiply slides. Temperature-scaled
     probabilities are drawn too, if there are any.
     """
-    if len(predictions.task.outputs) == 2:
-        positive = escape_mathtext(predictions.task.outputs[1])
-        x_label, y_label = f"Predicted probability of {positive}", f"Observed share of {positive}"
-    else:
-        x_label, y_label = "Probability of the predicted class", "Accuracy"
+    x_label, y_label = map(escape_mathtext, predictions.task.reliability_titles)
     figure = Figure(figsize=(4.8, 6), layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8, label="perfect calibration")
@@ -178,10 +174,8 @@ def _class_lines(predictions: Predictions) -> Iterator[tuple[int, dict[str, Any]
 
 def _finish_curves(figure: Figure, axes: Axes, predictions: Predictions, explanation: str) -> None:
     """Add the legend below, and a title with the slides, the positive class and the explanation of the curves."""
-    is_binary = len(predictions.task.outputs) == 2
-    meaning = (
-        f"positive: {escape_mathtext(predictions.task.outputs[1])}" if is_binary else "each class against the rest"
-    )
+    positive = predictions.task.positive_output
+    meaning = "each class against the rest" if positive is None else f"positive: {escape_mathtext(positive)}"
     about = f"{fill(meaning, _LINE_WIDTH)}\n({explanation})"
     if axes.lines:
         legend_below(figure)
@@ -207,11 +201,7 @@ def _draw_reliability(
     """Draw the observed share of each bin; return the number of slides in each, `(BINS,)`, and Brier score and
     calibration error as text.
     """
-    labels = predictions.labels
-    if probabilities.shape[1] == 2:
-        probability, is_true = probabilities[:, 1], labels == 1
-    else:
-        probability, is_true = probabilities.max(axis=1), labels == probabilities.argmax(axis=1)
+    probability, is_true = predictions.task.reliability(predictions.labels, probabilities)
     bins = probability_bins(probability.astype(np.float64))
     counts = np.bincount(bins, minlength=BINS) / predictions.n_repeats
     for index in np.unique(bins):
@@ -224,8 +214,9 @@ def _draw_reliability(
             mfc="white" if is_few else COLOURS[colour],
         )  # fmt: skip
     axes.plot([], [], color=COLOURS[colour], marker=marker, ms=6, lw=1.4, label=f"{name}, 95% interval")
-    figures = pooled_metrics(predictions.task, labels, probabilities, predictions.repeats)
-    return counts, f"{name}: Brier {figures['brier']:.3f}, ECE {figures['ece']:.3f}"
+    figures = predictions.metrics_of(probabilities, predictions.task.calibration_metrics)
+    titles = predictions.task.metric_titles
+    return counts, f"{name}: " + ", ".join(f"{titles.get(key, key)} {value:.3f}" for key, value in figures.items())
 
 
 def _wilson(share: float, count: float) -> tuple[float, float]:

@@ -177,10 +177,12 @@ class Predictions:
     @property
     def calibrated_metrics(self) -> Figures | None:
         """The metrics that calibration should improve, of the calibrated values."""
-        if self.calibrated is None:
-            return None
-        figures = pooled_metrics(self.task, self.labels, self.calibrated, self.repeats)
-        return {name: figures[name] for name in self.task.calibration_metrics}
+        return None if self.calibrated is None else self.metrics_of(self.calibrated, self.task.calibration_metrics)
+
+    def metrics_of(self, values: np.ndarray, names: Sequence[str]) -> Figures:
+        """Return these metrics of the slides, given other values `(n, C)` than the predicted ones."""
+        figures = pooled_metrics(self.task, self.labels, values, self.repeats)
+        return {name: figures[name] for name in names}
 
     @property
     def decision_metrics(self) -> Figures | None:

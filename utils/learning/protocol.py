@@ -11,6 +11,7 @@ from utils.core.errors import ConfigError
 from utils.core.runtime import log
 from utils.learning.grid import Setting
 from utils.learning.jobs import TrainingJob
+from utils.learning.ranking import monitored_metric
 from utils.learning.settings import Protocol, Training
 from utils.learning.split_files import folds_from_file, unused_split
 from utils.learning.splits import OuterFold, few_patients, repeated_splits
@@ -50,7 +51,7 @@ def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
 
 def fold_monitor(data: MILDataset, monitor: str, fold: OuterFold) -> str:
     """Return the monitor of an outer fold: `monitor`, or the loss if that is undefined in an inner fold."""
-    metric = monitor.removeprefix("slide_")
+    metric = monitored_metric(monitor)
     reasons = [data.task.why_undefined(metric, data.labels[inner.val]) for inner in fold.inner]
     reason = next(filter(None, reasons), "")
     if not reason:

@@ -17,11 +17,16 @@ def rank(task: Task, validation: Validation, monitor: str) -> tuple[float, ...]:
     assert loss is not None  # noqa: S101 - for the type checker: only the AUC can be undefined
     if monitor == "slide_loss":
         return (-loss,)
-    score = validation[monitor.replace("slide_", "val_")]
+    metric = monitored_metric(monitor)
+    score = validation[f"val_{metric}"]
     if score is None:
         raise TrainingError(f"{monitor} is undefined for the validation slides; choose by --monitor slide_loss")
-    is_reversed = monitor.removeprefix("slide_") in task.lower_is_better
-    return (-score if is_reversed else score, -loss)
+    return (-score if metric in task.lower_is_better else score, -loss)
+
+
+def monitored_metric(monitor: str) -> str:
+    """Return the name of the metric that a `--monitor` names: "auc" for "slide_auc"."""
+    return monitor.removeprefix("slide_")
 
 
 def mean_rank(task: Task, validations: Sequence[Validation], monitor: str) -> tuple[float, ...]:

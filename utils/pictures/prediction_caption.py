@@ -91,7 +91,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         unit = "patient" if record.get("seen_as") == "case" else "slide"
         notes.append(f"The model was trained on this {unit}: its prediction is not independent evidence.")
     if record.get("dataset") == SYNTHETIC:
-        notes.append("The model was trained on synthetic slides, drawn by rule: what it says of tissue means nothing.")
+        notes.append("The model was trained on synthetic slides: its prediction means nothing for real tissue.")
     if record.get("faithfulness"):
         notes += _faithfulness_notes(record["predicted_class"], record["faithfulness"], weight_name(record))
     return notes

@@ -62,8 +62,8 @@ def _check_same_slide(slide: Slide, source: Path, record: Mapping[str, Any], all
         )
     if record.get("quick_hash") is None and slide.name != source.stem and not allow_renamed:
         raise FeatureFileError(
-            f"{slide.path}: is not called as {source}, which does not record what slide it was made from; "
-            f"give slide {source.stem} with --wsi, or --allow_mismatch for one that was renamed"
+            f"{slide.path}: has another name than {source}, which does not record its slide; "
+            f"give slide {source.stem} with --wsi, or --allow_mismatch if it is that slide renamed"
         )
 
 

@@ -1,6 +1,5 @@
 """Find the slides that `predict.py` predicts, and name the file of each prediction."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from utils.bags import labels
@@ -16,6 +15,7 @@ from utils.prediction.out_of_fold import RECORD, OutOfFold
 from utils.prediction.settings import Prediction
 from utils.slides.batch import PREVIEWS
 from utils.slides.find import is_slide_file, look_for_slides, no_slide_words, one_per_series
+from utils.tasks.task import Task
 
 # The default output folder, which has a folder for each model.
 DEFAULT_FOLDER = Path("outputs/inference")
@@ -56,7 +56,7 @@ class PredictionFiles:
         """Return the name of the features inside the files; out of fold, the one of the training run."""
         return self.settings.feat_type if self.run is None else self.run.feat_type
 
-    def label_rows(self, class_names: Sequence[str], dataset: str | None) -> dict[str, LabelRow]:
+    def label_rows(self, task: Task, dataset: str | None) -> dict[str, LabelRow]:
         """Return the rows of `labels_csv` by slide, resolved as in training; none without a table."""
         settings = self.settings
         if settings.labels_csv is None:
@@ -66,7 +66,7 @@ class PredictionFiles:
         table = read_table(settings.labels_csv)
         self.patients_from = table.patients_from
         rows = labels.resolve_labels(
-            table, class_names, sources.get, ids=sources.keys, allow=settings.allow,
+            table, task, sources.get, ids=sources.keys, allow=settings.allow,
             label_names=classes.label_names, left_out=classes.left_out,
         )  # fmt: skip
         for note in table.notes:

@@ -101,7 +101,7 @@ def predict_files(
     needing = {"--visualize": drawing is not None, "--faithfulness": settings.faithfulness}
     _check_attention(predictors, needing | {"--annotations": settings.annotations is not None})
     first = predictors.first.checkpoint
-    rows = files.label_rows(first.class_names, settings.dataset or first.dataset)
+    rows = files.label_rows(first.task, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
         warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
     infos = earlier_slides(folder)
@@ -256,7 +256,7 @@ def _notes(worker: SlideWorker) -> list[str]:
         paths = first_few([str(model.path) for model in trained], 3)
         notes = [f"{names} ({paths})" + (", whose predictions are averaged." if trained[1:] else ".")]
     if any(model.checkpoint.dataset == SYNTHETIC for model in trained):
-        notes.append("Trained on synthetic slides, drawn by rule: what is said of tissue means nothing.")
+        notes.append("Trained on synthetic slides: the prediction means nothing for real tissue.")
     if not all(compares_content(predictor.trained) for predictor in worker.predictors.each):
         notes.append(f"Seen in training: {BY_NAME}.")
     return notes

@@ -44,7 +44,7 @@ class Classification(Task):
     main_metrics = METRICS
     calibration_metrics = ("brier", "ece")
     lower_is_better = ("brier", "ece")
-    metric_titles = {"auc": "AUC", "f1_macro": "macro F1"}  # noqa: RUF012 - a constant of the class, as the others
+    metric_titles = {"auc": "AUC", "f1_macro": "macro F1", "brier": "Brier", "ece": "ECE"}  # noqa: RUF012 - a constant of the class, as the others
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
@@ -66,6 +66,11 @@ class Classification(Task):
         return ranked_classes(len(self.class_names))
 
     @property
+    def positive_output(self) -> str | None:
+        """Return the last of two classes; None for more."""
+        return self.class_names[1] if len(self.class_names) == 2 else None
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """Return `METRICS`, then sensitivity and specificity of each class."""
         return metric_names(self.class_names)
@@ -73,6 +78,11 @@ class Classification(Task):
     def target(self, text: str) -> int:
         """Return the index of a class. Raise ValueError for an unknown name."""
         return self.class_names.index(text)
+
+    @property
+    def no_target(self) -> str:
+        """Return "none of " and the classes."""
+        return f"none of {', '.join(self.class_names)}"
 
     def target_text(self, targets: np.ndarray) -> np.ndarray:
         """Return the names of the classes."""
@@ -163,6 +173,20 @@ class Classification(Task):
         """Return the probabilities scaled by the `temperature`; None without one."""
         temperature = fitted["temperature"]
         return None if temperature is None else scale_probabilities(values, temperature)
+
+    @property
+    def reliability_titles(self) -> tuple[str, str]:
+        """Return the titles for the positive class, or for the predicted class if there are more than two."""
+        positive = self.positive_output
+        if positive is None:
+            return "Probability of the predicted class", "Accuracy"
+        return f"Predicted probability of {positive}", f"Observed share of {positive}"
+
+    def reliability(self, targets: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positive class's probability, or the predicted class's if there are more than two."""
+        if self.positive_output is not None:
+            return values[:, 1], targets == 1
+        return values.max(axis=1), targets == self.decide(values)
 
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows that are surest and correct, surest and wrong, and most uncertain."""

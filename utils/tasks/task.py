@@ -53,12 +53,22 @@ class Task(ABC):
 
     @property
     @abstractmethod
+    def positive_output(self) -> str | None:
+        """Return the name of the only ranked output; None if each output is ranked against the rest."""
+
+    @property
+    @abstractmethod
     def metric_names(self) -> tuple[str, ...]:
         """Return the names of all metrics."""
 
     @abstractmethod
     def target(self, text: str) -> int:
         """Return the target for a cell of the label table. Raise ValueError if it is not a valid target."""
+
+    @property
+    @abstractmethod
+    def no_target(self) -> str:
+        """Return what a cell of the label table is that is no target, to follow "label that is"."""
 
     @abstractmethod
     def target_text(self, targets: np.ndarray) -> np.ndarray:
@@ -132,6 +142,15 @@ class Task(ABC):
     @abstractmethod
     def calibrate(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
         """Return the values `(..., C)` calibrated by what was fitted; None if nothing of it calibrates."""
+
+    @property
+    @abstractmethod
+    def reliability_titles(self) -> tuple[str, str]:
+        """Return what reliability diagrams show: the probability and the share that was observed."""
+
+    @abstractmethod
+    def reliability(self, targets: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probability `(n,)` of each slide in a reliability diagram, and whether it was right, `(n,)`."""
 
     @abstractmethod
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
