@@ -13,7 +13,6 @@ from tests.cohort import synthetic_bag, write_cohort
 from tests.small import classification_metrics
 from utils.bags.store import write_bag
 from utils.core.files import read_json, write_text
-from utils.evaluation import predictions as predictions_module
 from utils.learning import jobs, protocol, run_figures
 from utils.learning.splits import repeated_splits
 from utils.mil_dataset import MILDataset
@@ -25,9 +24,6 @@ SHUFFLES = 10
 @pytest.fixture(autouse=True)
 def _quick_results(monkeypatch):
     monkeypatch.setattr(run_figures, "draw_figures", lambda *_: None)
-    monkeypatch.setattr(
-        predictions_module, "bootstrap_intervals", partial(predictions_module.bootstrap_intervals, resamples=2)
-    )
 
 
 def run(dataset: MILDataset, folder: Path, mil: str = "meanPool", hidden_dim: int = 8, **changes) -> dict:

@@ -40,53 +40,23 @@ if __name__ == "__main__":
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from MILS import ModelError, build_mil, list_mils
 from utils.core.errors import plural
 from utils.core.files import digest, read_record, set_aside, write_json, write_records, write_text
 from utils.core.plots import FORMATS, figure_paths, write_figures
-from utils.core.runtime import derive_seed, log, progress
+from utils.core.runtime import log
+from utils.evaluation import comparison
+from utils.evaluation.comparison import Difference
 from utils.evaluation.comparison_figures import comparison_figure, runs_roc_figure
-from utils.evaluation.paired_tests import holm, nadeau_bengio, paired_interval
-from utils.evaluation.predictions import Predictions
 from utils.learning.finished_runs import Run, read_runs
 
-RESAMPLES = 5000
-# With fewer patients, percentile intervals are too narrow.
-_FEW_PATIENTS = 50
+_ENOUGH_REPEATS = 3
 _FOLDER, _LONGEST_NAME = Path("outputs/comparison"), 100  # bytes
 _RECORD, _TABLES, _FIGURES = "comparison.json", ("comparison.md", "comparison.csv"), ("comparison", "roc")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """`first - second` in one metric; None if undefined. `difference`, `low`, `high` (95% interval) and `p_bootstrap`
-    are of the pooled slides, `fold_mean` and `p_corrected_t` of the `folds` in which both runs have the metric. The
-    `_holm` p-values are adjusted for the number of pairs.
-    """
-
-    first: str
-    second: str
-    metric: str
-    difference: float | None
-    low: float | None
-    high: float | None
-    p_bootstrap: float | None
-    fold_mean: float | None
-    folds: int
-    p_corrected_t: float | None
-    p_bootstrap_holm: float | None = None
-    p_corrected_t_holm: float | None = None
-
-    @property
-    def pair(self) -> str:
-        return f"{self.first} - {self.second}"
 
 
 def main() -> None:
@@ -189,42 +159,9 @@ def _warn_of_scale(runs: Sequence[Run]) -> None:
         )  # fmt: skip
 
 
-def compare(runs: Sequence[Run], metrics: Sequence[str], resamples: int = RESAMPLES) -> list[Difference]:
-    """Compare every pair of runs in every metric, in the order of `metrics`.
-
-    The result for a pair does not depend on the other runs, except for the `_holm` p-values.
-    """
-    pooled = [run.predictions.metrics for run in runs]
-    folds, sizes = [_fold_metrics(run.predictions) for run in runs], _fold_sizes(runs[0])
-    draws = [
-        run.predictions.draws(derive_seed("comparison"), resamples)
-        for run in progress(runs, "Resampling patients", unit="run")
-    ]
-    differences = []
-    for metric in metrics:
-        pairs = [
-            Difference(
-                runs[a].name,
-                runs[b].name,
-                metric,
-                _minus(pooled[a][metric], pooled[b][metric]),
-                *(paired_interval(draws[a][metric], draws[b][metric]) or (None, None, None)),
-                *_over_folds([fold[metric] for fold in folds[a]], [fold[metric] for fold in folds[b]], sizes),
-            )
-            for a, b in combinations(range(len(runs)), 2)
-        ]
-        differences += _adjusted(pairs)
-    return differences
-
-
-def _minus(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first - second
-
-
-def _fold_metrics(predictions: Predictions) -> list[dict[str, float | None]]:
-    folds = predictions.folds
-    assert folds is not None  # noqa: S101 - for the type checker: a run's predictions have folds
-    return [predictions.where(folds == fold).metrics for fold in np.unique(folds)]
+def compare(runs: Sequence[Run], metrics: Sequence[str]) -> list[Difference]:
+    """Compare every pair of runs in every metric, in the order of `metrics` (see `comparison.compare`)."""
+    return comparison.compare({run.name: run.predictions for run in runs}, _fold_sizes(runs[0]), metrics)
 
 
 def _fold_sizes(run: Run) -> list[tuple[int, int]]:
@@ -236,26 +173,6 @@ def _fold_sizes(run: Run) -> list[tuple[int, int]]:
     return [(len(trained[fold]), tested[fold]) for fold in sorted(tested)]
 
 
-def _over_folds(
-    first: Sequence[float | None], second: Sequence[float | None], sizes: Sequence[tuple[int, int]]
-) -> tuple[float | None, int, float | None]:
-    """Return the mean difference over the folds where both are defined, their number, and the corrected t test's p."""
-    pairs = [(a - b, *size) for a, b, size in zip(first, second, sizes, strict=True) if a is not None and b is not None]
-    if not pairs:
-        return None, 0, None
-    differences, n_train, n_test = zip(*pairs, strict=True)
-    t_and_p = nadeau_bengio(differences, n_train, n_test)
-    return float(np.mean(differences)), len(pairs), t_and_p and t_and_p[1]
-
-
-def _adjusted(pairs: Sequence[Difference]) -> list[Difference]:
-    bootstrap, corrected = holm([pair.p_bootstrap for pair in pairs]), holm([pair.p_corrected_t for pair in pairs])
-    return [
-        replace(pair, p_bootstrap_holm=p, p_corrected_t_holm=q)
-        for pair, p, q in zip(pairs, bootstrap, corrected, strict=True)
-    ]
-
-
 def report(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
     """Return a report in Markdown: the runs, their differences, and how to read them."""
     titles = _titles(runs, list(dict.fromkeys(difference.metric for difference in differences)))
@@ -263,9 +180,9 @@ def report(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
         f"# {len(runs)} training runs compared",
         _runs_table(runs, titles),
         "## Differences",
-        _differences_table(differences, titles, are_many=len(runs) > 2),
+        _differences_table(differences, titles),
         "## How to read this",
-        _reading(runs[0], differences, list(titles), are_many=len(runs) > 2),
+        _reading(runs[0], differences, list(titles)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -275,9 +192,12 @@ def _runs_table(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
     for run in runs:
         model = run.outputs.get("model")
         name = model.get("name") if isinstance(model, dict) else None
+        within = run.predictions.within_folds
         cells = []
         for metric in titles:
             value, interval = run.reported(metric)
+            if metric in within:
+                value, interval = within[metric].value, within[metric].interval
             cells.append(f"{_figure(value)} ({_range(interval)})")
         rows.append([run.name, name or "-", _parameters(run) if name in list_mils() else "-", *cells])
     return _table(rows, texts=2)
@@ -295,56 +215,59 @@ def _parameters(run: Run) -> str:
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else "-"
 
 
-def _differences_table(differences: Sequence[Difference], titles: Mapping[str, str], are_many: bool) -> str:
-    header = ["pair", "metric", "difference", "95% CI", "p (bootstrap)"]
-    header += ["Holm"] if are_many else []
-    header += ["mean over folds", "p (corrected t)"]
-    header += ["Holm"] if are_many else []
-    rows = [header]
-    for pair in differences:
-        interval = None if pair.low is None or pair.high is None else (pair.low, pair.high)
-        row = [pair.pair, titles[pair.metric], _figure(pair.difference, "+"), _range(interval, "+")]
-        row += [_p(pair.p_bootstrap), *([_p(pair.p_bootstrap_holm)] if are_many else [])]
-        row += [_figure(pair.fold_mean, "+"), _p(pair.p_corrected_t)]
-        row += [_p(pair.p_corrected_t_holm)] if are_many else []
-        rows.append(row)
-    return _table(rows, texts=2)
+def _differences_table(differences: Sequence[Difference], titles: Mapping[str, str]) -> str:
+    holm = ["Holm"] if len(differences) > 1 else []
+    header = ["pair", "metric", "difference", "95% CI", "p", *holm, "95% CI, these models", "p, these models"]
+    rows = [
+        [
+            pair.pair, titles[pair.metric], _figure(pair.difference, "+"),
+            _range(_limits(pair.low, pair.high), "+"), _p(pair.p), *(_p(pair.p_holm) for _ in holm),
+            _range(_limits(pair.models_low, pair.models_high), "+"), _p(pair.p_models),
+        ]
+        for pair in differences
+    ]  # fmt: skip
+    return _table([header, *rows], texts=2)
 
 
-def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str], are_many: bool) -> str:
-    slides, patients, folds = run.predictions.n_slides, run.predictions.n_cases, run.predictions.n_folds
-    primary = (
-        f"{metrics[0]} is the primary metric, as the first one named; no p is corrected for the number of metrics."
-        if len(metrics) > 1
-        else ""
-    )
-    pairs = f"Holm: corrected for the {len(differences) // len(metrics)} pairs within a metric." if are_many else ""
-    few = (
-        "With so few patients the intervals are wide, and still rather too narrow." if patients < _FEW_PATIENTS else ""
-    )
+def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]) -> str:
+    predictions = run.predictions
+    ranking = " and the ".join(name.replace("_", " ") for name in predictions.within_folds if name in metrics)
+    pairs = len(differences) // len(metrics)
+    others = f", of the others for all {pairs * (len(metrics) - 1)}" if len(metrics) > 1 else ""
     items = [
         [
-            f"{plural(slides, 'slide')} of {plural(patients, 'patient')}, tested in {plural(folds, 'fold')}.",
-            "A difference is the first run's metric minus the second's, over all tested slides.",
-            primary,
-            pairs,
+            f"{plural(predictions.n_slides, 'slide')} of {plural(predictions.n_cases, 'patient')}, tested in "
+            f"{plural(predictions.n_folds, 'fold')}. A difference is the first run's metric minus the second's.",
+            f"The {ranking} of a run compares slides of a fold only, as one model ranked them." if ranking else "",
         ],
         [
-            f"CI and p (bootstrap): patients were resampled {RESAMPLES} times, the same ones for all runs. Both are "
-            "conditional on the trained models: they cover other patients, not other trainings.",
-            few,
+            "95% CI and p: is the first algorithm better than the second when both are trained on cohorts like this "
+            "one? The variance over patients is enlarged for other training slides.",
+            "With --repeats 3 or more of train.py, chance of splits and seeds averages out and the test finds smaller "
+            "differences."
+            if predictions.n_repeats < _ENOUGH_REPEATS
+            else "",
         ],
         [
-            "p (corrected t): whether the mean over folds would hold for other trainings (Nadeau and Bengio 2003, the "
-            'corrected resampled t test); "-" if fewer than two folds define it, or all differ by the same. That mean '
-            "can differ from the difference over all slides, which ranks the slides of several folds together.",
+            "These models: do the trained models of the first run do better on other patients than those of the "
+            "second? Nothing is said of other trainings."
+        ],
+        [
+            f"{metrics[0]} is the primary metric, as the first one named." if len(metrics) > 1 else "",
+            f"Holm: p corrected for the {plural(pairs, 'pair')} of {metrics[0]}{others}."
+            if len(differences) > 1
+            else "",
         ],
         [
             "A large p does not show that two models are equally good: the interval gives the differences that are "
-            "compatible with these patients.",
+            "compatible with these patients."
         ],
     ]
-    return "\n".join("- " + " ".join(filter(None, item)) for item in items)
+    return "\n".join("- " + " ".join(filter(None, item)) for item in items if any(item))
+
+
+def _limits(low: float | None, high: float | None) -> tuple[float, float] | None:
+    return None if low is None or high is None else (low, high)
 
 
 def _intervals(
@@ -353,9 +276,9 @@ def _intervals(
     """Return the difference and its interval by metric and pair, where both are defined."""
     intervals: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {}
     for pair in differences:
-        if pair.difference is not None and pair.low is not None and pair.high is not None:
-            pairs = intervals.setdefault(titles[pair.metric], {})
-            pairs[pair.first, pair.second] = (pair.difference, pair.low, pair.high)
+        limits = _limits(pair.low, pair.high)
+        if pair.difference is not None and limits is not None:
+            intervals.setdefault(titles[pair.metric], {})[pair.first, pair.second] = (pair.difference, *limits)
     return intervals
 
 

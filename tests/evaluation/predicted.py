@@ -24,3 +24,17 @@ def predicted(patients: int = 12, repeats: int = 1, folds: int = 3, **changes) -
         "folds": patient // 2 % folds + 1 + folds * repeat,
     }
     return Predictions(**(columns | changes))
+
+
+def noisy_answers(rng: np.random.Generator, labels: np.ndarray, right: float = 0.8) -> np.ndarray:
+    """Probabilities that are on the right side with this chance."""
+    hit = rng.random(len(labels)) < right
+    positive = np.where(hit, labels, 1 - labels) * 0.5 + rng.random(len(labels)) * 0.5
+    return np.stack([1 - positive, positive], axis=1)
+
+
+def repeated(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, probabilities, patients and repeats of 12 slides, tested thrice; patients of one to three slides."""
+    rng = np.random.default_rng(seed)
+    labels, cases = np.tile(np.arange(12) % 2, 3), np.tile(np.array(list("aabccdeefghh")), 3)
+    return labels, noisy_answers(rng, labels), cases, np.repeat([1, 2, 3], 12)

@@ -31,21 +31,21 @@ def names_of(table: str) -> list[str]:
 def test_the_closing_table(results):
     table = results_table(results)
     assert len({len(line) for line in table.splitlines()}) == 1
-    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "pooled", "95%"]
+    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "pooled", "95%", "within", "95%"]
     for name in ("slide_auc_mean", "slide_accuracy_mean", "slide_auc_std"):
         assert f"{results[name]:.3f}" in table
 
 
 def test_many_folds_are_left_to_the_file():
     assert names_of(results_table(closed(folds=20))).count("fold") == 20
-    assert names_of(results_table(closed(folds=21))) == ["mean", "std", "pooled", "95%"]
+    assert names_of(results_table(closed(folds=21))) == ["mean", "std", "pooled", "95%", "within", "95%"]
 
 
 def test_a_figure_that_some_folds_lack_says_how_many_have_it(results):
     folds = [dict(fold) for fold in results["fold_results"]]
     folds[1]["slide"] = folds[1]["slide"] | {"auc": None}
     table = results_table(results | {"fold_results": folds, "slide_auc_folds": 2})
-    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "folds", "pooled", "95%"]
+    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "folds", "pooled", "95%", "within", "95%"]
     (line,) = [line for line in table.splitlines() if line.split()[:1] == ["folds"]]
     assert sorted(set(line.split()[1:])) == ["2", "3"]
     assert line.split().count("2") == 1
@@ -61,10 +61,17 @@ def test_sensitivity_and_specificity_of_each_class_close_the_run(results):
 
 
 @pytest.mark.parametrize(("pooled", "is_explained"), [(0.96, True), (0.995, False)])
-def test_a_pooled_auc_that_differs_from_the_mean_is_explained(results, pooled, is_explained):
-    figures = results["pooled"] | {"auc": pooled}
-    words = closing_text(results | {"slide_auc_mean": 1.0, "pooled": figures})
-    assert ("The mean AUC 1.000 ranks each fold's slides" in words) is is_explained
+def test_the_auc_within_folds_is_named_and_a_pooled_one_that_differs_is_explained(results, pooled, is_explained):
+    within = results["within_folds"] | {"auc": 1.0}
+    words = closing_text(results | {"within_folds": within, "pooled": results["pooled"] | {"auc": pooled}})
+    assert "The AUC to report is 1.000: it ranks each fold's slides by that fold's own model." in words
+    assert ("The pooled 0.960 ranks all slides together" in words) is is_explained
+
+
+def test_an_interval_that_is_missing_has_its_reason(results):
+    assert "None for ece: by chance alone it is above 0." in closing_text(results)
+    methods = dict.fromkeys(results["interval_methods"], "none: fewer than 5 patients")
+    assert "No 95% intervals: fewer than 5 patients." in closing_text(results | {"interval_methods": methods})
 
 
 def test_unknown_patients_are_mentioned(results):
@@ -74,7 +81,7 @@ def test_unknown_patients_are_mentioned(results):
 
 def test_repeats_and_chosen_settings_are_mentioned(results):
     words = closing_text(results)
-    assert words.splitlines()[-1].startswith("24 slides of 12 patients, tested once. ")
+    assert "\n24 slides of 12 patients, tested once. The 95% intervals cover other patients" in words
     assert "Chosen in the inner loop" not in words
     settings = [{"lr": 0.1}, {"lr": 0.01}, {"lr": 0.01}]
     folds = [

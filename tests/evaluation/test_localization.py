@@ -36,14 +36,18 @@ def entry(auc: float | None, patches: int = 2) -> dict:
 
 
 def test_means_count_slides_with_the_class_and_intervals_draw_patients():
-    entries = [entry(1.0), entry(0.0), entry(None, patches=0), {"classes": {}}]
-    found = mean_scores(entries, ["a", "b", "c", "d"], seed=0)["tumour"]
-    assert (found["n_slides"], found["n_cases"], found["chance_overlap"]) == (2, 2, 0.2)
+    entries = [*(entry(auc) for auc in (1.0, 0.0, 0.4, 0.6, 0.5)), entry(None, patches=0), {"classes": {}}]
+    found = mean_scores(entries, list("abcdefg"), seed=0)["tumour"]
+    assert (found["n_slides"], found["n_cases"], found["chance_overlap"]) == (5, 5, 0.2)
     assert found["attention"]["auc"] == 0.5
-    assert found["attention"]["intervals_95"]["auc"] == (0.0, 1.0)
-    together = mean_scores(entries, ["a", "a", "c", "d"], seed=0)["tumour"]
-    assert (together["n_cases"], together["attention"]["intervals_95"]["auc"]) == (1, None)
-    assert "mean of 2 slides (chance: AUC 0.5, overlap 0.200): attention AUC 0.500" in means_text({"tumour": found})[0]
+    low, high = found["attention"]["intervals_95"]["auc"]
+    assert 0 <= low < 0.4
+    assert 0.6 < high <= 1
+    few = mean_scores(entries[:4], list("abcd"), seed=0)["tumour"]
+    assert few["attention"]["intervals_95"]["auc"] is None
+    together = mean_scores(entries, list("aabcdef"), seed=0)["tumour"]
+    assert (together["n_cases"], together["attention"]["intervals_95"]["auc"]) == (4, None)
+    assert "mean of 5 slides (chance: AUC 0.5, overlap 0.200): attention AUC 0.500" in means_text({"tumour": found})[0]
 
 
 def test_a_class_that_no_slide_shows_is_said_to_be_unscored():

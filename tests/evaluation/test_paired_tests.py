@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, norm, ttest_rel
+from scipy.stats import norm, ttest_rel
 from sklearn.datasets import make_moons
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
 from sklearn.svm import SVC
 
-from tests.small import TASK, classification_metrics
-from utils.evaluation.bootstrap import bootstrap_draws
-from utils.evaluation.paired_tests import holm, nadeau_bengio, paired_interval
+from tests.small import TASK
+from utils.evaluation.intervals import ScoredRows, quantile
+from utils.evaluation.paired_tests import PairedTest, holm, nadeau_bengio, paired_test, training_inflation
+from utils.evaluation.resampling import left_out
 
 SLIDES = 120
 
@@ -28,34 +29,17 @@ def own_case(slides: int) -> np.ndarray:
     return np.arange(slides).astype(str)
 
 
-def draws(labels, answers, cases, metric, resamples=500, **settings) -> list[np.ndarray]:
-    """The resampled figures of each model."""
-    return [bootstrap_draws(TASK, labels, answer, cases, 0, resamples, **settings)[metric] for answer in answers]
+def compared(labels, answers, cases, metric, inflation=1.0, **columns) -> tuple[float, PairedTest]:
+    """The difference of two models in a metric, and its test."""
+    rows = [ScoredRows(TASK, labels, answer, cases, columns.get("repeats", np.ones(len(labels)))) for answer in answers]
+    first, second = (row.pooled(np.ones((1, len(labels))))[metric][0] for row in rows)
+    without = [left_out(cases, row.pooled)[metric] for row in rows]
+    patients = min(len(np.unique(cases[labels == label])) for label in (0, 1))
+    return first - second, paired_test(first - second, without[0] - without[1], patients, inflation)
 
 
-def spread(labels, answers, cases, metric, resamples=500) -> float:
-    """The bootstrap's standard error of the difference."""
-    first, second = draws(labels, answers, cases, metric, resamples)
-    return float((first - second).std())
-
-
-def test_accuracy_differences_are_scipys_paired_bootstrap():
-    labels, answers = two_answers(2, better=0.5)
-    right = [answer.argmax(axis=1) == labels for answer in answers]
-    drawn = bootstrap(
-        right,
-        lambda first, second, axis: first.mean(axis=axis) - second.mean(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=4000,
-        method="percentile",
-        rng=np.random.default_rng(1),
-    )
-    low, high, p = paired_interval(*draws(labels, answers, own_case(SLIDES), "accuracy", 4000))
-    assert (low, high) == pytest.approx(tuple(drawn.confidence_interval), abs=1.01 / SLIDES)
-    rarer = min((drawn.bootstrap_distribution <= 1e-9).mean(), (drawn.bootstrap_distribution >= -1e-9).mean())
-    assert p == pytest.approx(2 * rarer, abs=0.02)
-    assert 0.002 < p < 0.5
+def error_of(test: PairedTest, patients: int) -> float:
+    return (test.interval[1] - test.interval[0]) / 2 / quantile(patients)
 
 
 def delong_error(labels: np.ndarray, answers: list[np.ndarray]) -> float:
@@ -70,70 +54,76 @@ def delong_error(labels: np.ndarray, answers: list[np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_auc_differences_spread_as_delong_says(seed):
+def test_auc_differences_have_delongs_error(seed):
     labels, answers = two_answers(seed, 300)
-    paired = spread(labels, answers, own_case(300), "auc", 1500)
-    assert paired == pytest.approx(delong_error(labels, answers), rel=0.1)
-    apart = np.hypot(*[np.std(one) for one in draws(labels, answers, own_case(300), "auc")])
-    assert paired < 0.9 * apart
+    _, test = compared(labels, answers, own_case(300), "auc")
+    assert error_of(test, 150) == pytest.approx(delong_error(labels, answers), rel=0.02)
 
 
-def test_the_bootstraps_p_agrees_with_delongs():
+def test_the_p_is_delongs():
     labels, answers = two_answers(7, 300, better=0.25)
-    first, second = (classification_metrics(labels, answer)["auc"] for answer in answers)
-    expected = 2 * norm.sf(abs(first - second) / delong_error(labels, answers))
-    p = paired_interval(*draws(labels, answers, own_case(300), "auc", 2000))[2]
+    difference, test = compared(labels, answers, own_case(300), "auc")
+    expected = 2 * norm.sf(abs(difference) / delong_error(labels, answers))
     assert 0.01 < expected < 0.5
-    assert p == pytest.approx(expected, abs=0.03)
+    assert test.p == pytest.approx(expected, abs=0.01)
 
 
-def test_patients_are_drawn_not_slides():
-    """Copies of each patient's slides say nothing new."""
+def test_accuracy_differences_are_the_paired_t_test():
+    labels, answers = two_answers(2, better=0.5)
+    right = [(answer.argmax(axis=1) == labels).astype(float) for answer in answers]
+    expected = ttest_rel(*right)
+    _, test = compared(labels, answers, own_case(SLIDES), "accuracy")
+    assert test.p == pytest.approx(expected.pvalue, abs=1e-6)
+    assert test.interval == pytest.approx(tuple(expected.confidence_interval()), abs=1e-6)
+
+
+def test_copies_of_slides_say_nothing_new():
     labels, answers = two_answers(4)
     fivefold = np.repeat(np.arange(SLIDES), 5)
     copies = labels[fivefold], [answer[fivefold] for answer in answers]
     for metric in ("accuracy", "auc", "brier"):
-        once = spread(labels, answers, own_case(SLIDES), metric)
-        assert spread(*copies, own_case(SLIDES)[fivefold], metric) == pytest.approx(once)
-        assert spread(*copies, own_case(5 * SLIDES), metric) < 0.6 * once
+        _, once = compared(labels, answers, own_case(SLIDES), metric)
+        _, copied = compared(*copies, own_case(SLIDES)[fivefold], metric)
+        _, as_if_patients = compared(*copies, own_case(5 * SLIDES), metric)
+        assert copied.interval == pytest.approx(once.interval)
+        assert error_of(as_if_patients, 300) < 0.6 * error_of(copied, 60)
 
 
-def test_a_drawn_patient_brings_its_slides_of_all_repeats():
+def test_a_patient_is_left_out_of_all_repeats():
     """Where the models differ in one repeat of two, they differ by half as much."""
     labels, (first, second) = two_answers(5)
-    once = paired_interval(*draws(labels, [first, second], own_case(SLIDES), "auc"))
+    _, once = compared(labels, [first, second], own_case(SLIDES), "auc")
     answers = [np.concatenate([first, first]), np.concatenate([second, first])]
     repeats, cases = np.repeat([1, 2], SLIDES), np.tile(own_case(SLIDES), 2)
-    both = paired_interval(*draws(np.tile(labels, 2), answers, cases, "auc", repeats=repeats))
-    assert both == pytest.approx((once[0] / 2, once[1] / 2, once[2]))
+    _, both = compared(np.tile(labels, 2), answers, cases, "auc", repeats=repeats)
+    assert both.interval == pytest.approx((once.interval[0] / 2, once.interval[1] / 2))
+    assert both.p == pytest.approx(once.p)
 
 
-def test_the_interval_and_its_p():
-    values = np.arange(1000) / 1000 - 0.0995  # 100 of 1000 below 0
-    low, high, p = paired_interval(values, np.zeros(1000))
-    assert (low, high) == pytest.approx((0.025 * 0.999 - 0.0995, 0.975 * 0.999 - 0.0995))
-    assert p == pytest.approx(2 * 101 / 1001)
-    assert paired_interval(-values, np.zeros(1000)) == pytest.approx((-high, -low, p))
-    assert paired_interval(np.zeros(1000), values)[2] == p
+def test_models_that_answer_alike_have_p_1_and_no_interval():
+    labels, (first, _) = two_answers(0)
+    assert compared(labels, [first, first], own_case(SLIDES), "auc") == (0, PairedTest(None, 1.0))
+    assert paired_test(None, np.zeros(4), 20) == PairedTest(None, None)
+    assert paired_test(0.1, np.full(4, 0.1), 20) == PairedTest(None, None), "no patient changes it"
 
 
-def test_a_p_is_never_0_and_equal_runs_have_p_1():
-    assert paired_interval(np.ones(2000), np.zeros(2000)) == (1, 1, 2 / 2001)
-    assert paired_interval(np.full(2000, 0.1) * 3, np.full(2000, 0.3)) == pytest.approx(
-        (0, 0, 1)
-    )  # equal but for rounding
+def test_the_inflation_widens_the_interval_by_its_root():
+    labels, answers = two_answers(1)
+    _, plain = compared(labels, answers, own_case(SLIDES), "auc")
+    _, inflated = compared(labels, answers, own_case(SLIDES), "auc", inflation=1.5)
+    assert error_of(inflated, 60) == pytest.approx(np.sqrt(1.5) * error_of(plain, 60))
+    assert inflated.p > plain.p
 
 
-def test_undefined_resamples_do_not_count():
-    values = np.concatenate([np.ones(60), np.full(40, np.nan)])
-    assert paired_interval(values, np.zeros(100)) == (1, 1, 2 / 61)
-    assert paired_interval(values, np.where(np.arange(100) < 15, np.nan, 0)) is None
+def test_repeats_enlarge_the_share_of_the_training_slides():
+    assert training_inflation([80] * 5, [20] * 5, 1) == pytest.approx(1.25)
+    assert training_inflation([80] * 15, [20] * 15, 3) == pytest.approx(1 + 0.25 * 5 / 3)
 
 
 def test_equal_models_are_rarely_found_different():
     """Over many cohorts in which neither model is better, p falls below 0.1 in about a tenth."""
     cohorts = [two_answers(seed, 60) for seed in range(100, 200)]
-    found = [paired_interval(*draws(*cohort, own_case(60), "auc", 200))[2] for cohort in cohorts]
+    found = [compared(*cohort, own_case(60), "auc")[1].p for cohort in cohorts]
     assert 3 <= sum(p < 0.1 for p in found) <= 20
 
 

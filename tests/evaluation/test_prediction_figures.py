@@ -1,5 +1,6 @@
 import sys
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,6 @@ from scipy.stats import binomtest
 
 from tests.small import TASK
 from utils.core.plots import COLOURS, STYLES, save_figure
-from utils.evaluation.bootstrap import bootstrap_intervals, pooled_metrics
 from utils.evaluation.prediction_figures import (
     calibration_figure,
     confusion_figure,
@@ -21,6 +21,7 @@ from utils.evaluation.prediction_figures import (
     roc_figure,
 )
 from utils.evaluation.predictions import Predictions
+from utils.evaluation.resampling import pooled_metrics
 from utils.tasks.classification import Classification
 
 LONG = ("Clear cell renal cell carcinoma", "Papillary renal cell carcinoma type 2", "Chromophobe renal cell carcinoma")
@@ -91,10 +92,12 @@ def test_nine_classes_differ_without_colour():
 
 def test_roc_names_the_pooled_auc_and_its_interval():
     labels, probabilities, names = cohort(2)
-    cases, repeats = np.array([f"P{index}" for index in range(40)]), np.ones(40)
-    auc = pooled_metrics(TASK, labels, probabilities, repeats)["auc"]
-    low, high = bootstrap_intervals(TASK, labels, probabilities, cases, 0)["auc"]
-    assert entries(roc(labels, probabilities, names)) == [f"class_1: AUC {auc:.3f} (95% CI {low:.3f} to {high:.3f})"]
+    rows = predictions(labels, probabilities, names)
+    auc, (low, high) = rows.pooled["auc"].value, rows.pooled["auc"].interval
+    pooled = f"class_1: AUC {auc:.3f} (95% CI {low:.3f} to {high:.3f})"
+    within, (low, high) = rows.within_folds["auc"].value, rows.within_folds["auc"].interval
+    assert entries(roc_figure(rows)) == [f"{pooled}; within folds {within:.3f} ({low:.3f} to {high:.3f})"]
+    assert entries(roc_figure(replace(rows, folds=None))) == [pooled]
 
 
 def test_roc_of_repeats_is_their_mean():

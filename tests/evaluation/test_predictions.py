@@ -103,6 +103,6 @@ def test_a_class_is_ranked_against_the_rest():
     assert list(whole.rankings) == [0, 1, 2]
     for index, ranking in whole.rankings.items():
         positive, others = whole.values[labels == index, index], whole.values[labels != index, index]
-        assert ranking.auc == pytest.approx((positive[:, None] > others).mean())
-        assert ranking.auc_interval[0] <= ranking.auc <= ranking.auc_interval[1]
+        assert ranking.auc.value == pytest.approx((positive[:, None] > others).mean())
+        assert ranking.auc.interval[0] <= ranking.auc.value <= ranking.auc.interval[1]
         assert ranking.prevalence == pytest.approx(1 / 3)

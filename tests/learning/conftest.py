@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from tests.learning.runs import CHUNKED, TRAIN, VAL, Finished, Unfitted, Watch, 
 from tests.small import make_model  # noqa: F401 - a fixture
 from utils.core.engine import threads
 from utils.core.files import write_text
-from utils.evaluation import predictions
 from utils.learning import jobs, run_figures
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
@@ -65,8 +63,6 @@ def unfitted(monkeypatch, no_figures) -> Unfitted:
     """Runs in no time, where what is tested is not the training."""
     stand_in = Unfitted()
     monkeypatch.setattr(jobs, "fit", stand_in)
-    quick = partial(predictions.bootstrap_intervals, resamples=10)
-    monkeypatch.setattr(predictions, "bootstrap_intervals", quick)
     return stand_in
 
 

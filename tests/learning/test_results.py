@@ -62,8 +62,15 @@ class TestOutputs:
             values = [result["slide"][name] for result in outputs["fold_results"]]
             assert outputs[f"slide_{name}_mean"] == pytest.approx(np.mean(values))
             assert outputs[f"slide_{name}_std"] == pytest.approx(np.std(values, ddof=1))
-            low, high = outputs["intervals_95"][name]
+            low, high = outputs["intervals_95"][name] or (0, 1)
             assert low <= outputs["pooled"][name] <= high
+            has_reason = outputs["interval_methods"][name].startswith("none: ")
+            assert (outputs["intervals_95"][name] is None) is has_reason is (name == "ece")
+        assert set(outputs["within_folds"]) == {"auc", "average_precision"}
+        for name in ("within_folds", "mean_of_folds"):
+            low, high = outputs[f"{name}_intervals_95"]["auc"]
+            assert low <= outputs[name]["auc"] <= high
+        assert outputs["mean_of_folds"]["auc"] == pytest.approx(outputs["slide_auc_mean"])
         expected = classification_metrics(dataset.labels, probabilities, dataset.class_names)
         assert outputs["pooled"] == pytest.approx(expected, abs=1e-12)
         assert set(expected) == set(outputs["intervals_95"]) > {"sensitivity_benign", "specificity_malignant"}

@@ -10,7 +10,7 @@ import pytest
 from tests.prediction.predict_helpers import CLASSES, of, write_model
 from tests.small import TASK, classification_metrics
 from utils.bags.store import read_bag, write_bag
-from utils.evaluation.bootstrap import bootstrap_intervals
+from utils.evaluation.intervals import ScoredRows
 from utils.prediction.checkpoint import id_digests
 from utils.prediction.predictor import SlidePredictor
 
@@ -31,11 +31,11 @@ def test_the_scores_are_those_of_training(cohort, models, predict, tmp_path):
     assert (scores["n_slides"], scores["n_cases"], scores["n_seen_in_training"]) == (24, 12, 0)
     at = classification_metrics(truth, np.eye(2)[(probabilities[:, 1] >= 0.4).astype(int)])
     assert scores["pooled_thresholded"]["balanced_accuracy"] == pytest.approx(at["balanced_accuracy"])
-    # Patients are resampled, not slides.
-    cases, width = table["case_id"].to_numpy(), scores["intervals_95"]["auc"]
-    assert width[0] <= expected["auc"] <= width[1]
-    some_seed = bootstrap_intervals(TASK, truth, probabilities, cases, 0)["auc"]
-    assert width == pytest.approx(some_seed, abs=0.08)
+    rows = ScoredRows(TASK, truth, probabilities, table["case_id"].to_numpy(), np.ones(len(table)))
+    low, high = rows.estimates(rows.pooled, 0)["auc"].interval
+    assert low <= expected["auc"] <= high
+    assert scores["intervals_95"]["auc"] == pytest.approx([low, high])
+    assert scores["interval_methods"]["auc"].startswith("Newcombe")
 
 
 def test_what_was_seen_in_training_is_marked_everywhere(cohort, predict, tmp_path):
@@ -83,8 +83,8 @@ def test_a_table_without_patients_says_what_is_taken_for_them(cohort, models, pr
 
 
 @pytest.mark.parametrize(("patients", "reason"), [
-    (("Q",) * 3, "3 slides of 1 patient. No 95% intervals: they come from resampling patients, and there is one."),
-    (("Q", "R", "R"), '"-": the resamples of 2 patients all give one figure, or mostly none.'),
+    (("Q",) * 3, "3 slides of 1 patient. No 95% intervals: fewer than 5 patients."),
+    (("Q", "R", "R"), "3 slides of 2 patients. No 95% intervals: fewer than 5 patients."),
 ])  # fmt: skip
 def test_few_patients_have_no_interval_and_the_reason_is_given(cohort, models, predict, tmp_path, patients, reason):
     slides, predictor = sorted(cohort[1].glob("*.h5"))[:3], SlidePredictor(models[0], device="cpu")

@@ -6,12 +6,12 @@ from typing import Any
 
 from utils.core.errors import plural
 from utils.core.text import aligned, figure_text, interval_text
-from utils.evaluation.bootstrap import MANY_PATIENTS
 from utils.evaluation.outputs import NO_PATIENTS
 from utils.tasks.records import task_of
 
 # With more folds, the closing table leaves them to outputs.json.
 _MOST_FOLDS = 20
+_NONE = "none: "
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -23,34 +23,41 @@ def results_table(results: dict[str, Any]) -> str:
     summary = [
         ["mean", *[figure_text(results[f"slide_{name}_mean"]) for name in metrics]],
         ["std", *[figure_text(results[f"slide_{name}_std"]) for name in metrics]],
-        figures_row("pooled", results["pooled"], metrics),
-        intervals_row(results["intervals_95"], metrics),
     ]
     if min(counts) < results["n_folds"]:
-        summary.insert(2, ["folds", *map(str, counts)])
-    return text_table([fold_rows, summary], metrics)
+        summary.append(["folds", *map(str, counts)])
+    pooled = [figures_row("pooled", results["pooled"], metrics), intervals_row(results["intervals_95"], metrics)]
+    if results.get("within_folds"):
+        pooled.append(figures_row("within folds", results["within_folds"], metrics))
+        pooled.append(intervals_row(results["within_folds_intervals_95"], metrics))
+    return text_table([fold_rows, summary, pooled], metrics)
 
 
 def figures_row(name: str, figures: Mapping[str, float | None], metrics: Sequence[str]) -> list[str]:
-    """Return a row of the closing table: a name, then the `metrics`."""
-    return [name, *[figure_text(figures[metric]) for metric in metrics]]
+    """Return a row of the closing table: a name, then the `metrics`; blank for one that `figures` lack."""
+    return [name, *[figure_text(figures[metric]) if metric in figures else "" for metric in metrics]]
 
 
 def intervals_row(intervals: Mapping[str, Sequence[float] | None], metrics: Sequence[str]) -> list[str]:
-    """Return the row of the 95% intervals."""
-    return ["95% CI", *[interval_text(intervals[metric]) for metric in metrics]]
+    """Return the row of the 95% intervals; blank for a metric that `intervals` lack."""
+    return ["95% CI", *[interval_text(intervals[metric]) if metric in intervals else "" for metric in metrics]]
 
 
-def interval_words(results: Mapping[str, Any]) -> str:
-    """Return how the 95% intervals of an `outputs.json` or `scores.json` come about, or why there are none."""
-    patients, pooled = results["n_cases"], results["pooled"]
-    has_gap = any(limits is None and pooled[name] is not None for name, limits in results["intervals_95"].items())
-    if patients == 1:
-        return "No 95% intervals: they come from resampling patients, and there is one."
-    words = "The 95% intervals come from resampling patients and are conditional on the trained models."
-    if not has_gap or patients >= MANY_PATIENTS:
-        return words
-    return f'{words} "-": the resamples of {patients} patients all give one figure, or mostly none.'
+def interval_words(results: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """Return what the 95% intervals of an `outputs.json` or `scores.json` cover, and why those of some `metrics` are
+    missing ("-").
+    """
+    methods = results["interval_methods"]
+    if all(method.startswith(_NONE) for method in methods.values()):
+        reasons = dict.fromkeys(method.removeprefix(_NONE) for method in methods.values())
+        return f"No 95% intervals: {next(iter(reasons))}."
+    missing: dict[str, list[str]] = {}
+    for metric in metrics:
+        if methods[metric].startswith(_NONE) and results["pooled"][metric] is not None:
+            missing.setdefault(methods[metric].removeprefix(_NONE), []).append(metric.replace("_", " "))
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in missing.items())
+    words = "The 95% intervals cover other patients, not other trainings; interval_methods names the method of each."
+    return f"{words} None for {reasons}." if reasons else words
 
 
 def text_table(blocks: Sequence[Sequence[Sequence[str]]], metrics: Sequence[str]) -> str:
@@ -63,10 +70,10 @@ def closing_text(results: dict[str, Any]) -> str:
     about = f"{plural(results['n_slides'], 'slide')} of {plural(results['n_cases'], 'patient')}, tested once"
     if results["n_repeats"] > 1:
         about += f" in each of {results['n_repeats']} repeats (pooled: the repeats' mean)"
-    sentences = [f"{about}. {interval_words(results)}"]
+    task = task_of(results)
+    sentences = [f"{about}. {interval_words(results, task.main_metrics)}"]
     if results.get("patients_from") == NO_PATIENTS:
         sentences.append("No patients are known: where some have several slides, every figure above is too good.")
-    task = task_of(results)
     sentences += task.closing_sentences(results)
     settings = Counter(_setting_text(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:

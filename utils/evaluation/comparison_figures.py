@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from utils.core.plots import COLOURS, LEGEND, STYLES, bare, bare_axes, legend_below
 from utils.core.text import escape_mathtext
-from utils.evaluation.bootstrap import mean_roc
+from utils.evaluation.curves import mean_roc
 from utils.evaluation.prediction_figures import draw_chance_line, pooled_title, with_interval
 from utils.evaluation.predictions import Predictions
 
@@ -79,6 +79,6 @@ def _draw_runs(axes: Axes, runs: Mapping[str, Predictions], index: int, width: i
     draw_chance_line(axes)
     for (name, predictions), colour, style in zip(runs.items(), cycle(COLOURS), cycle(STYLES), strict=False):
         ranking = predictions.rankings[index]
-        label = fill(f"{escape_mathtext(name)}: AUC {with_interval(ranking.auc, ranking.auc_interval, '')}", width)
+        label = fill(f"{escape_mathtext(name)}: AUC {with_interval(ranking.auc, '')}", width)
         curve = mean_roc(*predictions.one_against_rest(index), predictions.repeats)
         axes.plot(*(curve or ([], [])), color=colour, ls=style, lw=1.6, label=label)

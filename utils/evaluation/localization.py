@@ -7,7 +7,7 @@ import numpy as np
 
 from utils.core.errors import plural
 from utils.core.text import figure_text, interval_text
-from utils.evaluation.bootstrap import mean_interval
+from utils.evaluation.intervals import mean_interval
 
 SCORES = ("auc", "pointing", "overlap")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.core.files import write_text
+from utils.evaluation.intervals import Estimate
 from utils.evaluation.predictions import Predictions
 from utils.tasks.metrics import mean_and_std
 
@@ -58,9 +59,25 @@ def outputs_content(
     return summary | {
         "pooled": predictions.metrics,
         "intervals_95": predictions.intervals,
+        "interval_methods": methods(predictions.pooled),
+        **_ranking("within_folds", predictions.within_folds),
+        **_ranking("mean_of_folds", predictions.mean_of_folds),
         "pooled_thresholded": predictions.decision_metrics,
         "pooled_calibrated": predictions.calibrated_metrics,
         "fold_results": list(fold_figures),
+    }
+
+
+def methods(estimates: Mapping[str, Estimate]) -> dict[str, str]:
+    """Return the method of each metric's interval, or why there is none."""
+    return {name: estimate.method or f"none: {estimate.reason}" for name, estimate in estimates.items()}
+
+
+def _ranking(name: str, estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Return the entries of metrics that rank slides, with their intervals."""
+    return {
+        name: {metric: estimate.value for metric, estimate in estimates.items()},
+        f"{name}_intervals_95": {metric: estimate.interval for metric, estimate in estimates.items()},
     }
 
 

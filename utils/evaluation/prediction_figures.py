@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 
 from utils.core.plots import COLOURS, LEGEND, SMALL, STYLES, bare, bare_axes, legend_below
 from utils.core.text import escape_mathtext
-from utils.evaluation.bootstrap import mean_precision, mean_roc, roc_band
+from utils.evaluation.curves import mean_precision, mean_roc, roc_band
+from utils.evaluation.intervals import Estimate, wilson
 from utils.evaluation.predictions import Predictions
 from utils.tasks.metrics import BINS, probability_bins
 
 _MOST_BANDS = 3  # curves drawn with bands and folds; more would be illegible
 _FEW = 10  # slides in a bin, below which its share is uncertain
+_NORMAL = 1.959964  # of standard errors to either side of a 95% interval
 _LINE_WIDTH = 60  # characters of a line of a legend
 
 
@@ -46,11 +48,16 @@ def roc_figure(predictions: Predictions) -> Figure:
             continue
         if is_detailed:
             _fold_curves(axes, predictions, index, line["color"])
-            band = roc_band(is_class, scores, predictions.cases, predictions.seed, repeats=predictions.repeats)
+            band = roc_band(
+                is_class, scores, predictions.scored.patients, predictions.seed, repeats=predictions.repeats
+            )
             if band is not None:
                 axes.fill_between(*band, color=line["color"], alpha=0.15, lw=0)
         ranking, name = predictions.rankings[index], escape_mathtext(predictions.task.outputs[index])
-        label = fill(f"{name}: AUC {with_interval(ranking.auc, ranking.auc_interval)}", _LINE_WIDTH)
+        text = f"{name}: AUC {with_interval(ranking.auc)}"
+        if ranking.auc_within_folds is not None:
+            text += f"; within folds {with_interval(ranking.auc_within_folds, '')}"
+        label = fill(text, _LINE_WIDTH)
         axes.plot(*curve, **line, label=label)
     has_folds = predictions.folds is not None
     legend = "band: 95% over patients" + ("; thin: each fold" if has_folds else "")
@@ -72,7 +79,7 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
         if curve is None:
             continue
         ranking, name = predictions.rankings[index], escape_mathtext(predictions.task.outputs[index])
-        value = with_interval(ranking.average_precision, ranking.average_precision_interval)
+        value = with_interval(ranking.average_precision)
         label = fill(f"{name}: AP {value}, chance {ranking.prevalence:.3f}", _LINE_WIDTH)
         axes.plot(*curve, **line, label=label)
         if has_baselines:
@@ -142,8 +149,9 @@ def calibration_figure(predictions: Predictions) -> Figure:
     return figure
 
 
-def with_interval(value: float | None, interval: tuple[float, float] | None, kind: str = "95% CI ") -> str:
+def with_interval(estimate: Estimate, kind: str = "95% CI ") -> str:
     """Return a metric with its interval as text."""
+    value, interval = estimate.value, estimate.interval
     within = "" if interval is None else f" ({kind}{interval[0]:.3f} to {interval[1]:.3f})"
     return "-" if value is None else f"{value:.3f}{within}"
 
@@ -207,7 +215,7 @@ def _draw_reliability(
     for index in np.unique(bins):
         mean, share = float(probability[bins == index].mean()), float(is_true[bins == index].mean())
         is_few = counts[index] < _FEW
-        low, high = _wilson(share, float(counts[index]))
+        low, high = wilson(share, float(counts[index]), _NORMAL)
         axes.plot([mean, mean], [low, high], color=COLOURS[colour], lw=0.8 if is_few else 1.4)
         axes.plot(
             mean, share, color=COLOURS[colour], marker=marker, ms=4 if is_few else 6, ls="",
@@ -217,11 +225,3 @@ def _draw_reliability(
     figures = predictions.metrics_of(probabilities, predictions.task.calibration_metrics)
     titles = predictions.task.metric_titles
     return counts, f"{name}: " + ", ".join(f"{titles.get(key, key)} {value:.3f}" for key, value in figures.items())
-
-
-def _wilson(share: float, count: float) -> tuple[float, float]:
-    """Return the 95% interval of a share of `count` (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
-    z2 = 1.959964**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = np.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
-    return middle - half, middle + half

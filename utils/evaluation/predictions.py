@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from utils.evaluation.bootstrap import Interval, bootstrap_draws, bootstrap_intervals, pooled_metrics
-from utils.tasks.classification import Classification
+from utils.evaluation.intervals import Estimate, Interval, ScoredRows
+from utils.evaluation.resampling import left_out, pooled_metrics
 from utils.tasks.metrics import mean_and_std
 from utils.tasks.records import task_of
 from utils.tasks.task import Figures, Task
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranking:
-    """AUC and average precision of a class against the rest, None if undefined, with their 95% intervals over patients;
-    and the share of the slides that are of the class.
+    """AUC and average precision of a class against the rest, with their 95% intervals; the same AUC within folds, if
+    there are some; and the share of the slides that are of the class.
     """
 
-    auc: float | None
-    auc_interval: Interval
-    average_precision: float | None
-    average_precision_interval: Interval
+    auc: Estimate
+    average_precision: Estimate
+    auc_within_folds: Estimate | None
     prevalence: float
 
 
@@ -40,11 +39,12 @@ class Predictions:
 
     Attributes
         slides (n,), cases (n,): ids of the slides and of their patients.
+        groups (n,): what the splits keep together, if it is more than a patient, or None.
         labels (n,): the targets; of a classification the indices of the classes.
         values (n, C): the class probabilities; calibrated (n, C): the temperature-scaled ones, or None.
         repeats (n,), folds (n,): int, from 1; folds may be None.
         decisions (n,): int, the class at a threshold fitted on inner validation, or None.
-        seed: of the resampled patients of the intervals.
+        seed: of the resampled patients of some intervals.
         title: names the slides; by default they are the out-of-fold slides.
     """
 
@@ -58,6 +58,7 @@ class Predictions:
     folds: np.ndarray | None = None
     calibrated: np.ndarray | None = None
     decisions: np.ndarray | None = None
+    groups: np.ndarray | None = None
     title: str = ""
 
     @classmethod
@@ -97,6 +98,7 @@ class Predictions:
             seed=seed,
             folds=np.array([int(row["fold"]) for row in rows]),
             calibrated=_numbers(rows, scaled) if set(scaled) <= rows[0].keys() else None,
+            groups=np.array([row["group"] for row in rows]) if "group" in rows[0] else None,
         )
 
     def table(self) -> pd.DataFrame:
@@ -114,6 +116,7 @@ class Predictions:
         if self.calibrated is not None:
             columns |= {f"calibrated_{name}": self.calibrated[:, index] for index, name in enumerate(names)}
         columns |= {} if self.folds is None else {"fold": self.folds}
+        columns |= {} if self.groups is None else {"group": self.groups}
         return pd.DataFrame(columns | {"repeat": self.repeats})
 
     def __len__(self) -> int:
@@ -153,6 +156,12 @@ class Predictions:
         return len(np.unique(self.cases))
 
     @property
+    def fewest_patients(self) -> int:
+        """The number of patients, or groups, of the rarest stratum (class)."""
+        strata, units = self.task.strata(self.labels), self.scored.patients
+        return min(len(np.unique(units[strata == stratum])) for stratum in np.unique(strata))
+
+    @property
     def n_repeats(self) -> int:
         return len(np.unique(self.repeats))
 
@@ -165,14 +174,47 @@ class Predictions:
         """Every metric of the task, the mean over the repeats."""
         return pooled_metrics(self.task, self.labels, self.values, self.repeats)
 
-    @cached_property
-    def intervals(self) -> dict[str, Interval]:
-        """The 95% interval of every metric over patients (see `bootstrap.bootstrap_intervals`)."""
-        return bootstrap_intervals(self.task, self.labels, self.values, self.cases, self.seed, repeats=self.repeats)
+    @property
+    def scored(self) -> ScoredRows:
+        """The rows as `intervals` takes them."""
+        units = self.cases if self.groups is None else self.groups
+        return ScoredRows(self.task, self.labels, self.values, units, self.repeats, self.folds)
 
-    def draws(self, seed: int, resamples: int) -> dict[str, np.ndarray]:
-        """Return every metric of resampled patients, `(resamples,)` (see `bootstrap.bootstrap_draws`)."""
-        return bootstrap_draws(self.task, self.labels, self.values, self.cases, seed, resamples, repeats=self.repeats)
+    @cached_property
+    def pooled(self) -> dict[str, Estimate]:
+        """Every metric of all slides with its 95% interval over patients, or over groups if there are some."""
+        return self.scored.estimates(self.scored.pooled, self.seed)
+
+    @cached_property
+    def within_folds(self) -> dict[str, Estimate]:
+        """The metrics that rank slides, comparing slides of a fold only; none without folds."""
+        return {} if self.folds is None else self.scored.estimates(self.scored.within_folds, self.seed)
+
+    @cached_property
+    def mean_of_folds(self) -> dict[str, Estimate]:
+        """The means over the folds of the metrics that rank slides; none without folds."""
+        return {} if self.folds is None else self.scored.estimates(self.scored.mean_of_folds, self.seed)
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """The 95% interval of every metric of all slides."""
+        return {name: estimate.interval for name, estimate in self.pooled.items()}
+
+    @cached_property
+    def primary(self) -> Figures:
+        """Every metric: within folds if it ranks slides and is defined there, else pooled."""
+        return self.metrics | {name: value for name, value in self._within_folds.items() if value is not None}
+
+    @property
+    def _within_folds(self) -> Figures:
+        return {name: estimate.value for name, estimate in self.within_folds.items()}
+
+    def primary_without(self) -> dict[str, np.ndarray]:
+        """Return the `primary` metrics without each patient in turn, `(G,)` (see `resampling.left_out`)."""
+        scored = self.scored
+        within = {} if self.folds is None else left_out(scored.patients, scored.within_folds)
+        defined = [name for name, value in self._within_folds.items() if value is not None]
+        return left_out(scored.patients, scored.pooled) | {name: within[name] for name in defined}
 
     @property
     def calibrated_metrics(self) -> Figures | None:
@@ -204,14 +246,14 @@ class Predictions:
 
     def _ranking(self, index: int) -> Ranking:
         is_class, scores = self.one_against_rest(index)
-        task = Classification(("other classes", "the class"))
-        labels, values = is_class.astype(int), np.stack([1 - scores, scores], axis=1)
-        figures = pooled_metrics(task, labels, values, self.repeats)
-        intervals = bootstrap_intervals(task, labels, values, self.cases, self.seed, repeats=self.repeats)
-        return Ranking(
-            figures["auc"], intervals["auc"], figures["average_precision"], intervals["average_precision"],
-            float(is_class.mean()),
-        )  # fmt: skip
+        binary = replace(
+            self,
+            task=task_of({"class_names": ("other classes", "the class")}),
+            labels=is_class.astype(int),
+            values=np.stack([1 - scores, scores], axis=1),
+        )
+        pooled, within = binary.pooled, binary.within_folds
+        return Ranking(pooled["auc"], pooled["average_precision"], within.get("auc"), float(is_class.mean()))
 
 
 def _numbers(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> np.ndarray:

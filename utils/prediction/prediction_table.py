@@ -21,7 +21,7 @@ from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
 from utils.evaluation import localization
 from utils.evaluation.closing_table import figures_row, interval_words, intervals_row, text_table
-from utils.evaluation.outputs import NO_PATIENTS, write_table
+from utils.evaluation.outputs import NO_PATIENTS, methods, write_table
 from utils.evaluation.predictions import Predictions
 from utils.prediction.existing_records import ENDING
 from utils.prediction.trained_model import BY_NAME
@@ -222,6 +222,7 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
         "n_cases": predictions.n_cases,
         "pooled": predictions.metrics,
         "intervals_95": predictions.intervals,
+        "interval_methods": methods(predictions.pooled),
         "pooled_thresholded": predictions.decision_metrics,
         "pooled_calibrated": predictions.calibrated_metrics,
     }
@@ -248,7 +249,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     metrics = task.main_metrics
     blocks = [[figures_row("slides", scores["pooled"], metrics), intervals_row(scores["intervals_95"], metrics)]]
     counts = f"{plural(scores['n_slides'], 'slide')} of {plural(scores['n_cases'], 'patient')}."
-    words = [f"{counts} {interval_words(scores)}"]
+    words = [f"{counts} {interval_words(scores, metrics)}"]
     if scores["patients_from"] == NO_PATIENTS:
         words.append("No patients are known: where some have several slides, the intervals are too narrow.")
     words += [*task.closing_sentences(scores), *localization.means_text(scores["localization"] or {})]
@@ -259,8 +260,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         rows = [figures_row("unseen", unseen["pooled"], metrics), intervals_row(unseen["intervals_95"], metrics)]
         blocks.append(rows)
         counts = f"{plural(unseen['n_slides'], 'slide')} of the other {plural(unseen['n_cases'], 'patient')}"
-        reason = interval_words(unseen)
-        words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores) else f" {reason}"))
+        reason = interval_words(unseen, metrics)
+        words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores, metrics) else f" {reason}"))
     table = task.table(scores["pooled"], scores["intervals_95"])
     return "\n".join([text_table(blocks, metrics), "", table, "", *filter(None, words)])
 

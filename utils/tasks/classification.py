@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.core.text import aligned, figure_text, interval_text
+from utils.tasks.bases import Basis, MeanLoss, MeanOfProportions, NoInterval, PairRanking, Precision, Proportion, Share
 from utils.tasks.calibration import fitted_temperature, scale_probabilities
 from utils.tasks.metrics import (
     METRICS,
@@ -19,6 +20,7 @@ from utils.tasks.metrics import (
     fitted_threshold,
     log_loss,
     metric_names,
+    metrics_within,
     ranked_classes,
     weighted_metrics,
 )
@@ -129,6 +131,31 @@ class Classification(Task):
         """Return every metric `(B,)` (see `metrics.weighted_metrics`)."""
         return weighted_metrics(targets, values, weights, self.class_names)
 
+    def metrics_within(
+        self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray, strata: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return AUC and average precision (see `metrics.metrics_within`)."""
+        return metrics_within(targets, values, weights, strata)
+
+    def basis(self, metric: str, targets: np.ndarray, values: np.ndarray) -> Basis:
+        """Return what a metric rests on; the calibration error has no interval."""
+        kind, _, name = metric.partition("_")
+        if metric == "accuracy":
+            return Proportion(np.ones(len(targets), bool))
+        if metric == "balanced_accuracy":
+            return MeanOfProportions(tuple(f"sensitivity_{name}" for name in self.class_names))
+        if kind in ("sensitivity", "specificity"):
+            return Proportion((targets == self.class_names.index(name)) == (kind == "sensitivity"))
+        if metric in ("auc", "average_precision"):
+            positives = np.stack([targets == index for index in self.ranked_outputs])
+            return PairRanking(positives) if metric == "auc" else Precision(positives)
+        if metric == "brier":
+            errors = (values - (targets[:, None] == np.arange(len(self.class_names)))) ** 2
+            return MeanLoss(errors[:, 1] if len(self.class_names) == 2 else errors.sum(axis=1))
+        if metric == "ece":
+            return NoInterval("by chance alone it is above 0")
+        return Share(np.stack([targets == index for index in range(len(self.class_names))]))
+
     def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:
         """Return the log-loss, weighted by class, and the main metrics."""
         metrics = self.unweighted_metrics(targets, values)
@@ -206,17 +233,21 @@ class Classification(Task):
         return aligned([[["pooled", "sensitivity", "95% CI", "specificity", "95% CI"]], rows])
 
     def closing_sentences(self, results: Mapping[str, Any]) -> list[str]:
-        """Return why the pooled AUC differs from the mean over folds, if it does, and what the threshold and the
+        """Return which AUC to report, why the pooled one differs, if it does, and what the threshold and the
         temperature change.
         """
         sentences, pooled = [], results["pooled"]
-        mean, auc = results.get("slide_auc_mean"), pooled["auc"]
-        if mean is not None and auc is not None and abs(mean - auc) >= _NOTABLE_GAP:
-            sentences.append(
-                f"The mean AUC {figure_text(mean)} ranks each fold's slides by that fold's own model; the pooled "
-                f"{figure_text(auc)} ranks all slides together, though the folds' models may put their probabilities "
-                "on different scales."
+        within, auc = (results.get("within_folds") or {}).get("auc"), pooled["auc"]
+        if within is not None:
+            sentence = (
+                f"The AUC to report is {figure_text(within)}: it ranks each fold's slides by that fold's own model."
             )
+            if auc is not None and abs(within - auc) >= _NOTABLE_GAP:
+                sentence += (
+                    f" The pooled {figure_text(auc)} ranks all slides together, though the folds' models may put their "
+                    "probabilities on different scales."
+                )
+            sentences.append(sentence)
         at_threshold, scaled = results["pooled_thresholded"], results["pooled_calibrated"]
         if at_threshold is not None:
             changes = [

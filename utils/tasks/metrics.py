@@ -56,6 +56,30 @@ def weighted_metrics(
     return {name: figures[name] for name in metric_names(class_names)}
 
 
+def metrics_within(
+    labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, strata: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return AUC and average precision under each row of `weights (B, n)`, as `(B,)`, of slides compared with those of
+    the same stratum `(n,)` only; NaN if undefined.
+
+    The AUC is the share of all such pairs in which the positive scores higher; the average precision is the mean of the
+    strata's, weighted by their positives. Of more than two classes both are means over the classes.
+    """
+    probabilities = probabilities.astype(np.float64)
+    by_class = []
+    for index in ranked_classes(probabilities.shape[1]):
+        sums = np.zeros((4, len(weights)))  # of AUC and average precision, then of their weights
+        for stratum in np.unique(strata):
+            rows = strata == stratum
+            positive = labels[rows] == index
+            figures = _ranking(positive, probabilities[rows, index], weights[:, rows])
+            positives, negatives = weights[:, rows] @ positive, weights[:, rows] @ ~positive
+            shares = positives * negatives, positives * (negatives > 0)
+            sums += [*(np.nan_to_num(figure) * share for figure, share in zip(figures, shares, strict=True)), *shares]
+        by_class.append([_ratio(sums[0], sums[2]), _ratio(sums[1], sums[3])])
+    return dict(zip(("auc", "average_precision"), np.mean(by_class, axis=0), strict=True))
+
+
 def ranked_classes(num_classes: int) -> Sequence[int]:
     """Return the classes whose AUC and average precision are computed: of two the positive one, else all."""
     return [1] if num_classes == 2 else range(num_classes)

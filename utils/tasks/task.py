@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from utils.tasks.bases import Basis
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -110,6 +112,16 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return every metric under each row of `weights (B, n)`, as `(B,)`; NaN where it is undefined."""
+
+    @abstractmethod
+    def metrics_within(
+        self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray, strata: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return the metrics that rank slides, as `metrics`, but compare only slides of a stratum `(n,)`."""
+
+    @abstractmethod
+    def basis(self, metric: str, targets: np.ndarray, values: np.ndarray) -> Basis:
+        """Return what a metric rests on, from which its interval is computed."""
 
     @abstractmethod
     def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:

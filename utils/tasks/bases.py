@@ -1,0 +1,64 @@
+"""What a metric rests on, which decides how its interval is computed (see `evaluation.intervals`).
+
+Rows are slides, in each repeat of a cross-validation once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Proportion:
+    """The share of the rows `(n,)` bool that are right."""
+
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class MeanOfProportions:
+    """The mean of the metrics named, each of them a proportion."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PairRanking:
+    """The share of pairs in which the positive row scores higher: the mean over C kinds of `positives (C, n)` bool."""
+
+    positives: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Precision:
+    """The average precision: the mean over C kinds of `positives (C, n)` bool."""
+
+    positives: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """Another figure from 0 to 1, of rows of several `kinds (C, n)` bool."""
+
+    kinds: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class MeanLoss:
+    """The mean of the losses `(n,)`, which are 0 or more."""
+
+    losses: np.ndarray
+
+
+@dataclass(frozen=True)
+class NoInterval:
+    """A metric without an interval, and why."""
+
+    reason: str
+
+
+Basis = Proportion | MeanOfProportions | PairRanking | Precision | Share | MeanLoss | NoInterval
