@@ -9,32 +9,30 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import timm
-import torch
 from filelock import FileLock
 from hypothesis import settings
-from PIL import Image
 
-from tests.synthetic import stained_image, write_pyramid
-from tests.web import Server
+from tests.drawing import drawn_coarsely
 from utils.core import cli
 from utils.core.engine import Processes, open_engine, threads
 from utils.core.ray_settings import Cluster
 from utils.core.runtime import log
-from utils.features.extraction import extract_slides
-from utils.features.extractor import WSIFeatureExtractor
-from utils.slides.settings import ExtractionFiles
 
-# On one thread all runs give the same bytes, and none waits for its own threads on a busy machine. Ray would put its
-# workers behind everything else that the machine does.
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from tests.web import Server
+
+# The process that shares the tests out to others loads this file too, and they wait for it: PyTorch and timm, which
+# take seconds, are imported where they are used.
+
+# On one thread all runs give the same bytes, and none waits for its own threads on a busy machine; PyTorch reads the
+# variable when it is imported. Ray would put its workers behind everything else that the machine does.
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
 # Begun in the background (`nohup ... &`), a process ignores Ctrl-C, and so would all that tests start and interrupt.
@@ -110,6 +108,14 @@ def shared_cases() -> Path:
 @pytest.fixture(scope="session")
 def slide_cohort(tmp_path_factory) -> SlideCohort:
     """Eight patients, ten slides: the first four patients' tissue is pink, the others' bluish; extracted at level 1."""
+    import timm
+    import torch
+
+    from tests.synthetic import stained_image, write_pyramid
+    from utils.features.extraction import extract_slides
+    from utils.features.extractor import WSIFeatureExtractor
+    from utils.slides.settings import ExtractionFiles
+
     home = tmp_path_factory.mktemp("slide_cohort")
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", pretrained=False, num_classes=0).state_dict(), home / "vit.pth")
@@ -141,7 +147,10 @@ import runpy, sys
 from datasets import demo
 demo.TRAINING, demo.HOLDOUT = demo.demo_slides(12, 1), demo.demo_slides(2, 1, first=demo.PATIENTS)
 demo.processors = lambda: 1
-runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+sys.path.append({str(ROOT)!r})
+from tests.drawing import drawn_coarsely
+with drawn_coarsely():
+    runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
 
 
@@ -153,7 +162,7 @@ def whole_demo(tmp_path_factory) -> Newcomer:
 
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory) -> Newcomer:
-    """The same on a quarter of the slides, and with nine short trainings."""
+    """The same on a quarter of the slides, with nine short trainings and coarse figures."""
     return _run_once(tmp_path_factory, "small_demo", "-c", _SMALL_DEMO, *FIRST_COMMAND, *SMALL_RUN)
 
 
@@ -171,38 +180,6 @@ def _run_once(tmp_path_factory, name: str, *arguments: str) -> Newcomer:
     return home, subprocess.CompletedProcess(**json.loads(record.read_text()))
 
 
-@contextmanager
-def drawn_coarsely(*, blank: Sequence[str] = ()) -> Iterator[None]:
-    """Write figures with few pixels meanwhile, their parts where they are without a layout; in `blank` formats, files
-    that show nothing.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    save = getattr(Figure.savefig, "original", Figure.savefig)
-
-    def save_coarsely(figure: Figure, path: Path, **settings) -> None:
-        if settings["format"] in blank:
-            Image.new("RGB", (8, 8)).save(path, "png")
-            return
-        figure.set_layout_engine("none")
-        if settings["format"] != "png":
-            save(figure, path, **settings | {"dpi": 25, "bbox_inches": None})
-            return
-        # Once: `savefig` draws a figure a first time without pixels.
-        dpi, canvas = figure.dpi, figure.canvas
-        figure.dpi = 25
-        FigureCanvasAgg(figure).print_png(path, metadata=settings.get("metadata"))
-        figure.dpi = dpi
-        figure.set_canvas(canvas)
-
-    save_coarsely.original = save
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", save_coarsely)
-        patch.setattr(Figure, "draw_without_rendering", lambda _: None)  # which only the layout needs
-        yield
-
-
 @pytest.fixture(scope="module")
 def blank_figures() -> Iterator[None]:
     """Nothing is drawn into PNG files: for the tests of a file that ask which figures there are and what they say."""
@@ -218,8 +195,10 @@ def coarse_figures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def local_server() -> Iterator[Server]:
+def local_server() -> Iterator["Server"]:
     """A server on this machine."""
+    from tests.web import Server
+
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -228,7 +207,7 @@ def local_server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def server(local_server) -> Server:
+def server(local_server) -> "Server":
     """The server with nothing on it yet, and no fault to come."""
     local_server.files.clear()
     local_server.faults = []

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from MILS import build_mil
-from tests.conftest import drawn_coarsely
+from tests.drawing import drawn_coarsely
 from tests.synthetic import write_pyramid
 from utils.bags.store import read_bag
 from utils.core.plots import save_figure

@@ -40,6 +40,8 @@ class Demo:
 def demo(request, monkeypatch) -> Demo:
     """A demo, from within the folder it was made in."""
     monkeypatch.chdir(request.getfixturevalue(f"{request.param}_demo")[0])
+    if request.param == "small":
+        request.getfixturevalue("coarse_figures")  # as the demo's own
     folder = Path("datasets/demo")
     # With its table named it is a cohort like any other, whose slides are not drawn.
     small = ("--labels_csv", str(folder / "labels.csv"), *SMALL_RUN)

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from MILS import list_mils
-from tests.conftest import drawn_coarsely
 from tests.core.test_settings import FIELDS
+from tests.drawing import drawn_coarsely
 from tests.reference_litemil import KIDNEY, ReferenceLiteMIL, write_all_folds, write_fold
 from tests.synthetic import stained_image, write_pyramid
 from tests.web import zipped

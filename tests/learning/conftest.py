@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cohort import write_cohort
-from tests.conftest import drawn_coarsely
+from tests.drawing import drawn_coarsely
 from tests.learning.runs import CHUNKED, TRAIN, VAL, Finished, Unfitted, Watch, make_cv
 from tests.small import make_model  # noqa: F401 - a fixture
 from utils.core.engine import threads

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.conftest import drawn_coarsely
+from tests.drawing import drawn_coarsely
 from tests.learning.runs import contents, make_cv
 from utils.core.plots import FORMATS
 from utils.learning import run_figures

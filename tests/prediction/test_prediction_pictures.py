@@ -10,7 +10,7 @@ from PIL import Image
 
 from MILS import list_mils
 from tests.cohort import synthetic_passport
-from tests.conftest import drawn_coarsely
+from tests.drawing import drawn_coarsely
 from tests.prediction.predict_helpers import of, write_model
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag
