@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.cohort import write_cohort
+from tests.drawing import drawn_coarsely
 from tests.small import classification_metrics
 from utils.compare import Difference, check_metrics, compare, folder_name, read_runs, report
 from utils.core.errors import LiteMILError
@@ -89,11 +90,17 @@ def write_run(
     return folder
 
 
+@pytest.fixture(scope="module")
+def written_runs(tmp_path_factory) -> list[Path]:
+    """A good, a fair and a useless run, which no test may change."""
+    outputs, models = tmp_path_factory.mktemp("outputs"), (("LiteMIL", 1.5), ("ABMIL", 0.7), ("meanPool", 0.0))
+    return [write_run(outputs / name / "mine", signal, seed) for seed, (name, signal) in enumerate(models)]
+
+
 @pytest.fixture
-def runs(tmp_path) -> list[Path]:
-    """A good, a fair and a useless run."""
-    models = (("LiteMIL", 1.5), ("ABMIL", 0.7), ("meanPool", 0.0))
-    return [write_run(tmp_path / "outputs" / name / "mine", signal, seed) for seed, (name, signal) in enumerate(models)]
+def runs(written_runs, tmp_path) -> list[Path]:
+    """Copies of the three runs."""
+    return [shutil.copytree(run, tmp_path / "outputs" / run.parent.name / run.name) for run in written_runs]
 
 
 def change_json(path: Path, change: Callable[[dict], object]) -> None:
@@ -421,13 +428,14 @@ def test_a_comparison_has_a_folder_that_is_called_after_its_runs(runs, tmp_path,
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "LiteMIL_mine_vs_meanPool_mine"]
 
 
-@pytest.mark.usefixtures("coarse_figures")
 def test_runs_that_differ_in_the_scale_of_their_features_are_warned_of(runs, tmp_path, script):
     where = (*runs[:2], "--metrics", "brier", "--output_dir", tmp_path / "comparison")
-    assert "standardised" not in script("utils.compare", *where).err
-    change_json(runs[1] / "outputs.json", lambda content: content.update(standardize={"asked": "auto", "folds": [1]}))
-    told = "warning: features are standardised in ABMIL/mine and not in LiteMIL/mine: differences may be"
-    assert told in script("utils.compare", *where).err
+    with drawn_coarsely(blank=("png",)):
+        assert "standardised" not in script("utils.compare", *where).err
+        standardize = {"asked": "auto", "folds": [1]}
+        change_json(runs[1] / "outputs.json", lambda content: content.update(standardize=standardize))
+        told = "warning: features are standardised in ABMIL/mine and not in LiteMIL/mine: differences may be"
+        assert told in script("utils.compare", *where).err
 
 
 @pytest.mark.usefixtures("coarse_figures")

@@ -65,6 +65,7 @@ def test_patches_of_an_earlier_call_do_not_stay_behind(slide, tmp_path):
     assert (tmp_path / "mine.png").exists()
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_the_whole_set_is_written_and_nothing_stays_open(slide, tmp_path):
     coords = patch_grid(*SIZE, 100, 100)
     heads = np.stack([np.linspace(0, 0.1, len(coords)), np.linspace(0.07, 0.03, len(coords))])
