@@ -180,6 +180,27 @@ def test_what_the_pictures_say_of_a_prediction():
     assert patient.notes == ["The model was trained on this patient: its prediction is not independent evidence."]
 
 
+@pytest.mark.parametrize(
+    ("count", "text"), [(1000, "whole"), (1001, "in chunks of 1000, their probabilities averaged")]
+)
+def test_a_slide_of_one_chunk_was_fed_whole(count, text):
+    assert dict(Caption.of(RECORD | {"num_instances": count}).facts)["fed"] == text
+
+
+@pytest.mark.parametrize(
+    ("recipe_mpp", "delivered", "facts"),
+    [
+        (0.5, 0.5, {"µm/px of the patches": "0.5"}),
+        (0.5, 0.499, {"µm/px of the patches": "0.499 (recipe: 0.5)"}),
+        (None, 0.499, {"µm/px of the patches": "0.499"}),
+        (0.5, None, {"mpp": "0.5"}),
+    ],
+)
+def test_the_resolution_of_the_patches_is_said_once(recipe_mpp, delivered, facts):
+    record = RECORD | {"recipe": {"mpp": recipe_mpp}, "slide_record": {"mpp_delivered": delivered}}
+    assert {name: text for name, text in Caption.of(record).facts if "mpp" in name or "µm" in name} == facts
+
+
 def test_what_the_pictures_say_of_several_models():
     curves = {"gap": 0.25, "random_orders_beaten": 9}
     caption = Caption.of(

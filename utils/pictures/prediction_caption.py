@@ -53,17 +53,17 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     recipe, several = record["recipe"] or {}, isinstance(record["checkpoint"], list)
     models = record["model"] if several else [record["model"]]
     checkpoints = record["checkpoint"] if several else [record["checkpoint"]]
-    chunked = f"in chunks of {record['chunk_size']}, their probabilities averaged"
     facts = [
         ("models, averaged" if several else "model", _with_counts(map(_settings_text, models))),
         ("checkpoints" if several else "checkpoint", _paths_text(checkpoints)),
         *([("answered", f"out of fold, by the model of fold {record['fold']}")] if "fold" in record else []),
-        ("fed", chunked if record["mode"] == "chunked" else "whole"),
+        ("fed", _feed_text(record)),
     ]
     if record.get("member_probabilities"):
         predicted = record["predicted_class"]
         values = ", ".join(percent_text(member[predicted]) for member in record["member_probabilities"])
-        facts.append((f"{predicted} by each model", f"{values}; standard deviation {record['spread'][predicted]:.1%}"))
+        spread = percent_text(record["spread"][predicted])
+        facts.append((f"{predicted} by each model", f"{values}; standard deviation {spread}"))
     calibrated = record.get("calibrated_probabilities")
     if calibrated is not None:
         temperatures = record["temperature"] if several else [record["temperature"]]
@@ -80,9 +80,23 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         if "evidence" in record["faithfulness"]:
             measured = record["faithfulness"]["evidence"] | {"random_orders": record["faithfulness"]["random_orders"]}
             facts.append(("faithfulness of evidence", _faithfulness(measured)))
-    facts += [(name, _short(str(recipe[name]))) for name in _RECIPE if recipe.get(name) is not None]
     delivered = (record["slide_record"] or {}).get("mpp_delivered")
-    return facts if delivered is None else [*facts, ("µm/px of the patches", f"{delivered:.4g}")]
+    names = _RECIPE if delivered is None else [name for name in _RECIPE if name != "mpp"]
+    facts += [(name, _short(str(recipe[name]))) for name in names if recipe.get(name) is not None]
+    return facts if delivered is None else [*facts, ("µm/px of the patches", _mpp_text(delivered, recipe.get("mpp")))]
+
+
+def _feed_text(record: Mapping[str, Any]) -> str:
+    """Return how the slide was fed; a slide of one chunk was fed whole."""
+    if record["mode"] != "chunked" or record.get("num_instances", math.inf) <= record["chunk_size"]:
+        return "whole"
+    return f"in chunks of {record['chunk_size']}, their probabilities averaged"
+
+
+def _mpp_text(delivered: float, recipe_mpp: float | None) -> str:
+    """Return the um/px at which patches were read, and that of the recipe if it is another one."""
+    text = f"{delivered:.4g}"
+    return text if recipe_mpp is None or f"{recipe_mpp:.4g}" == text else f"{text} (recipe: {recipe_mpp:.4g})"
 
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
