@@ -12,7 +12,7 @@ from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
-from utils.pictures.prediction_caption import Caption
+from utils.pictures.prediction_caption import Caption, prediction_title
 from utils.pictures.slide_match import check_drawable
 from utils.pictures.visualizer import AttentionVisualizer
 from utils.slides.open_slides import open_slide
@@ -199,6 +199,36 @@ def test_a_slide_of_one_chunk_was_fed_whole(count, text):
 def test_the_resolution_of_the_patches_is_said_once(recipe_mpp, delivered, facts):
     record = RECORD | {"recipe": {"mpp": recipe_mpp}, "slide_record": {"mpp_delivered": delivered}}
     assert {name: text for name, text in Caption.of(record).facts if "mpp" in name or "µm" in name} == facts
+
+
+def test_calibrated_probabilities_of_another_class_are_said_to_differ():
+    record = RECORD | {
+        "seen_in_training": False, "calibrated_probabilities": {"a": 0.51, "b": 0.49}, "temperature": 2.0,
+    }  # fmt: skip
+    caption = Caption.of(record)
+    assert caption.answer == "b (70.0%; calibrated: a)"
+    assert prediction_title(record) == "place: b (70.0%; calibrated: a)"
+    assert caption.notes == [
+        "The predicted class, b, is the one with the highest probability before calibration; the calibrated "
+        "probabilities differ: they are highest for a (51.0%)."
+    ]
+    alike = Caption.of(record | {"calibrated_probabilities": {"a": 0.4, "b": 0.6}})
+    assert (alike.answer, alike.notes) == ("b (70.0%)", [])
+
+
+@pytest.mark.parametrize(("threshold", "differs"), [(0.8, True), (0.6, False), (None, False)])
+def test_a_threshold_that_decides_otherwise_is_said_to_differ(threshold, differs):
+    model = {"model": {"name": "LiteMIL"}, "weights_digest": "", "selection": {"threshold": threshold}}
+    record = RECORD | {
+        "seen_in_training": False, "calibrated_probabilities": {"a": 0.4, "b": 0.6}, "temperature": 2.0,
+    }  # fmt: skip
+    note = (
+        "The predicted class, b, is the one with the highest probability before calibration; the model's own threshold "
+        "(0.8 for b, fitted on inner validation) differs: by it the slide is a."
+    )
+    assert Caption.of(record | {"models": [model]}).notes == ([note] if differs else [])
+    assert Caption.of(record | {"models": [model] * 2}).notes == []
+    assert Caption.of(record | {"models": [model], "calibrated_probabilities": None}).notes == []
 
 
 def test_what_the_pictures_say_of_several_models():

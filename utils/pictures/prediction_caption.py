@@ -26,9 +26,43 @@ def prediction_title(record: Mapping[str, Any]) -> str:
 def _answer(record: Mapping[str, Any]) -> str:
     predicted, members = record["predicted_class"], record.get("member_probabilities") or []
     agreeing = sum(max(member, key=member.__getitem__) == predicted for member in members)
-    return f"{predicted} ({percent_text(record['confidence'])}" + (
-        f", {agreeing} of {len(members)} models)" if members else ")"
-    )
+    counts = f", {agreeing} of {len(members)} models" if members else ""
+    other = _calibrated_class(record)
+    differing = f"; calibrated: {other}" if other not in (None, predicted) else ""
+    return f"{predicted} ({percent_text(record['confidence'])}{counts}{differing})"
+
+
+def _calibrated_class(record: Mapping[str, Any]) -> str | None:
+    """Return the class of the highest calibrated probability; None without calibrated probabilities."""
+    calibrated = record.get("calibrated_probabilities")
+    return calibrated and max(calibrated, key=calibrated.__getitem__)
+
+
+def _decision_notes(record: Mapping[str, Any]) -> list[str]:
+    """Return that what was fitted to inner validation, temperatures or a single model's threshold, names another class
+    than the probabilities.
+    """
+    predicted, calibrated = record["predicted_class"], record.get("calibrated_probabilities")
+    if not calibrated:  # nothing was fitted to slides that were fed in this way
+        return []
+    used = f"The predicted class, {predicted}, is the one with the highest probability before calibration"
+    other, models = _calibrated_class(record), record.get("models", [])
+    if other != predicted:
+        return [
+            f"{used}; the calibrated probabilities differ: they are highest for {other} "
+            f"({percent_text(calibrated[other])})."
+        ]
+    threshold = models[0]["selection"].get("threshold") if len(models) == 1 else None
+    if threshold is None:
+        return []
+    negative, positive = record["probabilities"]
+    decided = positive if record["probabilities"][positive] >= threshold else negative
+    if decided == predicted:
+        return []
+    return [
+        f"{used}; the model's own threshold ({threshold:.3g} for {positive}, fitted on inner validation) differs: by "
+        f"it the slide is {decided}."
+    ]
 
 
 @dataclass(frozen=True)
@@ -106,6 +140,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         notes.append(f"The model was trained on this {unit}: its prediction is not independent evidence.")
     if record.get("dataset") == SYNTHETIC:
         notes.append("The model was trained on synthetic slides: its prediction means nothing for real tissue.")
+    notes += _decision_notes(record)
     if record.get("faithfulness"):
         notes += _faithfulness_notes(record["predicted_class"], record["faithfulness"], weight_name(record))
     return notes
