@@ -148,6 +148,8 @@ def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int)
                 features, orders = dataset.features(bag), values[label]
                 curve = measure_faithfulness(dataset.task, [model], features, orders, int(label), seed).as_dict()
                 side, deletion = ("negative", "positive")[label], curve["deletion"]
+                if deletion["gap"] is None:  # a map in which all tiles are equal
+                    continue
                 beaten = deletion["random_orders_beaten"] / curve["random_orders"]
                 figures.setdefault(f"deletion, {side}", []).append(deletion["gap"])
                 figures.setdefault(f"beaten, {side}", []).append(beaten)

@@ -135,13 +135,24 @@ def test_the_curves_hold_their_titles(count):
     maps = [overlay_of(800, 600).attention] * count
     of_evidence = {"fractions": [0, 1], "most_for_first": [1, 0.5], "gap": 0.2}
     both = record | {"evidence": {"deletion": of_evidence, "insertion": of_evidence}}
+    both["borne_out_more"] = "evidence"
     check_texts(faithfulness_figure(record, maps, "viridis", TITLE, CLASSES[0]))
     for name in ("attention", "uniform weight", "share of winning features"):
         figure = faithfulness_figure(both, maps, "viridis", TITLE, CLASSES[0], name)
         check_texts(figure)
-        title, is_equal = figure.axes[0].get_title(), name == "uniform weight"
-        assert title == ("Deletion: evidence +0.200" if is_equal else "Deletion: gap +0.100, evidence +0.200")
-        assert len(figure.axes[0].lines) == (2 if is_equal else 4)
+        title, is_equal = " ".join(figure.axes[0].get_title().split()), name == "uniform weight"
+        by_evidence = "deletion gap by evidence +0.200"
+        assert title == (by_evidence if is_equal else f"deletion gap by {name} +0.100 {by_evidence}")
+        labels = [" ".join(text.get_text().split()) for text in figure.legends[0].get_texts()]
+        of_weights = [f"by {name}: {'most attended' if name == 'attention' else 'highest'} first"]
+        of_weights.append(f"by {name}: {'least attended' if name == 'attention' else 'lowest'} first")
+        assert labels == [
+            "random (10 orders, ± sd)", *([] if is_equal else of_weights),
+            "by evidence: most for the class first",
+        ]  # fmt: skip
+        assert len(figure.axes) == (4 if maps and not is_equal else 2)
+        text = "Both maps beat random orders; the answer bears out the evidence more"
+        assert (text in " ".join(figure.get_suptitle().split())) is not is_equal
 
 
 @pytest.mark.parametrize("name", ["attention", "uniform weight", "share of winning features", "mean weight"])

@@ -65,8 +65,9 @@ def test_where_all_weigh_the_same_none_is_most_attended(noise):
     assert set(attention.percentiles) == {50}
     for scale in ("attention", "percentile"):
         figure = heatmap_figure(Overlay(PICTURE, attention, MapStyle(scale=scale)), title="S1", top_k=10)
-        assert "All 80 patches weigh the same" in figure.axes[0].get_title().replace("\n", " ")
-        assert figure.axes[1].get_ylabel() == "uniform weight: all 80 patches weigh the same (grey)"
+        title = figure.axes[0].get_title().replace("\n", " ")
+        assert "Uniform: this model weighs every patch alike. All 80 patches weigh the same" in title
+        assert len(figure.axes) == 1  # no colour bar
         assert not [text for text in figure.axes[0].texts if text.get_text().isdigit()]
         painted = np.asarray(figure.axes[0].images[1].get_array())
         np.testing.assert_allclose(painted[..., :3], np.broadcast_to(GREY, (40, 50, 3)))
@@ -123,7 +124,9 @@ def test_the_pictures_of_mean_pooling_point_at_no_patch(slide, tmp_path):
     assert not list((tmp_path / "place_top_patches").glob("*.png"))
     assert pd.read_csv(tmp_path / "place_top_patches" / "patches.csv").columns[0] == "file"
     page = (tmp_path / "place_report.html").read_text(encoding="utf-8")
-    assert "All 80 patches weigh the same" in page
+    assert "Uniform: this model weighs every patch alike. All 80 patches weigh the same" in page
+    assert page.count('<span class="legend" hidden>') == 1
+    assert '<select id="map">' not in page  # the scales are alike
     assert "data-patch=" not in page.split("<script>")[0]
     tiles = json.loads((tmp_path / "place_attention.geojson").read_text())["features"]
     assert {tile["properties"]["classification"]["name"] for tile in tiles} == {"Uniform weight equal, no rank"}

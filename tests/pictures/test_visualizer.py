@@ -248,7 +248,26 @@ def test_what_the_pictures_say_of_several_models():
     assert facts["checkpoints"] == "a.pth, b.pth in run; c.pth in other"
     assert facts["calibrated probability"] == "60.0% (temperature 1.50, 2.00, 0.50)"
     assert caption.notes == ["The model was trained on this slide: its prediction is not independent evidence."]
-    assert "deletion +0.250 (beats 9 of 10), insertion -0.125 (beats 9 of 10)" in facts["faithfulness"]
+    gaps = "deletion gap by attention +0.250 (beats 9 of 10), insertion gap by attention -0.125 (beats 9 of 10)"
+    assert facts["faithfulness"] == f"mean probability against random orders: {gaps}"
+
+
+def test_what_the_pictures_say_of_both_maps():
+    curves, none = {"gap": 0.25, "random_orders_beaten": 9}, {"gap": None, "reason": "uniform: all alike"}
+    both = {"deletion": curves, "insertion": curves, "random_orders": 10, "borne_out_more": "evidence"}
+    both["evidence"] = dict.fromkeys(("deletion", "insertion"), curves | {"gap": 0.5})
+    facts = dict(Caption.of(RECORD | {"faithfulness": both}).facts)
+    assert facts["faithfulness of evidence"].startswith(
+        "mean probability against random orders: deletion gap by evidence +0.500"
+    )
+    assert facts["faithfulness of both maps"] == (
+        "Both maps beat random orders; the answer bears out the evidence more (deletion gap by attention +0.250, "
+        "deletion gap by evidence +0.500)."
+    )
+    equal = both | {"deletion": none, "insertion": none, "borne_out_more": None}
+    facts = dict(Caption.of(RECORD | {"faithfulness": equal, "model": {"name": "meanPool"}}).facts)
+    assert facts["faithfulness"] == "Uniform: all alike, so it has no order to be tested."
+    assert "faithfulness of both maps" not in facts
 
 
 @pytest.mark.usefixtures("coarse_figures")

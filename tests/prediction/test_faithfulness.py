@@ -10,7 +10,7 @@ from MILS.mergeable import BLOCK_ROWS
 from tests.small import TASK
 from utils.bags.store import Bag, open_bag, write_bag
 from utils.core.errors import FeatureFileError
-from utils.prediction.faithfulness import Curves, measure_faithfulness
+from utils.prediction.faithfulness import Curves, _borne_out_more, measure_faithfulness
 from utils.prediction.forward_pass import SlideFeed, predict_features
 
 WHOLE = SlideFeed(None, "merge")
@@ -86,9 +86,10 @@ def test_features_in_a_file_that_come_in_blocks_give_the_same_curves(tmp_path, m
     monkeypatch.setattr("MILS.mergeable.GROUPED_ROWS", 20)
     found = measure_faithfulness(TASK, [model], open_bag(tmp_path / "slide.h5").features, attention, 0)
     for curves in ("deletion", "insertion"):
-        for name, curve in vars(getattr(expected, curves)).items():
+        for name in ("fractions", "most_first", "least_first", "random"):
+            curve = getattr(getattr(expected, curves), name)
             # Logits of some hundreds: single precision is worth some 1e-5 of them.
-            np.testing.assert_allclose(vars(getattr(found, curves))[name], curve, atol=1e-4)
+            np.testing.assert_allclose(getattr(getattr(found, curves), name), curve, atol=1e-4)
     np.testing.assert_allclose(found.randomised, expected.randomised, rtol=1e-4)
 
 
@@ -156,8 +157,38 @@ def test_patches_of_equal_attention_have_no_order_of_their_own():
     """Features that change along the file: an order by place would beat random ones."""
     model, features = planted()
     features = torch.cat([features[10:15], features[:10], features[15:]])
-    found = measure_faithfulness(TASK, [model], features, np.full(COUNT, 1 / COUNT), 1).as_dict()
-    assert 0 < found["deletion"]["random_orders_beaten"] < 10
+    curves = measure_faithfulness(TASK, [model], features, np.full(COUNT, 1 / COUNT), 1).deletion
+    assert 0 < (curves.area(curves.random) > curves.area(curves.most_first)).sum() < 10
+
+
+@pytest.mark.parametrize("noise", [0, 1e-8])  # sums in float32 are not quite equal
+def test_equal_weights_have_no_gap_but_a_reason(noise):
+    model, features = planted()
+    attention = np.full(COUNT, 1 / COUNT) * (1 + noise * np.arange(COUNT))
+    evidence = attention_of(model, features)
+    found = measure_faithfulness(TASK, [model], features, attention, 1, evidence=evidence).as_dict()
+    for name in ("deletion", "insertion"):
+        curves = found[name]
+        assert curves["reason"] == "uniform: this model weighs every patch alike"
+        assert {key for key, value in curves.items() if value is None} == {
+            "most_attended_first", "least_attended_first", "area_most_attended_first", "area_least_attended_first",
+            "gap", "random_orders_beaten",
+        }  # fmt: skip
+        assert len(curves["random_mean"]) == len(curves["fractions"])
+    assert found["evidence"]["deletion"]["gap"] > 0.3
+    assert found["borne_out_more"] is None
+    of_none = measure_faithfulness(TASK, [model], features, evidence, 1, evidence=np.zeros(COUNT)).as_dict()
+    assert of_none["evidence"]["deletion"]["reason"] == "uniform: every patch has the same evidence"
+    assert of_none["evidence"]["deletion"]["most_for_first"] is None
+    json.dumps([found, of_none], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("attention_gap", "evidence_gap", "name"),
+    [(0.1, 0.2, "evidence"), (0.2, 0.1, "attention"), (0.1, 0.1, None), (-0.1, 0.2, None), (None, 0.2, None)],
+)
+def test_of_two_maps_that_beat_random_orders_the_larger_gap_is_named(attention_gap, evidence_gap, name):
+    assert _borne_out_more(attention_gap, evidence_gap) == name
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 40])

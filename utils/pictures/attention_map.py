@@ -17,6 +17,7 @@ _MOST_EQUAL = 0.2
 # From this share of effective patches on the attention is called nearly uniform.
 _NEARLY_UNIFORM = 0.95
 _SAME = 1e-6  # relative difference up to which all patches weigh the same
+UNIFORM_REASON = "uniform: this model weighs every patch alike"
 
 
 def weight_name(record: Mapping[str, Any]) -> str:
@@ -24,6 +25,12 @@ def weight_name(record: Mapping[str, Any]) -> str:
     models = record["model"] if isinstance(record["model"], list) else [record["model"]]
     names = {_NAMES.get(model["name"], ATTENTION) for model in models}
     return names.pop() if len(names) == 1 else _MIXED
+
+
+def is_uniform(values: NDArray) -> bool:
+    """Return whether all of several `values (N,)` are the same to rounding."""
+    low, high = float(values.min()), float(values.max())
+    return len(values) > 1 and high - low <= _SAME * max(abs(low), abs(high))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +82,7 @@ class AttentionMap:
     @property
     def is_uniform(self) -> bool:
         """Whether all of several patches weigh the same."""
-        highest = self.attention.max()
-        return len(self) > 1 and bool(highest - self.attention.min() <= _SAME * highest)
+        return is_uniform(self.attention)
 
     @property
     def is_unranked(self) -> NDArray[np.bool_]:
@@ -97,7 +103,10 @@ class AttentionMap:
     def notes(self) -> list[str]:
         """What a reader must know before the colours are read."""
         if self.is_uniform:
-            return [f"All {len(self):,} patches weigh the same: none is the most or the least attended."]
+            return [
+                f"{UNIFORM_REASON.capitalize()}. All {len(self):,} patches weigh the same: none is the most or the "
+                "least attended."
+            ]
         if len(self) > 1 and self.effective_count >= _NEARLY_UNIFORM * len(self):
             return [
                 f"The {self.name} is nearly uniform, as if {self.effective_count:,.0f} of {len(self):,} patches "

@@ -224,12 +224,14 @@ def _draw_slide(axes: Axes, picture: Picture) -> None:
 
 
 def _draw_heat(axes: Axes, overlay: Overlay, top_k: int, height: float) -> None:
-    """Draw the heatmap, and its colour bar for a map `height` inches high."""
+    """Draw the heatmap, and its colour bar for a map `height` inches high; equal weights have no colours to explain."""
     picture, attention, style = overlay.picture, overlay.attention, overlay.style
     colours = overlay.colours
     colours[..., 3] *= style.alpha
     _lay_over(axes, colours)
     _outline(axes, picture, attention.coords[attention.top(top_k)], attention.size_level0, height)
+    if attention.is_uniform:  # all patches are grey
+        return
     bar = _colour_bar(axes, _over_white(style.mappable(attention), style.alpha), style.label(attention), height)
     if style.tick_text(0) is not None:
         bar.locator = MaxNLocator(integer=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from utils.core.errors import ConfigError, did_you_mean
 from utils.core.settings import check_setting
 from utils.core.text import multiple_text
-from utils.pictures.attention_map import AttentionMap
+from utils.pictures.attention_map import UNIFORM_REASON, AttentionMap
 from utils.pictures.settings import Pictures
 
 GREY = (0.6, 0.6, 0.6)  # of patches without a rank: in no colour map that is readable in print
@@ -104,7 +104,7 @@ class MapStyle:
     def label(self, attention: AttentionMap) -> str:
         """Return the label of the colour bar."""
         if attention.is_uniform:
-            return f"{attention.name}: all {len(attention):,} patches weigh the same (grey)"
+            return f"grey, as all {len(attention):,} patches weigh the same ({UNIFORM_REASON})"
         peak = f"highest: {multiple_text(attention.peak)} x uniform"
         if self.scale == "percentile":
             equal = int(attention.is_unranked.sum())
@@ -115,7 +115,9 @@ class MapStyle:
         return f"{attention.name}, which sums to 1 over {len(attention):,} patches ({peak})"
 
     def title(self, attention: AttentionMap) -> str:
-        """Return the name of the map on this scale."""
+        """Return the name of the map on this scale; all scales of equal weights are alike."""
+        if attention.is_uniform:
+            return attention.name
         kinds = {"percentile": "percentile", "attention": "from 0 to the highest", "uniform": "times uniform"}
         return f"{attention.name}, {kinds[self.scale]}"
 

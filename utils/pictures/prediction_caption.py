@@ -11,6 +11,7 @@ from utils.core.cohorts import SYNTHETIC
 from utils.core.files import digest
 from utils.core.text import percent_text
 from utils.pictures.attention_map import ATTENTION, UNIFORM, weight_name
+from utils.pictures.faithfulness_text import verdict
 
 _RECIPE = (
     "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
@@ -108,12 +109,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if record.get("evidence"):
         facts.append(("evidence", evidence_text(record)))
     facts += localization_facts(record.get("localization") or {"classes": {}})
-    if record.get("faithfulness"):
-        if weight_name(record) != UNIFORM:
-            facts.append(("faithfulness", _faithfulness(record["faithfulness"])))
-        if "evidence" in record["faithfulness"]:
-            measured = record["faithfulness"]["evidence"] | {"random_orders": record["faithfulness"]["random_orders"]}
-            facts.append(("faithfulness of evidence", _faithfulness(measured)))
+    facts += _faithfulness_facts(record.get("faithfulness"), weight_name(record))
     delivered = (record["slide_record"] or {}).get("mpp_delivered")
     names = _RECIPE if delivered is None else [name for name in _RECIPE if name != "mpp"]
     facts += [(name, _short(str(recipe[name]))) for name in names if recipe.get(name) is not None]
@@ -157,12 +153,13 @@ def _faithfulness_notes(predicted_class: str, measured: Mapping[str, Any], weigh
     )
     most = "the most attended patches" if weights == ATTENTION else f"the patches with the highest {weights}"
     firsts = {name: most, "Evidence": "the patches that argue most for it"}
-    failing = [kind for kind in maps if maps[kind]["deletion"]["gap"] <= 0]
+    gaps = {kind: curves["deletion"]["gap"] for kind, curves in maps.items()}
+    failing = [kind for kind, gap in gaps.items() if gap is not None and gap <= 0]
     notes = [
         f"{kind} does not support this answer: without {firsts[kind]}, {predicted_class} is no less probable than "
         "without random ones." for kind in failing
     ]  # fmt: skip
-    if failing == [name] and "Evidence" in maps:
+    if failing == [name] and gaps.get("Evidence") is not None:
         notes[0] += " The evidence does: look at that map."
     return notes
 
@@ -196,10 +193,28 @@ def _paths_text(paths: Sequence[str]) -> str:
     return "; ".join(f"{', '.join(names)} in {folder}" for folder, names in folders.items())
 
 
-def _faithfulness(curves: Mapping[str, Any]) -> str:
+def _faithfulness_facts(measured: Mapping[str, Any] | None, weights: str) -> list[tuple[str, str]]:
+    """Return the gaps of each map that has an order, and which map the answer bears out more."""
+    if not measured:
+        return []
+    facts = []
+    if weights != UNIFORM and measured["deletion"]["gap"] is not None:
+        facts.append(("faithfulness", _gaps_text(weights, measured, measured["random_orders"])))
+    evidence = measured.get("evidence")
+    if evidence and evidence["deletion"]["gap"] is not None:
+        facts.append(("faithfulness of evidence", _gaps_text("evidence", evidence, measured["random_orders"])))
+    sentence = verdict(measured, weights)
+    return (
+        [*facts, ("faithfulness of both maps" if measured.get("borne_out_more") else "faithfulness", sentence)]
+        if (sentence)
+        else facts
+    )
+
+
+def _gaps_text(name: str, curves: Mapping[str, Any], orders: int) -> str:
     gaps = [
-        f"{name} {curves[name]['gap']:+.3f} (beats {curves[name]['random_orders_beaten']} of {curves['random_orders']})"
-        for name in ("deletion", "insertion")
+        f"{curve} gap by {name} {curves[curve]['gap']:+.3f} (beats {curves[curve]['random_orders_beaten']} of {orders})"
+        for curve in ("deletion", "insertion")
     ]
     return f"mean probability against random orders: {', '.join(gaps)}"
 

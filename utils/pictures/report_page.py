@@ -45,7 +45,7 @@ def write_report(
     """
     picture, attention, style = overlay.picture, overlay.attention, overlay.style
     h, w = picture.shape
-    scales = dict.fromkeys((style.scale, *_SCALES))
+    scales = dict.fromkeys((style.scale, *(() if attention.is_uniform else _SCALES)))
     overlays = [overlay, *(replace(overlay, style=replace(style, scale=scale)) for scale in list(scales)[1:])]
     layers = [*map(_attention_layer, overlays), *map(_evidence_layer, evidence[:_MOST_LAYERS])]
     values = {
@@ -90,8 +90,8 @@ def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A map over the slide: its image, its scale from `low` to `high`, what its colour says, and of evidence the value
-    of each patch, as base64 of float32.
+    """A map over the slide: its image, its scale from `low` to `high`, all empty if there are no colours to explain,
+    what its colour says, and of evidence the value of each patch, as base64 of float32.
     """
 
     title: str
@@ -107,8 +107,8 @@ def _attention_layer(overlay: Overlay) -> _Layer:
     attention, style = overlay.attention, overlay.style
     palette, (lowest, highest) = _palette(style.cmap), style.limits(attention)
     image = _heat_png((overlay.heat - lowest) / (highest - lowest), palette, overlay.is_grey)
-    ends = style.end_texts(attention)
-    return _Layer(style.title(attention), image, _colour_scale(palette), *ends, style.label(attention))
+    scale = ("", "", "") if attention.is_uniform else (_colour_scale(palette), *style.end_texts(attention))
+    return _Layer(style.title(attention), image, *scale, style.label(attention))
 
 
 def _evidence_layer(overlay: EvidenceOverlay) -> _Layer:

@@ -21,6 +21,7 @@ from MILS.mergeable import MergeableModel
 from utils.bags.store import StoredFeatures
 from utils.core.errors import FeatureFileError
 from utils.core.runtime import derive_seed, progress
+from utils.pictures.attention_map import UNIFORM_REASON, is_uniform
 from utils.prediction.forward_pass import SlideFeed, blocks_of, mean_output, predict_features
 from utils.tasks.task import Task
 
@@ -31,18 +32,21 @@ _ORDERS, _FEW_ORDERS = 10, 3
 _RANDOM_MODELS = 3
 _BAR_DELAY_SECONDS = 5
 _WHOLE = SlideFeed(None, "merge")
+_NO_EVIDENCE = "uniform: every patch has the same evidence"
 
 
 @dataclass(frozen=True)
 class Curves:
     """The predicted class's probability with `fractions (G,)` of the patches removed or added: by attention in
-    `most_first (G,)` and `least_first (G,)`, in random orders in `random (R, G)`.
+    `most_first (G,)` and `least_first (G,)`, in random orders in `random (R, G)`. `reason` says why the map orders no
+    patches, "" if it does.
     """
 
     fractions: NDArray[np.float64]
     most_first: NDArray[np.float64]
     least_first: NDArray[np.float64]
     random: NDArray[np.float64]
+    reason: str = ""
 
     def area(self, curve: NDArray[np.float64]) -> Any:
         """Return the mean probability along `curve (..., G)`."""
@@ -50,20 +54,23 @@ class Curves:
 
     def as_dict(self, sign: int) -> dict[str, Any]:
         """Return the entries of a record. `gap` is positive if attention beats random orders; `sign` is 1 if the
-        probability should rise early, -1 if it should fall early.
+        probability should rise early, -1 if it should fall early. What needs an order is None if there is a `reason`.
         """
         most, least, random = (self.area(curve) for curve in (self.most_first, self.least_first, self.random))
-        return {
-            "fractions": self.fractions.tolist(),
+        ordered = {
             "most_attended_first": self.most_first.tolist(),
             "least_attended_first": self.least_first.tolist(),
-            "random_mean": self.random.mean(axis=0).tolist(),
-            "random_std": self.random.std(axis=0, ddof=1).tolist(),
             "area_most_attended_first": float(most),
             "area_least_attended_first": float(least),
-            "area_random": random.tolist(),
             "gap": float(sign * (most - random.mean())),
             "random_orders_beaten": int((sign * (most - random) > 0).sum()),
+        }
+        return {
+            "fractions": self.fractions.tolist(),
+            "random_mean": self.random.mean(axis=0).tolist(),
+            "random_std": self.random.std(axis=0, ddof=1).tolist(),
+            "area_random": random.tolist(),
+            **(dict.fromkeys(ordered) | {"reason": self.reason} if self.reason else ordered),
         }
 
 
@@ -86,10 +93,20 @@ class Faithfulness:
         if self.evidence is not None:
             deletion, insertion = (curve.as_dict(sign) for curve, sign in zip(self.evidence, (-1, 1), strict=True))
             curves["evidence"] = {"deletion": _of_evidence(deletion), "insertion": _of_evidence(insertion)}
+            curves["borne_out_more"] = _borne_out_more(curves["deletion"]["gap"], deletion["gap"])
         return curves | {
             "random_orders": len(self.deletion.random),
             "rank_correlation_with_random_weights": self.rank_correlations,
         }
+
+
+def _borne_out_more(attention_gap: float | None, evidence_gap: float | None) -> str | None:
+    """Return which map has the larger deletion gap, "attention" or "evidence"; None unless both beat random orders."""
+    if attention_gap is None or evidence_gap is None or min(attention_gap, evidence_gap) <= 0:
+        return None
+    if attention_gap == evidence_gap:
+        return None
+    return "evidence" if evidence_gap > attention_gap else "attention"
 
 
 def _of_evidence(curves: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +128,8 @@ def measure_faithfulness(
     """Measure the `attention (N,)` of `models`, whose predictions are averaged, for `features (N, D)` of a whole slide;
     also their `evidence (N,)` for the class, if it is given.
 
-    Patches of equal attention, or evidence, are in random order. Raises FeatureFileError for a slide of fewer than two
+    Patches of equal attention, or evidence, are in random order; a map in which all are equal has no curves (see
+    `Curves.reason`). Raises FeatureFileError for a slide of fewer than two
     patches.
     """
     count = len(attention)
@@ -130,11 +148,14 @@ def measure_faithfulness(
         orders.append(np.lexsort((rng.random(count), -evidence)))
     groups = _groups(orders, edges)
     averages = np.mean([_probabilities(task, member, features, groups)[..., class_index] for member in members], axis=0)
-    by_map = [_curves(averages, edges / count, order, number) for order in (0, *range(number, len(orders)))]
+    by_attention_curves = _curves(averages, edges / count, 0, number, UNIFORM_REASON if is_uniform(attention) else "")
+    by_evidence_curves = evidence if evidence is None else _curves(
+        averages, edges / count, number, number, _NO_EVIDENCE if is_uniform(evidence) else ""
+    )  # fmt: skip
     seeds = [derive_seed(seed, "weights", number) for number in range(_RANDOM_MODELS)]
     randomised = [_randomised_attention(task, models, features, model_seed) for model_seed in seeds]
     correlations = [_rank_correlation(attention, weights) for weights in randomised]
-    return Faithfulness(class_index, *by_map[0], randomised[0], correlations, None if evidence is None else by_map[1])
+    return Faithfulness(class_index, *by_attention_curves, randomised[0], correlations, by_evidence_curves)
 
 
 def _groups(orders: Sequence[NDArray[np.int64]], edges: NDArray[np.int64]) -> torch.Tensor:
@@ -146,15 +167,16 @@ def _groups(orders: Sequence[NDArray[np.int64]], edges: NDArray[np.int64]) -> to
     return groups
 
 
-def _curves(averages: NDArray, fractions: NDArray, order: int, number: int) -> tuple[Curves, Curves]:
-    """Return the deletion and insertion curves of an `order`; the random orders are those from 1 to `number`.
+def _curves(averages: NDArray, fractions: NDArray, order: int, number: int, reason: str) -> tuple[Curves, Curves]:
+    """Return the deletion and insertion curves of an `order`; the random orders are those from 1 to `number`. `reason`
+    says why the order is no map's, "" if it is.
 
     `averages (O, 2, G)` are the class's probabilities of the first groups alone, and of all but the first ones.
     """
     prefixes, suffixes = averages[:, 0], averages[:, 1]
     # Without the least attended patches, the most attended remain, and the other way round.
-    deletion = Curves(fractions[:-1], suffixes[order], prefixes[order, ::-1], suffixes[1:number])
-    return deletion, Curves(fractions[1:], prefixes[order], suffixes[order, ::-1], prefixes[1:number])
+    deletion = Curves(fractions[:-1], suffixes[order], prefixes[order, ::-1], suffixes[1:number], reason)
+    return deletion, Curves(fractions[1:], prefixes[order], suffixes[order, ::-1], prefixes[1:number], reason)
 
 
 def _edges(count: int) -> NDArray[np.int64]:

@@ -19,6 +19,8 @@ from utils.core.files import digest, write_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import log, versions
 from utils.core.text import NOTICE
+from utils.pictures.attention_map import weight_name
+from utils.pictures.faithfulness_text import verdict
 from utils.pictures.prediction_caption import prediction_title
 from utils.pictures.settings import Pictures
 from utils.prediction.annotations import Annotations
@@ -122,6 +124,7 @@ class SlideWorker:
             faithfulness = self._faithfulness(source, prediction, predictor)
             if settings.faithfulness:
                 record["faithfulness"] = faithfulness and faithfulness.as_dict()
+                _log_faithfulness(record)
             if self.drawing is not None and not self._has_same_pictures(record, source):
                 record.pop("pictures", None)
             clear_pictures(target, record)
@@ -194,7 +197,6 @@ class SlideWorker:
         self, prediction: SlidePrediction, faithfulness: Faithfulness, record: dict[str, Any], folder: Path
     ) -> None:
         # Imported here, because drawing is slow to import.
-        from utils.pictures.attention_map import weight_name
         from utils.pictures.faithfulness_figure import cropped_map, faithfulness_figure
         from utils.pictures.heatmap import save_picture
 
@@ -305,6 +307,12 @@ def _is_seen_alike(record: Mapping[str, Any], predictor: SlidePredictor, case_id
     if "seen_compared" not in record:  # earlier versions compared names
         compared = seen if seen is None else "name"
     return record["seen_as"] == seen and compared == seen_compared(predictor.trained, slide, seen)
+
+
+def _log_faithfulness(record: Mapping[str, Any]) -> None:
+    """Log which map the answer bears out more, or why attention has no order, if either is so."""
+    if record["faithfulness"] and (sentence := verdict(record["faithfulness"], weight_name(record))):
+        log.info("%s: %s", record["slide"], sentence)
 
 
 def _faithfulness_digest(faithfulness: Mapping[str, Any] | str | None) -> str | None:
