@@ -71,7 +71,10 @@ def test_without_the_slide_no_panel_is_empty_and_the_heatmap_says_so():
     check_texts(figure)
     titles = [text for text, _ in texts_of(figure)]
     assert "slide" not in titles
-    assert "attention, the 3 highest numbered" in titles
+    assert "attention, the 3 highest outlined in red and numbered" in [" ".join(title.split()) for title in titles]
+    written = " ".join(heatmap_figure(overlay, title="S1", top_k=3).axes[0].get_title().split())
+    assert written == "S1 Outlined in red and numbered: the 3 most attended patches."
+    assert heatmap_figure(overlay, title="S1", top_k=0).axes[0].get_title() == "S1"
     assert "Drawn without the slide" in heatmap_figure(blank, title="S1", top_k=3).axes[0].get_title()
     assert "Drawn without" not in heatmap_figure(overlay, title="S1", top_k=3).axes[0].get_title()
 
@@ -107,7 +110,10 @@ def test_the_detailed_figure_shows_both_maps(shape):
     )
     above = figure.subfigs[0].axes
     titles = [" ".join(axes.get_title().split()) for axes in above if axes.images]
-    assert titles == ["slide", "attention, the 3 highest numbered", f"evidence for {CLASSES[0]}"]
+    outlined = "red: most for it, dashed: against"
+    assert titles == [
+        "slide", "attention, the 3 highest outlined in red and numbered", f"evidence for {CLASSES[0]}; {outlined}"
+    ]  # fmt: skip
     labels = [" ".join(axes.get_ylabel().split()) for axes in above if axes.get_ylabel()]
     assert labels == [overlay.style.label(overlay.attention), evidence.evidence.label(CLASSES[0])]
     painted = np.asarray(above[2].images[1].get_array())

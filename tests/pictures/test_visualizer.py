@@ -266,7 +266,7 @@ def test_what_the_pictures_say_of_both_maps():
     )
     equal = both | {"deletion": none, "insertion": none, "borne_out_more": None}
     facts = dict(Caption.of(RECORD | {"faithfulness": equal, "model": {"name": "meanPool"}}).facts)
-    assert facts["faithfulness"] == "Uniform: all alike, so it has no order to be tested."
+    assert facts["faithfulness"] == "Uniform: all alike, so its weights have no order to test."
     assert "faithfulness of both maps" not in facts
 
 

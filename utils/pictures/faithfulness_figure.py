@@ -57,7 +57,8 @@ def faithfulness_figure(
         titles = wrapped(weights.capitalize(), 1.8, 9), f"With random weights\n(rank correlation\n{correlation})"
         for map_axes, attention_map, map_title in zip(axes[2:], maps, titles, strict=True):
             _draw_map(map_axes, attention_map, cmap)
-            map_axes.set_title(map_title, fontsize=9)
+            ties = "\n(grey: equal, no rank)" if attention_map.is_unranked.any() else ""
+            map_axes.set_title(f"{map_title}{ties}", fontsize=9)
     figure.suptitle(escape_mathtext(title), fontsize=10)
     return with_notice(figure)
 

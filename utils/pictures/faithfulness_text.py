@@ -26,7 +26,7 @@ def verdict(measured: Mapping[str, Any], weights: str) -> str:
     """
     reason = measured["deletion"].get("reason")
     if reason:
-        return f"{reason.capitalize()}, so it has no order to be tested."
+        return f"{reason.capitalize()}, so its weights have no order to test."
     better = measured.get("borne_out_more")
     if better is None or weights == UNIFORM:
         return ""

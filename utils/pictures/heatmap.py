@@ -54,7 +54,10 @@ def map_thumbnail(overlay: Overlay) -> Image.Image:
 
 def heatmap_figure(overlay: Overlay, *, title: str, top_k: int) -> Figure:
     """Draw the heatmap over the overview, the `top_k` most attended patches outlined and numbered."""
-    notes = [*overlay.attention.notes, *([_BLANK] if overlay.picture.is_blank else [])]
+    attention = overlay.attention
+    count = len(attention.top(top_k))
+    outlined = [f"Outlined in red and numbered: the {count} {attention.most_text}."] if count else []
+    notes = [*outlined, *attention.notes, *([_BLANK] if overlay.picture.is_blank else [])]
     figure, axes = _map_figure(overlay.picture, "\n".join([title, *notes]), 10)
     _draw_slide(axes, overlay.picture)
     _draw_heat(axes, overlay, top_k, _map_size(overlay.picture)[1])
@@ -95,10 +98,12 @@ def detailed_figure(
         3.2, _lines_height(fact_text, _FACTS_SIZE) * 1.15 + 0.4, _lines_height("\n".join(names), SMALL) + 0.9
     )
     title = wrapped(title, _DETAILED - 0.4, 12)
-    total_height = height + below_height + 0.2 + _lines_height(title, 12)
+    map_titles = _map_titles(overlay, evidence, top_k, _DETAILED / maps - 1)
+    above_height = height + max(_lines_height(text, 10) for text in map_titles) - _lines_height("", 10)
+    total_height = above_height + below_height + 0.2 + _lines_height(title, 12)
     figure = Figure(figsize=(_DETAILED, total_height), layout="constrained")
-    above, below = _rows(figure, [height, below_height])
-    _draw_maps(above, overlay, evidence, top_k, height)
+    above, below = _rows(figure, [above_height, below_height])
+    _draw_maps(above, overlay, evidence, top_k, height, map_titles)
     _draw_statistics(below, attention, names, list(probabilities.values()), fact_text)
     figure.suptitle(escape_mathtext(title), fontsize=12)
     return with_notice(figure)
@@ -109,27 +114,36 @@ def _count_maps(picture: Picture, evidence: EvidenceOverlay | None) -> int:
     return 1 + (not picture.is_blank) + (evidence is not None)
 
 
-def _draw_maps(
-    figure: SubFigure, overlay: Overlay, evidence: EvidenceOverlay | None, top_k: int, height: float
-) -> None:
-    """Draw the slide, if it is at hand, the heatmap and the evidence side by side, `height` inches high."""
-    picture, attention = overlay.picture, overlay.attention
-    maps = _count_maps(picture, evidence)
-    axes = list(figure.subplots(1, maps, squeeze=False).flat)
-    if not picture.is_blank:
-        slide = axes.pop(0)
-        _draw_slide(slide, picture)
-        slide.set_title("slide", fontsize=10)
-    heat, *for_evidence = axes
-    _draw_slide(heat, picture)
-    _draw_heat(heat, overlay, top_k, height)
-    count = len(attention.top(top_k))
-    heat.set_title(f"{attention.name}{f', the {count} highest numbered' if count else ''}", fontsize=10)
+def _map_titles(overlay: Overlay, evidence: EvidenceOverlay | None, top_k: int, width: float) -> list[str]:
+    """Return the titles of the panels, in lines of `width` inches; those of maps say what their outlines are."""
+    count = len(overlay.attention.top(top_k))
+    outlined = f", the {count} highest outlined in red and numbered" if count else ""
+    titles = [] if overlay.picture.is_blank else ["slide"]
+    titles.append(f"{overlay.attention.name}{outlined}")
     if evidence is not None:
-        _draw_slide(for_evidence[0], picture)
-        _draw_evidence(for_evidence[0], evidence, top_k, overlay.style.alpha, height)
-        name = wrapped(f"evidence for {evidence.name}", _DETAILED / maps - 1, 10)
-        for_evidence[0].set_title(escape_mathtext(name), fontsize=10)
+        titles.append(f"evidence for {evidence.name}" + ("; red: most for it, dashed: against" if top_k else ""))
+    return [wrapped(title, width, 10) for title in titles]
+
+
+def _draw_maps(
+    figure: SubFigure,
+    overlay: Overlay,
+    evidence: EvidenceOverlay | None,
+    top_k: int,
+    height: float,
+    titles: Sequence[str],
+) -> None:
+    """Draw the slide, if it is at hand, the heatmap and the evidence side by side, `height` inches high, with their
+    `titles`.
+    """
+    picture = overlay.picture
+    panels = list(figure.subplots(1, len(titles), squeeze=False).flat)
+    for panel, title in zip(panels, titles, strict=True):
+        _draw_slide(panel, picture)
+        panel.set_title(escape_mathtext(title), fontsize=10)
+    _draw_heat(panels[0 if picture.is_blank else 1], overlay, top_k, height)
+    if evidence is not None:
+        _draw_evidence(panels[-1], evidence, top_k, overlay.style.alpha, height)
 
 
 def _draw_statistics(
@@ -202,7 +216,7 @@ def _map_figure(picture: Picture, title: str, size: float) -> tuple[Figure, Axes
     """Return a figure of one map with room for its colour bar, as high as its title needs at a font size."""
     width, height = _map_size(picture)
     title = wrapped(title, width - 0.4, size)
-    figure = Figure(figsize=(width + _BAR_ROOM, height + 0.5 + _lines_height(title, size)), layout="constrained")
+    figure = Figure(figsize=(width + _BAR_ROOM, height + 0.6 + _lines_height(title, size)), layout="constrained")
     axes = figure.subplots()
     axes.set_title(escape_mathtext(title), fontsize=size)
     return figure, axes
