@@ -108,6 +108,10 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     if record.get("evidence"):
         facts.append(("evidence", evidence_text(record)))
+    elif "evidence" in record:  # asked for
+        facts.append(
+            ("evidence", f"no map: {no_evidence_reason(list(dict.fromkeys(model['name'] for model in models)))}")
+        )
     facts += localization_facts(record.get("localization") or {"classes": {}})
     facts += _faithfulness_facts(record.get("faithfulness"), weight_name(record))
     delivered = (record["slide_record"] or {}).get("mpp_delivered")
@@ -250,6 +254,13 @@ def evidence_text(record: Mapping[str, Any]) -> str:
     return (
         f"log-odds of {name} {total}: {evidence['begins_at']} {begin}, patches for it {gain}, patches against it {loss}"
     )
+
+
+def no_evidence_reason(names: Sequence[str]) -> str:
+    """Return why models of these names, or some of them, give no evidence."""
+    if "TransMIL" in names:
+        return "TransMIL mixes the patches by self-attention, so that a patch's share of the log-odds is not defined"
+    return f"{', '.join(names)} does not say what each patch adds to the log-odds"
 
 
 def _short(text: str) -> str:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from MILS.bag_model import BagModel
+from MILS.ensemble import members_of
+from MILS.mergeable import MergeableModel
 from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.settings import CohortFiles
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
@@ -197,6 +199,12 @@ class SlidePredictor:
         bag, feed = torch.zeros(2, self.checkpoint.model["input_dim"]), SlideFeed.of_mode("full", 2)
         outputs = (predict_features(self.task, model, bag, feed, attention=True) for model in self.models)
         return all(output.attention is not None for output in outputs)
+
+    def models_without_evidence(self) -> list[str]:
+        """Return the names of the models that do not say what each patch argues."""
+        members = [member for model in self.models for member in members_of(model)]
+        silent = [each for each in members if not (isinstance(each, MergeableModel) and each.gives_evidence)]
+        return list(dict.fromkeys(str(member.spec["name"]) for member in silent))
 
     def require(self, *, recipe: Recipe | None = None, **expected: Any) -> None:
         """Raise CheckpointError unless the checkpoints hold what is expected (see `TrainedModel.require`), and

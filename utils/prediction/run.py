@@ -19,7 +19,7 @@ from utils.core.recipe import ASKED_FIELDS
 from utils.core.runtime import log
 from utils.core.text import NOTICE
 from utils.pictures.index_page import INDEX, IndexRow, write_index
-from utils.pictures.prediction_caption import localization_facts, prediction_title
+from utils.pictures.prediction_caption import localization_facts, no_evidence_reason, prediction_title
 from utils.prediction.annotations import Annotations
 from utils.prediction.existing_records import ENDING, check_settings, has_settings
 from utils.prediction.inputs import DEFAULT_FOLDER, PredictionFiles
@@ -99,7 +99,11 @@ def predict_files(
     """
     settings, folder, cluster = files.settings, output_folder(files, predictors), cluster or Cluster()
     needing = {"--visualize": drawing is not None, "--faithfulness": settings.faithfulness}
-    _check_attention(predictors, needing | {"--annotations": settings.annotations is not None})
+    needing["--annotations"] = settings.annotations is not None
+    _check_attention(predictors, needing)
+    silent = [name for predictor in predictors.each for name in predictor.models_without_evidence()]
+    if silent and any(needing.values()):
+        log.info("There is no evidence map: %s", no_evidence_reason(list(dict.fromkeys(silent))))
     first = predictors.first.checkpoint
     rows = files.label_rows(first.task, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
