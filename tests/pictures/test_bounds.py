@@ -91,7 +91,7 @@ def test_positions_in_files_are_the_whole_frames_and_qupaths_from_the_corner(sli
     tiles = json.loads((tmp_path / "place_attention.geojson").read_text())
     assert tiles["litemil"]["offset"] == [600, 100]
     assert tiles["features"][7]["geometry"]["coordinates"][0][0] == [x - 600, y - 100]
-    assert f"at ({x}, {y})" in (tmp_path / "place_report.html").read_text(encoding="utf-8")
+    assert f"level-0 px ({x}, {y})" in (tmp_path / "place_report.html").read_text(encoding="utf-8")
     assert Image.open(tmp_path / "place_thumbnail.jpg").size == (240, 160)
 
 

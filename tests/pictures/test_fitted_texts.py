@@ -125,7 +125,12 @@ def test_the_detailed_figure_shows_both_maps(shape):
 def test_the_patch_grid_holds_its_titles(count):
     patches = [np.zeros((8, 8, 3), np.uint8)] * count
     groups = [
-        (f"patches with most evidence for {CLASSES[0]}", kind, patches, ["120: 0.000123\nat (123456, 123456)"] * count)
+        (
+            f"patches with most evidence for {CLASSES[0]}",
+            kind,
+            patches,
+            ["120: 0.000123\nlevel-0 px (123456, 123456)"] * count,
+        )
         for kind in ("top", "least")
     ]
     check_texts(patch_grid_figure(groups, TITLE))

@@ -14,6 +14,7 @@ from utils.core.passport import Passport
 from utils.core.recipe import Recipe
 from utils.pictures.prediction_caption import Caption, prediction_title
 from utils.pictures.slide_match import check_drawable
+from utils.pictures.top_patches import patch_width_text
 from utils.pictures.visualizer import AttentionVisualizer
 from utils.slides.open_slides import open_slide
 
@@ -145,6 +146,25 @@ def test_a_slide_of_other_bounds_is_refused(slide, tmp_path):
 def test_the_patch_grid_stays_a_figure(slide):
     figure = AttentionVisualizer().create_patch_grid(slide, COORDS, ATTENTION, 50, top_k=80)
     assert [len([axes for axes in part.axes if axes.images]) for part in figure.subfigs] == [50, 30]
+
+
+@pytest.mark.parametrize(
+    ("size", "mpp", "text"),
+    [
+        (50, 0.5, "Each patch is 25 µm wide (50 level-0 px)"),
+        (1024, 0.2281, "Each patch is 234 µm wide (1,024 level-0 px)"),
+        (256, None, "Each patch is 256 level-0 px wide"),
+    ],
+)
+def test_the_width_of_patches_is_said_in_um_where_it_is_known(size, mpp, text):
+    assert patch_width_text(size, mpp) == text
+
+
+def test_the_grid_says_how_wide_patches_are_and_what_positions_count(slide):
+    figure = AttentionVisualizer().create_patch_grid(slide, COORDS, ATTENTION, 50, top_k=1, title="S1")
+    assert figure.get_suptitle() == "S1\nEach patch is 25 µm wide (50 level-0 px)"
+    titles = [axes.get_title() for part in figure.subfigs for axes in part.axes if axes.images]
+    assert titles == ["1: 0.0167\nlevel-0 px (450, 350)", "80: 0.00833\nlevel-0 px (0, 0)"]
 
 
 def test_chunks_count_by_their_size(slide):

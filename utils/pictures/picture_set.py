@@ -154,7 +154,7 @@ class PictureSet:
             "detailed": captioned_figure(overlay, caption, title, self.top_k, evidence[0] if evidence else None),
         }
         if groups and self.top_k:
-            figures[_GRID] = grid_figure(self.attention, groups, title)
+            figures[_GRID] = grid_figure(self.attention, groups, title, overlay.picture.mpp)
         if evidence:
             look = {"top_k": self.top_k, "alpha": self.style.alpha}
             figures[_EVIDENCE] = evidence_figure(evidence[0], title=title, text=caption.evidence, **look)

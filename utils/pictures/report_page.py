@@ -19,7 +19,15 @@ from utils.pictures.attention_map import ATTENTION, AttentionMap
 from utils.pictures.evidence_map import CMAP, EvidenceOverlay
 from utils.pictures.overlay import GREY, Overlay, Picture
 from utils.pictures.prediction_caption import Caption
-from utils.pictures.top_patches import PAGE_PATCHES, PAGE_SIDE, MapPatch, PatchGroup, rank_text, reduced
+from utils.pictures.top_patches import (
+    PAGE_PATCHES,
+    PAGE_SIDE,
+    MapPatch,
+    PatchGroup,
+    patch_width_text,
+    rank_text,
+    reduced,
+)
 
 _TEMPLATE = Path(__file__).with_name("report_page.html")
 _EQUAL, _TRANSPARENT = 254, 255  # indices in the overlay's palette of grey and of nothing; colours are the others
@@ -61,6 +69,7 @@ def write_report(
         "heat_alt": f"{attention.name} by colour; {attention.half_count} of {len(attention)} patches hold half of it",
         "layers": layers,
         "galleries": _galleries(attention, groups),
+        "patch_width": patch_width_text(attention.size_level0, picture.mpp),
         "evidence": caption.evidence,
         "probabilities": [(name, value, percent_text(value)) for name, value in caption.probabilities.items()],
         "concentration": _concentration(attention),
@@ -195,9 +204,10 @@ def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]], group:
     for (index, image), caption in zip(patches, group.captions, strict=False):
         (x, y), weight = attention.coords[index], attention.attention[index]
         rank, times = rank_text(attention, index), multiple_text(weight * len(attention))
-        title = f"Rank {rank} of {len(attention)}: {attention.name} {weight:.3g}, {times} times uniform, at ({x}, {y})"
+        position = f"level-0 px ({x}, {y})"
+        title = f"Rank {rank} of {len(attention)}: {attention.name} {weight:.3g}, {times} times uniform, at {position}"
         lines = [caption] if group.is_evidence else [f"rank {rank}", f"{weight:.3g} ({times} x)"]
-        lines.append(f"at ({x}, {y})")
+        lines.append(position)
         title += f", evidence {caption.split(': ')[-1]}" if group.is_evidence else ""
         items.append(_GalleryItem(int(index), image, title, lines))
     return items

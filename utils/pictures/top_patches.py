@@ -120,7 +120,10 @@ def read_evidence_groups(
     """
     values = evidence.of_class(name)
     supporters, opponents = evidence.strongest(name, count)
-    texts = [[f"{value:+#.2g}" for value in values[indices[:GRID_PATCHES]]] for indices in (supporters, opponents)]
+    texts = [
+        [f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+#.2g}" for value in values[indices[:GRID_PATCHES]]]
+        for indices in (supporters, opponents)
+    ]
     texts[0] = [f"{number}: {text}" for number, text in enumerate(texts[0], start=1)]
     return [
         PatchGroup(
@@ -133,18 +136,29 @@ def read_evidence_groups(
     ]  # fmt: skip
 
 
-def grid_figure(attention: AttentionMap, groups: Sequence[PatchGroup], title: str) -> Figure:
-    """Draw groups of patches, at most 50 each, with their captions and positions."""
+def patch_width_text(size_level0: int, mpp: float | None) -> str:
+    """Return how wide a patch of `size_level0` level-0 px is: in um if `mpp`, the um per level-0 px, is known."""
+    pixels = f"{size_level0:,} level-0 px"
+    if mpp is None:
+        return f"Each patch is {pixels} wide"
+    width = size_level0 * mpp
+    return f"Each patch is {f'{width:,.0f}' if width >= 100 else f'{width:.3g}'} µm wide ({pixels})"
+
+
+def grid_figure(attention: AttentionMap, groups: Sequence[PatchGroup], title: str, mpp: float | None = None) -> Figure:
+    """Draw groups of patches, at most 50 each, with their captions and positions, and how wide they are; `mpp` is the
+    um per level-0 px.
+    """
     rows = []
     for group in groups:
         patches = group.patches[:GRID_PATCHES]
         captions = [
-            f"{caption}\nat ({x}, {y})"
+            f"{caption}\nlevel-0 px ({x}, {y})"
             for caption, patch in zip(group.captions, patches, strict=False)
             for x, y in [attention.coords[patch.index].tolist()]
         ]
         rows.append((group.title, group.kind, [patch.pixels for patch in patches], captions))
-    return patch_grid_figure(rows, title)
+    return patch_grid_figure(rows, "\n".join(filter(None, [title, patch_width_text(attention.size_level0, mpp)])))
 
 
 def patch_records(attention: AttentionMap, count: int, seen_in_training: bool | None) -> list[PatchRecord]:

@@ -148,7 +148,8 @@ class AttentionVisualizer:
         with opened(wsi_path) as slide:
             attention_map = _attention_map(slide, coords, attention, patch_size_level0)
             top, least = read_extremes(slide, attention_map, min(top_k, GRID_PATCHES))
-        figure = grid_figure(attention_map, attention_groups(attention_map, top, least), title)
+            mpp = slide.mpp
+        figure = grid_figure(attention_map, attention_groups(attention_map, top, least), title, mpp)
         save_picture(figure, save_path)
         return figure
 
