@@ -12,9 +12,10 @@ from utils.core.errors import ConfigError, FeatureFileError
 from utils.core.geometry import patch_grid
 from utils.core.passport import Passport
 from utils.core.recipe import Recipe
+from utils.pictures.attention_map import AttentionMap
 from utils.pictures.prediction_caption import Caption, prediction_title
 from utils.pictures.slide_match import check_drawable
-from utils.pictures.top_patches import patch_width_text
+from utils.pictures.top_patches import patch_width_text, read_shown
 from utils.pictures.visualizer import AttentionVisualizer
 from utils.slides.open_slides import open_slide
 
@@ -165,6 +166,19 @@ def test_the_grid_says_how_wide_patches_are_and_what_positions_count(slide):
     assert figure.get_suptitle() == "S1\nEach patch is 25 µm wide (50 level-0 px)"
     titles = [axes.get_title() for part in figure.subfigs for axes in part.axes if axes.images]
     assert titles == ["1: 0.0167\nlevel-0 px (450, 350)", "80: 0.00833\nlevel-0 px (0, 0)"]
+
+
+@pytest.mark.parametrize(("count", "most_pixels"), [(12, 12 * 1024**2), (200, 22_000_000)])
+def test_many_large_patches_are_made_small_as_they_are_read(count, most_pixels):
+    class LargeSlide:
+        def read_region(self, *_):
+            return np.zeros((1024, 1024, 3), np.uint8)
+
+    attention = AttentionMap(patch_grid(25_600, 8_192, 1024, 1024), np.arange(200) / 19_900, 1024)
+    patches = read_shown(LargeSlide(), attention, attention.order[:count])
+    assert len(patches) == min(count, 50)
+    assert sum(patch.pixels.size // 3 for patch in patches) <= most_pixels
+    assert (patches[0].pixels.shape[0] == 1024) is (count <= 12)
 
 
 def test_chunks_count_by_their_size(slide):

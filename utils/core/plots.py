@@ -40,10 +40,11 @@ LEGEND: dict[str, Any] = {"frameon": False, "fontsize": SMALL, "handlelength": 4
 _SETTINGS: Any = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "litemil"}
 _UNDATED: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 FORMATS = tuple(_UNDATED)
+DPI = 300
 _MOST_PIXELS = 40_000_000  # of a picture: 160 MB while it is drawn
 
 
-def save_figure(figure: Figure, path: str | Path, dpi: int = 300, *, tight: bool = True) -> None:
+def save_figure(figure: Figure, path: str | Path, dpi: int = DPI, *, tight: bool = True) -> None:
     """Write a figure in the format of the path's ending, .png, .pdf or .svg; pictures have `dpi`, or fewer if they
     would have more than 40 million pixels.
 
@@ -57,12 +58,17 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 300, *, tight: bool
         raise ConfigError(f"{path}: figures are written as .png, .pdf or .svg; end the name in one of them")
     set_fonts(figure)
     width, height = figure.get_size_inches()
-    dpi = min(dpi, math.floor(math.sqrt(_MOST_PIXELS / (width * height))))
+    dpi = picture_dpi(width, height, dpi)
     if figure.legends:  # a legend beside the plots is placed only when it is drawn a second time
         figure.draw_without_rendering()
     with whole_file(path) as temporary, matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", MISSING_GLYPH)  # told in one line by `set_fonts`
         figure.savefig(temporary, format=kind, dpi=dpi, bbox_inches="tight" if tight else None, metadata=_UNDATED[kind])
+
+
+def picture_dpi(width: float, height: float, dpi: int = DPI) -> int:
+    """Return the dpi of a picture of `width` by `height` inches: `dpi`, or fewer to stay below 40 million pixels."""
+    return min(dpi, math.floor(math.sqrt(_MOST_PIXELS / (width * height))))
 
 
 def write_figures(

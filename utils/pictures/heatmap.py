@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.core.fonts import wrapped
-from utils.core.plots import SMALL, save_figure
+from utils.core.plots import SMALL, picture_dpi, save_figure
 from utils.core.text import NOTICE, escape_mathtext, percent_text
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import EvidenceOverlay
@@ -28,7 +28,7 @@ _BAR_LENGTHS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _TOP_COLOUR, _LEAST_COLOUR = "#d62728", "#1f77b4"
 _NUMBER_ROOM = 24  # points of a patch's side from which its number covers little of it
 _LONGER_SIDE = 9  # inches of a map's longer side
-_COLUMNS = 5
+_COLUMNS, _CELL = 5, 2.2  # of a grid of patches, and inches of each
 _THUMBNAIL = 240  # px of the longer side
 _LEAST_ASPECT = 4 / 9  # width by height of a map with its margins, so that a title has room above a narrow slide
 _BAR_ROOM = 1.5  # inches beside a map for its colour bar
@@ -160,6 +160,15 @@ def _draw_statistics(
     )
 
 
+def reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return an image whose longer side is at most `side` px."""
+    if max(pixels.shape) <= side:
+        return pixels
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
 def patch_grid_figure(
     groups: Sequence[tuple[str, str, Sequence[NDArray[np.uint8]], Sequence[str]]], title: str
 ) -> Figure:
@@ -171,10 +180,11 @@ def patch_grid_figure(
         return _notice_only(f"{title}\nNo patch is the most or the least attended: all weigh the same.")
     rows = [-(-len(patches) // _COLUMNS) for _, _, patches, _ in groups]
     columns = min(_COLUMNS, max(len(patches) for _, _, patches, _ in groups))
-    width = max(2.2 * columns, 5)
+    width = max(_CELL * columns, 5)
     title, names = (wrapped(title, width - 0.3, 10), [wrapped(name, width - 0.3, 10) for name, *_ in groups])
     heights = [2.55 * count + 0.3 + _lines_height(name, 10) for count, name in zip(rows, names, strict=True)]
     figure = Figure(figsize=(width, sum(heights) + 0.3 + _lines_height(title, 10)), layout="constrained")
+    side = round(_CELL * picture_dpi(*figure.get_size_inches()))
     subfigures = _rows(figure, heights)
     for subfigure, count, name, (_, kind, patches, captions) in zip(subfigures, rows, names, groups, strict=True):
         subfigure.suptitle(escape_mathtext(name), fontsize=10, color=_TOP_COLOUR if kind == "top" else _LEAST_COLOUR)
@@ -182,7 +192,7 @@ def patch_grid_figure(
         for cell in cells:
             cell.set_axis_off()
         for cell, patch, caption in zip(cells, patches, captions, strict=False):
-            cell.imshow(patch)
+            cell.imshow(reduced(patch, side))
             cell.set_title(caption, fontsize=8)
     figure.suptitle(escape_mathtext(title), fontsize=10)
     return with_notice(figure)

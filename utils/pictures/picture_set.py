@@ -1,6 +1,6 @@
 """All pictures of one prediction: figures, patches, data, QuPath tiles and the report page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -148,17 +148,9 @@ class PictureSet:
         }  # fmt: skip
         tiles = self._path(_tiles(len(self.attention)))
         write_attention(tiles, self.attention, self.slide, self.style.cmap, about, by_class, model=model_text(record))
-        title, evidence = prediction_title(record), self._evidence_overlays(overlay.picture)
-        figures = {
-            "heatmap": heatmap_figure(overlay, title=title, top_k=self.top_k),
-            "detailed": captioned_figure(overlay, caption, title, self.top_k, evidence[0] if evidence else None),
-        }
-        if groups and self.top_k:
-            figures[_GRID] = grid_figure(self.attention, groups, title, overlay.picture.mpp)
-        if evidence:
-            look = {"top_k": self.top_k, "alpha": self.style.alpha}
-            figures[_EVIDENCE] = evidence_figure(evidence[0], title=title, text=caption.evidence, **look)
-        for name, figure in figures.items():
+        evidence = self._evidence_overlays(overlay.picture)
+        for name, draw in self._figures(overlay, caption, groups, evidence[0] if evidence else None).items():
+            figure = draw()  # one at a time, as each holds its pixels
             for path in figure_paths(self._path(name), self.formats):
                 save_picture(figure, path)
         with whole_file(self._path(_THUMBNAIL)) as unfinished:
@@ -169,6 +161,22 @@ class PictureSet:
             write_patches(self._path(_PATCHES), self._patch_records, patches)
         self._write_data(caption.probabilities)
         write_report(self._path(_PAGE), record["slide"], overlay, caption, groups, evidence)
+
+    def _figures(
+        self, overlay: Overlay, caption: Caption, groups: Sequence[PatchGroup], evidence: EvidenceOverlay | None
+    ) -> dict[str, Callable[[], Figure]]:
+        """Return what draws each figure, by the end of its file's name."""
+        title, top_k = prediction_title(self.record), self.top_k
+        figures = {
+            "heatmap": lambda: heatmap_figure(overlay, title=title, top_k=top_k),
+            "detailed": lambda: captioned_figure(overlay, caption, title, top_k, evidence),
+        }
+        if groups and top_k:
+            figures[_GRID] = lambda: grid_figure(self.attention, groups, title, overlay.picture.mpp)
+        if evidence is not None:
+            look = {"top_k": top_k, "alpha": self.style.alpha}
+            figures[_EVIDENCE] = lambda: evidence_figure(evidence, title=title, text=caption.evidence, **look)
+        return figures
 
     @property
     def _pixels(self) -> Slide | None:

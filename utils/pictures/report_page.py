@@ -17,6 +17,7 @@ from utils.core.runtime import versions
 from utils.core.text import NOTICE, multiple_text, percent_text
 from utils.pictures.attention_map import ATTENTION, AttentionMap
 from utils.pictures.evidence_map import CMAP, EvidenceOverlay
+from utils.pictures.heatmap import reduced
 from utils.pictures.overlay import GREY, Overlay, Picture
 from utils.pictures.prediction_caption import Caption
 from utils.pictures.top_patches import (
@@ -26,7 +27,6 @@ from utils.pictures.top_patches import (
     PatchGroup,
     patch_width_text,
     rank_text,
-    reduced,
 )
 
 _TEMPLATE = Path(__file__).with_name("report_page.html")

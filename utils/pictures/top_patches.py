@@ -1,5 +1,6 @@
 """The most and the least attended patches: read from the slide, shown in a figure, written as files with a table."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from PIL import Image
 from utils.core.files import whole_file, write_records
 from utils.pictures.attention_map import AttentionMap
 from utils.pictures.evidence_map import EvidenceMap
-from utils.pictures.heatmap import Figure, patch_grid_figure
+from utils.pictures.heatmap import Figure, patch_grid_figure, reduced
 from utils.slides.slide import Slide
 
 GRID_PATCHES = 50  # of each kind in the figure; files have no limit
 PAGE_PATCHES, PAGE_SIDE = 24, 1024  # of each kind on the page, and px of their longest side
 GRID_SIDE = 660  # px of a patch in the figure: 2.2 inches at 300 dpi
+_MOST_PAGE_PIXELS = 12 * PAGE_SIDE**2  # of each kind: more would not fit on the page as JPEGs at full size
+_GRID_PIXELS = 10_000_000  # of each of four kinds: a picture has at most 40 million
 _TABLE = "patches.csv"
 
 
@@ -54,11 +57,16 @@ def read_patches(slide: Slide, attention: AttentionMap, indices: NDArray[np.int6
 
 
 def read_shown(slide: Slide, attention: AttentionMap, indices: NDArray[np.int64]) -> list[MapPatch]:
-    """Read the patches with these indices, at most 50, as large as the page and the figure show them."""
-    patches = read_patches(slide, attention, indices[:GRID_PATCHES])
+    """Read the patches with these indices, at most 50, each made as small at once as the page and the figure show it:
+    the more there are, the smaller.
+    """
+    shown = indices[:GRID_PATCHES]
+    on_page = max(1, min(len(shown), PAGE_PATCHES))
+    page_side = min(PAGE_SIDE, math.isqrt(_MOST_PAGE_PIXELS // on_page))
+    grid_side = min(GRID_SIDE, math.isqrt(_GRID_PIXELS // max(1, len(shown))))
     return [
-        MapPatch(patch.index, reduced(patch.pixels, PAGE_SIDE if number < PAGE_PATCHES else GRID_SIDE))
-        for number, patch in enumerate(patches)
+        MapPatch(patch.index, reduced(patch.pixels, page_side if number < PAGE_PATCHES else grid_side))
+        for number, patch in enumerate(read_patches(slide, attention, shown))
     ]
 
 
@@ -66,15 +74,6 @@ def read_extremes(slide: Slide, attention: AttentionMap, count: int) -> tuple[li
     """Read the `count` most attended patches, and as many of the least attended, as `read_shown` does."""
     top, least = attention.top(count), attention.lowest(count)
     return read_shown(slide, attention, top), read_shown(slide, attention, least)
-
-
-def reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Return an image whose longer side is at most `side` px."""
-    if max(pixels.shape) <= side:
-        return pixels
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(image)
 
 
 @dataclass(frozen=True)
