@@ -185,6 +185,36 @@ def test_what_cannot_be_scored_is_refused_in_a_line(home, predict, tmp_path, fla
     assert message in outcome.errors[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{", "not readable as JSON"), (None, "none of its areas is of class"), ("two", "which are the")],
+)
+def test_refused_annotations_of_one_slide_leave_its_prediction(home, predict, tmp_path, content, reason):
+    drawn = outlined(tmp_path / "drawn", "s1", "malignant")
+    outlined(drawn, "s2", "Necrosis")
+    if content == "two":
+        (drawn / "s2.h5.geojson").write_bytes((drawn / "s2.geojson").read_bytes())
+    elif content:
+        (drawn / "s2.geojson").write_text(content)
+    flags = ("--input_dir", home / "features", "--annotations", drawn)
+    outcome = predict(*flags)
+    assert outcome.code == 0, outcome.err
+    out = tmp_path / "out"
+    entry = record(out, "s2")["localization"]
+    assert (entry["classes"], reason in entry["reason"]) == ({}, True), entry["reason"]
+    assert record(out, "s1")["localization"]["classes"]["malignant"]["patches"] == 12
+    assert outcome.err.count("predicted, but no map is scored") == 1
+    assert "1 slide without scores of maps: s2; see prediction_report.csv" in outcome.out
+    assert f"not scored: {entry['reason'][:20]}" in (out / "prediction_report.csv").read_text()
+    assert "0 done, 3 skipped" in predict(*flags).out
+    (drawn / "s2.h5.geojson").unlink(missing_ok=True)
+    outlined(drawn, "s2", "malignant")
+    outcome = predict(*flags)
+    assert "1 done, 2 skipped" in outcome.out
+    assert "without scores of maps" not in outcome.out
+    assert record(out, "s2")["localization"]["classes"]["malignant"]["patches"] == 12
+
+
 def test_a_file_for_a_folder_and_labels_of_several_classes_are_refused(home, predict, tmp_path):
     drawn = outlined(tmp_path / "drawn", "s1")
     outcome = predict("--input_dir", home / "features", "--annotations", drawn / "s1.geojson")

@@ -225,7 +225,7 @@ def _gaps_text(name: str, curves: Mapping[str, Any], orders: int) -> str:
 
 def localization_facts(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return how well the maps find the patches annotated as each class."""
-    facts = []
+    facts = [("annotations", f"not scored: {entry['reason']}")] if entry.get("reason") else []
     for name, scores in entry["classes"].items():
         maps = [_map_text(kind, scores[kind]) for kind in ("attention", "evidence") if scores.get(kind)]
         texts = [f"{scores['patches']:,} of {scores['of']:,} patches", *filter(None, maps)]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from utils.bags.instance_labels import NAME as INST_LABELS
 from utils.bags.instance_labels import read_instance_labels
-from utils.core.errors import ConfigError, FeatureFileError, did_you_mean, did_you_mean_path
+from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, SlideError, did_you_mean, did_you_mean_path
 from utils.core.files import digest
 from utils.evaluation.localization import map_scores
 from utils.pictures.slide_match import patch_edge
@@ -68,8 +68,20 @@ class Annotations:
             return source
         return self.source if self._folder is None else self._folder.file_of(source, Path())
 
+    def refusal_entry(self, source: Path, error: LiteMILError) -> dict[str, Any]:
+        """Return the `localization` of a slide whose annotations are refused: no scores, and the `reason`."""
+        return {"annotations": str(self.source), "digest": self.digest_of(source), "classes": {}, "reason": str(error)}
+
     def digest_of(self, source: Path) -> str | None:
-        """Return the digest of a slide's annotations and of what they stand for; None if it has none."""
+        """Return the digest of a slide's annotations and of what they stand for; None if it has none, or if they cannot
+        be read.
+        """
+        try:
+            return self._digest_of(source)
+        except (SlideError, FeatureFileError):
+            return None
+
+    def _digest_of(self, source: Path) -> str | None:
         path = self.file_of(source)
         if path is None:
             return None

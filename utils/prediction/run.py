@@ -221,6 +221,9 @@ def _conclude(
     write_index(folder / INDEX, [_index_row(record, slides, folder) for record in all_records], notes)
     if files.run is not None:
         words.append(_out_of_fold_words(files, records))
+    refused = [record["slide"] for record in records if (record.get("localization") or {}).get("reason")]
+    if worker.annotations is not None and refused:
+        words.append(f"{plural(len(refused), 'slide')} without scores of maps: {first_few(refused)}; see {REPORT}.")
     if earlier:
         words.append(f"With {plural(len(earlier), 'slide')} of earlier commands in {folder}.")
     return [text for text in words if text]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.bags.store import Bag, StoredBag
-from utils.core.errors import LiteMILError
+from utils.core.errors import FeatureFileError, LiteMILError, SlideError
 from utils.core.files import digest, write_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import log, versions
@@ -95,8 +95,10 @@ class SlideWorker:
             seconds = round(time.perf_counter() - started, 2)
         mpp = (record["slide_record"] or {}).get("mpp_delivered")
         seen = record["seen_as"] and seen_words(record["seen_as"], record.get("seen_compared"))
-        reason = f"the model was trained on this {seen}" if seen else ""
-        return SlideStatus(source, status, reason, record["num_instances"], mpp, seconds)
+        reasons = [f"the model was trained on this {seen}"] if seen else []
+        if self.annotations is not None and (refusal := (record["localization"] or {}).get("reason")):
+            reasons.append(f"not scored: {refusal}")
+        return SlideStatus(source, status, "; ".join(reasons), record["num_instances"], mpp, seconds)
 
     def _predict(
         self, source: Path, target: Path, request: dict[str, Any], earlier: Mapping[str, Any]
@@ -120,7 +122,7 @@ class SlideWorker:
             if wants_evidence:
                 record["evidence"] = prediction.evidence_entry()
             if self.annotations is not None:
-                record["localization"] = self.annotations.entry(source, prediction, slide)
+                record["localization"] = self._localization(self.annotations, source, prediction, slide)
             faithfulness = self._faithfulness(source, prediction, predictor)
             if settings.faithfulness:
                 record["faithfulness"] = faithfulness and faithfulness.as_dict()
@@ -174,6 +176,20 @@ class SlideWorker:
                 raise LiteMILError(f"{slide}: {model} was trained on this {seen}; train again, without such a leak")
             record["fold"] = fold
         return record | {"request": request_entry(request)}
+
+    def _localization(
+        self, annotations: Annotations, source: Path, prediction: SlidePrediction, slide: Slide | None
+    ) -> dict[str, Any] | None:
+        """Return how well the maps find what is annotated. In a folder, annotations that are refused cost the slide its
+        scores, not its prediction.
+        """
+        try:
+            return annotations.entry(source, prediction, slide)
+        except (SlideError, FeatureFileError) as error:
+            if self.files.settings.input is not None:
+                raise
+            log.warning("%s: predicted, but no map is scored: %s", source, error)
+            return annotations.refusal_entry(source, error)
 
     def _faithfulness(
         self, source: Path, prediction: SlidePrediction, predictor: SlidePredictor
