@@ -207,7 +207,7 @@ def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]], group:
         position = f"level-0 px ({x}, {y})"
         title = f"Rank {rank} of {len(attention)}: {attention.name} {weight:.3g}, {times} times uniform, at {position}"
         lines = [caption] if group.is_evidence else [f"rank {rank}", f"{weight:.3g} ({times} x)"]
-        lines.append(position)
+        lines.append(position.replace(", ", ",\N{NO-BREAK SPACE}"))  # a line breaks before the numbers
         title += f", evidence {caption.split(': ')[-1]}" if group.is_evidence else ""
         items.append(_GalleryItem(int(index), image, title, lines))
     return items
