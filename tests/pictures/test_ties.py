@@ -9,7 +9,7 @@ import pytest
 from tests.pictures.test_visualizer import RECORD
 from tests.synthetic import place_image, write_pyramid
 from utils.core.geometry import patch_grid
-from utils.pictures.attention_map import AttentionMap, weight_name
+from utils.pictures.attention_map import AttentionMap, models_of, weight_name
 from utils.pictures.heatmap import heatmap_figure
 from utils.pictures.overlay import GREY, MapStyle, Overlay, Picture
 from utils.pictures.top_patches import attention_groups, patch_records
@@ -97,6 +97,12 @@ def test_many_equal_patches_have_no_colour_on_the_scale_of_ranks():
 )
 def test_weights_are_called_what_the_model_gives(model, name):
     assert weight_name({"model": model}) == name
+
+
+@pytest.mark.parametrize("model", [{"name": "LiteMIL"}, [{"name": "LiteMIL"}]])
+def test_models_is_read_first_and_model_of_earlier_records(model):
+    assert models_of({"model": model}) == [{"name": "LiteMIL"}]
+    assert models_of({"model": model, "models": [{"model": {"name": "maxPool"}}]}) == [{"name": "maxPool"}]
 
 
 @pytest.mark.usefixtures("coarse_figures")

@@ -20,10 +20,18 @@ _SAME = 1e-6  # relative difference up to which all patches weigh the same
 UNIFORM_REASON = "uniform: this model weighs every patch alike"
 
 
+def models_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the settings of each of a record's models: those of `models` or, in earlier records, of `model`, which is
+    a list of several models only.
+    """
+    if record.get("models"):
+        return [entry["model"] for entry in record["models"]]
+    return record["model"] if isinstance(record["model"], list) else [record["model"]]
+
+
 def weight_name(record: Mapping[str, Any]) -> str:
     """Return what the weights of the patches are in a prediction's record: attention, or what its model has instead."""
-    models = record["model"] if isinstance(record["model"], list) else [record["model"]]
-    names = {_NAMES.get(model["name"], ATTENTION) for model in models}
+    names = {_NAMES.get(model["name"], ATTENTION) for model in models_of(record)}
     return names.pop() if len(names) == 1 else _MIXED
 
 

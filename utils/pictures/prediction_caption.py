@@ -10,7 +10,7 @@ from typing import Any, Self
 from utils.core.cohorts import SYNTHETIC
 from utils.core.files import digest
 from utils.core.text import percent_text
-from utils.pictures.attention_map import ATTENTION, UNIFORM, weight_name
+from utils.pictures.attention_map import ATTENTION, UNIFORM, models_of, weight_name
 from utils.pictures.faithfulness_text import verdict
 
 _RECIPE = (
@@ -86,7 +86,7 @@ class Caption:
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     recipe, several = record["recipe"] or {}, isinstance(record["checkpoint"], list)
-    models = record["model"] if several else [record["model"]]
+    models = models_of(record)
     checkpoints = record["checkpoint"] if several else [record["checkpoint"]]
     facts = [
         ("models, averaged" if several else "model", _with_counts(map(_settings_text, models))),

@@ -10,6 +10,7 @@ from utils.core.differences import differences, first_differences
 from utils.core.errors import ConfigError, first_few
 from utils.core.files import read_record
 from utils.core.plots import FORMATS, figure_paths
+from utils.pictures.attention_map import models_of
 from utils.slides.find import is_slide_file
 
 ENDING = "_prediction.json"
@@ -39,10 +40,9 @@ def request_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if "input" not in request:  # earlier versions wrote the whole request
         return comparable_settings(request)
-    models = record["model"] if isinstance(record["model"], list) else [record["model"]]
     return {
         **request,
-        "num_heads": sorted({model.get("num_heads") or 0 for model in models}),
+        "num_heads": sorted({model.get("num_heads") or 0 for model in models_of(record)}),
         "class_names": list(record["probabilities"]),
         "feed": {name: record[name] for name in _FEED},
         "recipe": _comparable(record["recipe"]) if is_slide_file(request["input"]) else None,
