@@ -9,6 +9,8 @@ import numpy as np
 from utils.core.runtime import progress
 from utils.evaluation.paired_tests import holm, nadeau_bengio, paired_test, training_inflation
 from utils.evaluation.predictions import Predictions
+from utils.evaluation.resampling import left_out
+from utils.tasks.task import Figures
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ def compare(
     fold was trained and tested on. The result for a pair does not depend on the other runs, except for `p_holm`.
     """
     names, predictions = list(runs), list(runs.values())
-    figures = [run.primary for run in predictions]
-    without = [run.primary_without() for run in progress(predictions, "Leaving out each patient in turn", unit="run")]
+    figures = [_primary(run) for run in predictions]
+    without = [_without_patients(run) for run in progress(predictions, "Leaving out each patient in turn", unit="run")]
     folds = [_fold_metrics(run) for run in predictions]
     n_train, n_test = zip(*sizes, strict=True)
-    patients = predictions[0].fewest_patients
+    patients = _fewest_patients(predictions[0])
     inflation = training_inflation(n_train, n_test, predictions[0].n_repeats)
     differences = []
     for metric in metrics:
@@ -80,6 +82,28 @@ def compare(
                 )
             )
     return _adjusted(differences, metrics[0])
+
+
+def _primary(predictions: Predictions) -> Figures:
+    """Return every metric: within folds if it ranks slides and is defined there, else of all slides."""
+    return predictions.metrics | {
+        name: estimate.value for name, estimate in predictions.within_folds.items() if estimate.value is not None
+    }
+
+
+def _without_patients(predictions: Predictions) -> dict[str, np.ndarray]:
+    """Return the primary metrics without each patient in turn, `(G,)` (see `resampling.left_out`)."""
+    scored, within = predictions.scored, predictions.within_folds
+    ranking = left_out(scored.patients, scored.within_folds)
+    return left_out(scored.patients, scored.pooled) | {
+        name: values for name, values in ranking.items() if within[name].value is not None
+    }
+
+
+def _fewest_patients(predictions: Predictions) -> int:
+    """Return the number of patients of the rarest stratum (class)."""
+    strata, patients = predictions.task.strata(predictions.labels), predictions.scored.patients
+    return min(len(np.unique(patients[strata == stratum])) for stratum in np.unique(strata))
 
 
 def _minus(first: float | None, second: float | None) -> float | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from utils.evaluation.intervals import Estimate, Interval, ScoredRows
-from utils.evaluation.resampling import left_out, pooled_metrics
+from utils.evaluation.resampling import pooled_metrics
 from utils.tasks.metrics import mean_and_std
 from utils.tasks.records import task_of
 from utils.tasks.task import Figures, Task
@@ -156,12 +156,6 @@ class Predictions:
         return len(np.unique(self.cases))
 
     @property
-    def fewest_patients(self) -> int:
-        """The number of patients, or groups, of the rarest stratum (class)."""
-        strata, units = self.task.strata(self.labels), self.scored.patients
-        return min(len(np.unique(units[strata == stratum])) for stratum in np.unique(strata))
-
-    @property
     def n_repeats(self) -> int:
         return len(np.unique(self.repeats))
 
@@ -199,22 +193,6 @@ class Predictions:
     def intervals(self) -> dict[str, Interval]:
         """The 95% interval of every metric of all slides."""
         return {name: estimate.interval for name, estimate in self.pooled.items()}
-
-    @cached_property
-    def primary(self) -> Figures:
-        """Every metric: within folds if it ranks slides and is defined there, else pooled."""
-        return self.metrics | {name: value for name, value in self._within_folds.items() if value is not None}
-
-    @property
-    def _within_folds(self) -> Figures:
-        return {name: estimate.value for name, estimate in self.within_folds.items()}
-
-    def primary_without(self) -> dict[str, np.ndarray]:
-        """Return the `primary` metrics without each patient in turn, `(G,)` (see `resampling.left_out`)."""
-        scored = self.scored
-        within = {} if self.folds is None else left_out(scored.patients, scored.within_folds)
-        defined = [name for name, value in self._within_folds.items() if value is not None]
-        return left_out(scored.patients, scored.pooled) | {name: within[name] for name in defined}
 
     @property
     def calibrated_metrics(self) -> Figures | None:

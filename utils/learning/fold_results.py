@@ -81,5 +81,6 @@ def pooled_predictions(results: Sequence[FoldResult], data: MILDataset, seed: in
         folds=np.repeat([result.fold.number for result in results], sizes),
         calibrated=np.concatenate(scaled) if len(scaled) == len(results) else None,
         decisions=np.concatenate(decisions) if len(decisions) == len(results) else None,
+        groups=None if data.group_column is None else data.groups[slides],
     )
     return predictions.where(np.lexsort((slides, predictions.repeats)))

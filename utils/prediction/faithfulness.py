@@ -129,8 +129,7 @@ def measure_faithfulness(
     also their `evidence (N,)` for the class, if it is given.
 
     Patches of equal attention, or evidence, are in random order; a map in which all are equal has no curves (see
-    `Curves.reason`). Raises FeatureFileError for a slide of fewer than two
-    patches.
+    `Curves.reason`). Raises FeatureFileError for a slide of fewer than two patches.
     """
     count = len(attention)
     if count < 2:

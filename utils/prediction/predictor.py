@@ -54,8 +54,7 @@ from utils.tasks.task import Task
 
 
 class SlidePredictor:
-    """A trained model, or several whose predictions are averaged, for feature files and, with a feature extractor, raw
-    slides.
+    """A trained model, or several whose predictions are averaged, for feature files and raw slides.
 
     `model_path` is a checkpoint or several, of the same classes and made for the same features; a training run's folder
     stands for the model chosen in it. Files of the same weights count once. A checkpoint records its model and how
@@ -189,10 +188,7 @@ class SlidePredictor:
         """Measure whether the prediction's attention and evidence matter (see `measure_faithfulness`)."""
         if prediction.patch_attention is None:
             raise CheckpointError(f"{self.path}: its model gives no attention, so there is no faithfulness to measure")
-        features, class_index = _features_of(prediction.bag), int(self.task.decide(prediction.probabilities))
-        evidence = None if prediction.evidence is None else prediction.evidence.contributions[class_index]
-        attention = prediction.patch_attention
-        return measure_faithfulness(self.task, self.models, features, attention, class_index, evidence=evidence)
+        return _faithfulness_of(self.task, self.models, prediction)
 
     def gives_attention(self) -> bool:
         """Return whether every model returns attention, for a bag of two patches."""
@@ -202,9 +198,7 @@ class SlidePredictor:
 
     def models_without_evidence(self) -> list[str]:
         """Return the names of the models that do not say what each patch argues."""
-        members = [member for model in self.models for member in members_of(model)]
-        silent = [each for each in members if not (isinstance(each, MergeableModel) and each.gives_evidence)]
-        return list(dict.fromkeys(str(member.spec["name"]) for member in silent))
+        return _without_evidence([member for model in self.models for member in members_of(model)])
 
     def require(self, *, recipe: Recipe | None = None, **expected: Any) -> None:
         """Raise CheckpointError unless the checkpoints hold what is expected (see `TrainedModel.require`), and
@@ -259,6 +253,18 @@ class SlidePredictor:
             text = "%s: %s not recorded on both sides, so not compared with the training"
             log.warning(text, path, ", ".join(unknown))
             self._warned = True
+
+
+def _faithfulness_of(task: Task, models: Sequence[BagModel], prediction: SlidePrediction) -> Faithfulness:
+    features, class_index = _features_of(prediction.bag), int(task.decide(prediction.probabilities))
+    evidence = None if prediction.evidence is None else prediction.evidence.contributions[class_index]
+    assert prediction.patch_attention is not None  # noqa: S101 - for the type checker: checked by the caller
+    return measure_faithfulness(task, models, features, prediction.patch_attention, class_index, evidence=evidence)
+
+
+def _without_evidence(models: Sequence[BagModel]) -> list[str]:
+    silent = [model for model in models if not (isinstance(model, MergeableModel) and model.gives_evidence)]
+    return list(dict.fromkeys(str(model.spec["name"]) for model in silent))
 
 
 def _differences(predictor: SlidePredictor, path: Path, recipe: Recipe, mpp: float | None) -> list[str]:

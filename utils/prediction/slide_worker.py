@@ -115,18 +115,13 @@ class SlideWorker:
             size = None if self.drawing is None else self.drawing.check(slide, source, bag)
             case_id = self._case_of(source)
             wants_evidence = self.drawing is not None or settings.faithfulness or self.annotations is not None
-            feed = settings.mode, settings.chunk_size
-            prediction = predictor.predict_bag(bag, source, *feed, case_id, evidence=wants_evidence)
-            record = self._record(prediction, predictor, request)
-            record |= _same_entries(record, earlier)
+            prediction = predictor.predict_bag(
+                bag, source, settings.mode, settings.chunk_size, case_id, evidence=wants_evidence
+            )
+            record = _with_entries_of(earlier, self._record(prediction, predictor, request))
             if wants_evidence:
                 record["evidence"] = prediction.evidence_entry()
-            if self.annotations is not None:
-                record["localization"] = self._localization(self.annotations, source, prediction, slide)
-            faithfulness = self._faithfulness(source, prediction, predictor)
-            if settings.faithfulness:
-                record["faithfulness"] = faithfulness and faithfulness.as_dict()
-                _log_faithfulness(record)
+            faithfulness = self._measure_maps(record, source, prediction, predictor, slide)
             if self.drawing is not None and not self._has_same_pictures(record, source):
                 record.pop("pictures", None)
             clear_pictures(target, record)
@@ -137,10 +132,33 @@ class SlideWorker:
             # Before drawing, so that a killed run leaves no pictures beside the record of another prediction.
             write_json(target, record)
             if faithfulness is not None:
-                self._draw_faithfulness(prediction, faithfulness, record, folder)
+                cmap = Pictures.cmap if self.drawing is None else self.drawing.cmap
+                _draw_faithfulness(
+                    prediction, faithfulness, record, cmap, self._faithfulness_paths(folder, source.stem)
+                )
             if pictures is not None:
                 pictures.write()
         return record
+
+    def _measure_maps(
+        self,
+        record: dict[str, Any],
+        source: Path,
+        prediction: SlidePrediction,
+        predictor: SlidePredictor,
+        slide: Slide | None,
+    ) -> Faithfulness | None:
+        """Add to the record how well the maps find what is annotated, and whether they matter, if wanted."""
+        if self.annotations is not None:
+            record["localization"] = self._localization(self.annotations, source, prediction, slide)
+        if not self.files.settings.faithfulness:
+            return None
+        faithfulness = predictor.faithfulness(prediction) if prediction.num_instances > 1 else None
+        if faithfulness is None:
+            log.warning("%s: has a single patch: there is nothing to take away, and no faithfulness", source)
+        record["faithfulness"] = faithfulness and faithfulness.as_dict()
+        _log_faithfulness(record)
+        return faithfulness
 
     def _open(self, source: Path, open_files: ExitStack) -> Slide | None:
         """Open the raw slide, or the slide to draw on; return None if neither is needed."""
@@ -191,16 +209,6 @@ class SlideWorker:
             log.warning("%s: predicted, but no map is scored: %s", source, error)
             return annotations.refusal_entry(source, error)
 
-    def _faithfulness(
-        self, source: Path, prediction: SlidePrediction, predictor: SlidePredictor
-    ) -> Faithfulness | None:
-        if not self.files.settings.faithfulness:
-            return None
-        if prediction.num_instances < 2:
-            log.warning("%s: has a single patch: there is nothing to take away, and no faithfulness", source)
-            return None
-        return predictor.faithfulness(prediction)
-
     def _user_mpp(self, source: Path) -> dict[str, float]:
         """Return the request's entry of the um per level-0 px that the user gives for the slide, if any."""
         mpp = self.mpps.of(source)
@@ -208,25 +216,6 @@ class SlideWorker:
 
     def _case_of(self, source: Path) -> str | None:
         return self.infos.get(source.stem, SlideInfo()).case_id or None
-
-    def _draw_faithfulness(
-        self, prediction: SlidePrediction, faithfulness: Faithfulness, record: dict[str, Any], folder: Path
-    ) -> None:
-        # Imported here, because drawing is slow to import.
-        from utils.pictures.faithfulness_figure import cropped_map, faithfulness_figure
-        from utils.pictures.heatmap import save_picture
-
-        bag, maps = prediction.bag, []
-        if bag.coords is not None and bag.patch_size_level0 is not None and prediction.patch_attention is not None:
-            attentions = prediction.patch_attention, faithfulness.randomised
-            maps = [cropped_map(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
-        cmap = Pictures.cmap if self.drawing is None else self.drawing.cmap
-        title, predicted_class = prediction_title(record), prediction.predicted_class
-        figure = faithfulness_figure(
-            record["faithfulness"], maps, cmap, title, predicted_class, weights=weight_name(record)
-        )
-        for path in self._faithfulness_paths(folder, prediction.slide):
-            save_picture(figure, path)
 
     def _faithfulness_paths(self, folder: Path, slide: str) -> list[Path]:
         return figure_paths(folder / FAITHFULNESS.format(slide), self.files.settings.figure_format)
@@ -241,9 +230,7 @@ class SlideWorker:
 
     @property
     def fitted(self) -> Figures | None:
-        """Return what was fitted with the model; None for several models, and for slides fed in another way than those
-        it was fitted on.
-        """
+        """Return what was fitted with the model; None for several models, and for slides fed in another way."""
         settings, first = self.files.settings, self.predictors.first
         feed = first.feed(settings.mode, settings.chunk_size)
         return first.trained[0].fitted_to(feed) if len(first.trained) == 1 else None
@@ -301,11 +288,12 @@ def _settings_of(predictor: SlidePredictor, files: PredictionFiles) -> dict[str,
     }
 
 
-def _same_entries(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of an earlier record of the same request that hold for the new one."""
+def _with_entries_of(earlier: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the entries of an earlier one of the same request that hold for it."""
     if earlier.get("seen_as") != record["seen_as"]:
-        return {}
-    return {name: earlier[name] for name in ("evidence", "localization", "faithfulness", "pictures") if name in earlier}
+        return record
+    names = "evidence", "localization", "faithfulness", "pictures"
+    return record | {name: earlier[name] for name in names if name in earlier}
 
 
 def _picture_files(pictures: PictureSet, folder: Path, record: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -336,3 +324,26 @@ def _faithfulness_digest(faithfulness: Mapping[str, Any] | str | None) -> str | 
     if faithfulness is None or isinstance(faithfulness, str):
         return faithfulness
     return digest(json.dumps(faithfulness, sort_keys=True))
+
+
+def _draw_faithfulness(
+    prediction: SlidePrediction,
+    faithfulness: Faithfulness,
+    record: Mapping[str, Any],
+    cmap: str,
+    paths: Sequence[Path],
+) -> None:
+    # Imported here, because drawing is slow to import.
+    from utils.pictures.faithfulness_figure import cropped_map, faithfulness_figure
+    from utils.pictures.heatmap import save_picture
+
+    bag, maps = prediction.bag, []
+    if bag.coords is not None and bag.patch_size_level0 is not None and prediction.patch_attention is not None:
+        attentions = prediction.patch_attention, faithfulness.randomised
+        maps = [cropped_map(bag.coords, attention, bag.patch_size_level0) for attention in attentions]
+    title, predicted_class = prediction_title(record), prediction.predicted_class
+    figure = faithfulness_figure(
+        record["faithfulness"], maps, cmap, title, predicted_class, weights=weight_name(record)
+    )
+    for path in paths:
+        save_picture(figure, path)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.core.text import aligned, figure_text, interval_text
-from utils.tasks.bases import Basis, MeanLoss, MeanOfProportions, NoInterval, PairRanking, Precision, Proportion, Share
+from utils.tasks.bases import Basis
 from utils.tasks.calibration import fitted_temperature, scale_probabilities
 from utils.tasks.metrics import (
     METRICS,
     auc_is_defined,
     balanced_class_weights,
+    basis,
     decision_metrics,
     fitted_threshold,
     log_loss,
@@ -138,23 +139,8 @@ class Classification(Task):
         return metrics_within(targets, values, weights, strata)
 
     def basis(self, metric: str, targets: np.ndarray, values: np.ndarray) -> Basis:
-        """Return what a metric rests on; the calibration error has no interval."""
-        kind, _, name = metric.partition("_")
-        if metric == "accuracy":
-            return Proportion(np.ones(len(targets), bool))
-        if metric == "balanced_accuracy":
-            return MeanOfProportions(tuple(f"sensitivity_{name}" for name in self.class_names))
-        if kind in ("sensitivity", "specificity"):
-            return Proportion((targets == self.class_names.index(name)) == (kind == "sensitivity"))
-        if metric in ("auc", "average_precision"):
-            positives = np.stack([targets == index for index in self.ranked_outputs])
-            return PairRanking(positives) if metric == "auc" else Precision(positives)
-        if metric == "brier":
-            errors = (values - (targets[:, None] == np.arange(len(self.class_names)))) ** 2
-            return MeanLoss(errors[:, 1] if len(self.class_names) == 2 else errors.sum(axis=1))
-        if metric == "ece":
-            return NoInterval("by chance alone it is above 0")
-        return Share(np.stack([targets == index for index in range(len(self.class_names))]))
+        """Return what a metric rests on (see `metrics.basis`)."""
+        return basis(metric, targets, values, self.class_names)
 
     def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:
         """Return the log-loss, weighted by class, and the main metrics."""
@@ -236,18 +222,8 @@ class Classification(Task):
         """Return which AUC to report, why the pooled one differs, if it does, and what the threshold and the
         temperature change.
         """
-        sentences, pooled = [], results["pooled"]
-        within, auc = (results.get("within_folds") or {}).get("auc"), pooled["auc"]
-        if within is not None:
-            sentence = (
-                f"The AUC to report is {figure_text(within)}: it ranks each fold's slides by that fold's own model."
-            )
-            if auc is not None and abs(within - auc) >= _NOTABLE_GAP:
-                sentence += (
-                    f" The pooled {figure_text(auc)} ranks all slides together, though the folds' models may put their "
-                    "probabilities on different scales."
-                )
-            sentences.append(sentence)
+        pooled = results["pooled"]
+        sentences = _auc_sentences((results.get("within_folds") or {}).get("auc"), pooled["auc"])
         at_threshold, scaled = results["pooled_thresholded"], results["pooled_calibrated"]
         if at_threshold is not None:
             changes = [
@@ -259,3 +235,16 @@ class Classification(Task):
             changes = [f"{name} {figure_text(scaled[name])} ({figure_text(pooled[name])} as it is)" for name in scaled]
             sentences.append(f"Temperature-scaled as fitted on inner validation, pooled: {', '.join(changes)}.")
         return sentences
+
+
+def _auc_sentences(within: float | None, pooled: float | None) -> list[str]:
+    """Return which AUC to report, and why the pooled one differs, if it does."""
+    if within is None:
+        return []
+    sentences = [f"The AUC to report is {figure_text(within)}: it ranks each fold's slides by that fold's own model."]
+    if pooled is not None and abs(within - pooled) >= _NOTABLE_GAP:
+        sentences.append(
+            f"The pooled {figure_text(pooled)} ranks all slides together, though the folds' models may put their "
+            "probabilities on different scales."
+        )
+    return sentences

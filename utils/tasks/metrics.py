@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from utils.tasks.bases import Basis, MeanLoss, MeanOfProportions, NoInterval, PairRanking, Precision, Proportion, Share
 from utils.tasks.task import single
 
 METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "auc", "average_precision", "brier", "ece")
@@ -78,6 +79,25 @@ def metrics_within(
             sums += [*(np.nan_to_num(figure) * share for figure, share in zip(figures, shares, strict=True)), *shares]
         by_class.append([_ratio(sums[0], sums[2]), _ratio(sums[1], sums[3])])
     return dict(zip(("auc", "average_precision"), np.mean(by_class, axis=0), strict=True))
+
+
+def basis(metric: str, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Basis:
+    """Return what a metric rests on; the calibration error has no interval."""
+    kind, _, name = metric.partition("_")
+    classes = np.arange(len(class_names))
+    if metric == "accuracy":
+        return Proportion(np.ones(len(labels), bool))
+    if metric == "balanced_accuracy":
+        return MeanOfProportions(tuple(f"sensitivity_{name}" for name in class_names))
+    if kind in ("sensitivity", "specificity"):
+        return Proportion((labels == class_names.index(name)) == (kind == "sensitivity"))
+    if metric in ("auc", "average_precision"):
+        positives = np.stack([labels == index for index in ranked_classes(len(class_names))])
+        return PairRanking(positives) if metric == "auc" else Precision(positives)
+    if metric == "brier":
+        errors = (probabilities - (labels[:, None] == classes)) ** 2
+        return MeanLoss(errors[:, 1] if len(class_names) == 2 else errors.sum(axis=1))
+    return NoInterval("by chance alone it is above 0") if metric == "ece" else Share(classes[:, None] == labels)
 
 
 def ranked_classes(num_classes: int) -> Sequence[int]:
