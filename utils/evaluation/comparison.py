@@ -6,7 +6,6 @@ from itertools import combinations
 
 import numpy as np
 
-from utils.core.runtime import progress
 from utils.evaluation.paired_tests import holm, nadeau_bengio, paired_test, training_inflation
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.resampling import left_out
@@ -56,7 +55,7 @@ def compare(
     """
     names, predictions = list(runs), list(runs.values())
     figures = [_primary(run) for run in predictions]
-    without = [_without_patients(run) for run in progress(predictions, "Leaving out each patient in turn", unit="run")]
+    without = [_without_patients(run) for run in predictions]
     folds = [_fold_metrics(run) for run in predictions]
     n_train, n_test = zip(*sizes, strict=True)
     patients = _fewest_patients(predictions[0])

@@ -274,7 +274,7 @@ class _Intervals:
 
 def quantile(patients: int) -> float:
     """Return the multiple of the standard error to either side: a t quantile with 2 m - 1 degrees of freedom for m
-    patients of the rarest kind; chosen by simulation (`benchmarks/statistics.py`).
+    patients of the rarest kind; chosen by simulation (`benchmarks/intervals_and_tests.py`).
     """
     from scipy.stats import t as student
 

@@ -1,0 +1,235 @@
+"""Whether intervals hold the truth and tests keep their level, in simulated cohorts of known truth.
+
+    uv run benchmarks/intervals_and_tests.py
+    uv run benchmarks/intervals_and_tests.py --full --part coverage
+
+Coverage: cohorts of synthetic scores with a known AUC; patients of one slide, or of one to seven whose scores correlate
+by 0.5. Half of the cells have normal scores, for which the formulas were made; the others exponential ones, for which
+they were not. Level and power: two algorithms (linear discriminants) are cross-validated on synthetic features, once
+as good as each other, once with a stronger first one. They differ in the features that they see, or in their seeds
+alone. By default few cohorts a cell, in minutes; --full takes 1000.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from report import processor, table, versions
+from scipy.special import expit
+from scipy.stats import norm
+
+from utils.core.runtime import derive_seed
+from utils.evaluation.comparison import compare
+from utils.evaluation.intervals import ScoredRows
+from utils.evaluation.predictions import Predictions
+from utils.tasks.classification import Classification
+
+TASK = Classification(("negative", "positive"))
+LIKENESS = 0.5  # intraclass correlation of the slides of a patient
+METRICS = (
+    "auc", "average_precision", "accuracy", "balanced_accuracy", "f1_macro", "brier",
+    "sensitivity_positive", "specificity_positive",
+)  # fmt: skip
+FEATURES, FOLDS = 20, 5
+# How far apart the classes are in a feature; the first algorithm's advantage where there is one.
+DISTANCE, GAIN = 0.42, 1.6
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Cohorts of so many patients, a share of them positive, with this true AUC."""
+
+    patients: int
+    prevalence: float
+    auc: float
+    has_several_slides: bool
+    scores: str
+
+    @property
+    def name(self) -> str:
+        slides = "1 to 7 slides" if self.has_several_slides else "1 slide"
+        return f"{self.patients} patients, {self.prevalence:.0%} positive, AUC {self.auc}, {slides}, {self.scores}"
+
+
+def cells(patients: tuple[int, ...]) -> Iterator[Cell]:
+    for count, prevalence, auc, several, scores in product(
+        patients, (0.1, 0.2, 0.5), (0.7, 0.9, 0.95, 0.99), (False, True), ("normal", "exponential")
+    ):
+        yield Cell(count, prevalence, auc, several, scores)
+
+
+def draw(cell: Cell, rng: np.random.Generator) -> ScoredRows:
+    """Return a cohort: probabilities that are true for equally frequent classes."""
+    slides = rng.integers(1, 8, cell.patients) if cell.has_several_slides else np.ones(cell.patients, int)
+    patient = np.repeat(np.arange(cell.patients), slides)
+    labels = (rng.random(cell.patients) < cell.prevalence).astype(int)[patient]
+    noise = np.sqrt(LIKENESS) * rng.normal(size=cell.patients)[patient]
+    noise += np.sqrt(1 - LIKENESS) * rng.normal(size=len(patient))
+    positive = probability(cell, labels, noise)
+    return ScoredRows(TASK, labels, np.stack([1 - positive, positive], axis=1), patient, np.ones(len(labels)))
+
+
+def probability(cell: Cell, labels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Return the positive class's probability for standard normal noise `(n,)`."""
+    if cell.scores == "normal":
+        distance = np.sqrt(2) * norm.ppf(cell.auc)
+        return expit(distance * (distance * labels + noise) - distance**2 / 2)
+    ratio = cell.auc / (1 - cell.auc)  # of the means of two exponential distributions
+    score = -norm.logsf(noise) * np.where(labels == 1, ratio, 1)
+    return expit(score * (1 - 1 / ratio) - np.log(ratio))
+
+
+def truth(cell: Cell, size: int = 400_000) -> dict[str, float]:
+    """Return the metrics of a very large cohort; the AUC is the one that was asked for."""
+    rng = np.random.default_rng(1)
+    labels = (np.arange(size) < cell.prevalence * size).astype(int)
+    positive = probability(cell, labels, rng.normal(size=size))
+    figures = TASK.metrics(labels, np.stack([1 - positive, positive], axis=1), np.ones((1, size)))
+    return {name: float(value[0]) for name, value in figures.items()} | {"auc": cell.auc}
+
+
+def coverage(cell: Cell, cohorts: int, seed: int) -> dict[str, float]:
+    """Return the share of the intervals of each metric that hold the truth; of those that are defined."""
+    rng, true = np.random.default_rng(derive_seed(seed, cell.name)), truth(cell)
+    held: dict[str, list[bool]] = defaultdict(list)
+    for number in range(cohorts):
+        rows = draw(cell, rng)
+        if len(np.unique(rows.labels)) < 2:
+            continue
+        estimates = rows.estimates(rows.pooled, number)
+        for name in METRICS:
+            limits = estimates[name].interval
+            if limits is not None:
+                held[name].append(limits[0] <= true[name] <= limits[1])
+    return {name: float(np.mean(held[name])) for name in METRICS}
+
+
+Fit = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+
+
+def discriminant(features: np.ndarray, labels: np.ndarray, ridge: float) -> np.ndarray:
+    """Return the weights of a regularised linear discriminant."""
+    means = np.stack([features[labels == label].mean(axis=0) for label in (0, 1)])
+    centred = features - means[labels]
+    covariance = centred.T @ centred / len(labels) + ridge * np.eye(features.shape[1])
+    return np.linalg.solve(covariance, means[1] - means[0])
+
+
+def of_features(rows: slice) -> Fit:
+    def fit(features: np.ndarray, labels: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
+        weights = np.zeros(FEATURES)
+        weights[rows] = discriminant(features[:, rows], labels, 0.3)
+        return weights
+
+    return fit
+
+
+def with_noise(share: float) -> Fit:
+    def fit(features: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        weights = discriminant(features, labels, 0.5)
+        return weights + rng.normal(size=FEATURES) * np.linalg.norm(weights) * share / np.sqrt(FEATURES)
+
+    return fit
+
+
+def cross_validate(
+    features: np.ndarray, labels: np.ndarray, fits: dict[str, Fit], repeats: int, rng: np.random.Generator
+) -> dict[str, Predictions]:
+    """Return each algorithm's out-of-fold predictions in the same folds."""
+    count = len(labels)
+    scores = {name: np.zeros((repeats, count)) for name in fits}
+    folds = np.zeros((repeats, count), int)
+    for repeat in range(repeats):
+        for label in (0, 1):
+            rows = rng.permutation(np.flatnonzero(labels == label))
+            folds[repeat, rows] = (np.arange(len(rows)) + 2 * label) % FOLDS
+        for fold in range(FOLDS):
+            test = folds[repeat] == fold
+            for name, fit in fits.items():
+                scores[name][repeat, test] = features[test] @ fit(features[~test], labels[~test], rng)
+    names = np.tile(np.arange(count).astype(str), repeats)
+    predictions = {}
+    for name, values in scores.items():
+        positive = expit(values.ravel())
+        predictions[name] = Predictions(
+            names, names, np.tile(labels, repeats), np.stack([1 - positive, positive], axis=1), TASK,
+            np.repeat(np.arange(repeats), count), 0, (folds + FOLDS * np.arange(repeats)[:, None]).ravel(),
+        )  # fmt: skip
+    return predictions
+
+
+def rejections(
+    kind: str, patients: int, prevalence: float, repeats: int, is_stronger: bool, cohorts: int, seed: int
+) -> tuple[float, float, float]:
+    """Return how often p of algorithms, p of these models and p of the corrected t test are below 0.05."""
+    rng = np.random.default_rng(derive_seed(seed, kind, patients, str(prevalence), repeats, is_stronger))
+    labels = (np.arange(patients) < round(prevalence * patients)).astype(int)
+    found = []
+    for _ in range(cohorts):
+        distances = np.full(FEATURES, DISTANCE)
+        if kind == "other features":
+            distances[: FEATURES // 2] *= GAIN if is_stronger else 1
+            fits = {"a": of_features(slice(0, FEATURES // 2)), "b": of_features(slice(FEATURES // 2, None))}
+        else:
+            distances *= 0.7
+            fits = {"a": with_noise(0.2 if is_stronger else 1), "b": with_noise(1)}
+        features = rng.normal(size=(patients, FEATURES)) + labels[:, None] * distances
+        runs = cross_validate(features, labels, fits, repeats, rng)
+        size = patients // FOLDS
+        (test,) = compare(runs, [(patients - size, size)] * (FOLDS * repeats), ["auc"])
+        found.append([p is not None and p < 0.05 for p in (test.p, test.p_models, test.p_corrected_t)])
+    first, second, third = np.mean(found, axis=0)
+    return float(first), float(second), float(third)
+
+
+def coverage_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterator[list[str]]:
+    for cell in cells(patients):
+        shares = coverage(cell, cohorts, seed)
+        yield [cell.name, *(f"{shares[name]:.3f}" for name in METRICS)]
+
+
+def rejection_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterator[list[str]]:
+    kinds = "other features", "other seeds"
+    for kind, count, prevalence, repeats in product(kinds, patients, (0.5, 0.2), (1, 3, 5)):
+        name = f"{kind}, {count} patients, {prevalence:.0%} positive, {repeats} repeat{'s' if repeats > 1 else ''}"
+        shares = [
+            share
+            for is_stronger in (False, True)
+            for share in rejections(kind, count, prevalence, repeats, is_stronger, cohorts, seed)
+        ]
+        yield [name, *(f"{share:.3f}" for share in shares)]
+
+
+PARTS = {
+    "coverage": ("cohorts | " + " | ".join(METRICS), coverage_rows),
+    "level": (
+        "two algorithms | level: p | p, these models | corrected t | power: p | p, these models | corrected t",
+        rejection_rows,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--patients", type=int, nargs="+", default=[60, 100, 200])
+    parser.add_argument("--cohorts", type=int, help="cohorts a cell (default: 20, with --full 1000)")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    cohorts = arguments.cohorts or (1000 if arguments.full else 20)
+    print(f"{cohorts} cohorts a cell, seed {arguments.seed}; {processor()}; {', '.join(versions())}\n")
+    for part in arguments.part:
+        heading, rows_of = PARTS[part]
+        rows = []
+        for row in rows_of(tuple(arguments.patients), cohorts, arguments.seed):
+            print(" ".join(row), flush=True)
+            rows.append(row)
+        print(f"\n{table(heading, rows)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The simulations know their truth, and run."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils.tasks.metrics import weighted_metrics
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def simulation():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield pytest.importorskip("intervals_and_tests")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("scores", ["normal", "exponential"])
+@pytest.mark.parametrize("several", [False, True])
+def test_cohorts_have_the_auc_that_was_asked_for(simulation, scores, several):
+    cell = simulation.Cell(6000, 0.3, 0.9, several, scores)
+    rows = simulation.draw(cell, np.random.default_rng(0))
+    figures = weighted_metrics(rows.labels, rows.values, np.ones((1, len(rows.labels))))
+    assert figures["auc"][0] == pytest.approx(0.9, abs=0.01)
+    assert figures["brier"][0] == pytest.approx(simulation.truth(cell)["brier"], abs=0.01)
+
+
+def test_algorithms_that_see_equal_features_are_equally_good_and_a_stronger_one_is_found(simulation):
+    level = simulation.rejections("other features", 60, 0.5, 1, False, 30, 0)
+    power = simulation.rejections("other features", 60, 0.5, 1, True, 30, 0)
+    assert level[0] <= 0.2
+    assert power[0] > level[0]
+    assert power[1] >= power[0], "less is claimed for these models than for their algorithms"
+
+
+def test_the_benchmark_prints_its_tables(simulation, monkeypatch, capsys):
+    monkeypatch.setattr(simulation, "truth", partial(simulation.truth, size=2000))
+    monkeypatch.setattr(sys, "argv", ["intervals_and_tests.py", "--patients", "20", "--cohorts", "2"])
+    simulation.main()
+    printed = capsys.readouterr().out
+    assert printed.count("| 20 patients, ") == 48
+    assert printed.count("| other seeds, 20 patients, ") == 6
