@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from MILS import build_mil
 from MILS.bag_model import BagModel
 from tests.cohort import write_cohort
 from utils.mil_dataset import MILDataset
+from utils.tasks.calibration import Scaling
 from utils.tasks.classification import Classification
 from utils.tasks.metrics import METRICS
 
@@ -37,3 +39,8 @@ def classification_metrics(labels, probabilities, class_names=()):
     names = tuple(class_names) or tuple(map(str, range(probabilities.shape[1])))
     figures = Classification(names).unweighted_metrics(labels, probabilities)
     return figures if class_names else {name: figures[name] for name in METRICS}
+
+
+def scale_probabilities(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities `(..., C)` calibrated by a temperature alone, as by earlier models."""
+    return Scaling(temperature).apply(probabilities)

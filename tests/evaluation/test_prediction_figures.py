@@ -202,7 +202,7 @@ def test_bins_of_few_slides_are_drawn_hollow_and_the_legend_says_so():
     for marker in ("o", "s"):
         assert [line.get_markerfacecolor() == "white" for line in marks(figure, marker)] == [True, False]
     assert entries(figure) == [
-        "perfect calibration", "as predicted, 95% interval", "temperature-scaled, 95% interval",
+        "perfect calibration", "as predicted, 95% interval", "calibrated, 95% interval",
         "hollow: fewer than 10 slides",
     ]  # fmt: skip
     figure.draw_without_rendering()

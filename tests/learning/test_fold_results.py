@@ -8,21 +8,24 @@ import pytest
 from tests.small import TASK, classification_metrics
 from utils.prediction.checkpoint import load_checkpoint
 from utils.prediction.forward_pass import SlideFeed, predict_features
-from utils.tasks.calibration import scale_probabilities
+from utils.tasks.calibration import Scaling
 
 
 class TestOutputs:
-    def test_the_temperature_is_the_checkpoints_and_scales_the_test_slides(self, finished, dataset):
+    def test_the_scaling_is_the_checkpoints_and_calibrates_the_test_slides(self, finished, dataset):
         rows = finished.table()
         raw, scaled = (
             np.array([[float(row[f"{kind}_benign"]), float(row[f"{kind}_malignant"])] for row in rows])
             for kind in ("prob", "calibrated")
         )
         for result in finished.results["fold_results"]:
-            temperature = load_checkpoint(finished.folder / f"fold_{result['fold']}_best.pth").temperature
-            assert temperature == result["temperature"]
+            checkpoint = load_checkpoint(finished.folder / f"fold_{result['fold']}_best.pth")
+            assert checkpoint.temperature == result["temperature"]
+            assert checkpoint.prior == pytest.approx((0.5, 0.5))
             part = np.array([int(row["fold"]) == result["fold"] for row in rows])
-            np.testing.assert_allclose(scaled[part], scale_probabilities(raw[part], temperature))
+            scaling = Scaling(checkpoint.temperature, checkpoint.intercepts, checkpoint.prior)
+            np.testing.assert_allclose(scaled[part], scaling.apply(raw[part]))
+            assert result["intercepts"] == pytest.approx(checkpoint.intercepts)
         figures = classification_metrics(dataset.labels, scaled)
         assert finished.results["pooled_calibrated"] == pytest.approx(
             {name: figures[name] for name in ("brier", "ece")}

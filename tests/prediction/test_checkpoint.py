@@ -1,3 +1,4 @@
+import math
 import pickle
 from dataclasses import replace
 
@@ -105,6 +106,18 @@ def test_a_temperature_is_kept_and_earlier_files_have_none(checkpoint, saved, tm
     for wrong in (0.0, -1.0, float("nan"), "warm"):
         save_tensors(tmp_path / "wrong.pth", content | {"temperature": wrong})
         check_refused(tmp_path / "wrong.pth", "temperature")
+
+
+def test_a_checkpoint_can_be_calibrated_for_another_share_of_positive_slides(checkpoint, tmp_path):
+    scaled = replace(checkpoint, temperature=1.5, intercepts=(0.7, -0.7), prior=(0.8, 0.2))
+    save_checkpoint(tmp_path / "scaled.pth", scaled)
+    assert load_checkpoint(tmp_path / "scaled.pth").fitted == scaled.fitted
+    even = scaled.at_prevalence(0.5)
+    assert even.prior == (0.5, 0.5)
+    assert even.intercepts == pytest.approx((0.7 - math.log(2), -0.7 + math.log(2)))
+    assert scaled.at_prevalence(0.2).intercepts == pytest.approx(scaled.intercepts)
+    with pytest.raises(ValueError, match="no frequencies"):
+        replace(scaled, intercepts=None, prior=None).at_prevalence(0.5)
 
 
 def test_digests_tell_what_was_seen():

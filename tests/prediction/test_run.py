@@ -16,6 +16,7 @@ from MILS import build_mil, registry
 from MILS.bag_model import BagModel
 from tests.cohort import synthetic_passport
 from tests.prediction.predict_helpers import of, write_model
+from tests.small import scale_probabilities
 from tests.synthetic import stained_image, write_pyramid
 from utils.bags.store import Bag, read_bag, write_bag
 from utils.core.errors import CheckpointError
@@ -27,7 +28,6 @@ from utils.prediction.checkpoint import id_digests, load_checkpoint
 from utils.prediction.forward_pass import SlideFeed
 from utils.prediction.predictor import SlidePredictor
 from utils.prediction.settings import Prediction, PredictionRecipe
-from utils.tasks.calibration import scale_probabilities
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -104,7 +104,7 @@ def test_the_models_of_a_record_are_a_list_whatever_their_number(cohort, models,
         checkpoint = load_checkpoint(path)
         assert model == {
             "checkpoint": str(path), "model": checkpoint.model, "selection": {"threshold": 0.4}, "temperature": 2.0,
-            "weights_digest": checkpoint.weights_digest,
+            "intercepts": None, "prior": None, "weights_digest": checkpoint.weights_digest,
         }  # fmt: skip
     # The entries of earlier records stay.
     for name in ("checkpoint", "model", "selection", "temperature"):

@@ -7,6 +7,7 @@ from typing import Any
 from utils.core.errors import plural
 from utils.core.text import aligned, figure_text, interval_text
 from utils.evaluation.outputs import NO_PATIENTS
+from utils.evaluation.reliability import reliability_words
 from utils.tasks.records import task_of
 
 # With more folds, the closing table leaves them to outputs.json.
@@ -74,7 +75,7 @@ def closing_text(results: dict[str, Any]) -> str:
     sentences = [f"{about}. {interval_words(results, task.main_metrics)}"]
     if results.get("patients_from") == NO_PATIENTS:
         sentences.append("No patients are known: where some have several slides, every figure above is too good.")
-    sentences += task.closing_sentences(results)
+    sentences += [*task.closing_sentences(results), *filter(None, [reliability_words(results["calibration"])])]
     settings = Counter(_setting_text(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:
         choices = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in settings.most_common()]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from utils.core.files import write_text
 from utils.evaluation.intervals import Estimate
 from utils.evaluation.predictions import Predictions
+from utils.evaluation.reliability import reliability_figures
 from utils.tasks.metrics import mean_and_std
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def outputs_content(
         **_ranking("mean_of_folds", predictions.mean_of_folds),
         "pooled_thresholded": predictions.decision_metrics,
         "pooled_calibrated": predictions.calibrated_metrics,
+        "calibration": reliability_figures(predictions),
         "fold_results": list(fold_figures),
     }
 

@@ -122,7 +122,7 @@ def calibration_figure(predictions: Predictions) -> Figure:
     slides of each bin, and bins of fewer than ten slides are hollow.
 
     Of two classes, the positive one's probability is drawn against its observed share; of more, the predicted class's
-    against accuracy. Slides of one patient count as independent; repeats do not multiply slides. Temperature-scaled
+    against accuracy. Slides of one patient count as independent; repeats do not multiply slides. Calibrated
     probabilities are drawn too, if there are any.
     """
     x_label, y_label = map(escape_mathtext, predictions.task.reliability_titles)
@@ -131,7 +131,7 @@ def calibration_figure(predictions: Predictions) -> Figure:
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8, label="perfect calibration")
     counts, figures_text = _draw_reliability(axes, predictions, predictions.values, "as predicted", 0, "o")
     if predictions.calibrated is not None:
-        _, scaled_text = _draw_reliability(axes, predictions, predictions.calibrated, "temperature-scaled", 1, "s")
+        _, scaled_text = _draw_reliability(axes, predictions, predictions.calibrated, "calibrated", 1, "s")
         figures_text += f"\n{scaled_text}"
     bars = below.bar((np.arange(BINS) + 0.5) / BINS, counts, 0.9 / BINS, color=COLOURS[0])
     below.bar_label(bars, [f"{count:.3g}" if count else "" for count in counts], fontsize=SMALL)

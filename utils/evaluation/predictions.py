@@ -41,7 +41,7 @@ class Predictions:
         slides (n,), cases (n,): ids of the slides and of their patients.
         groups (n,): what the splits keep together, if it is more than a patient, or None.
         labels (n,): the targets; of a classification the indices of the classes.
-        values (n, C): the class probabilities; calibrated (n, C): the temperature-scaled ones, or None.
+        values (n, C): the class probabilities; calibrated (n, C): those calibrated on inner validation, or None.
         repeats (n,), folds (n,): int, from 1; folds may be None.
         decisions (n,): int, the class at a threshold fitted on inner validation, or None.
         seed: of the resampled patients of some intervals.

@@ -10,7 +10,7 @@ from utils.bags.dataset import MILDataset
 from utils.evaluation.predictions import Predictions
 from utils.learning.splits import OuterFold
 from utils.prediction.forward_pass import SlideOutput, mean_calibrated
-from utils.tasks.task import Figures, Task
+from utils.tasks.task import FittedFigures, Task
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FoldResult:
     task: Task
     fold: OuterFold
     outputs: list[SlideOutput]
-    fitted: Figures
+    fitted: FittedFigures
     selection: dict[str, Any]
     history: list[dict[str, Any]]
 

@@ -141,7 +141,7 @@ class FoldTester:
                 recipe=data.recipe,
                 mpp_range=data.mpp_range,
                 selection=result.selection | {"best_of_all_folds": False},
-                temperature=result.fitted["temperature"],
+                **{name: result.fitted[name] for name in ("temperature", "intercepts", "prior")},
                 seen={kind: id_digests(kind, ids) for kind, ids in self._seen(slides.tolist()).items()},
             ),
         )

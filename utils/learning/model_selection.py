@@ -12,7 +12,7 @@ from utils.learning.grid import Setting
 from utils.learning.ranking import best_of, mean_rank, rank
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted
-from utils.tasks.task import Task
+from utils.tasks.task import FittedFigures, Task
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Choice:
     setting: int
     fitted: list[Fitted]
     best: int
-    fitted_to_values: dict[str, float | None]
+    fitted_to_values: FittedFigures
     scores: list[dict[str, Any]]
     history: list[dict[str, Any]]
 

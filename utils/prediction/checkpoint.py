@@ -3,10 +3,10 @@
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -22,7 +22,7 @@ from utils.prediction import first_version
 from utils.prediction.foreign_checkpoints import names_in, names_of_pickle, origin
 from utils.prediction.forward_pass import SlideFeed
 from utils.tasks.records import task_of
-from utils.tasks.task import Figures, Task
+from utils.tasks.task import FittedFigures, Task
 
 FORMAT = "litemil-checkpoint"
 VERSION = 1
@@ -43,7 +43,8 @@ class Checkpoint:
             patients ("case") and their plain spellings ("case_spelling"), of the hashes of the slides that feature
             files record ("slide_hash"), and of the features ("features"). Empty if unknown; earlier checkpoints lack
             all but "slide" and "case". Never the ids themselves, which may identify patients.
-        temperature: calibrates the probabilities (`tasks.calibration`); fitted on inner validation, else None.
+        temperature, intercepts, prior: calibrate the probabilities (`tasks.calibration.Scaling`); fitted on inner
+            validation, else None. Earlier checkpoints have a temperature alone.
     """
 
     model: dict[str, Any]
@@ -57,15 +58,23 @@ class Checkpoint:
     seen: dict[str, list[str]]
     versions: dict[str, str] = field(default_factory=versions)
     temperature: float | None = None
+    intercepts: tuple[float, ...] | None = None
+    prior: tuple[float, ...] | None = None
 
     @property
     def task(self) -> Task:
         return task_of({"class_names": self.class_names})
 
     @property
-    def fitted(self) -> Figures:
+    def fitted(self) -> FittedFigures:
         """Return what was fitted to inner validation (see `Task.fit_on_validation`)."""
-        return {"threshold": self.selection.get("threshold"), "temperature": self.temperature}
+        scaling = {"temperature": self.temperature, "intercepts": self.intercepts, "prior": self.prior}
+        return {"threshold": self.selection.get("threshold"), **scaling}
+
+    def at_prevalence(self, prevalence: float) -> Self:
+        """Return the checkpoint calibrated for slides of which this share is positive. Raises ValueError."""
+        fitted = self.task.at_prevalence(self.fitted, prevalence)
+        return replace(self, intercepts=fitted["intercepts"], prior=fitted["prior"])
 
     @property
     def slide_feed(self) -> SlideFeed:
@@ -133,11 +142,17 @@ def load_checkpoint(
 
 def _parse(content: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint with a file's content. Raises one of several errors if its fields do not fit together."""
-    values: dict[str, Any] = {"temperature": None, **content}  # earlier files lack it
+    # Earlier files lack them.
+    values: dict[str, Any] = {"temperature": None, "intercepts": None, "prior": None, **content}
     if values["recipe"] is not None:
         values["recipe"] = Recipe.from_dict(values["recipe"])
     checkpoint = Checkpoint(**{field.name: values[field.name] for field in fields(Checkpoint)})
-    types = {"state_dict": dict, "mpp_range": tuple | list | None, "temperature": float | None}
+    types = {
+        "state_dict": dict,
+        "mpp_range": tuple | list | None,
+        "temperature": float | None,
+        "intercepts": tuple | None,
+    }
     for name, kind in types.items():
         if not isinstance(getattr(checkpoint, name), kind):
             raise TypeError(f"{name} is no {kind}")

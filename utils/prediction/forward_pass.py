@@ -20,7 +20,7 @@ from MILS.mergeable import BLOCK_ROWS, MergeableModel
 from utils.bags.chunks import Cut, cut_chunks, take
 from utils.bags.store import StoredFeatures
 from utils.prediction.evidence import Evidence, ReadBag, evidence_of, mean_evidence, mean_pooled, merged
-from utils.tasks.task import Figures, Task
+from utils.tasks.task import FittedFigures, Task
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,9 @@ def mean_output(outputs: Sequence[SlideOutput]) -> SlideOutput:
     )
 
 
-def mean_calibrated(task: Task, outputs: Sequence[SlideOutput], fitted: Sequence[Figures | None]) -> np.ndarray | None:
+def mean_calibrated(
+    task: Task, outputs: Sequence[SlideOutput], fitted: Sequence[FittedFigures | None]
+) -> np.ndarray | None:
     """Return a slide's values `(C,)`: each model's, calibrated by what was `fitted` with it, then averaged; None unless
     all are calibrated.
     """

@@ -23,10 +23,11 @@ from utils.evaluation import localization
 from utils.evaluation.closing_table import figures_row, interval_words, intervals_row, text_table
 from utils.evaluation.outputs import NO_PATIENTS, methods, write_table
 from utils.evaluation.predictions import Predictions
+from utils.evaluation.reliability import reliability_figures, reliability_words
 from utils.prediction.existing_records import ENDING
 from utils.prediction.trained_model import BY_NAME
 from utils.tasks.records import FIGURE_NAMES, task_of
-from utils.tasks.task import Figures, Task
+from utils.tasks.task import FittedFigures, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +92,7 @@ class PredictedSlides:
         row |= {name: record[name] for name in ("num_instances", "seen_in_training")}
         return row | ({"fold": record["fold"]} if "fold" in record else {})
 
-    def predictions(self, fitted: Figures | None = None) -> Predictions:
+    def predictions(self, fitted: FittedFigures | None = None) -> Predictions:
         """Return the predictions of the labelled slides, also decided by what was `fitted` with the model, if any.
 
         Raises ConfigError if no labelled slide was predicted.
@@ -116,7 +117,7 @@ class PredictedSlides:
             title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
         )
 
-    def scores(self, fitted: Figures | None) -> dict[str, Any]:
+    def scores(self, fitted: FittedFigures | None) -> dict[str, Any]:
         """Return the figures of the labelled slides, named as a training's, with 95% intervals over patients.
 
         `fitted` is what was fitted with the model, if there is one. If a model was trained on some of the slides,
@@ -170,7 +171,7 @@ class PredictedSlides:
     def write(
         self,
         folder: Path,
-        fitted: Figures | None,
+        fitted: FittedFigures | None,
         settings: Mapping[str, Any],
         overwrite: bool,
         formats: Sequence[str] = FIGURE_FORMAT,
@@ -225,6 +226,7 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
         "interval_methods": methods(predictions.pooled),
         "pooled_thresholded": predictions.decision_metrics,
         "pooled_calibrated": predictions.calibrated_metrics,
+        "calibration": reliability_figures(predictions),
     }
 
 
@@ -252,7 +254,11 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     words = [f"{counts} {interval_words(scores, metrics)}"]
     if scores["patients_from"] == NO_PATIENTS:
         words.append("No patients are known: where some have several slides, the intervals are too narrow.")
-    words += [*task.closing_sentences(scores), *localization.means_text(scores["localization"] or {})]
+    words += [
+        *task.closing_sentences(scores),
+        reliability_words(scores["calibration"]),
+        *localization.means_text(scores["localization"] or {}),
+    ]
     counts = ("n_seen_in_training", "n_seen_under_another_name", "n_unseen_by_name_alone")
     words.append(_seen_words(*(scores[name] for name in counts)))
     if scores["unseen"] is not None:

@@ -74,6 +74,8 @@ def _make_predictor(
             flags = replace(flags, level=None)  # it gives the size of the patches to draw, in a file that lacks it
         predictor.require(recipe=flags)
     predictor.require(mil=settings.mil, input_dim=settings.input_dim)
+    if settings.prevalence is not None:
+        predictor.trained = [model.at_prevalence(settings.prevalence) for model in predictor.trained]
     if predictor.feed(settings.mode, settings.chunk_size).mode == "full" and settings.chunk_size is not None:
         raise ConfigError("--chunk_size has no meaning in full mode; give --mode chunked with it")
     return predictor

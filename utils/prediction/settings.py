@@ -55,6 +55,14 @@ class Prediction(Settings):
     overwrite: bool = option(
         False, "overwrite existing predictions made by another model, with other settings or from another input"
     )
+    prevalence: float | None = option(
+        None,
+        "share of the positive class among such slides where the model is used: calibrated probabilities refer to it "
+        "(default: that of the training cohort)",
+        least=0.0001,
+        most=0.9999,
+        metavar="SHARE",
+    )
     mode: Literal["full", "chunked"] | None = option(
         None, "how the slide is fed (default: as in the model's evaluation)"
     )

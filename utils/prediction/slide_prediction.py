@@ -19,7 +19,7 @@ class SlidePrediction:
     """The prediction for a slide.
 
     Attributes
-        probabilities: `(C,)`; calibrated: `(C,)`, temperature-scaled, None if a model has no temperature.
+        probabilities: `(C,)`; calibrated: `(C,)`, None if a model is not calibrated.
         attention: `(H, N)`, each head summing to 1 over the patches, or None; bag: the features and their coordinates.
         seen_as: "slide" or "case" if a model was trained on it, "" if none was, None if a checkpoint does not say.
         member_probabilities: `(M, C)` of each of several models, or None.

@@ -37,7 +37,7 @@ from utils.slides.open_slides import open_slide
 from utils.slides.slide import Slide
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.slide_status import SlideStatus
-from utils.tasks.task import Figures
+from utils.tasks.task import FittedFigures
 
 if TYPE_CHECKING:  # it imports what draws
     from utils.pictures.picture_set import PictureSet
@@ -229,7 +229,7 @@ class SlideWorker:
         return self.all_settings[self.predictors.number(slide)]
 
     @property
-    def fitted(self) -> Figures | None:
+    def fitted(self) -> FittedFigures | None:
         """Return what was fitted with the model; None for several models, and for slides fed in another way."""
         settings, first = self.files.settings, self.predictors.first
         feed = first.feed(settings.mode, settings.chunk_size)
@@ -281,6 +281,7 @@ def _settings_of(predictor: SlidePredictor, files: PredictionFiles) -> dict[str,
         # A checkpoint of the first version leaves this to the command line.
         "num_heads": sorted({model.checkpoint.model.get("num_heads") or 0 for model in predictor.trained}),
         **predictor.task.record,
+        **({} if files.settings.prevalence is None else {"prevalence": files.settings.prevalence}),
         "feed": predictor.feed(files.settings.mode, files.settings.chunk_size).as_dict(),
         "feat_type": files.feat_type,
         "recipe": predictor.feature_extractor and predictor.feature_extractor.recipe.as_dict(),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from MILS import ModelError, mil_name
 from MILS.bag_model import BagModel
@@ -16,7 +16,7 @@ from utils.core.recipe import Recipe, mpp_difference
 from utils.core.runtime import log
 from utils.prediction.checkpoint import Checkpoint, id_digests
 from utils.prediction.forward_pass import SlideFeed
-from utils.tasks.task import Figures
+from utils.tasks.task import FittedFigures
 
 BY_NAME = (
     "compared with the training slides by name alone, as the checkpoint does not record their content: a renamed copy "
@@ -53,9 +53,18 @@ class TrainedModel:
                 text = f"records no {name}, so not" if own is None else f"was trained with {name} {own!r}, not"
                 raise CheckpointError(f"{self.path}: {text} {value!r}; leave that setting out")
 
-    def fitted_to(self, feed: SlideFeed) -> Figures | None:
+    def fitted_to(self, feed: SlideFeed) -> FittedFigures | None:
         """Return what was fitted to inner validation if slides were fed so there, else None."""
         return self.checkpoint.fitted if self.checkpoint.slide_feed == feed else None
+
+    def at_prevalence(self, prevalence: float) -> Self:
+        """Return the model calibrated for slides of which this share is positive. Raises CheckpointError."""
+        try:
+            return replace(self, checkpoint=self.checkpoint.at_prevalence(prevalence))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path}: --prevalence {prevalence:g}: {error}; leave it out, or train the model again"
+            ) from None
 
     def require_recipe(self, recipe: Recipe) -> None:
         """Raise RecipeError if a recipe contradicts that of the training features."""
@@ -100,7 +109,7 @@ class TrainedModel:
             "model": self.checkpoint.model,
             "checkpoint": str(self.path),
             "selection": self.checkpoint.selection,
-            "temperature": self.checkpoint.temperature,
+            **{name: value for name, value in self.checkpoint.fitted.items() if name != "threshold"},
         }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.core.text import aligned, figure_text, interval_text
 from utils.tasks.bases import Basis
-from utils.tasks.calibration import fitted_temperature, scale_probabilities
+from utils.tasks.calibration import Scaling, fitted_scaling
 from utils.tasks.metrics import (
     METRICS,
     auc_is_defined,
@@ -25,7 +25,7 @@ from utils.tasks.metrics import (
     ranked_classes,
     weighted_metrics,
 )
-from utils.tasks.task import Figures, Task
+from utils.tasks.task import Figures, FittedFigures, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,28 +152,30 @@ class Classification(Task):
         is_defined = metric != "auc" or auc_is_defined(targets, len(self.class_names))
         return "" if is_defined else "lacks a class"
 
-    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> Figures:
-        """Return the `temperature` and, of two classes, the `threshold` with the best balanced accuracy."""
+    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> FittedFigures:
+        """Return the scaling (`temperature`, `intercepts`, `prior`) and, of two classes, the `threshold` with the best
+        balanced accuracy.
+        """
         is_binary = len(self.class_names) == 2
         return {
             "threshold": fitted_threshold(targets, values[:, 1]) if is_binary else None,
-            "temperature": fitted_temperature(targets, values),
+            **_record_of(fitted_scaling(targets, values)),
         }
 
-    def fitted_figures(self, fitted: Figures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-        """Return the `threshold`, the metrics at it (`thresholded`) and the `temperature`."""
+    def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+        """Return the `threshold`, the metrics at it (`thresholded`) and the scaling."""
         decisions = self.decide_by(fitted, values)
         return {
             "threshold": fitted["threshold"],
             "thresholded": None if decisions is None else self.decision_metrics(targets, decisions),
-            "temperature": fitted["temperature"],
+            **_record_of(_scaling(fitted)),
         }
 
     def decide(self, values: np.ndarray) -> np.ndarray:
         """Return the most probable class `(n,)` int."""
         return values.argmax(axis=-1)
 
-    def decide_by(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
+    def decide_by(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
         """Return 1 where the positive class's probability reaches the `threshold`, else 0; None without one."""
         threshold = fitted["threshold"]
         return None if threshold is None else (values[..., 1] >= threshold).astype(int)
@@ -182,10 +184,19 @@ class Classification(Task):
         """Return accuracy, balanced accuracy, macro F1, and each class's sensitivity and specificity."""
         return decision_metrics(targets, decisions, self.class_names)
 
-    def calibrate(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
-        """Return the probabilities scaled by the `temperature`; None without one."""
-        temperature = fitted["temperature"]
-        return None if temperature is None else scale_probabilities(values, temperature)
+    def calibrate(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
+        """Return the probabilities scaled by what was fitted; None without a `temperature`."""
+        scaling = _scaling(fitted)
+        return None if scaling is None else scaling.apply(values)
+
+    def at_prevalence(self, fitted: FittedFigures, prevalence: float) -> FittedFigures:
+        """Return the scaling for slides of which the share `prevalence` is of the positive one of two classes."""
+        scaling = _scaling(fitted)
+        if self.positive_output is None:
+            raise ValueError(f"a share of positive slides needs two classes, not {len(self.class_names)}")
+        if scaling is None:
+            raise ValueError("its probabilities are not calibrated")
+        return {**fitted, **_record_of(scaling.at((1 - prevalence, prevalence)))}
 
     @property
     def reliability_titles(self) -> tuple[str, str]:
@@ -203,20 +214,11 @@ class Classification(Task):
 
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows that are surest and correct, surest and wrong, and most uncertain."""
-        ordered = np.sort(values, axis=1)
-        surest = np.argsort(-ordered[:, -1], kind="stable")
-        uncertain = np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")
-        is_correct = (self.decide(values) == targets)[surest]
-        return {"surest correct": surest[is_correct], "surest wrong": surest[~is_correct], "most uncertain": uncertain}
+        return _gallery(values, self.decide(values) == targets)
 
     def table(self, pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]) -> str:
         """Return the pooled sensitivity and specificity of each class, with their intervals."""
-        rows = []
-        for name in self.class_names:
-            metrics = f"sensitivity_{name}", f"specificity_{name}"
-            cells = [(figure_text(pooled[metric]), interval_text(intervals[metric])) for metric in metrics]
-            rows.append([name, *cells[0], *cells[1]])
-        return aligned([[["pooled", "sensitivity", "95% CI", "specificity", "95% CI"]], rows])
+        return aligned(_class_rows(self.class_names, pooled, intervals))
 
     def closing_sentences(self, results: Mapping[str, Any]) -> list[str]:
         """Return which AUC to report, why the pooled one differs, if it does, and what the threshold and the
@@ -224,17 +226,46 @@ class Classification(Task):
         """
         pooled = results["pooled"]
         sentences = _auc_sentences((results.get("within_folds") or {}).get("auc"), pooled["auc"])
-        at_threshold, scaled = results["pooled_thresholded"], results["pooled_calibrated"]
-        if at_threshold is not None:
-            changes = [
-                f"{name.replace('_', ' ')} {figure_text(at_threshold[name])} ({figure_text(pooled[name])} at 0.5)"
-                for name in ("accuracy", "balanced_accuracy", "f1_macro")
-            ]
-            sentences.append(f"At the threshold fitted on inner validation, pooled: {', '.join(changes)}.")
-        if scaled is not None:
-            changes = [f"{name} {figure_text(scaled[name])} ({figure_text(pooled[name])} as it is)" for name in scaled]
-            sentences.append(f"Temperature-scaled as fitted on inner validation, pooled: {', '.join(changes)}.")
-        return sentences
+        changes = [
+            _changes_sentence(
+                "At the threshold fitted on inner validation", results["pooled_thresholded"], pooled, "at 0.5",
+                ("accuracy", "balanced_accuracy", "f1_macro"),
+            ),
+            _changes_sentence(
+                "Calibrated on inner validation", results["pooled_calibrated"], pooled, "as it is",
+                self.calibration_metrics,
+            ),
+        ]  # fmt: skip
+        return sentences + list(filter(None, changes))
+
+
+def _gallery(values: np.ndarray, is_correct: np.ndarray) -> dict[str, np.ndarray]:
+    ordered = np.sort(values, axis=1)
+    surest = np.argsort(-ordered[:, -1], kind="stable")
+    uncertain = np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")
+    correct = is_correct[surest]
+    return {"surest correct": surest[correct], "surest wrong": surest[~correct], "most uncertain": uncertain}
+
+
+def _class_rows(
+    class_names: Sequence[str], pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]
+) -> list[list[list[str]]]:
+    """Return the head and the rows of the table of sensitivity and specificity."""
+    rows = []
+    for name in class_names:
+        metrics = f"sensitivity_{name}", f"specificity_{name}"
+        cells = [(figure_text(pooled[metric]), interval_text(intervals[metric])) for metric in metrics]
+        rows.append([name, *cells[0], *cells[1]])
+    return [[["pooled", "sensitivity", "95% CI", "specificity", "95% CI"]], rows]
+
+
+def _scaling(fitted: FittedFigures) -> Scaling | None:
+    temperature = fitted["temperature"]
+    return None if temperature is None else Scaling(temperature, fitted.get("intercepts"), fitted.get("prior"))
+
+
+def _record_of(scaling: Scaling | None) -> dict[str, Any]:
+    return dict.fromkeys(("temperature", "intercepts", "prior")) if scaling is None else vars(scaling)
 
 
 def _auc_sentences(within: float | None, pooled: float | None) -> list[str]:
@@ -248,3 +279,16 @@ def _auc_sentences(within: float | None, pooled: float | None) -> list[str]:
             "probabilities on different scales."
         )
     return sentences
+
+
+def _changes_sentence(
+    what: str, changed: Mapping[str, Any] | None, pooled: Mapping[str, Any], before: str, names: Sequence[str]
+) -> str:
+    """Return what something changes in these metrics, or "" if it was not done."""
+    if changed is None:
+        return ""
+    texts = [
+        f"{name.replace('_', ' ')} {figure_text(changed[name])} ({figure_text(pooled[name])} {before})"
+        for name in names
+    ]
+    return f"{what}, pooled: {', '.join(texts)}."

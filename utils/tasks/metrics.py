@@ -12,7 +12,7 @@ from utils.tasks.bases import Basis, MeanLoss, MeanOfProportions, NoInterval, Pa
 from utils.tasks.task import single
 
 METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "auc", "average_precision", "brier", "ece")
-BINS = 10
+BINS, _LEAST_IN_BIN = 10, 5
 
 
 def metric_names(class_names: Sequence[str] = ()) -> tuple[str, ...]:
@@ -134,6 +134,12 @@ def _ranking(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> t
 def probability_bins(probabilities: np.ndarray) -> np.ndarray:
     """Return which of `BINS` equally wide bins each probability is in; an edge belongs to the bin below."""
     return np.clip(np.ceil(probabilities * BINS).astype(int) - 1, 0, BINS - 1)
+
+
+def equal_bins(probabilities: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each of at most `BINS` bins of equally many slides, at least 5, in order of probability."""
+    count = max(1, min(BINS, len(probabilities) // _LEAST_IN_BIN))
+    return np.array_split(np.argsort(probabilities, kind="stable"), count)
 
 
 def fitted_threshold(labels: np.ndarray, scores: np.ndarray) -> float | None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Figures = dict[str, float | None]
+FittedFigures = Mapping[str, Any]  # what is fitted to inner validation, by name
 
 
 class Task(ABC):
@@ -132,11 +133,11 @@ class Task(ABC):
         """Return why a metric is undefined for these targets; "" if it is defined."""
 
     @abstractmethod
-    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> Figures:
+    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> FittedFigures:
         """Return what is fitted to inner validation slides, by name; None if it is undefined for them."""
 
     @abstractmethod
-    def fitted_figures(self, fitted: Figures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
         """Return a fold's entries in `outputs.json` on what was fitted, and on the test slides' metrics with it."""
 
     @abstractmethod
@@ -144,7 +145,7 @@ class Task(ABC):
         """Return the decision `(n,)` int for values `(n, C)`."""
 
     @abstractmethod
-    def decide_by(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
+    def decide_by(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
         """Return the decision `(n,)` int by what was fitted on validation; None if nothing of it decides."""
 
     @abstractmethod
@@ -152,8 +153,12 @@ class Task(ABC):
         """Return the metrics that depend on the decisions only."""
 
     @abstractmethod
-    def calibrate(self, fitted: Figures, values: np.ndarray) -> np.ndarray | None:
+    def calibrate(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
         """Return the values `(..., C)` calibrated by what was fitted; None if nothing of it calibrates."""
+
+    @abstractmethod
+    def at_prevalence(self, fitted: FittedFigures, prevalence: float) -> FittedFigures:
+        """Return what was fitted, changed for slides of which another share is positive. Raises ValueError."""
 
     @property
     @abstractmethod
