@@ -130,7 +130,7 @@ def test_names_of_labels_and_labels_left_out_shape_the_default_classes(tmp_path)
     labels_csv.write_text("wsi_id,label\nS0,0\nS1,1\nS2,rare\nS3,0\n")
     names = {"0": "Low", "1": "High"}
     dataset = MILDataset(labels_csv, features_dir, label_names=names, left_out=["rare"], no_patients=True)
-    assert dataset.class_names == ("High", "Low")
+    assert dataset.class_names == ("Low", "High"), "the rarer one is last"
     assert [dataset.class_names[label] for label in dataset.labels] == ["Low", "High", "Low"]
 
 
@@ -430,7 +430,7 @@ def test_a_slide_that_is_not_there_is_an_index_error(cohort):
 def test_a_dataset_says_what_it_holds(cohort):
     assert repr(MILDataset(*cohort, chunk_size=50)) == (
         "MILDataset(8 slides, fed in chunks of up to 50 patches; features 4 wide; "
-        "benign 4 slides of 2 patients; malignant 4 slides of 2 patients; 4 patients in all)"
+        "benign 4 slides of 2 patients; malignant 4 slides of 2 patients; 4 patients in all; positive: malignant)"
     )
     assert "8 slides, fed whole" in repr(MILDataset(*cohort, mode="full"))
 

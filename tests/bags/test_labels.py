@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from utils.bags.label_table import read_table, several_names
-from utils.bags.labels import LabelRow, class_counts, classes_in, classes_of, group_rows, resolve_labels
+from utils.bags.labels import (
+    LabelRow,
+    class_counts,
+    classes_in,
+    classes_of,
+    group_rows,
+    resolve_labels,
+    with_positive_last,
+)
 from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
 from utils.core.runtime import log
@@ -457,3 +465,27 @@ def test_groups_that_cannot_be_kept_together(table, rows, column, reason):
     table.write(*rows, header="case_id,wsi_id,label,center")
     with pytest.raises(LabelsError, match=reason):
         grouped(table, column)
+
+
+# Which of two classes is positive
+
+
+def test_of_two_classes_the_rarer_one_is_last(table):
+    rows = [f"P{k},S{k},msi" for k in range(2)] + [f"Q{k},T{k},stable" for k in range(3)]
+    assert classes_of(read_table(table.write(*rows).path)) == ("stable", "msi")
+    assert classes_of(read_table(table.write(*rows[:4]).path)) == ("msi", "stable"), "equally frequent: sorted"
+    renamed = classes_of(read_table(table.path), label_names={"msi": "zz", "stable": "a"})
+    assert renamed == ("a", "zz")
+    assert classes_of(read_table(table.write(*rows, "R1,U1,third").path)) == ("msi", "stable", "third")
+
+
+def test_the_positive_class_can_be_named(table):
+    path = table.path
+    assert with_positive_last(("a", "b"), None, path) == ("a", "b")
+    assert with_positive_last(("a", "b"), "a", path) == ("b", "a")
+    for classes, name, reason in (
+        (("a", "b", "c"), "a", "there are 3 classes"),
+        (("tumor", "b"), "tumour", "did you mean tumor"),
+    ):
+        with pytest.raises(LabelsError, match=f"--positive_class {name}: .*{reason}"):
+            with_positive_last(classes, name, path)

@@ -37,6 +37,14 @@ from utils.tasks.task import Task
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
 SHUFFLE_WINDOW = 2**18
+_SAME_NAMES = (
+    "sequential",
+    "group_column",
+    "cache",
+    "allow",
+    "no_patients",
+    "positive_class",
+)  # of flags and arguments
 
 
 class MILDataset(Dataset):
@@ -46,19 +54,16 @@ class MILDataset(Dataset):
     `wsi_id` has its features in `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`), or in a subfolder, under the name
     `feat_type`. `mode` "chunked" trains on random chunks of at most `chunk_size` patches (`sequential`: on runs of
     patches that are neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur,
-    sorted. `label_names` renames labels, `left_out` names labels that are no class, `allow` the problems that only
-    leave a row out (see `utils.bags.labels.resolve_labels`). `group_column` names the column whose values splits keep
-    together, instead of the patient. `no_patients` takes each slide as a patient where the table names none.
+    sorted; of two the rarer one is last, or `positive_class`. `label_names` renames labels, `left_out` names labels
+    that are no class, `allow` the problems that only leave a row out (see `utils.bags.labels.resolve_labels`).
+    `group_column` names the column whose values splits keep together, instead of the patient. `no_patients` takes each
+    slide as a patient where the table names none.
 
-    `cache` says where the features are read from: "off" reads their files whenever they are needed, "ram" keeps
-    them in memory, a folder holds them in one packed file that all processes share and later runs find again. By
-    default "ram" where the cohort fits a quarter of the free memory, else "off".
-
-    Slides are counted from 0 in the table's order, negative numbers from the end; one that is not there raises
-    IndexError. `dataset[3:6]` is a list of three items.
-
-    Raises ConfigError for settings that cannot be, LabelsError for a table that does not account for every slide,
-    FeatureFileError for a damaged file or files of different widths, RecipeError for files made in different ways.
+    `cache` "off" reads feature files whenever they are needed, "ram" keeps features in memory, a folder holds them in
+    one packed file that processes share and later runs find. Default: "ram" if it fits a quarter of the free memory.
+    Slides are counted from 0 in the table's order, negative numbers from the end. `dataset[3:6]` is a list of three.
+    Raises ConfigError, LabelsError for a table that does not account for every slide, FeatureFileError for damaged files
+    or different widths, RecipeError for files made in different ways.
     """
 
     def __init__(
@@ -77,11 +82,13 @@ class MILDataset(Dataset):
         left_out: Collection[str] = (),
         allow: Collection[str] = (),
         no_patients: bool = False,
+        positive_class: str | None = None,
     ) -> None:
         cohort = Cohort(
             dataset="", labels_csv=csv_path, features_dir=features_dir, class_names=class_names, mode=mode,  # type: ignore[arg-type]
             chunk_size=chunk_size, feat_type=feat_type, sequential=sequential, group_column=group_column,
             cache=str(cache) if isinstance(cache, Path) else cache, allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
+            positive_class=positive_class,
         )  # fmt: skip
         _check_arguments(csv_path, features_dir, label_names, left_out)
         self.features_dir = Path(features_dir)
@@ -89,7 +96,8 @@ class MILDataset(Dataset):
         table = read_table(csv_path)
         for note in table.notes:
             log.info("%s: %s", csv_path, note)
-        self.class_names = cohort.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
+        classes = cohort.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
+        self.class_names = labels.with_positive_last(classes, positive_class, table.path)
         self.task = _task(table, self.class_names)
         self.mode, self.chunk_size, self.sequential = cohort.mode, cohort.chunk_size, cohort.sequential
         self.feat_type = feat_type
@@ -131,7 +139,7 @@ class MILDataset(Dataset):
             cohort.feat_type,
             label_names=classes.label_names,
             left_out=classes.left_out,
-            **{name: getattr(cohort, name) for name in ("sequential", "group_column", "cache", "allow", "no_patients")},
+            **{name: getattr(cohort, name) for name in _SAME_NAMES},
         )
 
     def __len__(self) -> int:
@@ -237,7 +245,8 @@ class MILDataset(Dataset):
         return [Chunk(features, cut, self.rows[slide].label, weight, slide) for cut in cuts]
 
     def _class_counts(self) -> str:
-        return labels.class_counts([(row.label, row.case_id) for row in self.rows], self.class_names)
+        slides = [(row.label, row.case_id) for row in self.rows]
+        return labels.class_counts(slides, self.class_names, self.task.positive_output)
 
 
 def slide_number(slide: SupportsIndex, count: int) -> int:

@@ -1,6 +1,7 @@
 """Resolve each row of a label table to its class, its patient and its feature file, or say why that is not possible."""
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,9 @@ def classes_in(
 
 
 def classes_of(table: LabelTable, **settings: Any) -> tuple[str, ...]:
-    """Return `classes_in` of a table. Raises LabelsError if two of them look like one, or if too few are left without
-    those that stand for no label.
+    """Return `classes_in` of a table; of two, the rarer one is last, which makes it the positive one.
+
+    Raises LabelsError if two of them look like one, or if too few are left without those that stand for no label.
     """
     classes = classes_in(table.rows, **settings)
     doubts = doubtful_classes(classes)
@@ -63,7 +65,26 @@ def classes_of(table: LabelTable, **settings: Any) -> tuple[str, ...]:
             f"{table.path}: {' and '.join(map(repr, no_labels))} is taken as no label, and too few classes are left; "
             f"if it is a class, name all of them: --class_names {shlex.join([*classes, *no_labels])}"
         )
-    return classes
+    if len(classes) != 2:
+        return classes
+    label_names = settings.get("label_names") or {}
+    counts = Counter(row["label"] for row in _renamed(table.rows, label_names))
+    return tuple(sorted(classes, key=lambda name: -counts[name]))
+
+
+def with_positive_last(classes: tuple[str, ...], positive_class: str | None, path: Path) -> tuple[str, ...]:
+    """Return the classes, of two with the positive one last if it is given. Raises LabelsError if that cannot be."""
+    if positive_class is None:
+        return classes
+    if len(classes) != 2:
+        raise LabelsError(
+            f"{path}: --positive_class {positive_class}: there are {len(classes)} classes, each is compared with the "
+            "rest; leave it out"
+        )
+    if positive_class not in classes:
+        near = did_you_mean(positive_class, classes)
+        raise LabelsError(f"{path}: --positive_class {positive_class}: the classes are {' and '.join(classes)}{near}")
+    return tuple(sorted(classes, key=lambda name: name == positive_class))
 
 
 def doubtful_classes(classes: Sequence[str]) -> str | None:
@@ -214,8 +235,12 @@ def missed_id(wsi_id: str, near: Mapping[str, str]) -> str:
     return f"{wsi_id} (there is {near[wsi_id]})" if wsi_id in near else wsi_id
 
 
-def class_counts(slides: Sequence[tuple[int, str]], class_names: Sequence[str]) -> str:
-    """Return how many slides and patients each class has, given every slide's class and patient."""
+def class_counts(
+    slides: Sequence[tuple[int, str]], class_names: Sequence[str], positive_class: str | None = None
+) -> str:
+    """Return how many slides and patients each class has, given every slide's class and patient, and which class is
+    positive, if one is.
+    """
     patients_of = [{patient for label, patient in slides if label == index} for index in range(len(class_names))]
     counts = [
         f"{name} {plural(sum(label == index for label, _ in slides), 'slide')} of "
@@ -225,7 +250,8 @@ def class_counts(slides: Sequence[tuple[int, str]], class_names: Sequence[str]) 
     all_patients = set().union(*patients_of)
     several = sum(sum(patient in patients for patients in patients_of) > 1 for patient in all_patients)
     mixed = f" ({several} in {'both' if len(class_names) == 2 else 'several'})" if several else ""
-    return f"{'; '.join(counts)}; {plural(len(all_patients), 'patient')} in all{mixed}"
+    positive = "" if positive_class is None else f"; positive: {positive_class}"
+    return f"{'; '.join(counts)}; {plural(len(all_patients), 'patient')} in all{mixed}{positive}"
 
 
 def check_names(table: LabelTable, rows: Sequence[LabelRow], groups: Sequence[str], column: str | None) -> None:

@@ -24,7 +24,8 @@ class CohortFiles(Settings):
     labels_csv: Path | None = option(None, "table case_id,wsi_id,label (default: datasets/<dataset>/labels.csv)")
     class_names: tuple[str, ...] | None = option(
         None,
-        "classes in order, the positive one last (default: those of a public cohort, else the sorted labels)",
+        "classes in order, the positive one last (default: those of a public cohort, else the labels: sorted, of two "
+        "the rarer one last)",
         metavar="NAME",
     )
     feat_type: str = option("features", "name of the features inside each file")
@@ -46,6 +47,9 @@ class Cohort(CohortFiles):
 
     dataset: str = option(
         REQUIRED, "name of the cohort; names the default folders datasets/<name> and outputs/<mil>/<name>"
+    )
+    positive_class: str | None = option(
+        None, "of two classes the positive one, of which AUC, average precision and threshold are", metavar="NAME"
     )
     mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
     chunk_size: int = option(CHUNK_SIZE, "most patches in a chunk", least=1)

@@ -49,6 +49,7 @@ def outputs_content(
     """Return the metrics of `outputs.json`; `fold_figures` are those of each outer fold, with its record."""
     summary: dict[str, Any] = {
         **predictions.task.record,
+        "positive_class": predictions.task.positive_output,
         "n_slides": predictions.n_slides,
         "n_cases": predictions.n_cases,
         "n_folds": len(fold_figures),

@@ -131,6 +131,7 @@ class PredictedSlides:
         _, num_renamed, num_by_name = self._seen_counts(scored)
         return {
             **self.task.record,
+            "positive_class": self.task.positive_output,
             **_figures(predictions),
             "threshold": fitted and fitted["threshold"],
             "patients_from": self.patients_from or NO_PATIENTS,

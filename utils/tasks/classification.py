@@ -153,9 +153,7 @@ class Classification(Task):
         return "" if is_defined else "lacks a class"
 
     def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> FittedFigures:
-        """Return the scaling (`temperature`, `intercepts`, `prior`) and, of two classes, the `threshold` with the best
-        balanced accuracy.
-        """
+        """Return the scaling and, of two classes, the `threshold` with the best balanced accuracy."""
         is_binary = len(self.class_names) == 2
         return {
             "threshold": fitted_threshold(targets, values[:, 1]) if is_binary else None,
@@ -221,11 +219,10 @@ class Classification(Task):
         return aligned(_class_rows(self.class_names, pooled, intervals))
 
     def closing_sentences(self, results: Mapping[str, Any]) -> list[str]:
-        """Return which AUC to report, why the pooled one differs, if it does, and what the threshold and the
-        temperature change.
-        """
+        """Return which class is positive, which AUC to report, and what threshold and calibration change."""
         pooled = results["pooled"]
-        sentences = _auc_sentences((results.get("within_folds") or {}).get("auc"), pooled["auc"])
+        sentences = [] if self.positive_output is None else [f"Positive is {self.positive_output}."]
+        sentences += _auc_sentences((results.get("within_folds") or {}).get("auc"), pooled["auc"])
         changes = [
             _changes_sentence(
                 "At the threshold fitted on inner validation", results["pooled_thresholded"], pooled, "at 0.5",
