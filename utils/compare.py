@@ -233,7 +233,9 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
     predictions = run.predictions
     ranking = " and the ".join(name.replace("_", " ") for name in predictions.within_folds if name in metrics)
     pairs = len(differences) // len(metrics)
-    others = f", of the others for all {pairs * (len(metrics) - 1)}" if len(metrics) > 1 else ""
+    families = [f"the {pairs} pairs of {metrics[0]}"] if pairs > 1 else []
+    if pairs * (len(metrics) - 1) > 1:
+        families.append(f"the {pairs * (len(metrics) - 1)} tests of the other metrics")
     items = [
         [
             f"{plural(predictions.n_slides, 'slide')} of {plural(predictions.n_cases, 'patient')}, tested in "
@@ -254,9 +256,7 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
         ],
         [
             f"{metrics[0]} is the primary metric, as the first one named." if len(metrics) > 1 else "",
-            f"Holm: p corrected for the {plural(pairs, 'pair')} of {metrics[0]}{others}."
-            if len(differences) > 1
-            else "",
+            f"Holm: p corrected for {' and for '.join(families)}." if families else "",
         ],
         [
             "A large p does not show that two models are equally good: the interval gives the differences that are "

@@ -116,8 +116,8 @@ def test_the_inflation_widens_the_interval_by_its_root():
 
 
 def test_repeats_enlarge_the_share_of_the_training_slides():
-    assert training_inflation([80] * 5, [20] * 5, 1) == pytest.approx(1.25)
-    assert training_inflation([80] * 15, [20] * 15, 3) == pytest.approx(1 + 0.25 * 5 / 3)
+    assert training_inflation([80] * 5, [20] * 5, 1) == pytest.approx(1.375)
+    assert training_inflation([80] * 15, [20] * 15, 3) == pytest.approx(1 + 0.25 * 13 / 6)
 
 
 def test_equal_models_are_rarely_found_different():

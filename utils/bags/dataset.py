@@ -60,10 +60,10 @@ class MILDataset(Dataset):
     slide as a patient where the table names none.
 
     `cache` "off" reads feature files whenever they are needed, "ram" keeps features in memory, a folder holds them in
-    one packed file that processes share and later runs find. Default: "ram" if it fits a quarter of the free memory.
+    one packed file. Default: "ram" if the cohort fits in a quarter of the free memory, else "off".
     Slides are counted from 0 in the table's order, negative numbers from the end. `dataset[3:6]` is a list of three.
-    Raises ConfigError, LabelsError for a table that does not account for every slide, FeatureFileError for damaged files
-    or different widths, RecipeError for files made in different ways.
+    Raises ConfigError, LabelsError for a table that does not account for every slide, FeatureFileError for files that
+    are damaged or of different widths, RecipeError for files made in different ways.
     """
 
     def __init__(
