@@ -267,20 +267,20 @@ def test_a_threshold_that_decides_otherwise_is_said_to_differ(threshold, differs
 
 def test_what_the_pictures_say_of_several_models():
     curves = {"gap": 0.25, "random_orders_beaten": 9}
-    caption = Caption.of(
-        RECORD
-        | {
-            "model": [{"name": "LiteMIL", "num_heads": 4}] * 2 + [{"name": "ABMIL", "hidden_dim": 8}],
-            "checkpoint": ["run/a.pth", "run/b.pth", "other/c.pth"],
-            "temperature": [1.5, 2.0, 0.5],
-            "calibrated_probabilities": {"a": 0.4, "b": 0.6},
-            "faithfulness": {"deletion": curves, "insertion": curves | {"gap": -0.125}, "random_orders": 10},
-        }
-    )
+    record = RECORD | {
+        "model": [{"name": "LiteMIL", "num_heads": 4}] * 2 + [{"name": "ABMIL", "hidden_dim": 8}],
+        "checkpoint": ["run/a.pth", "run/b.pth", "other/c.pth"],
+        "temperature": [1.5, 2.0, 0.5],
+        "calibrated_probabilities": {"a": 0.4, "b": 0.6},
+        "faithfulness": {"deletion": curves, "insertion": curves | {"gap": -0.125}, "random_orders": 10},
+    }
+    caption = Caption.of(record)
     facts = dict(caption.facts)
     assert facts["models, averaged"] == "2 x LiteMIL (num_heads 4); ABMIL (hidden_dim 8)"
     assert facts["checkpoints"] == "a.pth, b.pth in run; c.pth in other"
     assert facts["calibrated probability"] == "60.0% (temperature 1.50, 2.00, 0.50)"
+    with_prior = dict(Caption.of(record | {"prior": [[0.9, 0.1]] * 3}).facts)
+    assert with_prior["calibrated probability"].endswith("0.50; for slides of which 10.0% are b)")
     assert caption.notes == ["The model was trained on this slide: its prediction is not independent evidence."]
     gaps = "deletion gap by attention +0.250 (beats 9 of 10), insertion gap by attention -0.125 (beats 9 of 10)"
     assert facts["faithfulness"] == f"mean probability against random orders: {gaps}"

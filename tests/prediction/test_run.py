@@ -474,3 +474,28 @@ def test_a_model_of_one_s_own_is_trained_tested_and_predicts(cohort, tmp_path, s
     assert cv.run()["model"] == {"name": "Silent", "input_dim": 16, "num_classes": 2}
     best = tmp_path / "run" / "all_folds_best.pth"
     assert isinstance(SlidePredictor(best, device="cpu").models[0], silent)
+
+
+def test_prevalence_moves_the_calibrated_probabilities_and_nothing_else(cohort, predict, tmp_path):
+    model = write_model(tmp_path / "model.pth", 1, intercepts=(0.4, -0.4), prior=(0.7, 0.3))
+    flags = ("--checkpoint", model, "--input", cohort[1] / "P003-S1.h5")
+    predict(*flags)
+    plain = of(tmp_path / "out", "P003-S1")
+    again = predict(*flags, "--prevalence", "0.05")
+    assert (again.code, len(again.errors)) == (1, 1), "another request than the one that is answered there"
+    predict(*flags, "--prevalence", "0.05", output="rare")
+    rare = of(tmp_path / "rare", "P003-S1")
+    assert rare["probabilities"] == plain["probabilities"]
+    assert rare["prior"] == [0.95, 0.05]
+    odds = [
+        record["calibrated_probabilities"]["malignant"] / record["calibrated_probabilities"]["benign"]
+        for record in (plain, rare)
+    ]
+    assert odds[1] / odds[0] == pytest.approx((0.05 / 0.95) / (0.3 / 0.7))
+
+
+def test_prevalence_needs_a_model_that_knows_its_own(cohort, models, predict):
+    outcome = predict("--checkpoint", models[0], "--input", cohort[1] / "P003-S1.h5", "--prevalence", "0.05")
+    assert outcome.code == 1
+    (line,) = outcome.errors
+    assert "--prevalence 0.05: no frequencies of the classes are recorded; leave it out, or train" in line

@@ -101,11 +101,8 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append((f"{predicted} by each model", f"{values}; standard deviation {spread}"))
     calibrated = record.get("calibrated_probabilities")
     if calibrated is not None:
-        temperatures = record["temperature"] if several else [record["temperature"]]
-        text = ", ".join(f"{temperature:.2f}" for temperature in temperatures)
-        facts.append(
-            ("calibrated probability", f"{percent_text(calibrated[record['predicted_class']])} (temperature {text})")
-        )
+        text = percent_text(calibrated[record["predicted_class"]])
+        facts.append(("calibrated probability", f"{text} ({_scaling_text(record, list(calibrated))})"))
     if record.get("evidence"):
         facts.append(("evidence", evidence_text(record)))
     elif "evidence" in record:  # asked for
@@ -118,6 +115,17 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = _RECIPE if delivered is None else [name for name in _RECIPE if name != "mpp"]
     facts += [(name, _short(str(recipe[name]))) for name in names if recipe.get(name) is not None]
     return facts if delivered is None else [*facts, ("µm/px of the patches", _mpp_text(delivered, recipe.get("mpp")))]
+
+
+def _scaling_text(record: Mapping[str, Any], class_names: Sequence[str]) -> str:
+    """Return what calibrated the probabilities, and which frequencies of two classes they refer to, if recorded."""
+    several = isinstance(record["temperature"], list)
+    temperatures = record["temperature"] if several else [record["temperature"]]
+    text = f"temperature {', '.join(f'{temperature:.2f}' for temperature in temperatures)}"
+    prior = record["prior"][0] if several and record.get("prior") else record.get("prior")
+    if prior is None or len(prior) != 2:
+        return text
+    return f"{text}; for slides of which {percent_text(prior[-1])} are {class_names[-1]}"
 
 
 def _feed_text(record: Mapping[str, Any]) -> str:
