@@ -210,10 +210,11 @@ class _Intervals:
     def _proportion(self, name: str, value: float, basis: Proportion) -> Estimate:
         slides = self.patients.slides(basis.rows)
         binomial = value * (1 - value) / slides.sum()
-        most = design_effect(slides, 1)
         effect = design_effect(slides, self.likeness)
         if binomial > _TINY:
-            effect = min(max(self.variances[name] / binomial, 1), most)
+            # Few patients may show less of it by chance: at least half of what the scores' likeness adds is there.
+            least, most = (1 + effect) / 2, design_effect(slides, 1)
+            effect = min(max(self.variances[name] / binomial, least), most)
         interval = wilson(value, slides.sum() / effect, quantile(len(slides)))
         return Estimate(value, interval, "Wilson, effective number of slides")
 
