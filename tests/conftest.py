@@ -53,6 +53,7 @@ LONGEST = (
     "test_ray.py", "test_cross_validation.py", "test_engine.py", "test_prediction_pictures.py", "test_commands.py",
     "test_extractor.py", "test_backbones.py", "test_readme.py", "test_leakage.py", "test_tutorial.py",
     "test_training.py", "test_patching.py", "test_compare.py", "test_extraction_orchestration.py",
+    "test_fitted_texts.py", "test_report_page.py", "test_faithfulness.py", "test_intervals.py",
 )  # fmt: skip
 
 
