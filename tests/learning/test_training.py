@@ -144,6 +144,20 @@ class TestLoss:
         assert {len(chunks) for chunks in losses.values()} == counts
         assert fitted.history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
+    def test_without_class_weights_each_slide_counts_alike(self, dataset, make_model, still):
+        """In the loss, and in the reference of evidence."""
+        slides = np.concatenate([np.flatnonzero(dataset.labels == 0)[:4], np.flatnonzero(dataset.labels == 1)[:8]])
+        settings = Training(epochs=1, batch_size=1000, standardize="off", class_weights="none")
+        fitted = refit(make_model, dataset, slides, settings, epochs=1, seed=7, device=CPU)
+        model = make_model()
+        model.load_state_dict(trained_weights(fitted))
+        set_references(model, lambda: map(dataset.features, slides), CHUNKED)
+        assert torch.allclose(fitted.state_dict["pooled_reference"], model.pooled_reference, atol=1e-6)
+        balanced = refit(make_model, dataset, slides, Training(epochs=1, batch_size=1000), epochs=1, seed=7, device=CPU)
+        whole = training.ModelTraining(make_model, dataset, slides, settings, 7, CPU)
+        assert whole.loss_weights.tolist() == [1, 1]
+        assert fitted.history[0]["train_loss"] != pytest.approx(balanced.history[0]["train_loss"], rel=1e-5)
+
     def test_a_rate_of_zero_moves_nothing(self, train, make_model, still):
         models = []
 

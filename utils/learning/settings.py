@@ -46,6 +46,9 @@ class Training(Settings):
     )
     final_lr: float = option(1e-6, "learning rate at the end of the cosine", least=0, most=1)
     clip_norm: float = option(1.0, "maximum norm of the gradient", least=1e-12)
+    class_weights: Literal["balanced", "none"] = option(
+        "balanced", "weights of the loss: each class weighs the same in all (balanced), or each slide does (none)"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "precision of training; auto: bf16 on a CUDA device that has it, else fp16; fp32 on other devices"
     )

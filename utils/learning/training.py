@@ -63,7 +63,8 @@ class ModelTraining:
         if settings.standardize == "on":
             standardize(self.model, *feature_scale(dataset.features, train))
         self.dataset, self.train, self.settings, self.seed, self.device = dataset, train, settings, seed, device
-        self.loss_weights = dataset.task.loss_weights(dataset.labels[train])
+        weights = dataset.task.loss_weights(dataset.labels[train])
+        self.loss_weights = weights if settings.class_weights == "balanced" else np.ones_like(weights)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -132,12 +133,13 @@ class ModelTraining:
     def with_reference(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights of this training with what evidence begins at: the mean pooled embedding of its slides.
 
-        Classes (strata) weigh alike there, as in the loss: else a frequent class would be what its own evidence begins
-        at.
+        Classes (strata) weigh there as in the loss. Where they weigh alike, a frequent class is not what its own
+        evidence begins at.
         """
         self.model.load_state_dict(weights)
         strata = self.dataset.task.strata(self.dataset.labels[self.train])
-        shares = 1 / np.bincount(strata)[strata]
+        is_balanced = self.settings.class_weights == "balanced"
+        shares = 1 / np.bincount(strata)[strata] if is_balanced else np.ones(len(strata))
         feed = SlideFeed.of_mode(self.dataset.mode, self.dataset.chunk_size, self.dataset.sequential)
         set_references(self.model, lambda: map(self.dataset.features, self.train), feed, shares)
         return self.weights()
