@@ -71,15 +71,16 @@ def train(dataset, make_model):  # noqa: F811 - the fixture
     """A short training on the shared cohort; settings and arguments by name."""
 
     def run(
-        make=make_model, *, data=dataset, slides=TRAIN, val=VAL, monitor="slide_auc", seed=7, on_epoch=None, **settings
-    ):
-        chosen = Training(**({"epochs": 3, "batch_size": 8, "lr": 1e-2} | settings))
+        make=make_model, *, data=dataset, slides=TRAIN, val=VAL, monitor="slide_auc", keep="best", seed=7,
+        on_epoch=None, **settings,
+    ):  # fmt: skip
+        chosen = Training(**({"epochs": 3, "batch_size": 8, "lr": 1e-2, "least_steps": 0} | settings))
         hook = {} if on_epoch is None else {"on_epoch": on_epoch}
         return fit(
             make,
             data,
             slides,
-            EarlyStopping(data.task, val, CHUNKED, monitor),
+            EarlyStopping(data.task, val, CHUNKED, monitor, keep),
             chosen,
             seed=seed,
             device=torch.device("cpu"),

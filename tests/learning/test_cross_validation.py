@@ -54,7 +54,8 @@ class TestOutputs:
         assert record["identity"]["seed"] == 5
         assert record["identity"]["training"] == {
             "epochs": EPOCHS, "patience": 10, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.01, "precision": "auto",
-            "use_amp": True, "warmup_epochs": 5, "final_lr": 1e-6, "clip_norm": 1.0, "class_weights": "balanced",
+            "use_amp": True, "warmup_epochs": 5, "final_lr": 1e-6, "clip_norm": 1.0, "least_steps": 400,
+            "class_weights": "balanced",
         }  # fmt: skip
         assert record["identity"]["feed"] == SlideFeed(20, "mean").as_dict()
 

@@ -107,6 +107,12 @@ def test_every_training_is_drawn_and_each_epoch_that_is_kept_is_marked():
     assert dots(alone) == [(3, 0.6), (1, 0.3)]
 
 
+def test_the_epoch_that_was_kept_is_marked_though_another_is_better():
+    table = history([{"train_loss": [0.9, 0.5, 0.4], "val_loss": [0.9, 0.7, 0.8], "val_auc": [0.6, 0.9, 0.8]}])
+    losses, auc = drawn(table.assign(kept=[False, False, True])).axes
+    assert (dots(losses), dots(auc)) == ([(3, 0.8)], [(3, 0.8)])
+
+
 def test_a_fold_that_fell_back_to_the_loss_is_marked_by_it():
     table = history(flat([2] * 4, [0.1, 0.2, 0.3, 0.4]), per_fold=2)
     table.loc[table["fold"] == 2, "val_auc"] = np.nan

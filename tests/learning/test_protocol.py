@@ -53,6 +53,33 @@ class TestSelection:
         assert pd.read_csv(tmp_path / "run" / "history.csv")["val_auc"].isna().all()
 
 
+class TestKeep:
+    @pytest.mark.parametrize(("keep", "many", "kept"), [
+        ("auto", 4, "best"), ("auto", 5, "last"), ("best", 5, "best"), ("last", 4, "last"),
+    ])  # fmt: skip
+    def test_where_few_slides_validate_the_last_epoch_is_kept(
+        self, keep, many, kept, dataset, tmp_path, monkeypatch, aloud
+    ):
+        """Inner folds of 24 slides validate on 4 of each class."""
+        monkeypatch.setattr(protocol, "MANY_VALIDATED", many)
+        cv = make_cv(dataset, tmp_path, keep=keep)
+        assert {job.keep for job in cv.jobs(cv.folds())} == {kept}
+        is_said = (keep, kept) == ("auto", "last")
+        assert ("as few as 4 slides of a class, so each training keeps its last epoch" in aloud.text) is is_said
+
+    @pytest.mark.parametrize("keep", ["best", "last"])
+    def test_results_say_which_epoch_was_kept(self, keep, dataset, tmp_path):
+        results = make_cv(dataset, tmp_path / "run", keep=keep, least_steps=0, epochs=3).run()
+        history = pd.read_csv(tmp_path / "run" / "history.csv")
+        kept = history[history["kept"] == 1]
+        assert (kept.groupby(["fold", "inner"]).size() == 1).all()
+        assert {fold["selection"]["keep"] for fold in results["fold_results"]} == {keep}
+        assert keep == "best" or set(kept["epoch"]) == {3}
+        for fold in results["fold_results"]:
+            rows = kept[(kept["fold"] == fold["fold"]) & (kept["inner"] == fold["selection"]["inner_fold"])]
+            assert rows["epoch"].tolist() == [fold["selection"]["epoch"]]
+
+
 class TestRepeats:
     def test_each_repeat_tests_each_slide_once_on_other_folds(self, dataset, tmp_path, unfitted):
         results = make_cv(dataset, tmp_path, repeats=3).run()

@@ -109,6 +109,16 @@ class TestFolder:
         assert not (tmp_path / "run.1").exists()
         assert read_json(tmp_path / "run" / "run.json")["identity"] == record["identity"]
 
+    @pytest.mark.parametrize("lacking", ["keep", "least_steps"])
+    def test_a_run_that_knew_no_such_setting_is_another_run(self, lacking, dataset, tmp_path, unfitted, aloud):
+        make_cv(dataset, tmp_path / "run").run()
+        record = read_json(tmp_path / "run" / "run.json")
+        del (record["identity"] if lacking == "keep" else record["identity"]["training"])[lacking]
+        write_text(tmp_path / "run" / "run.json", json.dumps(record))
+        make_cv(dataset, tmp_path / "run").run()
+        assert f"held another run ({'keep' if lacking == 'keep' else 'training'} differs)" in aloud.text
+        assert (tmp_path / "run.1" / "outputs.json").is_file()
+
 
 class TestKinds:
     def test_other_groups_are_another_run(self, cohort, tmp_path, unfitted):

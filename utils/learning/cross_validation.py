@@ -53,7 +53,7 @@ class NestedCrossValidation:
     """Nested, patient-level, stratified cross-validation of one model on one dataset.
 
     `model_factory` makes a fresh, untrained model at every call. For each outer fold, one model per inner fold (and
-    setting of the `grid`) is trained on the other inner folds and stopped early on that one. The setting with the best
+    setting of the `grid`) is trained on the other inner folds and validated on that one. The setting with the best
     mean inner validation gives the model that is tested on the outer fold, as `final` says. All reported figures are
     out of fold, at slide level.
 
@@ -214,7 +214,7 @@ class NestedCrossValidation:
 
     def jobs(self, folds: Sequence[OuterFold], standardized: Collection[int] = ()) -> list[TrainingJob]:
         """Return the inner trainings (see `inner_jobs`)."""
-        return inner_jobs(self.dataset, self.protocol.monitor, self.training, self.settings, folds, standardized)
+        return inner_jobs(self.dataset, self.protocol, self.training, self.settings, folds, standardized)
 
     def _run_folds(
         self, folds: list[OuterFold], engine: Engine, standardization: Standardization, digests: Sequence[str]
@@ -224,10 +224,11 @@ class NestedCrossValidation:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
             counts = plural(engine.jobs, "training"), plural(torch.get_num_threads(), "thread")
             log.info("%s at a time, on %s each", *counts)
-        tester = FoldTester(
-            trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for, digests
-        )
         jobs, remedy = self.jobs(folds, standardization.folds), _remedy(self.cluster, self.dataset)
+        tester = FoldTester(
+            trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for, digests,
+            jobs[0].keep,
+        )  # fmt: skip
         train_jobs(trainer, jobs, engine, remedy)
         choices = [tester.choice(fold, [job for job in jobs if job.fold is fold]) for fold in folds]
         if self.protocol.final == "refit":

@@ -26,7 +26,7 @@ class FoldTester:
     """Reads the trained jobs, chooses among them and tests the chosen model, as `final` says (see `Protocol`).
 
     Each tested model is saved in `folder`. `is_remote`: other machines write the trainings. `digests` are those of the
-    slides' features, in the table's order; empty if unknown.
+    slides' features, in the table's order; empty if unknown. `keep`: which epoch of each training was kept.
     """
 
     trainer: Trainer
@@ -35,6 +35,7 @@ class FoldTester:
     dataset_name: str | None
     is_remote: bool
     digests: Sequence[str] = ()
+    keep: str = "best"
 
     def choice(self, fold: OuterFold, jobs: Sequence[TrainingJob]) -> Choice:
         """Choose among the settings by the inner trainings of a fold."""
@@ -60,6 +61,7 @@ class FoldTester:
         record = {
             "chosen_on": "inner validation",
             "monitor": choice.monitor,
+            "keep": self.keep,
             "final": final,
             "outer_fold": choice.fold.number,
             "setting": trainer.settings[choice.setting - 1].values,
@@ -117,7 +119,7 @@ class FoldTester:
         if isinstance(fitted, Diverged):
             return []
         head = {"fold": job.fold.number, "setting": str(self.trainer.settings[job.setting - 1]), "inner": job.inner}
-        return [head | row for row in fitted.history]
+        return [head | row | {"kept": int(row["epoch"] == fitted.epoch)} for row in fitted.history]
 
     def _model(self, setting: int, states: Sequence[Mapping[str, torch.Tensor]]) -> BagModel:
         models = [self.trainer.factory(self.trainer.settings[setting - 1])() for _ in states]

@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from utils.prediction.forward_pass import SlideFeed
 @dataclass(frozen=True)
 class TrainingJob:
     """One training, which is resumed as a whole. `setting` counts from 1, `inner` folds too; `inner` 0 is the refit on
-    the whole outer training set. At most `epochs` are compared by `monitor`.
+    the whole outer training set. At most `epochs` are compared by `monitor`, unless the last is kept.
     """
 
     fold: OuterFold
@@ -34,6 +34,7 @@ class TrainingJob:
     epochs: int
     monitor: str
     standardize: bool = False
+    keep: Literal["last", "best"] = "best"
 
     @property
     def name(self) -> str:
@@ -81,7 +82,7 @@ class Trainer:
         if not job.inner:
             return refit(factory, self.dataset, job.fold.train, training, epochs=job.epochs, **common)
         inner = job.fold.inner[job.inner - 1]
-        stopping = EarlyStopping(self.dataset.task, inner.val, self.feed, job.monitor)
+        stopping = EarlyStopping(self.dataset.task, inner.val, self.feed, job.monitor, job.keep)
         return fit(factory, self.dataset, inner.train, stopping, training, **common)
 
     def training_of(self, job: TrainingJob) -> Training:

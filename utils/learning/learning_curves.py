@@ -30,7 +30,7 @@ _CAPTION = (
 @dataclass(frozen=True, eq=False)
 class _Training:
     """An inner training: its task, outer fold and setting, its `rows` of the history, one per epoch, the `monitor` that
-    compared them, and the index of the `best` one, which was kept.
+    compared them, and the index of the `kept` one.
     """
 
     task: Task
@@ -38,7 +38,7 @@ class _Training:
     setting: str
     rows: pd.DataFrame
     monitor: str
-    best: int
+    kept: int
 
     def values(self, column: str) -> np.ndarray:
         """Return a column `(epochs,)`."""
@@ -58,10 +58,11 @@ class _Curve:
 def learning_figure(task: Task, history: pd.DataFrame, monitors: Mapping[int, str]) -> Figure:
     """Draw the losses of the inner trainings, and the metric that compared their epochs, if it is not the loss.
 
-    `history` has a row per `fold`, `setting`, `inner` and `epoch` with `train_loss`, `val_loss` and the metric that
-    `monitors` names for each fold; `inner` 0, a refit, has no validation and is left out. The mean is over all
-    trainings at every epoch: over those still running it would fall as soon as a bad one stops. Of several settings,
-    each in its colour, at most the six best on inner validation are drawn.
+    `history` has a row per `fold`, `setting`, `inner` and `epoch` with `train_loss`, `val_loss`, the metric that
+    `monitors` names for each fold, and whether the epoch was `kept`: 1 or 0 (without that column, the best one was).
+    `inner` 0, a refit, has no validation and is left out. The mean is over all trainings at every epoch: over those
+    still running it would fall as soon as a bad one stops. Of several settings, each in its colour, at most the six
+    best on inner validation are drawn.
     """
     trainings = _trainings(task, history, monitors)
     settings = _ordered_settings(trainings)
@@ -95,8 +96,11 @@ def _trainings(task: Task, history: pd.DataFrame, monitors: Mapping[int, str]) -
     for (fold, setting, _), rows in inner.groupby(["fold", "setting", "inner"], sort=False):
         monitor = monitors[int(fold)]
         ordered = rows.sort_values("epoch")
-        best = best_of([rank(task, row, monitor) for row in ordered.to_dict("records")])
-        trainings.append(_Training(task, int(fold), setting, ordered, monitor, best))
+        if "kept" in ordered:
+            kept = int(ordered["kept"].to_numpy(dtype=bool).argmax())
+        else:  # of an earlier version
+            kept = best_of([rank(task, row, monitor) for row in ordered.to_dict("records")])
+        trainings.append(_Training(task, int(fold), setting, ordered, monitor, kept))
     return trainings
 
 
@@ -110,7 +114,7 @@ def _orders(trainings: Sequence[_Training]) -> list[list[str]]:
         validations: dict[str, list[dict[str, Any]]] = {setting: [] for setting in settings}
         for training in trainings:
             if training.fold == fold:
-                validations[training.setting].append(training.rows.iloc[training.best].to_dict())
+                validations[training.setting].append(training.rows.iloc[training.kept].to_dict())
         monitor = next(training.monitor for training in trainings if training.fold == fold)
         most = max(map(len, validations.values()))
         ranks = {
@@ -175,7 +179,7 @@ def _scores(trainings: Sequence[_Training]) -> list[tuple[str, str, list[_Traini
 
 
 def _draw(axes: Axes, curve: _Curve) -> None:
-    """Draw each training faintly, with a dot at its best epoch, and their mean."""
+    """Draw each training faintly, with a dot at the epoch kept, and their mean."""
     colour, style = COLOURS[curve.number], STYLES[curve.number]
     lengths = sorted(len(training.rows) for training in curve.trainings)
     is_point, faint = lengths[-1] == 1, min(0.3, 6 / len(lengths))
@@ -183,8 +187,8 @@ def _draw(axes: Axes, curve: _Curve) -> None:
         epochs, values = training.rows["epoch"].to_numpy(), training.values(curve.column)
         axes.plot(epochs, values, color=colour, alpha=faint, lw=0.7, marker="." if is_point else None)
         if curve.column != "train_loss":
-            best = epochs[training.best], values[training.best]
-            axes.plot(*best, "o", color=colour, ms=4, mew=0.6, mec="white", clip_on=False, zorder=5)
+            kept = epochs[training.kept], values[training.kept]
+            axes.plot(*kept, "o", color=colour, ms=4, mew=0.6, mec="white", clip_on=False, zorder=5)
     mean = np.mean([_extended(training.values(curve.column), lengths[-1]) for training in curve.trainings], axis=0)
     epochs = np.arange(1, len(mean) + 1)
     half = lengths[len(lengths) // 2]  # the last epoch that at least half of them reach

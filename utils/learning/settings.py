@@ -37,7 +37,12 @@ class Training(Settings):
     """How one model is trained."""
 
     epochs: int = option(100, "maximum number of epochs", least=1)
-    patience: int = option(10, "stop after so many epochs without better validation at slide level", least=1)
+    patience: int = option(
+        10, "stop after so many epochs without better validation at slide level, where the best epoch is kept", least=1
+    )
+    least_steps: int = option(
+        400, "optimiser steps before which no epoch is kept and no training stops, unless it is the last epoch", least=0
+    )
     batch_size: BatchSize = batch_size_option()
     lr: float = option(1e-4, "peak learning rate of AdamW", least=1e-8, most=1)
     weight_decay: float = option(0.01, "weight decay of AdamW", least=0, most=10)
@@ -65,11 +70,17 @@ class Training(Settings):
             raise ConfigError(f"--precision {self.precision}: contradicts --no_amp; leave one of them out")
 
     @property
+    def warmup(self) -> int:
+        """Return the epochs of the warm-up, which is shorter in a short training."""
+        return min(self.warmup_epochs, self.epochs // 4)
+
+    @property
     def amp_precision(self) -> str:
         """Return the precision, from --precision or --no_amp."""
         return self.precision if self.use_amp else "fp32"
 
 
+Keep = Literal["auto", "last", "best"]
 Monitor = Literal["slide_auc", "slide_loss", "slide_balanced_accuracy", "slide_f1_macro"]
 Final = Literal["best", "ensemble", "refit"]
 
@@ -79,7 +90,7 @@ class Protocol(Settings):
     """Nested cross-validation."""
 
     n_outer: int = option(5, "outer folds: each slide is tested once", least=2)
-    n_inner: int = option(4, "inner folds: they select epoch, setting and model", least=2)
+    n_inner: int = option(4, "inner folds: they select setting and model, and the epoch where it is chosen", least=2)
     repeats: int = option(1, "how often the whole cross-validation is repeated, on other folds", least=1)
     splits: Path | None = option(
         None,
@@ -94,13 +105,18 @@ class Protocol(Settings):
     )
     monitor: Monitor = option(
         "slide_auc",
-        "metric of the inner validation that selects epoch, setting and model",
+        "metric of the inner validation that selects setting and model, and the epoch where the best is kept",
         also={name.removeprefix("slide_"): name for name in typing.get_args(Monitor)},
+    )
+    keep: Keep = option(
+        "auto",
+        "the epoch of a training that is kept: the last, or the best by validation; auto: the last if an inner fold "
+        "validates on fewer than 20 slides of a class, else the best",
     )
     final: Final = option(
         "best",
         "the model that is tested: the best inner model of the selected setting, the mean of its inner models "
-        "(ensemble), or one trained again on the whole outer training set for the median best epoch (refit)",
+        "(ensemble), or one trained again on the whole outer training set for the median kept epoch (refit)",
     )
     seed: int = option(SEED, "seed of splits, weights and batches", least=0)
 

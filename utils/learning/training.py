@@ -24,8 +24,8 @@ from utils.prediction.forward_pass import SlideFeed, SlideOutput, predict_featur
 
 @dataclass(frozen=True)
 class Fitted:
-    """The best epoch of a training: a copy of its weights on the CPU, its number from 1, its validation figures and its
-    `val_probabilities (n, C)` (empty without validation slides); and every epoch's row for history.csv.
+    """The epoch of a training that is kept: a copy of its weights on the CPU, its number from 1, its validation figures
+    and its `val_probabilities (n, C)` (empty without validation slides); and every epoch's row for history.csv.
     """
 
     state_dict: dict[str, Tensor]
@@ -65,6 +65,7 @@ class ModelTraining:
         self.dataset, self.train, self.settings, self.seed, self.device = dataset, train, settings, seed, device
         weights = dataset.task.loss_weights(dataset.labels[train])
         self.loss_weights = weights if settings.class_weights == "balanced" else np.ones_like(weights)
+        self.steps = 0
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -125,6 +126,7 @@ class ModelTraining:
         nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.steps += 1
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the weights, on the CPU."""
@@ -156,10 +158,12 @@ def fit(
     device: torch.device,
     on_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Fitted:
-    """Train a fresh model on the slides `train`, and keep the epoch that does best on the validation slides.
+    """Train a fresh model on the slides `train`, and keep the last epoch or, as `stopping.keep` says, the best one.
 
-    Training stops after `settings.patience` epochs without a better one. `on_epoch` is called with each epoch's row of
-    history. Raises DivergedError if a loss or a prediction is not finite.
+    The best is the one that does best on the validation slides, of those after `settings.least_steps` steps.
+
+    Then training stops after `settings.patience` epochs without a better one. `on_epoch` is called with each epoch's
+    row of history. Raises DivergedError if a loss or a prediction is not finite.
     """
     training = ModelTraining(model_factory, dataset, train, settings, seed, device)
     best: Fitted | None = None
@@ -170,12 +174,13 @@ def fit(
             training.model, dataset, stopping.slides, training.loss_weights, stopping.feed
         )
         history.append(row | validation)
-        if best is None or stopping.is_better(validation, best.validation):
+        may_keep = stopping.may_keep(epoch, training.steps, settings)
+        if may_keep and (best is None or stopping.is_better(validation, best.validation)):
             best = Fitted(training.weights(), epoch, validation, torch.from_numpy(probabilities), history)
         on_epoch(history[-1])
-        if stopping.is_over(epoch, best.epoch, settings.patience):
+        if best is not None and stopping.is_over(epoch, best.epoch, settings):
             break
-    assert best is not None  # noqa: S101 - for the type checker: there is at least one epoch
+    assert best is not None  # noqa: S101 - for the type checker: the last epoch may be kept
     return replace(best, state_dict=training.with_reference(best.state_dict))
 
 
@@ -204,7 +209,7 @@ def refit(
 
 def learning_rate(epoch: int, settings: Training) -> float:
     """Return the learning rate of an epoch: a linear warm-up (shorter in a short training), then a cosine."""
-    warmup = min(settings.warmup_epochs, settings.epochs // 4)
+    warmup = settings.warmup
     if epoch <= warmup:
         return settings.lr * epoch / warmup
     progress = (epoch - 1 - warmup) / max(1, settings.epochs - 1 - warmup)
