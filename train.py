@@ -17,7 +17,7 @@ from utils.core import cli
 from utils.core.errors import ConfigError
 from utils.core.model_help import model_help
 from utils.core.ray_settings import Cluster
-from utils.learning.settings import DryRun, Model, Protocol, Running, Training
+from utils.learning.settings import PRESETS, DryRun, Model, Preset, Protocol, Running, Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 # Imports that take seconds are made where they are used, so that --help and a mistyped flag are answered at once.
 
 FLAGS = {
-    "cohort": Cohort, "model": Model, "training": Training, "cross-validation": Protocol, "running": Running,
-    "beyond one machine": Cluster, "before a long run": DryRun,
+    "cohort": Cohort, "model": Model, "training": Training, "training as published": Preset,
+    "cross-validation": Protocol, "running": Running, "beyond one machine": Cluster, "before a long run": DryRun,
 }  # fmt: skip
 
 
 def main() -> None:
     epilog = model_help(Path(__file__).parent / "MILS")
-    cohort, model, training, protocol, running, cluster, run = cli.parse(str(__doc__), FLAGS, epilog=epilog)
+    cohort, model, training, preset, protocol, running, cluster, run = cli.parse(
+        str(__doc__), FLAGS, epilog=epilog, presets=PRESETS
+    )
     from datasets.demo import make_demo, next_command
     from utils.core.engine import check_engine
     from utils.evaluation.closing_table import closing_text
@@ -52,7 +54,13 @@ def main() -> None:
         print(audit_text(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
     output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
-    settings = {**asdict(training), **asdict(protocol), **asdict(cluster), "dataset_name": cohort.dataset}
+    settings = {
+        **asdict(training),
+        **asdict(protocol),
+        **asdict(cluster),
+        "dataset_name": cohort.dataset,
+        "preset": preset.preset,
+    }
     settings |= {field: getattr(running, field) for field in ("device", "jobs", "figure_format")}
     factory = model_factory(name, model, dataset)
     cv = NestedCrossValidation(factory, dataset, dataset.class_names, output_dir, **settings)

@@ -18,7 +18,7 @@ from utils.core import cli, runtime
 from utils.core.errors import ConfigError, LiteMILError, SlideError
 from utils.core.settings import REQUIRED, flag_of, option
 from utils.features.settings import Extraction
-from utils.learning.settings import DryRun, Model, Protocol, Running, Training
+from utils.learning.settings import DryRun, Model, Preset, Protocol, Running, Training
 from utils.pictures.settings import Pictures
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.slides.settings import ExtractionFiles
@@ -29,6 +29,7 @@ SCRIPTS = {
         "cohort": Cohort,
         "model": Model,
         "training": Training,
+        "preset": Preset,
         "protocol": Protocol,
         "running": Running,
         "dry run": DryRun,
@@ -269,6 +270,15 @@ def test_a_default_of_zero_is_told(capsys):
     assert "how many (default: 0)" in text
     assert "100 % is the most (default: 0.0)" in text
     assert "learning rate at the end of the cosine (default: 1e-06)" in help_of(capsys, "train")
+
+
+def test_a_preset_sets_what_no_flag_gives():
+    groups, presets = {"preset": Preset, "training": Training}, {"paper": {"lr": 0.5, "patience": 3}}
+    _, plain = cli.parse("", groups, [], presets=presets)
+    assert plain == Training()
+    preset, training = cli.parse("", groups, ["--preset", "paper", "--patience", "10"], presets=presets)
+    assert preset.preset == "paper"
+    assert training == Training(lr=0.5, patience=10)
 
 
 def test_help_keeps_the_descriptions_lines(capsys):

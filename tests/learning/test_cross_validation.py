@@ -35,11 +35,13 @@ from utils.core.engine import threads
 from utils.core.errors import ConfigError, SplitError
 from utils.core.files import read_json
 from utils.learning import fold_tester, jobs
+from utils.learning.settings import PRESETS
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.prediction.checkpoint import load_checkpoint
 from utils.prediction.forward_pass import SlideFeed, predict_features
 
+SMALL = {"n_outer": 3, "n_inner": 2, "epochs": 2, "lr": 1e-2, "batch_size": 8}
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
@@ -58,6 +60,13 @@ class TestOutputs:
             "class_weights": "balanced",
         }  # fmt: skip
         assert record["identity"]["feed"] == SlideFeed(20, "mean").as_dict()
+
+    def test_run_json_names_a_preset_and_what_differs_from_it(self, dataset, tmp_path, unfitted):
+        make_cv(dataset, tmp_path / "run", **(PRESETS["paper"] | SMALL), preset="paper").run()
+        preset = strict_json(tmp_path / "run" / "run.json")["preset"]
+        assert preset == {"name": "paper", "changed": SMALL}
+        make_cv(dataset, tmp_path / "other").run()
+        assert strict_json(tmp_path / "other" / "run.json")["preset"] is None
 
 
 class TestSecrecyOfTheTestFold:

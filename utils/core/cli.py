@@ -63,10 +63,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None = None, epilog: str = "") -> list[Any]:
+def parse(
+    description: str,
+    groups: dict[str, type],
+    argv: Sequence[str] | None = None,
+    epilog: str = "",
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Any]:
     """Parse a command line into one frozen config per group, in the groups' order.
 
-    `groups` maps titles of the help text to config classes, which may not share a flag. A wrong command line ends the
+    `groups` maps titles of the help text to config classes, which may not share a flag. `presets` holds, by its name,
+    what `--preset` sets: the defaults of other fields. A wrong command line ends the
     process with one line on stderr and exit code 2.
     """
     parser = _Parser(
@@ -80,6 +87,9 @@ def parse(description: str, groups: dict[str, type], argv: Sequence[str] | None 
     if _running:
         _running[-1].update(field.name for config in groups.values() for field in options(config))
     values = vars(parser.parse_args(words))
+    if preset := values.get("preset"):
+        parser.set_defaults(**(presets or {})[preset])
+        values = vars(parser.parse_args(words))
     if values["quiet"]:
         runtime.be_quiet()
     return [

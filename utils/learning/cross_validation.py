@@ -9,7 +9,7 @@ import pickle
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from utils.learning.results import write_results
 from utils.learning.run_folder import RunFolder
 from utils.learning.run_identity import settings_identity, slides_by_time, slides_identity
 from utils.learning.scheduler import train_jobs
-from utils.learning.settings import Protocol, Running, Training
+from utils.learning.settings import Preset, Protocol, Running, Training, preset_record
 from utils.learning.splits import OuterFold
 from utils.learning.standardization import Standardization
 from utils.learning.threads import THREADS, ThreadChoice, choose_threads
@@ -60,7 +60,8 @@ class NestedCrossValidation:
     Every field of `Training`, `Protocol`, `Running` (`utils.learning.settings`) and `Cluster` is a keyword argument:
     `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`, `jobs`,
     `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable: `functools.partial(build_mil, ...)`,
-    not a lambda.
+    not a lambda. `preset` names the one of `settings.PRESETS` that the settings are from, for run.json: it sets nothing
+    itself (give `**PRESETS["paper"]`).
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
     dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when
@@ -83,6 +84,7 @@ class NestedCrossValidation:
         *,
         grid: str | Mapping[str, Sequence[Any]] | None = None,
         dataset_name: str | None = None,
+        preset: str | None = None,
         **settings: Any,
     ) -> None:
         _check_dataset(dataset, class_names)
@@ -91,6 +93,7 @@ class NestedCrossValidation:
         kinds = Training, Protocol, Running, Cluster
         self.training, self.protocol, self.running, self.cluster = _configs(settings, *kinds)
         self.dataset, self.dataset_name = dataset, dataset_name
+        self.preset = Preset(preset=preset).preset  # type: ignore[arg-type]
         if self.running.output_dir is None:
             raise ConfigError("output_dir None: expected the folder for the results")
         self.output_dir = self.running.output_dir.absolute()
@@ -240,8 +243,10 @@ class NestedCrossValidation:
     def _record(self, engine: Engine) -> dict[str, Any]:
         # `predict.py --out_of_fold` finds the features by it.
         features = str(self.dataset.features_dir.resolve())
+        preset = self.preset and preset_record(self.preset, asdict(self.training) | asdict(self.protocol))
         return {
-            "dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, **run_metadata(self.device)
+            "dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, "preset": preset,
+            **run_metadata(self.device),
         }  # fmt: skip
 
 

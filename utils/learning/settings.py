@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +135,31 @@ class Running(Settings):
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     jobs: int = option(1, "trainings in parallel, each in its own process with its share of the threads", least=1)
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
+
+
+# What `--preset` sets, unless another flag does.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "epochs": 100, "patience": 10, "least_steps": 0, "batch_size": 128, "lr": 1e-4, "weight_decay": 0.01,
+        "warmup_epochs": 5, "final_lr": 1e-6, "clip_norm": 1.0, "class_weights": "balanced", "standardize": "off",
+        "n_outer": 5, "n_inner": 4, "keep": "best", "final": "best",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset(Settings):
+    """Settings that are set together."""
+
+    preset: Literal["paper"] | None = option(
+        None, "train as the first version did: its value for each setting of training that no other flag gives"
+    )
+
+
+def preset_record(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of a preset: its name, and the settings whose values are not those of the preset."""
+    changed = {setting: settings[setting] for setting, value in PRESETS[name].items() if settings[setting] != value}
+    return {"name": name, "changed": changed}
 
 
 @dataclass(frozen=True, kw_only=True)
