@@ -71,6 +71,8 @@ def main() -> None:
     results = cv.run()
     print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{closing_text(results)}\n")
     chosen = output_dir / "all_folds_best.pth"
+    if protocol.final == "all":
+        print(f"A model of all slides, for use elsewhere, is {output_dir / 'all_slides.pth'}; expect the figures above")
     print(f"Results are in {output_dir} (took {cli.took()}); the model chosen on inner validation is {chosen}")
     if is_demo:
         print("\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n")

@@ -21,7 +21,7 @@ from utils.core.errors import ConfigError
 from utils.core.ray_settings import Cluster
 from utils.core.settings import flag_of
 from utils.features.settings import Extraction
-from utils.learning.settings import DryRun, Model, Protocol, Running, Training
+from utils.learning.settings import DryRun, Model, Preset, Protocol, Running, Training
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.pictures.settings import Pictures
@@ -36,6 +36,7 @@ GIVEN = {
     CohortFiles: {},
     Cohort: {"dataset": "mine"},
     Model: {"mil": "LiteMIL"},
+    Preset: {},
     Training: {},
     Protocol: {},
     Running: {},
@@ -108,7 +109,7 @@ def test_numbers_out_of_range_are_refused_by_the_flags_name(cls, field):
         (Training, {"lr": 1e10}, "--lr 10000000000.0: out of range"),
         (Training, {"use_amp": 1}, "--no_amp 1: expected True or False"),
         (Training, {"epoch": 3}, "Training: no setting epoch; did you mean epochs?"),
-        (Protocol, {"final": "Ensemble"}, "--final 'Ensemble': expected one of best, ensemble, refit; did you"),
+        (Protocol, {"final": "Ensemble"}, "--final 'Ensemble': expected one of best, ensemble, refit, all; did you"),
         (Protocol, {"monitor": "auroc"}, "--monitor 'auroc': expected one of slide_auc"),
         (Protocol, {"monitor": "AUC"}, "--monitor 'AUC': expected one of .*; did you mean auc?"),
         (Protocol, {"monitor": "acu"}, "did you mean auc?"),

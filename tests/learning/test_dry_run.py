@@ -24,6 +24,8 @@ class TestDryRun:
         assert "memory: about" in said
         refit = make_cv(dataset, tmp_path / "run", grid="lr=1e-3,1e-2", epochs=7, final="refit").dry_run()
         assert "12 inner trainings of at most 7 epochs, 3 refits" in refit
+        everything = make_cv(dataset, tmp_path / "run", epochs=7, final="all").dry_run()
+        assert "6 inner trainings of at most 7 epochs, one on all slides" in everything
 
     def test_the_largest_step_of_the_run_is_taken(self, cohort, tmp_path, monkeypatch):
         steps = []

@@ -116,6 +116,38 @@ class TestFinal:
         assert refits["val_loss"].isna().all()
         assert np.isfinite(refits["train_loss"]).all()
 
+    def test_a_model_of_all_slides_is_trained_beside_the_folds(self, dataset, tmp_path, monkeypatch, no_figures):
+        refit, calls = jobs.refit, []
+
+        def watched(factory, data, train, settings, **named):
+            calls.append((train.tolist(), named["epochs"], settings.lr))
+            return refit(factory, data, train, settings, **named)
+
+        monkeypatch.setattr(jobs, "refit", watched)
+        settings = {"keep": "best", "least_steps": 0, "epochs": 4, "grid": "lr=1e-3,1e-2"}
+        results = make_cv(dataset, tmp_path / "all", final="all", **settings).run()
+        usual = make_cv(dataset, tmp_path / "best", final="best", **settings).run()
+        assert results["pooled"] == usual["pooled"], "the folds' figures stay"
+        selections = [fold["selection"] for fold in results["fold_results"]]
+        rates = [selection["setting"]["lr"] for selection in selections]
+        lr = max(set(rates), key=rates.count)
+        history = pd.read_csv(tmp_path / "all" / "history.csv")
+        chosen = pd.DataFrame({"fold": range(1, N_OUTER + 1), "setting": [f"lr={rate}" for rate in rates]})
+        kept = history[history["kept"] == 1].merge(chosen[chosen["setting"] == f"lr={lr}"])
+        epochs = math.ceil(kept["epoch"].median())
+        assert calls == [(list(range(len(dataset))), epochs, lr)]
+        checkpoint = load_checkpoint(tmp_path / "all" / "all_slides.pth")
+        assert checkpoint.seen["slide"] == id_digests("slide", [row.wsi_id for row in dataset.rows])
+        selection = checkpoint.selection
+        assert (selection["final"], selection["trained_on"], selection["outer_fold"]) == ("all", "all slides", None)
+        assert (selection["epoch"], selection["setting"]) == (epochs, {"lr": lr})
+        assert selection["expected"] == results["pooled"]
+        thresholds = [fold["threshold"] for fold in results["fold_results"]]
+        assert selection["threshold"] == np.median(thresholds)
+        output = predict_features(TASK, checkpoint.build(), dataset.features(0), checkpoint.slide_feed)
+        assert output.probabilities.sum() == pytest.approx(1)
+        assert not (tmp_path / "best" / "all_slides.pth").exists()
+
     @pytest.mark.parametrize("final", ["ensemble", "refit"])
     def test_resumes_where_it_was_to_the_same_bytes(self, final, dataset, tmp_path, no_figures):
         make_cv(dataset, tmp_path / "whole", final=final, epochs=2).run()

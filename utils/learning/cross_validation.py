@@ -29,7 +29,7 @@ from utils.core.runtime import derive_seed, log, versions
 from utils.core.settings import check_names
 from utils.learning import dry_run
 from utils.learning.finished_runs import draw_missing
-from utils.learning.fold_results import FoldResult
+from utils.learning.fold_results import FoldResult, pooled_predictions
 from utils.learning.fold_tester import FoldTester
 from utils.learning.grid import grid_settings, read_grid
 from utils.learning.jobs import Trainer, TrainingJob
@@ -238,6 +238,11 @@ class NestedCrossValidation:
             train_jobs(trainer, [tester.refit_job(choice) for choice in choices], engine, remedy)
         results = [tester.test(choice) for choice in choices]
         tester.save_best(results)
+        if self.protocol.final == "all":
+            job = tester.all_slides_job(choices, standardizes=2 * len(standardization.folds) > len(folds))
+            train_jobs(trainer, [job], engine, remedy)
+            pooled = pooled_predictions(results, self.dataset, derive_seed(self.protocol.seed, "bootstrap"))
+            tester.save_all_slides(job, choices, pooled.metrics)
         return results
 
     def _record(self, engine: Engine) -> dict[str, Any]:

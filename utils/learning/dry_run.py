@@ -18,7 +18,7 @@ from utils.core.errors import DivergedError, plural
 from utils.core.runtime import available_memory, duration, file_size, log, progress
 from utils.core.text import aligned
 from utils.learning.jobs import Trainer, TrainingJob
-from utils.learning.splits import OuterFold
+from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import ModelTraining, validate
 
 # A trial trains on at least this many patches and at least one slide per class, and validates on as many.
@@ -51,6 +51,11 @@ def report(
         longest = max(jobs, key=lambda job: job.epochs)
         jobs = jobs + [replace(longest, fold=fold, inner=0) for fold in folds]
         head += f", {len(folds)} refits"
+    if final == "all":
+        everything, nothing = np.arange(len(data)), np.arange(0)
+        longest = max(jobs, key=lambda job: job.epochs)
+        jobs = [*jobs, replace(longest, fold=OuterFold(0, nothing, (InnerFold(everything, nothing),)), inner=0)]
+        head += ", one on all slides"
     first = {job.setting: job for job in reversed(jobs)}
     bar = progress(sorted(first), "Trying each setting", unit="setting", leave=False)
     trials = [trial(trainer, first[setting], sizes, data.window) for setting in bar]

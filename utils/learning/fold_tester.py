@@ -1,10 +1,12 @@
 """Test each outer fold's chosen model on its test slides, once, and save it as a checkpoint."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from MILS.bag_model import BagModel
@@ -16,9 +18,12 @@ from utils.learning.fold_results import FoldResult
 from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.model_selection import Choice, choose, mean_validation
 from utils.learning.ranking import best_of, rank, refit_epochs
-from utils.learning.splits import OuterFold
+from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Diverged, Fitted, predict_slides
 from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
+from utils.tasks.task import FittedFigures
+
+ALL_SLIDES = "all_slides.pth"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,39 @@ class FoldTester:
         standardizes = "feature_mean" in choice.fitted[0].state_dict
         return TrainingJob(choice.fold, choice.setting, 0, epochs, choice.monitor, standardizes)
 
+    def all_slides_job(self, choices: Sequence[Choice], *, standardizes: bool) -> TrainingJob:
+        """Return the training on all slides, of the setting that most folds chose, for the median epoch kept there."""
+        counts = Counter(choice.setting for choice in choices)
+        setting = max(counts, key=lambda setting: (counts[setting], -setting))
+        epochs = refit_epochs([fit.epoch for choice in choices if choice.setting == setting for fit in choice.fitted])
+        slides = np.arange(len(self.trainer.dataset))
+        fold = OuterFold(0, slides[:0], (InnerFold(slides, slides[:0]),))
+        return TrainingJob(fold, setting, 0, epochs, choices[0].monitor, standardizes, "last")
+
+    def save_all_slides(self, job: TrainingJob, choices: Sequence[Choice], expected: Mapping[str, Any]) -> None:
+        """Save the model trained on all slides. No slide is left to test it or to fit to: `expected` are the figures of
+        the cross-validation; threshold and calibration are the folds' medians.
+        """
+        trained = self._read(job)
+        assert isinstance(trained, Fitted)  # noqa: S101 - for the type checker: if it diverges, the run ends
+        fitted = _medians([choice.fitted_to_values for choice in choices])
+        selection = {
+            "chosen_on": "inner validation",
+            "monitor": job.monitor,
+            "keep": self.keep,
+            "final": "all",
+            "trained_on": "all slides",
+            "outer_fold": None,
+            "setting": self.trainer.settings[job.setting - 1].values,
+            "inner_fold": None,
+            "epoch": trained.epoch,
+            "threshold": fitted["threshold"],
+            "expected": dict(expected),
+            "best_of_all_folds": False,
+        }
+        model = self._model(job.setting, [trained.state_dict])
+        self._save(self.folder / ALL_SLIDES, model, job.fold.train, selection, fitted)
+
     def test(self, choice: Choice) -> FoldResult:
         """Test the fold's model on its test slides, and save it."""
         trainer, data = self.trainer, self.trainer.dataset
@@ -65,7 +103,7 @@ class FoldTester:
             "final": final,
             "outer_fold": choice.fold.number,
             "setting": trainer.settings[choice.setting - 1].values,
-            "inner_fold": choice.best + 1 if final == "best" else None,
+            "inner_fold": choice.best + 1 if final in ("best", "all") else None,
             "epoch": best.epoch,
             **best.validation,
         }
@@ -75,7 +113,8 @@ class FoldTester:
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
         record |= {"threshold": choice.fitted_to_values["threshold"], "settings": choice.scores}
         result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history)
-        self._save(model.cpu(), result)
+        selection = result.selection | {"best_of_all_folds": False}
+        self._save(self._path(result), model.cpu(), result.fold.train, selection, result.fitted)
         return result
 
     def save_best(self, results: Sequence[FoldResult]) -> None:
@@ -95,7 +134,7 @@ class FoldTester:
         """Return the weights of the tested model, one set per member, the changes to its record, and the epochs of all
         trainings of the fold.
         """
-        if self.final == "best":
+        if self.final in ("best", "all"):
             return [choice.fitted[choice.best].state_dict], {}, choice.history
         means = mean_validation(choice.fitted)
         if self.final == "ensemble":
@@ -130,10 +169,12 @@ class FoldTester:
     def _path(self, result: FoldResult) -> Path:
         return self.folder / f"fold_{result.fold.number}_best.pth"
 
-    def _save(self, model: BagModel, result: FoldResult) -> None:
-        data, slides = self.trainer.dataset, result.fold.train
+    def _save(
+        self, path: Path, model: BagModel, slides: np.ndarray, selection: dict[str, Any], fitted: FittedFigures
+    ) -> None:
+        data = self.trainer.dataset
         save_checkpoint(
-            self._path(result),
+            path,
             Checkpoint(
                 model=members_of(model)[0].spec,
                 state_dict=model.state_dict(),
@@ -142,8 +183,8 @@ class FoldTester:
                 feed=self.trainer.feed.as_dict(),
                 recipe=data.recipe,
                 mpp_range=data.mpp_range,
-                selection=result.selection | {"best_of_all_folds": False},
-                **{name: result.fitted[name] for name in ("temperature", "intercepts", "prior")},
+                selection=selection,
+                **{name: fitted[name] for name in ("temperature", "intercepts", "prior")},
                 seen={kind: id_digests(kind, ids) for kind, ids in self._seen(slides.tolist()).items()},
             ),
         )
@@ -160,3 +201,13 @@ class FoldTester:
             "slide_hash": [name for passport in passports if passport and (name := passport.slide_hash)],
         }
         return seen | ({"features": [self.digests[slide] for slide in slides]} if self.digests else {})
+
+
+def _medians(fitted: Sequence[FittedFigures]) -> dict[str, Any]:
+    """Return the median of what was fitted in each fold, a number or a tuple of them; None if a fold lacks it."""
+    medians: dict[str, Any] = {}
+    for name in fitted[0]:
+        values = [figures[name] for figures in fitted]
+        median = None if None in values else np.median(values, axis=0).tolist()
+        medians[name] = tuple(median) if isinstance(median, list) else median
+    return medians

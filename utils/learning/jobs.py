@@ -25,7 +25,8 @@ from utils.prediction.forward_pass import SlideFeed
 @dataclass(frozen=True)
 class TrainingJob:
     """One training, which is resumed as a whole. `setting` counts from 1, `inner` folds too; `inner` 0 is the refit on
-    the whole outer training set. At most `epochs` are compared by `monitor`, unless the last is kept.
+    the whole outer training set, that of fold 0 on all slides. At most `epochs` are compared by `monitor`, unless the
+    last is kept.
     """
 
     fold: OuterFold
@@ -35,6 +36,13 @@ class TrainingJob:
     monitor: str
     standardize: bool = False
     keep: Literal["last", "best"] = "best"
+
+    @property
+    def title(self) -> str:
+        """Return which training this is, for messages."""
+        if not self.fold.number:
+            return "all slides"
+        return f"outer fold {self.fold.number}, {f'inner fold {self.inner}' if self.inner else 'refit'}"
 
     @property
     def name(self) -> str:
@@ -60,10 +68,9 @@ class Trainer:
         try:
             fitted = self._train(job, send)
         except TrainingError as error:
-            inner = f"inner fold {job.inner}" if job.inner else "refit"
             setting = str(self.settings[job.setting - 1])
             with_setting = f" with {setting}" if setting else ""
-            reason = f"outer fold {job.fold.number}, {inner}{with_setting}: {error}"
+            reason = f"{job.title}{with_setting}: {error}"
             if not (isinstance(error, DivergedError) and job.inner and len(self.settings) > 1):
                 remedy = "; or leave this setting out of --grid" if setting else ""
                 raise TrainingError(f"{reason}{remedy}") from error

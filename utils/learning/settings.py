@@ -83,7 +83,7 @@ class Training(Settings):
 
 Keep = Literal["auto", "last", "best"]
 Monitor = Literal["slide_auc", "slide_loss", "slide_balanced_accuracy", "slide_f1_macro"]
-Final = Literal["best", "ensemble", "refit"]
+Final = Literal["best", "ensemble", "refit", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,8 @@ class Protocol(Settings):
     final: Final = option(
         "best",
         "the model that is tested: the best inner model of the selected setting, the mean of its inner models "
-        "(ensemble), or one trained again on the whole outer training set for the median kept epoch (refit)",
+        "(ensemble), or one trained again on the whole outer training set for the median kept epoch (refit); all: as "
+        "best, and one more model is trained on all slides, for use elsewhere (all_slides.pth)",
     )
     seed: int = option(SEED, "seed of splits, weights and batches", least=0)
 
