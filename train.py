@@ -38,7 +38,7 @@ def main() -> None:
     cohort, model, training, preset, protocol, running, cluster, run = cli.parse(
         str(__doc__), FLAGS, epilog=epilog, presets=PRESETS
     )
-    from datasets.demo import make_demo, next_command
+    from datasets.demo import make_demo
     from utils.core.engine import check_engine
     from utils.evaluation.closing_table import closing_text
     from utils.mil_dataset import MILDataset
@@ -54,13 +54,8 @@ def main() -> None:
         print(audit_text(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
     output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
-    settings = {
-        **asdict(training),
-        **asdict(protocol),
-        **asdict(cluster),
-        "dataset_name": cohort.dataset,
-        "preset": preset.preset,
-    }
+    settings = {**asdict(training), **asdict(protocol), **asdict(cluster)}
+    settings |= {"dataset_name": cohort.dataset, "preset": preset.preset}
     settings |= {field: getattr(running, field) for field in ("device", "jobs", "figure_format")}
     factory = model_factory(name, model, dataset)
     cv = NestedCrossValidation(factory, dataset, dataset.class_names, output_dir, **settings)
@@ -74,13 +69,21 @@ def main() -> None:
     if protocol.final == "all":
         print(f"A model of all slides, for use elsewhere, is {output_dir / 'all_slides.pth'}; expect the figures above")
     print(f"Results are in {output_dir} (took {cli.took()}); the model chosen on inner validation is {chosen}")
+    print(next_words(output_dir, chosen, is_demo))
+
+
+def next_words(output_dir: Path, chosen: Path, is_demo: bool) -> str:
+    """Return the commands to try after a training."""
+    from datasets.demo import next_command
+
     if is_demo:
-        print("\nThe slides are synthetic. Next, one that no model has seen, with its heatmap:\n")
-        print(f"  {next_command(chosen)}")
-    else:
-        print("\nNext, each slide by the model that did not see it, and a new slide, with heatmaps:\n")
-        print(f"  uv run predict.py --out_of_fold {output_dir} --visualize --wsi SLIDES_DIR")
-        print(f"  uv run predict.py --checkpoint {chosen} --input SLIDE --visualize")
+        title = "The slides are synthetic. Next, one that no model has seen, with its heatmap:"
+        return f"\n{title}\n\n  {next_command(chosen)}"
+    return (
+        "\nNext, each slide by the model that did not see it, and a new slide, with heatmaps:\n\n"
+        f"  uv run predict.py --out_of_fold {output_dir} --visualize --wsi SLIDES_DIR\n"
+        f"  uv run predict.py --checkpoint {chosen} --input SLIDE --visualize"
+    )
 
 
 def audit_text(cohort: Cohort, protocol: Protocol) -> str:

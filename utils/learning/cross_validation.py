@@ -54,14 +54,12 @@ class NestedCrossValidation:
 
     `model_factory` makes a fresh, untrained model at every call. For each outer fold, one model per inner fold (and
     setting of the `grid`) is trained on the other inner folds and validated on that one. The setting with the best
-    mean inner validation gives the model that is tested on the outer fold, as `final` says. All reported figures are
-    out of fold, at slide level.
+    mean inner validation gives the model that is tested on the outer fold. All figures are out of fold.
 
     Every field of `Training`, `Protocol`, `Running` (`utils.learning.settings`) and `Cluster` is a keyword argument:
     `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`, `jobs`,
     `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable: `functools.partial(build_mil, ...)`,
-    not a lambda. `preset` names the one of `settings.PRESETS` that the settings are from, for run.json: it sets nothing
-    itself (give `**PRESETS["paper"]`).
+    not a lambda. `preset` names for run.json the one of `settings.PRESETS` that the settings are from.
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
     dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when
@@ -249,10 +247,8 @@ class NestedCrossValidation:
         # `predict.py --out_of_fold` finds the features by it.
         features = str(self.dataset.features_dir.resolve())
         preset = self.preset and preset_record(self.preset, asdict(self.training) | asdict(self.protocol))
-        return {
-            "dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, "preset": preset,
-            **run_metadata(self.device),
-        }  # fmt: skip
+        about = {"dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, "preset": preset}
+        return about | run_metadata(self.device)
 
 
 def _remedy(cluster: Cluster, dataset: MILDataset) -> str:
