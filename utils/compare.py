@@ -192,13 +192,8 @@ def _runs_table(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
     for run in runs:
         model = run.outputs.get("model")
         name = model.get("name") if isinstance(model, dict) else None
-        within = run.predictions.within_folds
-        cells = []
-        for metric in titles:
-            value, interval = run.reported(metric)
-            if metric in within:
-                value, interval = within[metric].value, within[metric].interval
-            cells.append(f"{_figure(value)} ({_range(interval)})")
+        estimates = run.predictions.pooled | run.predictions.within_folds
+        cells = [f"{_figure(estimates[metric].value)} ({_range(estimates[metric].interval)})" for metric in titles]
         rows.append([run.name, name or "-", _parameters(run) if name in list_mils() else "-", *cells])
     return _table(rows, texts=2)
 

@@ -91,3 +91,8 @@ def test_repeats_and_chosen_settings_are_mentioned(results):
     words = closing_text(results | {"n_repeats": 2, "fold_results": folds})
     assert "tested once in each of 2 repeats (pooled: the repeats' mean)" in words
     assert "Chosen in the inner loop: lr=0.01 in 2 of 3 folds; lr=0.1 in 1 of 3 folds." in words
+
+
+def test_results_of_an_earlier_version_say_so(results):
+    earlier = {name: value for name, value in results.items() if name not in ("interval_methods", "calibration")}
+    assert "The 95% intervals are of an earlier version" in closing_text(earlier)

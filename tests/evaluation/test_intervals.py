@@ -90,7 +90,7 @@ def test_perfect_answers_have_an_interval_of_some_width():
         assert found[name].value == 1
         assert 0.7 < found[name].interval[0] < 0.95
         assert found[name].interval[1] == pytest.approx(1)
-    assert (found["brier"].interval, found["brier"].reason) == (None, "all slides have the same loss")
+    assert (found["brier"].interval, found["brier"].reason) == (None, "all patients have the same loss")
 
 
 def test_copies_of_a_slide_say_nothing_new():
@@ -152,6 +152,16 @@ def test_the_mean_of_losses_has_scipys_studentised_spread():
     assert studentised(np.ones(80), np.arange(80), 0) is None
 
 
+@pytest.mark.parametrize("count", [60, 100])
+def test_a_single_sure_error_leaves_the_brier_score_below_wilsons_limit(count):
+    """Resamples without that slide have hardly any error, and would set a limit above 1."""
+    labels = np.arange(count) % 2
+    positive = np.where(labels == 1, 0.98, 0.02)
+    positive[0] = 0.999
+    brier = estimates(labels, np.stack([1 - positive, positive], axis=1))["brier"]
+    assert 0 <= brier.interval[0] < brier.value < brier.interval[1] < 0.15
+
+
 def test_means_of_few_patients_have_no_interval():
     values = np.array([0.2, 0.9, 0.8, 0.4, 0.6, 0.7])
     assert mean_interval(values, np.array(list("aabbcd")), 0) is None
@@ -167,6 +177,15 @@ def test_too_few_patients_have_no_interval_and_the_reason_is_given(patients, rea
     labels = np.array([0, 0, 0, 0, 0, 0, 1, 1])
     found = estimates(labels, noisy_answers(np.random.default_rng(0), labels), np.array(patients))
     assert (found["auc"].interval, found["auc"].reason) == (None, reason)
+
+
+def test_a_class_of_one_patient_or_few_groups_have_their_reason():
+    labels = np.array([1] + [0] * 19)
+    found = estimates(labels, noisy_answers(np.random.default_rng(0), labels))
+    assert found["f1_macro"].reason == "fewer than 2 patients of a class"
+    labels = np.arange(20) % 2
+    found = estimates(labels, noisy_answers(np.random.default_rng(0), labels), np.arange(20) % 3, unit="group")
+    assert found["accuracy"].reason == "fewer than 5 groups"
 
 
 def test_an_undefined_metric_says_so():
@@ -215,5 +234,6 @@ def test_several_classes_have_intervals_too():
 
 
 def test_the_quantile_widens_for_few_patients():
-    assert quantile(1000) == pytest.approx(1.96, abs=0.01)
-    assert quantile(6) == pytest.approx(2.201, abs=1e-3)  # of 11 degrees of freedom
+    assert quantile(1000, 2000) == pytest.approx(1.96, abs=0.01)
+    assert quantile(6, 60) == pytest.approx(2.201, abs=1e-3)  # of 11 degrees of freedom
+    assert quantile(5, 5) == pytest.approx(2.776, abs=1e-3), "of 4, where each of five groups holds both classes"

@@ -39,7 +39,7 @@ def compared(labels, answers, cases, metric, inflation=1.0, **columns) -> tuple[
 
 
 def error_of(test: PairedTest, patients: int) -> float:
-    return (test.interval[1] - test.interval[0]) / 2 / quantile(patients)
+    return (test.interval[1] - test.interval[0]) / 2 / quantile(patients, 2 * patients)
 
 
 def delong_error(labels: np.ndarray, answers: list[np.ndarray]) -> float:
@@ -103,8 +103,9 @@ def test_a_patient_is_left_out_of_all_repeats():
 def test_models_that_answer_alike_have_p_1_and_no_interval():
     labels, (first, _) = two_answers(0)
     assert compared(labels, [first, first], own_case(SLIDES), "auc") == (0, PairedTest(None, 1.0))
-    assert paired_test(None, np.zeros(4), 20) == PairedTest(None, None)
-    assert paired_test(0.1, np.full(4, 0.1), 20) == PairedTest(None, None), "no patient changes it"
+    assert paired_test(None, np.zeros(9), 20) == PairedTest(None, None)
+    assert paired_test(0.1, np.full(9, 0.1), 20) == PairedTest(None, None), "no patient changes it"
+    assert paired_test(0.1, np.array([0, 0.1, 0.2, 0.1]), 2) == PairedTest(None, None), "four patients"
 
 
 def test_the_inflation_widens_the_interval_by_its_root():

@@ -48,3 +48,18 @@ def test_repeats_are_averaged_and_few_patients_have_no_interval():
     assert figures["predicted"]["slope"] != alone["predicted"]["slope"]
     few = reliability_figures(predicted(patients=4, folds=2))
     assert few["predicted"]["intercept_interval_95"] is None
+
+
+def test_a_slope_that_hangs_on_one_patient_has_no_interval():
+    odds = np.linspace(-2, 2, 30)
+    labels = (odds > 0).astype(int)
+    labels[13] = 1  # without it, the classes are separated
+    positive = 1 / (1 + np.exp(-odds))
+    names = np.arange(30).astype(str)
+    whole = replace(
+        predicted(), slides=names, cases=names, labels=labels, values=np.stack([1 - positive, positive], axis=1),
+        repeats=np.ones(30, int), folds=None,
+    )  # fmt: skip
+    figures = reliability_figures(whole)["predicted"]
+    assert figures["slope"] > 1
+    assert figures["slope_interval_95"] is None

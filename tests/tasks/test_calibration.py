@@ -96,6 +96,14 @@ def test_separated_classes_have_no_slope():
     assert intercepts == pytest.approx([0], abs=1e-6)
 
 
+def test_probabilities_that_do_not_vary_have_no_slope_and_one_bin():
+    constant, outcome = np.full(20, 0.5), np.arange(20) >= 10
+    slopes, intercepts = calibration_lines(constant, outcome, np.ones((1, 20)))
+    assert np.isnan(slopes).all()
+    assert intercepts == pytest.approx([0], abs=1e-6)
+    assert corrected_error(constant, outcome) == 0
+
+
 def test_chance_adds_nothing_to_the_corrected_error():
     rng = np.random.default_rng(0)
     plain, corrected = [], []

@@ -69,7 +69,11 @@ def classes_of(table: LabelTable, **settings: Any) -> tuple[str, ...]:
         return classes
     label_names = settings.get("label_names") or {}
     counts = Counter(row["label"] for row in _renamed(table.rows, label_names))
-    return tuple(sorted(classes, key=lambda name: -counts[name]))
+    common, rare = sorted(classes, key=lambda name: -counts[name])
+    if counts[rare] < counts[common]:
+        text = "%s: positive is %s, the rarer class (%d of %d rows); --positive_class names another"
+        log.info(text, table.path, rare, counts[rare], counts[rare] + counts[common])
+    return common, rare
 
 
 def with_positive_last(classes: tuple[str, ...], positive_class: str | None, path: Path) -> tuple[str, ...]:

@@ -49,7 +49,10 @@ class Cohort(CohortFiles):
         REQUIRED, "name of the cohort; names the default folders datasets/<name> and outputs/<mil>/<name>"
     )
     positive_class: str | None = option(
-        None, "of two classes the positive one, of which AUC, average precision and threshold are", metavar="NAME"
+        None,
+        "of two classes the positive one, whose AUC, average precision and threshold are given (default: the last of "
+        "--class_names or of a public cohort, else the rarer one)",
+        metavar="NAME",
     )
     mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
     chunk_size: int = option(CHUNK_SIZE, "most patches in a chunk", least=1)

@@ -48,7 +48,9 @@ def interval_words(results: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """Return what the 95% intervals of an `outputs.json` or `scores.json` cover, and why those of some `metrics` are
     missing ("-").
     """
-    methods = results["interval_methods"]
+    methods = results.get("interval_methods")
+    if methods is None:
+        return "The 95% intervals are of an earlier version: percentiles of resampled patients."
     if all(method.startswith(_NONE) for method in methods.values()):
         reasons = dict.fromkeys(method.removeprefix(_NONE) for method in methods.values())
         return f"No 95% intervals: {next(iter(reasons))}."
@@ -75,7 +77,7 @@ def closing_text(results: dict[str, Any]) -> str:
     sentences = [f"{about}. {interval_words(results, task.main_metrics)}"]
     if results.get("patients_from") == NO_PATIENTS:
         sentences.append("No patients are known: where some have several slides, every figure above is too good.")
-    sentences += [*task.closing_sentences(results), *filter(None, [reliability_words(results["calibration"])])]
+    sentences += [*task.closing_sentences(results), *filter(None, [reliability_words(results.get("calibration", {}))])]
     settings = Counter(_setting_text(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:
         choices = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in settings.most_common()]

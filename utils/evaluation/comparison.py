@@ -53,8 +53,10 @@ def compare(
     `runs` maps names to predictions for the same slides in the same folds; `sizes` are the numbers of slides that each
     fold was trained and tested on. The result for a pair does not depend on the other runs, except for `p_holm`.
     """
-    names, predictions = list(runs), list(runs.values())
-    figures = [_primary(run) for run in predictions]
+    # A run of an earlier version does not name the groups that its splits kept together, as another does.
+    groups = next((run.groups for run in runs.values() if run.groups is not None), None)
+    names, predictions = list(runs), [replace(run, groups=groups) for run in runs.values()]
+    figures = [_compared(run) for run in predictions]
     without = [_without_patients(run) for run in predictions]
     folds = [_fold_metrics(run) for run in predictions]
     n_train, n_test = zip(*sizes, strict=True)
@@ -83,7 +85,7 @@ def compare(
     return _adjusted(differences, metrics[0])
 
 
-def _primary(predictions: Predictions) -> Figures:
+def _compared(predictions: Predictions) -> Figures:
     """Return every metric: within folds if it ranks slides and is defined there, else of all slides."""
     return predictions.metrics | {
         name: estimate.value for name, estimate in predictions.within_folds.items() if estimate.value is not None
@@ -91,7 +93,7 @@ def _primary(predictions: Predictions) -> Figures:
 
 
 def _without_patients(predictions: Predictions) -> dict[str, np.ndarray]:
-    """Return the primary metrics without each patient in turn, `(G,)` (see `resampling.left_out`)."""
+    """Return the compared metrics without each patient in turn, `(G,)` (see `resampling.left_out`)."""
     scored, within = predictions.scored, predictions.within_folds
     ranking = left_out(scored.patients, scored.within_folds)
     return left_out(scored.patients, scored.pooled) | {

@@ -44,7 +44,8 @@ class Estimate:
 class Patients:
     """The patients `(n,)` of rows, or the groups of patients that count as one."""
 
-    def __init__(self, names: np.ndarray, repeats: np.ndarray) -> None:
+    def __init__(self, names: np.ndarray, repeats: np.ndarray, unit: str = "patient") -> None:
+        self.unit = unit
         self.patient_of = np.unique(names, return_inverse=True)[1]
         self.count = int(self.patient_of.max()) + 1
         self.is_once = repeats == repeats[0]
@@ -74,7 +75,8 @@ class ScoredRows:
 
     Attributes
         labels (n,), values (n, C): the targets and the model's values.
-        patients (n,): the patients, or the groups of patients that are drawn together; repeats (n,), folds (n,): int.
+        patients (n,): the patients, or the groups of patients that count as one; repeats (n,), folds (n,): int.
+        unit: what `patients` are, "patient" or "group".
     """
 
     task: Task
@@ -83,6 +85,7 @@ class ScoredRows:
     patients: np.ndarray
     repeats: np.ndarray
     folds: np.ndarray | None = None
+    unit: str = "patient"
 
     def pooled(self, weights: np.ndarray) -> Weighted:
         """Return every metric of all slides, the mean over the repeats, under each row of `weights (B, n)`."""
@@ -111,7 +114,7 @@ class ScoredRows:
 
     def estimates(self, weigh: Callable[[np.ndarray], Weighted], seed: int) -> dict[str, Estimate]:
         """Return the metrics that `weigh`, one of the methods above, returns, with their 95% intervals."""
-        patients = Patients(self.patients, self.repeats)
+        patients = Patients(self.patients, self.repeats, self.unit)
         scores = [self.values[:, index] for index in self.task.ranked_outputs]
         figures = single(weigh(np.ones((1, len(self.labels)))))
         variances = {name: jackknife_variance(values) for name, values in left_out(self.patients, weigh).items()}
@@ -197,15 +200,20 @@ class _Intervals:
 
     def _too_few(self, basis: Basis) -> str:
         if self.patients.count < LEAST_PATIENTS:
-            return f"fewer than {LEAST_PATIENTS} patients"
+            return f"fewer than {LEAST_PATIENTS} {self.patients.unit}s"
         sides: list[np.ndarray] = []
         if isinstance(basis, PairRanking | Precision):
             sides = [*basis.positives, *~basis.positives]
         elif isinstance(basis, Proportion):
             sides = [basis.rows]
+        elif isinstance(basis, Share):
+            sides = [rows for rows in basis.kinds if rows.any()]
         if any(len(self.patients.slides(rows)) < LEAST_OF_A_CLASS for rows in sides):
-            return f"fewer than {LEAST_OF_A_CLASS} patients of a class"
+            return f"fewer than {LEAST_OF_A_CLASS} {self.patients.unit}s of a class"
         return ""
+
+    def _quantile(self, patients: int) -> float:
+        return quantile(patients, self.patients.count)
 
     def _proportion(self, name: str, value: float, basis: Proportion) -> Estimate:
         slides = self.patients.slides(basis.rows)
@@ -215,7 +223,7 @@ class _Intervals:
             # Few patients may show less of it by chance: at least half of what the scores' likeness adds is there.
             least, most = (1 + effect) / 2, design_effect(slides, 1)
             effect = min(max(self.variances[name] / binomial, least), most)
-        interval = wilson(value, slides.sum() / effect, quantile(len(slides)))
+        interval = wilson(value, slides.sum() / effect, self._quantile(len(slides)))
         return Estimate(value, interval, "Wilson, effective number of slides")
 
     def _mean(self, name: str, parts: Sequence[Estimate]) -> Estimate:
@@ -245,7 +253,7 @@ class _Intervals:
         if formula > _TINY:
             least = _LEAST_RATIO / len(basis.positives)
             ratio = min(max(self.variances[name] / formula, least), _MOST_RATIO)
-        z = quantile(self.patients.count) * np.sqrt(ratio)
+        z = self._quantile(self.patients.count) * np.sqrt(ratio)
         return Estimate(value, newcombe(value, positives, negatives, z), "Newcombe, effective numbers of slides")
 
     def _precision(self, name: str, value: float, basis: Precision) -> Estimate:
@@ -257,7 +265,9 @@ class _Intervals:
         if self.variances[name] > _TINY:
             size = min(max(value * (1 - value) / self.variances[name], least / 2), 2 * most)
         fewest = min(len(self.patients.slides(rows)) for rows in basis.positives)
-        return Estimate(value, wilson(value, size, quantile(fewest)), "Wilson, effective number of positive slides")
+        return Estimate(
+            value, wilson(value, size, self._quantile(fewest)), "Wilson, effective number of positive slides"
+        )
 
     def _share(self, name: str, value: float, basis: Share) -> Estimate:
         everything = np.ones(len(self.patients.patient_of), bool)
@@ -265,21 +275,32 @@ class _Intervals:
         if self.variances[name] > _TINY:
             size = min(value * (1 - value) / self.variances[name], self.patients.size(everything, 0))
         fewest = min(len(slides) for rows in basis.kinds if len(slides := self.patients.slides(rows)))
-        return Estimate(value, wilson(value, size, quantile(fewest)), "Wilson, effective number of slides")
+        return Estimate(value, wilson(value, size, self._quantile(fewest)), "Wilson, effective number of slides")
 
     def _loss(self, value: float, basis: MeanLoss) -> Estimate:
         interval = studentised(basis.losses, self.patients.patient_of, self.seed)
-        reason = "" if interval else "all slides have the same loss"
-        return Estimate(value, interval, "studentised bootstrap over patients" if interval else "", reason)
+        if interval is None:
+            return Estimate(value, None, reason="all patients have the same loss")
+        # Nothing between 0 and the greatest loss varies more than a share of slides that have it.
+        everything = np.ones(len(self.patients.patient_of), bool)
+        size = self.patients.size(everything, self.likeness)
+        most = basis.most * wilson(min(value / basis.most, 1), size, self._quantile(self.patients.count))[1]
+        interval = interval[0], max(value, min(interval[1], most))
+        return Estimate(value, interval, "studentised bootstrap over patients, at most Wilson's limit")
 
 
-def quantile(patients: int) -> float:
-    """Return the multiple of the standard error to either side: a t quantile with 2 m - 1 degrees of freedom for m
-    patients of the rarest kind; chosen by simulation (`benchmarks/intervals_and_tests.py`).
-    """
+def quantile(patients: int, everyone: int) -> float:
+    """Return the multiple of the standard error to either side: the t quantile (see `degrees`)."""
     from scipy.stats import t as student
 
-    return float(student.ppf(_LEVEL, max(2 * patients - 1, 1)))
+    return float(student.ppf(_LEVEL, degrees(patients, everyone)))
+
+
+def degrees(patients: int, everyone: int) -> int:
+    """Return the degrees of freedom where m `patients` of the rarest kind count, of `everyone`: 2 m - 1, but fewer than
+    everyone. Chosen by simulation (`benchmarks/intervals_and_tests.py`).
+    """
+    return max(min(2 * patients, everyone) - 1, 1)
 
 
 def wilson(share: float, count: float, z: float) -> tuple[float, float]:

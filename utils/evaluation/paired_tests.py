@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.evaluation.intervals import Interval, quantile
+from utils.evaluation.intervals import LEAST_PATIENTS, Interval, degrees, quantile
 from utils.evaluation.resampling import jackknife_variance
 
 # Values that differ by less are equal but for rounding.
@@ -27,17 +27,17 @@ def paired_test(difference: float | None, without: np.ndarray, patients: int, in
 
     `without (G,)` is the difference without each patient in turn; `patients` counts those of the rarest class, on which
     the t quantile depends. The variance is multiplied by `inflation` (see `training_inflation`). Models that answer
-    alike have p = 1 and no interval.
+    alike have p = 1 and no interval; fewer than 5 patients have neither.
     """
     from scipy.stats import t as student
 
-    if difference is None:
+    if difference is None or len(without) < LEAST_PATIENTS:
         return PairedTest(None, None)
     error = np.sqrt(inflation * jackknife_variance(without))
     if error <= _EQUAL:
         return PairedTest(None, 1.0 if abs(difference) <= _EQUAL else None)
-    half = quantile(patients) * error
-    p = 2 * student.sf(abs(difference) / error, max(2 * patients - 1, 1))
+    half = quantile(patients, len(without)) * error
+    p = 2 * student.sf(abs(difference) / error, degrees(patients, len(without)))
     return PairedTest((max(-1.0, float(difference - half)), min(1.0, float(difference + half))), float(p))
 
 

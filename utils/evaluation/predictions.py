@@ -171,8 +171,8 @@ class Predictions:
     @property
     def scored(self) -> ScoredRows:
         """The rows as `intervals` takes them."""
-        units = self.cases if self.groups is None else self.groups
-        return ScoredRows(self.task, self.labels, self.values, units, self.repeats, self.folds)
+        units, unit = (self.cases, "patient") if self.groups is None else (self.groups, "group")
+        return ScoredRows(self.task, self.labels, self.values, units, self.repeats, self.folds, unit)
 
     @cached_property
     def pooled(self) -> dict[str, Estimate]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.evaluation.intervals import LEAST_PATIENTS, quantile
+from utils.evaluation.intervals import LEAST_OF_A_CLASS, LEAST_PATIENTS, quantile
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.resampling import Weighted, jackknife_variance, left_out, mean_over_repeats
 from utils.tasks.calibration import calibration_lines, corrected_error
@@ -40,11 +40,14 @@ def _figures(predictions: Predictions, values: np.ndarray) -> dict[str, Any]:
         )
 
     lines, without = single(weigh(np.ones((1, len(probability))))), left_out(predictions.scored.patients, weigh)
-    patients = len(np.unique(predictions.scored.patients))
+    units = predictions.scored.patients
+    fewest, patients = min(len(np.unique(units[is_true == side])) for side in (True, False)), len(np.unique(units))
     figures: dict[str, Any] = {}
     for name, value in lines.items():
-        half = quantile(patients) * np.sqrt(jackknife_variance(without[name]))
-        has_interval = value is not None and half > 0 and patients >= LEAST_PATIENTS
+        half = quantile(patients, patients) * np.sqrt(jackknife_variance(without[name]))
+        # Where one patient decides whether it is defined, a jackknife does not tell how uncertain it is.
+        is_stable = value is not None and not np.isnan(without[name]).any()
+        has_interval = is_stable and half > 0 and patients >= LEAST_PATIENTS and fewest >= LEAST_OF_A_CLASS
         figures |= {name: value, f"{name}_interval_95": [value - half, value + half] if has_interval else None}
     repeats = [predictions.repeats == repeat for repeat in np.unique(predictions.repeats)]
     errors = [corrected_error(probability[rows], is_true[rows]) for rows in repeats]

@@ -71,7 +71,7 @@ def left_out(patients: np.ndarray, weigh: Callable[[np.ndarray], Weighted]) -> W
 def jackknife_variance(values: np.ndarray) -> float:
     """Return the variance of a metric, given its values without each patient in turn; 0 if it cannot be told.
 
-    A metric that is undefined without a patient counts as unchanged (Efron 1982, The Jackknife, the Bootstrap and Other
+    A metric that is undefined without a patient is left out of it (Efron 1982, The Jackknife, the Bootstrap and Other
     Resampling Plans).
     """
     defined = values[~np.isnan(values)]

@@ -148,8 +148,14 @@ def _slide_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
 
 
 def _slides(predictions: Predictions) -> dict[str, dict[str, str]]:
-    """Return each slide's label and patient."""
-    return {wsi_id: {"label": label, "case_id": case_id} for wsi_id, label, case_id in _slide_rows(predictions)}
+    """Return each slide's label, patient and group, "" if the table names no groups."""
+    groups = dict.fromkeys(predictions.slides.tolist(), "")
+    if predictions.groups is not None:
+        groups = dict(zip(predictions.slides.tolist(), predictions.groups.tolist(), strict=True))
+    return {
+        wsi_id: {"label": label, "case_id": case_id, "group": groups[wsi_id]}
+        for wsi_id, label, case_id in _slide_rows(predictions)
+    }
 
 
 def _folds(predictions: Predictions) -> np.ndarray:
@@ -173,9 +179,9 @@ def _check_same_slides(first: Run, second: Run) -> None:
                 f"{both}: {plural(len(only_here), 'slide')} in {run.path} alone: {first_few(sorted(only_here))}; train "
                 "both on the same labels.csv and splits"
             )
-    for column, name in (("label", "label"), ("case_id", "patient")):
+    for column, name in (("label", "label"), ("case_id", "patient"), ("group", "group")):
         pairs = {wsi_id: (slides[wsi_id][column], second_slides[wsi_id][column]) for wsi_id in sorted(slides)}
-        unlike = [f"{wsi_id} ({', '.join(pair)})" for wsi_id, pair in pairs.items() if pair[0] != pair[1]]
+        unlike = [f"{wsi_id} ({', '.join(pair)})" for wsi_id, pair in pairs.items() if pair[0] != pair[1] and all(pair)]
         if unlike:
             raise ConfigError(
                 f"{both}: {plural(len(unlike), 'slide')} with another {name}: {first_few(unlike)}; train both on the "

@@ -12,6 +12,7 @@ from utils.bags.instance_labels import NAME as INST_LABELS
 from utils.bags.instance_labels import read_instance_labels
 from utils.core.errors import ConfigError, FeatureFileError, LiteMILError, SlideError, did_you_mean, did_you_mean_path
 from utils.core.files import digest
+from utils.core.runtime import log
 from utils.evaluation.localization import map_scores
 from utils.pictures.slide_match import patch_edge
 from utils.prediction.settings import PredictionRecipe
@@ -132,6 +133,8 @@ class Annotations:
     def _labelled(self, path: Path) -> _Truth:
         labels = self._labels_of(path)
         numbers = {int(name): cls for name, cls in self._words.items()} or {1: self.classes[-1]}
+        if not self._words:
+            log.info("%s: %s 1 is taken as %s; --annotation_class 1=CLASS names another", path, INST_LABELS, numbers[1])
         unknown = sorted(set(labels[labels > 0].tolist()) - numbers.keys())
         if unknown:
             raise FeatureFileError(

@@ -78,6 +78,11 @@ def _make_predictor(
         predictor.trained = [model.at_prevalence(settings.prevalence) for model in predictor.trained]
     if predictor.feed(settings.mode, settings.chunk_size).mode == "full" and settings.chunk_size is not None:
         raise ConfigError("--chunk_size has no meaning in full mode; give --mode chunked with it")
+    feed = predictor.feed(settings.mode, settings.chunk_size)
+    if settings.prevalence is not None and any(model.fitted_to(feed) is None for model in predictor.trained):
+        raise ConfigError(
+            "--prevalence: only slides fed as in training are calibrated; leave --mode and --chunk_size out"
+        )
     return predictor
 
 

@@ -281,7 +281,7 @@ def _settings_of(predictor: SlidePredictor, files: PredictionFiles) -> dict[str,
         # A checkpoint of the first version leaves this to the command line.
         "num_heads": sorted({model.checkpoint.model.get("num_heads") or 0 for model in predictor.trained}),
         **predictor.task.record,
-        **({} if files.settings.prevalence is None else {"prevalence": files.settings.prevalence}),
+        "prevalence": files.settings.prevalence,
         "feed": predictor.feed(files.settings.mode, files.settings.chunk_size).as_dict(),
         "feat_type": files.feat_type,
         "recipe": predictor.feature_extractor and predictor.feature_extractor.recipe.as_dict(),

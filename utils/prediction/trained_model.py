@@ -62,9 +62,7 @@ class TrainedModel:
         try:
             return replace(self, checkpoint=self.checkpoint.at_prevalence(prevalence))
         except ValueError as error:
-            raise CheckpointError(
-                f"{self.path}: --prevalence {prevalence:g}: {error}; leave it out, or train the model again"
-            ) from None
+            raise CheckpointError(f"{self.path}: --prevalence {prevalence:g}: {error}; leave it out") from None
 
     def require_recipe(self, recipe: Recipe) -> None:
         """Raise RecipeError if a recipe contradicts that of the training features."""

@@ -49,9 +49,10 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class MeanLoss:
-    """The mean of the losses `(n,)`, which are 0 or more."""
+    """The mean of the losses `(n,)`, from 0 to `most`."""
 
     losses: np.ndarray
+    most: float
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _TINY = 1e-12
 # How far, in standard deviations of a prior, few slides may pull the temperature's logarithm from 0 and the intercepts
 # from those of the classes' frequencies.
 _TEMPERATURE_SPREAD, _INTERCEPT_SPREAD = 0.7, 0.5
-_STEPS, _CONVERGED, _STEEPEST = 50, 1e-8, 100.0
+_STEPS, _CONVERGED, _STEEPEST, _VARYING = 50, 1e-8, 100.0, 1e-6
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,18 @@ def calibration_lines(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return calibration slope and intercept under each row of `weights (B, n)`, as `(B,)`; NaN if undefined.
 
-    Both are of a logistic regression of `is_true (n,)` on the log-odds of `probability (n,)`: 1 and 0 are perfect, a
-    slope below 1 is over-sure, an intercept below 0 predicts too often (Cox 1958; Van Calster et al. 2019,
-    https://doi.org/10.1186/s12916-019-1466-7). The intercept is the one at slope 1. Undefined if no finite line is most
-    likely, as where the classes are separated.
+    The slope is of a logistic regression of `is_true (n,)` on the log-odds of `probability (n,)`, the intercept of
+    another with the slope held at 1: 1 and 0 are perfect, a slope below 1 is over-sure, an intercept below 0 predicts
+    too often (Cox 1958; Van Calster et al. 2019, https://doi.org/10.1186/s12916-019-1466-7). Undefined if no finite
+    line is most likely, as where the classes are separated, or if the probabilities do not vary.
     """
     clipped = np.clip(probability, 1e-9, 1 - 1e-9)
     odds = np.log(clipped / (1 - clipped))
     outcome = is_true.astype(float)
     ones = np.ones_like(odds)
+    if np.ptp(odds) < _VARYING:
+        slope = np.full(len(weights), np.nan)
+        return slope, _regression(ones[None], odds, outcome, weights)[0]
     slope = _regression(np.stack([odds, ones]), np.zeros_like(odds), outcome, weights)[0]
     return slope, _regression(ones[None], odds, outcome, weights)[0]
 

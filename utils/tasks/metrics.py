@@ -96,7 +96,7 @@ def basis(metric: str, labels: np.ndarray, probabilities: np.ndarray, class_name
         return PairRanking(positives) if metric == "auc" else Precision(positives)
     if metric == "brier":
         errors = (probabilities - (labels[:, None] == classes)) ** 2
-        return MeanLoss(errors[:, 1] if len(class_names) == 2 else errors.sum(axis=1))
+        return MeanLoss(errors[:, 1], 1) if len(class_names) == 2 else MeanLoss(errors.sum(axis=1), 2)
     return NoInterval("by chance alone it is above 0") if metric == "ece" else Share(classes[:, None] == labels)
 
 
@@ -137,9 +137,11 @@ def probability_bins(probabilities: np.ndarray) -> np.ndarray:
 
 
 def equal_bins(probabilities: np.ndarray) -> list[np.ndarray]:
-    """Return the rows of each of at most `BINS` bins of equally many slides, at least 5, in order of probability."""
+    """Return the rows of at most `BINS` bins of about equally many slides; equal probabilities share a bin."""
     count = max(1, min(BINS, len(probabilities) // _LEAST_IN_BIN))
-    return np.array_split(np.argsort(probabilities, kind="stable"), count)
+    lower = np.searchsorted(np.sort(probabilities), probabilities)
+    bins = lower * count // len(probabilities)
+    return [np.flatnonzero(bins == number) for number in np.unique(bins)]
 
 
 def fitted_threshold(labels: np.ndarray, scores: np.ndarray) -> float | None:
