@@ -64,6 +64,7 @@ class TestKeep:
         monkeypatch.setattr(protocol, "MANY_VALIDATED", many)
         cv = make_cv(dataset, tmp_path, keep=keep)
         assert {job.keep for job in cv.jobs(cv.folds())} == {kept}
+        protocol.log_kept_epoch(dataset, keep, cv.folds())
         is_said = (keep, kept) == ("auto", "last")
         assert ("as few as 4 slides of a class, so each training keeps its last epoch" in aloud.text) is is_said
 

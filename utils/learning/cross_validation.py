@@ -34,7 +34,14 @@ from utils.learning.fold_tester import FoldTester
 from utils.learning.grid import grid_settings, read_grid
 from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.model_factory import ModelFactory, spec_of
-from utils.learning.protocol import inner_jobs, outer_folds, splits_content, warn_of_few_patients, with_setting
+from utils.learning.protocol import (
+    inner_jobs,
+    log_kept_epoch,
+    outer_folds,
+    splits_content,
+    warn_of_few_patients,
+    with_setting,
+)
 from utils.learning.results import write_results
 from utils.learning.run_folder import RunFolder
 from utils.learning.run_identity import settings_identity, slides_by_time, slides_identity
@@ -120,6 +127,7 @@ class NestedCrossValidation:
             else:
                 started = time.time()
                 warn_of_few_patients(self.dataset, folds)
+                log_kept_epoch(self.dataset, self.protocol.keep, folds)
                 dry_run.log_large_steps(self.trainer, self.jobs(folds)[0])
                 content = splits_content(self.dataset, folds, self.protocol.seed)
                 write_json(self.output_dir / "splits.json", content)

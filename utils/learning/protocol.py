@@ -71,13 +71,20 @@ def kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold]) -> Lite
     """
     if keep != "auto":
         return keep
+    return "best" if _fewest_validated(data, folds) >= MANY_VALIDATED else "last"
+
+
+def log_kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold]) -> None:
+    """Log it if each training keeps its last epoch because few slides validate."""
+    if (keep, kept_epoch(data, keep, folds)) == ("auto", "last"):
+        text = "inner folds validate on as few as %s of a class, so each training keeps its last epoch (--keep auto)"
+        log.info(text, plural(_fewest_validated(data, folds), "slide"))
+
+
+def _fewest_validated(data: MILDataset, folds: Sequence[OuterFold]) -> int:
+    """Return the fewest slides of a stratum (a class) in an inner fold's validation."""
     strata, count = data.task.strata(data.labels), len(data.task.strata_names)
-    least = min(int(np.bincount(strata[inner.val], minlength=count).min()) for fold in folds for inner in fold.inner)
-    if least >= MANY_VALIDATED:
-        return "best"
-    text = "inner folds validate on as few as %s of a class, so each training keeps its last epoch (--keep auto)"
-    log.info(text, plural(least, "slide"))
-    return "last"
+    return min(int(np.bincount(strata[inner.val], minlength=count).min()) for fold in folds for inner in fold.inner)
 
 
 def inner_jobs(
