@@ -28,6 +28,7 @@ from utils.nested_cv import NestedCrossValidation
 # deep multiple instance learning, ICML 2018, https://arxiv.org/abs/1802.04712.
 PUBLISHED = {"musk1": (0.892, 0.900), "tiger": (0.839, 0.845), "elephant": (0.868, 0.857)}
 MODELS = ("ABMIL", "LiteMIL")
+CLASSES = ("negative", "positive")
 SETTINGS: dict[str, Any] = {
     "n_inner": 3, "patience": 15, "batch_size": 16, "final": "ensemble",
     "grid": {"lr": (3e-4, 1e-3)}, "device": "cpu",
@@ -88,7 +89,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows = []
     for name in asked.benchmarks:
-        dataset = MILDataset(*write_cohort(asked.output / name, asked.data / f"{name}.npz"), mode="full")
+        dataset = MILDataset(*write_cohort(asked.output / name, asked.data / f"{name}.npz"), CLASSES, mode="full")
         for model in asked.models:
             runs = [
                 cross_validate(

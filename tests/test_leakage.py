@@ -174,7 +174,7 @@ class TestPatientSignature:
         csv, features = signed_cohort
         table = pd.read_csv(csv, dtype=str)
         table.assign(case_id=table["wsi_id"]).to_csv(tmp_path / "naive.csv", index=False)
-        settings = {"epochs": 10, "hidden_dim": 64, "lr": 3e-2, "final": "ensemble"}
+        settings = {"epochs": 10, "least_steps": 1, "keep": "best", "hidden_dim": 64, "lr": 3e-2, "final": "ensemble"}
         naive = run(MILDataset(tmp_path / "naive.csv", features), tmp_path / "naive", **settings)
         by_patient = [
             run(MILDataset(csv, features), tmp_path / f"{seed}", **(settings | {"seed": seed})) for seed in range(seeds)

@@ -27,7 +27,7 @@ def classic():
 def test_the_classic_benchmarks_are_cohorts(classic, shared_data, tmp_path, name, bags, positive, instances, dim):
     benchmark = shared_data / "bags" / f"{name}.npz"
     labels_csv, features_dir = classic.write_cohort(tmp_path, benchmark, standardised=False)
-    dataset = MILDataset(labels_csv, features_dir, cache=tmp_path / "packed")
+    dataset = MILDataset(labels_csv, features_dir, classic.CLASSES, cache=tmp_path / "packed")
     assert dataset.class_names == ("negative", "positive")
     assert (len(dataset), int(dataset.labels.sum()), dataset.input_dim) == (bags, positive, dim)
     with np.load(benchmark) as file:
