@@ -599,3 +599,22 @@ def test_runs_of_train_py(tmp_path, script):
     interval = json.loads((folders[0] / "outputs.json").read_text())["intervals_95"]["auc"]
     assert list(run.predictions.rankings[1].auc.interval) == pytest.approx(interval)
     assert "12 slides of 12 patients, tested in 4 folds" in outcome.out
+
+
+def name_groups(run: Path, size: int) -> None:
+    """Let so many neighbouring patients be a group."""
+    number = lambda table: table["case_id"].str[1:].astype(int)  # noqa: E731
+    change_table(run / "predictions.csv", lambda table: table.assign(group="G" + (number(table) // size).astype(str)))
+
+
+def test_groups_that_one_run_names_count_for_both(runs):
+    """A run of an earlier version does not name them, though its splits are the same."""
+    (by_patient,) = compare(read_runs(runs[:2]), ["brier"])
+    name_groups(runs[1], 2)
+    (by_group,) = compare(read_runs(runs[:2]), ["brier"])
+    assert by_group.difference == by_patient.difference
+    assert by_group.low != by_patient.low
+    name_groups(runs[0], 2)
+    assert compare(read_runs(runs[:2]), ["brier"]) == [by_group]
+    name_groups(runs[0], 3)
+    assert "with another group" in refusal(*runs[:2])

@@ -116,7 +116,10 @@ class TestKinds:
         numbers = table["case_id"].str[1:].astype(int)
         table.assign(site=(numbers % 6).map("site {}".format)).to_csv(tmp_path / "labels.csv", index=False)
         data = MILDataset(tmp_path / "labels.csv", cohort[1], chunk_size=20, group_column="site")
-        make_cv(data, tmp_path / "run", n_outer=3, n_inner=2, epochs=1).run()
+        results = make_cv(data, tmp_path / "run", n_outer=3, n_inner=2, epochs=1).run()
+        rows = pd.read_csv(tmp_path / "run" / "predictions.csv")
+        assert rows["group"].tolist() == list(data.groups), "intervals are over them"
+        assert results["interval_methods"]["ece"] == "none: by chance alone it is above 0", "six groups are enough"
         site_of = {row.wsi_id: group for row, group in zip(data.rows, data.groups, strict=True)}
         for fold in strict_json(tmp_path / "run" / "splits.json")["folds"]:
             for inner in fold["inner"]:

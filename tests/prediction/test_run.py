@@ -499,3 +499,40 @@ def test_prevalence_needs_a_model_that_knows_its_own(cohort, models, predict):
     assert outcome.code == 1
     (line,) = outcome.errors
     assert "--prevalence 0.05: no frequencies of the classes are recorded; leave it out" in line
+
+
+def test_predictions_for_another_prevalence_are_not_mixed_with_those_there(cohort, predict, tmp_path):
+    """In either order: the table of a folder is of one prevalence."""
+    model = write_model(tmp_path / "model.pth", 1, intercepts=(0.4, -0.4), prior=(0.7, 0.3))
+    slide, other = cohort[1] / "P003-S1.h5", cohort[1] / "P004-S1.h5"
+    for first, second in (([], ["--prevalence", "0.1"]), (["--prevalence", "0.1"], [])):
+        output = f"out_{len(first)}"
+        assert predict("--checkpoint", model, "--input", slide, *first, output=output).code == 0
+        assert predict("--checkpoint", model, "--input", slide, *second, output=output).code == 1
+        folder = tmp_path / f"in_{len(first)}"
+        folder.mkdir()
+        for path in (slide, other):
+            write_bag(folder / path.name, read_bag(path))
+        outcome = predict("--checkpoint", model, "--input_dir", folder, *second, output=output)
+        assert outcome.code == 1
+        assert "prevalence" in outcome.err
+
+
+def test_prevalence_needs_slides_fed_as_in_training(cohort, predict, tmp_path):
+    model = write_model(tmp_path / "model.pth", 1, intercepts=(0.4, -0.4), prior=(0.7, 0.3))
+    mode = "chunked" if load_checkpoint(model).slide_feed.mode == "full" else "full"
+    outcome = predict("--checkpoint", model, "--input", cohort[1] / "P003-S1.h5", "--prevalence", "0.1", "--mode", mode)
+    assert outcome.code == 1
+    assert "--prevalence: only slides fed as in training are calibrated" in outcome.err
+
+
+def test_earlier_records_are_of_the_trainings_prevalence(cohort, models, predict, tmp_path):
+    flags = ("--checkpoint", models[0], "--input", cohort[1] / "P003-S1.h5")
+    predict(*flags)
+    path = tmp_path / "out" / "P003-S1_prediction.json"
+    record = json.loads(path.read_text())
+    assert record["request"].pop("prevalence", "absent") in (None, "absent")
+    path.write_text(json.dumps(record))
+    before = path.read_bytes()
+    assert predict(*flags).code == 0
+    assert path.read_bytes() == before, "it is known, and kept"

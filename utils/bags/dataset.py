@@ -37,6 +37,7 @@ from utils.tasks.task import Task
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
 SHUFFLE_WINDOW = 2**18
+# Settings of a cohort that are arguments of the dataset by the same name.
 _SAME_NAMES = (
     "sequential",
     "group_column",

@@ -85,19 +85,13 @@ def check_settings(targets: Iterable[Path], settings: Mapping[str, Any]) -> None
 
 def has_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Return whether a record was made with these settings."""
-    recorded = _recorded_request(record)
-    return recorded is not None and not differences(comparable_settings(settings), recorded, settings, strict=True)
-
-
-def _recorded_request(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the request in a record; earlier ones were for the training's prevalence."""
     recorded = request_in(record)
-    return recorded and {"prevalence": None, **recorded}
+    return recorded is not None and not differences(comparable_settings(settings), recorded, settings, strict=True)
 
 
 def _check_request(target: Path, record: Mapping[str, Any], request: Mapping[str, Any], *, whole: bool) -> None:
     """Raise ConfigError unless the record was made for the request or, if not `whole`, with the same settings."""
-    recorded, expected = _recorded_request(record) or {}, comparable_settings(request)
+    recorded, expected = request_in(record) or {}, comparable_settings(request)
     fields = dict.fromkeys([*expected, *recorded] if whole else expected)
     if "input" not in recorded:
         fields.pop("input", None)
