@@ -74,7 +74,11 @@ def read_tiles(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 
 def draw_bags(
-    features: NDArray[np.float64], classes: NDArray[np.int64], seed: int
+    features: NDArray[np.float64],
+    classes: NDArray[np.int64],
+    seed: int,
+    training_bags: int = TRAINING_BAGS,
+    test_bags: int = TEST_BAGS,
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.bool_], NDArray[np.int64]]:
     """Bags `(30, 49)`, the training ones first; of each tile whether it is a key instance `(bags, 30)`; of each bag
     its label. Training and test bags share no tile.
@@ -90,7 +94,7 @@ def draw_bags(
     mean, spread = features[train].mean(axis=0), features[train].std(axis=0)
     scaled = ((features - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)
     bags, keys, labels = [], [], []
-    for tiles, count in zip(map(np.concatenate, parts), (TRAINING_BAGS, TEST_BAGS), strict=True):
+    for tiles, count in zip(map(np.concatenate, parts), (training_bags, test_bags), strict=True):
         tumour, others = tiles[classes[tiles] == TUMOUR], tiles[classes[tiles] != TUMOUR]
         for number in range(count):
             positive = number % 2

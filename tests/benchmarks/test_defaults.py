@@ -1,4 +1,4 @@
-"""The benchmark of which epoch is kept reads every rule from the same trainings."""
+"""The benchmark of which epoch is kept reads every rule from the same trainings, over seeds and learning rates."""
 
 import sys
 from pathlib import Path
@@ -14,11 +14,15 @@ def test_every_rule_has_its_columns(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     defaults = pytest.importorskip("defaults")
     labels, features = write_cohort(tmp_path, patients_per_class=8, slides_per_patient=1, patches=(4, 9))
-    flags = ["--cohort", labels, features, "--models", "meanPool", "--lr", "1e-3", "--epochs", "3"]
+    assert (labels.parent, features.name) == (tmp_path, "features")
+    flags = [tmp_path, "--models", "meanPool", "--lr", "1e-3", "3e-3", "--epochs", "3", "--seeds", "1", "2"]
     monkeypatch.setattr(sys, "argv", ["defaults.py", *map(str, flags)])
     defaults.main()
     printed = capsys.readouterr().out
     for rule in defaults.RULES:
-        assert f"| meanPool, 0.001, {rule} |" in printed
-    (last,) = [line for line in printed.splitlines() if line.startswith("| meanPool, 0.001, last |")]
-    assert last.split("|")[2].strip() == "3"
+        assert f"| {tmp_path.name}, meanPool, 0.001, {rule} |" in printed
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in printed.splitlines() if "meanPool" in line}
+    last, grid = (rows[f"{tmp_path.name}, meanPool, {choice}"] for choice in ("0.003, last", "grid"))
+    assert last[0].strip() == "3"
+    assert all("±" in cell for cell in last[1:])
+    assert len(grid) == len(last)
