@@ -16,11 +16,12 @@ from tests.learning.runs import (
     make_cv,
     strict_json,
 )
-from utils.core.errors import DivergedError, TrainingError
+from utils.core.errors import ConfigError, DivergedError, TrainingError
 from utils.evaluation.closing_table import closing_text
 from utils.learning import jobs
 from utils.prediction.checkpoint import load_checkpoint
-from utils.tasks.metrics import decision_metrics, fitted_threshold
+from utils.tasks.metrics import decision_metrics
+from utils.tasks.operating_point import OperatingPoint
 
 
 class TestOutputs:
@@ -161,7 +162,7 @@ class TestThreshold:
         at_threshold = np.empty(len(rows), dtype=int)
         for number, fold in enumerate(results["fold_results"]):
             labels, scores = (np.concatenate(part) for part in zip(*fits[2 * number : 2 * number + 2], strict=True))
-            assert fold["threshold"] == fold["selection"]["threshold"] == fitted_threshold(labels, scores)
+            assert fold["threshold"] == fold["selection"]["threshold"] == OperatingPoint().threshold(labels, scores)
             mine = rows["fold"] == fold["fold"]
             at_threshold[mine] = rows.loc[mine, "prob_malignant"] >= fold["threshold"]
             expected = decision_metrics(dataset.labels[mine], at_threshold[mine], dataset.class_names)
@@ -169,3 +170,26 @@ class TestThreshold:
         expected = decision_metrics(dataset.labels, at_threshold, dataset.class_names)
         assert results["pooled_thresholded"] == expected
         assert f"balanced accuracy {expected['balanced_accuracy']:.3f} (" in closing_text(results)
+
+    def test_for_a_wanted_sensitivity_is_recorded_and_told(self, dataset, tmp_path, no_figures):
+        results = make_cv(dataset, tmp_path, operating_point="sensitivity=0.8").run()
+        rows = pd.read_csv(tmp_path / "predictions.csv")
+        by_fold = {fold["fold"]: fold["threshold"] for fold in results["fold_results"]}
+        is_called = rows["prob_malignant"] >= rows["fold"].map(by_fold)
+        sensitivity = is_called[rows["label"] == "malignant"].mean()
+        assert results["pooled_thresholded"]["sensitivity_malignant"] == pytest.approx(sensitivity)
+        low, high = results["pooled_thresholded_intervals_95"]["sensitivity_malignant"]
+        assert low < sensitivity < high or low < high == sensitivity
+        sentence = "At the threshold fitted on inner validation for sensitivity=0.8, pooled: sensitivity of malignant "
+        assert f"{sentence}{sensitivity:.3f} ({low:.3f}-{high:.3f}; " in closing_text(results)
+        selection = load_checkpoint(tmp_path / "fold_1_best.pth").selection
+        assert (selection["operating_point"], selection["threshold"]) == ("sensitivity=0.8", by_fold[1])
+
+    def test_that_too_few_slides_can_place_is_refused_before_training(self, dataset, tmp_path, unfitted):
+        message = r"sensitivity=0.95: takes 19 slides of malignant in inner validation, outer fold 1 has 8"
+        with pytest.raises(ConfigError, match=message):
+            make_cv(dataset, tmp_path / "run", operating_point="sensitivity=0.95").run()
+        with pytest.raises(ConfigError, match=r"--operating_point recall=0\.9: expected balanced_accuracy, or"):
+            make_cv(dataset, tmp_path / "run", operating_point="recall=0.9")
+        assert not (tmp_path / "run").exists()
+        assert not unfitted.states

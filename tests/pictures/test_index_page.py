@@ -37,6 +37,10 @@ def test_every_slide_has_a_row_with_what_is_known_of_it(page):
     assert cells[2][5:] == ["", "", "", "3", "unknown"]
     assert "1 a, 2 b; 1 of 2 labelled slides correct (50%); 1 seen in training, not independent evidence" in text
     assert "For research, not a diagnosis." in text
+    assert "<button>calibrated</button>" not in text
+    calibrated = page([replace(ROWS[0], calibrated={"a": 0.7, "b": 0.3}), *ROWS[1:]])
+    assert "<td>0.900</td><td>0.700</td><td>0.100</td>" in calibrated
+    assert "<td>0.800</td><td></td><td>0.800</td>" in calibrated, "a slide without one"
     bare = page([replace(row, label="", case_id="") for row in ROWS])
     assert "<button>label</button>" not in bare
     assert "<label hidden>" in bare

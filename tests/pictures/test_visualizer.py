@@ -240,14 +240,18 @@ def test_calibrated_probabilities_of_another_class_are_said_to_differ():
         "seen_in_training": False, "calibrated_probabilities": {"a": 0.51, "b": 0.49}, "temperature": 2.0,
     }  # fmt: skip
     caption = Caption.of(record)
-    assert caption.answer == "b (70.0%; calibrated: a)"
-    assert prediction_title(record) == "place: b (70.0%; calibrated: a)"
+    assert caption.answer == "b (49.0% calibrated; a 51.0%)"
+    assert prediction_title(record) == "place: b (49.0% calibrated; a 51.0%)"
+    assert (caption.probabilities, caption.probability_title) == ({"a": 0.51, "b": 0.49}, "calibrated probability")
+    assert dict(caption.facts)["calibration"] == "70.0% before, 49.0% after (temperature 2.00)"
     assert caption.notes == [
         "The predicted class, b, is the one with the highest probability before calibration; the calibrated "
         "probabilities differ: they are highest for a (51.0%)."
     ]
     alike = Caption.of(record | {"calibrated_probabilities": {"a": 0.4, "b": 0.6}})
-    assert (alike.answer, alike.notes) == ("b (70.0%)", [])
+    assert (alike.answer, alike.notes) == ("b (60.0% calibrated)", [])
+    raw = Caption.of(record | {"calibrated_probabilities": None})
+    assert (raw.answer, raw.probabilities, raw.probability_title) == ("b (70.0%)", {"a": 0.3, "b": 0.7}, "probability")
 
 
 @pytest.mark.parametrize(("threshold", "differs"), [(0.8, True), (0.6, False), (None, False)])
@@ -261,6 +265,9 @@ def test_a_threshold_that_decides_otherwise_is_said_to_differ(threshold, differs
         "(0.8 for b, fitted on inner validation) differs: by it the slide is a."
     )
     assert Caption.of(record | {"models": [model]}).notes == ([note] if differs else [])
+    aimed = model | {"selection": {"threshold": threshold, "operating_point": "sensitivity=0.95"}}
+    aim = note.replace("validation)", "validation for sensitivity=0.95)")
+    assert Caption.of(record | {"models": [aimed]}).notes == ([aim] if differs else [])
     assert Caption.of(record | {"models": [model] * 2}).notes == []
     assert Caption.of(record | {"models": [model], "calibrated_probabilities": None}).notes == []
 
@@ -278,9 +285,9 @@ def test_what_the_pictures_say_of_several_models():
     facts = dict(caption.facts)
     assert facts["models, averaged"] == "2 x LiteMIL (num_heads 4); ABMIL (hidden_dim 8)"
     assert facts["checkpoints"] == "a.pth, b.pth in run; c.pth in other"
-    assert facts["calibrated probability"] == "60.0% (temperature 1.50, 2.00, 0.50)"
+    assert facts["calibration"] == "70.0% before, 60.0% after (temperature 1.50, 2.00, 0.50)"
     with_prior = dict(Caption.of(record | {"prior": [[0.9, 0.1]] * 3}).facts)
-    assert with_prior["calibrated probability"].endswith("0.50; for slides of which 10.0% are b)")
+    assert with_prior["calibration"].endswith("0.50; for slides of which 10.0% are b)")
     assert caption.notes == ["The model was trained on this slide: its prediction is not independent evidence."]
     gaps = "deletion gap by attention +0.250 (beats 9 of 10), insertion gap by attention -0.125 (beats 9 of 10)"
     assert facts["faithfulness"] == f"mean probability against random orders: {gaps}"

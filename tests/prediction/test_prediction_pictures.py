@@ -305,7 +305,8 @@ def test_several_models_say_on_the_picture_how_far_they_agree(drawable, models, 
     assert outcome.code == 0, outcome.err
     record = json.loads(next((tmp_path / "out").glob("*_prediction.json")).read_text())
     votes = [max(one, key=one.__getitem__) for one in record["member_probabilities"]]
-    told = f"({record['confidence']:.1%}, {votes.count(record['predicted_class'])} of 3 models)"
+    calibrated = record["calibrated_probabilities"][record["predicted_class"]]
+    told = f"({calibrated:.1%} calibrated, {votes.count(record['predicted_class'])} of 3 models)"
     assert told in outcome.out
     page = next((tmp_path / "out").glob("*_report.html")).read_text()
     for text in (*texts_of_figures.values(), page):

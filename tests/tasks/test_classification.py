@@ -39,7 +39,9 @@ def test_two_classes_have_a_threshold_and_all_a_temperature():
     rng = np.random.default_rng(0)
     for task in (TWO, THREE):
         targets = np.arange(30) % len(task.outputs)
-        fitted = task.fit_on_validation(targets, rng.dirichlet(np.ones(len(task.outputs)), size=30))
+        fitted = task.fit_on_validation(
+            targets, rng.dirichlet(np.ones(len(task.outputs)), size=30), "balanced_accuracy"
+        )
         assert (fitted["threshold"] is None) is (task is THREE)
         assert fitted["temperature"] > 0
 

@@ -12,7 +12,6 @@ from utils.tasks.metrics import (
     auc_is_defined,
     balanced_class_weights,
     decision_metrics,
-    fitted_threshold,
     log_loss,
     mean_and_std,
     metric_names,
@@ -129,36 +128,6 @@ def test_rates_of_a_class_that_is_missing_or_alone():
     figures = decision_metrics(np.array([1, 1, 1]), np.array([1, 1, 0]), ("no", "yes"))
     assert figures["sensitivity_no"] is figures["specificity_yes"] is None
     assert figures["specificity_no"] == figures["sensitivity_yes"] == pytest.approx(2 / 3)
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 20)), min_size=1, max_size=25))
-def test_no_threshold_beats_the_fitted_one(slides):
-    labels, scores = np.array([int(label) for label, _ in slides]), np.array([score / 20 for _, score in slides])
-    fitted = fitted_threshold(labels, scores)
-    if len(set(labels)) < 2:
-        assert fitted is None
-        return
-
-    def balanced(threshold: float) -> float:
-        return sklearn.balanced_accuracy_score(labels, scores >= threshold)
-
-    # Every way to cut scores of 0, 1/20, ... but calling none positive where a score is 1.
-    best = max(balanced(cut) for cut in [0.0, *(np.arange(20) + 0.5) / 20])
-    assert balanced(fitted) == pytest.approx(best)
-    assert fitted not in scores
-
-
-@pytest.mark.parametrize(
-    ("labels", "scores", "expected"),
-    [
-        ([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9], 0.4),
-        ([0, 1, 0, 1], [0.1, 0.2, 0.6, 0.9], 0.75),  # as good as 0.15, and nearer to 0.5
-        ([0, 1], [0.7, 0.7], 0.35),  # nothing to tell them apart: 0.35 and 0.85 are as good, equally far
-        ([1, 0], [0.2, 0.6], 0.8),  # the wrong way round: best to call all alike
-    ],
-)
-def test_threshold_by_hand(labels, scores, expected):
-    assert fitted_threshold(np.array(labels), np.array(scores)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("label", [0, 1])

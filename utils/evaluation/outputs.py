@@ -64,7 +64,7 @@ def outputs_content(
         "interval_methods": methods(predictions.pooled),
         **_ranking("within_folds", predictions.within_folds),
         **_ranking("mean_of_folds", predictions.mean_of_folds),
-        "pooled_thresholded": predictions.decision_metrics,
+        **thresholded(predictions),
         "pooled_calibrated": predictions.calibrated_metrics,
         "calibration": reliability_figures(predictions),
         "fold_results": list(fold_figures),
@@ -74,6 +74,15 @@ def outputs_content(
 def methods(estimates: Mapping[str, Estimate]) -> dict[str, str]:
     """Return the method of each metric's interval, or why there is none."""
     return {name: estimate.method or f"none: {estimate.reason}" for name, estimate in estimates.items()}
+
+
+def thresholded(predictions: Predictions) -> dict[str, Any]:
+    """Return the entries of the decisions at a threshold, which are None without decisions."""
+    intervals = {name: estimate.interval for name, estimate in predictions.decided.items()}
+    return {
+        "pooled_thresholded": predictions.decision_metrics,
+        "pooled_thresholded_intervals_95": intervals or None,
+    }
 
 
 def _ranking(name: str, estimates: Mapping[str, Estimate]) -> dict[str, Any]:

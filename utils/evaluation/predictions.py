@@ -190,6 +190,11 @@ class Predictions:
         return {} if self.folds is None else self.scored.estimates(self.scored.mean_of_folds, self.seed)
 
     @property
+    def reported(self) -> Figures:
+        """Every metric as it is to be reported: those that rank slides within folds, the others of all slides."""
+        return self.metrics | {name: estimate.value for name, estimate in self.within_folds.items()}
+
+    @property
     def intervals(self) -> dict[str, Interval]:
         """The 95% interval of every metric of all slides."""
         return {name: estimate.interval for name, estimate in self.pooled.items()}
@@ -203,6 +208,15 @@ class Predictions:
         """Return these metrics of the slides, given other values `(n, C)` than the predicted ones."""
         figures = pooled_metrics(self.task, self.labels, values, self.repeats)
         return {name: figures[name] for name in names}
+
+    @cached_property
+    def decided(self) -> dict[str, Estimate]:
+        """The metrics of the decisions at a threshold, with their 95% intervals; none without decisions."""
+        if self.decisions is None:
+            return {}
+        certain = np.eye(len(self.task.outputs))[self.decisions]
+        pooled = replace(self, values=certain, decisions=None).pooled
+        return {name: pooled[name] for name in self.decision_metrics or {}}
 
     @property
     def decision_metrics(self) -> Figures | None:

@@ -35,6 +35,7 @@ from utils.learning.grid import grid_settings, read_grid
 from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.model_factory import ModelFactory, spec_of
 from utils.learning.protocol import (
+    check_operating_point,
     inner_jobs,
     log_kept_epoch,
     outer_folds,
@@ -135,7 +136,10 @@ class NestedCrossValidation:
                     self._log_resumed(begun, engine)
                 with threads(begun["threads"]):
                     results = self._run_folds(folds, engine, standardization, digests)
-                    about = {"model": self.spec, "dataset": self.dataset_name, "standardize": standardization.as_dict()}
+                    about = {
+                        "model": self.spec, "dataset": self.dataset_name,
+                        "standardize": standardization.as_dict(), "operating_point": self.protocol.operating_point,
+                    }  # fmt: skip
                     seed, formats = derive_seed(self.protocol.seed, "bootstrap"), self.running.figure_format
                     write_results(self.output_dir, results, self.dataset, about, seed, formats)
                     seconds = round(time.time() - started, 1)
@@ -219,7 +223,9 @@ class NestedCrossValidation:
 
     def folds(self) -> list[OuterFold]:
         """Return the outer folds of all repeats, drawn by the seed or read from the `splits` file."""
-        return outer_folds(self.dataset, self.protocol)
+        folds = outer_folds(self.dataset, self.protocol)
+        check_operating_point(self.dataset, self.protocol.operating_point, folds)
+        return folds
 
     def jobs(self, folds: Sequence[OuterFold], standardized: Collection[int] = ()) -> list[TrainingJob]:
         """Return the inner trainings (see `inner_jobs`)."""
@@ -236,7 +242,7 @@ class NestedCrossValidation:
         jobs, remedy = self.jobs(folds, standardization.folds), _remedy(self.cluster, self.dataset)
         tester = FoldTester(
             trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for, digests,
-            jobs[0].keep,
+            jobs[0].keep, self.protocol.operating_point,
         )  # fmt: skip
         train_jobs(trainer, jobs, engine, remedy)
         choices = [tester.choice(fold, [job for job in jobs if job.fold is fold]) for fold in folds]
@@ -248,7 +254,7 @@ class NestedCrossValidation:
             job = tester.all_slides_job(choices, standardizes=2 * len(standardization.folds) > len(folds))
             train_jobs(trainer, [job], engine, remedy)
             pooled = pooled_predictions(results, self.dataset, derive_seed(self.protocol.seed, "bootstrap"))
-            tester.save_all_slides(job, choices, pooled.metrics)
+            tester.save_all_slides(job, choices, pooled.reported)
         return results
 
     def _record(self, engine: Engine) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from utils.learning.ranking import best_of, rank, refit_epochs
 from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Diverged, Fitted, predict_slides
 from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
+from utils.tasks.operating_point import BALANCED
 from utils.tasks.task import FittedFigures
 
 ALL_SLIDES = "all_slides.pth"
@@ -32,6 +33,7 @@ class FoldTester:
 
     Each tested model is saved in `folder`. `is_remote`: other machines write the trainings. `digests` are those of the
     slides' features, in the table's order; empty if unknown. `keep`: which epoch of each training was kept.
+    `operating_point`: what thresholds are fitted for.
     """
 
     trainer: Trainer
@@ -41,6 +43,7 @@ class FoldTester:
     is_remote: bool
     digests: Sequence[str] = ()
     keep: str = "best"
+    operating_point: str = BALANCED
 
     def choice(self, fold: OuterFold, jobs: Sequence[TrainingJob]) -> Choice:
         """Choose among the settings by the inner trainings of a fold."""
@@ -51,7 +54,7 @@ class FoldTester:
             fitted = self._read(job)
             trained[job.setting - 1].append(fitted)
             history += self._history(job, fitted)
-        return choose(data.task, fold, jobs[0].monitor, settings, trained, data.labels, history)
+        return choose(data.task, fold, jobs[0].monitor, settings, trained, data.labels, history, self.operating_point)
 
     def refit_job(self, choice: Choice) -> TrainingJob:
         """Return the training of the chosen setting on the whole outer training set."""
@@ -70,7 +73,7 @@ class FoldTester:
 
     def save_all_slides(self, job: TrainingJob, choices: Sequence[Choice], expected: Mapping[str, Any]) -> None:
         """Save the model trained on all slides. No slide is left to test it or to fit to: `expected` are the figures of
-        the cross-validation; threshold and calibration are the folds' medians.
+        the cross-validation (`Predictions.reported`); threshold and calibration are the folds' medians.
         """
         trained = self._read(job)
         assert isinstance(trained, Fitted)  # noqa: S101 - for the type checker: if it diverges, the run ends
@@ -85,7 +88,7 @@ class FoldTester:
             "setting": self.trainer.settings[job.setting - 1].values,
             "inner_fold": None,
             "epoch": trained.epoch,
-            "threshold": fitted["threshold"],
+            **_threshold(fitted),
             "expected": dict(expected),
             "best_of_all_folds": False,
         }
@@ -111,7 +114,7 @@ class FoldTester:
         record |= changes
         model = self._model(choice.setting, states)
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
-        record |= {"threshold": choice.fitted_to_values["threshold"], "settings": choice.scores}
+        record |= {**_threshold(choice.fitted_to_values), "settings": choice.scores}
         result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history)
         selection = result.selection | {"best_of_all_folds": False}
         self._save(self._path(result), model.cpu(), result.fold.train, selection, result.fitted)
@@ -203,11 +206,21 @@ class FoldTester:
         return seen | ({"features": [self.digests[slide] for slide in slides]} if self.digests else {})
 
 
+def _threshold(fitted: FittedFigures) -> dict[str, Any]:
+    """Return the threshold and what it is for, as a checkpoint's selection records them."""
+    return {name: fitted[name] for name in ("threshold", "operating_point")}
+
+
 def _medians(fitted: Sequence[FittedFigures]) -> dict[str, Any]:
-    """Return the median of what was fitted in each fold, a number or a tuple of them; None if a fold lacks it."""
+    """Return the median of what was fitted in each fold, a number or a tuple of them; None if a fold lacks it. What is
+    no number is the same in all folds.
+    """
     medians: dict[str, Any] = {}
     for name in fitted[0]:
         values = [figures[name] for figures in fitted]
+        if isinstance(values[0], str):
+            medians[name] = values[0]
+            continue
         median = None if None in values else np.median(values, axis=0).tolist()
         medians[name] = tuple(median) if isinstance(median, list) else median
     return medians

@@ -39,10 +39,13 @@ def choose(
     trained: Sequence[Sequence[Fitted | Diverged]],
     labels: np.ndarray,
     history: list[dict[str, Any]],
+    operating_point: str,
 ) -> Choice:
     """Choose by `monitor` among the settings, given each one's inner trainings in the order of the inner folds, and the
-    cohort's `labels`. A setting with a training that diverged is not chosen, with a warning. Raises TrainingError if
-    every setting has one.
+    cohort's `labels`; then fit the threshold for the `operating_point`, and the calibration.
+
+    A setting with a training that diverged is not chosen, with a warning. Raises TrainingError if every setting has
+    one.
     """
     finished = {index: fitted for index, inner in enumerate(trained) if len(fitted := _fitted(inner)) == len(inner)}
     diverged = {index: _first_reason(inner) for index, inner in enumerate(trained) if index not in finished}
@@ -65,7 +68,8 @@ def choose(
     # All inner validation slides, each predicted by the model that was not trained on it.
     val_labels = labels[np.concatenate([inner.val for inner in fold.inner])]
     values = np.concatenate([model.val_probabilities.numpy() for model in models])
-    return Choice(fold, monitor, chosen + 1, models, best, task.fit_on_validation(val_labels, values), scores, history)
+    fitted = task.fit_on_validation(val_labels, values, operating_point)
+    return Choice(fold, monitor, chosen + 1, models, best, fitted, scores, history)
 
 
 def mean_validation(fitted: Sequence[Fitted]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from utils.learning.ranking import monitored_metric
 from utils.learning.settings import Keep, Protocol, Training
 from utils.learning.split_files import folds_from_file, unused_split
 from utils.learning.splits import OuterFold, few_patients, repeated_splits
+from utils.tasks.operating_point import OperatingPoint
 
 # With fewer validation slides of a class, the best of many epochs is chance: the standard error of an AUC near 0.8 on
 # 20 slides of each of two classes is 0.07.
@@ -44,6 +45,23 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
     if unused:
         log.warning("%s: %d of %d slides are tested by no fold", protocol.splits, unused, len(data))
     return folds
+
+
+def check_operating_point(data: MILDataset, operating_point: str, folds: Sequence[OuterFold]) -> None:
+    """Raise ConfigError for a wanted sensitivity or specificity that inner validation cannot place a threshold for."""
+    point, names = OperatingPoint.of(operating_point), data.task.strata_names
+    if point.label is None:
+        return
+    if data.task.positive_output is None:
+        raise ConfigError(f"--operating_point {point}: needs two classes, the cohort has {len(names)}; leave it out")
+    for fold in folds:
+        validated = data.labels[np.concatenate([inner.val for inner in fold.inner])]
+        count = int((validated == point.label).sum())
+        if count < point.least_slides:
+            raise ConfigError(
+                f"--operating_point {point}: takes {plural(point.least_slides, 'slide')} of {names[point.label]} in "
+                f"inner validation, outer fold {fold.number} has {count}; give a lower rate, or leave it out"
+            )
 
 
 def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from utils.bags.settings import BatchSize, batch_size_option
 from utils.core.errors import ConfigError
 from utils.core.settings import REQUIRED, SEED, FigureFormat, Settings, figure_format_option, option
+from utils.tasks.operating_point import BALANCED, OperatingPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,12 @@ class Protocol(Settings):
         "the epoch of a training that is kept: the last, or the best by validation; auto: the last if an inner fold "
         "validates on fewer than 20 slides of a class, else the best",
     )
+    operating_point: str = option(
+        BALANCED,
+        "what the decision threshold of two classes is fitted for, on inner validation: the best balanced accuracy, or "
+        "a wanted rate of the positive class, such as sensitivity=0.95 or specificity=0.9",
+        metavar="balanced_accuracy|sensitivity=S|specificity=S",
+    )
     final: Final = option(
         "best",
         "the model that is tested: the best inner model of the selected setting, the mean of its inner models "
@@ -124,6 +131,10 @@ class Protocol(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        try:
+            OperatingPoint.of(self.operating_point)
+        except ValueError as error:
+            raise ConfigError(f"--operating_point {self.operating_point}: expected {error}") from None
         if self.splits is not None and self.repeats > 1:
             raise ConfigError(f"--repeats {self.repeats}: --splits {self.splits} says which folds there are; drop one")
 

@@ -83,10 +83,11 @@ def detailed_figure(
     probabilities: Mapping[str, float],
     facts: Sequence[tuple[str, str]],
     evidence: EvidenceOverlay | None = None,
+    probability_title: str = "probability",
 ) -> Figure:
     """Draw the slide beside the heatmap, and beside the `evidence` for a class if there is any; below them the
-    distribution and the concentration of attention, the probabilities of the classes, and `facts`, pairs of a name and
-    a text.
+    distribution and the concentration of attention, the probabilities of the classes under their title, and `facts`,
+    pairs of a name and a text.
     """
     picture, attention = overlay.picture, overlay.attention
     h, w = picture.shape
@@ -104,7 +105,7 @@ def detailed_figure(
     figure = Figure(figsize=(_DETAILED, total_height), layout="constrained")
     above, below = _rows(figure, [above_height, below_height])
     _draw_maps(above, overlay, evidence, top_k, height, map_titles)
-    _draw_statistics(below, attention, names, list(probabilities.values()), fact_text)
+    _draw_statistics(below, attention, names, list(probabilities.values()), probability_title, fact_text)
     figure.suptitle(escape_mathtext(title), fontsize=12)
     return with_notice(figure)
 
@@ -147,13 +148,19 @@ def _draw_maps(
 
 
 def _draw_statistics(
-    figure: SubFigure, attention: AttentionMap, names: Sequence[str], probabilities: Sequence[float], fact_text: str
+    figure: SubFigure,
+    attention: AttentionMap,
+    names: Sequence[str],
+    probabilities: Sequence[float],
+    probability_title: str,
+    fact_text: str,
 ) -> None:
     """Draw how attention is spread and concentrated, the probabilities of the classes, and the facts."""
     distribution, concentration, classes, text = figure.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
     _draw_distribution(distribution, attention)
     _draw_concentration(concentration, attention)
     _draw_probabilities(classes, names, probabilities)
+    classes.set_title(probability_title, fontsize=10)
     text.set_axis_off()
     text.text(
         0, 1, escape_mathtext(fact_text), va="top", fontsize=_FACTS_SIZE, linespacing=1.4, transform=text.transAxes
@@ -374,7 +381,6 @@ def _draw_probabilities(axes: Axes, names: Sequence[str], values: Sequence[float
     axes.bar_label(bars, [percent_text(value) for value in values], padding=3, fontsize=SMALL)
     axes.set(xlim=(0, 1.4), xticks=[0, 0.5, 1])
     axes.invert_yaxis()
-    axes.set_title("probability", fontsize=10)
 
 
 def save_picture(figure: Figure, path: str | Path | None) -> None:

@@ -23,7 +23,8 @@ _MOST_CLASSES = 6  # with a column of probabilities each
 @dataclass(frozen=True)
 class IndexRow:
     """A slide on the page. Its name links to `page`, relative to the index; `thumbnail` is a picture of its map;
-    `label` and `case_id` are "" if unknown; `fold` is for out-of-fold predictions.
+    `label` and `case_id` are "" if unknown; `fold` is for out-of-fold predictions; `calibrated` are the calibrated
+    probabilities, if there are some.
     """
 
     slide: str
@@ -36,6 +37,7 @@ class IndexRow:
     seen_in_training: bool | None = None
     fold: int | None = None
     thumbnail: Path | None = None
+    calibrated: Mapping[str, float] | None = None
 
     @property
     def verdict(self) -> str:
@@ -87,7 +89,8 @@ def _columns(rows: Sequence[IndexRow]) -> list[str]:
     classes = list(rows[0].probabilities)
     class_columns = [] if len(classes) > _MOST_CLASSES else classes[-1:] if len(classes) == 2 else classes
     return [
-        "slide", "predicted", "probability", *(f"p({name})" for name in class_columns),
+        "slide", "predicted", "probability",
+        *(["calibrated"] if any(row.calibrated for row in rows) else []), *(f"p({name})" for name in class_columns),
         *(["label", "correct"] if any(row.label for row in rows) else []),
         *(["patient"] if any(row.case_id for row in rows) else []),
         "patches",
@@ -112,6 +115,7 @@ def _cells(row: IndexRow, columns: Sequence[str]) -> list[str]:
     texts = {f"p({name})": f"{value:.3f}" for name, value in row.probabilities.items()} | {
         "predicted": row.predicted,
         "probability": f"{row.probabilities[row.predicted]:.3f}",
+        "calibrated": f"{row.calibrated[row.predicted]:.3f}" if row.calibrated else "",
         "label": row.label,
         "correct": {"right": "yes", "wrong": "no", "": ""}[row.verdict],
         "patient": row.case_id,

@@ -159,7 +159,7 @@ class PictureSet:
             extremes = np.concatenate([self.attention.top(self.top_k), self.attention.lowest(self.top_k)])
             patches = () if self._pixels is None else read_patches(self._pixels, self.attention, extremes)
             write_patches(self._path(_PATCHES), self._patch_records, patches)
-        self._write_data(caption.probabilities)
+        self._write_data(record["probabilities"])
         write_report(self._path(_PAGE), record["slide"], overlay, caption, groups, evidence)
 
     def _figures(
@@ -229,5 +229,6 @@ def captioned_figure(
     notes = [*caption.notes, *overlay.attention.notes]
     facts = [*caption.facts, *(("note", note) for note in notes)]
     return detailed_figure(
-        overlay, title=title, top_k=top_k, probabilities=caption.probabilities, facts=facts, evidence=evidence
-    )
+        overlay, title=title, top_k=top_k, probabilities=caption.probabilities, facts=facts, evidence=evidence,
+        probability_title=caption.probability_title,
+    )  # fmt: skip

@@ -28,9 +28,11 @@ def _answer(record: Mapping[str, Any]) -> str:
     predicted, members = record["predicted_class"], record.get("member_probabilities") or []
     agreeing = sum(max(member, key=member.__getitem__) == predicted for member in members)
     counts = f", {agreeing} of {len(members)} models" if members else ""
-    other = _calibrated_class(record)
-    differing = f"; calibrated: {other}" if other not in (None, predicted) else ""
-    return f"{predicted} ({percent_text(record['confidence'])}{counts}{differing})"
+    calibrated, other = record.get("calibrated_probabilities"), _calibrated_class(record)
+    if calibrated is None:
+        return f"{predicted} ({percent_text(record['confidence'])}{counts})"
+    differing = "" if other == predicted else f"; {other} {percent_text(calibrated[other])}"
+    return f"{predicted} ({percent_text(calibrated[predicted])} calibrated{counts}{differing})"
 
 
 def _calibrated_class(record: Mapping[str, Any]) -> str | None:
@@ -53,23 +55,25 @@ def _decision_notes(record: Mapping[str, Any]) -> list[str]:
             f"{used}; the calibrated probabilities differ: they are highest for {other} "
             f"({percent_text(calibrated[other])})."
         ]
-    threshold = models[0]["selection"].get("threshold") if len(models) == 1 else None
+    selection = models[0]["selection"] if len(models) == 1 else {}
+    threshold, point = selection.get("threshold"), selection.get("operating_point", "")
     if threshold is None:
         return []
     negative, positive = record["probabilities"]
+    aim = f" for {point.replace('_', ' ')}" if point else ""
     decided = positive if record["probabilities"][positive] >= threshold else negative
     if decided == predicted:
         return []
     return [
-        f"{used}; the model's own threshold ({threshold:.3g} for {positive}, fitted on inner validation) differs: by "
-        f"it the slide is {decided}."
+        f"{used}; the model's own threshold ({threshold:.3g} for {positive}, fitted on inner validation{aim}) differs: "
+        f"by it the slide is {decided}."
     ]
 
 
 @dataclass(frozen=True)
 class Caption:
-    """The result of a prediction in one line, `probabilities` by class, `facts` (pairs of a name and a text) on how it
-    was made, `notes`, which are warnings, and what `evidence` adds up to, if there is any.
+    """The result of a prediction in one line, `probabilities` by class, calibrated ones if there are, `facts` (pairs of
+    a name and a text) on how it was made, `notes`, which are warnings, and what `evidence` adds up to, if there is any.
     """
 
     answer: str = ""
@@ -77,11 +81,21 @@ class Caption:
     facts: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     evidence: str = ""
+    is_calibrated: bool = False
+
+    @property
+    def probability_title(self) -> str:
+        """Return what the probabilities are."""
+        return "calibrated probability" if self.is_calibrated else "probability"
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """Return the caption of a prediction's record."""
-        return cls(_answer(record), record["probabilities"], _facts(record), _notes(record), evidence_text(record))
+        calibrated = record.get("calibrated_probabilities")
+        shown = record["probabilities"] if calibrated is None else calibrated
+        return cls(
+            _answer(record), shown, _facts(record), _notes(record), evidence_text(record), calibrated is not None
+        )
 
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -101,8 +115,10 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append((f"{predicted} by each model", f"{values}; standard deviation {spread}"))
     calibrated = record.get("calibrated_probabilities")
     if calibrated is not None:
-        text = percent_text(calibrated[record["predicted_class"]])
-        facts.append(("calibrated probability", f"{text} ({_scaling_text(record, list(calibrated))})"))
+        text = (
+            f"{percent_text(record['confidence'])} before, {percent_text(calibrated[record['predicted_class']])} after"
+        )
+        facts.append(("calibration", f"{text} ({_scaling_text(record, list(calibrated))})"))
     if record.get("evidence"):
         facts.append(("evidence", evidence_text(record)))
     elif "evidence" in record:  # asked for

@@ -71,6 +71,7 @@ def write_report(
         "galleries": _galleries(attention, groups),
         "patch_width": patch_width_text(attention.size_level0, picture.mpp),
         "evidence": caption.evidence,
+        "probability_title": caption.probability_title.capitalize(),
         "probabilities": [(name, value, percent_text(value)) for name, value in caption.probabilities.items()],
         "concentration": _concentration(attention),
         "facts": caption.facts,

@@ -21,6 +21,7 @@ from utils.core.tensor_files import load_tensors, save_tensors
 from utils.prediction import first_version
 from utils.prediction.foreign_checkpoints import names_in, names_of_pickle, origin
 from utils.prediction.forward_pass import SlideFeed
+from utils.tasks.operating_point import BALANCED
 from utils.tasks.records import task_of
 from utils.tasks.task import FittedFigures, Task
 
@@ -69,7 +70,8 @@ class Checkpoint:
     def fitted(self) -> FittedFigures:
         """Return what was fitted to inner validation (see `Task.fit_on_validation`)."""
         scaling = {"temperature": self.temperature, "intercepts": self.intercepts, "prior": self.prior}
-        return {"threshold": self.selection.get("threshold"), **scaling}
+        chosen = {"threshold": None, "operating_point": BALANCED}
+        return {name: self.selection.get(name, value) for name, value in chosen.items()} | scaling
 
     def at_prevalence(self, prevalence: float) -> Self:
         """Return the checkpoint calibrated for slides of which this share is positive. Raises ValueError."""

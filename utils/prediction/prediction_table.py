@@ -21,7 +21,7 @@ from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
 from utils.evaluation import localization
 from utils.evaluation.closing_table import figures_row, interval_words, intervals_row, text_table
-from utils.evaluation.outputs import NO_PATIENTS, methods, write_table
+from utils.evaluation.outputs import NO_PATIENTS, methods, thresholded, write_table
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.reliability import reliability_figures, reliability_words
 from utils.prediction.existing_records import ENDING
@@ -134,6 +134,7 @@ class PredictedSlides:
             "positive_class": self.task.positive_output,
             **_figures(predictions),
             "threshold": fitted and fitted["threshold"],
+            "operating_point": fitted and fitted["operating_point"],
             "patients_from": self.patients_from or NO_PATIENTS,
             "n_seen_in_training": int(is_seen.sum()),
             "n_seen_under_another_name": num_renamed,
@@ -225,7 +226,7 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
         "pooled": predictions.metrics,
         "intervals_95": predictions.intervals,
         "interval_methods": methods(predictions.pooled),
-        "pooled_thresholded": predictions.decision_metrics,
+        **thresholded(predictions),
         "pooled_calibrated": predictions.calibrated_metrics,
         "calibration": reliability_figures(predictions),
     }

@@ -256,7 +256,7 @@ def _index_row(record: Mapping[str, Any], slides: PredictedSlides, folder: Path)
     return IndexRow(
         slide, record["predicted_class"], record["probabilities"], record["num_instances"],
         (pages or [f"{slide}{ENDING}"])[0], info.label, info.case_id, record["seen_in_training"], record.get("fold"),
-        pictures[-1] if pictures else None,
+        pictures[-1] if pictures else None, record.get("calibrated_probabilities"),
     )  # fmt: skip
 
 

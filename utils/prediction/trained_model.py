@@ -107,7 +107,11 @@ class TrainedModel:
             "model": self.checkpoint.model,
             "checkpoint": str(self.path),
             "selection": self.checkpoint.selection,
-            **{name: value for name, value in self.checkpoint.fitted.items() if name != "threshold"},
+            **{
+                name: value
+                for name, value in self.checkpoint.fitted.items()
+                if name in ("temperature", "intercepts", "prior")
+            },
         }
 
 

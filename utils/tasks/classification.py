@@ -18,13 +18,13 @@ from utils.tasks.metrics import (
     balanced_class_weights,
     basis,
     decision_metrics,
-    fitted_threshold,
     log_loss,
     metric_names,
     metrics_within,
     ranked_classes,
     weighted_metrics,
 )
+from utils.tasks.operating_point import BALANCED, OperatingPoint
 from utils.tasks.task import Figures, FittedFigures, Task
 
 if TYPE_CHECKING:
@@ -152,11 +152,12 @@ class Classification(Task):
         is_defined = metric != "auc" or auc_is_defined(targets, len(self.class_names))
         return "" if is_defined else "lacks a class"
 
-    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> FittedFigures:
-        """Return the scaling and, of two classes, the `threshold` with the best balanced accuracy."""
+    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray, operating_point: str) -> FittedFigures:
+        """Return the scaling and, of two classes, the `threshold` for the `operating_point`."""
         is_binary = len(self.class_names) == 2
         return {
-            "threshold": fitted_threshold(targets, values[:, 1]) if is_binary else None,
+            "threshold": OperatingPoint.of(operating_point).threshold(targets, values[:, 1]) if is_binary else None,
+            "operating_point": operating_point,
             **_record_of(fitted_scaling(targets, values)),
         }
 
@@ -223,17 +224,19 @@ class Classification(Task):
         pooled = results["pooled"]
         sentences = [] if self.positive_output is None else [f"Positive is {self.positive_output}."]
         sentences += _auc_sentences((results.get("within_folds") or {}).get("auc"), pooled["auc"])
-        changes = [
-            _changes_sentence(
-                "At the threshold fitted on inner validation", results["pooled_thresholded"], pooled, "at 0.5",
-                ("accuracy", "balanced_accuracy", "f1_macro"),
-            ),
-            _changes_sentence(
-                "Calibrated on inner validation", results["pooled_calibrated"], pooled, "as it is",
-                self.calibration_metrics,
-            ),
-        ]  # fmt: skip
-        return sentences + list(filter(None, changes))
+        calibrated = _changes_sentence(
+            "Calibrated on inner validation", results["pooled_calibrated"], pooled, "as it is", self.calibration_metrics
+        )
+        return sentences + list(filter(None, [self._threshold_sentence(results), calibrated]))
+
+    def _threshold_sentence(self, results: Mapping[str, Any]) -> str:
+        """Return what the fitted threshold changes in the metrics that its operating point is about."""
+        point, names = results.get("operating_point") or BALANCED, ["accuracy", "balanced_accuracy", "f1_macro"]
+        if point != BALANCED:
+            names = [f"{rate}_{self.positive_output}" for rate in ("sensitivity", "specificity")]
+        what = "At the threshold fitted on inner validation" + ("" if point == BALANCED else f" for {point}")
+        intervals = results.get("pooled_thresholded_intervals_95") or {}
+        return _changes_sentence(what, results["pooled_thresholded"], results["pooled"], "at 0.5", names, intervals)
 
 
 def _gallery(values: np.ndarray, is_correct: np.ndarray) -> dict[str, np.ndarray]:
@@ -279,13 +282,21 @@ def _auc_sentences(within: float | None, pooled: float | None) -> list[str]:
 
 
 def _changes_sentence(
-    what: str, changed: Mapping[str, Any] | None, pooled: Mapping[str, Any], before: str, names: Sequence[str]
+    what: str,
+    changed: Mapping[str, Any] | None,
+    pooled: Mapping[str, Any],
+    before: str,
+    names: Sequence[str],
+    intervals: Mapping[str, Sequence[float] | None] | None = None,
 ) -> str:
-    """Return what something changes in these metrics, or "" if it was not done."""
+    """Return what something changes in these metrics, or "" if it was not done; `intervals` are those afterwards."""
     if changed is None:
         return ""
-    texts = [
-        f"{name.replace('_', ' ')} {figure_text(changed[name])} ({figure_text(pooled[name])} {before})"
-        for name in names
-    ]
+    texts = []
+    for name in names:
+        interval = (intervals or {}).get(name)
+        limits = f"{interval_text(interval)}; " if interval else ""
+        kind, _, of = name.partition("_") if name.startswith(("sensitivity_", "specificity_")) else (name, "", "")
+        title = f"{kind} of {of}" if of else kind.replace("_", " ")
+        texts.append(f"{title} {figure_text(changed[name])} ({limits}{figure_text(pooled[name])} {before})")
     return f"{what}, pooled: {', '.join(texts)}."

@@ -144,24 +144,6 @@ def equal_bins(probabilities: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(bins == number) for number in np.unique(bins)]
 
 
-def fitted_threshold(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Return the threshold on `scores (n,)`, the positive class's probability, with the best balanced accuracy.
-
-    It is halfway between neighbouring scores (or a score and 0 or 1); of equally good ones, the nearest to 0.5. None if
-    a class is missing. A slide is positive at `score >= threshold`.
-    """
-    if not auc_is_defined(labels, 2):
-        return None
-    edges = np.unique(np.concatenate([[0.0, 1.0], scores]))
-    thresholds = (edges[:-1] + edges[1:]) / 2
-    negatives, positives = (np.sort(scores[labels == label].astype(np.float64)) for label in (0, 1))
-    missed, rejected = (np.searchsorted(group, thresholds, "left") for group in (positives, negatives))
-    # Twice the balanced accuracy, times both counts: integers, so that equal thresholds compare equal.
-    quality = (len(positives) - missed) * len(negatives) + rejected * len(positives)
-    best = thresholds[quality == quality.max()]
-    return float(best[np.abs(best - 0.5).argmin()])
-
-
 def log_loss(labels: np.ndarray, probabilities: np.ndarray, class_weights: np.ndarray) -> float:
     """Return the mean negative log-likelihood of the true classes, each slide weighted by its class."""
     likelihood = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, None)

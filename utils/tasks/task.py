@@ -133,8 +133,11 @@ class Task(ABC):
         """Return why a metric is undefined for these targets; "" if it is defined."""
 
     @abstractmethod
-    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray) -> FittedFigures:
-        """Return what is fitted to inner validation slides, by name; None if it is undefined for them."""
+    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray, operating_point: str) -> FittedFigures:
+        """Return what is fitted to inner validation slides, by name; None if it is undefined for them.
+
+        `operating_point` is what a decision threshold is fitted for (see `tasks.operating_point`).
+        """
 
     @abstractmethod
     def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
