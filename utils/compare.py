@@ -192,7 +192,7 @@ def _runs_table(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
     for run in runs:
         model = run.outputs.get("model")
         name = model.get("name") if isinstance(model, dict) else None
-        estimates = run.predictions.pooled | run.predictions.within_folds
+        estimates = run.predictions.pooled | run.predictions.ranked_within
         cells = [f"{_figure(estimates[metric].value)} ({_range(estimates[metric].interval)})" for metric in titles]
         rows.append([run.name, name or "-", _parameters(run) if name in list_mils() else "-", *cells])
     return _table(rows, texts=2)
@@ -226,7 +226,7 @@ def _differences_table(differences: Sequence[Difference], titles: Mapping[str, s
 
 def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]) -> str:
     predictions = run.predictions
-    ranking = " and the ".join(name.replace("_", " ") for name in predictions.within_folds if name in metrics)
+    ranking = " and the ".join(name.replace("_", " ") for name in predictions.ranked_within if name in metrics)
     pairs = len(differences) // len(metrics)
     families = [f"the {pairs} pairs of {metrics[0]}"] if pairs > 1 else []
     if pairs * (len(metrics) - 1) > 1:

@@ -7,6 +7,7 @@ import pytest
 from tests.learning.runs import N_OUTER, make_cv, strict_json
 from utils.evaluation.closing_table import closing_text, results_table
 from utils.learning import protocol
+from utils.learning.settings import Training
 from utils.learning.splits import InnerFold, OuterFold
 from utils.mil_dataset import MILDataset
 
@@ -64,8 +65,11 @@ class TestKeep:
         monkeypatch.setattr(protocol, "MANY_VALIDATED", many)
         cv = make_cv(dataset, tmp_path, keep=keep)
         assert {job.keep for job in cv.jobs(cv.folds())} == {kept}
-        protocol.log_kept_epoch(dataset, keep, cv.folds())
+        protocol.log_kept_epoch(dataset, keep, cv.folds(), Training())
         is_said = (keep, kept) == ("auto", "last")
+        assert "nothing depends on it" not in aloud.text
+        protocol.log_kept_epoch(dataset, keep, cv.folds(), Training(patience=3))
+        assert ("--patience: nothing depends on it" in aloud.text) is (kept == "last")
         assert ("as few as 4 slides of a class, so each training keeps its last epoch" in aloud.text) is is_said
 
     @pytest.mark.parametrize("keep", ["best", "last"])

@@ -288,6 +288,8 @@ def test_what_the_pictures_say_of_several_models():
     assert facts["calibration"] == "70.0% before, 60.0% after (temperature 1.50, 2.00, 0.50)"
     with_prior = dict(Caption.of(record | {"prior": [[0.9, 0.1]] * 3}).facts)
     assert with_prior["calibration"].endswith("0.50; for slides of which 10.0% are b)")
+    unlike = dict(Caption.of(record | {"prior": [[0.9, 0.1], [0.8, 0.2], [0.9, 0.1]]}).facts)
+    assert unlike["calibration"].endswith("0.50; for slides of which 10.0% or 20.0% are b)")
     assert caption.notes == ["The model was trained on this slide: its prediction is not independent evidence."]
     gaps = "deletion gap by attention +0.250 (beats 9 of 10), insertion gap by attention -0.125 (beats 9 of 10)"
     assert facts["faithfulness"] == f"mean probability against random orders: {gaps}"

@@ -52,6 +52,15 @@ def test_the_intercepts_undo_a_training_for_equal_classes(slides):
     assert odds[:, 1] / odds[:, 0] == pytest.approx((1 - labels.mean()) / labels.mean())
 
 
+def test_without_class_weights_few_slides_are_held_at_the_probabilities_as_they_are():
+    """A model that answers with the frequencies, as a loss without weights trains it to."""
+    labels = np.repeat([0, 1], [17, 3])
+    answers = np.repeat([[0.85, 0.15]], 20, axis=0)
+    as_trained, undone = (fitted_scaling(labels, answers, is_balanced) for is_balanced in (False, True))
+    assert as_trained.apply(answers)[0, 1] == pytest.approx(0.15, abs=0.06)
+    assert undone.apply(answers)[0, 1] < as_trained.apply(answers)[0, 1] - 0.02
+
+
 def test_a_temperature_alone_divides_the_logits_and_keeps_the_order():
     logits = np.random.default_rng(1).standard_normal((50, 4)) * 5
     scaled = scale_probabilities(softmax(logits), 1.7)

@@ -9,7 +9,6 @@ import numpy as np
 from utils.evaluation.paired_tests import holm, nadeau_bengio, paired_test, training_inflation
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.resampling import left_out
-from utils.tasks.task import Figures
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def compare(
     # A run of an earlier version does not name the groups that its splits kept together, as another does.
     groups = next((run.groups for run in runs.values() if run.groups is not None), None)
     names, predictions = list(runs), [replace(run, groups=groups) for run in runs.values()]
-    figures = [_compared(run) for run in predictions]
+    figures = [run.reported for run in predictions]
     without = [_without_patients(run) for run in predictions]
     folds = [_fold_metrics(run) for run in predictions]
     n_train, n_test = zip(*sizes, strict=True)
@@ -85,20 +84,11 @@ def compare(
     return _adjusted(differences, metrics[0])
 
 
-def _compared(predictions: Predictions) -> Figures:
-    """Return every metric: within folds if it ranks slides and is defined there, else of all slides."""
-    return predictions.metrics | {
-        name: estimate.value for name, estimate in predictions.within_folds.items() if estimate.value is not None
-    }
-
-
 def _without_patients(predictions: Predictions) -> dict[str, np.ndarray]:
     """Return the compared metrics without each patient in turn, `(G,)` (see `resampling.left_out`)."""
-    scored, within = predictions.scored, predictions.within_folds
+    scored = predictions.scored
     ranking = left_out(scored.patients, scored.within_folds)
-    return left_out(scored.patients, scored.pooled) | {
-        name: values for name, values in ranking.items() if within[name].value is not None
-    }
+    return left_out(scored.patients, scored.pooled) | {name: ranking[name] for name in predictions.ranked_within}
 
 
 def _fewest_patients(predictions: Predictions) -> int:

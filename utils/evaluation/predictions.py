@@ -190,9 +190,16 @@ class Predictions:
         return {} if self.folds is None else self.scored.estimates(self.scored.mean_of_folds, self.seed)
 
     @property
+    def ranked_within(self) -> dict[str, Estimate]:
+        """The metrics that rank slides within folds, as far as they are defined there."""
+        return {name: estimate for name, estimate in self.within_folds.items() if estimate.value is not None}
+
+    @property
     def reported(self) -> Figures:
-        """Every metric as it is to be reported: those that rank slides within folds, the others of all slides."""
-        return self.metrics | {name: estimate.value for name, estimate in self.within_folds.items()}
+        """Every metric as it is to be reported: within folds if it ranks slides and is defined there, else of all
+        slides.
+        """
+        return self.metrics | {name: estimate.value for name, estimate in self.ranked_within.items()}
 
     @property
     def intervals(self) -> dict[str, Interval]:

@@ -15,8 +15,10 @@ from utils.bags.spelling import plain_spelling
 from utils.core.errors import TrainingError
 from utils.core.files import wait_for_file
 from utils.learning.fold_results import FoldResult
+from utils.learning.grid import Setting
 from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.model_selection import Choice, choose, mean_validation
+from utils.learning.protocol import with_setting
 from utils.learning.ranking import best_of, rank, refit_epochs
 from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Diverged, Fitted, predict_slides
@@ -54,7 +56,12 @@ class FoldTester:
             fitted = self._read(job)
             trained[job.setting - 1].append(fitted)
             history += self._history(job, fitted)
-        return choose(data.task, fold, jobs[0].monitor, settings, trained, data.labels, history, self.operating_point)
+        return choose(data.task, fold, jobs[0].monitor, settings, trained, data.labels, history, self._fit)
+
+    def _fit(self, setting: Setting, labels: np.ndarray, values: np.ndarray) -> FittedFigures:
+        """Return what the task fits to inner validation slides of trainings of this setting."""
+        is_balanced = with_setting(self.trainer.training, setting).class_weights == "balanced"
+        return self.trainer.dataset.task.fit_on_validation(labels, values, self.operating_point, is_balanced)
 
     def refit_job(self, choice: Choice) -> TrainingJob:
         """Return the training of the chosen setting on the whole outer training set."""

@@ -1,6 +1,6 @@
 """Choose the setting and the model of an outer fold by its inner validation; fit threshold and temperature there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,10 @@ def choose(
     trained: Sequence[Sequence[Fitted | Diverged]],
     labels: np.ndarray,
     history: list[dict[str, Any]],
-    operating_point: str,
+    fit_on_validation: Callable[[Setting, np.ndarray, np.ndarray], FittedFigures],
 ) -> Choice:
     """Choose by `monitor` among the settings, given each one's inner trainings in the order of the inner folds, and the
-    cohort's `labels`; then fit the threshold for the `operating_point`, and the calibration.
+    cohort's `labels`; then `fit_on_validation` what the task fits to the labels and values of all inner validation.
 
     A setting with a training that diverged is not chosen, with a warning. Raises TrainingError if every setting has
     one.
@@ -68,7 +68,7 @@ def choose(
     # All inner validation slides, each predicted by the model that was not trained on it.
     val_labels = labels[np.concatenate([inner.val for inner in fold.inner])]
     values = np.concatenate([model.val_probabilities.numpy() for model in models])
-    fitted = task.fit_on_validation(val_labels, values, operating_point)
+    fitted = fit_on_validation(settings[chosen], val_labels, values)
     return Choice(fold, monitor, chosen + 1, models, best, fitted, scores, history)
 
 

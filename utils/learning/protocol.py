@@ -92,9 +92,17 @@ def kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold]) -> Lite
     return "best" if _fewest_validated(data, folds) >= MANY_VALIDATED else "last"
 
 
-def log_kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold]) -> None:
-    """Log it if each training keeps its last epoch because few slides validate."""
-    if (keep, kept_epoch(data, keep, folds)) == ("auto", "last"):
+def log_kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold], training: Training) -> None:
+    """Log it if each training keeps its last epoch because few slides validate, and if settings of training that choose
+    another one are given in vain.
+    """
+    if kept_epoch(data, keep, folds) == "best":
+        return
+    idle = [name for name in ("patience", "least_steps") if getattr(training, name) != getattr(Training, name)]
+    if idle:
+        flags = " and ".join(f"--{name}" for name in idle)
+        log.warning("%s: nothing depends on it, as each training keeps its last epoch; give --keep best", flags)
+    if keep == "auto":
         text = "inner folds validate on as few as %s of a class, so each training keeps its last epoch (--keep auto)"
         log.info(text, plural(_fewest_validated(data, folds), "slide"))
 

@@ -138,10 +138,11 @@ def _scaling_text(record: Mapping[str, Any], class_names: Sequence[str]) -> str:
     several = isinstance(record["temperature"], list)
     temperatures = record["temperature"] if several else [record["temperature"]]
     text = f"temperature {', '.join(f'{temperature:.2f}' for temperature in temperatures)}"
-    prior = record["prior"][0] if several and record.get("prior") else record.get("prior")
-    if prior is None or len(prior) != 2:
+    priors = (record.get("prior") or [None]) if several else [record.get("prior")]
+    shares = " or ".join(dict.fromkeys(percent_text(prior[-1]) for prior in priors if prior and len(prior) == 2))
+    if not shares:
         return text
-    return f"{text}; for slides of which {percent_text(prior[-1])} are {class_names[-1]}"
+    return f"{text}; for slides of which {shares} are {class_names[-1]}"
 
 
 def _feed_text(record: Mapping[str, Any]) -> str:

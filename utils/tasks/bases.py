@@ -42,7 +42,7 @@ class Precision:
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """Another figure from 0 to 1, of rows of several `kinds (C, n)` bool."""
+    """A figure from 0 to 1 that is no proportion, such as macro F1, of rows of several `kinds (C, n)` bool."""
 
     kinds: np.ndarray
 

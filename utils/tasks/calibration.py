@@ -20,7 +20,7 @@ from utils.tasks.metrics import auc_is_defined, equal_bins
 _LEAST, _MOST = 0.05, 20.0
 _TINY = 1e-12
 # How far, in standard deviations of a prior, few slides may pull the temperature's logarithm from 0 and the intercepts
-# from those of the classes' frequencies.
+# from what undoes the weights of the loss.
 _TEMPERATURE_SPREAD, _INTERCEPT_SPREAD = 0.7, 0.5
 _STEPS, _CONVERGED, _STEEPEST, _VARYING = 50, 1e-8, 100.0, 1e-6
 
@@ -58,12 +58,13 @@ class Scaling:
         )
 
 
-def fitted_scaling(labels: np.ndarray, probabilities: np.ndarray) -> Scaling | None:
+def fitted_scaling(labels: np.ndarray, probabilities: np.ndarray, is_balanced: bool = True) -> Scaling | None:
     """Return the scaling that makes `probabilities (n, C)` most likely for the true classes `labels (n,)`.
 
     Targets are smoothed by the number of slides of each class as in Platt scaling (Platt 1999), because on a few slides
     that are all classified correctly the optimal temperature would be zero. Weak priors hold temperature and intercepts
-    of few slides: at 1, and at the classes' frequencies. None if a class is missing.
+    of few slides: at 1, and at what undoes the weights of the training's loss, the classes' frequencies if it
+    `is_balanced`, else nothing. None if a class is missing.
     """
     from scipy.optimize import minimize  # slow to import, and prediction fits nothing
 
@@ -76,7 +77,7 @@ def fitted_scaling(labels: np.ndarray, probabilities: np.ndarray) -> Scaling | N
     targets[np.arange(len(labels)), labels] = target
     logarithms = np.log(np.maximum(probabilities, _TINY))
     prior = (counts + 1) / (counts + 1).sum()
-    expected = np.log(prior) - np.log(prior).mean()
+    expected = np.log(prior) - np.log(prior).mean() if is_balanced else np.zeros(num_classes)
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         slope, intercepts = math.exp(parameters[0]), parameters[1:]

@@ -152,13 +152,15 @@ class Classification(Task):
         is_defined = metric != "auc" or auc_is_defined(targets, len(self.class_names))
         return "" if is_defined else "lacks a class"
 
-    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray, operating_point: str) -> FittedFigures:
+    def fit_on_validation(
+        self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
+    ) -> FittedFigures:
         """Return the scaling and, of two classes, the `threshold` for the `operating_point`."""
         is_binary = len(self.class_names) == 2
         return {
             "threshold": OperatingPoint.of(operating_point).threshold(targets, values[:, 1]) if is_binary else None,
             "operating_point": operating_point,
-            **_record_of(fitted_scaling(targets, values)),
+            **_record_of(fitted_scaling(targets, values, is_balanced)),
         }
 
     def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:

@@ -133,10 +133,13 @@ class Task(ABC):
         """Return why a metric is undefined for these targets; "" if it is defined."""
 
     @abstractmethod
-    def fit_on_validation(self, targets: np.ndarray, values: np.ndarray, operating_point: str) -> FittedFigures:
+    def fit_on_validation(
+        self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
+    ) -> FittedFigures:
         """Return what is fitted to inner validation slides, by name; None if it is undefined for them.
 
-        `operating_point` is what a decision threshold is fitted for (see `tasks.operating_point`).
+        `operating_point` is what a decision threshold is fitted for (see `tasks.operating_point`); `is_balanced` says
+        whether the loss was weighted by `loss_weights`.
         """
 
     @abstractmethod
