@@ -1,23 +1,18 @@
 """The classic benchmarks become cohorts, and the benchmark of them runs."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.benchmarks.scripts import imported, printed
 from utils.mil_dataset import MILDataset
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def classic():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield pytest.importorskip("classic")
-    sys.path.remove(str(BENCHMARKS))
+    return imported("classic")
 
 
 @pytest.mark.parametrize(
@@ -65,11 +60,8 @@ def test_prints_a_row_and_finds_it_again(tmp_path):
     flags += ["--seeds", "0", "--n_outer", "2", "--epochs", "12"]
     rows = []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, BENCHMARKS / "classic.py", *map(str, flags)], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        rows.append(re.findall(r"^\| musk1, ABMIL \|.*", done.stdout, re.MULTILINE))
+        out = printed("classic", *map(str, flags))
+        rows.append(re.findall(r"^\| musk1, ABMIL \|.*", out, re.MULTILINE))
     assert rows[0] == rows[1]
     accuracy = re.match(r"\| musk1, ABMIL \| (\d\.\d+) \| (\d\.\d+) to (\d\.\d+) \|", rows[0][0])
     assert accuracy

@@ -1,18 +1,13 @@
 """The benchmark of which epoch is kept reads every rule from the same trainings, over seeds and learning rates."""
 
 import sys
-from pathlib import Path
 
-import pytest
-
+from tests.benchmarks.scripts import imported
 from tests.cohort import write_cohort
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_every_rule_has_its_columns(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    defaults = pytest.importorskip("defaults")
+    defaults = imported("defaults")
     labels, features = write_cohort(tmp_path, patients_per_class=8, slides_per_patient=1, patches=(4, 9))
     assert (labels.parent, features.name) == (tmp_path, "features")
     flags = [tmp_path, "--models", "meanPool", "--lr", "1e-3", "3e-3", "--epochs", "3", "--seeds", "1", "2"]

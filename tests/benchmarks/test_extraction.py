@@ -1,36 +1,27 @@
 """The extraction benchmark runs, and does not compare what is not equal."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.scripts import imported, printed, table_cells
 
 
 @pytest.fixture(scope="module")
 def extraction():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield pytest.importorskip("extraction")
-    sys.path.remove(str(BENCHMARKS))
+    return imported("extraction")
 
 
 @pytest.mark.slow
 def test_reading_prints_a_row_per_contender_and_a_column_per_tile_size():
     flags = ["--parts", "reading", "--side", "1500", "--patches", "20", "--repeats", "1"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "extraction.py", *flags], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    out = printed("extraction", *flags)
+    rows = table_cells(out)
     assert rows[0] == ["", "256-px tiles", "240-px tiles"]
     cells = {row[0]: [float(cell.partition("(")[2].rstrip(")")) for cell in row[1:]] for row in rows[2:]}
     assert cells["OpenSlide, one by one"] == [1.0, 1.0]
     assert {"LiteMIL, 1 thread", "LiteMIL, 2 threads", "OpenSlide, 2 threads"} <= cells.keys()
     assert all(min(ratios) > 0 for ratios in cells.values())
-    assert "20 patches of 256 px" in done.stdout
+    assert "20 patches of 256 px" in out
 
 
 def test_the_slides_are_what_they_are_made_for(extraction, tmp_path, monkeypatch):
@@ -62,17 +53,13 @@ def test_the_texture_goes_on_at_its_edges(extraction):
 @pytest.mark.slow
 def test_the_other_parts_print_their_tables():
     flags = ["--parts", "feeding", "extracting", "memory", "--side", "1200", "--patches", "12", "--repeats", "1"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "extraction.py", *flags, "--extracted", "2", "--strides", "400", "200"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    out = printed("extraction", *flags, "--extracted", "2", "--strides", "400", "200")
+    rows = table_cells(out)
     assert [row[0] for row in rows if row[-1] not in ("multiple", "---:", "MB")] == [
         "OpenSlide, one by one", "LiteMIL, 1 reader", "LiteMIL, 2 readers",
         "OpenSlide, one by one", "LiteMIL",
         "9", "25",
     ]  # fmt: skip
-    assert "ResNet50 in single precision on 2 CPU threads, 4 patches" in done.stdout
+    assert "ResNet50 in single precision on 2 CPU threads, 4 patches" in out
     peaks = [float(row[1].replace(",", "")) for row in rows[-2:]]
     assert max(peaks) < 1.2 * min(peaks)

@@ -2,21 +2,17 @@
 
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.benchmarks.scripts import imported
 from utils.tasks.metrics import weighted_metrics
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def simulation():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield pytest.importorskip("intervals_and_tests")
-    sys.path.remove(str(BENCHMARKS))
+    return imported("intervals_and_tests")
 
 
 @pytest.mark.parametrize("scores", ["normal", "exponential"])

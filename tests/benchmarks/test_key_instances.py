@@ -1,21 +1,17 @@
 """The key-instance benchmark: what it draws, what it measures, and its file where it is there."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.scripts import imported, printed
 
 
 @pytest.fixture(scope="module")
 def key_instances():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield pytest.importorskip("key_instances")
-    sys.path.remove(str(BENCHMARKS))
+    return imported("key_instances")
 
 
 def test_bags_are_of_disjoint_tiles_and_know_their_keys(key_instances):
@@ -68,9 +64,6 @@ def test_a_cohort_is_measured_out_of_fold(tmp_path):
 
 
 def rows_of(*flags: str | Path) -> list[list[str]]:
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "key_instances.py", *flags], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| LiteMIL")]
+    out = printed("key_instances", *flags)
+    lines = [line for line in out.splitlines() if line.startswith("| LiteMIL")]
     return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]

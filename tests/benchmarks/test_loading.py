@@ -1,40 +1,31 @@
 """The loading benchmark runs, and every contender reads the same features."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.scripts import imported, printed, table_cells
 
 
 @pytest.fixture(scope="module")
 def loading():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield pytest.importorskip("loading")
-    sys.path.remove(str(BENCHMARKS))
+    return imported("loading")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_prints_a_row_per_contender_and_a_column_per_layout(dtype):
     flags = ["--slides", "2", "--patches", "1500", "--dim", "16", "--repeats", "1", "--threads", "1", "--dtype", dtype]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "loading.py", *flags], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    out = printed("loading", *flags)
+    rows = table_cells(out)
     cells = {row[0]: row[1:] for row in rows if len(row) == 5 and row[0] and not row[0].startswith("-")}
     assert len(cells) == 6
     for name, row in cells.items():
         ratios = [float(cell.partition("(")[2].rstrip(")")) for cell in row]
         assert all(ratio > 0 for ratio in ratios), name
         assert name != "first version" or ratios == [1.0] * 4
-    assert "2 slides of 1,500 x 16" in done.stdout
-    assert "Lengths and labels of 500 small slides" in done.stdout
+    assert "2 slides of 1,500 x 16" in out
+    assert "Lengths and labels of 500 small slides" in out
 
 
 @pytest.mark.parametrize("layout", ["CLAM, (32, D)", "TRIDENT, (1, D)", "contiguous", "LiteMIL"])

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.scripts import BENCHMARKS, imported
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 
 
@@ -22,9 +22,7 @@ def run(code: str, *flags: str) -> str:
 
 @pytest.fixture(scope="module")
 def references():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield pytest.importorskip("references")
-    sys.path.remove(str(BENCHMARKS))
+    return imported("references")
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """The benchmark runs, and its plain way is the same mathematics as ours: the same losses, the same folds."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.scripts import imported, printed, table_cells
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield pytest.importorskip("nested_cv")
-    sys.path.remove(str(BENCHMARKS))
+    return imported("nested_cv")
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +72,11 @@ def test_both_ways_test_the_same_folds(benchmark, small, cohort, tmp_path):
 @pytest.mark.slow
 def test_prints_both_tables():
     flags = "--slides 12 --patches 60 --dim 16 --chunk_size 25 --n_outer 2 --n_inner 2 --epochs 1 --turns 1 --threads 1"
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "nested_cv.py", *flags.split()], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    out = printed("nested_cv", *flags.split())
+    rows = table_cells(out)
     names = ["an epoch of training", "a validation", "before the first training", "from there to the results", "in all"]
     assert [row[0] for row in rows if row[0] in names] == names
     for row in rows:
         if row[0] in names:
             assert all(float(cell) >= 0 for cell in row[1:]), row
-    assert "12 slides of about 60 x 16" in done.stdout
+    assert "12 slides of about 60 x 16" in out

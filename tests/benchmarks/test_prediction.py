@@ -1,12 +1,10 @@
 """The prediction benchmark runs, and a slide's features are never in memory as a whole."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.scripts import printed
 
 
 @pytest.mark.slow
@@ -14,11 +12,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def test_a_slides_features_are_streamed():
     """205 MB of features, twice that in single precision."""
     flags = ["--patches", "100000", "--dim", "1024", "--models", "LiteMIL", "--repeats", "1"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "prediction.py", *flags], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| LiteMIL")]
+    out = printed("prediction", *flags)
+    (row,) = [line for line in out.splitlines() if line.startswith("| LiteMIL")]
     ratio, memory, faithfulness = (cell.strip() for cell in row.strip("| ").split("|")[1:])
     assert 0 < float(memory.removesuffix(" MB")) < 130
     assert float(ratio) > 0

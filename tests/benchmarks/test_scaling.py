@@ -1,11 +1,11 @@
 """benchmarks/scaling.py on few slides: a minute each, in which Ray's workers are started again and again."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.scripts import imported
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc"),
@@ -15,8 +15,7 @@ pytestmark = [
 @pytest.fixture
 def scaling(ray, monkeypatch, capsys):
     """What the benchmark prints when it is given flags."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    module = pytest.importorskip("scaling")
+    module = imported("scaling")
     monkeypatch.setattr(module, "be_quiet", lambda: None)  # it would stay so for other tests
 
     def run(*flags: str) -> str:
