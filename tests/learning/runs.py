@@ -38,7 +38,7 @@ def small(name: str = "LiteMIL", input_dim: int = 16, num_classes: int = 2, **op
 def make_cv(dataset, output_dir, model_factory: Callable = small, **changes) -> NestedCrossValidation:
     settings = {
         "n_outer": N_OUTER, "n_inner": N_INNER, "batch_size": 8, "epochs": EPOCHS, "device": "cpu", "lr": 1e-2,
-        "seed": 5, "dataset_name": "demo",
+        "seed": 5, "dataset_name": "demo", "final": "best",
     }  # fmt: skip
     return NestedCrossValidation(model_factory, dataset, dataset.class_names, output_dir, **(settings | changes))
 

@@ -122,10 +122,10 @@ class Protocol(Settings):
         metavar="balanced_accuracy|sensitivity=S|specificity=S",
     )
     final: Final = option(
-        "best",
-        "the model that is tested: the best inner model of the selected setting, the mean of its inner models "
-        "(ensemble), or one trained again on the whole outer training set for the median kept epoch (refit); all: as "
-        "best, and one more model is trained on all slides, for use elsewhere (all_slides.pth)",
+        "ensemble",
+        "the model that is tested: the mean of the inner models of the selected setting (ensemble), the best of them, "
+        "or one trained again on the whole outer training set for the median kept epoch (refit); all: as best, and one "
+        "more model is trained on all slides, for use elsewhere (all_slides.pth)",
     )
     seed: int = option(SEED, "seed of splits, weights and batches", least=0)
 

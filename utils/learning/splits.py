@@ -101,8 +101,7 @@ def few_patients(folds: Sequence[OuterFold], labels: np.ndarray, cases: np.ndarr
     advice = "add patients" if len(folds[0].inner) == 2 else "give a smaller --n_inner"
     return (
         f"{len(thin)} of {plural(len(validated), 'inner fold')} validate on one patient of a class or none (the "
-        f"first: {name}, {rarest}); what is chosen there, from epoch to threshold, is mostly chance: {advice}, or "
-        "average over the inner models with --final ensemble"
+        f"first: {name}, {rarest}); what is chosen there, from epoch to threshold, is mostly chance: {advice}"
     )
 
 
