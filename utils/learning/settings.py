@@ -46,7 +46,7 @@ class Training(Settings):
         400, "optimiser steps before which no epoch is kept and no training stops, unless it is the last epoch", least=0
     )
     batch_size: BatchSize = batch_size_option()
-    lr: float = option(1e-4, "peak learning rate of AdamW", least=1e-8, most=1)
+    lr: float = option(1e-3, "peak learning rate of AdamW", least=1e-8, most=1)
     weight_decay: float = option(0.01, "weight decay of AdamW", least=0, most=10)
     warmup_epochs: int = option(
         5, "epochs in which the learning rate rises, at most a quarter of --epochs; a cosine follows", least=0
