@@ -18,7 +18,9 @@ chunks of N, true labels  the same, but chunks of positive bags without a key in
 whole                     `--mode full`
 whole, batch of N         `--mode full --batch_size N`: more steps in as many epochs
 
-A test bag is fed as it was in training, as train.py does.
+A test bag is fed as it was in training, as train.py does. The row "told" is no MIL: a classifier of tiles learns the
+class of every training tile (a hidden layer of 64, stopped early on a tenth of them). It shows how many key instances
+these features let anyone find.
 
 steps          optimiser steps of a training
 no key         the chance that a chunk of a positive training bag has no key instance
@@ -26,7 +28,7 @@ MB             features of a step's batch, in megabytes (10^6 bytes)
 bag AUC        of the bag label, on the test bags; "whole": the same model, each test bag fed whole
 top 10         of the 10 patches of greatest value in a positive test bag, how many are key instances, as a share of as
                many as could be (10, or all key instances where there are fewer); by attention, the mean of the heads,
-               or by evidence for the positive class
+               or by evidence for the positive class ("told": by its probability)
 key AUC        how often, in a positive test bag, a key instance has a greater value than another patch
 
 All figures are means over the seeds with their standard deviation.
@@ -45,13 +47,13 @@ from defaults import auc, mean_and_spread
 from key_instances import CLASSES, TUMOUR, maps_by_class, read_tiles, split_tiles, written
 from numpy.typing import NDArray
 from report import processor, table, versions
+from sklearn.neural_network import MLPClassifier
 
 from MILS import build_mil
 from MILS.bag_model import BagModel
 from utils.bags.chunks import Chunk, take
 from utils.bags.settings import CHUNK_SIZE, BatchSize
 from utils.core.runtime import derive_seed, progress
-from utils.evaluation.localization import map_scores
 from utils.learning.settings import Training
 from utils.learning.training import ModelTraining
 from utils.mil_dataset import MILDataset
@@ -85,13 +87,15 @@ class Way:
 @dataclass(frozen=True)
 class Bags:
     """Bags `(patches, D)`, the `training` first; of each patch whether it is a key instance `(bags, patches)`; of each
-    bag its label.
+    bag its label; the training tiles `(tiles, D)`, and of each whether it is a key instance.
     """
 
     features: list[NDArray[np.float32]]
     is_key: NDArray[np.bool_]
     labels: NDArray[np.int64]
     training: int
+    tiles: NDArray[np.float32]
+    is_key_tile: NDArray[np.bool_]
 
 
 class LabelledChunks(MILDataset):
@@ -129,7 +133,8 @@ def draw_bags(
             drawn.append(rng.permutation(np.concatenate(chosen)))
     is_key = np.stack([classes[chosen] == TUMOUR for chosen in drawn])
     labels = np.array([int(of_bag.any()) for of_bag in is_key])
-    return Bags([scaled[chosen] for chosen in drawn], is_key, labels, counts[0])
+    features_of_bags = [scaled[chosen] for chosen in drawn]
+    return Bags(features_of_bags, is_key, labels, counts[0], scaled[parts[0]], classes[parts[0]] == TUMOUR)
 
 
 def without_key(patches: int, keys: int, chunk_size: int | None) -> float:
@@ -185,11 +190,23 @@ def tested(model: BagModel, dataset: MILDataset, bags: Bags, feed: SlideFeed) ->
         if bags.labels[bag]:
             for kind, values in maps_by_class(output.attention, output.evidence).items():
                 found.setdefault(f"top 10, {kind}", []).append(recall_of_top(values[1], is_key))
-                key_auc = map_scores(values[1], is_key)["auc"]
-                found.setdefault(f"key AUC, {kind}", []).append(np.nan if key_auc is None else key_auc)
+                found.setdefault(f"key AUC, {kind}", []).append(auc(is_key.astype(np.int64), values[1]))
     labels = bags.labels[test]
     of_bags = {"bag AUC": auc(labels, np.array(scores)), "bag AUC, whole": auc(labels, np.array(whole_scores))}
     return of_bags | {figure: float(np.mean(values)) for figure, values in found.items()}
+
+
+def told(bags: Bags, seed: int) -> dict[str, float]:
+    """Return the figures of a classifier that learns the class of every training tile, on the positive test bags."""
+    classifier = MLPClassifier(64, early_stopping=True, random_state=derive_seed(seed, "told") % 2**32)
+    classifier.fit(bags.tiles, bags.is_key_tile)
+    recalls, key_aucs = [], []
+    for features, is_key in zip(bags.features[bags.training :], bags.is_key[bags.training :], strict=True):
+        if is_key.any():
+            values = np.asarray(classifier.predict_proba(features))[:, 1]
+            recalls.append(recall_of_top(values, is_key))
+            key_aucs.append(auc(is_key.astype(np.int64), values))
+    return {"top 10, evidence": float(np.mean(recalls)), "key AUC, evidence": float(np.mean(key_aucs))}
 
 
 def recall_of_top(values: NDArray, is_key: NDArray[np.bool_]) -> float:
@@ -206,9 +223,13 @@ def ways_of(chunk_sizes: Iterable[int], batch_size: int) -> list[Way]:
     return [*chunked, Way(None), Way(None, batch_size=batch_size)]
 
 
-def row_of(patches: int, keys: int, name: str, way: Way, seeds: Sequence[dict[str, float]]) -> list[str]:
-    """Return the row of a model's trainings, from the figures of each seed."""
-    cells = [mean_and_spread([figures[figure] for figures in seeds]) for figure in FIGURES if figure in seeds[0]]
+def row_of(patches: int, keys: int, name: str, way: Way | None, seeds: Sequence[dict[str, float]]) -> list[str]:
+    """Return the row of a model's trainings, or of the classifier of tiles (no way), from the figures of each seed."""
+    cells = [
+        mean_and_spread([figures[figure] for figures in seeds]) if figure in seeds[0] else "-" for figure in FIGURES
+    ]
+    if way is None:
+        return [f"{patches}, {keys}, {name}", "-", "-", "-", *cells]
     share = f"{100 * without_key(patches, keys, way.chunk_size):.1f}%"
     training = [f"{seeds[0]['steps']:.0f}", share, f"{seeds[0]['MB']:.1f}"]
     return [f"{patches}, {keys}, {name}, {way.name}", *training, *cells]
@@ -235,10 +256,11 @@ def main() -> None:
     arguments = asked()
     tiles = read_tiles(arguments.source)
     ways = ways_of(arguments.chunk_sizes, arguments.batch_size)
-    found: dict[tuple[int, int, str, Way], list[dict[str, float]]] = {}
+    found: dict[tuple[int, int, str, Way | None], list[dict[str, float]]] = {}
     draws = [(n, keys, seed) for n in arguments.patches for keys in arguments.keys for seed in arguments.seeds]
     for patches, keys, seed in progress(draws, "Cohorts", unit="cohort"):
         bags = draw_bags(*tiles, patches, keys, tuple(arguments.bags), seed)
+        found.setdefault((patches, keys, "told", None), []).append(told(bags, seed))
         with tempfile.TemporaryDirectory() as folder:
             written(bags.features, bags.labels, Path(folder))
             for name in arguments.models:

@@ -85,8 +85,11 @@ def test_prints_a_row_for_each_way_of_training(tmp_path):
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| 60, 6, LiteMIL")]
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| 60, 6, ")]
+    told, *rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    assert told[0] == "60, 6, told"
+    assert float(told[-1].split(" ± ")[0]) > 0.9
+    assert [cell == "-" for cell in told[1:]] == [True] * 6 + [False, True, False]
     assert [row[0].removeprefix("60, 6, LiteMIL, ") for row in rows] == [
         "chunks of 20", "chunks of 20, true labels", "whole", "whole, batch of 4",
     ]  # fmt: skip
