@@ -1,14 +1,14 @@
 """Bags with few key instances: do chunks or whole bags find them, and what does a chunk's label noise cost?
 
     uv run benchmarks/needles.py kather5000_best3_49feat.mat
-    uv run benchmarks/needles.py kather5000_best3_49feat.mat --models ABMIL --patches 2000 --keys 3 --seeds 1 2
+    uv run benchmarks/needles.py kather5000_best3_49feat.mat --models ABMIL --patches 4000 --keys 3 --seeds 1
 
 A positive bag has a few tumour tiles among thousands of others, a negative bag has none. The tiles are those of
 key_instances.py, split class by class for each seed: training bags are drawn from 70% of them, test bags from the
 others, half of each positive. The tumour tiles of a bag are different ones. The others are drawn with replacement,
 because a bag has more of them than there are: a tile repeats within a bag and in other bags.
 
-A chunk has the label of its bag. In a positive bag a chunk without a key instance has a wrong label: label noise. Four
+A chunk has the label of its bag. In a positive bag a chunk without a key instance has a wrong label: label noise. These
 ways of training are compared, each with train.py's settings and its last epoch (which train.py keeps in a cohort of
 this size), so that no bag is needed to choose the epoch:
 
@@ -16,7 +16,7 @@ chunks of N               `--mode chunked --chunk_size N`; 1000 is the default
 chunks of N, true labels  the same, but chunks of positive bags without a key instance are labelled negative. Nobody has
                           such labels; the difference from the row above is what the label noise costs
 whole                     `--mode full`
-whole, batch of N         `--mode full --batch_size N`: more steps in as many epochs
+whole, batch of N         `--mode full --batch_size N`: more steps in as many epochs (where `--batch_sizes` is given)
 
 A test bag is fed as it was in training, as train.py does. The row "told" is no MIL: a classifier of tiles learns the
 class of every training tile (a hidden layer of 64, stopped early on a tenth of them). It shows how many key instances
@@ -217,10 +217,10 @@ def recall_of_top(values: NDArray, is_key: NDArray[np.bool_]) -> float:
     return float(is_key[top].sum() / min(TOP, is_key.sum()))
 
 
-def ways_of(chunk_sizes: Iterable[int], batch_size: int) -> list[Way]:
+def ways_of(chunk_sizes: Iterable[int], batch_sizes: Iterable[int]) -> list[Way]:
     """Return the ways of training that are compared."""
     chunked = [Way(size, true_labels) for size in chunk_sizes for true_labels in (False, True)]
-    return [*chunked, Way(None), Way(None, batch_size=batch_size)]
+    return [*chunked, Way(None), *(Way(None, batch_size=size) for size in batch_sizes)]
 
 
 def row_of(patches: int, keys: int, name: str, way: Way | None, seeds: Sequence[dict[str, float]]) -> list[str]:
@@ -241,11 +241,11 @@ def asked() -> argparse.Namespace:
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, help="kather5000_best3_49feat.mat")
-    parser.add_argument("--models", nargs="+", default=["LiteMIL", "ABMIL"], metavar="NAME", help="with attention")
-    parser.add_argument("--patches", nargs="+", type=int, default=[2000, 4000], metavar="N", help="patches in a bag")
-    parser.add_argument("--keys", nargs="+", type=int, default=[3, 10, 30], metavar="N", help="in a positive bag")
-    parser.add_argument("--chunk_sizes", nargs="+", type=int, default=[250, CHUNK_SIZE], metavar="N")
-    parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="whole bags in a smaller batch")
+    parser.add_argument("--models", nargs="+", default=["LiteMIL"], metavar="NAME", help="with attention")
+    parser.add_argument("--patches", nargs="+", type=int, default=[2000], metavar="N", help="patches in a bag")
+    parser.add_argument("--keys", nargs="+", type=int, default=[10, 30], metavar="N", help="in a positive bag")
+    parser.add_argument("--chunk_sizes", nargs="+", type=int, default=[100, CHUNK_SIZE], metavar="N")
+    parser.add_argument("--batch_sizes", nargs="*", type=int, default=[], metavar="N", help="also whole bags in these")
     parser.add_argument("--bags", nargs=2, type=int, default=[100, 100], metavar="N", help="for training and for test")
     parser.add_argument("--epochs", type=int, default=Training.epochs)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
@@ -255,7 +255,7 @@ def asked() -> argparse.Namespace:
 def main() -> None:
     arguments = asked()
     tiles = read_tiles(arguments.source)
-    ways = ways_of(arguments.chunk_sizes, arguments.batch_size)
+    ways = ways_of(arguments.chunk_sizes, arguments.batch_sizes)
     found: dict[tuple[int, int, str, Way | None], list[dict[str, float]]] = {}
     draws = [(n, keys, seed) for n in arguments.patches for keys in arguments.keys for seed in arguments.seeds]
     for patches, keys, seed in progress(draws, "Cohorts", unit="cohort"):

@@ -78,7 +78,7 @@ def test_prints_a_row_for_each_way_of_training(tmp_path):
         tmp_path / "tiles.mat",
         {"source_array": features.T, "target_array": (np.arange(1, 9)[:, None] == CLASSES).astype(float)},
     )
-    flags = ["--models", "LiteMIL", "--patches", "60", "--keys", "6", "--chunk_sizes", "20"]
+    flags = ["--models", "LiteMIL", "--patches", "60", "--keys", "6", "--chunk_sizes", "20", "--batch_sizes", "4"]
     flags += ["--bags", "8", "6", "--epochs", "2", "--seeds", "1", "2"]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "needles.py", tmp_path / "tiles.mat", *flags],
