@@ -73,6 +73,24 @@ def read_tiles(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     return content["source_array"].T.astype(np.float64), content["target_array"].argmax(axis=0) + 1
 
 
+def split_tiles(
+    features: NDArray[np.float64], classes: NDArray[np.int64], rng: np.random.Generator
+) -> tuple[NDArray[np.float32], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the features `(5000, D)`, standardised by the training tiles, and the numbers of the training and of the
+    test tiles, split class by class.
+    """
+    parts: tuple[list[NDArray], list[NDArray]] = ([], [])
+    for one in np.unique(classes):
+        mixed = rng.permutation(np.flatnonzero(classes == one))
+        cut = round(len(mixed) * TRAINING_SHARE)
+        parts[0].append(mixed[:cut])
+        parts[1].append(mixed[cut:])
+    train, test = map(np.concatenate, parts)
+    mean, spread = features[train].mean(axis=0), features[train].std(axis=0)
+    scaled = ((features - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)
+    return scaled, (train, test)
+
+
 def draw_bags(
     features: NDArray[np.float64],
     classes: NDArray[np.int64],
@@ -84,17 +102,9 @@ def draw_bags(
     its label. Training and test bags share no tile.
     """
     rng = np.random.default_rng(derive_seed(seed, "key instances"))
-    parts: list[list[NDArray]] = [[], []]
-    for one in np.unique(classes):
-        mixed = rng.permutation(np.flatnonzero(classes == one))
-        cut = round(len(mixed) * TRAINING_SHARE)
-        parts[0].append(mixed[:cut])
-        parts[1].append(mixed[cut:])
-    train = np.concatenate(parts[0])
-    mean, spread = features[train].mean(axis=0), features[train].std(axis=0)
-    scaled = ((features - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)
+    scaled, parts = split_tiles(features, classes, rng)
     bags, keys, labels = [], [], []
-    for tiles, count in zip(map(np.concatenate, parts), (training_bags, test_bags), strict=True):
+    for tiles, count in zip(parts, (training_bags, test_bags), strict=True):
         tumour, others = tiles[classes[tiles] == TUMOUR], tiles[classes[tiles] != TUMOUR]
         for number in range(count):
             positive = number % 2
@@ -143,7 +153,7 @@ def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int)
     assert bags_auc is not None  # noqa: S101 - both labels occur
     found: dict[str, dict[str, list[float]]] = {}
     for bag, output, label in zip(test, outputs, labels, strict=True):
-        for kind, values in _maps(output.attention, output.evidence).items():
+        for kind, values in maps_by_class(output.attention, output.evidence).items():
             figures = found.setdefault(kind, {})
             if label:
                 auc = map_scores(values[1], keys[bag])["auc"]
@@ -163,7 +173,7 @@ def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int)
     }
 
 
-def _maps(attention: NDArray | None, evidence: Evidence | None) -> dict[str, NDArray]:
+def maps_by_class(attention: NDArray | None, evidence: Evidence | None) -> dict[str, NDArray]:
     """Return each map `(C, N)`, by class; attention is the same for both classes."""
     maps = {}
     if attention is not None:
@@ -187,7 +197,7 @@ def out_of_fold(name: str, home: Path, positive: str, folder: Path) -> list[list
         for row in [row for row in dataset.rows if row.wsi_id in set(fold["test"])]:
             is_key = read_instance_labels(row.path) > 0
             found = predictor.predict_bag(predictor.bag(row.path), row.path, evidence=True)
-            maps = _maps(found.attention, found.evidence)
+            maps = maps_by_class(found.attention, found.evidence)
             scores = {kind: map_scores(values[1], is_key) for kind, values in maps.items()}
             counts = {"patches": int(is_key.sum()), "of": len(is_key)}
             entries.append({"classes": {positive: counts | scores}})
