@@ -1,23 +1,19 @@
 """The benchmark of few key instances: what it draws, how it labels chunks, what it counts, and what it prints."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.scripts import imported, printed
+
 CLASSES = np.repeat(np.arange(1, 9), 20)
 
 
 @pytest.fixture(scope="module")
 def needles():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield pytest.importorskip("needles")
-    sys.path.remove(str(BENCHMARKS))
+    return imported("needles")
 
 
 def tile_features() -> np.ndarray:
@@ -80,12 +76,8 @@ def test_prints_a_row_for_each_way_of_training(tmp_path):
     )
     flags = ["--models", "LiteMIL", "--patches", "60", "--keys", "6", "--chunk_sizes", "20", "--batch_sizes", "4"]
     flags += ["--bags", "8", "6", "--epochs", "2", "--seeds", "1", "2"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "needles.py", tmp_path / "tiles.mat", *flags],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| 60, 6, ")]
+    out = printed("needles", str(tmp_path / "tiles.mat"), *flags)
+    lines = [line for line in out.splitlines() if line.startswith("| 60, 6, ")]
     told, *rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
     assert told[0] == "60, 6, told"
     assert float(told[-1].split(" ± ")[0]) > 0.9

@@ -14,6 +14,7 @@ from PIL import Image
 
 from MILS import build_mil, registry
 from MILS.bag_model import BagModel
+from MILS.ensemble import members_of
 from tests.cohort import synthetic_passport
 from tests.prediction.predict_helpers import of, write_model
 from tests.small import scale_probabilities
@@ -473,7 +474,8 @@ def test_a_model_of_one_s_own_is_trained_tested_and_predicts(cohort, tmp_path, s
     )  # fmt: skip
     assert cv.run()["model"] == {"name": "Silent", "input_dim": 16, "num_classes": 2}
     best = tmp_path / "run" / "all_folds_best.pth"
-    assert isinstance(SlidePredictor(best, device="cpu").models[0], silent)
+    (ensemble,) = SlidePredictor(best, device="cpu").models
+    assert {type(member) for member in members_of(ensemble)} == {silent}
 
 
 def test_prevalence_moves_the_calibrated_probabilities_and_nothing_else(cohort, predict, tmp_path):
