@@ -171,8 +171,10 @@ class TestThreshold:
         assert results["pooled_thresholded"] == expected
         assert f"balanced accuracy {expected['balanced_accuracy']:.3f} (" in closing_text(results)
 
-    def test_for_a_wanted_sensitivity_is_recorded_and_told(self, dataset, tmp_path, no_figures):
-        results = make_cv(dataset, tmp_path, operating_point="sensitivity=0.8").run()
+    @pytest.mark.parametrize("final", ["best", "ensemble"])
+    def test_for_a_wanted_sensitivity_is_recorded_and_told(self, final, dataset, tmp_path, no_figures, aloud):
+        results = make_cv(dataset, tmp_path, operating_point="sensitivity=0.8", final=final).run()
+        assert ("is fitted to the inner models one by one" in aloud.text) is (final == "ensemble")
         rows = pd.read_csv(tmp_path / "predictions.csv")
         by_fold = {fold["fold"]: fold["threshold"] for fold in results["fold_results"]}
         is_called = rows["prob_malignant"] >= rows["fold"].map(by_fold)
