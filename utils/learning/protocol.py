@@ -68,8 +68,8 @@ def log_operating_point(protocol: Protocol) -> None:
     """Log it if a wanted rate is fitted to single models but applied to their mean."""
     if protocol.final == "ensemble" and OperatingPoint.of(protocol.operating_point).label is not None:
         log.info(
-            "--operating_point %s: is fitted to the inner models one by one; their mean, which is tested, tends to have "
-            "a higher rate at the cost of the other one (--final best is nearer to it)",
+            "--operating_point %s: is fitted to the inner models one by one; their mean, which is tested, tends to "
+            "have a higher rate at the cost of the other one (--final best is nearer to it)",
             protocol.operating_point,
         )
 
