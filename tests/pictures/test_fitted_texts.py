@@ -164,6 +164,12 @@ def test_the_curves_hold_their_titles(count):
         assert len(figure.axes) == (4 if maps and not is_equal else 2)
         text = "Both maps beat random orders; the answer bears out the evidence more"
         assert (text in " ".join(figure.get_suptitle().split())) is not is_equal
+    failing = {"deletion": curve | {"gap": -0.1}, "borne_out_more": None}
+    figure = faithfulness_figure(both | failing, maps, "viridis", TITLE, CLASSES[0])
+    check_texts(figure)
+    title = " ".join(figure.get_suptitle().split())
+    assert "Attention does not support this answer: without the most attended patches" in title
+    assert title.endswith("The evidence does: look at that map.")
 
 
 @pytest.mark.parametrize("name", ["attention", "uniform weight", "share of winning features", "mean weight"])

@@ -59,6 +59,18 @@ def test_holes_several_areas_and_classes_count(tmp_path):
     assert cells(is_ignored) == {(0, y) for y in range(8)}
 
 
+def test_areas_of_other_classes_beside_areas_to_ignore_are_not_used(tmp_path):
+    path = write(
+        tmp_path / "a.geojson",
+        ("Necrosis", [[0, 0], [100, 0], [50, 100], [0, 0]]),
+        ("Ignore*", square(0, 0, 100, 800)),
+        ("tumour", square(500, 0, 100, 100)),
+    )
+    inside, is_ignored = annotated_patches(path, WORDS, GRID, EDGE, None)
+    assert {name: cells(mask) for name, mask in inside.items()} == {"tumour": {(5, 0)}}
+    assert cells(is_ignored) == {(0, y) for y in range(8)}
+
+
 def test_outlines_beyond_the_patches_and_patches_beyond_the_outlines(tmp_path):
     path = write(tmp_path / "a.geojson", ("tumour", square(-500, -500, 600, 600)))
     inside, _ = annotated_patches(path, WORDS, GRID, EDGE, None)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from utils.core.fonts import wrapped
 from utils.core.text import escape_mathtext
 from utils.pictures.attention_map import ATTENTION, UNIFORM, AttentionMap
-from utils.pictures.faithfulness_text import gap_words, verdict
+from utils.pictures.faithfulness_text import doubts, gap_words, verdict
 from utils.pictures.heatmap import with_notice
 from utils.pictures.overlay import GREY
 
@@ -36,7 +36,7 @@ def faithfulness_figure(
     evidence, is_ordered = record.get("evidence") or {}, weights != UNIFORM and record["deletion"]["gap"] is not None
     maps = maps if is_ordered else []
     width = 10 if maps else 6.4
-    text = "\n".join([title, *([sentence] if (sentence := verdict(record, weights)) else [])])
+    text = "\n".join(filter(None, [title, verdict(record, weights), *doubts(class_name, record, weights)]))
     title, label = wrapped(text, width - 0.3, 10), wrapped(f"Probability of {class_name}", 2.4, 8)
     height = 3.4 + 0.17 * (title.count("\n") + 1)
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,9 +1,9 @@
-"""What a measured faithfulness says, in words: the gaps of both maps, and which of them the answer bears out more."""
+"""What a measured faithfulness says, in words: the gaps of both maps, and which of them the answer bears out."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from utils.pictures.attention_map import UNIFORM
+from utils.pictures.attention_map import ATTENTION, UNIFORM
 
 
 def gap_words(curve: str, measured: Mapping[str, Any], weights: str) -> list[str]:
@@ -35,3 +35,25 @@ def verdict(measured: Mapping[str, Any], weights: str) -> str:
         f"Both maps beat random orders; the answer bears out the {name} more ("
         f"{', '.join(gap_words('deletion', measured, weights))})."
     )
+
+
+def doubts(predicted_class: str, measured: Mapping[str, Any], weights: str) -> list[str]:
+    """Return which maps the answer does not bear out, and which it does instead; `weights` is what the weights are.
+
+    Equal weights are no map to be borne out: their order is that of the file.
+    """
+    name = weights.capitalize()
+    maps = ({} if weights == UNIFORM else {name: measured}) | (
+        {"Evidence": measured["evidence"]} if "evidence" in measured else {}
+    )
+    most = "the most attended patches" if weights == ATTENTION else f"the patches with the highest {weights}"
+    firsts = {name: most, "Evidence": "the patches that argue most for it"}
+    gaps = {kind: curves["deletion"]["gap"] for kind, curves in maps.items()}
+    failing = [kind for kind, gap in gaps.items() if gap is not None and gap <= 0]
+    notes = [
+        f"{kind} does not support this answer: without {firsts[kind]}, {predicted_class} is no less probable than "
+        "without random ones." for kind in failing
+    ]  # fmt: skip
+    if failing == [name] and gaps.get("Evidence") is not None:
+        notes[0] += " The evidence does: look at that map."
+    return notes

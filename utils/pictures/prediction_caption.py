@@ -10,8 +10,8 @@ from typing import Any, Self
 from utils.core.cohorts import SYNTHETIC
 from utils.core.files import digest
 from utils.core.text import percent_text
-from utils.pictures.attention_map import ATTENTION, UNIFORM, models_of, weight_name
-from utils.pictures.faithfulness_text import verdict
+from utils.pictures.attention_map import UNIFORM, models_of, weight_name
+from utils.pictures.faithfulness_text import doubts, verdict
 
 _RECIPE = (
     "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
@@ -167,29 +167,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         notes.append("The model was trained on synthetic slides: its prediction means nothing for real tissue.")
     notes += _decision_notes(record)
     if record.get("faithfulness"):
-        notes += _faithfulness_notes(record["predicted_class"], record["faithfulness"], weight_name(record))
-    return notes
-
-
-def _faithfulness_notes(predicted_class: str, measured: Mapping[str, Any], weights: str) -> list[str]:
-    """Return which maps the answer does not bear out, and which it does instead; `weights` is what the weights are.
-
-    Equal weights are no map to be borne out: their order is that of the file.
-    """
-    name = weights.capitalize()
-    maps = ({} if weights == UNIFORM else {name: measured}) | (
-        {"Evidence": measured["evidence"]} if "evidence" in measured else {}
-    )
-    most = "the most attended patches" if weights == ATTENTION else f"the patches with the highest {weights}"
-    firsts = {name: most, "Evidence": "the patches that argue most for it"}
-    gaps = {kind: curves["deletion"]["gap"] for kind, curves in maps.items()}
-    failing = [kind for kind, gap in gaps.items() if gap is not None and gap <= 0]
-    notes = [
-        f"{kind} does not support this answer: without {firsts[kind]}, {predicted_class} is no less probable than "
-        "without random ones." for kind in failing
-    ]  # fmt: skip
-    if failing == [name] and gaps.get("Evidence") is not None:
-        notes[0] += " The evidence does: look at that map."
+        notes += doubts(record["predicted_class"], record["faithfulness"], weight_name(record))
     return notes
 
 

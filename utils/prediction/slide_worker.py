@@ -20,7 +20,7 @@ from utils.core.plots import figure_paths
 from utils.core.runtime import log, versions
 from utils.core.text import NOTICE
 from utils.pictures.attention_map import weight_name
-from utils.pictures.faithfulness_text import verdict
+from utils.pictures.faithfulness_text import doubts, verdict
 from utils.pictures.prediction_caption import prediction_title
 from utils.pictures.settings import Pictures
 from utils.prediction.annotations import Annotations
@@ -315,8 +315,12 @@ def _is_seen_alike(record: Mapping[str, Any], predictor: SlidePredictor, case_id
 
 
 def _log_faithfulness(record: Mapping[str, Any]) -> None:
-    """Log which map the answer bears out more, or why attention has no order, if either is so."""
-    if record["faithfulness"] and (sentence := verdict(record["faithfulness"], weight_name(record))):
+    """Log which maps the answer bears out and which it does not, or why attention has no order, if any is so."""
+    measured, weights = record["faithfulness"], weight_name(record)
+    if not measured:
+        return
+    sentences = [verdict(measured, weights), *doubts(record["predicted_class"], measured, weights)]
+    for sentence in filter(None, sentences):
         log.info("%s: %s", record["slide"], sentence)
 
 

@@ -36,7 +36,7 @@ def annotated_patches(
         classes = dict.fromkeys(words[name] for name in words if area.is_tissue([name]) or name == area.class_name)
         for name in classes:
             of_class.setdefault(name, []).append(area)
-        if not classes and area not in ignored:
+        if not classes and not area.is_cut_out(words):
             unknown.append(area.class_name)
     if unknown and not of_class:
         raise SlideError(
