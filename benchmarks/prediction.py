@@ -17,7 +17,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -75,17 +75,28 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measured(slide: Path, checkpoint: Path, repeats: int) -> list[str]:
-    """Return the cells of a model's row."""
+def predicted(predictor: SlidePredictor, slide: Path, evidence: bool = False) -> SlidePrediction:
+    return predictor.predict_bag(predictor.bag(slide), slide, "full", evidence=evidence)
+
+
+def peak(slide: Path, checkpoint: Path, evidence: bool) -> int:
+    """Return the memory in bytes that a prediction takes beyond the loaded model, in a process that has made none."""
+    predictor = SlidePredictor(checkpoint, device="cpu")
+    return peak_of(lambda: [predicted(predictor, slide, evidence)].clear(), "cpu")
+
+
+def measured(slide: Path, checkpoint: Path, repeats: int) -> list[float]:
+    """Return the times of a model: of a prediction over reading and projecting, of one with evidence over one without,
+    and of faithfulness over reading and projecting.
+    """
     predictor = SlidePredictor(checkpoint, device="cpu")
 
-    def predict(evidence: bool = False) -> SlidePrediction:
-        return predictor.predict_bag(predictor.bag(slide), slide, "full", evidence=evidence)
+    def predict() -> SlidePrediction:
+        return predicted(predictor, slide)
 
-    def argue() -> None:
-        predict(evidence=True)
+    def argue() -> SlidePrediction:
+        return predicted(predictor, slide, evidence=True)
 
-    memory, evidence_memory = peak_of(lambda: [predict()].clear(), "cpu"), peak_of(argue, "cpu")
     (model,) = predictor.models
     assert isinstance(model, MergeableModel)  # noqa: S101 - for the type checker: only those are asked for
     layer = model.instance_layers()[0]
@@ -95,10 +106,13 @@ def measured(slide: Path, checkpoint: Path, repeats: int) -> list[str]:
     ]
     base, whole, argued = (statistics.median(times) for times in zip(*turns, strict=True))
     faithfulness = seconds(lambda: predictor.faithfulness(predict())) / base
-    return [
-        f"{whole / base:.2f}", f"{memory / 1e6:,.0f} MB", f"{argued / whole:.2f}", f"{evidence_memory / 1e6:,.0f} MB",
-        f"{faithfulness:.1f}",
-    ]  # fmt: skip
+    return [whole / base, argued / whole, faithfulness]
+
+
+def cells(times: Sequence[float], peaks: Sequence[int]) -> list[str]:
+    whole, argued, faithfulness = times
+    memory, evidence_memory = (f"{size / 1e6:,.0f} MB" for size in peaks)
+    return [f"{whole:.2f}", memory, f"{argued:.2f}", evidence_memory, f"{faithfulness:.1f}"]
 
 
 def main() -> None:
@@ -119,8 +133,9 @@ def main() -> None:
         for mil in asked.models:
             # In a process of its own too: one that is forked after PyTorch has used its threads hangs.
             checkpoint = in_own_process(partial(write_model, folder / f"{mil}.pth", mil, asked.dim))
-            found = in_own_process(lambda checkpoint=checkpoint: measured(slide, checkpoint, asked.repeats))
-            rows.append([mil, *(found or ["-"] * 5)])
+            times = in_own_process(partial(measured, slide, checkpoint, asked.repeats))
+            peaks = [in_own_process(partial(peak, slide, checkpoint, evidence)) for evidence in (False, True)]
+            rows.append([mil, *(cells(times, peaks) if times and None not in peaks else ["-"] * 5)])
     print(f"{processor()}, {', '.join(versions())}, {torch.get_num_threads()} threads")
     print(f"{asked.patches:,} patches of {asked.dim} float16, {asked.repeats} turns\n")
     print(table("model | time | memory beyond idle | evidence | memory with evidence | faithfulness", rows))
