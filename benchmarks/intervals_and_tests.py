@@ -7,7 +7,8 @@ Coverage: cohorts of synthetic scores with a known AUC; patients of one slide, o
 by 0.5. Half of the cells have normal scores, for which the formulas were made; the others exponential ones, for which
 they were not. Level and power: two algorithms (linear discriminants) are cross-validated on synthetic features, once
 as good as each other, once with a stronger first one. They differ in the features that they see, or in their seeds
-alone. By default few cohorts a cell, in minutes; --full takes 1000.
+alone. Fitted: what a threshold for a sensitivity of 0.9 and a calibration, both fitted to inner validation, do on other
+slides, for one inner model and for the mean of all. By default few cohorts a cell, in minutes; --full takes 1000.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from utils.core.runtime import derive_seed
 from utils.evaluation.comparison import compare
 from utils.evaluation.intervals import ScoredRows
 from utils.evaluation.predictions import Predictions
+from utils.tasks.calibration import calibration_lines, fitted_scaling
 from utils.tasks.classification import Classification
+from utils.tasks.operating_point import OperatingPoint
 
 TASK = Classification(("negative", "positive"))
 LIKENESS = 0.5  # intraclass correlation of the slides of a patient
@@ -36,6 +39,7 @@ METRICS = (
 FEATURES, FOLDS = 20, 5
 # How far apart the classes are in a feature; the first algorithm's advantage where there is one.
 DISTANCE, GAIN = 0.42, 1.6
+INNER, TESTED, WANTED = 4, 4000, OperatingPoint("sensitivity", 0.9)
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,38 @@ def rejections(
     return float(first), float(second), float(third)
 
 
+def fitted(patients: int, prevalence: float, cohorts: int, seed: int) -> list[float]:
+    """Return sensitivity and specificity of other slides at the threshold `WANTED`, and their calibration slope.
+
+    First those of one inner model, then those of the mean of all. Rates are means over cohorts, slopes medians.
+    """
+    rng, fit = np.random.default_rng(derive_seed(seed, "fitted", patients, str(prevalence))), with_noise(0.7)
+    labels, true = ((np.arange(count) < round(prevalence * count)).astype(int) for count in (patients, TESTED))
+    found = []
+    for _ in range(cohorts):
+        features, tested = (rng.normal(size=(len(of), FEATURES)) + of[:, None] * DISTANCE for of in (labels, true))
+        folds, validated, answers = np.zeros(patients, int), np.zeros((patients, 2)), []
+        for label in (0, 1):
+            rows = rng.permutation(np.flatnonzero(labels == label))
+            folds[rows] = np.arange(len(rows)) % INNER
+        for fold in range(INNER):
+            train = folds != fold
+            weights = fit(features[train], labels[train], rng)
+            middle = np.mean([features[train & (labels == label)].mean(axis=0) for label in (0, 1)], axis=0)
+            of_validation, of_tested = (expit((rows - middle) @ weights) for rows in (features[~train], tested))
+            validated[~train] = np.stack([1 - of_validation, of_validation], axis=1)
+            answers.append(np.stack([1 - of_tested, of_tested], axis=1))
+        threshold, scaling = WANTED.threshold(labels, validated[:, 1]), fitted_scaling(labels, validated)
+        figures: list[float] = []
+        for models in (answers[:1], answers):
+            is_called = np.mean(models, axis=0)[:, 1] >= threshold
+            calibrated = np.mean([scaling.apply(values) for values in models], axis=0)[:, 1]
+            (slope,), _ = calibration_lines(calibrated, true == 1, np.ones((1, TESTED)))
+            figures += [is_called[true == 1].mean(), 1 - is_called[true == 0].mean(), slope]
+        found.append(figures)
+    return np.where(np.arange(6) % 3 == 2, np.nanmedian(found, axis=0), np.mean(found, axis=0)).tolist()
+
+
 def coverage_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterator[list[str]]:
     for cell in cells(patients):
         shares = coverage(cell, cohorts, seed)
@@ -203,11 +239,22 @@ def rejection_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterat
         yield [name, *(f"{share:.3f}" for share in shares)]
 
 
+def fitted_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterator[list[str]]:
+    for count, prevalence in product(patients, (0.5, 0.2)):
+        if round(prevalence * count) >= WANTED.least_slides:
+            figures = fitted(count, prevalence, cohorts, seed)
+            yield [f"{count} patients, {prevalence:.0%} positive", *(f"{figure:.3f}" for figure in figures)]
+
+
 PARTS = {
     "coverage": ("cohorts | " + " | ".join(METRICS), coverage_rows),
     "level": (
         "two algorithms | level: p | p, these models | corrected t | power: p | p, these models | corrected t",
         rejection_rows,
+    ),
+    "fitted": (
+        "cohorts | one model: sensitivity | specificity | slope | mean of four: sensitivity | specificity | slope",
+        fitted_rows,
     ),
 }
 

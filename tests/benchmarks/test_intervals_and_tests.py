@@ -33,10 +33,20 @@ def test_algorithms_that_see_equal_features_are_equally_good_and_a_stronger_one_
     assert power[1] >= power[0], "less is claimed for these models than for their algorithms"
 
 
+def test_what_is_fitted_to_single_models_is_right_for_them_and_cautious_for_their_mean(simulation):
+    one, mean = np.reshape(simulation.fitted(100, 0.5, 60, 0), (2, 3))
+    assert one == pytest.approx([0.9, one[1], 1], abs=0.1)
+    assert abs(one[0] - 0.9) < 0.02
+    assert mean[0] > one[0] + 0.02
+    assert mean[1] < one[1]
+    assert mean[2] > 1.2
+
+
 def test_the_benchmark_prints_its_tables(simulation, monkeypatch, capsys):
     monkeypatch.setattr(simulation, "truth", partial(simulation.truth, size=2000))
     monkeypatch.setattr(sys, "argv", ["intervals_and_tests.py", "--patients", "20", "--cohorts", "2"])
     simulation.main()
     printed = capsys.readouterr().out
-    assert printed.count("| 20 patients, ") == 48
+    assert printed.count("| 20 patients, ") == 48 + 1
     assert printed.count("| other seeds, 20 patients, ") == 6
+    assert printed.count("| 20 patients, 50% positive | ") == 1, "4 positive slides are too few for a threshold"

@@ -162,6 +162,16 @@ def test_a_single_sure_error_leaves_the_brier_score_below_wilsons_limit(count):
     assert 0 <= brier.interval[0] < brier.value < brier.interval[1] < 0.15
 
 
+@pytest.mark.parametrize("count", range(5, 40))
+@pytest.mark.parametrize("is_right", [True, False])
+def test_intervals_of_shares_end_at_0_and_1_without_rounding(count, is_right):
+    labels = np.arange(2 * count) % 2
+    positive = np.where((labels == 1) == is_right, 0.9, 0.1)
+    found = estimates(labels, np.stack([1 - positive, positive], axis=1))
+    for name in ("accuracy", "balanced_accuracy", "f1_macro", "sensitivity_yes", "specificity_yes"):
+        assert found[name].interval[int(is_right)] == found[name].value == int(is_right)
+
+
 def test_means_of_few_patients_have_no_interval():
     values = np.array([0.2, 0.9, 0.8, 0.4, 0.6, 0.7])
     assert mean_interval(values, np.array(list("aabbcd")), 0) is None

@@ -106,3 +106,16 @@ def test_a_class_is_ranked_against_the_rest():
         assert ranking.auc.value == pytest.approx((positive[:, None] > others).mean())
         assert ranking.auc.interval[0] <= ranking.auc.value <= ranking.auc.interval[1]
         assert ranking.prevalence == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_decisions_at_a_threshold_have_their_own_figures_and_intervals(repeats):
+    whole = predicted(repeats=repeats)
+    decided = replace(whole, decisions=(whole.values[:, 1] >= 0.3).astype(int))
+    assert not whole.decided
+    assert {name: found.value for name, found in decided.decided.items()} == pytest.approx(decided.decision_metrics)
+    assert decided.decided["sensitivity_yes"].value > whole.metrics["sensitivity_yes"]
+    for found in decided.decided.values():
+        low, high = found.interval
+        assert 0 <= low <= found.value <= high <= 1
+        assert low < high

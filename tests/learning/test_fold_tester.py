@@ -13,6 +13,21 @@ from utils.core.files import read_json
 from utils.learning import jobs
 from utils.prediction.checkpoint import id_digests, load_checkpoint
 from utils.prediction.forward_pass import SlideFeed, predict_features
+from utils.tasks import classification
+from utils.tasks.calibration import fitted_scaling
+
+
+@pytest.mark.parametrize("class_weights", ["balanced", "none"])
+def test_calibration_knows_whether_the_loss_was_weighted(class_weights, dataset, tmp_path, monkeypatch, no_figures):
+    asked = []
+
+    def remembering(labels, values, is_balanced):
+        asked.append(is_balanced)
+        return fitted_scaling(labels, values, is_balanced)
+
+    monkeypatch.setattr(classification, "fitted_scaling", remembering)
+    make_cv(dataset, tmp_path, class_weights=class_weights, epochs=1).run()
+    assert asked == [class_weights == "balanced"] * N_OUTER
 
 
 class TestOutputs:

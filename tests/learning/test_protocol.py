@@ -7,6 +7,7 @@ import pytest
 from tests.learning.runs import N_OUTER, make_cv, strict_json
 from utils.evaluation.closing_table import closing_text, results_table
 from utils.learning import protocol
+from utils.learning.grid import grid_settings
 from utils.learning.settings import Training
 from utils.learning.splits import InnerFold, OuterFold
 from utils.mil_dataset import MILDataset
@@ -70,6 +71,9 @@ class TestKeep:
         assert "nothing depends on it" not in aloud.text
         protocol.log_kept_epoch(dataset, keep, cv.folds(), Training(patience=3))
         assert ("--patience: nothing depends on it" in aloud.text) is (kept == "last")
+        settings = grid_settings({"least_steps": (0, 8), "lr": (1e-3,)}, "LiteMIL")
+        protocol.log_kept_epoch(dataset, keep, cv.folds(), Training(), settings)
+        assert ("--grid least_steps: nothing depends on it" in aloud.text) is (kept == "last")
         assert ("as few as 4 slides of a class, so each training keeps its last epoch" in aloud.text) is is_said
 
     @pytest.mark.parametrize("keep", ["best", "last"])

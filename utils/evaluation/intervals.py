@@ -240,7 +240,8 @@ class _Intervals:
         below = [part.value - part.interval[0] for part in defined if part.value is not None and part.interval]
         above = [part.interval[1] - part.value for part in defined if part.value is not None and part.interval]
         low, high = (float(np.linalg.norm(sides)) / len(defined) for sides in (below, above))
-        return Estimate(value, (value - low, value + high), "square and add, of Wilson intervals")
+        interval = max(0.0, value - low), min(1.0, value + high)
+        return Estimate(value, interval, "square and add, of Wilson intervals")
 
     def _ranking(self, name: str, value: float, basis: PairRanking) -> Estimate:
         sizes = [
@@ -307,7 +308,8 @@ def wilson(share: float, count: float, z: float) -> tuple[float, float]:
     """Return the interval of a share of `count` (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+    # At a share of 0 or 1 that limit is the share itself, but for rounding.
+    return max(0.0, min(share, float(middle - half))), min(1.0, max(share, float(middle + half)))
 
 
 def pair_variance(auc: float, positives: float, negatives: float) -> float:

@@ -130,7 +130,7 @@ class NestedCrossValidation:
                 started = time.time()
                 warn_of_few_patients(self.dataset, folds)
                 log_operating_point(self.protocol)
-                log_kept_epoch(self.dataset, self.protocol.keep, folds, self.training)
+                log_kept_epoch(self.dataset, self.protocol.keep, folds, self.training, self.settings)
                 dry_run.log_large_steps(self.trainer, self.jobs(folds)[0])
                 content = splits_content(self.dataset, folds, self.protocol.seed)
                 write_json(self.output_dir / "splits.json", content)

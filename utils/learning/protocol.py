@@ -20,6 +20,8 @@ from utils.tasks.operating_point import OperatingPoint
 # With fewer validation slides of a class, the best of many epochs is chance: the standard error of an AUC near 0.8 on
 # 20 slides of each of two classes is 0.07.
 MANY_VALIDATED = 20
+# The settings of training that choose an epoch before the last.
+_CHOOSING = "patience", "least_steps"
 
 
 def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
@@ -102,15 +104,18 @@ def kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold]) -> Lite
     return "best" if _fewest_validated(data, folds) >= MANY_VALIDATED else "last"
 
 
-def log_kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold], training: Training) -> None:
+def log_kept_epoch(
+    data: MILDataset, keep: Keep, folds: Sequence[OuterFold], training: Training, settings: Sequence[Setting] = ()
+) -> None:
     """Log it if each training keeps its last epoch because few slides validate, and if settings of training that choose
-    another one are given in vain.
+    another one are given in vain, as flags or in the `settings` of a grid.
     """
     if kept_epoch(data, keep, folds) == "best":
         return
-    idle = [name for name in ("patience", "least_steps") if getattr(training, name) != getattr(Training, name)]
+    idle = [f"--{name}" for name in _CHOOSING if getattr(training, name) != getattr(Training, name)]
+    idle += [f"--grid {name}" for name in _CHOOSING if any(name in setting.training for setting in settings)]
     if idle:
-        flags = " and ".join(f"--{name}" for name in idle)
+        flags = " and ".join(idle)
         log.warning("%s: nothing depends on it, as each training keeps its last epoch; give --keep best", flags)
     if keep == "auto":
         text = "inner folds validate on as few as %s of a class, so each training keeps its last epoch (--keep auto)"
