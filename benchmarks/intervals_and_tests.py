@@ -213,7 +213,7 @@ def fitted(patients: int, prevalence: float, cohorts: int, seed: int) -> list[fl
         threshold, scaling = WANTED.threshold(labels, validated[:, 1]), fitted_scaling(labels, validated)
         figures: list[float] = []
         for models in (answers[:1], answers):
-            is_called = np.mean(models, axis=0)[:, 1] >= threshold
+            is_called = TASK.decide_by({"threshold": threshold, "operating_point": str(WANTED)}, np.stack(models)) == 1
             calibrated = np.mean([scaling.apply(values) for values in models], axis=0)[:, 1]
             (slope,), _ = calibration_lines(calibrated, true == 1, np.ones((1, TESTED)))
             figures += [is_called[true == 1].mean(), 1 - is_called[true == 0].mean(), slope]

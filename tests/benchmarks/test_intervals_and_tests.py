@@ -33,12 +33,12 @@ def test_algorithms_that_see_equal_features_are_equally_good_and_a_stronger_one_
     assert power[1] >= power[0], "less is claimed for these models than for their algorithms"
 
 
-def test_what_is_fitted_to_single_models_is_right_for_them_and_cautious_for_their_mean(simulation):
+def test_what_is_fitted_to_single_models_holds_for_their_vote_and_is_cautious_for_their_mean(simulation):
     one, mean = np.reshape(simulation.fitted(100, 0.5, 60, 0), (2, 3))
     assert one == pytest.approx([0.9, one[1], 1], abs=0.1)
     assert abs(one[0] - 0.9) < 0.02
-    assert mean[0] > one[0] + 0.02
-    assert mean[1] < one[1]
+    assert abs(mean[0] - 0.9) < 0.02
+    assert mean[1] > one[1] + 0.02, "as many models find more than one"
     assert mean[2] > 1.2
 
 

@@ -30,8 +30,15 @@ def test_the_auc_alone_needs_every_class():
 def test_a_threshold_decides_between_two_classes_and_the_greatest_value_without():
     values = np.array([[0.7, 0.3], [0.6, 0.4], [0.1, 0.9]])
     assert TWO.decide(values).tolist() == [0, 0, 1]
-    assert TWO.decide_by({"threshold": 0.4}, values).tolist() == [0, 1, 1]
-    assert TWO.decide_by({"threshold": None}, values) is None
+    assert TWO.decide_by({"threshold": 0.4}, values[None]).tolist() == [0, 1, 1]
+    assert TWO.decide_by({"threshold": None}, values[None]) is None
+    others = np.array([[[0.5, 0.5], [0.7, 0.3], [0.8, 0.2]], [[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]]])
+    half = [
+        TWO.decide_by({"threshold": 0.4, "operating_point": point}, others).tolist()
+        for point in ("sensitivity=0.9", "specificity=0.9", "balanced_accuracy")
+    ]
+    assert half == [[0, 0, 0], [1, 0, 1], [0, 0, 1]], "against the wanted rate, or the most probable class"
+    assert TWO.decide_by({"threshold": 0.4}, np.stack([values, *others])).tolist() == [0, 0, 1]
     assert THREE.decide(np.array([[0.2, 0.5, 0.3]])).tolist() == [1]
 
 

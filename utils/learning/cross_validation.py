@@ -38,7 +38,6 @@ from utils.learning.protocol import (
     check_operating_point,
     inner_jobs,
     log_kept_epoch,
-    log_operating_point,
     outer_folds,
     splits_content,
     warn_of_few_patients,
@@ -129,7 +128,6 @@ class NestedCrossValidation:
             else:
                 started = time.time()
                 warn_of_few_patients(self.dataset, folds)
-                log_operating_point(self.protocol)
                 log_kept_epoch(self.dataset, self.protocol.keep, folds, self.training, self.settings)
                 dry_run.log_large_steps(self.trainer, self.jobs(folds)[0])
                 content = splits_content(self.dataset, folds, self.protocol.seed)

@@ -32,6 +32,11 @@ class FoldResult:
         return np.stack([output.probabilities for output in self.outputs])
 
     @property
+    def each(self) -> np.ndarray:
+        """Return the probabilities `(M, n, C)` of the test slides by each of the M models."""
+        return np.stack([output.each for output in self.outputs], axis=1)
+
+    @property
     def calibrated(self) -> np.ndarray | None:
         """Return the calibrated probabilities `(n, C)`, or None if nothing calibrates them."""
         slides = [mean_calibrated(self.task, [output], [self.fitted]) for output in self.outputs]
@@ -41,7 +46,7 @@ class FoldResult:
     @property
     def decisions(self) -> np.ndarray | None:
         """Return the decisions `(n,)` int for the test slides by what was fitted, or None if nothing decides."""
-        return self.task.decide_by(self.fitted, self.probabilities)
+        return self.task.decide_by(self.fitted, self.each)
 
     def figures(self, data: MILDataset) -> dict[str, Any]:
         """Return the fold's entry in `outputs.json`."""
@@ -56,7 +61,7 @@ class FoldResult:
             "n_train": len(self.fold.train),
             "chunk": task.unweighted_metrics(chunk_labels, chunks),
             "slide": task.unweighted_metrics(labels, self.probabilities),
-            **task.fitted_figures(self.fitted, labels, self.probabilities),
+            **task.fitted_figures(self.fitted, labels, self.each),
             "selection": self.selection,
         }
 

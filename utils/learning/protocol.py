@@ -66,16 +66,6 @@ def check_operating_point(data: MILDataset, operating_point: str, folds: Sequenc
             )
 
 
-def log_operating_point(protocol: Protocol) -> None:
-    """Log it if a wanted rate is fitted to single models but applied to their mean."""
-    if protocol.final == "ensemble" and OperatingPoint.of(protocol.operating_point).label is not None:
-        log.info(
-            "--operating_point %s: is fitted to the inner models one by one; their mean, which is tested, tends to "
-            "have a higher rate at the cost of the other one (--final best is nearer to it)",
-            protocol.operating_point,
-        )
-
-
 def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
     """Warn if inner folds validate on a single patient of a stratum (a class), or on none."""
     warning = few_patients(folds, data.task.strata(data.labels), data.cases, data.task.strata_names)

@@ -42,8 +42,8 @@ def _calibrated_class(record: Mapping[str, Any]) -> str | None:
 
 
 def _decision_notes(record: Mapping[str, Any]) -> list[str]:
-    """Return that what was fitted to inner validation, temperatures or a single model's threshold, names another class
-    than the probabilities.
+    """Return that what was fitted to inner validation, temperatures or the threshold of a single checkpoint, by which
+    its models vote, names another class than the probabilities.
     """
     predicted, calibrated = record["predicted_class"], record.get("calibrated_probabilities")
     if not calibrated:  # nothing was fitted to slides that were fed in this way
@@ -61,8 +61,10 @@ def _decision_notes(record: Mapping[str, Any]) -> list[str]:
         return []
     negative, positive = record["probabilities"]
     aim = f" for {point.replace('_', ' ')}" if point else ""
-    decided = positive if record["probabilities"][positive] >= threshold else negative
-    if decided == predicted:
+    members = record.get("member_probabilities") or [record["probabilities"]]
+    votes = sum(member[positive] >= threshold for member in members)
+    decided = positive if votes > len(members) / 2 else negative
+    if decided == predicted or votes == len(members) / 2:
         return []
     return [
         f"{used}; the model's own threshold ({threshold:.3g} for {positive}, fitted on inner validation{aim}) differs: "

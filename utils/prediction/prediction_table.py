@@ -113,7 +113,7 @@ class PredictedSlides:
             repeats=np.zeros(len(rows)),
             seed=_SEED,
             calibrated=None if None in scaled else self._by_class(scaled),
-            decisions=None if fitted is None else self.task.decide_by(fitted, values),
+            decisions=None if fitted is None else self.task.decide_by(fitted, self._by_model(scored)),
             title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
         )
 
@@ -213,6 +213,11 @@ class PredictedSlides:
         scored = [self.rows[record["slide"]] for record in self.records if record["slide"] in self.rows]
         lines = sorted(f"{row.wsi_id}\t{row.case_id}\t{self.task.outputs[row.label]}" for row in scored)
         return digest(*lines)
+
+    def _by_model(self, records: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the probabilities `(M, n, C)` of records by each of their M models."""
+        members = [record.get("member_probabilities") or [record["probabilities"]] for record in records]
+        return np.stack([self._by_class(values) for values in zip(*members, strict=True)])
 
     def _by_class(self, values: Sequence[Mapping[str, float]]) -> np.ndarray:
         """Return values by class name as an array `(n, C)`."""

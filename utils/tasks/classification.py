@@ -177,9 +177,18 @@ class Classification(Task):
         return values.argmax(axis=-1)
 
     def decide_by(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
-        """Return 1 where the positive class's probability reaches the `threshold`, else 0; None without one."""
-        threshold = fitted["threshold"]
-        return None if threshold is None else (values[..., 1] >= threshold).astype(int)
+        """Return 1 where the positive class's probability reaches the `threshold` in most models, else 0; None without
+        a threshold.
+
+        Where half of the models say so, the class is decided whose rate is not the wanted one, because a vote has the
+        wanted rate more often than a single model; for the balanced accuracy, the most probable class.
+        """
+        threshold, point = fitted["threshold"], OperatingPoint.of(fitted.get("operating_point", BALANCED))
+        if threshold is None:
+            return None
+        share = (values[..., 1] >= threshold).mean(axis=0)
+        undecided = self.decide(values.mean(axis=0)) if point.label is None else 1 - point.label
+        return np.where(share == 0.5, undecided, share > 0.5).astype(int)
 
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
         """Return accuracy, balanced accuracy, macro F1, and each class's sensitivity and specificity."""

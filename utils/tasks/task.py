@@ -144,7 +144,9 @@ class Task(ABC):
 
     @abstractmethod
     def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-        """Return a fold's entries in `outputs.json` on what was fitted, and on the test slides' metrics with it."""
+        """Return a fold's entries in `outputs.json` on what was fitted, and on the test slides' metrics with it;
+        `values (M, n, C)` are those of each model, as for `decide_by`.
+        """
 
     @abstractmethod
     def decide(self, values: np.ndarray) -> np.ndarray:
@@ -152,7 +154,10 @@ class Task(ABC):
 
     @abstractmethod
     def decide_by(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
-        """Return the decision `(n,)` int by what was fitted on validation; None if nothing of it decides."""
+        """Return the decision `(n,)` int by what was fitted on validation; None if nothing of it decides.
+
+        `values (M, n, C)` are those of M models, each of which decides, as it was fitted to single models: they vote.
+        """
 
     @abstractmethod
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
