@@ -180,10 +180,8 @@ class TestThreshold:
         by_fold = {fold["fold"]: fold["threshold"] for fold in results["fold_results"]}
         is_called = np.empty(len(rows), bool)
         for fold, threshold in by_fold.items():
-            checkpoint, tested = (
-                load_checkpoint(tmp_path / f"fold_{fold}_best.pth"),
-                np.flatnonzero(rows["fold"] == fold),
-            )
+            checkpoint = load_checkpoint(tmp_path / f"fold_{fold}_best.pth")
+            tested = np.flatnonzero(rows["fold"] == fold)
             values = [
                 predict_values(checkpoint.task, model, map(dataset.features, tested), checkpoint.slide_feed)
                 for model in members_of(checkpoint.build())
