@@ -1,12 +1,13 @@
 """The benchmark of few key instances: what it draws, how it labels chunks, what it counts, and what it prints."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import scipy.io
 
-from tests.benchmarks.scripts import imported, printed
+from tests.benchmarks.scripts import imported
 
 CLASSES = np.repeat(np.arange(1, 9), 20)
 
@@ -67,7 +68,7 @@ def test_the_top_holds_as_many_keys_as_there_can_be(needles):
     assert needles.recall_of_top(values, np.isin(values, [0, 50, 95, 99])) == 0.5
 
 
-def test_prints_a_row_for_each_way_of_training(tmp_path):
+def test_prints_a_row_for_each_way_of_training(needles, tmp_path, monkeypatch, capsys):
     features = tile_features()
     features[:20, 1] += 4  # tumour
     scipy.io.savemat(
@@ -76,7 +77,9 @@ def test_prints_a_row_for_each_way_of_training(tmp_path):
     )
     flags = ["--models", "LiteMIL", "--patches", "60", "--keys", "6", "--chunk_sizes", "20", "--batch_sizes", "4"]
     flags += ["--bags", "8", "6", "--epochs", "2", "--seeds", "1", "2"]
-    out = printed("needles", str(tmp_path / "tiles.mat"), *flags)
+    monkeypatch.setattr(sys, "argv", ["needles.py", str(tmp_path / "tiles.mat"), *flags])
+    needles.main()
+    out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("| 60, 6, ")]
     told, *rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
     assert told[0] == "60, 6, told"
