@@ -311,7 +311,7 @@ def test_print_shows_the_whole_slide_with_each_map_and_its_legend(tmp_path, size
     style = MapStyle(alpha=0)
     page_of(tmp_path / "a.html", picture, attention, style=style, classes=("benign", "malignant"), patches=0)
     chromium(tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'a.pdf'}", (tmp_path / "a.html").as_uri())
-    subprocess.run(["pdftoppm", "-r", "100", "-gray", tmp_path / "a.pdf", tmp_path / "p"], check=True)
+    subprocess.run(["pdftoppm", "-r", "130", "-gray", tmp_path / "a.pdf", tmp_path / "p"], check=True)
     text = " ".join(subprocess.check_output(["pdftotext", "-layout", tmp_path / "a.pdf", "-"], text=True).split())
     for title, ends in (("percentile 0", "100 Colour"), ("benign -1", "+1 Colour"), ("malignant -1", "+1 Colour")):
         assert title in text
