@@ -268,6 +268,12 @@ def test_a_threshold_that_decides_otherwise_is_said_to_differ(threshold, differs
     aimed = model | {"selection": {"threshold": threshold, "operating_point": "sensitivity=0.95"}}
     aim = note.replace("validation)", "validation for sensitivity=0.95)")
     assert Caption.of(record | {"models": [aimed]}).notes == ([aim] if differs else [])
+    # Of an ensemble, most models decide.
+    members: dict = {"member_probabilities": [{"a": 1 - value, "b": value} for value in (0.9, 0.65, 0.55)]}
+    members["spread"] = {"a": 0.18, "b": 0.18}
+    assert Caption.of(record | {"models": [model]} | members).notes == ([note] if differs else [])
+    tie = members | {"member_probabilities": members["member_probabilities"][:2]}
+    assert Caption.of(record | {"models": [model]} | tie).notes == []
     assert Caption.of(record | {"models": [model] * 2}).notes == []
     assert Caption.of(record | {"models": [model], "calibrated_probabilities": None}).notes == []
 

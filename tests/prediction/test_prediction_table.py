@@ -38,6 +38,21 @@ def test_the_scores_are_those_of_training(cohort, models, predict, tmp_path):
     assert scores["interval_methods"]["auc"].startswith("Newcombe")
 
 
+def test_the_models_of_an_ensemble_vote_at_its_threshold(cohort, predict, tmp_path):
+    labels_csv, features = cohort
+    model = write_model(tmp_path / "model.pth", 7, members=3)
+    predict("--checkpoint", model, "--input_dir", features, "--labels_csv", labels_csv)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    records = [of(tmp_path / "out", slide) for slide in table["wsi_id"]]
+    votes = [sum(member["malignant"] >= 0.4 for member in record["member_probabilities"]) > 1.5 for record in records]
+    by_mean = [record["probabilities"]["malignant"] >= 0.4 for record in records]
+    assert votes != by_mean, "the cohort tells the vote from the mean"
+    right = np.mean(np.array(votes) == (table["label"] == "malignant").to_numpy())
+    assert scores["pooled_thresholded"]["accuracy"] == pytest.approx(right)
+    assert scores["operating_point"] == "balanced_accuracy"
+
+
 def test_what_was_seen_in_training_is_marked_everywhere(cohort, predict, tmp_path):
     labels_csv, features = cohort
     seen = {"slide": id_digests("slide", ["P000-S1"]), "case": id_digests("case", ["P000", "P001"])}
