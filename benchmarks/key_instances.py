@@ -15,9 +15,13 @@ A cohort (a folder with labels.csv and features/, whose files hold inst_labels, 
 predicted out of fold by a nested cross-validation with train.py's settings, 5 outer and 2 inner folds. Means are over
 the slides, with 95% intervals over patients.
 
-map         attention, or the evidence for the class of the key instances (for deletion: for the predicted class)
+map         attention, or the evidence for the class of the key instances (for deletion: for the predicted class), or
+            leave one out (tiles): how much the log-odds of that class fall without the instance
 bags AUC    of the bag label, on the test bags
 key AUC     in a bag with key instances, how often one has a greater value than another instance, ties counted half
+against     the share of the key instances that argue against their bag's label: their evidence is below 0, or the bag is
+            surer without them (tiles)
+agreed      of the key instances whose evidence is below 0, the share without which the bag is surer (tiles)
 pointing    in how many of these bags the instance with the greatest value is a key instance (cohorts)
 overlap     of the n greatest values, the share of key instances, where n instances are key (cohorts); by chance it is
             their share of all
@@ -56,6 +60,7 @@ from utils.prediction.evidence import Evidence
 from utils.prediction.faithfulness import measure_faithfulness
 from utils.prediction.forward_pass import SlideFeed, predict_features
 from utils.prediction.predictor import SlidePredictor
+from utils.tasks.task import Task
 
 TILES, TRAINING_BAGS, TEST_BAGS = 30, 300, 100
 LEAST_KEYS, MOST_KEYS = 2, 5
@@ -153,11 +158,18 @@ def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int)
     assert bags_auc is not None  # noqa: S101 - both labels occur
     found: dict[str, dict[str, list[float]]] = {}
     for bag, output, label in zip(test, outputs, labels, strict=True):
-        for kind, values in maps_by_class(output.attention, output.evidence).items():
+        maps = maps_by_class(output.attention, output.evidence)
+        maps["leave one out"] = left_out(dataset.task, model, dataset.features(bag))
+        for kind, values in maps.items():
             figures = found.setdefault(kind, {})
             if label:
                 auc = map_scores(values[1], keys[bag])["auc"]
                 figures.setdefault("key AUC", []).append(np.nan if auc is None else auc)
+                is_against = keys[bag] & (values[1] < 0)
+                if kind != "attention":
+                    figures.setdefault("against", []).append(is_against.sum() / keys[bag].sum())
+                if kind == "evidence":
+                    figures.setdefault("agreed", []).extend(maps["leave one out"][1, is_against] < 0)
             if output.probabilities.argmax() == label:
                 features, orders = dataset.features(bag), values[label]
                 curve = measure_faithfulness(dataset.task, [model], features, orders, int(label), seed).as_dict()
@@ -168,7 +180,7 @@ def measured(name: str, dataset: MILDataset, keys: NDArray[np.bool_], seed: int)
                 figures.setdefault(f"deletion, {side}", []).append(deletion["gap"])
                 figures.setdefault(f"beaten, {side}", []).append(beaten)
     return {
-        kind: {"bags AUC": bags_auc} | {figure: float(np.mean(figures[figure])) for figure in sorted(figures)}
+        kind: {"bags AUC": bags_auc} | {name: float(np.mean(values)) for name, values in figures.items() if values}
         for kind, figures in found.items()
     }
 
@@ -181,6 +193,19 @@ def maps_by_class(attention: NDArray | None, evidence: Evidence | None) -> dict[
     if evidence is not None:
         maps["evidence"] = evidence.contributions
     return maps
+
+
+def left_out(task: Task, model: BagModel, features: torch.Tensor) -> NDArray:
+    """Return by how much each signal of a bag falls without each of its instances, `(C, N)`."""
+    count = len(features)
+    kept = torch.arange(count).expand(count, count)[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
+
+    def signals(bags: torch.Tensor) -> NDArray:
+        with torch.inference_mode():
+            logits = model(bags)[0].double()
+        return np.stack([task.signals(one[None], torch.ones(1, dtype=torch.float64)).numpy() for one in logits], axis=1)
+
+    return signals(features[None].float()) - signals(features[kept].float())
 
 
 def out_of_fold(name: str, home: Path, positive: str, folder: Path) -> list[list[str]]:
@@ -251,8 +276,12 @@ def of_tiles(path: Path, models: Sequence[str], seeds: int) -> None:
             for name in models:
                 for kind, figures in measured(name, dataset, keys, seed).items():
                     found.setdefault((name, kind), []).append(figures)
-    names = ["bags AUC", "key AUC", "deletion, negative", "deletion, positive", "beaten, negative", "beaten, positive"]
-    rows = [[*row, *[_cell([figures[name] for figures in each]) for name in names]] for row, each in found.items()]
+    names = ["bags AUC", "key AUC", "against", "agreed"]
+    names += [f"{figure}, {side}" for figure in ("deletion", "beaten") for side in ("negative", "positive")]
+    rows = [
+        [*row, *[_cell([figures[name] for figures in each if name in figures]) for name in names]]
+        for row, each in found.items()
+    ]
     print(f"{processor()}, {', '.join(versions())}; {seeds} seeds\n")
     print(table(" | ".join(["model", "map", *names]), rows))
 
@@ -268,6 +297,8 @@ def of_cohort(home: Path, positive: str, models: Sequence[str]) -> None:
 
 
 def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
 

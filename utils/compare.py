@@ -140,7 +140,7 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
     for run in runs:
         computed = run.predictions.metrics
         for metric in metrics:
-            value, _ = run.reported(metric)
+            value, _ = run.pooled_figure(metric)
             if (value is None) != (computed[metric] is None) or abs((value or 0) - (computed[metric] or 0)) > 1e-6:
                 raise ConfigError(
                     f"{run.path}: {metric} is {_figure(value)} in outputs.json and {_figure(computed[metric])} by "

@@ -66,6 +66,10 @@ def test_what_was_seen_in_training_is_marked_everywhere(cohort, predict, tmp_pat
     scores = json.loads((out / "scores.json").read_text())
     assert (scores["n_seen_in_training"], scores["unseen"]["n_slides"], scores["unseen"]["n_cases"]) == (4, 20, 10)
     assert "unseen" in outcome.out
+    unseen = pd.read_csv(out / "predictions.csv").query("not seen_in_training")
+    is_called = unseen["prob_malignant"] >= 0.4
+    right = np.mean(is_called == (unseen["label"] == "malignant"))
+    assert scores["unseen"]["pooled_thresholded"]["accuracy"] == pytest.approx(right)
     # What an earlier run kept without knowing the patients is no answer to one that does.
     predict("--checkpoint", model, "--input_dir", features, output="first")
     assert of(tmp_path / "first", "P001-S1")["seen_in_training"] is False
@@ -95,6 +99,30 @@ def test_a_table_without_patients_says_what_is_taken_for_them(cohort, models, pr
     assert "No patients are known" not in outcome.out
     taken = json.loads((tmp_path / "with_patients" / "scores.json").read_text())["patients_from"]
     assert taken == "the column case_id"
+
+
+def test_intervals_are_over_the_groups_of_a_column(cohort, models, predict, tmp_path):
+    labels = pd.read_csv(cohort[0])
+    labels["centre"] = [f"C{number % 6}" for number in labels["case_id"].str[1:].astype(int)]
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    flags = ("--checkpoint", models[0], "--input_dir", cohort[1], "--labels_csv", tmp_path / "labels.csv")
+    outcome = predict(*flags, "--group_column", "centre")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert "cover other groups of patients (6 are known here), not other trainings" in outcome.out
+    assert (scores["n_cases"], scores["n_groups"]) == (12, 6)
+    truth = np.array([CLASSES.index(label) for label in table["label"]])
+    values = table[["prob_benign", "prob_malignant"]].to_numpy()
+    rows = ScoredRows(TASK, truth, values, table["group"].to_numpy(), np.ones(len(table)), unit="group")
+    assert scores["intervals_95"]["auc"] == pytest.approx(rows.estimates(rows.pooled, 0)["auc"].interval)
+    # The intervals of other groups are other scores.
+    again = predict(*flags)
+    assert "holds scores of other slides, labels or settings" in again.err
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["n_groups"] is None
+    missing = predict(*flags, "--group_column", "center")
+    assert missing.code == 1
+    assert "no column center to group by" in missing.err
+    assert "did you mean centre?" in missing.err
 
 
 @pytest.mark.parametrize(("patients", "reason"), [

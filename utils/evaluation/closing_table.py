@@ -59,7 +59,9 @@ def interval_words(results: Mapping[str, Any], metrics: Sequence[str]) -> str:
         if methods[metric].startswith(_NONE) and results["pooled"][metric] is not None:
             missing.setdefault(methods[metric].removeprefix(_NONE), []).append(metric.replace("_", " "))
     reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in missing.items())
-    words = "The 95% intervals cover other patients, not other trainings; interval_methods names the method of each."
+    groups = results.get("n_groups")  # an earlier version's files lack it
+    units = "patients" if groups is None else f"groups of patients ({groups} are known here)"
+    words = f"The 95% intervals cover other {units}, not other trainings; interval_methods names the method of each."
     return f"{words} None for {reasons}." if reasons else words
 
 

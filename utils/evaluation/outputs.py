@@ -52,6 +52,7 @@ def outputs_content(
         "positive_class": predictions.task.positive_output,
         "n_slides": predictions.n_slides,
         "n_cases": predictions.n_cases,
+        "n_groups": predictions.n_groups,
         "n_folds": len(fold_figures),
         "n_repeats": predictions.n_repeats,
         "patients_from": patients_from or NO_PATIENTS,

@@ -156,6 +156,11 @@ class Predictions:
         return len(np.unique(self.cases))
 
     @property
+    def n_groups(self) -> int | None:
+        """The number of groups that intervals are computed over; None if they are computed over patients."""
+        return None if self.groups is None else len(np.unique(self.groups))
+
+    @property
     def n_repeats(self) -> int:
         return len(np.unique(self.repeats))
 

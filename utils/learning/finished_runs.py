@@ -37,7 +37,7 @@ class Run:
     def class_names(self) -> list[str]:
         return self.outputs["class_names"]
 
-    def reported(self, metric: str) -> tuple[float | None, Sequence[float] | None]:
+    def pooled_figure(self, metric: str) -> tuple[float | None, Sequence[float] | None]:
         """Return the pooled figure and its 95% interval from `outputs.json`. Raise ConfigError if it lacks them."""
         try:
             return self.outputs["pooled"][metric], self.outputs["intervals_95"][metric]

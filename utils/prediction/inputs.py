@@ -31,7 +31,9 @@ class PredictionFiles:
 
     def __init__(self, settings: Prediction) -> None:
         self.settings = settings
-        self.patients_from: str | None = None  # of the label table, once it is read
+        # Of the label table, once it is read: where it has the patients from, and the group of each slide.
+        self.patients_from: str | None = None
+        self.groups: dict[str, str] = {}
         self.run = None if settings.out_of_fold is None else OutOfFold.read(settings.out_of_fold, settings.repeat)
         if settings.output_dir is not None and (settings.output_dir / RECORD).exists():
             raise ConfigError(
@@ -72,6 +74,9 @@ class PredictionFiles:
         for note in table.notes:
             log.info("%s: %s", table.path, note)
         labels.warn_of_patients(table, rows)
+        if settings.group_column is not None:
+            groups = labels.group_rows(table.path, [row.columns for row in rows], settings.group_column)
+            self.groups = {row.wsi_id: group for row, group in zip(rows, groups, strict=True)}
         unlabelled = len(sources) - len(rows)
         if unlabelled > 0:
             log.info("%s of %s have no label, and are not scored", plural(unlabelled, "slide"), len(sources))

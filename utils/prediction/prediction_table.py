@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ def earlier_slides(folder: Path) -> dict[str, SlideInfo]:
 class PredictedSlides:
     """The records of predicted slides, in their order; by slide, the label rows of those to be scored, and patients and
     labels as far as known. `patients_from` says where the label table has the patients from; None if from nowhere.
+    `groups`, by slide, are those that intervals are computed over; none if they are computed over patients.
     """
 
     records: Sequence[Mapping[str, Any]]
@@ -70,6 +71,7 @@ class PredictedSlides:
     task: Task
     infos: Mapping[str, SlideInfo] = field(default_factory=dict)
     patients_from: str | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     def table(self) -> pd.DataFrame:
         """Return a row per slide, with the columns of a training's `predictions.csv` that apply."""
@@ -90,7 +92,8 @@ class PredictedSlides:
         ):
             row |= {f"{prefix}_{name}": value for name, value in (record.get(key) or {}).items()}
         row |= {name: record[name] for name in ("num_instances", "seen_in_training")}
-        return row | ({"fold": record["fold"]} if "fold" in record else {})
+        row |= {"fold": record["fold"]} if "fold" in record else {}
+        return row | ({"group": self.groups.get(record["slide"])} if self.groups else {})
 
     def predictions(self, fitted: FittedFigures | None = None) -> Predictions:
         """Return the predictions of the labelled slides, also decided by what was `fitted` with the model, if any.
@@ -114,6 +117,7 @@ class PredictedSlides:
             seed=_SEED,
             calibrated=None if None in scaled else self._by_class(scaled),
             decisions=None if fitted is None else self.task.decide_by(fitted, self._by_model(scored)),
+            groups=np.array([self.groups[row.wsi_id] for row in rows]) if self.groups else None,
             title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
         )
 
@@ -140,9 +144,7 @@ class PredictedSlides:
             "n_seen_under_another_name": num_renamed,
             "n_unseen_by_name_alone": num_by_name,
             "localization": self.localization(),
-            "unseen": _figures(replace(predictions, decisions=None).where(is_unseen))
-            if is_seen.any() and is_unseen.any()
-            else None,
+            "unseen": _figures(predictions.where(is_unseen)) if is_seen.any() and is_unseen.any() else None,
         }
 
     def localization(self) -> dict[str, Any] | None:
@@ -209,10 +211,11 @@ class PredictedSlides:
             log.warning("%s: holds %s by other settings; moved to %s", folder / TABLE, slides, *aside)
 
     def _labels_digest(self) -> str:
-        """Return a digest of the slides that are scored, with their patients and labels."""
+        """Return a digest of the slides that are scored, with their patients, labels and groups."""
         scored = [self.rows[record["slide"]] for record in self.records if record["slide"] in self.rows]
-        lines = sorted(f"{row.wsi_id}\t{row.case_id}\t{self.task.outputs[row.label]}" for row in scored)
-        return digest(*lines)
+        lines = [f"{row.wsi_id}\t{row.case_id}\t{self.task.outputs[row.label]}" for row in scored]
+        groups = [f"{row.wsi_id}\t{self.groups[row.wsi_id]}" for row in scored if self.groups]
+        return digest(*sorted(lines), *sorted(groups))
 
     def _by_model(self, records: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Return the probabilities `(M, n, C)` of records by each of their M models."""
@@ -228,6 +231,7 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
     return {
         "n_slides": len(predictions),
         "n_cases": predictions.n_cases,
+        "n_groups": predictions.n_groups,
         "pooled": predictions.metrics,
         "intervals_95": predictions.intervals,
         "interval_methods": methods(predictions.pooled),

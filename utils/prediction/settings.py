@@ -49,6 +49,11 @@ class Prediction(Settings):
         "leave out rows of --labels_csv without a slide (missing), with a label that is no class (unknown), or with a "
         "repeated wsi_id (duplicate); with --out_of_fold, slides without features (missing)",
     )
+    group_column: str | None = option(
+        None,
+        "column of --labels_csv, such as site, over whose groups the intervals of the scores are computed (default: "
+        "over patients; site is read from TCGA barcodes)",
+    )
     output_dir: Path | None = option(
         None, "folder for the results (default: outputs/inference/<model>_<dataset>)", alias="--output"
     )
@@ -120,6 +125,10 @@ class Prediction(Settings):
             raise ConfigError(
                 f"--annotation_class {' '.join(self.annotation_class)}: goes with --annotations; give it, or leave "
                 "--annotation_class out"
+            )
+        if self.group_column is not None and self.labels_csv is None:
+            raise ConfigError(
+                f"--group_column {self.group_column}: is a column of --labels_csv; give it, or leave --group_column out"
             )
         if self.allow and self.labels_csv is None and self.out_of_fold is None:
             raise ConfigError(
