@@ -19,8 +19,7 @@ map         attention, or the evidence for the class of the key instances (for d
             leave one out (tiles): how much the log-odds of that class fall without the instance
 bags AUC    of the bag label, on the test bags
 key AUC     in a bag with key instances, how often one has a greater value than another instance, ties counted half
-against     the share of the key instances that argue against their bag's label: their evidence is below 0, or the bag is
-            surer without them (tiles)
+against     the share of the key instances that argue against their bag's label: their value is below 0 (tiles)
 agreed      of the key instances whose evidence is below 0, the share without which the bag is surer (tiles)
 pointing    in how many of these bags the instance with the greatest value is a key instance (cohorts)
 overlap     of the n greatest values, the share of key instances, where n instances are key (cohorts); by chance it is
