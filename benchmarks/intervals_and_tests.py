@@ -7,8 +7,9 @@ Coverage: cohorts of synthetic scores with a known AUC; patients of one slide, o
 by 0.5. Half of the cells have normal scores, for which the formulas were made; the others exponential ones, for which
 they were not. The AUC within folds is that of five models, each of which tests a fold with a shift of its own. Level
 and power: two algorithms (linear discriminants) are cross-validated on synthetic features, once as good as each other,
-once with a stronger first one. They differ in the features that they see, or in their seeds alone. Fitted: what a threshold for a sensitivity of 0.9 and a calibration, both fitted to inner validation, do on other
-slides, for one inner model and for the mean of all. By default few cohorts a cell, in minutes; --full takes 1000.
+once with a stronger first one. They differ in the features that they see, or in their seeds alone. Fitted: what a
+threshold for a sensitivity of 0.9 and a calibration, both fitted to inner validation, do on other slides, for one inner
+model and for the mean of all. By default few cohorts a cell, in minutes; --full takes 1000.
 """
 
 import argparse
