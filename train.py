@@ -104,7 +104,7 @@ def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], 
         )
 
     make = partial(
-        build_mil, name, input_dim=dataset.input_dim, num_classes=len(dataset.task.outputs), **model.hyperparameters()
+        build_mil, name, input_dim=dataset.input_dim, num_classes=dataset.task.num_logits, **model.hyperparameters()
     )
     try:
         make()

@@ -267,7 +267,7 @@ def test_the_same_run_twice(runs, tmp_path, monkeypatch):
     [
         (lambda table: table.drop(columns="repeat"), "a slide twice in one repeat"),
         (lambda table: table.iloc[:0], "no slide in it"),
-        (lambda table: table.replace({"label": {"benign": "normal"}}), "a label that is no class"),
+        (lambda table: table.replace({"label": {"benign": "normal"}}), "a label that is none of"),
         (lambda table: table.assign(prob_benign=np.nan), "could not convert"),
         (lambda table: table.assign(prob_benign=1.5), "a probability that is no number from 0 to 1"),
         (lambda table: table.assign(fold="first"), "first"),

@@ -16,7 +16,7 @@ IMPORTABLE = {
     "pictures": {"slides", "bags"},
     "prediction": {"tasks", "slides", "bags", "features", "evaluation", "pictures", "MILS"},
     "learning": {"tasks", "slides", "bags", "evaluation", "prediction", "MILS"},
-    "auditing": {"bags", "evaluation", "learning"},
+    "auditing": {"bags", "evaluation", "learning", "tasks"},
 }  # fmt: skip
 PUBLIC = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
 LIBRARIES = {

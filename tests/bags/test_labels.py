@@ -8,7 +8,6 @@ import pytest
 from utils.bags.label_table import read_table, several_names
 from utils.bags.labels import (
     LabelRow,
-    class_counts,
     classes_in,
     classes_of,
     group_rows,
@@ -19,6 +18,7 @@ from utils.core.cohorts import KNOWN_COHORTS
 from utils.core.errors import LabelsError
 from utils.core.runtime import log
 from utils.tasks.classification import Classification
+from utils.tasks.counts import class_counts
 
 CLASSES = ("benign", "malignant")
 REAL_TABLES = Path(__file__).resolve().parents[3] / "shared" / "data" / "labels"

@@ -42,7 +42,7 @@ def test_a_table_without_repeats_is_of_one(tmp_path):
         (HEAD, "no slide in it"),
         ("wsi_id,case_id,label,fold\na,A,no,1", "no column prob_<class>"),
         ("wsi_id,label,prob_no,prob_yes\na,no,0.8,0.2", "no column case_id, fold"),
-        (f"{HEAD}\na,A,maybe,1,0.8,0.2", "a label that is no class"),
+        (f"{HEAD}\na,A,maybe,1,0.8,0.2", "a label that is none of"),
         (f'{HEAD}\n"a"b,A,no,1,0.8,0.2', "expected after"),
         (f"{HEAD}\na,A,no,1,much,0.2", "could not convert"),
     ],

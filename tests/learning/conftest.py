@@ -40,8 +40,8 @@ def dataset(cohort) -> MILDataset:
 
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
-    def write(folder, *_):
-        for name in run_figures.FIGURES:
+    def write(folder, predictions, *_):
+        for name in run_figures.figure_names(predictions.task):
             write_text(folder / f"{name}.png", "a figure")
 
     monkeypatch.setattr(run_figures, "draw_figures", write)

@@ -16,9 +16,9 @@ def test_it_needs_two_different_classes(names):
 
 
 def test_a_target_is_the_index_of_its_class():
-    assert [TWO.target(name) for name in ("no", "yes")] == [0, 1]
+    assert [TWO.target({"label": name}) for name in ("no", "yes")] == [0, 1]
     with pytest.raises(ValueError, match="not in"):
-        TWO.target("maybe")
+        TWO.target({"label": "maybe"})
 
 
 def test_the_auc_alone_needs_every_class():

@@ -15,6 +15,7 @@ from utils.core.cohorts import tcga_case
 from utils.core.errors import LabelsError, first_few, plural
 from utils.learning.settings import Protocol
 from utils.learning.split_files import NamedSplit, shared_cases
+from utils.tasks.counts import class_counts
 
 
 def check_columns(table: LabelTable, no_patients: bool) -> list[Finding]:
@@ -110,7 +111,7 @@ def _class_counts(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> Fin
         name: {"slides": len(class_slides), "patients": len({slide.case_id for slide in class_slides})}
         for name, class_slides in by_class(slides, classes).items()
     }
-    message = labels.class_counts([(slide.label, slide.case_id) for slide in slides], classes)
+    message = class_counts([(slide.label, slide.case_id) for slide in slides], classes)
     return Finding("info", "table", message, counts)
 
 

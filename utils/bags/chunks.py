@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.tasks.task import Target
+
 # The indices of a chunk's patches in its slide: a range costs no copy of the features, a tensor one.
 Cut = range | Tensor
 MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
@@ -16,19 +18,19 @@ MOST_IN_BATCH, _LEAST_STEPS = 128, 8  # of automatic batches
 
 @dataclass(frozen=True)
 class Chunk:
-    """The patches `cut` of a slide with `features (N, D)`; its class, the weight of its loss, the slide's index."""
+    """The patches `cut` of a slide with `features (N, D)`; its target, the weight of its loss, the slide's index."""
 
     features: Tensor
     cut: Cut
-    label: int
+    label: Target
     weight: float
     slide: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`bags`: B tensors (n_i, D), float16 or float32 as stored; `labels (B,)` int64; `weights (B,)` float32; `slides
-    (B,)` int64. Bags are not padded, so the cost of a batch depends on its patches alone.
+    """`bags`: B tensors (n_i, D), float16 or float32 as stored; `labels`: the targets, of classes (B,) int64; `weights
+    (B,)` float32; `slides (B,)` int64. Bags are not padded, so the cost of a batch depends on its patches alone.
     """
 
     bags: tuple[Tensor, ...]

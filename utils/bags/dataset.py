@@ -32,7 +32,7 @@ from utils.core.recipe import Recipe
 from utils.core.runtime import log
 from utils.core.settings import checked
 from utils.tasks.records import task_of
-from utils.tasks.task import Task
+from utils.tasks.task import Target, Task
 
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
@@ -56,7 +56,8 @@ class MILDataset(Dataset):
     `feat_type`. `mode` "chunked" trains on random chunks of at most `chunk_size` patches (`sequential`: on runs of
     patches that are neighbours in the file), "full" on whole slides. `class_names` defaults to the labels that occur,
     sorted; of two the rarer one is last, or `positive_class`. `label_names` renames labels, `left_out` names labels
-    that are no class, `allow` the problems that only leave a row out (see `utils.bags.labels.resolve_labels`).
+    that are no class, `allow` the problems that only leave a row out (see `utils.bags.labels.resolve_labels`). `task`
+    is what is predicted instead of classes (`utils.tasks`); its columns hold the target instead of `label`.
     `group_column` names the column whose values splits keep together, instead of the patient. `no_patients` takes each
     slide as a patient where the table names none.
 
@@ -84,6 +85,7 @@ class MILDataset(Dataset):
         allow: Collection[str] = (),
         no_patients: bool = False,
         positive_class: str | None = None,
+        task: Task | None = None,
     ) -> None:
         cohort = Cohort(
             dataset="", labels_csv=csv_path, features_dir=features_dir, class_names=class_names, mode=mode,  # type: ignore[arg-type]
@@ -94,12 +96,12 @@ class MILDataset(Dataset):
         _check_arguments(csv_path, features_dir, label_names, left_out)
         self.features_dir = Path(features_dir)
         folder = FeatureFolder(self.features_dir)
-        table = read_table(csv_path)
+        table = read_table(csv_path, ("label",) if task is None else task.columns)
         for note in table.notes:
             log.info("%s: %s", csv_path, note)
-        classes = cohort.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
-        self.class_names = labels.with_positive_last(classes, positive_class, table.path)
-        self.task = _task(table, self.class_names)
+        if task is None:
+            classes = cohort.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
+            task = _task(table, labels.with_positive_last(classes, positive_class, table.path))
         self.mode, self.chunk_size, self.sequential = cohort.mode, cohort.chunk_size, cohort.sequential
         self.feat_type = feat_type
         for warning in (labels.missing_patients(table, no_patients), labels.doubted_patients(table)):
@@ -107,18 +109,19 @@ class MILDataset(Dataset):
                 log.warning(warning)
         self.patients_from = table.patients_from
         self.rows = labels.resolve_labels(
-            table, self.task, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
+            table, task, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
             allow=allow,
         )  # fmt: skip
         folder.check_unique(row.wsi_id for row in self.rows)
         self.labels = np.array([row.label for row in self.rows])
+        self.task = task.of_cohort(self.labels)
         self.cases = np.array([row.case_id for row in self.rows])
         groups = labels.group_rows(Path(csv_path), [row.columns for row in self.rows], group_column)
         if "spelling" not in allow:
             labels.check_names(table, self.rows, groups, group_column)
         self.groups = np.array(groups)
         self.group_column, self.allow = group_column, cohort.allow
-        log.info("Classes: %s", self._class_counts())
+        log.info("%s", self._counts())
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
         paths = [row.path for row in self.rows]
         self.info = look_at_files(paths, feat_type, self.features_dir, packed)
@@ -148,20 +151,33 @@ class MILDataset(Dataset):
 
     def __repr__(self) -> str:
         feed = "whole" if self.largest_chunk is None else f"in chunks of up to {self.chunk_size} patches"
-        return f"MILDataset({len(self)} slides, fed {feed}; features {self.input_dim} wide; {self._class_counts()})"
+        return f"MILDataset({len(self)} slides, fed {feed}; features {self.input_dim} wide; {self._counts()})"
 
     @overload
-    def __getitem__(self, slide: SupportsIndex) -> tuple[Tensor, int]: ...
+    def __getitem__(self, slide: SupportsIndex) -> tuple[Tensor, Target]: ...
 
     @overload
-    def __getitem__(self, slide: slice) -> list[tuple[Tensor, int]]: ...
+    def __getitem__(self, slide: slice) -> list[tuple[Tensor, Target]]: ...
 
-    def __getitem__(self, slide: SupportsIndex | slice) -> tuple[Tensor, int] | list[tuple[Tensor, int]]:
-        """Return a copy of a slide's `features (N, D)`, as stored, and its class; for a slice, a list of these."""
+    def __getitem__(self, slide: SupportsIndex | slice) -> tuple[Tensor, Target] | list[tuple[Tensor, Target]]:
+        """Return a copy of a slide's `features (N, D)`, as stored, and its target, of a classification the class; for a
+        slice, a list of these.
+        """
         if isinstance(slide, slice):
             return [self[number] for number in range(len(self))[slide]]
         number = slide_number(slide, len(self))
         return self.features(number).clone(), self.rows[number].label
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the task's outputs: the classes."""
+        return self.task.outputs
+
+    def fitted_to(self, slides: np.ndarray) -> "MILDataset":
+        """Return the dataset for models that are trained on these slides: its task is fitted to their targets."""
+        dataset = copy.copy(self)
+        dataset.task = self.task.fitted_to(self.labels[slides])
+        return dataset
 
     @property
     def input_dim(self) -> int:
@@ -245,9 +261,8 @@ class MILDataset(Dataset):
         weight = 1 / (len(cuts) * per_slide)
         return [Chunk(features, cut, self.rows[slide].label, weight, slide) for cut in cuts]
 
-    def _class_counts(self) -> str:
-        slides = [(row.label, row.case_id) for row in self.rows]
-        return labels.class_counts(slides, self.class_names, self.task.positive_output)
+    def _counts(self) -> str:
+        return self.task.counts_text(self.labels, self.cases.tolist())
 
 
 def slide_number(slide: SupportsIndex, count: int) -> int:

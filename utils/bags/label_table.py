@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.bags.spelling import is_placeholder, spelled_alike
 from utils.core.cli import is_flag
 from utils.core.cohorts import tcga_case
-from utils.core.errors import LabelsError, first_few, plural
+from utils.core.errors import LabelsError, did_you_mean, first_few, plural
 from utils.core.table_headers import DELIMITERS, SLIDE_NAMES, plain_header
 
 Row = dict[str, str]
@@ -31,7 +31,8 @@ _MOST_SLIDES_EACH = 8
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The rows of a label table, as text, each with `wsi_id`, `case_id` and `label` whatever its columns are called.
+    """The rows of a label table, as text, each with `wsi_id`, `case_id` and, if labels are predicted, `label`, whatever
+    its columns are called.
 
     `patients_from` says where the patients are from; None if each slide is taken as a patient. `patient_columns` are
     further columns that name patients; `notes` say how ambiguous columns and separators were read.
@@ -56,19 +57,22 @@ class OneInSeveral:
         return f"{self.kind} {' and '.join(map(repr, self.names))} ({self.why})"
 
 
-def read_table(csv_path: Path | str) -> LabelTable:
-    """Read a table of labels. Raises LabelsError if it cannot be read, or its columns are ambiguous.
+def read_table(csv_path: Path | str, targets: Sequence[str] = ("label",)) -> LabelTable:
+    """Read a table of labels, whose columns `targets` hold what is predicted. A column of labels may be called
+    otherwise, see `_LABEL`. Raises LabelsError if it cannot be read, lacks one, or its columns are ambiguous.
 
     Without a column of patients, these are taken from the TCGA barcodes, if all slides have one.
     """
     path = Path(csv_path)
-    lines, notes = _read_lines(path)
+    lines, notes = _read_lines(path, targets)
     columns, *values = lines or [[]]
-    _check_columns(path, columns)
+    _check_columns(path, columns, targets)
     _check_rows(path, columns, values)
     rows = [dict(zip(columns, row, strict=True)) for row in values]
     ours: dict[str, str] = {}
     for name in _ALIASES:
+        if name == "label" and name not in targets:
+            continue
         column, note = _column_of(path, name, columns, rows)
         notes += [note] if note else []
         if column:
@@ -196,13 +200,19 @@ def _are_equivalent(rows: Sequence[Row], first: str, second: str) -> bool:
     return len(pairs) == len({pair[0] for pair in pairs}) == len({pair[1] for pair in pairs})
 
 
-def _check_columns(path: Path, columns: Sequence[str]) -> None:
-    missing = [name for name in ("wsi_id", "label") if not _alias_columns(name, columns)]
+def _check_columns(path: Path, columns: Sequence[str], targets: Sequence[str]) -> None:
+    needed = ("wsi_id", "label") if "label" in targets else ("wsi_id",)
+    missing = [name for name in needed if not _alias_columns(name, columns)]
     if missing:
         listed = ", ".join(columns) or "nothing"
         holds = {"wsi_id": "the slides' names", "label": "the classes"}
         cure = " and ".join(f"the column that holds {holds[name]} to {name}" for name in missing)
-        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {listed}, {EXPECTED}; rename {cure}")
+        expected = EXPECTED if "label" in targets else f"expected case_id,wsi_id,{','.join(targets)}"
+        raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {listed}, {expected}; rename {cure}")
+    absent = [name for name in targets if name != "label" and name not in columns]
+    if absent:
+        near = did_you_mean(absent[0], columns)
+        raise LabelsError(f"{path}: no column {' and '.join(absent)} to predict; found {', '.join(columns)}{near}")
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
         raise LabelsError(f"{path}: two columns are called {' and '.join(twice)}; keep one of each")
@@ -219,28 +229,31 @@ def _check_rows(path: Path, columns: Sequence[str], values: Sequence[Sequence[st
         )
 
 
-def _read_lines(path: Path) -> tuple[list[list[str]], list[str]]:
+def _read_lines(path: Path, targets: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     """Return the stripped fields of each line that is not blank, and a note if they are not separated by commas."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
         declared = re.match(r"sep=(.)\r?\n", text)  # a spreadsheet's own first line
         text = text[declared.end() :] if declared else text
-        delimiter = declared[1] if declared else _delimiter_of(text)
+        delimiter = declared[1] if declared else _delimiter_of(text, targets)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         lines = [[value.strip() for value in line] for line in reader]
     except FileNotFoundError:
-        raise LabelsError(f"{path}: no such file; expected a table with the columns case_id,wsi_id,label") from None
+        raise LabelsError(
+            f"{path}: no such file; expected a table with the columns case_id,wsi_id,{','.join(targets)}"
+        ) from None
     except (OSError, UnicodeDecodeError, csv.Error) as failure:
         raise LabelsError(f"{path}: not readable as a CSV table ({failure}); save it as CSV, UTF-8") from failure
     notes = [] if delimiter == "," else [f"its fields are taken as separated by {DELIMITERS.get(delimiter, delimiter)}"]
     return [line for line in lines if any(line)], notes
 
 
-def _delimiter_of(text: str) -> str:
+def _delimiter_of(text: str, targets: Sequence[str]) -> str:
     """Return the delimiter: a comma, unless only another mark splits the header into the columns we need."""
     header = next((line for line in text.splitlines() if line.strip()), "")
     for delimiter in DELIMITERS:
         columns = [name.strip().strip('"') for name in header.split(delimiter)]
-        if all(_alias_columns(name, columns) for name in ("wsi_id", "label")):
+        found = [name in columns or (name == "label" and _alias_columns(name, columns)) for name in targets]
+        if _alias_columns("wsi_id", columns) and all(found):
             return delimiter
     return ","

@@ -21,7 +21,7 @@ from utils.core.cli import is_flag
 from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, did_you_mean, first_few, plural
 from utils.core.runtime import log
-from utils.tasks.task import Task
+from utils.tasks.task import Target, Task
 
 FindFile = Callable[[str], Path | None]
 ListIds = Callable[[], Iterable[str]]
@@ -29,13 +29,13 @@ ListIds = Callable[[], Iterable[str]]
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One slide: its patient (the case), its target, which is the index of its class, its feature file, and all columns
-    of its row in the table.
+    """One slide: its patient (the case), its target (of a classification the index of its class), its feature file, and
+    all columns of its row in the table.
     """
 
     wsi_id: str
     case_id: str
-    label: int
+    label: Target
     path: Path
     columns: Row
 
@@ -143,49 +143,51 @@ def resolve_labels(
     leave the features folder is always an error. `label_names` renames labels that are not targets of the task
     themselves; the labels in `left_out` are not predicted.
     """
-    renamed = {old: new for old, new in (label_names or {}).items() if _target(task, old) is None}
+    renamed = {old: new for old, new in (label_names or {}).items() if old not in task.target_words}
     rows = _renamed(table.rows, renamed)
     _check_ids(table.path, rows)
     # First, so that a slide cannot have a label in one row and a label to leave out in another.
-    rows = _without_duplicates(table.path, rows, allow)
+    rows = _without_duplicates(table.path, rows, task.columns, allow)
     rows = _with_target(table.path, rows, task, left_out, allow)
     usable = _with_file(table.path, rows, task, find_file, ids, allow)
     if not usable:
         sources = "the labels, --class_names and --features_dir" if is_flag("features_dir") else "its labels and wsi_id"
         raise LabelsError(f"{table.path}: no usable row is left; check {sources}")
-    _log_mixed_patients(table.path, usable)
+    if task.target_words:
+        _log_mixed_patients(table.path, usable)
     return usable
 
 
-def _without_duplicates(path: Path, rows: Sequence[Row], allow: Collection[str]) -> list[Row]:
+def _without_duplicates(path: Path, rows: Sequence[Row], columns: Sequence[str], allow: Collection[str]) -> list[Row]:
     """Return the first row of each slide."""
     first: dict[str, Row] = {}
     repeated = [row for row in rows if first.setdefault(row["wsi_id"], row) is not row]
-    contradictions = [_contradiction(first[row["wsi_id"]], row) for row in repeated]
+    contradictions = [_contradiction(first[row["wsi_id"]], row, ("case_id", *columns)) for row in repeated]
     _report(path, "duplicate", "wsi_id of an earlier row", contradictions, allow)
     return list(first.values())
 
 
-def _target(task: Task, label: str) -> int | None:
+def _has_target(task: Task, row: Row) -> bool:
     try:
-        return task.target(label)
+        task.target(row)
     except ValueError:
-        return None
+        return False
+    return True
 
 
 def _with_target(
     path: Path, rows: Sequence[Row], task: Task, left_out: Collection[str], allow: Collection[str]
 ) -> list[Row]:
-    """Return the rows whose label is a target of the task."""
-    count = sum(row["label"] in left_out for row in rows)
+    """Return the rows with a target of the task."""
+    count = sum(row.get("label") in left_out for row in rows)
     if count:
         log.info("%s: %s left out, of the labels %s", path, plural(count, "row"), ", ".join(sorted(left_out)))
-    rows = [row for row in rows if row["label"] not in left_out]
-    unknown = {row["wsi_id"]: row["label"] for row in rows if _target(task, row["label"]) is None}
+    rows = [row for row in rows if row.get("label") not in left_out]
+    unknown = {row["wsi_id"]: [row[name] for name in task.columns] for row in rows if not _has_target(task, row)}
     _report(
-        path, "unknown", f"label that is {task.no_target}",
-        [f"{wsi_id} ({label!r})" for wsi_id, label in unknown.items()], allow,
-        label_hint(unknown.values(), task.outputs),
+        path, "unknown", task.no_target,
+        [f"{wsi_id} ({', '.join(map(repr, cells))})" for wsi_id, cells in unknown.items()], allow,
+        label_hint([cell for cells in unknown.values() for cell in cells], task.target_words),
     )  # fmt: skip
     return [row for row in rows if row["wsi_id"] not in unknown]
 
@@ -202,7 +204,7 @@ def _with_file(
         id_hint(near), may_leave_out=len(absent) < len(rows),
     )  # fmt: skip
     return [
-        LabelRow(row["wsi_id"], row["case_id"], task.target(row["label"]), file, row)
+        LabelRow(row["wsi_id"], row["case_id"], task.target(row), file, row)
         for row in rows
         if (file := files[row["wsi_id"]]) is not None
     ]
@@ -237,25 +239,6 @@ def id_hint(near: Mapping[str, str]) -> str:
 def missed_id(wsi_id: str, near: Mapping[str, str]) -> str:
     """Return the id, with the near id that has a file if there is one."""
     return f"{wsi_id} (there is {near[wsi_id]})" if wsi_id in near else wsi_id
-
-
-def class_counts(
-    slides: Sequence[tuple[int, str]], class_names: Sequence[str], positive_class: str | None = None
-) -> str:
-    """Return how many slides and patients each class has, given every slide's class and patient, and which class is
-    positive, if one is.
-    """
-    patients_of = [{patient for label, patient in slides if label == index} for index in range(len(class_names))]
-    counts = [
-        f"{name} {plural(sum(label == index for label, _ in slides), 'slide')} of "
-        f"{plural(len(patients_of[index]), 'patient')}"
-        for index, name in enumerate(class_names)
-    ]
-    all_patients = set().union(*patients_of)
-    several = sum(sum(patient in patients for patients in patients_of) > 1 for patient in all_patients)
-    mixed = f" ({several} in {'both' if len(class_names) == 2 else 'several'})" if several else ""
-    positive = "" if positive_class is None else f"; positive: {positive_class}"
-    return f"{'; '.join(counts)}; {plural(len(all_patients), 'patient')} in all{mixed}{positive}"
 
 
 def check_names(table: LabelTable, rows: Sequence[LabelRow], groups: Sequence[str], column: str | None) -> None:
@@ -330,18 +313,18 @@ def _group(row: Row, column: str) -> str:
 
 
 def _renamed(rows: Sequence[Row], label_names: Mapping[str, str]) -> list[Row]:
-    return [row | {"label": label_names.get(row["label"], row["label"])} for row in rows]
+    return [row | {"label": label_names.get(row["label"], row["label"])} for row in rows] if label_names else list(rows)
 
 
-def _contradiction(earlier: Row, row: Row) -> str:
-    """Return the id of a slide that has two rows, and what the rows disagree about."""
-    fields = [name for name in ("case_id", "label") if row[name] != earlier[name]]
+def _contradiction(earlier: Row, row: Row, columns: Sequence[str]) -> str:
+    """Return the id of a slide that has two rows, and what the rows disagree about in these columns."""
+    fields = [name for name in columns if row[name] != earlier[name]]
     changes = "; ".join(f"{name} {earlier[name]}, then {row[name]}" for name in fields)
     return f"{row['wsi_id']} ({changes})" if changes else row["wsi_id"]
 
 
 def _log_mixed_patients(csv_path: Path, rows: Sequence[LabelRow]) -> None:
-    classes_of: dict[str, set[int]] = {}
+    classes_of: dict[str, set[Target]] = {}
     for row in rows:
         classes_of.setdefault(row.case_id, set()).add(row.label)
     mixed = [case_id for case_id, classes in classes_of.items() if len(classes) > 1]

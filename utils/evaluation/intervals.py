@@ -115,10 +115,11 @@ class ScoredRows:
     def estimates(self, weigh: Callable[[np.ndarray], Weighted], seed: int) -> dict[str, Estimate]:
         """Return the metrics that `weigh`, one of the methods above, returns, with their 95% intervals."""
         patients = Patients(self.patients, self.repeats, self.unit)
-        scores = [self.values[:, index] for index in self.task.ranked_outputs]
+        scores = [self.values[:, index] for index in self.task.ranked_outputs or (0,)]
+        strata = self.task.strata(self.labels)
         figures = single(weigh(np.ones((1, len(self.labels)))))
         variances = {name: jackknife_variance(values) for name, values in left_out(self.patients, weigh).items()}
-        intervals = _Intervals(patients, score_likeness(patients, self.labels, scores), figures, variances, seed)
+        intervals = _Intervals(patients, score_likeness(patients, strata, scores), figures, variances, seed)
         return intervals.all({name: self.task.basis(name, self.labels, self.values) for name in figures})
 
 
@@ -132,7 +133,7 @@ def mean_interval(values: np.ndarray, patients: np.ndarray, seed: int) -> Interv
 
 
 def score_likeness(patients: Patients, labels: np.ndarray, scores: Sequence[np.ndarray]) -> float:
-    """Return the intraclass correlation of the scores of a patient's slides with one label, from 0 to 1.
+    """Return the intraclass correlation of the scores of a patient's slides with one label (stratum), from 0 to 1.
 
     Scores are replaced by their normal scores less the mean of the label. The correlation is the one of a one-way
     analysis of variance; the mean over several `scores (n,)` of the same slides. 0 if no patient has two slides.

@@ -24,19 +24,13 @@ def gallery_table(predictions: Predictions) -> pd.DataFrame:
     """Return the slides to look at first, by the mean over repeats (see `Task.gallery`)."""
     import pandas as pd
 
-    mean, names = predictions.mean_over_repeats(), predictions.task.outputs
-    predicted = predictions.task.target_text(mean.predicted)
+    mean = predictions.mean_over_repeats()
+    columns = {"wsi_id": mean.slides, "case_id": mean.cases}
+    columns |= predictions.task.table_columns(mean.labels, mean.values)
     kinds = predictions.task.gallery(mean.labels, mean.values)
     return pd.DataFrame(
         [
-            {
-                "kind": kind,
-                "wsi_id": mean.slides[row],
-                "case_id": mean.cases[row],
-                "label": mean.label_names[row],
-                "predicted": predicted[row],
-                **{f"prob_{name}": mean.values[row, index] for index, name in enumerate(names)},
-            }
+            {"kind": kind, **{name: column[row] for name, column in columns.items()}}
             for kind, rows in kinds.items()
             for row in rows[:GALLERY_SIZE]
         ]
@@ -101,7 +95,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 def _over_folds(level: str, folds: Sequence[dict[str, float | None]]) -> dict[str, Any]:
     """Return mean and standard deviation of each metric over the folds where it is defined, and their number."""
     summary: dict[str, Any] = {}
-    for name in max(folds, key=len):  # a fold without a threshold has no metrics at it
+    for name in max(folds, key=len, default={}):  # a fold without a threshold has no metrics at it
         values = [fold.get(name) for fold in folds]
         mean, std = mean_and_std(values)
         count = sum(value is not None for value in values)

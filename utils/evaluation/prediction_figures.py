@@ -92,7 +92,7 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
 def confusion_figure(predictions: Predictions) -> Figure:
     """Draw the confusion matrix in slides, shaded by the fraction of the true class; each repeat counts."""
     num_classes = len(predictions.task.outputs)
-    pairs = predictions.labels * num_classes + predictions.predicted
+    pairs = predictions.labels * num_classes + predictions.task.decide(predictions.values)
     counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(4, 1.6 + 0.55 * num_classes)
@@ -125,7 +125,7 @@ def calibration_figure(predictions: Predictions) -> Figure:
     against accuracy. Slides of one patient count as independent; repeats do not multiply slides. Calibrated
     probabilities are drawn too, if there are any.
     """
-    x_label, y_label = map(escape_mathtext, predictions.task.reliability_titles)
+    x_label, y_label = map(escape_mathtext, predictions.task.reliability_titles or ("", ""))
     figure = Figure(figsize=(4.8, 6), layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8, label="perfect calibration")

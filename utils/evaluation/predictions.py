@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,8 +40,9 @@ class Predictions:
     Attributes
         slides (n,), cases (n,): ids of the slides and of their patients.
         groups (n,): what the splits keep together, if it is more than a patient, or None.
-        labels (n,): the targets; of a classification the indices of the classes.
-        values (n, C): the class probabilities; calibrated (n, C): those calibrated on inner validation, or None.
+        labels (n,) or (n, k): the targets; of a classification the indices of the classes.
+        values (n, C): the task's values, such as probabilities; calibrated (n, C): those calibrated on inner
+            validation, or None.
         repeats (n,), folds (n,): int, from 1; folds may be None.
         decisions (n,): int, the class at a threshold fitted on inner validation, or None.
         seed: of the resampled patients of some intervals.
@@ -79,25 +80,24 @@ class Predictions:
             if not names:
                 raise ValueError("no column prob_<class>")
             task = task_of({"class_names": names})
-        columns = ["wsi_id", "case_id", "label", "fold", *(f"prob_{name}" for name in task.outputs)]
-        missing = [name for name in columns if name not in rows[0]]
+        missing = [name for name in ("wsi_id", "case_id", *task.columns, "fold") if name not in rows[0]]
         if missing:
             raise ValueError(f"no column {', '.join(missing)}")
+        values, calibrated = task.values_in(rows)
         try:
-            labels = np.array([task.target(row["label"]) for row in rows])
+            labels = np.array([task.target(row) for row in rows])
         except ValueError as failure:
-            raise ValueError("a label that is no class") from failure
-        scaled = [f"calibrated_{name}" for name in task.outputs]
+            raise ValueError(f"a row with a {task.no_target}") from failure
         return cls(
             slides=np.array([row["wsi_id"] for row in rows]),
             cases=np.array([row["case_id"] for row in rows]),
             labels=labels,
-            values=_numbers(rows, columns[4:]),
+            values=values,
             task=task,
             repeats=np.array([int(row.get("repeat", 1)) for row in rows]),
             seed=seed,
             folds=np.array([int(row["fold"]) for row in rows]),
-            calibrated=_numbers(rows, scaled) if set(scaled) <= rows[0].keys() else None,
+            calibrated=calibrated,
             groups=np.array([row["group"] for row in rows]) if "group" in rows[0] else None,
         )
 
@@ -105,16 +105,8 @@ class Predictions:
         """Return the table of `predictions.csv`."""
         import pandas as pd
 
-        names = self.task.outputs
-        columns: dict[str, Any] = {
-            "wsi_id": self.slides,
-            "case_id": self.cases,
-            "label": self.label_names,
-            "predicted": self.task.target_text(self.predicted),
-        }
-        columns |= {f"prob_{name}": self.values[:, index] for index, name in enumerate(names)}
-        if self.calibrated is not None:
-            columns |= {f"calibrated_{name}": self.calibrated[:, index] for index, name in enumerate(names)}
+        columns: dict[str, Any] = {"wsi_id": self.slides, "case_id": self.cases}
+        columns |= self.task.table_columns(self.labels, self.values, self.calibrated)
         columns |= {} if self.folds is None else {"fold": self.folds}
         columns |= {} if self.groups is None else {"group": self.groups}
         return pd.DataFrame(columns | {"repeat": self.repeats})
@@ -138,13 +130,8 @@ class Predictions:
         return replace(rows, values=means[order], folds=None, calibrated=None, decisions=None)
 
     @property
-    def predicted(self) -> np.ndarray:
-        """The predicted class `(n,)` int: the most probable one."""
-        return self.task.decide(self.values)
-
-    @property
-    def label_names(self) -> np.ndarray:
-        """The name of the true class `(n,)`."""
+    def target_texts(self) -> np.ndarray:
+        """The targets as a reader sees them, `(n,)`."""
         return self.task.target_text(self.labels)
 
     @property
@@ -258,7 +245,3 @@ class Predictions:
         )
         pooled, within = binary.pooled, binary.within_folds
         return Ranking(pooled["auc"], pooled["average_precision"], within.get("auc"), float(is_class.mean()))
-
-
-def _numbers(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> np.ndarray:
-    return np.array([[float(row[name]) for name in columns] for row in rows])

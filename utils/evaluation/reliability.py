@@ -16,8 +16,10 @@ def reliability_figures(predictions: Predictions) -> dict[str, Any]:
 
     Each has a slope and an intercept, None if undefined, with 95% intervals over patients (see
     `calibration.calibration_lines`); the calibration error less what chance adds; and the mean probability beside the
-    share that came true.
+    share that came true. Empty for a task without reliability diagrams.
     """
+    if predictions.task.reliability_titles is None:
+        return {}
     figures = {"predicted": _figures(predictions, predictions.values)}
     if predictions.calibrated is not None:
         figures["calibrated"] = _figures(predictions, predictions.calibrated)

@@ -298,7 +298,7 @@ def _check_dataset(dataset: Any, class_names: Sequence[str]) -> None:
 def _spec_for(model_factory: ModelFactory, dataset: MILDataset) -> dict[str, Any]:
     """Return the spec of the factory's models. Raise ConfigError unless they fit the dataset."""
     spec = spec_of(model_factory)
-    for name, expected in (("input_dim", dataset.input_dim), ("num_classes", len(dataset.task.outputs))):
+    for name, expected in (("input_dim", dataset.input_dim), ("num_classes", dataset.task.num_logits)):
         if spec.get(name, expected) != expected:
             raise ConfigError(f"model_factory: its models' {name} is {spec[name]}, the dataset's {expected}")
     return spec

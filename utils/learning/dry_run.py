@@ -94,8 +94,8 @@ def trial(trainer: Trainer, job: TrainingJob, sizes: np.ndarray, window: int) ->
     to reach its peak memory. The dataset holds `window` patches beside the batch.
     """
     setting, inner = trainer.settings[job.setting - 1], job.fold.inner[job.inner - 1]
-    settings, data = trainer.training_of(job), trainer.dataset
-    train, val = (_trial_slides(slides, sizes, data.labels) for slides in (inner.train, inner.val))
+    settings, data = trainer.training_of(job), trainer.dataset.fitted_to(job.fold.train)
+    train, val = (_trial_slides(slides, sizes, data.task.strata(data.labels)) for slides in (inner.train, inner.val))
     training = ModelTraining(trainer.factory(setting), data, train, settings, trainer.seed, trainer.device)
     seconds = []
     for epoch in (1, 2):

@@ -13,10 +13,11 @@ from utils.core.files import read_json
 from utils.core.plots import figure_paths
 from utils.core.runtime import derive_seed, log
 from utils.evaluation.predictions import Predictions
-from utils.learning.run_figures import FIGURES, draw_figures
+from utils.learning.run_figures import draw_figures, figure_names
 from utils.learning.settings import Protocol
 from utils.learning.split_files import SUBSETS, NamedSplit, read_splits
 from utils.tasks.records import task_of
+from utils.tasks.task import Task
 
 _FILES = ("run.json", "outputs.json", "predictions.csv", "splits.json")
 
@@ -32,10 +33,6 @@ class Run:
     outputs: dict[str, Any]
     predictions: Predictions
     splits: list[NamedSplit]
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.outputs["class_names"]
 
     def pooled_figure(self, metric: str) -> tuple[float | None, Sequence[float] | None]:
         """Return the pooled figure and its 95% interval from `outputs.json`. Raise ConfigError if it lacks them."""
@@ -57,12 +54,13 @@ def draw_missing(folder: Path, formats: Sequence[str]) -> None:
     """Draw the figures of a finished run that are missing in these formats; log a warning if its tables, of an earlier
     version, do not allow it.
     """
-    if all(path.exists() for name in FIGURES for path in figure_paths(folder / name, formats)):
-        return
     try:
+        names = figure_names(task_of(read_json(folder / "outputs.json", ConfigError)))
+        if all(path.exists() for name in names for path in figure_paths(folder / name, formats)):
+            return
         run = read_run(folder, folder.name)
         history, monitors = pd.read_csv(folder / "history.csv"), run.monitors
-    except (ConfigError, OSError, ValueError, KeyError) as failure:
+    except (ConfigError, OSError, TypeError, ValueError, KeyError) as failure:
         log.warning("%s: its figures cannot be drawn anew (%s)", folder, failure)
         return
     paths = draw_figures(folder, run.predictions, history, monitors, formats, missing_only=True)
@@ -104,12 +102,15 @@ def read_run(path: Path, name: str) -> Run:
     if not isinstance(record, dict) or record.get("finished") is not True:
         raise ConfigError(f"{path}: this run is not finished; give its train.py command again to finish it")
     outputs = read_json(path / "outputs.json", ConfigError)
-    classes = outputs.get("class_names") if isinstance(outputs, dict) else None
-    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
-        raise ConfigError(f"{path / 'outputs.json'}: no class_names, as train.py writes them; train the run again")
+    try:
+        task = task_of(outputs)
+    except (KeyError, TypeError, ValueError) as failure:
+        raise ConfigError(
+            f"{path / 'outputs.json'}: no class_names or task, as train.py writes them; train the run again"
+        ) from failure
     identity = record.get("identity")
     seed = identity.get("seed", Protocol.seed) if isinstance(identity, dict) else Protocol.seed
-    predictions = _read_predictions(path / "predictions.csv", classes, derive_seed(seed, "bootstrap"))
+    predictions = _read_predictions(path / "predictions.csv", task, derive_seed(seed, "bootstrap"))
     splits = read_splits(path / "splits.json", set(predictions.slides.tolist()))
     tested = {(split.fold, wsi_id) for split in splits for wsi_id in split.slides["test"]}
     unmatched = sorted(tested ^ set(zip(_folds(predictions).tolist(), predictions.slides.tolist(), strict=True)))
@@ -119,18 +120,17 @@ def read_run(path: Path, name: str) -> Run:
     return Run(path, name, outputs, predictions, splits)
 
 
-def _read_predictions(path: Path, classes: Sequence[str], seed: int) -> Predictions:
+def _read_predictions(path: Path, task: Task, seed: int) -> Predictions:
     """Read the table, sorted by repeat and slide."""
     try:
-        predictions = Predictions.read(path, seed, task_of({"class_names": classes}))
+        predictions = Predictions.read(path, seed, task)
     except (OSError, ValueError) as failure:
         raise ConfigError(
             f"{path}: no predictions as train.py writes them ({failure}); train the run again"
         ) from failure
-    values, slides = predictions.values, predictions.slides.tolist()
+    slides = predictions.slides.tolist()
     tested = set(zip(predictions.repeats.tolist(), slides, strict=True))
     faults = {
-        "a probability that is no number from 0 to 1": not ((values >= 0) & (values <= 1)).all(),
         "a slide twice in one repeat": len(tested) < len(slides),
         "a slide with two labels or patients": len(set(_slide_rows(predictions))) > predictions.n_slides,
     }
@@ -143,7 +143,7 @@ def _read_predictions(path: Path, classes: Sequence[str], seed: int) -> Predicti
 def _slide_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
     """Return each row's slide, label and patient."""
     return list(
-        zip(predictions.slides.tolist(), predictions.label_names.tolist(), predictions.cases.tolist(), strict=True)
+        zip(predictions.slides.tolist(), predictions.target_texts.tolist(), predictions.cases.tolist(), strict=True)
     )
 
 
@@ -166,10 +166,11 @@ def _folds(predictions: Predictions) -> np.ndarray:
 def _check_same_slides(first: Run, second: Run) -> None:
     if not set(first.predictions.slides) & set(second.predictions.slides):
         raise ConfigError(f"{second.path}: not one slide of {first.path}; give runs of one cohort")
-    if first.class_names != second.class_names:
+    task, other = first.predictions.task, second.predictions.task
+    if (task.kind, task.outputs, task.columns) != (other.kind, other.outputs, other.columns):
         raise ConfigError(
-            f"{second.path}: classes {', '.join(second.class_names)}, those of {first.path} are "
-            f"{', '.join(first.class_names)}; train both with the same --class_names"
+            f"{second.path}: {other.about}, those of {first.path} are {task.about}; train both with the same "
+            f"{task.flags}"
         )
     both = f"{first.path} and {second.path}"
     slides, second_slides = _slides(first.predictions), _slides(second.predictions)

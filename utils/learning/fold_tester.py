@@ -24,7 +24,8 @@ from utils.learning.splits import InnerFold, OuterFold
 from utils.learning.training import Diverged, Fitted, predict_slides
 from utils.prediction.checkpoint import Checkpoint, id_digests, load_checkpoint, save_checkpoint
 from utils.tasks.operating_point import BALANCED
-from utils.tasks.task import FittedFigures
+from utils.tasks.records import target_record
+from utils.tasks.task import FittedFigures, Task
 
 ALL_SLIDES = "all_slides.pth"
 
@@ -100,11 +101,12 @@ class FoldTester:
             "best_of_all_folds": False,
         }
         model = self._model(job.setting, [trained.state_dict])
-        self._save(self.folder / ALL_SLIDES, model, job.fold.train, selection, fitted)
+        task = self.trainer.dataset.fitted_to(job.fold.train).task
+        self._save(self.folder / ALL_SLIDES, model, task, job.fold.train, selection, fitted)
 
     def test(self, choice: Choice) -> FoldResult:
         """Test the fold's model on its test slides, and save it."""
-        trainer, data = self.trainer, self.trainer.dataset
+        trainer, data = self.trainer, self.trainer.dataset.fitted_to(choice.fold.train)
         final, best = self.final, choice.fitted[choice.best]
         record = {
             "chosen_on": "inner validation",
@@ -124,7 +126,7 @@ class FoldTester:
         record |= {**_threshold(choice.fitted_to_values), "settings": choice.scores}
         result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history)
         selection = result.selection | {"best_of_all_folds": False}
-        self._save(self._path(result), model.cpu(), result.fold.train, selection, result.fitted)
+        self._save(self._path(result), model.cpu(), data.task, result.fold.train, selection, result.fitted)
         return result
 
     def save_best(self, results: Sequence[FoldResult]) -> None:
@@ -180,7 +182,13 @@ class FoldTester:
         return self.folder / f"fold_{result.fold.number}_best.pth"
 
     def _save(
-        self, path: Path, model: BagModel, slides: np.ndarray, selection: dict[str, Any], fitted: FittedFigures
+        self,
+        path: Path,
+        model: BagModel,
+        task: Task,
+        slides: np.ndarray,
+        selection: dict[str, Any],
+        fitted: FittedFigures,
     ) -> None:
         data = self.trainer.dataset
         save_checkpoint(
@@ -188,13 +196,16 @@ class FoldTester:
             Checkpoint(
                 model=members_of(model)[0].spec,
                 state_dict=model.state_dict(),
-                class_names=data.task.outputs,
+                class_names=task.outputs,
+                target=target_record(task),
                 dataset=self.dataset_name,
                 feed=self.trainer.feed.as_dict(),
                 recipe=data.recipe,
                 mpp_range=data.mpp_range,
                 selection=selection,
-                **{name: fitted[name] for name in ("temperature", "intercepts", "prior")},
+                temperature=fitted.get("temperature"),
+                intercepts=fitted.get("intercepts"),
+                prior=fitted.get("prior"),
                 seen={kind: id_digests(kind, ids) for kind, ids in self._seen(slides.tolist()).items()},
             ),
         )
@@ -215,7 +226,7 @@ class FoldTester:
 
 def _threshold(fitted: FittedFigures) -> dict[str, Any]:
     """Return the threshold and what it is for, as a checkpoint's selection records them."""
-    return {name: fitted[name] for name in ("threshold", "operating_point")}
+    return {name: fitted[name] for name in ("threshold", "operating_point") if name in fitted}
 
 
 def _medians(fitted: Sequence[FittedFigures]) -> dict[str, Any]:

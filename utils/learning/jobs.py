@@ -86,11 +86,12 @@ class Trainer:
             "on_epoch": send,
         }
         factory, training = self.factory(setting), self.training_of(job)
+        dataset = self.dataset.fitted_to(job.fold.train)
         if not job.inner:
-            return refit(factory, self.dataset, job.fold.train, training, epochs=job.epochs, **common)
+            return refit(factory, dataset, job.fold.train, training, epochs=job.epochs, **common)
         inner = job.fold.inner[job.inner - 1]
-        stopping = EarlyStopping(self.dataset.task, inner.val, self.feed, job.monitor, job.keep)
-        return fit(factory, self.dataset, inner.train, stopping, training, **common)
+        stopping = EarlyStopping(dataset.task, inner.val, self.feed, job.monitor, job.keep)
+        return fit(factory, dataset, inner.train, stopping, training, **common)
 
     def training_of(self, job: TrainingJob) -> Training:
         """Return the job's settings of training."""

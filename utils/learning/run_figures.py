@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from utils.core.plots import write_figures
 from utils.evaluation.predictions import Predictions
-from utils.tasks.records import FIGURE_NAMES
+from utils.tasks.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FIGURES = (*FIGURE_NAMES, "learning_curves")
+
+def figure_names(task: Task) -> tuple[str, ...]:
+    """Return the names of a run's figures."""
+    return (*task.figure_names, "learning_curves")
 
 
 def draw_figures(

@@ -46,6 +46,8 @@ class Checkpoint:
             all but "slide" and "case". Never the ids themselves, which may identify patients.
         temperature, intercepts, prior: calibrate the probabilities (`tasks.calibration.Scaling`); fitted on inner
             validation, else None. Earlier checkpoints have a temperature alone.
+        target: what is predicted (`Task.record`) instead of classes, whose names are then those of the outputs; None
+            for a classification.
     """
 
     model: dict[str, Any]
@@ -61,10 +63,11 @@ class Checkpoint:
     temperature: float | None = None
     intercepts: tuple[float, ...] | None = None
     prior: tuple[float, ...] | None = None
+    target: dict[str, Any] | None = None
 
     @property
     def task(self) -> Task:
-        return task_of({"class_names": self.class_names})
+        return task_of(self.target or {"class_names": self.class_names})
 
     @property
     def fitted(self) -> FittedFigures:
@@ -134,7 +137,7 @@ def load_checkpoint(
         if is_first_version:
             content = first_version.checkpoint_fields(path, content, class_names, dataset, num_heads)
         checkpoint = _parse(content)
-    except (KeyError, TypeError, AttributeError, IndexError, ModelError, RuntimeError) as failure:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ModelError, RuntimeError) as failure:
         reason = textwrap.shorten(str(failure), 400, placeholder=" ...")
         raise CheckpointError(f"{path}: its parts do not fit together ({reason}); train the model again") from failure
     if is_first_version:
@@ -145,7 +148,7 @@ def load_checkpoint(
 def _parse(content: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint with a file's content. Raises one of several errors if its fields do not fit together."""
     # Earlier files lack them.
-    values: dict[str, Any] = {"temperature": None, "intercepts": None, "prior": None, **content}
+    values: dict[str, Any] = {"temperature": None, "intercepts": None, "prior": None, "target": None, **content}
     if values["recipe"] is not None:
         values["recipe"] = Recipe.from_dict(values["recipe"])
     checkpoint = Checkpoint(**{field.name: values[field.name] for field in fields(Checkpoint)})
@@ -160,11 +163,12 @@ def _parse(content: Mapping[str, Any]) -> Checkpoint:
             raise TypeError(f"{name} is no {kind}")
     if checkpoint.temperature is not None and not checkpoint.temperature > 0:
         raise KeyError(f"temperature {checkpoint.temperature}")
-    outputs, names, _ = checkpoint.build().num_classes, len(checkpoint.class_names), checkpoint.slide_feed
+    logits, expected, _ = checkpoint.build().num_classes, checkpoint.task.num_logits, checkpoint.slide_feed
     if not checkpoint.seen.keys() >= {"slide", "case"}:
         raise KeyError("seen")
-    if outputs != names:
-        raise ModelError(f"{names} class names for a model of {outputs} classes")
+    if logits != expected:
+        kind = "class names" if checkpoint.target is None else f"outputs of a {checkpoint.task.kind}"
+        raise ModelError(f"{expected} {kind} for a model of {logits}")
     return checkpoint
 
 

@@ -170,7 +170,7 @@ def _first_test_of_each(predictions: Predictions) -> dict[str, TestedSlide]:
     for row in np.lexsort((folds, predictions.repeats)).tolist():
         probabilities = dict(zip(names, predictions.values[row].tolist(), strict=True))
         tested = TestedSlide(
-            str(predictions.cases[row]), str(predictions.label_names[row]), int(folds[row]), probabilities
+            str(predictions.cases[row]), str(predictions.target_texts[row]), int(folds[row]), probabilities
         )
         slides.setdefault(str(predictions.slides[row]), tested)
     return slides

@@ -213,7 +213,8 @@ class PredictedSlides:
     def _labels_digest(self) -> str:
         """Return a digest of the slides that are scored, with their patients, labels and groups."""
         scored = [self.rows[record["slide"]] for record in self.records if record["slide"] in self.rows]
-        lines = [f"{row.wsi_id}\t{row.case_id}\t{self.task.outputs[row.label]}" for row in scored]
+        texts = self.task.target_text(np.array([row.label for row in scored]))
+        lines = [f"{row.wsi_id}\t{row.case_id}\t{text}" for row, text in zip(scored, texts, strict=True)]
         groups = [f"{row.wsi_id}\t{self.groups[row.wsi_id]}" for row in scored if self.groups]
         return digest(*sorted(lines), *sorted(groups))
 

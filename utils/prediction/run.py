@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from utils.bags.labels import LabelRow
 from utils.core import cli
 from utils.core.cohorts import SYNTHETIC
@@ -116,7 +118,8 @@ def predict_files(
     if settings.labels_csv is not None:
         warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
     infos = earlier_slides(folder)
-    infos |= {slide: SlideInfo(row.case_id, first.class_names[row.label]) for slide, row in rows.items()}
+    texts = first.task.target_text(np.array([row.label for row in rows.values()])) if rows else []
+    infos |= {slide: SlideInfo(row.case_id, str(text)) for (slide, row), text in zip(rows.items(), texts, strict=True)}
     if files.run is not None:
         infos |= {slide: SlideInfo(tested.case_id, tested.label) for slide, tested in files.run.slides.items()}
     mpps = SlideMpps.read(recipe.slides_csv, recipe.slide_mpp)

@@ -43,7 +43,7 @@ class SlidePrediction:
 
     @property
     def predicted_class(self) -> str:
-        return str(self.task.target_text(self.task.decide(self.probabilities)))
+        return str(self.task.prediction_text(self.probabilities[None])[0])
 
     @property
     def confidence(self) -> float:
@@ -69,21 +69,12 @@ class SlidePrediction:
         return None if self.attention is None else self.attention.mean(axis=0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the slide's entries in `<slide>_prediction.json`; of several models also each one's probabilities, and
-        their (sample) standard deviation.
+        """Return the slide's entries in `<slide>_prediction.json`; of several models also each one's values, and their
+        (sample) standard deviation.
         """
-        members = self.member_probabilities
-        ensemble = {} if members is None else {
-            "member_probabilities": [self._by_class(probabilities) for probabilities in members],
-            "spread": self._by_class(members.std(axis=0, ddof=1)),
-        }  # fmt: skip
         return {
             "slide": self.slide,
-            "predicted_class": self.predicted_class,
-            "confidence": self.confidence,
-            "probabilities": self._by_class(self.probabilities),
-            "calibrated_probabilities": None if self.calibrated is None else self._by_class(self.calibrated),
-            **ensemble,
+            **self.task.answer(self.probabilities, self.calibrated, self.member_probabilities),
             "num_instances": self.num_instances,
             **self.feed.as_dict(),
             "seen_in_training": self.seen_in_training,
@@ -106,4 +97,4 @@ class SlidePrediction:
         }
 
     def _by_class(self, values: NDArray[np.float64]) -> dict[str, float]:
-        return dict(zip(self.class_names, values.tolist(), strict=True))
+        return dict(zip(self.task.signal_names, values.tolist(), strict=True))

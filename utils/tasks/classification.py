@@ -12,6 +12,7 @@ import numpy as np
 from utils.core.text import aligned, figure_text, interval_text
 from utils.tasks.bases import Basis
 from utils.tasks.calibration import Scaling, fitted_scaling
+from utils.tasks.counts import class_counts
 from utils.tasks.metrics import (
     METRICS,
     auc_is_defined,
@@ -25,7 +26,7 @@ from utils.tasks.metrics import (
     weighted_metrics,
 )
 from utils.tasks.operating_point import BALANCED, OperatingPoint
-from utils.tasks.task import Figures, FittedFigures, Task
+from utils.tasks.task import Figures, FittedFigures, Row, Task, numbers_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +44,10 @@ class Classification(Task):
 
     class_names: tuple[str, ...]
 
+    kind, flags = "classification", "--class_names"
     figure_names = ("roc", "precision_recall", "confusion_matrix", "calibration")
     main_metrics = METRICS
+    compared_metrics = ("auc", "balanced_accuracy", "f1_macro")
     calibration_metrics = ("brier", "ece")
     lower_is_better = ("brier", "ece")
     metric_titles = {"auc": "AUC", "f1_macro": "macro F1", "brier": "Brier", "ece": "ECE"}  # noqa: RUF012 - a constant of the class, as the others
@@ -54,9 +57,24 @@ class Classification(Task):
             raise ValueError(f"classes {', '.join(self.class_names)}; a classifier needs two different ones")
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the column `label`."""
+        return ("label",)
+
+    @property
+    def default_monitor(self) -> str:
+        """Return that of the AUC."""
+        return "slide_auc"
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Return the names of the classes."""
         return self.class_names
+
+    @property
+    def about(self) -> str:
+        """Return the names of the classes."""
+        return f"classes {', '.join(self.class_names)}"
 
     @property
     def record(self) -> dict[str, Any]:
@@ -78,18 +96,70 @@ class Classification(Task):
         """Return `METRICS`, then sensitivity and specificity of each class."""
         return metric_names(self.class_names)
 
-    def target(self, text: str) -> int:
-        """Return the index of a class. Raise ValueError for an unknown name."""
-        return self.class_names.index(text)
+    def target(self, row: Row) -> int:
+        """Return the index of the class that is the `label`. Raise ValueError for an unknown name."""
+        return self.class_names.index(row["label"])
 
     @property
     def no_target(self) -> str:
-        """Return "none of " and the classes."""
-        return f"none of {', '.join(self.class_names)}"
+        """Return that the label is none of the classes."""
+        return f"label that is none of {', '.join(self.class_names)}"
+
+    @property
+    def target_words(self) -> tuple[str, ...]:
+        """Return the names of the classes."""
+        return self.class_names
 
     def target_text(self, targets: np.ndarray) -> np.ndarray:
         """Return the names of the classes."""
         return np.array(self.class_names)[targets]
+
+    def prediction_text(self, values: np.ndarray) -> np.ndarray:
+        """Return the names of the most probable classes."""
+        return self.target_text(self.decide(values))
+
+    def table_columns(
+        self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return `label`, `predicted`, a column `prob_<class>` and, if calibrated, one `calibrated_<class>` each."""
+        columns = {"label": self.target_text(targets), "predicted": self.prediction_text(values)}
+        for prefix, numbers in (("prob", values), ("calibrated", calibrated)):
+            if numbers is not None:
+                columns |= {f"{prefix}_{name}": numbers[:, index] for index, name in enumerate(self.class_names)}
+        return columns
+
+    def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the probabilities and the calibrated ones."""
+        scaled = [f"calibrated_{name}" for name in self.class_names]
+        values = numbers_in(rows, [f"prob_{name}" for name in self.class_names])
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError("a probability that is no number from 0 to 1")
+        return values, numbers_in(rows, scaled) if set(scaled) <= rows[0].keys() else None
+
+    def answer(
+        self, values: np.ndarray, calibrated: np.ndarray | None = None, members: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Return the predicted class, its probability (`confidence`) and the probabilities by class."""
+        each = {} if members is None else {
+            "member_probabilities": [self._by_output(probabilities) for probabilities in members],
+            "spread": self._by_output(members.std(axis=0, ddof=1)),
+        }  # fmt: skip
+        return {
+            "predicted_class": str(self.prediction_text(values)),
+            "confidence": float(values.max()),
+            "probabilities": self._by_output(values),
+            "calibrated_probabilities": None if calibrated is None else self._by_output(calibrated),
+            **each,
+        }
+
+    def answered(self, record: Mapping[str, Any]) -> Mapping[str, float]:
+        """Return the probabilities by class."""
+        return record["probabilities"]
+
+    def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
+        """Return how many slides and patients each class has, and which class is positive, if one is."""
+        slides = list(zip(targets.tolist(), cases, strict=True))
+        return class_counts(slides, self.class_names, self.positive_output)
 
     @property
     def strata_names(self) -> tuple[str, ...]:
@@ -173,7 +243,7 @@ class Classification(Task):
         }
 
     def decide(self, values: np.ndarray) -> np.ndarray:
-        """Return the most probable class `(n,)` int."""
+        """Return the most probable class."""
         return values.argmax(axis=-1)
 
     def decide_by(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:

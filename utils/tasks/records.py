@@ -6,9 +6,24 @@ from typing import Any
 from utils.tasks.classification import Classification
 from utils.tasks.task import Task
 
-FIGURE_NAMES = Classification.figure_names  # of all tasks, in the folders of runs and of scored predictions
+_TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification,)}
+# Of all tasks, in the folders of runs and of scored predictions.
+FIGURE_NAMES = tuple(dict.fromkeys(name for task in _TASKS.values() for name in task.figure_names))
 
 
 def task_of(record: Mapping[str, Any]) -> Task:
-    """Return the task that a record names (see `Task.record`). Raise ValueError for one that cannot be."""
-    return Classification(tuple(record["class_names"]))
+    """Return the task that a record names (see `Task.record`), a slide's record too (see `Task.answer`).
+
+    Raise KeyError, TypeError or ValueError for one that cannot be.
+    """
+    about = record.get("task")
+    if isinstance(about, Mapping):
+        return task_of(about)
+    if about is None:
+        return Classification(tuple(record["class_names"] if "class_names" in record else record["probabilities"]))
+    return _TASKS[about].of_record(record)
+
+
+def target_record(task: Task) -> dict[str, Any] | None:
+    """Return what a checkpoint records of a task besides the names of its outputs; None for a classification."""
+    return None if isinstance(task, Classification) else task.record

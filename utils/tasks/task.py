@@ -1,13 +1,16 @@
 """`Task`: what is predicted of a slide, and everything that depends on it.
 
-PyTorch is imported only for a loss or an activation.
+A task defines its targets, loss, values and metrics. What only some tasks have (ranked outputs, a threshold, a
+calibration) has a default here: none. PyTorch is imported only for a loss or an activation.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import Field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -18,46 +21,91 @@ if TYPE_CHECKING:
 
 Figures = dict[str, float | None]
 FittedFigures = Mapping[str, Any]  # what is fitted to inner validation, by name
+Target = int | float | tuple[float, ...]
+Row = Mapping[str, str]  # of a label table or of predictions.csv, by column
 
 
 class Task(ABC):
     """Define targets, loss, values and metrics.
 
-    A slide's target comes from the label table. A model's logits `(C,)` for a slide become its values `(C,)`.
+    A slide's target comes from the label table. A model's logits `(L,)` for a slide become its values `(C,)`. Targets
+    of n slides are an array `(n,)`, or `(n, k)` if a target is k numbers. A task is a frozen dataclass of plain values.
 
     Attributes
+        kind: the name of the task in records and on the command line; flags: those that say what is predicted.
         figure_names: the figures of predictions, from `evaluation.prediction_figures`.
         main_metrics: the metrics of validation and of closing tables.
+        compared_metrics: the metrics that runs are compared by, the primary one first.
         calibration_metrics: the metrics that calibration should improve.
         lower_is_better: the metrics of which a smaller value is better.
         metric_titles: the names of metrics in figures, if they differ from those in tables.
     """
 
+    kind: ClassVar[str]
+    flags: ClassVar[str]
     figure_names: ClassVar[tuple[str, ...]]
     main_metrics: ClassVar[tuple[str, ...]]
-    calibration_metrics: ClassVar[tuple[str, ...]]
-    lower_is_better: ClassVar[tuple[str, ...]]
-    metric_titles: ClassVar[Mapping[str, str]]
+    compared_metrics: ClassVar[tuple[str, ...]]
+    calibration_metrics: ClassVar[tuple[str, ...]] = ()
+    lower_is_better: ClassVar[tuple[str, ...]] = ()
+    metric_titles: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the label table, and of predictions.csv, that hold the target."""
 
     @property
     @abstractmethod
     def outputs(self) -> tuple[str, ...]:
-        """Return the names of the C outputs in columns and records."""
+        """Return the names of the C values of a slide."""
 
     @property
-    @abstractmethod
+    def num_logits(self) -> int:
+        """Return the number L of logits that a model gives."""
+        return len(self.outputs)
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        """Return what each of the `signals` argues for."""
+        return self.outputs
+
+    @property
+    def about(self) -> str:
+        """Return what is predicted, in a few words."""
+        return f"{self.kind} of {', '.join(self.columns)}"
+
+    @property
     def record(self) -> dict[str, Any]:
-        """Return what records keep of the task; `tasks.records.task_of` reads it."""
+        """Return what records keep of the task, plain values: its kind and fields. `tasks.records.task_of` reads it."""
+        values = {field.name: getattr(self, field.name) for field in _fields(self)}
+        return {"task": self.kind} | {
+            name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+        }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """Return the task that `record` has written."""
+        values = {field.name: record[field.name] for field in _fields(cls)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def of_cohort(self, targets: np.ndarray) -> Self:
+        """Return the task for a cohort with these targets: with what its evaluation is the same for in all folds."""
+        return self
+
+    def fitted_to(self, targets: np.ndarray) -> Self:
+        """Return the task for a model that is trained on slides with these targets: with what is fitted to them."""
+        return self
 
     @property
-    @abstractmethod
     def ranked_outputs(self) -> Sequence[int]:
         """Return the outputs whose values rank the slides, each against the rest, as ROC curves show."""
+        return ()
 
     @property
-    @abstractmethod
     def positive_output(self) -> str | None:
-        """Return the name of the only ranked output; None if each output is ranked against the rest."""
+        """Return the name of the only ranked output; None if each output is ranked against the rest, or none is."""
+        return None
 
     @property
     @abstractmethod
@@ -65,17 +113,69 @@ class Task(ABC):
         """Return the names of all metrics."""
 
     @abstractmethod
-    def target(self, text: str) -> int:
-        """Return the target for a cell of the label table. Raise ValueError if it is not a valid target."""
+    def target(self, row: Row) -> Target:
+        """Return the target in a row of the label table. Raise ValueError if it is not a valid target."""
 
     @property
     @abstractmethod
     def no_target(self) -> str:
-        """Return what a cell of the label table is that is no target, to follow "label that is"."""
+        """Return what is wrong with a row without a valid target, to follow "row with a"."""
+
+    @property
+    def target_words(self) -> tuple[str, ...]:
+        """Return the valid cells of the label table, if these are a few words."""
+        return ()
 
     @abstractmethod
     def target_text(self, targets: np.ndarray) -> np.ndarray:
-        """Return the cells `(n,)` of a label table for targets `(n,)`, the inverse of `target`."""
+        """Return targets as a reader sees them, `(n,)`."""
+
+    @abstractmethod
+    def prediction_text(self, values: np.ndarray) -> np.ndarray:
+        """Return the answers of values `(n, C)` as a reader sees them, `(n,)`."""
+
+    @abstractmethod
+    def table_columns(
+        self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return the columns `(n,)` of predictions.csv for slides with these targets and values `(n, C)`."""
+
+    @abstractmethod
+    def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the values `(n, C)` in rows of predictions.csv and the calibrated ones, if there are some.
+
+        Raise ValueError if columns are missing or hold something else.
+        """
+
+    def answer(
+        self, values: np.ndarray, calibrated: np.ndarray | None = None, members: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Return the answer's entries in a slide's record: from its values `(C,)`, the calibrated ones, and those of
+        each of several models, `members (M, C)`.
+        """
+        answer = {"task": self.record, "predicted": str(self.prediction_text(values[None])[0])}
+        answer["values"] = self._by_output(values)
+        if members is not None:
+            answer["member_values"] = [self._by_output(each) for each in members]
+            answer["spread"] = self._by_output(members.std(axis=0, ddof=1))
+        return answer
+
+    def answered(self, record: Mapping[str, Any]) -> Mapping[str, float]:
+        """Return the values by output in a slide's record, as `answer` writes it."""
+        return record["values"]
+
+    def decide(self, values: np.ndarray) -> np.ndarray:
+        """Return which of the signals each answer is about, `(...)` int, for values `(..., C)`: of classes the decided
+        one.
+        """
+        return np.zeros(values.shape[:-1], int)
+
+    def _by_output(self, values: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.outputs, values.tolist(), strict=True))
+
+    @abstractmethod
+    def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
+        """Return how many slides and patients there are, and how their targets are spread."""
 
     @property
     @abstractmethod
@@ -86,13 +186,13 @@ class Task(ABC):
     def strata(self, targets: np.ndarray) -> np.ndarray:
         """Return the stratum `(n,)` int of each slide; folds are balanced over the strata."""
 
-    @abstractmethod
     def loss_weights(self, targets: np.ndarray) -> np.ndarray:
-        """Return the weights of the loss for training slides with these targets `(n,)`."""
+        """Return the weights of the loss for training slides with these targets; by default they have none."""
+        return np.ones(1)
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Return the loss `(B,)` of each bag; logits are `(B, C)`, targets `(B,)`, weights from `loss_weights`."""
+        """Return the loss `(B,)` of each bag; logits are `(B, L)`, weights those of `loss_weights`."""
 
     @property
     @abstractmethod
@@ -101,24 +201,24 @@ class Task(ABC):
 
     @abstractmethod
     def activate(self, logits: Tensor) -> np.ndarray:
-        """Return the values `(..., C)` in float64 for logits `(..., C)`."""
+        """Return the values `(..., C)` in float64 for logits `(..., L)`."""
 
     @abstractmethod
     def signals(self, logits: Tensor, shares: Tensor) -> Tensor:
-        """Return the signals `(C,)` that evidence adds up to, differentiable: each rises with its value `(C,)`.
+        """Return the signals `(S,)` that evidence adds up to, differentiable: each rises with what it argues for.
 
-        `logits (K, C)` are those of the K parts of a slide, whose values count by their `shares (K,)`.
+        `logits (K, L)` are those of the K parts of a slide, whose values count by their `shares (K,)`.
         """
 
     @abstractmethod
     def metrics(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return every metric under each row of `weights (B, n)`, as `(B,)`; NaN where it is undefined."""
 
-    @abstractmethod
     def metrics_within(
         self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray, strata: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Return the metrics that rank slides, as `metrics`, but compare only slides of a stratum `(n,)`."""
+        return {}
 
     @abstractmethod
     def basis(self, metric: str, targets: np.ndarray, values: np.ndarray) -> Basis:
@@ -128,11 +228,15 @@ class Task(ABC):
     def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:
         """Return the loss and the main metrics of validation slides; `weights` are those of the loss."""
 
-    @abstractmethod
     def why_undefined(self, metric: str, targets: np.ndarray) -> str:
         """Return why a metric is undefined for these targets; "" if it is defined."""
+        return ""
 
-    @abstractmethod
+    @property
+    def default_monitor(self) -> str:
+        """Return the metric of validation that chooses by default, as `--monitor` names it."""
+        return "slide_loss"
+
     def fit_on_validation(
         self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
     ) -> FittedFigures:
@@ -141,62 +245,73 @@ class Task(ABC):
         `operating_point` is what a decision threshold is fitted for (see `tasks.operating_point`); `is_balanced` says
         whether the loss was weighted by `loss_weights`.
         """
+        return {}
 
-    @abstractmethod
     def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
         """Return a fold's entries in `outputs.json` on what was fitted, and on the test slides' metrics with it;
         `values (M, n, C)` are those of each model, as for `decide_by`.
         """
+        return {"thresholded": None}
 
-    @abstractmethod
-    def decide(self, values: np.ndarray) -> np.ndarray:
-        """Return the decision `(n,)` int for values `(n, C)`."""
-
-    @abstractmethod
     def decide_by(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
         """Return the decision `(n,)` int by what was fitted on validation; None if nothing of it decides.
 
         `values (M, n, C)` are those of M models, each of which decides, as it was fitted to single models: they vote.
         """
+        return None
 
-    @abstractmethod
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
         """Return the metrics that depend on the decisions only."""
+        return {}
 
-    @abstractmethod
     def calibrate(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
         """Return the values `(..., C)` calibrated by what was fitted; None if nothing of it calibrates."""
+        return None
 
-    @abstractmethod
     def at_prevalence(self, fitted: FittedFigures, prevalence: float) -> FittedFigures:
         """Return what was fitted, changed for slides of which another share is positive. Raises ValueError."""
+        raise ValueError(f"a share of positive slides needs two classes; the task is {self.kind}")
 
     @property
-    @abstractmethod
-    def reliability_titles(self) -> tuple[str, str]:
-        """Return what reliability diagrams show: the probability and the share that was observed."""
+    def reliability_titles(self) -> tuple[str, str] | None:
+        """Return what reliability diagrams show, the probability and the share that was observed; None if there are
+        none.
+        """
+        return None
 
-    @abstractmethod
     def reliability(self, targets: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the probability `(n,)` of each slide in a reliability diagram, and whether it was right, `(n,)`."""
+        raise NotImplementedError(f"{self.kind} has no reliability diagram")
 
     @abstractmethod
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows to look at first, by kind ("surest wrong"), each kind in order of interest."""
 
-    @abstractmethod
     def table(self, pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]) -> str:
-        """Return a table of the metrics that the closing table leaves out."""
+        """Return a table of the metrics that the closing table leaves out; "" if it leaves out none."""
+        return ""
 
-    @abstractmethod
     def closing_sentences(self, results: Mapping[str, Any]) -> list[str]:
         """Return the sentences below the closing table of an `outputs.json` or `scores.json`."""
+        return []
 
     def unweighted_metrics(self, targets: np.ndarray, values: np.ndarray) -> Figures:
         """Return every metric of the slides; None if it is undefined."""
         return single(self.metrics(targets, values, np.ones((1, len(targets)))))
 
 
+def _fields(task: Any) -> tuple[Field, ...]:
+    return fields(task)
+
+
 def single(figures: Mapping[str, np.ndarray]) -> Figures:
     """Return each metric, given as `(1,)`, as a number; None for NaN."""
     return {name: None if np.isnan(value[0]) else float(value[0]) for name, value in figures.items()}
+
+
+def numbers_in(rows: Sequence[Row], columns: Sequence[str]) -> np.ndarray:
+    """Return the numbers `(n, k)` in k columns of rows. Raise ValueError for a missing column or no number."""
+    missing = [name for name in columns if name not in rows[0]]
+    if missing:
+        raise ValueError(f"no column {', '.join(missing)}")
+    return np.array([[float(row[name]) for name in columns] for row in rows])
