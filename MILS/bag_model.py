@@ -50,7 +50,7 @@ class BagModel(nn.Module):
     def __init__(self, input_dim: int, num_classes: int, **hyperparameters: Any) -> None:
         super().__init__()
         self.require(is_whole(input_dim) and input_dim >= 1, f"input_dim must be at least 1, got {input_dim!r}")
-        self.require(is_whole(num_classes) and num_classes >= 2, f"num_classes must be at least 2, got {num_classes!r}")
+        self.require(is_whole(num_classes) and num_classes >= 1, f"num_classes must be at least 1, got {num_classes!r}")
         check_options(type(self), hyperparameters)
         self.input_dim = input_dim
         self.num_classes = num_classes

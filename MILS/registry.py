@@ -53,7 +53,7 @@ def build_mil(name: str, *, input_dim: int, num_classes: int, **hyperparameters:
     Arguments
         name: one of `list_mils()`, or an alias.
         input_dim: length D of an instance's feature vector.
-        num_classes: number C of classes, at least 2.
+        num_classes: number C of classes, or of other outputs.
         hyperparameters: any of `mil_options(name)`; the others have the model's defaults.
 
     Raises ModelError for an unknown name, an unknown hyperparameter, or a value that does not fit.

@@ -14,7 +14,9 @@ class TestKinds:
         with drawn_coarsely(blank=FORMATS):
             make_cv(dataset, tmp_path / "run", figure_format=("svg",)).run()
         before = contents(tmp_path / "run")
-        assert {Path(name).stem for name in before if name.endswith(".svg")} == set(run_figures.figure_names(dataset.task))
+        assert {Path(name).stem for name in before if name.endswith(".svg")} == set(
+            run_figures.figure_names(dataset.task)
+        )
         (tmp_path / "run" / "roc.svg").unlink()
         with drawn_coarsely(blank=FORMATS), caplog.at_level("INFO"):
             make_cv(dataset, tmp_path / "run", figure_format=("svg", "pdf")).run()
@@ -22,4 +24,6 @@ class TestKinds:
         assert "drawn from its tables: roc.svg, roc.pdf, precision_recall.pdf" in caplog.text
         after = contents(tmp_path / "run")
         assert {name: after[name] for name in before} == before
-        assert {name for name in after if name not in before} == {f"{name}.pdf" for name in run_figures.figure_names(dataset.task)}
+        assert {name for name in after if name not in before} == {
+            f"{name}.pdf" for name in run_figures.figure_names(dataset.task)
+        }

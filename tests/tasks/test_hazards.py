@@ -5,10 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tasks.drawn_survival import drawn_patients
-from utils.tasks.hazards import bin_edges, curves_of, hazard_loss, risks_of, survival_at, time_bins
+from utils.tasks.hazards import bin_edges, curves_of, hazard_loss, risks_of, survival_at
+from utils.tasks.hazards import time_bins as tensor_bins
 from utils.tasks.survival_curves import kaplan_meier
 
 EDGES = np.array([0.0, 2, 6, 7])
+
+
+def time_bins(targets: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return tensor_bins(torch.tensor(targets), torch.tensor(edges)).numpy()
 
 
 @given(st.integers(2, 80), st.integers(1, 9), st.integers(0, 10_000))

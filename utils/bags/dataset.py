@@ -114,8 +114,11 @@ class MILDataset(Dataset):
         )  # fmt: skip
         folder.check_unique(row.wsi_id for row in self.rows)
         self.labels = np.array([row.label for row in self.rows])
-        self.task = task.of_cohort(self.labels)
         self.cases = np.array([row.case_id for row in self.rows])
+        try:
+            self.task = task.of_cohort(self.labels, self.cases.tolist())
+        except ValueError as error:
+            raise LabelsError(f"{csv_path}: {error}") from None
         groups = labels.group_rows(Path(csv_path), [row.columns for row in self.rows], group_column)
         if "spelling" not in allow:
             labels.check_names(table, self.rows, groups, group_column)

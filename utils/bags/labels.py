@@ -214,7 +214,7 @@ def label_hint(labels: Iterable[str], class_names: Sequence[str]) -> str:
     """Return a hint about labels that are not classes: a placeholder, another spelling or a near name; "" if none."""
     for label in dict.fromkeys(labels):
         if is_placeholder(label):
-            instead = ", or name it in --class_names if it is a class" if is_flag("class_names") else ""
+            instead = ", or name it in --class_names if it is a class" if class_names and is_flag("class_names") else ""
             return f"{label!r} stands for no label: fill it in{instead}"
         alike = [name for name in class_names if plain_class(name) == plain_class(label)]
         if alike:

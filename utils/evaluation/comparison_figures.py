@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from utils.core.plots import COLOURS, LEGEND, STYLES, bare, bare_axes, legend_below
 from utils.core.text import escape_mathtext
 from utils.evaluation.curves import mean_roc
-from utils.evaluation.prediction_figures import draw_chance_line, pooled_title, with_interval
+from utils.evaluation.figure_text import pooled_title, with_interval
+from utils.evaluation.prediction_figures import draw_chance_line
 from utils.evaluation.predictions import Predictions
 
 _COLUMNS = 3

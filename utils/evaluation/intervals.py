@@ -19,7 +19,17 @@ from utils.evaluation.resampling import (
     mean_over_repeats,
     resampled,
 )
-from utils.tasks.bases import Basis, MeanLoss, MeanOfProportions, NoInterval, PairRanking, Precision, Proportion, Share
+from utils.tasks.bases import (
+    Basis,
+    Bounded,
+    MeanLoss,
+    MeanOfProportions,
+    NoInterval,
+    PairRanking,
+    Precision,
+    Proportion,
+    Share,
+)
 from utils.tasks.task import Figures, Task, single
 
 Interval = tuple[float, float] | None
@@ -194,6 +204,8 @@ class _Intervals:
                 return self._loss(value, basis)
             case Share():
                 return self._share(name, value, basis)
+            case Bounded():
+                return self._bounded(name, value, basis)
             case NoInterval(reason):
                 return Estimate(value, None, reason=reason)
             case MeanOfProportions():
@@ -279,10 +291,29 @@ class _Intervals:
         fewest = min(len(slides) for rows in basis.kinds if len(slides := self.patients.slides(rows)))
         return Estimate(value, wilson(value, size, self._quantile(fewest)), "Wilson, effective number of slides")
 
+    def _bounded(self, name: str, value: float, basis: Bounded) -> Estimate:
+        """Return the interval from a jackknife on a scale without limits: the logit, or the logarithm of the distance
+        to the only limit.
+        """
+        error = np.sqrt(self.variances[name])
+        if error <= _TINY or not basis.low < value < basis.high:
+            return Estimate(value, None, reason=f"the same without any {self.patients.unit}")
+        below, above = value - basis.low, basis.high - value
+        half = self._quantile(self.patients.count) * error * (1 / below + 1 / above)
+        if np.isinf(below):
+            low, high = (basis.high - above * np.exp(side * half) for side in (1, -1))
+            return Estimate(value, (float(low), float(high)), "jackknife over patients, on a logarithmic scale")
+        low, high = (
+            basis.low + (basis.high - basis.low) / (1 + above / below * np.exp(-side * half)) for side in (-1, 1)
+        )
+        return Estimate(value, (float(low), float(high)), "jackknife over patients, on the logit scale")
+
     def _loss(self, value: float, basis: MeanLoss) -> Estimate:
         interval = studentised(basis.losses, self.patients.patient_of, self.seed)
         if interval is None:
             return Estimate(value, None, reason="all patients have the same loss")
+        if np.isinf(basis.most):
+            return Estimate(value, interval, "studentised bootstrap over patients")
         # Nothing between 0 and the greatest loss varies more than a share of slides that have it.
         everything = np.ones(len(self.patients.patient_of), bool)
         size = self.patients.size(everything, self.likeness)

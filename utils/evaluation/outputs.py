@@ -62,6 +62,7 @@ def outputs_content(
         **thresholded(predictions),
         "pooled_calibrated": predictions.calibrated_metrics,
         "calibration": reliability_figures(predictions),
+        **predictions.further,
         "fold_results": list(fold_figures),
     }
 

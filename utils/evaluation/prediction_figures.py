@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 from utils.core.plots import COLOURS, LEGEND, SMALL, STYLES, bare, bare_axes, legend_below
 from utils.core.text import escape_mathtext
 from utils.evaluation.curves import mean_precision, mean_roc, roc_band
-from utils.evaluation.intervals import Estimate, wilson
+from utils.evaluation.figure_text import pooled_title, with_interval
+from utils.evaluation.intervals import wilson
 from utils.evaluation.predictions import Predictions
+from utils.evaluation.regression_figures import scatter_figure
+from utils.evaluation.survival_figures import kaplan_meier_figure, survival_calibration_figure
 from utils.tasks.metrics import BINS, probability_bins
 
 _MOST_BANDS = 3  # curves drawn with bands and folds; more would be illegible
@@ -29,6 +32,9 @@ def prediction_figures(predictions: Predictions) -> dict[str, Figure]:
         "precision_recall": precision_recall_figure,
         "confusion_matrix": confusion_figure,
         "calibration": calibration_figure,
+        "scatter": scatter_figure,
+        "kaplan_meier": kaplan_meier_figure,
+        "survival_calibration": survival_calibration_figure,
     }
     return {name: drawings[name](predictions) for name in predictions.task.figure_names}
 
@@ -149,21 +155,8 @@ def calibration_figure(predictions: Predictions) -> Figure:
     return figure
 
 
-def with_interval(estimate: Estimate, kind: str = "95% CI ") -> str:
-    """Return a metric with its interval as text."""
-    value, interval = estimate.value, estimate.interval
-    within = "" if interval is None else f" ({kind}{interval[0]:.3f} to {interval[1]:.3f})"
-    return "-" if value is None else f"{value:.3f}{within}"
-
-
 def draw_chance_line(axes: Axes) -> None:
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8, zorder=1)
-
-
-def pooled_title(predictions: Predictions) -> str:
-    """Return a title that names the slides and, if there are several, the number of repeats."""
-    times = predictions.n_repeats
-    return predictions.title or "Out-of-fold slides, " + (f"mean of {times} repeats" if times > 1 else "pooled")
 
 
 def _curve_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +98,7 @@ class Predictions:
             seed=seed,
             folds=np.array([int(row["fold"]) for row in rows]),
             calibrated=calibrated,
+            decisions=_decisions(rows, task.decision_column),
             groups=np.array([row["group"] for row in rows]) if "group" in rows[0] else None,
         )
 
@@ -107,6 +108,8 @@ class Predictions:
 
         columns: dict[str, Any] = {"wsi_id": self.slides, "case_id": self.cases}
         columns |= self.task.table_columns(self.labels, self.values, self.calibrated)
+        if self.task.decision_column is not None and self.decisions is not None:
+            columns[self.task.decision_column] = self.decisions
         columns |= {} if self.folds is None else {"fold": self.folds}
         columns |= {} if self.groups is None else {"group": self.groups}
         return pd.DataFrame(columns | {"repeat": self.repeats})
@@ -128,6 +131,30 @@ class Predictions:
         order = np.argsort(first)
         rows = self.where(first[order])
         return replace(rows, values=means[order], folds=None, calibrated=None, decisions=None)
+
+    def by_case(self) -> Self:
+        """Return one row per patient, repeat and target (see `Task.case_keys`), in the order of first occurrence: the
+        mean of the slides' targets and values, and the decision of most slides, of equally many the greater one.
+        """
+        keys = zip(self.repeats.tolist(), self.cases.tolist(), self.task.case_keys(self.labels).tolist(), strict=True)
+        numbers: dict[Any, int] = {}
+        row_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+        first = np.unique(row_of, return_index=True)[1]
+
+        def mean(values: np.ndarray | None) -> np.ndarray | None:
+            if values is None:
+                return None
+            sums = np.zeros((len(first), *values.shape[1:]))
+            np.add.at(sums, row_of, values)
+            return sums / np.bincount(row_of).reshape(-1, *[1] * (values.ndim - 1))
+
+        labels, values, decisions = mean(self.labels), mean(self.values), mean(self.decisions)
+        assert labels is not None  # noqa: S101 - for the type checker
+        assert values is not None  # noqa: S101 - for the type checker
+        return replace(
+            self.where(first), labels=labels.astype(self.labels.dtype), values=values, calibrated=mean(self.calibrated),
+            decisions=None if decisions is None else (decisions >= 0.5).astype(int), slides=self.cases[first],
+        )  # fmt: skip
 
     @property
     def target_texts(self) -> np.ndarray:
@@ -194,6 +221,17 @@ class Predictions:
         return self.metrics | {name: estimate.value for name, estimate in self.ranked_within.items()}
 
     @property
+    def reported_estimates(self) -> dict[str, Estimate]:
+        """The same, with their 95% intervals."""
+        return self.pooled | self.ranked_within
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """The task's further figures, of the first repeat's patients."""
+        first = self.where(self.repeats == self.repeats.min()).by_case()
+        return self.task.further_figures(first.labels, first.values, first.folds, first.decisions)
+
+    @property
     def intervals(self) -> dict[str, Interval]:
         """The 95% interval of every metric of all slides."""
         return {name: estimate.interval for name, estimate in self.pooled.items()}
@@ -211,11 +249,11 @@ class Predictions:
     @cached_property
     def decided(self) -> dict[str, Estimate]:
         """The metrics of the decisions at a threshold, with their 95% intervals; none without decisions."""
-        if self.decisions is None:
+        if not self.decision_metrics:
             return {}
         certain = np.eye(len(self.task.outputs))[self.decisions]
         pooled = replace(self, values=certain, decisions=None).pooled
-        return {name: pooled[name] for name in self.decision_metrics or {}}
+        return {name: pooled[name] for name in self.decision_metrics}
 
     @property
     def decision_metrics(self) -> Figures | None:
@@ -245,3 +283,7 @@ class Predictions:
         )
         pooled, within = binary.pooled, binary.within_folds
         return Ranking(pooled["auc"], pooled["average_precision"], within.get("auc"), float(is_class.mean()))
+
+
+def _decisions(rows: Sequence[Mapping[str, str]], column: str | None) -> np.ndarray | None:
+    return np.array([int(row[column]) for row in rows]) if column is not None and column in rows[0] else None

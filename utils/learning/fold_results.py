@@ -51,7 +51,7 @@ class FoldResult:
     def figures(self, data: MILDataset) -> dict[str, Any]:
         """Return the fold's entry in `outputs.json`."""
         task, labels = self.task, data.labels[self.fold.test]
-        chunk_labels = np.repeat(labels, [len(output.chunk_sizes) for output in self.outputs])
+        chunk_labels = np.repeat(labels, [len(output.chunk_sizes) for output in self.outputs], axis=0)
         chunks = np.concatenate([output.chunk_probabilities for output in self.outputs])
         return {
             "fold": self.fold.number,

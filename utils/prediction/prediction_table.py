@@ -239,6 +239,7 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
         **thresholded(predictions),
         "pooled_calibrated": predictions.calibrated_metrics,
         "calibration": reliability_figures(predictions),
+        **predictions.further,
     }
 
 

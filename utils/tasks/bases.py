@@ -49,10 +49,18 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class MeanLoss:
-    """The mean of the losses `(n,)`, from 0 to `most`."""
+    """The mean of the losses `(n,)`, from 0 to `most`, which may be infinite."""
 
     losses: np.ndarray
     most: float
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A figure between two limits, such as a correlation; the lower one may be minus infinity."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -62,4 +70,4 @@ class NoInterval:
     reason: str
 
 
-Basis = Proportion | MeanOfProportions | PairRanking | Precision | Share | MeanLoss | NoInterval
+Basis = Proportion | MeanOfProportions | PairRanking | Precision | Share | MeanLoss | Bounded | NoInterval

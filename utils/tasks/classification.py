@@ -260,6 +260,10 @@ class Classification(Task):
         undecided = self.decide(values.mean(axis=0)) if point.label is None else 1 - point.label
         return np.where(share == 0.5, undecided, share > 0.5).astype(int)
 
+    def case_keys(self, targets: np.ndarray) -> np.ndarray:
+        """Return the classes: a patient with slides of two classes has two answers."""
+        return targets
+
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
         """Return accuracy, balanced accuracy, macro F1, and each class's sensitivity and specificity."""
         return decision_metrics(targets, decisions, self.class_names)

@@ -1,8 +1,8 @@
 """Discrete-time hazards: survival as the chance of an event in each of C bins of time, given that none came before.
 
 The bins end at `edges (C + 1,)`, of which the first is 0; a time at an edge belongs to the bin below. A target is a
-time above 0 and an event: 1 if it occurred at that time, 0 if the patient was censored then. PyTorch is imported for
-the loss only.
+time above 0 and an event: 1 if it occurred at that time, 0 if the patient was censored then. PyTorch is imported only
+for the loss and its bins.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ def bin_edges(targets: np.ndarray, bins: int) -> np.ndarray:
     return np.concatenate([[0], np.unique(ends)])
 
 
-def time_bins(targets: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return the bin `(n,)` int of each of the `targets (n, 2)`, for `hazard_loss`.
+def time_bins(targets: Tensor, edges: Tensor) -> Tensor:
+    """Return the bin `(n,)` int of each of the `targets (n, 2)`, for `hazard_loss`, given `edges (C + 1,)`.
 
     An event has the bin of its time, or C after the last edge. A censored patient has the last bin that counts as
     survived, or -1 if none does: a bin counts if the patient was followed for at least half of it. Counting all of it,
     or nothing, would bias survival up or down (Gensheimer and Narasimhan 2019, https://doi.org/10.7717/peerj.6257).
     """
-    times, events = targets.T
-    of_event = np.searchsorted(edges[1:], times, side="left")
-    middles = (edges[1:] + edges[:-1]) / 2
-    return np.where(events == 1, of_event, np.searchsorted(middles, times, side="right") - 1)
+    import torch
+
+    times, events = targets.unbind(dim=1)
+    times, middles = times.contiguous(), (edges[1:] + edges[:-1]) / 2
+    return torch.where(events == 1, torch.bucketize(times, edges[1:]), torch.bucketize(times, middles, right=True) - 1)
 
 
 def hazard_loss(logits: Tensor, bins: Tensor, events: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.tasks.classification import Classification
+from utils.tasks.regression import Regression
+from utils.tasks.survival import Survival
 from utils.tasks.task import Task
 
-_TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification,)}
+_TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, Regression, Survival)}
 # Of all tasks, in the folders of runs and of scored predictions.
 FIGURE_NAMES = tuple(dict.fromkeys(name for task in _TASKS.values() for name in task.figure_names))
 

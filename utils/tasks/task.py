@@ -89,8 +89,10 @@ class Task(ABC):
         values = {field.name: record[field.name] for field in _fields(cls)}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
-    def of_cohort(self, targets: np.ndarray) -> Self:
-        """Return the task for a cohort with these targets: with what its evaluation is the same for in all folds."""
+    def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
+        """Return the task for a cohort with these targets and patients `(n,)`: with what is the same in all folds, such
+        as the limits of strata. Raise ValueError if they cannot be evaluated.
+        """
         return self
 
     def fitted_to(self, targets: np.ndarray) -> Self:
@@ -260,6 +262,11 @@ class Task(ABC):
         """
         return None
 
+    @property
+    def decision_column(self) -> str | None:
+        """Return the column of predictions.csv with the decisions by what was fitted; None if they are not kept."""
+        return None
+
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
         """Return the metrics that depend on the decisions only."""
         return {}
@@ -282,6 +289,16 @@ class Task(ABC):
     def reliability(self, targets: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the probability `(n,)` of each slide in a reliability diagram, and whether it was right, `(n,)`."""
         raise NotImplementedError(f"{self.kind} has no reliability diagram")
+
+    def case_keys(self, targets: np.ndarray) -> np.ndarray:
+        """Return what must be equal, `(n,)`, for slides of one patient to be combined to one answer."""
+        return np.zeros(len(targets))
+
+    def further_figures(
+        self, targets: np.ndarray, values: np.ndarray, folds: np.ndarray | None, decisions: np.ndarray | None
+    ) -> dict[str, Any]:
+        """Return further entries of `outputs.json` and `scores.json`, given one row of each slide."""
+        return {}
 
     @abstractmethod
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,0 +1,328 @@
+"""Survival: when an event occurs, where some patients are censored before. Hazards in bins of time are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from utils.core.errors import plural
+from utils.tasks.bases import Basis, Bounded
+from utils.tasks.counts import range_text
+from utils.tasks.hazards import bin_edges, curves_of, hazard_loss, risks_of, survival_at, time_bins
+from utils.tasks.quantiles import inner_quantiles, stratum_names, stratum_of
+from utils.tasks.survival_curves import kaplan_meier, log_rank
+from utils.tasks.survival_metrics import concordance, concordance_ipcw, constant_strata, dynamic_auc, integrated_brier
+from utils.tasks.task import Figures, FittedFigures, Row, Task, numbers_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STRATA = 4
+_PARTS = 8  # of the events, between the times at which survival is predicted
+RISK_GROUPS = ("low risk", "high risk")
+_NO_CHANCE = 1e-6  # of an outcome, at least, in the validation loss
+
+
+@dataclass(frozen=True)
+class Survival(Task):
+    """The time to an event; targets `(n, 2)` are times above 0 and events, 1 at that time or 0 if censored then.
+
+    A slide's values are its risk and the probabilities that no event has occurred until each of the `times`. The risk
+    is the time without event that is lost, on average, until the last of the times.
+
+    Attributes
+        time_column, event_column: the columns.
+        bins: the number of time bins whose hazards models learn; they end at quantiles of the training events.
+        times: until when survival is predicted; eighths of the cohort's events unless given.
+        event_cuts, censored_cuts: where the times of both kinds of patients are cut into strata.
+        edges: the ends of the bins, the first is 0; of the training slides.
+    """
+
+    time_column: str
+    event_column: str
+    bins: int = 4
+    times: tuple[float, ...] = ()
+    event_cuts: tuple[float, ...] = ()
+    censored_cuts: tuple[float, ...] = ()
+    edges: tuple[float, ...] = ()
+
+    kind, flags = "survival", "--task survival --time_column --event_column"
+    figure_names = ("kaplan_meier", "survival_calibration")
+    main_metrics = ("c_index", "c_index_ipcw", "integrated_brier")
+    compared_metrics = main_metrics
+    lower_is_better = ("integrated_brier",)
+    metric_titles = {"c_index": "C-index", "c_index_ipcw": "C-index (Uno)"}  # noqa: RUF012 - a constant of the class
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of time and event."""
+        return self.time_column, self.event_column
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Return `risk` and `survival_<time>` of each time."""
+        return "risk", *(f"survival_{time:.6g}" for time in self.times)
+
+    @property
+    def num_logits(self) -> int:
+        """Return the number of bins."""
+        return self.bins
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        """Return the risk."""
+        return ("risk",)
+
+    @property
+    def horizons(self) -> tuple[float, ...]:
+        """Return the times at which the AUC is given: every second one of the times, from the second on."""
+        return self.times[1::2] or self.times
+
+    def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
+        """Return the task with the times and the strata of a cohort. Raise ValueError if it has no event."""
+        times, events = targets.T
+        if not events.any():
+            raise ValueError(f"no row has an event (1 in {self.event_column}), so that survival cannot be learned")
+        patients = np.array(cases)
+        cuts = [
+            inner_quantiles(times[rows], len(np.unique(patients[rows])), _STRATA) if rows.any() else ()
+            for rows in (events == 1, events == 0)
+        ]
+        chosen = np.quantile(times[events == 1], np.arange(1, _PARTS) / _PARTS, method="inverted_cdf")
+        return replace(
+            self,
+            times=self.times or tuple(float(time) for time in np.unique(chosen)),
+            event_cuts=cuts[0],
+            censored_cuts=cuts[1],
+        )
+
+    def fitted_to(self, targets: np.ndarray) -> Self:
+        """Return the task with bins that end at quantiles of the training slides' events."""
+        return replace(self, edges=tuple(bin_edges(targets, self.bins).tolist()))
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the C-indices of Harrell and Uno, the integrated Brier score, and the AUC at each horizon."""
+        return *self.main_metrics, *(f"auc_{time:.6g}" for time in self.horizons)
+
+    def target(self, row: Row) -> tuple[float, float]:
+        """Return time and event. Raise ValueError unless the time is above 0 and the event 0 or 1."""
+        time, event = float(row[self.time_column]), float(row[self.event_column])
+        if not (np.isfinite(time) and time > 0 and event in (0, 1)):
+            raise ValueError(f"{time}, {event}")
+        return time, event
+
+    @property
+    def no_target(self) -> str:
+        """Return what time and event must be."""
+        return (
+            f"target that cannot be used ({self.time_column} must be a number above 0, {self.event_column} 1 for an "
+            "event or 0)"
+        )
+
+    def target_text(self, targets: np.ndarray) -> np.ndarray:
+        """Return "event at" or "censored at" with the times."""
+        return np.array([f"{'event' if event else 'censored'} at {time:.4g}" for time, event in targets])
+
+    def prediction_text(self, values: np.ndarray) -> np.ndarray:
+        """Return the risks with four digits."""
+        return np.array([f"{risk:.4g}" for risk in values[:, 0]])
+
+    def table_columns(
+        self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return time, event, risk and the survival at each of the times."""
+        columns = {self.time_column: targets[:, 0], self.event_column: targets[:, 1].astype(int)}
+        return columns | {name: values[:, index] for index, name in enumerate(self.outputs)}
+
+    def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return risk and survival."""
+        values = numbers_in(rows, self.outputs)
+        if not ((values[:, 1:] >= 0) & (values[:, 1:] <= 1)).all():
+            raise ValueError("a survival that is no number from 0 to 1")
+        return values, None
+
+    def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
+        """Return how many slides and patients have the event, and the range of the times."""
+        with_event = targets[:, 1] == 1
+        patients = {case for case, is_event in zip(cases, with_event.tolist(), strict=True) if is_event}
+        return (
+            f"{self.event_column} in {int(with_event.sum())} of {plural(len(targets), 'slide')}, {len(patients)} of "
+            f"{plural(len(set(cases)), 'patient')}; {self.time_column} {range_text(targets[:, 0])}"
+        )
+
+    @property
+    def strata_names(self) -> tuple[str, ...]:
+        """Return whether the event occurred, and the ranges of the times."""
+        names = [("event", self.event_cuts), ("censored", self.censored_cuts)]
+        return tuple(f"{kind}, {self.time_column} {part}" for kind, cuts in names for part in stratum_names(cuts))
+
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        """Return the stratum of each target: those with an event come first, both kinds ordered by time."""
+        times, events = targets.T
+        after_events = len(self.event_cuts) + 1 + stratum_of(times, self.censored_cuts)
+        return np.where(events == 1, stratum_of(times, self.event_cuts), after_events)
+
+    def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Return the negative log-likelihood `(B,)` of discrete hazards with censoring."""
+        import torch
+
+        edges = torch.tensor(self.edges, dtype=targets.dtype, device=targets.device)
+        hazards = logits[:, : len(edges) - 1].float()
+        return hazard_loss(hazards, time_bins(targets, edges), targets[:, 1]) * weights[0]
+
+    @property
+    def chance_loss(self) -> float:
+        """Return the loss of equally likely bins."""
+        return float(np.log(self.bins))
+
+    def activate(self, logits: Tensor) -> np.ndarray:
+        """Return risk and survival in float64, between the bins' ends as if events were spread evenly."""
+        rows = logits.cpu().double().numpy()
+        curves = curves_of(rows.reshape(-1, self.bins)[:, : len(self.edges) - 1])
+        survival = survival_at(curves, np.array(self.edges), np.array(self.times))
+        values = np.concatenate([self._risks(survival)[:, None], survival], axis=1)
+        return values.reshape(*rows.shape[:-1], len(self.outputs))
+
+    def _risks(self, survival: np.ndarray) -> np.ndarray:
+        """Return the mean time without event that is lost until the last of the times."""
+        return self.times[-1] + risks_of(survival, np.array([0, *self.times]))
+
+    def signals(self, logits: Tensor, shares: Tensor) -> Tensor:
+        """Return the logarithm of the cumulative hazard at the end of the last bin."""
+        from torch.nn.functional import softplus
+
+        hazard = softplus(logits[:, : len(self.edges) - 1]).sum(dim=1)
+        survival_log = (shares.log().to(logits) - hazard).logsumexp(dim=0, keepdim=True)
+        return (-survival_log).log()
+
+    def metrics(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Return every metric `(B,)`; NaN where it is undefined."""
+        times, horizons = np.array(self.times), np.array(self.horizons)
+        figures = {
+            "c_index": concordance(targets, values[:, 0], weights),
+            "c_index_ipcw": concordance_ipcw(targets, values[:, 0], weights, self.times[-1]),
+            "integrated_brier": integrated_brier(targets, values[:, 1:], times, weights),
+        }
+        aucs = dynamic_auc(targets, values[:, 0], horizons, weights)
+        return figures | {f"auc_{time:.6g}": aucs[:, index] for index, time in enumerate(self.horizons)}
+
+    def metrics_within(
+        self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray, strata: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return both C-indices."""
+        return {
+            "c_index": concordance(targets, values[:, 0], weights, strata),
+            "c_index_ipcw": concordance_ipcw(targets, values[:, 0], weights, self.times[-1], strata),
+        }
+
+    def basis(self, metric: str, targets: np.ndarray, values: np.ndarray) -> Basis:
+        """Return that all metrics are numbers from 0 to 1."""
+        return Bounded(0, 1)
+
+    def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:
+        """Return the negative log-likelihood of the outcomes, and the main metrics.
+
+        The outcome is the interval between two of the `times` that holds the event, or that no event had occurred when
+        the patient was censored.
+        """
+        times, events = targets.T
+        curves = np.concatenate([np.ones((len(values), 1)), values[:, 1:], np.zeros((len(values), 1))], axis=1)
+        rows, place = np.arange(len(values)), np.searchsorted(self.times, times, side="left")
+        in_interval = curves[rows, place] - curves[rows, place + 1]
+        survived = survival_at(values[:, 1:], np.array([0, *self.times]), times)[rows, rows]
+        chance = np.where(events == 1, in_interval, survived)
+        metrics = self.unweighted_metrics(targets, values)
+        loss = float(-np.log(np.clip(chance, _NO_CHANCE, None)).mean())
+        return {"loss": loss} | {name: metrics[name] for name in self.main_metrics}
+
+    def why_undefined(self, metric: str, targets: np.ndarray) -> str:
+        """Return that no slide has an event, without which ranks are undefined."""
+        return "has no event" if metric != "loss" and not targets[:, 1].any() else ""
+
+    def fit_on_validation(
+        self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
+    ) -> FittedFigures:
+        """Return the median risk, above which a risk is high."""
+        return {"median_risk": float(np.median(values[:, 0]))}
+
+    def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+        """Return the median risk."""
+        return {"median_risk": fitted.get("median_risk"), "thresholded": None}
+
+    def decide_by(self, fitted: FittedFigures, values: np.ndarray) -> np.ndarray | None:
+        """Return 1 where the mean risk of the models is above the median risk of validation, else 0."""
+        median = fitted.get("median_risk")
+        return None if median is None else (values[..., 0].mean(axis=0) > median).astype(int)
+
+    @property
+    def decision_column(self) -> str | None:
+        """Return `high_risk`."""
+        return "high_risk"
+
+    def case_keys(self, targets: np.ndarray) -> np.ndarray:
+        """Return a number for each different target."""
+        return np.unique(targets, axis=0, return_inverse=True)[1]
+
+    def further_figures(
+        self, targets: np.ndarray, values: np.ndarray, folds: np.ndarray | None, decisions: np.ndarray | None
+    ) -> dict[str, Any]:
+        """Return the folds whose model gives all the same risk, and both risk groups with the log-rank test."""
+        constant = [] if folds is None else constant_strata(values[:, 0], folds).tolist()
+        if decisions is None:
+            return {"constant_folds": constant, "risk_groups": None}
+        groups: dict[str, Any] = {}
+        for number, name in enumerate(RISK_GROUPS):
+            rows = targets[decisions == number]
+            median = kaplan_meier(rows).median if len(rows) else None
+            groups[name] = {"n": len(rows), "events": int(rows[:, 1].sum()), "median_survival": median}
+        p = log_rank(targets, decisions)
+        return {
+            "constant_folds": constant,
+            "risk_groups": groups | {"log_rank_p": None if np.isnan(p) else p, "cut_at": "median risk of validation"},
+        }
+
+    def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the rows of the highest and lowest risk, and the early events of low and late ones of high risk."""
+        risk_rank, time_rank = (np.argsort(np.argsort(numbers)) for numbers in (values[:, 0], targets[:, 0]))
+        # Those with an early event and a low risk have a low sum; the others' time may be later than is known.
+        surprise = np.argsort(risk_rank + time_rank, kind="stable")
+        events = targets[surprise, 1] == 1
+        return {
+            "highest risk": np.argsort(-values[:, 0], kind="stable"),
+            "lowest risk": np.argsort(values[:, 0], kind="stable"),
+            "early event at low risk": surprise[events],
+            "late at high risk": surprise[::-1],
+        }
+
+    def table(self, pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]) -> str:
+        """Return the AUC at each horizon with its interval."""
+        from utils.core.text import aligned, figure_text, interval_text
+
+        rows = [
+            [f"{time:.4g}", figure_text(pooled[name]), interval_text(intervals[name])]
+            for time, name in zip(self.horizons, self.metric_names[len(self.main_metrics) :], strict=True)
+        ]
+        return aligned([[[self.time_column, "AUC", "95% CI"]], rows])
+
+    def closing_sentences(self, results: Mapping[str, Any]) -> list[str]:
+        """Return what the figures mean, and whether the model ranks nothing."""
+        sentences = [
+            "The C-index is the share of pairs in which the earlier event has the higher risk (0.5: by "
+            "chance); c_index_ipcw is Uno's, which censoring does not shift. The integrated Brier score is an error.",
+        ]
+        within = results.get("within_folds") or {}
+        if within.get("c_index") is not None:
+            sentences.append("Within folds, each model's own risks are compared; that C-index is the one to report.")
+        if results.get("constant_folds"):
+            folds = ", ".join(map(str, results["constant_folds"]))
+            sentences.append(f"The model of fold {folds} gives all slides the same risk: it ranks nothing.")
+        groups = results.get("risk_groups")
+        if groups and groups["log_rank_p"] is not None:
+            sentences.append(
+                f"High against low risk, cut at the median of inner validation: log-rank p {groups['log_rank_p']:.2g}."
+            )
+        return sentences
