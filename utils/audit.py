@@ -41,12 +41,20 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.auditing.feature_files import check_bags, check_content, check_files, check_recipes, check_scale
 from utils.auditing.findings import AuditedBag, AuditedSlide, Finding, Level
-from utils.auditing.label_table import check_columns, check_groups, check_ids, check_labels, check_names, check_splits
+from utils.auditing.label_table import (
+    check_columns,
+    check_groups,
+    check_ids,
+    check_labels,
+    check_names,
+    check_splits,
+    stratified,
+)
 from utils.auditing.shortcuts import check_confounding
 from utils.bags import labels
 from utils.bags.feature_folder import FeatureFolder
@@ -55,6 +63,7 @@ from utils.bags.settings import CohortFiles
 from utils.core.cohorts import cohort_classes
 from utils.core.errors import plural
 from utils.learning.split_files import read_splits, unused_split
+from utils.tasks.task import Task
 
 
 def main() -> None:
@@ -75,7 +84,8 @@ def closing_text(settings: Audit, findings: Sequence[Finding]) -> str:
 
 def audit_cohort(settings: Audit) -> list[Finding]:
     """Audit the cohort of a command line, with the classes of a known cohort and the default folders of any name."""
-    classes = cohort_classes(settings.dataset, settings.class_names)
+    task = settings.other_task()
+    classes = cohort_classes(settings.dataset if task is None else None, settings.class_names)
     home = Path("datasets") / (settings.dataset or "")
     has_default = settings.dataset is not None and (home / "features").is_dir()
     return audit(
@@ -89,6 +99,7 @@ def audit_cohort(settings: Audit) -> list[Finding]:
         no_patients=settings.no_patients,
         allow=settings.allow,
         group_column=settings.group_column,
+        task=task,
     )
 
 
@@ -101,10 +112,11 @@ def audit(
     label_names: Mapping[str, str] | None = None,
     left_out: Collection[str] = (),
     splits: Path | None = None,
+    task: Task | None = None,
     **settings: Any,
 ) -> list[Finding]:
     """Return all findings about a cohort, by topic. The arguments are those of MILDataset, `settings` those of
-    `CohortFiles`.
+    `CohortFiles`. The strata of another `task` than classification are audited as classes are.
 
     Without `features_dir`, checks of feature files are skipped. Raises LabelsError for an unreadable table,
     FeatureFileError for a missing folder, SplitError for unreadable splits, ConfigError for invalid settings.
@@ -112,11 +124,17 @@ def audit(
     paths_and_classes: Any = {"labels_csv": labels_csv, "features_dir": features_dir, "class_names": class_names}
     files = CohortFiles(**paths_and_classes, feat_type=feat_type, **settings)
     folder = None if features_dir is None else FeatureFolder(features_dir)
-    table = read_table(labels_csv)
+    table = read_table(labels_csv, ("label",) if task is None else task.columns)
+    level = _level("unknown", files.allow)
+    target_findings: list[Finding] = []
+    if task is not None:
+        target_findings, table, class_names = stratified(table, task, level)
+        files = replace(files, class_names=tuple(class_names))
     classes = files.class_names or labels.classes_in(table.rows, label_names=label_names, left_out=left_out)
     new_names = {old: new for old, new in (label_names or {}).items() if old not in classes}
     rows = [row | {"label": new_names.get(row["label"], row["label"])} for row in table.rows]
     findings, slides = _table_findings(files, table, rows, classes, left_out)
+    findings = target_findings + findings
     case_of = {row["wsi_id"]: row["case_id"] for row in rows}
     if splits is not None:
         findings += check_splits(read_splits(splits, case_of), case_of, [slide.wsi_id for slide in slides])

@@ -2,8 +2,10 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import numpy as np
 
 from utils.auditing.feature_files import quartiles
 from utils.auditing.findings import AuditedSlide, Finding, Level, by_class
@@ -16,6 +18,7 @@ from utils.core.errors import LabelsError, first_few, plural
 from utils.learning.settings import Protocol
 from utils.learning.split_files import NamedSplit, shared_cases
 from utils.tasks.counts import class_counts
+from utils.tasks.task import Task
 
 
 def check_columns(table: LabelTable, no_patients: bool) -> list[Finding]:
@@ -79,6 +82,34 @@ def _conflict(rows: Sequence[Row]) -> str:
     """Return how rows of one slide differ in its patient and its class; "" if they agree."""
     values_of = {name: list(dict.fromkeys(row[name] for row in rows)) for name in ("case_id", "label")}
     return "; ".join(f"{name} {' and '.join(values)}" for name, values in values_of.items() if len(values) > 1)
+
+
+def stratified(table: LabelTable, task: Task, level: Level) -> tuple[list[Finding], LabelTable, Sequence[str]]:
+    """Return the findings about the targets of a task, the table with the rows that have one, labelled by its strata,
+    and the names of the strata.
+    """
+    rows, unusable = [], {}
+    targets = []
+    for row in table.rows:
+        try:
+            targets.append(task.target(row))
+            rows.append(row)
+        except ValueError:
+            unusable[row["wsi_id"]] = [row[name] for name in task.columns]
+    findings = []
+    if unusable:
+        names = first_few([f"{wsi_id} ({', '.join(map(repr, cells))})" for wsi_id, cells in unusable.items()])
+        message = f"{plural(len(unusable), 'slide')} with a {task.no_target}: {names}"
+        message += "; mend the table, or train with --allow unknown"
+        findings.append(Finding(level, "table", message, {"slides": unusable}))
+    try:
+        task = task.of_cohort(np.array(targets), [row["case_id"] for row in rows])
+    except ValueError as error:
+        return [*findings, Finding("error", "table", str(error))], table, ("all",)
+    findings.append(Finding("info", "table", task.counts_text(np.array(targets), [row["case_id"] for row in rows])))
+    strata = [task.strata_names[stratum] for stratum in task.strata(np.array(targets))]
+    labelled = [row | {"label": name} for row, name in zip(rows, strata, strict=True)]
+    return findings, replace(table, rows=labelled), task.strata_names
 
 
 def check_labels(

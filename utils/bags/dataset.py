@@ -133,7 +133,8 @@ class MILDataset(Dataset):
     @classmethod
     def of_cohort(cls, cohort: Cohort) -> "MILDataset":
         """Return the dataset of a command line. A known cohort has its classes, every name its default folders."""
-        classes = cohort_classes(cohort.dataset, cohort.class_names)
+        task = cohort.other_task()
+        classes = cohort_classes(cohort.dataset if task is None else None, cohort.class_names)
         home = Path("datasets") / cohort.dataset
         if cohort.labels_csv is None and not (home / "labels.csv").exists():
             raise ConfigError(f"--dataset {cohort.dataset}: {_why_not_there(cohort.dataset, home)}")
@@ -146,6 +147,7 @@ class MILDataset(Dataset):
             cohort.feat_type,
             label_names=classes.label_names,
             left_out=classes.left_out,
+            task=task,
             **{name: getattr(cohort, name) for name in _SAME_NAMES},
         )
 

@@ -1,14 +1,22 @@
 """The files of a cohort, and how a slide is fed to a model."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.errors import ConfigError
 from utils.core.settings import REQUIRED, Settings, option
 
+if TYPE_CHECKING:
+    from utils.tasks.task import Task
+
+TaskKind = Literal["classification", "regression", "survival"]
 BatchSize = int | Literal["auto"]
 CHUNK_SIZE = 1000  # patches in a chunk at most, by default
+# The flags that name the columns of a task.
+_COLUMN_FLAGS = {"target_column": "regression", "time_column": "survival", "event_column": "survival"}
 
 
 def batch_size_option() -> Any:
@@ -28,6 +36,18 @@ class CohortFiles(Settings):
         "the rarer one last)",
         metavar="NAME",
     )
+    task: TaskKind = option(
+        "classification",
+        "what is predicted: a class, a number (--target_column), or the time to an event (--time_column, "
+        "--event_column)",
+    )
+    target_column: str | None = option(None, "column of the number that a regression predicts", metavar="COLUMN")
+    time_column: str | None = option(
+        None, "column of the time until the event or the end of follow-up, in any unit", metavar="COLUMN"
+    )
+    event_column: str | None = option(
+        None, "column that says whether the event occurred at that time (1) or not until then (0)", metavar="COLUMN"
+    )
     feat_type: str = option("features", "name of the features inside each file")
     no_patients: bool = option(False, "treat each slide as a patient of its own if the table names no patients")
     allow: tuple[Literal["missing", "unknown", "duplicate", "spelling"], ...] = option(
@@ -39,6 +59,26 @@ class CohortFiles(Settings):
         None,
         "column whose groups are never split, such as site (default: the patient; site is read from TCGA barcodes)",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kind in _COLUMN_FLAGS.items():
+            value = getattr(self, name)
+            if value is not None and self.task != kind:
+                raise ConfigError(f"--{name} {value}: goes with --task {kind}; give that, or leave it out")
+            if value is None and self.task == kind:
+                raise ConfigError(f"--task {kind}: give --{name}, a column of the label table")
+        if self.class_names is not None and self.task != "classification":
+            raise ConfigError(f"--class_names {' '.join(self.class_names)}: a {self.task} has no classes; leave it out")
+
+    def other_task(self) -> Task | None:
+        """Return the task, None for a classification, whose classes are known with the label table only."""
+        columns = {name: getattr(self, name) for name, kind in _COLUMN_FLAGS.items() if kind == self.task}
+        if not columns:
+            return None
+        from utils.tasks.records import new_task
+
+        return new_task(self.task, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,5 +106,7 @@ class Cohort(CohortFiles):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.positive_class is not None and self.task != "classification":
+            raise ConfigError(f"--positive_class {self.positive_class}: a {self.task} has no classes; leave it out")
         if self.sequential and self.mode == "full":
             raise ConfigError("--sequential: whole slides are not cut; leave it out, or give --mode chunked")

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from utils.core.plots import COLOURS, LEGEND, SMALL, bare, bare_axes
 from utils.core.text import escape_mathtext
-from utils.evaluation.figure_text import pooled_title, with_interval
+from utils.evaluation.figure_text import with_interval
 from utils.evaluation.predictions import Predictions
 from utils.tasks.survival import RISK_GROUPS, Survival
 from utils.tasks.survival_curves import calibration_at, kaplan_meier, log_rank
@@ -27,7 +27,7 @@ def kaplan_meier_figure(predictions: Predictions) -> Figure:
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     axes, table = figure.subplots(2, sharex=True, height_ratios=[5, 1])
     high = first.decisions
-    title = f"{pooled_title(predictions)}\nC-index {with_interval(predictions.reported_estimates['c_index'])}"
+    title = f"{_title(predictions)}\nC-index {with_interval(predictions.reported_estimates['c_index'])}"
     if high is None:
         axes.set_title(f"{title}\n(the table does not say who is of high risk)", fontsize=10)
         return figure
@@ -40,10 +40,10 @@ def kaplan_meier_figure(predictions: Predictions) -> Figure:
     p = log_rank(first.labels, high)
     text = "" if np.isnan(p) else f"; log-rank p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
     axes.set_title(f"{title}{text}", fontsize=10)
-    axes.set(ylim=(0, 1.02), xlim=(0, ticks[-1] * 1.02))
+    axes.set(ylim=(0, 1.02), xlim=(-0.03 * ticks[-1], ticks[-1] * 1.02))
     bare(axes, "", f"Share without {escape_mathtext(task.event_column)}")
     table.set(ylim=(1.6, -0.6), yticks=(0, 1), yticklabels=RISK_GROUPS)
-    table.tick_params(left=False, labelsize=SMALL)
+    table.tick_params(left=False, labelsize=SMALL, pad=8)
     bare(table, escape_mathtext(task.time_column))
     table.spines["left"].set_visible(False)
     table.set_title("at risk", fontsize=SMALL, loc="left")
@@ -72,8 +72,12 @@ def survival_calibration_figure(predictions: Predictions) -> Figure:
     name = f"{escape_mathtext(task.time_column)} {horizon:.4g}"
     bare(axes, f"Predicted survival until {name}", "Observed (Kaplan-Meier)")
     figure.legend(loc="outside lower center", ncols=2, **LEGEND)
-    axes.set_title(f"{pooled_title(predictions)}", fontsize=10)
+    axes.set_title(_title(predictions), fontsize=10)
     return figure
+
+
+def _title(predictions: Predictions) -> str:
+    return predictions.title or "Out-of-fold patients" + (", first repeat" if predictions.n_repeats > 1 else "")
 
 
 def _first_repeat(predictions: Predictions) -> tuple[Survival, Predictions]:

@@ -41,6 +41,7 @@ from utils.learning.protocol import (
     outer_folds,
     splits_content,
     warn_of_few_patients,
+    with_monitor,
     with_setting,
 )
 from utils.learning.results import write_results
@@ -98,6 +99,7 @@ class NestedCrossValidation:
         settings |= {"patience": patience, "use_amp": use_amp, "device": str(device), "output_dir": output_dir}
         kinds = Training, Protocol, Running, Cluster
         self.training, self.protocol, self.running, self.cluster = _configs(settings, *kinds)
+        self.protocol = with_monitor(self.protocol, dataset.task)
         self.dataset, self.dataset_name = dataset, dataset_name
         self.preset = Preset(preset=preset).preset  # type: ignore[arg-type]
         if self.running.output_dir is None:

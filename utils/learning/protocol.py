@@ -16,6 +16,7 @@ from utils.learning.settings import Keep, Protocol, Training
 from utils.learning.split_files import folds_from_file, unused_split
 from utils.learning.splits import OuterFold, few_patients, repeated_splits
 from utils.tasks.operating_point import OperatingPoint
+from utils.tasks.task import Task
 
 # With fewer validation slides of a class, the best of many epochs is chance: the standard error of an AUC near 0.8 on
 # 20 slides of each of two classes is 0.07.
@@ -71,6 +72,17 @@ def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
     warning = few_patients(folds, data.task.strata(data.labels), data.cases, data.task.strata_names)
     if warning:
         log.warning(warning)
+
+
+def with_monitor(protocol: Protocol, task: Task) -> Protocol:
+    """Return the protocol with the task's own monitor instead of "auto". Raise ConfigError for one that it lacks."""
+    if protocol.monitor == "auto":
+        return replace(protocol, monitor=task.default_monitor)  # type: ignore[arg-type]
+    names = ["slide_loss", *(f"slide_{metric}" for metric in task.main_metrics)]
+    if protocol.monitor not in names:
+        own = ", ".join(name.removeprefix("slide_") for name in names)
+        raise ConfigError(f"--monitor {monitored_metric(protocol.monitor)}: a {task.kind} has {own}; give one of those")
+    return protocol
 
 
 def fold_monitor(data: MILDataset, monitor: str, fold: OuterFold) -> str:

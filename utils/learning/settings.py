@@ -83,7 +83,10 @@ class Training(Settings):
 
 
 Keep = Literal["auto", "last", "best"]
-Monitor = Literal["slide_auc", "slide_loss", "slide_balanced_accuracy", "slide_f1_macro"]
+Monitor = Literal[
+    "auto", "slide_loss", "slide_auc", "slide_balanced_accuracy", "slide_f1_macro", "slide_r2", "slide_mae",
+    "slide_spearman", "slide_c_index", "slide_c_index_ipcw",
+]  # fmt: skip
 Final = Literal["best", "ensemble", "refit", "all"]
 
 
@@ -106,8 +109,9 @@ class Protocol(Settings):
         metavar="NAME=V,V...",
     )
     monitor: Monitor = option(
-        "slide_auc",
-        "metric of the inner validation that selects setting and model, and the epoch where the best is kept",
+        "auto",
+        "metric of the inner validation that selects setting and model, and the epoch where the best is kept; auto: "
+        "the AUC of classes, else the loss",
         also={name.removeprefix("slide_"): name for name in typing.get_args(Monitor)},
     )
     keep: Keep = option(

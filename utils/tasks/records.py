@@ -26,6 +26,11 @@ def task_of(record: Mapping[str, Any]) -> Task:
     return _TASKS[about].of_record(record)
 
 
+def new_task(kind: str, columns: Mapping[str, str]) -> Task:
+    """Return a task of a kind whose target is in these columns, by the names of its fields."""
+    return _TASKS[kind](**columns)
+
+
 def target_record(task: Task) -> dict[str, Any] | None:
     """Return what a checkpoint records of a task besides the names of its outputs; None for a classification."""
     return None if isinstance(task, Classification) else task.record
