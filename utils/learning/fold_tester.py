@@ -96,7 +96,7 @@ class FoldTester:
             "setting": self.trainer.settings[job.setting - 1].values,
             "inner_fold": None,
             "epoch": trained.epoch,
-            **_threshold(fitted),
+            **_decision_figures(self.trainer.dataset.task, fitted),
             "expected": dict(expected),
             "best_of_all_folds": False,
         }
@@ -123,7 +123,7 @@ class FoldTester:
         record |= changes
         model = self._model(choice.setting, states)
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
-        record |= {**_threshold(choice.fitted_to_values), "settings": choice.scores}
+        record |= {**_decision_figures(data.task, choice.fitted_to_values), "settings": choice.scores}
         result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history)
         selection = result.selection | {"best_of_all_folds": False}
         self._save(self._path(result), model.cpu(), data.task, result.fold.train, selection, result.fitted)
@@ -224,9 +224,9 @@ class FoldTester:
         return seen | ({"features": [self.digests[slide] for slide in slides]} if self.digests else {})
 
 
-def _threshold(fitted: FittedFigures) -> dict[str, Any]:
-    """Return the threshold and what it is for, as a checkpoint's selection records them."""
-    return {name: fitted[name] for name in ("threshold", "operating_point") if name in fitted}
+def _decision_figures(task: Task, fitted: FittedFigures) -> dict[str, Any]:
+    """Return what decides, such as a threshold and what it is for, as a checkpoint's selection records it."""
+    return {name: fitted[name] for name in task.decision_figures}
 
 
 def _medians(fitted: Sequence[FittedFigures]) -> dict[str, Any]:

@@ -25,14 +25,15 @@ _NOTABLE = 0.05
 
 @dataclass(frozen=True, eq=False)
 class EvidenceMap:
-    """Signed `contributions (C, N)` of patches to the log-odds of each of the classes; over the patches they add up to
-    `log_odds (C,)` less those of the `reference (C,)`.
+    """Signed `contributions (C, N)` of patches to the log-odds of each of the classes, or to another `quantity`; over
+    the patches they add up to `log_odds (C,)` less those of the `reference (C,)`.
     """
 
     class_names: Sequence[str]
     contributions: NDArray[np.float32]
     log_odds: NDArray[np.float64]
     reference: NDArray[np.float64]
+    quantity: str = "log-odds"
 
     def of_class(self, name: str) -> NDArray[np.float32]:
         """Return the contributions (N,) to a class."""
@@ -59,7 +60,7 @@ class EvidenceMap:
 
     def label(self, name: str) -> str:
         """Return the label of the colour bar."""
-        return f"log-odds of {name}: against (dark) and for (bright), 0 in the middle"
+        return f"{self.quantity} of {name}: against (dark) and for (bright), 0 in the middle"
 
 
 @dataclass(frozen=True, eq=False)

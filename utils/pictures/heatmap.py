@@ -159,8 +159,11 @@ def _draw_statistics(
     distribution, concentration, classes, text = figure.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
     _draw_distribution(distribution, attention)
     _draw_concentration(concentration, attention)
-    _draw_probabilities(classes, names, probabilities)
-    classes.set_title(probability_title, fontsize=10)
+    if names:
+        _draw_probabilities(classes, names, probabilities)
+        classes.set_title(wrapped(probability_title, _PLOT_WIDTH, 10), fontsize=10)
+    else:
+        classes.set_axis_off()
     text.set_axis_off()
     text.text(
         0, 1, escape_mathtext(fact_text), va="top", fontsize=_FACTS_SIZE, linespacing=1.4, transform=text.transAxes

@@ -23,13 +23,13 @@ _MOST_CLASSES = 6  # with a column of probabilities each
 @dataclass(frozen=True)
 class IndexRow:
     """A slide on the page. Its name links to `page`, relative to the index; `thumbnail` is a picture of its map;
-    `label` and `case_id` are "" if unknown; `fold` is for out-of-fold predictions; `calibrated` are the calibrated
-    probabilities, if there are some.
+    `label` and `case_id` are "" if unknown; `fold` is for out-of-fold predictions; `values` are probabilities if
+    `is_classified`, and `calibrated` the calibrated ones, if there are some.
     """
 
     slide: str
     predicted: str
-    probabilities: Mapping[str, float]
+    values: Mapping[str, float]
     patches: int
     page: str
     label: str = ""
@@ -38,11 +38,12 @@ class IndexRow:
     fold: int | None = None
     thumbnail: Path | None = None
     calibrated: Mapping[str, float] | None = None
+    is_classified: bool = True
 
     @property
     def verdict(self) -> str:
-        """ "right" or "wrong"; "" without a label."""
-        return "" if not self.label else "right" if self.label == self.predicted else "wrong"
+        """ "right" or "wrong"; "" without a label, and where no class is predicted."""
+        return "" if not (self.label and self.is_classified) else "right" if self.label == self.predicted else "wrong"
 
 
 def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> None:
@@ -62,8 +63,8 @@ def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> N
         "summary": _summary(rows),
         "notes": notes,
         "notice": NOTICE,
-        "classes": list(rows[0].probabilities),
-        "has_labels": any(row.label for row in rows),
+        "classes": list(rows[0].values) if rows[0].is_classified else [],
+        "has_labels": any(row.verdict for row in rows),
         "columns": columns,
         "rows": [_TableRow(row, _picture(row, path.parent, embed), _cells(row, columns)) for row in rows],
         "version": versions()["litemil"],
@@ -72,9 +73,9 @@ def write_index(path: Path, rows: Sequence[IndexRow], notes: Sequence[str]) -> N
 
 
 def _summary(rows: Sequence[IndexRow]) -> str:
-    classes = Counter(row.predicted for row in rows)
-    counts = [", ".join(f"{classes[name]} {name}" for name in rows[0].probabilities if classes[name])]
-    labelled = [row for row in rows if row.label]
+    classes = Counter(row.predicted for row in rows if row.is_classified)
+    counts = [", ".join(f"{classes[name]} {name}" for name in rows[0].values if classes[name])] if classes else []
+    labelled = [row for row in rows if row.verdict]
     if labelled:
         correct = sum(row.label == row.predicted for row in labelled)
         counts.append(f"{correct} of {plural(len(labelled), 'labelled slide')} correct ({correct / len(labelled):.0%})")
@@ -86,12 +87,17 @@ def _summary(rows: Sequence[IndexRow]) -> str:
 
 def _columns(rows: Sequence[IndexRow]) -> list[str]:
     """Return the names of the columns after the picture, without those that would be empty."""
-    classes = list(rows[0].probabilities)
-    class_columns = [] if len(classes) > _MOST_CLASSES else classes[-1:] if len(classes) == 2 else classes
+    names, has_labels = list(rows[0].values), any(row.label for row in rows)
+    value_columns = [] if len(names) > _MOST_CLASSES else names[-1:] if len(names) == 2 else names
+    if not rows[0].is_classified:
+        answers = ["slide", *(value_columns or ["predicted"]), *(["label"] if has_labels else [])]
+    else:
+        answers = [
+            "slide", "predicted", "probability", *(["calibrated"] if any(row.calibrated for row in rows) else []),
+            *(f"p({name})" for name in value_columns), *(["label", "correct"] if has_labels else []),
+        ]  # fmt: skip
     return [
-        "slide", "predicted", "probability",
-        *(["calibrated"] if any(row.calibrated for row in rows) else []), *(f"p({name})" for name in class_columns),
-        *(["label", "correct"] if any(row.label for row in rows) else []),
+        *answers,
         *(["patient"] if any(row.case_id for row in rows) else []),
         "patches",
         *(["fold"] if any(row.fold is not None for row in rows) else ["seen in training"]),
@@ -112,10 +118,13 @@ class _TableRow:
 
 
 def _cells(row: IndexRow, columns: Sequence[str]) -> list[str]:
-    texts = {f"p({name})": f"{value:.3f}" for name, value in row.probabilities.items()} | {
+    texts = {name: f"{value:.4g}" for name, value in row.values.items()}
+    if row.is_classified:
+        texts = {f"p({name})": f"{value:.3f}" for name, value in row.values.items()}
+        texts["probability"] = f"{row.values[row.predicted]:.3f}"
+        texts["calibrated"] = f"{row.calibrated[row.predicted]:.3f}" if row.calibrated else ""
+    texts |= {
         "predicted": row.predicted,
-        "probability": f"{row.probabilities[row.predicted]:.3f}",
-        "calibrated": f"{row.calibrated[row.predicted]:.3f}" if row.calibrated else "",
         "label": row.label,
         "correct": {"right": "yes", "wrong": "no", "": ""}[row.verdict],
         "patient": row.case_id,

@@ -41,6 +41,7 @@ from utils.pictures.top_patches import (
     write_patches,
 )
 from utils.slides.slide import Slide
+from utils.tasks.records import Answer
 
 _OVERVIEW = 2000  # px of the overview's longer side
 _GRID = "patch_grid"
@@ -159,7 +160,7 @@ class PictureSet:
             extremes = np.concatenate([self.attention.top(self.top_k), self.attention.lowest(self.top_k)])
             patches = () if self._pixels is None else read_patches(self._pixels, self.attention, extremes)
             write_patches(self._path(_PATCHES), self._patch_records, patches)
-        self._write_data(record["probabilities"])
+        self._write_data(Answer.of(record))
         write_report(self._path(_PAGE), record["slide"], overlay, caption, groups, evidence)
 
     def _figures(
@@ -191,7 +192,7 @@ class PictureSet:
         top, least = read_extremes(slide, self.attention, self.top_k)
         groups = attention_groups(self.attention, top, least)
         if self.evidence is not None:
-            predicted = self.record["predicted_class"]
+            predicted = Answer.of(self.record).signal
             groups += read_evidence_groups(slide, self.attention, self.evidence, predicted, self.top_k)
         return groups
 
@@ -199,22 +200,23 @@ class PictureSet:
         """Return the evidence for each class over the overview, that for the predicted class first."""
         if self.evidence is None:
             return []
-        names = sorted(self.evidence.class_names, key=lambda name: name != self.record["predicted_class"])
+        predicted = Answer.of(self.record).signal
+        names = sorted(self.evidence.class_names, key=lambda name: name != predicted)
         return [EvidenceOverlay(picture, self.attention, self.evidence, name) for name in names]
 
-    def _write_data(self, probabilities: Mapping[str, float]) -> None:
+    def _write_data(self, answer: Answer) -> None:
         """Write the attention, also of each head `(H, N)`, the evidence `(C, N)` and the prediction as `.npz`."""
         record, attention, slide = self.record, self.attention, self.record["slide_record"] or {}
         seen, models = record["seen_in_training"], record.get("models", [])
         evidence = {} if self.evidence is None else {
-            "evidence": self.evidence.contributions, "log_odds": self.evidence.log_odds,
-            "reference_log_odds": self.evidence.reference,
+            "evidence": self.evidence.contributions, answer.task.quantity_key: self.evidence.log_odds,
+            f"reference_{answer.task.quantity_key}": self.evidence.reference,
         }  # fmt: skip
         with whole_file(self._path(_DATA)) as unfinished, unfinished.open("wb") as file:
             np.savez(
                 file, coords=attention.coords, attention=attention.attention, attention_heads=self.heads,
-                patch_size_level0=attention.size_level0, class_names=list(probabilities),
-                probabilities=list(probabilities.values()), prediction=record["predicted_class"],
+                patch_size_level0=attention.size_level0, class_names=list(answer.values),
+                probabilities=list(answer.values.values()), prediction=answer.predicted,
                 mpp=slide.get("mpp") or self.slide.mpp or np.nan, mpp_patches=slide.get("mpp_delivered") or np.nan,
                 checkpoints=[model["checkpoint"] for model in models],
                 weights_digests=[model["weights_digest"] for model in models],

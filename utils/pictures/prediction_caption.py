@@ -12,6 +12,7 @@ from utils.core.files import digest
 from utils.core.text import percent_text
 from utils.pictures.attention_map import UNIFORM, models_of, weight_name
 from utils.pictures.faithfulness_text import doubts, verdict
+from utils.tasks.records import Answer
 
 _RECIPE = (
     "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
@@ -25,7 +26,10 @@ def prediction_title(record: Mapping[str, Any]) -> str:
 
 
 def _answer(record: Mapping[str, Any]) -> str:
-    predicted, members = record["predicted_class"], record.get("member_probabilities") or []
+    answer = Answer.of(record)
+    if not answer.task.target_words:
+        return answer.task.headline(answer.predicted)
+    predicted, members = answer.predicted, answer.members
     agreeing = sum(max(member, key=member.__getitem__) == predicted for member in members)
     counts = f", {agreeing} of {len(members)} models" if members else ""
     calibrated, other = record.get("calibrated_probabilities"), _calibrated_class(record)
@@ -45,11 +49,12 @@ def _decision_notes(record: Mapping[str, Any]) -> list[str]:
     """Return that what was fitted to inner validation, temperatures or the threshold of a single checkpoint, by which
     its models vote, names another class than the probabilities.
     """
-    predicted, calibrated = record["predicted_class"], record.get("calibrated_probabilities")
+    answer = Answer.of(record)
+    predicted, calibrated = answer.predicted, answer.calibrated
     if not calibrated:  # nothing was fitted to slides that were fed in this way
         return []
     used = f"The predicted class, {predicted}, is the one with the highest probability before calibration"
-    other, models = _calibrated_class(record), record.get("models", [])
+    other, models = max(calibrated, key=calibrated.__getitem__), record.get("models", [])
     if other != predicted:
         return [
             f"{used}; the calibrated probabilities differ: they are highest for {other} "
@@ -74,8 +79,9 @@ def _decision_notes(record: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Caption:
-    """The result of a prediction in one line, `probabilities` by class, calibrated ones if there are, `facts` (pairs of
-    a name and a text) on how it was made, `notes`, which are warnings, and what `evidence` adds up to, if there is any.
+    """The result of a prediction in one line; `probabilities` by class, calibrated ones if there are, or other shares
+    of the task, with the `probability_title`; `facts` (pairs of a name and a text) on how it was made; `notes`, which
+    are warnings; and what `evidence` of the `quantity` adds up to, if there is any.
     """
 
     answer: str = ""
@@ -83,20 +89,17 @@ class Caption:
     facts: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     evidence: str = ""
-    is_calibrated: bool = False
-
-    @property
-    def probability_title(self) -> str:
-        """Return what the probabilities are."""
-        return "calibrated probability" if self.is_calibrated else "probability"
+    probability_title: str = "probability"
+    quantity: str = "log-odds"
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """Return the caption of a prediction's record."""
-        calibrated = record.get("calibrated_probabilities")
-        shown = record["probabilities"] if calibrated is None else calibrated
+        answer = Answer.of(record)
+        title, shown = answer.task.shares(answer.calibrated or answer.values)
+        title = f"calibrated {title}" if answer.calibrated else title
         return cls(
-            _answer(record), shown, _facts(record), _notes(record), evidence_text(record), calibrated is not None
+            _answer(record), shown, _facts(record), _notes(record), evidence_text(record), title, answer.task.quantity
         )
 
 
@@ -110,12 +113,13 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         *([("answered", f"out of fold, by the model of fold {record['fold']}")] if "fold" in record else []),
         ("fed", _feed_text(record)),
     ]
-    if record.get("member_probabilities"):
-        predicted = record["predicted_class"]
-        values = ", ".join(percent_text(member[predicted]) for member in record["member_probabilities"])
-        spread = percent_text(record["spread"][predicted])
-        facts.append((f"{predicted} by each model", f"{values}; standard deviation {spread}"))
-    calibrated = record.get("calibrated_probabilities")
+    answer = Answer.of(record)
+    if answer.members:
+        name = answer.predicted if answer.task.target_words else answer.task.outputs[0]
+        text = percent_text if answer.task.target_words else _number
+        values, spread = ", ".join(text(member[name]) for member in answer.members), (answer.spread or {})[name]
+        facts.append((f"{name} by each model", f"{values}; standard deviation {text(spread)}"))
+    calibrated = answer.calibrated
     if calibrated is not None:
         text = (
             f"{percent_text(record['confidence'])} before, {percent_text(calibrated[record['predicted_class']])} after"
@@ -133,6 +137,10 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = _RECIPE if delivered is None else [name for name in _RECIPE if name != "mpp"]
     facts += [(name, _short(str(recipe[name]))) for name in names if recipe.get(name) is not None]
     return facts if delivered is None else [*facts, ("µm/px of the patches", _mpp_text(delivered, recipe.get("mpp")))]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def _scaling_text(record: Mapping[str, Any], class_names: Sequence[str]) -> str:
@@ -169,7 +177,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         notes.append("The model was trained on synthetic slides: its prediction means nothing for real tissue.")
     notes += _decision_notes(record)
     if record.get("faithfulness"):
-        notes += doubts(record["predicted_class"], record["faithfulness"], weight_name(record))
+        notes += doubts(Answer.of(record).predicted, record["faithfulness"], weight_name(record))
     return notes
 
 
@@ -246,18 +254,20 @@ def _map_text(kind: str, scores: Mapping[str, float | None]) -> str:
 
 
 def evidence_text(record: Mapping[str, Any]) -> str:
-    """Return what the log-odds of the predicted class are the sum of; empty without evidence."""
+    """Return what the log-odds of the predicted class, or another signal, are the sum of; empty without evidence."""
     if not record.get("evidence"):
         return ""
-    name, evidence = record["predicted_class"], record["evidence"]
+    answer, evidence = Answer.of(record), record["evidence"]
+    name, task = answer.signal, answer.task
     log_odds, start, favourable, adverse = (
-        evidence[term][name] for term in ("log_odds", "reference", "for", "against")
+        evidence[term][name] for term in (task.quantity_key, "reference", "for", "against")
     )
     largest = max(map(abs, (log_odds, start, favourable, adverse)))
     decimals = max(0, 3 - math.floor(math.log10(largest))) if largest > 0 else 3  # the same, so that they add up
     total, begin, gain, loss = (f"{value:+.{decimals}f}" for value in (log_odds, start, favourable, adverse))
     return (
-        f"log-odds of {name} {total}: {evidence['begins_at']} {begin}, patches for it {gain}, patches against it {loss}"
+        f"{task.quantity} of {name} {total}: {evidence['begins_at']} {begin}, patches for it {gain}, patches against "
+        f"it {loss}"
     )
 
 

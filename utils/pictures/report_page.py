@@ -71,20 +71,22 @@ def write_report(
         "galleries": _galleries(attention, groups),
         "patch_width": patch_width_text(attention.size_level0, picture.mpp),
         "evidence": caption.evidence,
+        "quantity": caption.quantity,
         "probability_title": caption.probability_title.capitalize(),
         "probabilities": [(name, value, percent_text(value)) for name, value in caption.probabilities.items()],
         "concentration": _concentration(attention),
         "facts": caption.facts,
-        "data": _data(picture, attention) | {"layers": [asdict(layer) for layer in layers]},
+        "data": _data(picture, attention, caption.quantity) | {"layers": [asdict(layer) for layer in layers]},
         "version": versions()["litemil"],
     }
     write_page(path, _TEMPLATE, values)
 
 
-def _data(picture: Picture, attention: AttentionMap) -> dict[str, Any]:
+def _data(picture: Picture, attention: AttentionMap, quantity: str) -> dict[str, Any]:
     """Return the data of the page's script."""
     h, w = picture.shape
     return {
+        "quantity": quantity,
         "width": picture.width,
         "height": picture.height,
         "corner": picture.corner,

@@ -172,4 +172,4 @@ def _evidence_of(prediction: SlidePrediction, name: str) -> NDArray | None:
     """Return the evidence `(N,)` for a class, if there is any."""
     if prediction.evidence is None:
         return None
-    return prediction.evidence.contributions[prediction.class_names.index(name)]
+    return prediction.evidence.contributions[prediction.task.signal_names.index(name)]

@@ -73,8 +73,8 @@ class Checkpoint:
     def fitted(self) -> FittedFigures:
         """Return what was fitted to inner validation (see `Task.fit_on_validation`)."""
         scaling = {"temperature": self.temperature, "intercepts": self.intercepts, "prior": self.prior}
-        chosen = {"threshold": None, "operating_point": BALANCED}
-        return {name: self.selection.get(name, value) for name, value in chosen.items()} | scaling
+        defaults = {"operating_point": BALANCED}  # earlier checkpoints lack it
+        return {name: self.selection.get(name, defaults.get(name)) for name in self.task.decision_figures} | scaling
 
     def at_prevalence(self, prevalence: float) -> Self:
         """Return the checkpoint calibrated for slides of which this share is positive. Raises ValueError."""

@@ -12,13 +12,14 @@ from utils.core.files import read_record
 from utils.core.plots import FORMATS, figure_paths
 from utils.pictures.attention_map import models_of
 from utils.slides.find import is_slide_file
+from utils.tasks.records import Answer
 
 ENDING = "_prediction.json"
 FAITHFULNESS = "{}_faithfulness"  # a figure, one file per format
 # Fields of a request that a record holds outside its own request.
 _RECORDED_ELSEWHERE = ("num_heads", "class_names", "feed", "recipe")
 _FEED = ("mode", "chunk_size", "aggregation", "sequential")
-_NEEDED = {"slide", "model", "checkpoint", "probabilities", "recipe", *_FEED}
+_NEEDED = {"slide", "model", "checkpoint", "recipe", *_FEED}
 
 
 def request_of(source: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,12 +39,16 @@ def request_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
     request = record.get("request")
     if not isinstance(request, dict) or not record.keys() >= _NEEDED:
         return None
+    try:
+        answer = Answer.of(record)
+    except (KeyError, TypeError, ValueError):
+        return None
     if "input" not in request:  # earlier versions wrote the whole request
         return comparable_settings(request)
     return {
         **request,
         "num_heads": sorted({model.get("num_heads") or 0 for model in models_of(record)}),
-        "class_names": list(record["probabilities"]),
+        "class_names": list(answer.values),
         "feed": {name: record[name] for name in _FEED},
         "recipe": _comparable(record["recipe"]) if is_slide_file(request["input"]) else None,
     }

@@ -10,9 +10,10 @@ import numpy as np
 
 from utils.bags.feature_folder import FeatureFolder
 from utils.core.errors import CheckpointError, ConfigError, FeatureFileError, did_you_mean_path, first_few, plural
-from utils.core.files import read_json
+from utils.core.files import read_json, read_record
 from utils.core.runtime import log
 from utils.evaluation.predictions import Predictions
+from utils.tasks.records import Answer, task_of
 
 RECORD, CHOSEN, PREDICTIONS = "run.json", "all_folds_best.pth", "predictions.csv"
 # The largest difference of a probability that rounding on another device explains.
@@ -60,12 +61,12 @@ def _instead(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class TestedSlide:
-    """A slide of a run: its patient and label, the fold that tested it, and its `probabilities` by class."""
+    """A slide of a run: its patient and label, the fold that tested it, and its `values` by output."""
 
     case_id: str
     label: str
     fold: int
-    probabilities: Mapping[str, float]
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class OutOfFold:
         have the repeat.
         """
         record = run_record(folder)
-        predictions = _read_predictions(folder / PREDICTIONS)
+        predictions = _read_predictions(folder)
         repeats = int(predictions.repeats.max())
         if repeat is not None and repeat > repeats:
             raise ConfigError(f"--repeat {repeat}: {folder} has {plural(repeats, 'repeat')}; give one of those")
@@ -130,8 +131,8 @@ class OutOfFold:
         """Return whether the probabilities of new predictions agree with the run's own; warn if they do not."""
         differences = {
             record["slide"]: max(
-                abs(record["probabilities"].get(name, math.inf) - value)
-                for name, value in self.slides[record["slide"]].probabilities.items()
+                abs(Answer.of(record).values.get(name, math.inf) - value)
+                for name, value in self.slides[record["slide"]].values.items()
             )
             for record in records
         }
@@ -141,7 +142,7 @@ class OutOfFold:
             return f"The probabilities are those of {table} (largest difference {largest:.1g})."
         unlike.sort(key=lambda slide: -differences[slide])
         log.warning(
-            "%s: of %d of %d slides the probabilities differ by up to %.2g (%s): perhaps their "
+            "%s: of %d of %d slides the values differ by up to %.2g (%s): perhaps their "
             "features have changed since, or the device or versions differ",
             table, len(unlike), len(differences), largest, first_few(unlike, 3),
         )  # fmt: skip
@@ -156,10 +157,12 @@ def _features_dir(record: Mapping[str, Any]) -> Path | None:
     return default if default.is_dir() else None
 
 
-def _read_predictions(path: Path) -> Predictions:
+def _read_predictions(folder: Path) -> Predictions:
+    path, outputs = folder / PREDICTIONS, read_record(folder / "outputs.json")
     try:
-        return Predictions.read(path, seed=0)
-    except (OSError, ValueError, TypeError) as failure:
+        task = task_of(outputs) if "task" in outputs else None  # classes are those of the table's columns
+        return Predictions.read(path, seed=0, task=task)
+    except (OSError, KeyError, ValueError, TypeError) as failure:
         raise CheckpointError(f"{path}: not the table of a training run ({failure}); train again") from failure
 
 
@@ -168,9 +171,7 @@ def _first_test_of_each(predictions: Predictions) -> dict[str, TestedSlide]:
     assert folds is not None  # noqa: S101 - for the type checker: a training's table has folds
     slides: dict[str, TestedSlide] = {}
     for row in np.lexsort((folds, predictions.repeats)).tolist():
-        probabilities = dict(zip(names, predictions.values[row].tolist(), strict=True))
-        tested = TestedSlide(
-            str(predictions.cases[row]), str(predictions.target_texts[row]), int(folds[row]), probabilities
-        )
+        values = dict(zip(names, predictions.values[row].tolist(), strict=True))
+        tested = TestedSlide(str(predictions.cases[row]), str(predictions.target_texts[row]), int(folds[row]), values)
         slides.setdefault(str(predictions.slides[row]), tested)
     return slides

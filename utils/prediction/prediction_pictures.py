@@ -103,7 +103,11 @@ class PredictionPictures:
         check_patches_fit(ground, coords, attention_map.attention, size_level0)
         values = prediction.evidence
         evidence = values and EvidenceMap(
-            prediction.class_names, values.contributions, values.signals, values.reference
+            prediction.task.signal_names,
+            values.contributions,
+            values.signals,
+            values.reference,
+            prediction.task.quantity,
         )
         for note in attention_map.notes:
             log.info("%s: %s", record["slide"], note)

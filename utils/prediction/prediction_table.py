@@ -26,7 +26,7 @@ from utils.evaluation.predictions import Predictions
 from utils.evaluation.reliability import reliability_figures, reliability_words
 from utils.prediction.existing_records import ENDING
 from utils.prediction.trained_model import BY_NAME
-from utils.tasks.records import FIGURE_NAMES, task_of
+from utils.tasks.records import FIGURE_NAMES, Answer, task_of
 from utils.tasks.task import FittedFigures, Task
 
 if TYPE_CHECKING:
@@ -84,13 +84,9 @@ class PredictedSlides:
         if any(info.label or info.case_id for info in self.infos.values()):
             info = self.infos.get(record["slide"], SlideInfo())
             row |= {"case_id": info.case_id or None, "label": info.label or None}
-        row["predicted"] = record["predicted_class"]
-        for prefix, key in (
-            ("prob", "probabilities"),
-            ("calibrated", "calibrated_probabilities"),
-            ("spread", "spread"),
-        ):
-            row |= {f"{prefix}_{name}": value for name, value in (record.get(key) or {}).items()}
+        answer = Answer.of(record)
+        columns = self.task.answer_columns(answer.predicted, answer.values, answer.calibrated)
+        row |= columns | {f"spread_{name}": value for name, value in (answer.spread or {}).items()}
         row |= {name: record[name] for name in ("num_instances", "seen_in_training")}
         row |= {"fold": record["fold"]} if "fold" in record else {}
         return row | ({"group": self.groups.get(record["slide"])} if self.groups else {})
@@ -105,8 +101,8 @@ class PredictedSlides:
             raise ConfigError("--labels_csv: none of its slides could be predicted, so there is nothing to score")
         rows = [self.rows[record["slide"]] for record in scored]
         num_seen = sum(record["seen_in_training"] is True for record in scored)
-        values = self._by_class([record["probabilities"] for record in scored])
-        scaled = [record["calibrated_probabilities"] for record in scored]
+        values = self._by_class([Answer.of(record).values for record in scored])
+        scaled = [calibrated for record in scored if (calibrated := Answer.of(record).calibrated) is not None]
         return Predictions(
             slides=np.array([row.wsi_id for row in rows]),
             cases=np.array([row.case_id for row in rows]),
@@ -115,7 +111,7 @@ class PredictedSlides:
             task=self.task,
             repeats=np.zeros(len(rows)),
             seed=_SEED,
-            calibrated=None if None in scaled else self._by_class(scaled),
+            calibrated=self._by_class(scaled) if len(scaled) == len(scored) else None,
             decisions=None if fitted is None else self.task.decide_by(fitted, self._by_model(scored)),
             groups=np.array([self.groups[row.wsi_id] for row in rows]) if self.groups else None,
             title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
@@ -137,8 +133,8 @@ class PredictedSlides:
             **self.task.record,
             "positive_class": self.task.positive_output,
             **_figures(predictions),
-            "threshold": fitted and fitted["threshold"],
-            "operating_point": fitted and fitted["operating_point"],
+            "threshold": fitted and fitted.get("threshold"),
+            "operating_point": fitted and fitted.get("operating_point"),
             "patients_from": self.patients_from or NO_PATIENTS,
             "n_seen_in_training": int(is_seen.sum()),
             "n_seen_under_another_name": num_renamed,
@@ -220,7 +216,8 @@ class PredictedSlides:
 
     def _by_model(self, records: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Return the probabilities `(M, n, C)` of records by each of their M models."""
-        members = [record.get("member_probabilities") or [record["probabilities"]] for record in records]
+        answers = [Answer.of(record) for record in records]
+        members = [answer.members or [answer.values] for answer in answers]
         return np.stack([self._by_class(values) for values in zip(*members, strict=True)])
 
     def _by_class(self, values: Sequence[Mapping[str, float]]) -> np.ndarray:

@@ -34,6 +34,7 @@ from utils.prediction.trained_model import BY_NAME, compares_content, seen_words
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.slide_status import STATUSES, SlideStatus
+from utils.tasks.records import Answer
 
 if TYPE_CHECKING:  # it imports what draws
     from utils.prediction.prediction_pictures import PredictionPictures
@@ -114,6 +115,11 @@ def predict_files(
     if silent and any(needing.values()):
         log.info("There is no evidence map: %s", no_evidence_reason(list(dict.fromkeys(silent))))
     first = predictors.first.checkpoint
+    if settings.faithfulness and not first.task.target_words:
+        raise ConfigError(
+            f"--faithfulness: measures how a class's probability falls, and {predictors.first.path} predicts no class "
+            f"({first.task.about}); leave it out"
+        )
     rows = files.label_rows(first.task, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
         warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
@@ -139,7 +145,7 @@ def _annotations(predictors: Predictors, files: PredictionFiles, recipe: Predict
     if settings.annotations is None:
         return None
     annotations = Annotations(
-        settings.annotations, settings.annotation_class, predictors.first.task.outputs, recipe,
+        settings.annotations, settings.annotation_class, predictors.first.task.signal_names, recipe,
         feat_type=files.feat_type, is_folder=settings.input is None,
     )  # fmt: skip
     annotations.log_unused(files.sources)
@@ -252,14 +258,15 @@ def _out_of_fold_words(files: PredictionFiles, records: Sequence[Mapping[str, An
 
 def _index_row(record: Mapping[str, Any], slides: PredictedSlides, folder: Path) -> IndexRow:
     """Return a slide's row on the index page, with its page and the picture of its map if they exist."""
+    answer = Answer.of(record)
     slide, info = record["slide"], slides.infos.get(record["slide"], SlideInfo())
     files = [name for name in (record.get("pictures") or {}).get("files", []) if (folder / name).is_file()]
     pages = [name for name in files if name == f"{slide}_report.html"]
     pictures = [folder / name for name in files if name in (f"{slide}_thumbnail.jpg", f"{slide}_heatmap.png")]
     return IndexRow(
-        slide, record["predicted_class"], record["probabilities"], record["num_instances"],
+        slide, answer.predicted, answer.values, record["num_instances"],
         (pages or [f"{slide}{ENDING}"])[0], info.label, info.case_id, record["seen_in_training"], record.get("fold"),
-        pictures[-1] if pictures else None, record.get("calibrated_probabilities"),
+        pictures[-1] if pictures else None, answer.calibrated, bool(answer.task.target_words),
     )  # fmt: skip
 
 

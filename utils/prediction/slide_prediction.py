@@ -82,14 +82,14 @@ class SlidePrediction:
         }
 
     def evidence_entry(self) -> dict[str, Any] | None:
-        """Return the entry on evidence in `<slide>_prediction.json`: each class's log-odds, those of the reference, and
-        the sums of what argues for it and against it. None without evidence.
+        """Return the entry on evidence in `<slide>_prediction.json`: each class's log-odds, or the other signals of the
+        task, those of the reference, and the sums of what argues for it and against it. None without evidence.
         """
         if self.evidence is None:
             return None
         contributions = self.evidence.contributions.astype(np.float64)
         return {
-            "log_odds": self._by_class(self.evidence.signals),
+            self.task.quantity_key: self._by_class(self.evidence.signals),
             "reference": self._by_class(self.evidence.reference),
             "for": self._by_class(contributions.clip(min=0).sum(axis=1)),
             "against": self._by_class(contributions.clip(max=0).sum(axis=1)),

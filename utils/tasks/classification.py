@@ -46,6 +46,7 @@ class Classification(Task):
 
     kind, flags = "classification", "--class_names"
     figure_names = ("roc", "precision_recall", "confusion_matrix", "calibration")
+    decision_figures = ("threshold", "operating_point")
     main_metrics = METRICS
     compared_metrics = ("auc", "balanced_accuracy", "f1_macro")
     calibration_metrics = ("brier", "ece")
@@ -80,6 +81,11 @@ class Classification(Task):
     def record(self) -> dict[str, Any]:
         """Return the `class_names`."""
         return {"class_names": list(self.class_names)}
+
+    @property
+    def quantity(self) -> str:
+        """Return that signals are log-odds."""
+        return "log-odds"
 
     @property
     def ranked_outputs(self) -> Sequence[int]:
@@ -128,6 +134,14 @@ class Classification(Task):
                 columns |= {f"{prefix}_{name}": numbers[:, index] for index, name in enumerate(self.class_names)}
         return columns
 
+    def answer_columns(
+        self, predicted: str, values: Mapping[str, float], calibrated: Mapping[str, float] | None
+    ) -> dict[str, Any]:
+        """Return `predicted`, the columns `prob_<class>` and, if calibrated, `calibrated_<class>`."""
+        columns: dict[str, Any] = {"predicted": predicted}
+        columns |= {f"prob_{name}": value for name, value in values.items()}
+        return columns | {f"calibrated_{name}": value for name, value in (calibrated or {}).items()}
+
     def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the probabilities and the calibrated ones."""
         scaled = [f"calibrated_{name}" for name in self.class_names]
@@ -152,9 +166,9 @@ class Classification(Task):
             **each,
         }
 
-    def answered(self, record: Mapping[str, Any]) -> Mapping[str, float]:
-        """Return the probabilities by class."""
-        return record["probabilities"]
+    def shares(self, values: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Return the probabilities of the classes."""
+        return "probability", dict(values)
 
     def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
         """Return how many slides and patients each class has, and which class is positive, if one is."""

@@ -1,7 +1,8 @@
 """The tasks there are, and the task of a record: of an `outputs.json`, a `scores.json` or a checkpoint."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 from utils.tasks.classification import Classification
 from utils.tasks.regression import Regression
@@ -29,6 +30,37 @@ def task_of(record: Mapping[str, Any]) -> Task:
 def new_task(kind: str, columns: Mapping[str, str]) -> Task:
     """Return a task of a kind whose target is in these columns, by the names of its fields."""
     return _TASKS[kind](**columns)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer in a slide's record, as `Task.answer` writes it: its text; the values by output, the calibrated ones,
+    and those of each of several models with their standard deviation; and the name of the signal it is about.
+    """
+
+    task: Task
+    predicted: str
+    values: Mapping[str, float]
+    calibrated: Mapping[str, float] | None
+    members: Sequence[Mapping[str, float]]
+    spread: Mapping[str, float] | None
+    signal: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """Read a record. Raise KeyError, TypeError or ValueError if it has no answer."""
+        task = task_of(record)
+        is_classified = "probabilities" in record
+        predicted = record["predicted_class" if is_classified else "predicted"]
+        return cls(
+            task,
+            predicted,
+            record["probabilities" if is_classified else "values"],
+            record.get("calibrated_probabilities"),
+            record.get("member_probabilities" if is_classified else "member_values") or [],
+            record.get("spread"),
+            predicted if is_classified else task.signal_names[0],
+        )
 
 
 def target_record(task: Task) -> dict[str, Any] | None:

@@ -55,6 +55,11 @@ class Regression(Task):
         """Return the column's name."""
         return (self.target_column,)
 
+    @property
+    def quantity(self) -> str:
+        """Return that the signal is the predicted number."""
+        return "predicted value"
+
     def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
         """Return the task with the strata of a cohort: fifths of its numbers, or fewer where patients are few."""
         return replace(self, cuts=inner_quantiles(targets, len(set(cases)), _STRATA))
@@ -96,6 +101,12 @@ class Regression(Task):
         assert calibrated is None  # noqa: S101 - nothing calibrates a number
         return {self.target_column: targets, "predicted": values[:, 0]}
 
+    def answer_columns(
+        self, predicted: str, values: Mapping[str, float], calibrated: Mapping[str, float] | None
+    ) -> dict[str, Any]:
+        """Return `predicted`."""
+        return {"predicted": values[self.target_column]}
+
     def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the column `predicted`."""
         values = numbers_in(rows, ["predicted"])
@@ -135,7 +146,8 @@ class Regression(Task):
 
     def signals(self, logits: Tensor, shares: Tensor) -> Tensor:
         """Return the number: the mean over the parts."""
-        return self.center + self.scale * (shares.to(logits) @ logits)
+        # A copy, as gradients cannot pass a tensor of inference mode.
+        return self.center + self.scale * (shares.to(logits).clone() @ logits)
 
     def metrics(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return every metric `(B,)` (see `regression_metrics`)."""

@@ -51,6 +51,7 @@ class Survival(Task):
 
     kind, flags = "survival", "--task survival --time_column --event_column"
     figure_names = ("kaplan_meier", "survival_calibration")
+    decision_figures = ("median_risk",)
     main_metrics = ("c_index", "c_index_ipcw", "integrated_brier")
     compared_metrics = main_metrics
     lower_is_better = ("integrated_brier",)
@@ -73,8 +74,13 @@ class Survival(Task):
 
     @property
     def signal_names(self) -> tuple[str, ...]:
-        """Return the risk."""
-        return ("risk",)
+        """Return the column of the event."""
+        return (self.event_column,)
+
+    @property
+    def quantity(self) -> str:
+        """Return that the signal is the logarithm of the cumulative hazard."""
+        return "log cumulative hazard"
 
     @property
     def horizons(self) -> tuple[float, ...]:
@@ -144,6 +150,15 @@ class Survival(Task):
         if not ((values[:, 1:] >= 0) & (values[:, 1:] <= 1)).all():
             raise ValueError("a survival that is no number from 0 to 1")
         return values, None
+
+    def headline(self, predicted: str) -> str:
+        """Return the risk and what it is."""
+        return f"risk {predicted}: {self.time_column} lost on average until {self.times[-1]:.4g}"
+
+    def shares(self, values: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Return the survival until each of the times."""
+        times = dict(zip(self.outputs[1:], self.times, strict=True))
+        return f"survival until {self.time_column}", {f"{time:.4g}": values[name] for name, time in times.items()}
 
     def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
         """Return how many slides and patients have the event, and the range of the times."""

@@ -34,6 +34,7 @@ class Task(ABC):
     Attributes
         kind: the name of the task in records and on the command line; flags: those that say what is predicted.
         figure_names: the figures of predictions, from `evaluation.prediction_figures`.
+        decision_figures: the names of those figures fitted to inner validation that decide, such as a threshold.
         main_metrics: the metrics of validation and of closing tables.
         compared_metrics: the metrics that runs are compared by, the primary one first.
         calibration_metrics: the metrics that calibration should improve.
@@ -44,6 +45,7 @@ class Task(ABC):
     kind: ClassVar[str]
     flags: ClassVar[str]
     figure_names: ClassVar[tuple[str, ...]]
+    decision_figures: ClassVar[tuple[str, ...]] = ()
     main_metrics: ClassVar[tuple[str, ...]]
     compared_metrics: ClassVar[tuple[str, ...]]
     calibration_metrics: ClassVar[tuple[str, ...]] = ()
@@ -69,6 +71,16 @@ class Task(ABC):
     def signal_names(self) -> tuple[str, ...]:
         """Return what each of the `signals` argues for."""
         return self.outputs
+
+    @property
+    @abstractmethod
+    def quantity(self) -> str:
+        """Return what the signals are, as in "log-odds of malignant"."""
+
+    @property
+    def quantity_key(self) -> str:
+        """Return the name of the signals in records and files."""
+        return self.quantity.replace("-", "_").replace(" ", "_")
 
     @property
     def about(self) -> str:
@@ -142,6 +154,12 @@ class Task(ABC):
     ) -> dict[str, np.ndarray]:
         """Return the columns `(n,)` of predictions.csv for slides with these targets and values `(n, C)`."""
 
+    def answer_columns(
+        self, predicted: str, values: Mapping[str, float], calibrated: Mapping[str, float] | None
+    ) -> dict[str, Any]:
+        """Return the columns of a slide's answer in the predictions.csv of `predict.py`, by their names in training."""
+        return dict(values)
+
     @abstractmethod
     def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the values `(n, C)` in rows of predictions.csv and the calibrated ones, if there are some.
@@ -162,9 +180,13 @@ class Task(ABC):
             answer["spread"] = self._by_output(members.std(axis=0, ddof=1))
         return answer
 
-    def answered(self, record: Mapping[str, Any]) -> Mapping[str, float]:
-        """Return the values by output in a slide's record, as `answer` writes it."""
-        return record["values"]
+    def headline(self, predicted: str) -> str:
+        """Return the answer of a slide in a few words, given its text (see `prediction_text`)."""
+        return f"{self.outputs[0]} {predicted}"
+
+    def shares(self, values: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Return a title, and those of a slide's values by output that are shares from 0 to 1, to be drawn as bars."""
+        return "", {}
 
     def decide(self, values: np.ndarray) -> np.ndarray:
         """Return which of the signals each answer is about, `(...)` int, for values `(..., C)`: of classes the decided
