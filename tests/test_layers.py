@@ -13,7 +13,7 @@ FOLDERS = ["tasks", "slides", "bags", "features", "evaluation", "pictures", "pre
 IMPORTABLE = {
     "tasks": set(), "slides": set(), "bags": {"slides", "tasks"}, "features": {"slides", "bags"},
     "evaluation": {"tasks"},
-    "pictures": {"slides", "bags"},
+    "pictures": {"tasks", "slides", "bags"},
     "prediction": {"tasks", "slides", "bags", "features", "evaluation", "pictures", "MILS"},
     "learning": {"tasks", "slides", "bags", "evaluation", "prediction", "MILS"},
     "auditing": {"bags", "evaluation", "learning", "tasks"},
@@ -30,7 +30,8 @@ LIBRARIES = {
     "huggingface_hub": {"utils/features/weights.py"},
     "matplotlib": {
         "utils/pictures", "utils/core/plots.py", "utils/core/fonts.py", "utils/evaluation/prediction_figures.py",
-        "utils/evaluation/comparison_figures.py", "utils/learning/learning_curves.py",
+        "utils/evaluation/comparison_figures.py", "utils/evaluation/regression_figures.py",
+        "utils/evaluation/survival_figures.py", "utils/learning/learning_curves.py",
     },
     "argparse": {"utils/core/cli.py"},
     "ray": set(),  # the engine imports it when it is asked for

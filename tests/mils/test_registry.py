@@ -91,7 +91,7 @@ def test_unknown_hyperparameter_lists_the_known():
         ("ABMIL", {"gated": 1}, "gated must be true or false"),
         ("ABMIL_Multihead", {"num_heads": 512}, "ABMIL_Multihead: num_heads 512 leaves less than 2"),
         ("TransMIL", {"hidden_dim": 60}, "TransMIL: hidden_dim 60 is not divisible by num_heads 8"),
-        ("TransMIL", {"num_classes": 1}, "TransMIL: num_classes must be at least 2, got 1"),
+        ("TransMIL", {"num_classes": 0}, "TransMIL: num_classes must be at least 1, got 0"),
         ("TransMIL", {"input_dim": 0}, "TransMIL: input_dim must be at least 1, got 0"),
         ("TransMIL", {"input_dim": "1024"}, "input_dim must be at least 1, got '1024'"),
     ],

@@ -90,7 +90,8 @@ def test_the_figure_says_which_class_and_what_it_adds_up_to():
 def test_what_the_log_odds_are_the_sum_of_has_equal_decimals(values, text):
     names = ("log_odds", "reference", "for", "against")
     evidence = {name: {"malignant": value} for name, value in zip(names, values, strict=True)}
-    record = {"predicted_class": "malignant", "evidence": evidence | {"begins_at": "mean training slide"}}
+    answer = {"predicted_class": "malignant", "probabilities": {"benign": 0.4, "malignant": 0.6}}
+    record = answer | {"evidence": evidence | {"begins_at": "mean training slide"}}
     assert evidence_text(record) == f"log-odds of malignant {text}"
 
 

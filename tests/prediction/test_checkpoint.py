@@ -192,8 +192,8 @@ def test_a_part_that_is_missing(part, saved):
         ({"model": [1]}, "mapping"),
         ({"state_dict": {}}, "Missing key"),
         ({"state_dict": [1]}, "dict"),
-        ({"class_names": ("benign",)}, "1 class names for a model of 2 classes"),
-        ({"class_names": ("a", "b", "c")}, "3 class names for a model of 2 classes"),
+        ({"class_names": ("benign",)}, "a classifier needs two different ones"),
+        ({"class_names": ("a", "b", "c")}, "3 class names for a model of 2 outputs"),
         ({"feed": {"mode": "full"}}, "chunk_size"),
     ],
 )

@@ -125,7 +125,7 @@ def test_features_that_have_changed_are_named(cohort, run, predict, tmp_path):
         write_bag(tmp_path / "features" / path.name, type(bag)(-3 * bag.features, bag.coords, 128, bag.passport))
     outcome = predict("--input_dir", tmp_path / "features")
     assert outcome.code == 0, outcome.err
-    assert "the probabilities differ by up to" in outcome.err
+    assert "the values differ by up to" in outcome.err
     assert "have other probabilities than in" in outcome.out
     assert "so not compared" in predict("--mode", "full", output="whole").out
 

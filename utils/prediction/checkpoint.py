@@ -168,7 +168,7 @@ def _parse(content: Mapping[str, Any]) -> Checkpoint:
         raise KeyError("seen")
     if logits != expected:
         kind = "class names" if checkpoint.target is None else f"outputs of a {checkpoint.task.kind}"
-        raise ModelError(f"{expected} {kind} for a model of {logits}")
+        raise ModelError(f"{expected} {kind} for a model of {logits} outputs")
     return checkpoint
 
 
