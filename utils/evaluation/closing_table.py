@@ -31,7 +31,30 @@ def results_table(results: dict[str, Any]) -> str:
     if results.get("within_folds"):
         pooled.append(figures_row("within folds", results["within_folds"], metrics))
         pooled.append(intervals_row(results["within_folds_intervals_95"], metrics))
-    return text_table([fold_rows, summary, pooled], metrics)
+    return text_table([fold_rows, summary, pooled, case_rows(results, metrics)], metrics)
+
+
+def case_rows(results: Mapping[str, Any], metrics: Sequence[str]) -> list[list[str]]:
+    """Return the rows of the patients' figures of an `outputs.json` or `scores.json`; none if it has none."""
+    cases = results.get("cases")
+    if not cases:
+        return []
+    rows = [figures_row("patients", cases["pooled"], metrics), intervals_row(cases["intervals_95"], metrics)]
+    if cases.get("within_folds"):
+        rows.append(figures_row("within folds", cases["within_folds"], metrics))
+        rows.append(intervals_row(cases["within_folds_intervals_95"], metrics))
+    return rows
+
+
+def case_words(results: Mapping[str, Any]) -> str:
+    """Return that the patients' figures are the ones to report; "" if there are none."""
+    cases = results.get("cases")
+    if not cases:
+        return ""
+    return (
+        f"Report the figures of patients: {plural(cases['n_several_slides'], 'patient')} of {results['n_cases']} "
+        f"{'has' if cases['n_several_slides'] == 1 else 'have'} several slides, whose answers are averaged."
+    )
 
 
 def figures_row(name: str, figures: Mapping[str, float | None], metrics: Sequence[str]) -> list[str]:
@@ -67,7 +90,7 @@ def interval_words(results: Mapping[str, Any], metrics: Sequence[str]) -> str:
 
 def text_table(blocks: Sequence[Sequence[Sequence[str]]], metrics: Sequence[str]) -> str:
     """Return blocks of such rows under the names of the `metrics`, with a rule between blocks."""
-    return aligned([[["", *[name.replace("_", " ") for name in metrics]]], *blocks])
+    return aligned([[["", *[name.replace("_", " ") for name in metrics]]], *filter(None, blocks)])
 
 
 def closing_text(results: dict[str, Any]) -> str:
@@ -76,7 +99,7 @@ def closing_text(results: dict[str, Any]) -> str:
     if results["n_repeats"] > 1:
         about += f" in each of {results['n_repeats']} repeats (pooled: the repeats' mean)"
     task = task_of(results)
-    sentences = [f"{about}. {interval_words(results, task.main_metrics)}"]
+    sentences = [f"{about}. {interval_words(results, task.main_metrics)}", *filter(None, [case_words(results)])]
     if results.get("patients_from") == NO_PATIENTS:
         sentences.append("No patients are known: where some have several slides, every figure above is too good.")
     sentences += [*task.closing_sentences(results), *filter(None, [reliability_words(results.get("calibration", {}))])]
@@ -85,7 +108,7 @@ def closing_text(results: dict[str, Any]) -> str:
         choices = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in settings.most_common()]
         sentences.append(f"Chosen in the inner loop: {'; '.join(choices)}.")
     table = task.table(results["pooled"], results["intervals_95"])
-    return "\n".join([results_table(results), "", table, "", *sentences])
+    return "\n".join([results_table(results), "", *([table, ""] if table else []), *sentences])
 
 
 def _setting_text(setting: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from utils.core.files import write_text
 from utils.evaluation.intervals import Estimate
 from utils.evaluation.predictions import Predictions
@@ -63,7 +65,27 @@ def outputs_content(
         "pooled_calibrated": predictions.calibrated_metrics,
         "calibration": reliability_figures(predictions),
         **predictions.further,
+        "cases": case_figures(predictions),
         "fold_results": list(fold_figures),
+    }
+
+
+def case_figures(predictions: Predictions) -> dict[str, Any] | None:
+    """Return the figures of patients, whose slides' answers are averaged; None if no patient has several slides.
+
+    A patient with slides of several classes has an answer for each of them.
+    """
+    cases = predictions.by_case()
+    if len(cases) == len(predictions):
+        return None
+    per_case = np.unique(predictions.cases[predictions.repeats == predictions.repeats.min()], return_counts=True)[1]
+    return {
+        "n_several_slides": int((per_case > 1).sum()),
+        "pooled": cases.metrics,
+        "intervals_95": cases.intervals,
+        "interval_methods": methods(cases.pooled),
+        **_ranking("within_folds", cases.within_folds),
+        **thresholded(cases),
     }
 
 

@@ -26,6 +26,9 @@ def write_results(
     """
     predictions = pooled_predictions(folds, data, seed)
     outputs.write_table(folder / "predictions.csv", predictions.table())
+    cases = predictions.by_case()
+    if len(cases) < len(predictions):
+        outputs.write_table(folder / "predictions_cases.csv", cases.table().drop(columns="wsi_id"))
     outputs.write_table(folder / "gallery.csv", outputs.gallery_table(predictions))
     history = pd.DataFrame([row for fold in folds for row in fold.history])
     outputs.write_table(folder / "history.csv", history)

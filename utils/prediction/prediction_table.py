@@ -20,8 +20,8 @@ from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
 from utils.evaluation import localization
-from utils.evaluation.closing_table import figures_row, interval_words, intervals_row, text_table
-from utils.evaluation.outputs import NO_PATIENTS, methods, thresholded, write_table
+from utils.evaluation.closing_table import case_rows, case_words, figures_row, interval_words, intervals_row, text_table
+from utils.evaluation.outputs import NO_PATIENTS, case_figures, methods, thresholded, write_table
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.reliability import reliability_figures, reliability_words
 from utils.prediction.existing_records import ENDING
@@ -237,6 +237,7 @@ def _figures(predictions: Predictions) -> dict[str, Any]:
         "pooled_calibrated": predictions.calibrated_metrics,
         "calibration": reliability_figures(predictions),
         **predictions.further,
+        "cases": case_figures(predictions),
     }
 
 
@@ -261,7 +262,9 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     metrics = task.main_metrics
     blocks = [[figures_row("slides", scores["pooled"], metrics), intervals_row(scores["intervals_95"], metrics)]]
     counts = f"{plural(scores['n_slides'], 'slide')} of {plural(scores['n_cases'], 'patient')}."
-    words = [f"{counts} {interval_words(scores, metrics)}"]
+    if scores.get("cases"):
+        blocks.append(case_rows(scores, metrics))
+    words = [f"{counts} {interval_words(scores, metrics)}", case_words(scores)]
     if scores["patients_from"] == NO_PATIENTS:
         words.append("No patients are known: where some have several slides, the intervals are too narrow.")
     words += [
@@ -279,7 +282,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         reason = interval_words(unseen, metrics)
         words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores, metrics) else f" {reason}"))
     table = task.table(scores["pooled"], scores["intervals_95"])
-    return "\n".join([text_table(blocks, metrics), "", table, "", *filter(None, words)])
+    return "\n".join([text_table(blocks, metrics), "", *([table, ""] if table else []), *filter(None, words)])
 
 
 def _seen_words(num_seen: int, num_renamed: int, num_by_name: int) -> str:
