@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from utils.bags.store import Bag, bag_writer, check_writable, write_bag
-from utils.core.device import amp_dtype, resolve_device
+from utils.core.device import amp_dtype, resolve_device, uses_tf32
 from utils.core.differences import first_differences
 from utils.core.errors import BackboneError
 from utils.core.passport import Passport
@@ -119,7 +119,16 @@ class WSIFeatureExtractor:
     @cached_property
     def amp_dtype(self) -> torch.dtype | None:
         """What the backbone computes in, None for single precision."""
-        return amp_dtype(self.config.precision, self.device, self.backbone.precision)
+        return amp_dtype(self._precision, self.device, self.backbone.precision)
+
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether the backbone's products of float32 numbers are in TF32."""
+        return uses_tf32(self._precision, self.device)
+
+    @property
+    def _precision(self) -> str:
+        return "fp32" if self.backbone.is_exact else self.config.precision
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -129,7 +138,7 @@ class WSIFeatureExtractor:
             backbone=self.backbone.name,
             weights_digest=self.backbone.weights_digest,
             transform=self.backbone.transform.as_dict(),
-            precision=str(self.amp_dtype or torch.float32).removeprefix("torch."),
+            precision=str(self.amp_dtype or ("tf32" if self.uses_tf32 else torch.float32)).removeprefix("torch."),
             dtype=config.dtype,
             patch_size=config.patch_size,
             stride=config.stride or config.patch_size,
@@ -234,7 +243,7 @@ class WSIFeatureExtractor:
     @cached_property
     def encoder(self) -> Encoder:
         """What turns patches into features on this extractor's device."""
-        return Encoder(self.config, self.backbone, self.amp_dtype, self.stop)
+        return Encoder(self.config, self.backbone, self.amp_dtype, self.uses_tf32, self.stop)
 
 
 def _check_user_mpp(slide: Slide) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from MILS.bag_model import BagModel, evaluating
 from utils.bags.chunks import Batch
 from utils.bags.dataset import MILDataset
-from utils.core.device import amp_dtype, seed_everything
+from utils.core.device import amp_dtype, seed_everything, set_tf32, uses_tf32
 from utils.core.errors import DivergedError
 from utils.core.runtime import derive_seed, prefetch
 from utils.learning.early_stopping import EarlyStopping
@@ -58,6 +58,7 @@ class ModelTraining:
         seed: int,
         device: torch.device,
     ) -> None:
+        set_tf32(device, uses_tf32(settings.amp_precision, device))
         seed_everything(seed)
         self.model = model_factory().to(device)
         if settings.standardize == "on":

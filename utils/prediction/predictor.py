@@ -18,7 +18,7 @@ from MILS.mergeable import MergeableModel
 from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.settings import CohortFiles
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
-from utils.core.device import resolve_device
+from utils.core.device import resolve_device, set_tf32, uses_tf32
 from utils.core.differences import first_differences
 from utils.core.errors import CheckpointError, ConfigError, RecipeError
 from utils.core.recipe import ASKED_FIELDS, PATCH_CHOICE_FIELDS, Recipe
@@ -63,6 +63,9 @@ class SlidePredictor:
     known cohort) or `class_names`, and lacks its number of heads: it is `num_heads`, else that of the factory's model,
     else 4. Raises CheckpointError.
     """
+
+    # A `--precision`: auto, tf32 or fp32.
+    precision = "auto"
 
     def __init__(
         self,
@@ -169,6 +172,7 @@ class SlidePredictor:
         With `evidence` the prediction says what each patch argues, for one more pass over the patches.
         """
         self._check_bag(bag, path)
+        set_tf32(self.device, uses_tf32(self.precision, self.device))
         feed = self.feed(mode, chunk_size)
         features = _features_of(bag)
         if compares_content(self.trained) and isinstance(features, StoredFeatures):
