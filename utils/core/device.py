@@ -1,16 +1,19 @@
 """The device and precision a process computes with, the seeds of its generators, and a record of them."""
 
+import os
 import platform
 import random
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 from utils.core.errors import ConfigError
-from utils.core.runtime import git_commit, versions
+from utils.core.runtime import available_memory, git_commit, versions
 
 
 def resolve_device(name: str) -> torch.device:
@@ -78,6 +81,21 @@ def set_tf32(device: torch.device, on: bool) -> None:
         torch.backends.cudnn.allow_tf32 = on
 
 
+@contextmanager
+def repeatable(device: torch.device, on: bool) -> Iterator[None]:
+    """Let a CUDA device use only algorithms that give the same bytes each time, within the context, if `on`."""
+    if not on or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS's results may differ
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - other libraries draw from the global generator
@@ -96,6 +114,11 @@ def run_metadata(device: torch.device) -> dict[str, Any]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
     }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of free memory of a CUDA device, or of the machine; None if the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:

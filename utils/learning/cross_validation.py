@@ -20,7 +20,7 @@ from MILS import ModelError
 from utils.bags.dataset import MILDataset
 from utils.bags.inventory import read_inventory
 from utils.bags.settings import CohortFiles
-from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata
+from utils.core.device import amp_dtype, peak_memory, repeatable, resolve_device, run_metadata
 from utils.core.engine import Engine, Processes, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, first_few, plural
 from utils.core.files import read_json, write_json, write_records
@@ -113,7 +113,7 @@ class NestedCrossValidation:
         feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size, dataset.sequential)
         self.trainer = Trainer(
             model_factory, self.spec, tuple(self.settings), self.training, dataset, feed, self.device,
-            self.protocol.seed, self.output_dir / "resume",
+            self.protocol.seed, self.output_dir / "resume", self.running.deterministic,
         )  # fmt: skip
         _check_trainer(self.trainer, self._uses_workers)
 
@@ -122,7 +122,8 @@ class NestedCrossValidation:
         refuse_rerun()
         folds = self.folds()
         folder = RunFolder(self.output_dir)
-        with self._engine() as engine, folder.locked():
+        is_repeatable = repeatable(self.device, self.running.deterministic)
+        with self._engine() as engine, folder.locked(), is_repeatable:
             begun, standardization, digests = self._begin(folder, folds, engine)
             if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
@@ -219,8 +220,9 @@ class NestedCrossValidation:
         warn_of_few_patients(self.dataset, folds)
         jobs = self.jobs(folds)
         with self._engine() as engine, threads(self._chosen_threads(engine, folds).threads):
+            trainer = self.trainer.on_device(engine.sharers)
             return dry_run.report(
-                self.trainer, folds, jobs, self.protocol.final, engine.jobs, self._uses_workers, self.output_dir
+                trainer, folds, jobs, self.protocol.final, engine.jobs, self._uses_workers, self.output_dir
             )
 
     def folds(self) -> list[OuterFold]:
@@ -241,6 +243,7 @@ class NestedCrossValidation:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
             counts = plural(engine.jobs, "training"), plural(torch.get_num_threads(), "thread")
             log.info("%s at a time, on %s each", *counts)
+        trainer = trainer.on_device(engine.sharers)
         jobs, remedy = self.jobs(folds, standardization.folds), _remedy(self.cluster, self.dataset)
         tester = FoldTester(
             trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for, digests,

@@ -123,8 +123,8 @@ class FoldTester:
         states, changes, history = self._final_weights(choice)
         record |= changes
         model = self._model(choice.setting, states)
-        precision = with_setting(trainer.training, trainer.settings[choice.setting - 1]).amp_precision
-        set_tf32(trainer.device, uses_tf32(precision, trainer.device))  # trainings may have run elsewhere
+        # The trainings may have run in other processes.
+        set_tf32(trainer.device, uses_tf32(trainer.training.amp_precision, trainer.device))
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
         record |= {**_decision_figures(data.task, choice.fitted_to_values), "settings": choice.scores}
         result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history)

@@ -152,6 +152,10 @@ class Running(Settings):
     output_dir: Path | None = option(None, "folder for the results (default: outputs/<mil>/<dataset>)")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     jobs: int = option(1, "trainings in parallel, each in its own process with its share of the threads", least=1)
+    deterministic: bool = option(
+        False,
+        "on a CUDA device, compute by algorithms that give the same bytes again, which is slower; a CPU always does",
+    )
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
 
 

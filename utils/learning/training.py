@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from MILS.bag_model import BagModel, evaluating
 from utils.bags.chunks import Batch
 from utils.bags.dataset import MILDataset
+from utils.bags.device_stream import sent_ahead
 from utils.core.device import amp_dtype, seed_everything, set_tf32, uses_tf32
 from utils.core.errors import DivergedError
-from utils.core.runtime import derive_seed, prefetch
+from utils.core.runtime import derive_seed
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
 from utils.learning.standardization import feature_scale, standardize
@@ -97,19 +98,18 @@ class ModelTraining:
         self._steps(itertools.islice(self.dataset.batches(slides, batch_size, self.seed), 1))
 
     def _batches(self, seed: int) -> Iterable[Batch]:
-        """Return an epoch's batches; for a GPU, prefetched into page-locked memory."""
+        """Return an epoch's batches; those for a GPU come through page-locked memory."""
         size = self.settings.batch_size
         if self.device.type != "cuda":
             return self.dataset.batches(self.train, size, seed)
-        return prefetch(self.dataset.batches(self.train, size, seed, pin_memory=True))
+        return self.dataset.batches(self.train, size, seed, pin_memory=True)
 
     def _steps(self, batches: Iterable[Batch]) -> float:
         """Take a step on each batch and return the mean loss over chunks, each weighted by its share of its slide."""
         self.model.train()
         weights = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
         losses, sizes = [], []
-        for batch in batches:
-            batch = batch.to(self.device)
+        for batch in sent_ahead(batches, self.device):
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 logits, _ = self.model.forward_bags(batch.bags)
             chunk_losses = self.dataset.task.loss(logits, batch.labels, weights)
