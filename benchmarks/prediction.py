@@ -82,7 +82,7 @@ def predicted(predictor: SlidePredictor, slide: Path, evidence: bool = False) ->
 def peak(slide: Path, checkpoint: Path, evidence: bool) -> int:
     """Return the memory in bytes that a prediction takes beyond the loaded model, in a process that has made none."""
     predictor = SlidePredictor(checkpoint, device="cpu")
-    return peak_of(lambda: [predicted(predictor, slide, evidence)].clear(), "cpu")
+    return peak_of(lambda: [predicted(predictor, slide, evidence)].clear())
 
 
 def measured(slide: Path, checkpoint: Path, repeats: int) -> list[float]:

@@ -1,0 +1,80 @@
+"""What the benchmarks do on a card, tried in small on a CPU, where a clock stands for the card's events."""
+
+import argparse
+
+import pytest
+import torch
+
+from tests.benchmarks.scripts import imported, table_cells
+
+
+@pytest.fixture
+def card(monkeypatch, device):
+    """The measures of a card, made small where there is none."""
+    card = imported("card")
+    if device.type == "cpu":
+        monkeypatch.setattr(card, "COPIED", 2**16)
+        monkeypatch.setattr(card, "SIDE", 32)
+        monkeypatch.setattr(card, "_TURN_SECONDS", 1e-5)
+    return card
+
+
+@pytest.fixture
+def flags(device):
+    """The flags of a benchmark, by name."""
+
+    def of(**values) -> argparse.Namespace:
+        return argparse.Namespace(**({"device": device.type, "seconds": 60.0, "threads": 1, "repeats": 1} | values))
+
+    return of
+
+
+def test_ceilings_are_rates(card, device):
+    ceilings = card.Ceilings.measured(device.type)
+    assert ceilings.copy > 0 < ceilings.upload
+    assert list(ceilings.products) == list(card.PRECISIONS)
+    assert "TB/s (read and written)" in str(ceilings)
+    one_read = 1000 / ceilings.copy
+    assert ceilings.reads(3 * one_read, 1000) == pytest.approx(3)
+    assert ceilings.share(ceilings.products["fp32"], 2.0, "fp32") == pytest.approx(0.5)
+
+
+def test_each_precision_computes_as_it_says(card, device):
+    for precision in card.PRECISIONS:
+        with card.computing(precision, device.type):
+            is_autocast = torch.is_autocast_enabled(device.type)
+        assert is_autocast == (precision == "bf16" or (device.type == "cuda" and precision == "fp16"))
+        assert not torch.is_autocast_enabled(device.type)
+
+
+def test_time_that_is_over_is_said(card):
+    budget = card.Budget(-1.0)
+    assert budget.is_spent
+    assert "TransMIL (--seconds gives more)" in budget.note(["TransMIL"])
+    assert not card.Budget(60.0).is_spent
+    assert card.Budget(60.0).note([]) == ""
+
+
+def test_models_have_a_row_in_each_precision(card, flags, monkeypatch):
+    models = imported("models")
+    chosen = ["LiteMIL", "LiteMIL.forward_blocks"]
+    monkeypatch.setattr(models, "MODELS", {name: models.MODELS[name] for name in chosen})
+    monkeypatch.setattr(models, "BATCHES", {"LiteMIL.forward_bags": models.BATCHES["LiteMIL.forward_bags"]})
+    monkeypatch.setattr(models, "SCENES", {"three bags": [40, 20, 5]})
+    text = "\n".join(models.on_card(flags(sizes=[50], precisions=card.PRECISIONS)))
+    rows = table_cells(text)
+    names = [(row[0], row[1]) for row in rows]
+    for name in [*models.MODELS, *models.BATCHES]:
+        for precision in card.PRECISIONS:
+            assert (name, precision) in names
+    (row,) = [row for row in rows if row[:2] == ["LiteMIL", "bf16"]]
+    assert float(row[2]) > 0 < float(row[6])
+    assert row[4].endswith("%")
+    assert "Ceilings of" in text
+
+
+def test_models_that_no_time_is_left_for_are_named(card, flags):
+    models = imported("models")
+    *tables, note = models.on_card(flags(sizes=[50], precisions=["fp32"], seconds=-1.0))
+    assert len(tables) == 1
+    assert "LiteMIL in fp32 (One bag of 50 instances)" in note
