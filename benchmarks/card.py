@@ -63,6 +63,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def free(device: str) -> None:
+    """Give memory that no tensor holds back to the card, for other processes."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def wait(device: str) -> None:
     """Wait until the device has done what it was given."""
     if device == "cuda":

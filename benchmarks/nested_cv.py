@@ -2,6 +2,7 @@
 
     uv run benchmarks/nested_cv.py
     uv run benchmarks/nested_cv.py --slides 40 --repeats 3 --jobs 2
+    uv run benchmarks/nested_cv.py --device cuda --jobs 1 2 4
 
 The cohort is synthetic. Each way runs in a fresh process, from the feature files (just written, so in the system's
 cache) to the results on disk, one after the other, on the same folds and threads. Imports are not counted.
@@ -15,6 +16,9 @@ ours   MILDataset and NestedCrossValidation with their defaults, from an empty f
 Both use the same batch size, optimizer, schedule, class weights and clipping, validate after every epoch and test each
 fold once. Before that, both train a small model from the same weights on the same chunks in the same order, without
 dropout. The largest difference of their loss curves is printed: it shows that they compute the same function.
+
+On a card (see `nested_cv_on_card.py`) only our way runs: epochs of one training, with features kept on the card and
+sent there, and whole runs with several jobs.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import card
 import h5py
 import numpy as np
 import pandas as pd
@@ -79,6 +84,8 @@ class Plan:
     threads: int = field(default_factory=torch.get_num_threads)
     jobs: int = 1
     workers: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def training(self) -> Training:
@@ -120,7 +127,7 @@ def write_cohort(folder: Path, plan: Plan) -> None:
         features = rng.standard_normal((count, plan.dim), dtype=np.float32)
         features[::3, label] += SIGNAL
         coords = 256 * np.stack([np.arange(count) % 100, np.arange(count) // 100], axis=1)
-        LAYOUTS[plan.layout](folder / "features" / f"S{slide}.h5", features, coords)
+        LAYOUTS[plan.layout](folder / "features" / f"S{slide}.h5", features.astype(plan.dtype, copy=False), coords)
         lines.append(f"P{patient},S{slide},{CLASSES[label]}")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
 
@@ -261,7 +268,7 @@ def ours(plan: Plan, folder: Path, output: Path) -> Iterator[str]:
     settings = {"jobs": plan.jobs} if plan.jobs > 1 else {}
     cv = NestedCrossValidation(
         factory, dataset, CLASSES, output, plan.n_outer, plan.n_inner, plan.batch_size, plan.epochs,
-        patience=plan.epochs, device="cpu", lr=plan.lr, seed=SEED, **settings,
+        patience=plan.epochs, device=plan.device, lr=plan.lr, seed=SEED, **settings,
     )  # fmt: skip
     cv.run()
     yield "from there to the results"
@@ -424,34 +431,55 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=default.patches, help="of a slide, the mean")
     parser.add_argument("--dim", type=int, default=default.dim)
     parser.add_argument("--chunk_size", type=int, default=default.chunk_size)
-    parser.add_argument("--layout", choices=LAYOUTS, default=default.layout, help="how the feature files are written")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help=f"of the files (default: {default.layout}; on a card LiteMIL)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16"], help="of the features (default: float32; on a card float16)"
+    )
     parser.add_argument("--n_outer", type=int, default=default.n_outer)
     parser.add_argument("--n_inner", type=int, default=default.n_inner)
     parser.add_argument("--epochs", type=int, default=default.epochs)
     parser.add_argument("--batch_size", type=int, default=default.batch_size, help="chunks per step")
     parser.add_argument("--threads", type=int, default=default.threads)
-    parser.add_argument("--jobs", type=int, default=default.jobs, help="processes of ours, which share the threads")
+    parser.add_argument(
+        "--jobs", type=int, nargs="+", help="processes of ours, which share the threads (default: 1; on a card 1 2 4)"
+    )
     parser.add_argument("--workers", type=int, default=default.workers, help="of the plain way's DataLoader")
     parser.add_argument("--repeats", type=int, default=1, help="turns of each whole cross-validation")
     parser.add_argument("--turns", type=int, default=5, help="epochs of the single training that is timed in parts")
     parser.add_argument("--folder", type=Path, help="where the files go, a temporary folder by default")
-    asked = vars(parser.parse_args())
-    repeats, turns, place = (asked.pop(name) for name in ("repeats", "turns", "folder"))
-    plan = Plan(**asked)
-    with tempfile.TemporaryDirectory(dir=place) as name:
-        home = Path(name)
-        difference = largest_difference(loss_curves(home / "small"))
-        write_cohort(home / "cohort", plan)
-        epochs = in_own_process(time_epochs, plan, home / "cohort", home / "packed", turns)
-        whole = whole_runs(plan, home / "cohort", home, repeats)
-        aucs = [f"{way} {pooled_auc(home / 'cohort', home / f'{way}_0'):.3f}" for way in WAYS]
-    size = f"{plan.slides} slides of about {plan.patches:,} x {plan.dim} float32 ({plan.layout})"
+    card.add_flags(parser)
+    asked = parser.parse_args()
+    fields = {"layout": "LiteMIL", "dtype": "float16"} if asked.device == "cuda" else {}
+    fields |= {name: value for name, value in vars(asked).items() if name in vars(default) and value is not None}
+    plan = Plan(**(fields | {"jobs": (asked.jobs or [1])[0]}))
+    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+        if asked.device == "cuda":
+            from nested_cv_on_card import on_card
+
+            for text in on_card(plan, asked, Path(name)):
+                print(text, flush=True)
+        elif len(asked.jobs or [1]) > 1:
+            parser.error("--jobs: on a CPU one number of processes at a time")
+        else:
+            on_cpu(plan, asked, Path(name))
+
+
+def on_cpu(plan: Plan, asked: argparse.Namespace, home: Path) -> None:
+    """Print both ways' tables."""
+    difference = largest_difference(loss_curves(home / "small"))
+    write_cohort(home / "cohort", plan)
+    epochs = in_own_process(time_epochs, plan, home / "cohort", home / "packed", asked.turns)
+    whole = whole_runs(plan, home / "cohort", home, asked.repeats)
+    aucs = [f"{way} {pooled_auc(home / 'cohort', home / f'{way}_0'):.3f}" for way in WAYS]
+    size = f"{plan.slides} slides of about {plan.patches:,} x {plan.dim} {plan.dtype} ({plan.layout})"
     shape = f"{plan.n_outer} x {plan.n_inner} folds, {plan.epochs} epochs, {plan.batch_size} chunks per step"
     means = f"{plan.threads} threads, {plan.jobs} jobs, {plan.workers} workers"
-    print(", ".join([processor(), means, size, shape, f"{repeats} turns", *versions()]))
+    print(", ".join([processor(), means, size, shape, f"{asked.repeats} turns", *versions()]))
     print(f"\nLosses of both ways, {SMALL.epochs} epochs without dropout: they differ by {difference:.1e} at the most")
     heading = " | plain, s | ours, s | plain / ours | plain, CPU s | ours, CPU s | plain / ours"
-    print(f"\nOne inner training, medians of {turns} turns\n")
+    print(f"\nOne inner training, medians of {asked.turns} turns\n")
     print(table(heading, rows(epochs)))
     print("\nThe whole cross-validation\n")
     print(table(heading, rows(whole)))

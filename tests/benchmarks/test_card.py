@@ -1,6 +1,7 @@
 """What the benchmarks do on a card, tried in small on a CPU, where a clock stands for the card's events."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,3 +79,17 @@ def test_models_that_no_time_is_left_for_are_named(card, flags):
     *tables, note = models.on_card(flags(sizes=[50], precisions=["fp32"], seconds=-1.0))
     assert len(tables) == 1
     assert "LiteMIL in fp32 (One bag of 50 instances)" in note
+
+
+def test_a_cross_validation_is_timed_in_epochs_and_whole(card, flags, tmp_path, monkeypatch):
+    nested_cv, on_card = imported("nested_cv"), imported("nested_cv_on_card")
+    monkeypatch.setattr(on_card, "EPOCHS", 1)
+    plan = replace(nested_cv.SMALL, slides=12, epochs=1, threads=1, dtype="float16", device=flags().device)
+    text = "\n".join(on_card.on_card(plan, flags(jobs=[1]), tmp_path))
+    rows = {row[0]: row[1:] for row in table_cells(text)}
+    for name in ("kept on the card", "sent ahead"):
+        assert float(rows[name][0]) > 0
+        assert rows[name][4].endswith("%")
+    assert float(rows["1"][0]) > 0
+    assert 0 <= float(rows["1"][3]) <= 1
+    assert "Not measured" not in text
