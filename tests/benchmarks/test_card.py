@@ -3,10 +3,13 @@
 import argparse
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.benchmarks.scripts import imported, table_cells
+from utils.features.backbones import Backbone
+from utils.features.transform import Transform
 
 
 @pytest.fixture
@@ -92,4 +95,27 @@ def test_a_cross_validation_is_timed_in_epochs_and_whole(card, flags, tmp_path, 
         assert rows[name][4].endswith("%")
     assert float(rows["1"][0]) > 0
     assert 0 <= float(rows["1"][3]) <= 1
+    assert "Not measured" not in text
+
+
+def test_an_extraction_is_timed_alone_and_together(card, flags, tmp_path, monkeypatch):
+    on_card = imported("extraction_on_card")
+
+    def small(device: str):
+        import timm
+
+        network = timm.create_model("test_vit", pretrained=False, num_classes=0)
+        return Backbone("test_vit", 64, Transform(resize=160), network, "").to(device)
+
+    extraction = imported("extraction")
+    blank = np.full((extraction.PERIOD, extraction.PERIOD, 3), 200, np.uint8)
+    monkeypatch.setattr(extraction, "texture", lambda: blank)
+    monkeypatch.setattr(on_card, "NETWORKS", {"test_vit": small})
+    monkeypatch.setattr(on_card, "BATCHES", (2, 4))
+    text = "\n".join(on_card.on_card(flags(patch=64, side=400, patches=20, threads=[1, 2]), tmp_path))
+    rows = table_cells(text)
+    network = [row for row in rows if row[0] == "test_vit"]
+    assert [row[1] for row in network] == list(card.PRECISIONS)
+    assert all(row[2].endswith("%)") for row in network)
+    assert [row[0] for row in rows if row[0] in ("1", "2")] == ["2", "1"]
     assert "Not measured" not in text
