@@ -17,6 +17,8 @@ from report import processor, versions
 
 from utils.core.device import amp_dtype, set_tf32, uses_tf32
 
+DEVICES = ("cpu", "cuda")
+SECONDS = 75.0  # after which a benchmark on a card begins nothing more, by default
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 COPIED = 2**31  # bytes
 SIDE = 8192  # of the square matrices whose product is timed
@@ -151,8 +153,13 @@ class Budget:
     started: float = field(default_factory=time.perf_counter)
 
     @property
+    def spent(self) -> float:
+        """The share that is over."""
+        return (time.perf_counter() - self.started) / self.seconds if self.seconds > 0 else math.inf
+
+    @property
     def is_spent(self) -> bool:
-        return time.perf_counter() - self.started > self.seconds
+        return self.spent >= 1
 
     def note(self, skipped: list[Any]) -> str:
         """Return what was not measured for lack of time; "" if nothing was."""
@@ -161,9 +168,3 @@ class Budget:
         return (
             f"\nNot measured, as {self.seconds:.0f} s were over: {', '.join(map(str, skipped))} (--seconds gives more)"
         )
-
-
-def add_flags(parser: Any) -> None:
-    """Add the flags that benchmarks on a card share."""
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seconds", type=float, default=75, help="on a card: begin nothing more after so many")

@@ -359,7 +359,10 @@ def main() -> None:
     parser.add_argument("--strides", type=int, nargs="+", default=[624, 64], help="px, of the memory part")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender")
     parser.add_argument("--folder", type=Path, help="where the slides go, a temporary folder by default")
-    card.add_flags(parser)
+    parser.add_argument("--device", choices=card.DEVICES, default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=card.SECONDS, help="on a card: begin nothing more after so many"
+    )
     asked = parser.parse_args()
     asked.patches = asked.patches or (2000 if asked.device == "cuda" else 6000)
     lines = []

@@ -313,7 +313,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the features, on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each model, on a CPU")
     parser.add_argument("--precisions", nargs="+", choices=card.PRECISIONS, default=card.PRECISIONS, help="on a card")
-    card.add_flags(parser)
+    parser.add_argument("--device", choices=card.DEVICES, default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=card.SECONDS, help="on a card: begin nothing more after so many"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     if asked.device == "cuda":

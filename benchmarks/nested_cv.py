@@ -449,7 +449,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="turns of each whole cross-validation")
     parser.add_argument("--turns", type=int, default=5, help="epochs of the single training that is timed in parts")
     parser.add_argument("--folder", type=Path, help="where the files go, a temporary folder by default")
-    card.add_flags(parser)
+    parser.add_argument("--device", choices=card.DEVICES, default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=card.SECONDS, help="on a card: begin nothing more after so many"
+    )
     asked = parser.parse_args()
     fields = {"layout": "LiteMIL", "dtype": "float16"} if asked.device == "cuda" else {}
     fields |= {name: value for name, value in vars(asked).items() if name in vars(default) and value is not None}

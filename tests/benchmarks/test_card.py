@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.scripts import imported, table_cells
+from tests.benchmarks.scripts import BENCHMARKS, imported, table_cells
 from utils.features.backbones import Backbone
 from utils.features.transform import Transform
 
@@ -52,11 +52,17 @@ def test_each_precision_computes_as_it_says(card, device):
 
 
 def test_time_that_is_over_is_said(card):
-    budget = card.Budget(-1.0)
+    budget = card.Budget(0.0)
     assert budget.is_spent
     assert "TransMIL (--seconds gives more)" in budget.note(["TransMIL"])
     assert not card.Budget(60.0).is_spent
     assert card.Budget(60.0).note([]) == ""
+
+
+@pytest.mark.parametrize("name", ["models", "nested_cv", "extraction", "prediction"])
+def test_a_benchmark_takes_a_device(name):
+    """In its own file, where whoever runs all benchmarks on a card looks for it."""
+    assert '"--device"' in (BENCHMARKS / f"{name}.py").read_text()
 
 
 def test_models_have_a_row_in_each_precision(card, flags, monkeypatch):
@@ -79,7 +85,7 @@ def test_models_have_a_row_in_each_precision(card, flags, monkeypatch):
 
 def test_models_that_no_time_is_left_for_are_named(card, flags):
     models = imported("models")
-    *tables, note = models.on_card(flags(sizes=[50], precisions=["fp32"], seconds=-1.0))
+    *tables, note = models.on_card(flags(sizes=[50], precisions=["fp32"], seconds=0.0))
     assert len(tables) == 1
     assert "LiteMIL in fp32 (One bag of 50 instances)" in note
 
@@ -119,3 +125,12 @@ def test_an_extraction_is_timed_alone_and_together(card, flags, tmp_path, monkey
     assert all(row[2].endswith("%)") for row in network)
     assert [row[0] for row in rows if row[0] in ("1", "2")] == ["2", "1"]
     assert "Not measured" not in text
+
+
+def test_predictions_are_timed_from_the_file_and_on_the_card(card, flags, tmp_path):
+    prediction = imported("prediction")
+    text = "\n".join(prediction.on_card(flags(patches=300, dim=16, models=["LiteMIL", "maxPool"]), tmp_path))
+    rows = {row[0]: row[1:] for row in table_cells(text)}
+    for name in ("LiteMIL", "maxPool"):
+        assert all(float(cell.replace(",", "")) >= 0 for cell in rows[name])
+    assert "300 patches of 16 float16" in text
