@@ -188,7 +188,12 @@ def whole_demo(tmp_path_factory) -> Newcomer:
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory) -> Newcomer:
     """The same on a quarter of the slides, with nine short trainings and coarse figures."""
-    return _run_once(tmp_path_factory, "small_demo", "-c", _SMALL_DEMO, *FIRST_COMMAND, *SMALL_RUN)
+    return run_small_demo(tmp_path_factory, "small_demo", *FIRST_COMMAND, *SMALL_RUN)
+
+
+def run_small_demo(tmp_path_factory, name: str, *flags: str) -> Newcomer:
+    """Run train.py on a quarter of the demo's slides, in a folder of this name, once for all processes that test."""
+    return _run_once(tmp_path_factory, name, "-c", _SMALL_DEMO, *flags)
 
 
 def _run_once(tmp_path_factory, name: str, *arguments: str) -> Newcomer:
