@@ -15,7 +15,7 @@ from report import table
 
 from MILS import build_mil
 from utils.bags.chunks import Batch
-from utils.bags.device_stream import sent_ahead
+from utils.bags.device_stream import batches_ahead
 from utils.core.device import free_memory
 from utils.learning.training import ModelTraining, validate
 from utils.mil_dataset import MILDataset
@@ -70,7 +70,7 @@ def measure_epochs(plan: Plan, dataset: MILDataset, train: np.ndarray, val: np.n
     taken: list[tuple[list[float], list[float]]] = []
     peak = card.peak_bytes(lambda: taken.append(run()))
     epochs, validations = taken[0]
-    batches = sent_ahead(dataset.batches(train, plan.batch_size, SEED, pin_memory=plan.device == "cuda"), device)
+    batches = batches_ahead(dataset.batches(train, plan.batch_size, SEED, pin_memory=plan.device == "cuda"), device)
     steps = steps_alone(training, list(batches), plan.device)
     size = sum(dataset.info[slide].nbytes for slide in train.tolist())
     return Epochs(float(np.median(epochs)), steps, float(np.median(validations)), size, peak)

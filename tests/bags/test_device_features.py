@@ -10,7 +10,7 @@ from tests.cohort import write_cohort
 from utils.bags import device_features
 from utils.bags.chunks import collate, cut_chunks, cuts_on
 from utils.bags.device_features import DeviceFeatures, fits_on_device, survives_float16
-from utils.bags.device_stream import sent_ahead
+from utils.bags.device_stream import batches_ahead, slides_ahead
 from utils.mil_dataset import MILDataset
 
 GB = 10**9
@@ -148,7 +148,7 @@ def test_batches_are_the_same_wherever_features_are(cohort, device):
     kept = cohort.on_device(device, is_exact=True)
     slides = np.arange(len(cohort))
     for _ in range(2):
-        found = list(sent_ahead(kept.batches(slides, 3, seed=5, pin_memory=device.type == "cuda"), device))
+        found = list(batches_ahead(kept.batches(slides, 3, seed=5, pin_memory=device.type == "cuda"), device))
         expected = list(cohort.batches(slides, 3, seed=5))
         assert len(found) == len(expected) > 3
         for one, other in zip(found, expected, strict=True):
@@ -159,10 +159,19 @@ def test_batches_are_the_same_wherever_features_are(cohort, device):
 def test_a_stream_sends_what_lies_in_memory(cohort, device):
     slides = np.arange(len(cohort))
     batches = cohort.batches(slides, 3, seed=5, pin_memory=device.type == "cuda")
-    for one, other in zip(sent_ahead(batches, device), cohort.batches(slides, 3, seed=5), strict=True):
+    for one, other in zip(batches_ahead(batches, device), cohort.batches(slides, 3, seed=5), strict=True):
         assert {tensor.device.type for tensor in one.tensors} == {device.type}
         pairs = zip(one.tensors, other.tensors, strict=True)
         assert all(torch.equal(values.cpu(), wanted) for values, wanted in pairs)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_slides_are_sent_as_they_are(cohort, device, is_kept):
+    data = cohort.on_device(device, is_exact=True) if is_kept else cohort
+    slides = slides_ahead(map(data.features, range(len(cohort))), device)
+    for slide, found in enumerate(slides):
+        assert found.device.type == device.type
+        assert torch.equal(found.cpu(), cohort.features(slide))
 
 
 def test_the_inventory_is_of_the_files(cohort, device):

@@ -23,7 +23,7 @@ from tests.learning.runs import (
 )
 from utils.core.device import has_tf32, repeatable
 from utils.core.engine import Processes, open_engine
-from utils.core.errors import TrainingError
+from utils.core.errors import EngineError
 from utils.core.files import read_json
 from utils.core.ray_settings import Cluster
 from utils.learning import jobs
@@ -101,7 +101,7 @@ class TestATraining:
         data = MILDataset(*_cohort(tmp_path), chunk_size=20)
         torch.cuda.set_per_process_memory_fraction(0.01)
         try:
-            with pytest.raises(TrainingError, match=r"ran out of memory.*smaller --batch_size"):
+            with pytest.raises(EngineError, match=r"ran out of memory.*smaller --batch_size"):
                 make_cv(data, tmp_path / "run", device="cuda").run()
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)

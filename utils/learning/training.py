@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from MILS.bag_model import BagModel, evaluating
 from utils.bags.chunks import Batch
 from utils.bags.dataset import MILDataset
-from utils.bags.device_stream import sent_ahead
+from utils.bags.device_stream import batches_ahead, slides_ahead
 from utils.core.device import amp_dtype, seed_everything, set_tf32, uses_tf32
 from utils.core.errors import DivergedError
 from utils.core.runtime import derive_seed
@@ -109,7 +109,7 @@ class ModelTraining:
         self.model.train()
         weights = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
         losses, sizes = [], []
-        for batch in sent_ahead(batches, self.device):
+        for batch in batches_ahead(batches, self.device):
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 logits, _ = self.model.forward_bags(batch.bags)
             chunk_losses = self.dataset.task.loss(logits, batch.labels, weights)
@@ -225,7 +225,8 @@ def validate(
     DivergedError if a value is not finite.
     """
     features = (dataset.features(int(slide)) for slide in slides)
-    values = predict_values(dataset.task, model, features, feed)
+    ahead = slides_ahead(features, next(model.parameters()).device)
+    values = predict_values(dataset.task, model, ahead, feed)
     _check_finite(model, values)
     figures = dataset.task.validation(dataset.labels[slides], values, loss_weights)
     return {f"val_{name}": value for name, value in figures.items()}, values
