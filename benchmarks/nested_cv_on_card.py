@@ -10,8 +10,9 @@ from pathlib import Path
 import card
 import numpy as np
 import torch
-from nested_cv import CLASSES, SEED, Cohort, Plan, our_dataset, pooled_auc, timed, write_cohort
+from nested_cv import our_dataset, pooled_auc, timed
 from report import table
+from trained_cohort import CLASSES, SEED, Cohort, Plan, write_cohort
 
 from MILS import build_mil
 from utils.bags.chunks import Batch
