@@ -221,8 +221,7 @@ def pooled_auc(folder: Path, output: Path) -> float:
     return figures["auc"] or float("nan")
 
 
-def main() -> None:
-    default = Plan()
+def flags(default: Plan) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slides", type=int, default=default.slides)
     parser.add_argument("--patches", type=int, default=default.patches, help="of a slide, the mean")
@@ -250,6 +249,12 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=card.SECONDS, help="on a card: begin nothing more after so many"
     )
+    return parser
+
+
+def main() -> None:
+    default = Plan()
+    parser = flags(default)
     asked = parser.parse_args()
     fields = {"layout": "LiteMIL", "dtype": "float16"} if asked.device == "cuda" else {}
     fields |= {name: value for name, value in vars(asked).items() if name in vars(default) and value is not None}

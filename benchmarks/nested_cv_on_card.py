@@ -16,6 +16,7 @@ from trained_cohort import CLASSES, SEED, Cohort, Plan, write_cohort
 
 from MILS import build_mil
 from utils.bags.chunks import Batch
+from utils.bags.dataset import on_device
 from utils.bags.device_stream import batches_ahead
 from utils.core.device import free_memory
 from utils.learning.training import ModelTraining, validate
@@ -101,7 +102,7 @@ def on_card(plan: Plan, asked: argparse.Namespace, home: Path) -> Iterator[str]:
     inner = Cohort.of(home / "cohort").folds(plan)[0].inner[0]
     patches = sum(dataset.info[slide].num_instances for slide in inner.train.tolist())
     rows = []
-    kept = dataset.on_device(torch.device(plan.device))
+    kept = on_device(dataset, torch.device(plan.device))
     for name, data in {"kept on the card": kept, "sent ahead": dataset}.items():
         rows.append([name, *measure_epochs(plan, data, inner.train, inner.val).cells(ceilings, patches)])
     yield f"An inner training, {patches:,} patches an epoch\n\n{table(HEADING, rows)}\n"

@@ -9,6 +9,7 @@ import torch
 from tests.cohort import write_cohort
 from utils.bags import device_features
 from utils.bags.chunks import collate, cut_chunks, cuts_on
+from utils.bags.dataset import on_device
 from utils.bags.device_features import DeviceFeatures, fits_on_device, survives_float16
 from utils.bags.device_stream import batches_ahead, slides_ahead
 from utils.mil_dataset import MILDataset
@@ -70,7 +71,7 @@ def test_a_feature_that_would_vanish_beside_others(scale):
 
 @pytest.mark.parametrize("is_exact", [False, True])
 def test_features_are_those_of_the_source(cohort, device, is_exact):
-    kept = cohort.on_device(device, is_exact=is_exact)
+    kept = on_device(cohort, device, is_exact=is_exact)
     for slide in (0, 3, 0):
         found, stored = kept.features(slide), cohort.features(slide)
         assert found.device.type == device.type
@@ -102,7 +103,7 @@ def test_a_slide_that_float16_does_not_hold_comes_from_the_source(device):
 
 
 def test_what_does_not_fit_comes_from_the_source_and_is_said(cohort, device, memory, caplog):
-    kept = cohort.on_device(device, processes=2)._features
+    kept = on_device(cohort, device, processes=2)._features
     memory(6 * kept.total - 1)
     with caplog.at_level("INFO", "litemil"):
         assert torch.equal(kept(0), cohort.features(0))
@@ -112,7 +113,7 @@ def test_what_does_not_fit_comes_from_the_source_and_is_said(cohort, device, mem
 
 
 def test_what_just_fits_is_kept(cohort, device, memory):
-    kept = cohort.on_device(device, processes=2)._features
+    kept = on_device(cohort, device, processes=2)._features
     memory(6 * kept.total)
     assert kept(0) is not cohort.features(0)
     assert kept(0).device.type == device.type
@@ -122,7 +123,7 @@ def test_memory_that_is_gone_is_no_error(cohort, device, monkeypatch, caplog):
     def full(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    kept = cohort.on_device(device)._features
+    kept = on_device(cohort, device)._features
     monkeypatch.setattr(device_features.torch, "empty", full)
     with caplog.at_level("INFO", "litemil"):
         assert torch.equal(kept(0), cohort.features(0))
@@ -130,7 +131,7 @@ def test_memory_that_is_gone_is_no_error(cohort, device, monkeypatch, caplog):
 
 
 def test_a_copy_in_another_process_begins_empty(cohort, device):
-    kept = cohort.on_device(device, processes=3, is_exact=True)._features
+    kept = on_device(cohort, device, processes=3, is_exact=True)._features
     kept(0)
     copy = pickle.loads(pickle.dumps(kept))  # noqa: S301 - made here
     assert not copy._on_device
@@ -141,11 +142,11 @@ def test_a_copy_in_another_process_begins_empty(cohort, device):
 def test_a_cohort_that_is_to_be_read_from_files_is(cohort, device):
     csv, features = cohort.features_dir.parent / "labels.csv", cohort.features_dir
     uncached = MILDataset(csv, features, chunk_size=20, cache="off")
-    assert uncached.on_device(device) is uncached
+    assert on_device(uncached, device) is uncached
 
 
 def test_batches_are_the_same_wherever_features_are(cohort, device):
-    kept = cohort.on_device(device, is_exact=True)
+    kept = on_device(cohort, device, is_exact=True)
     slides = np.arange(len(cohort))
     for _ in range(2):
         found = list(batches_ahead(kept.batches(slides, 3, seed=5, pin_memory=device.type == "cuda"), device))
@@ -167,7 +168,7 @@ def test_a_stream_sends_what_lies_in_memory(cohort, device):
 
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_slides_are_sent_as_they_are(cohort, device, is_kept):
-    data = cohort.on_device(device, is_exact=True) if is_kept else cohort
+    data = on_device(cohort, device, is_exact=True) if is_kept else cohort
     slides = slides_ahead(map(data.features, range(len(cohort))), device)
     for slide, found in enumerate(slides):
         assert found.device.type == device.type
@@ -175,7 +176,7 @@ def test_slides_are_sent_as_they_are(cohort, device, is_kept):
 
 
 def test_the_inventory_is_of_the_files(cohort, device):
-    kept = cohort.on_device(device)
+    kept = on_device(cohort, device)
     assert [record.sha256 for record in kept.inventory({})] == [record.sha256 for record in cohort.inventory({})]
 
 
@@ -189,5 +190,5 @@ def test_cuts_are_sent_together():
 
 
 def test_a_batch_of_features_on_a_device_stays_there(cohort):
-    batch = collate(cohort.on_device(torch.device("cpu"))._chunks(0, np.random.default_rng(0), 1.0))
+    batch = collate(on_device(cohort, torch.device("cpu"))._chunks(0, np.random.default_rng(0), 1.0))
     assert {bag.dtype for bag in batch.bags} == {torch.float16}

@@ -21,6 +21,7 @@ from tests.learning.runs import (
     leave_unfinished,
     make_cv,
 )
+from utils.bags.dataset import on_device
 from utils.core.device import has_tf32, repeatable
 from utils.core.engine import Processes, open_engine
 from utils.core.errors import EngineError
@@ -64,14 +65,14 @@ class TestATraining:
             assert row["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-3)
 
     def test_is_the_same_with_features_kept_on_the_device(self, dataset, device):
-        kept = dataset.on_device(device)
+        kept = on_device(dataset, device)
         assert same(fitted(kept, device), fitted(dataset, device))
         assert kept.features(int(TRAIN[0])).device.type == device.type
 
     def test_standardizes_by_features_on_the_device(self, dataset, device):
         mean, expected = (
             fitted(data, device, standardize="on").state_dict["feature_mean"]
-            for data in (dataset.on_device(device), dataset)
+            for data in (on_device(dataset, device), dataset)
         )
         torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6)
 
@@ -178,7 +179,7 @@ class TestTheTrainer:
         trainer = replace(cv.trainer, device=torch.device("cuda"))
         features = trainer.on_device(3).dataset._features
         assert (features.processes, features.is_exact) == (3, is_exact)
-        assert not dataset.on_device(torch.device("cpu"))._features.is_exact
+        assert not on_device(dataset, torch.device("cpu"))._features.is_exact
 
 
 def test_each_engine_says_how_many_share_a_card():

@@ -142,7 +142,7 @@ class MILDataset(Dataset):
             FileFeatures(paths, self.info, feat_type, self.features_dir), cache, packed
         )
         self._features: Source | DeviceFeatures = self._source
-        self._may_keep = cache != "off"
+        self._cache = cache
 
     @classmethod
     def of_cohort(cls, cohort: Cohort) -> "MILDataset":
@@ -225,10 +225,7 @@ class MILDataset(Dataset):
         return read_bag(self.rows[slide_number(slide, len(self))].path, self.feat_type)
 
     def features(self, slide: SupportsIndex) -> Tensor:
-        """`(N, D)`, float16 or float32 as stored; it may be the cache itself, so copy it before you change it.
-
-        Of a dataset `on_device`, they may be on the device.
-        """
+        """`(N, D)`, as stored, or in float16 on a device; maybe the cache itself, so copy it before you change it."""
         return self._features(slide_number(slide, len(self)))
 
     def inventory(self, earlier: Mapping[str, FileRecord]) -> list[FileRecord]:
@@ -271,31 +268,35 @@ class MILDataset(Dataset):
     def shared(self, folder: Path) -> "MILDataset":
         """Return the dataset for several processes: features that this one keeps in memory are packed into `folder`."""
         features = share(self._source, packed_path(folder, self.features_dir, self.feat_type))
-        if features is self._source:
-            return self
-        dataset = copy.copy(self)
-        dataset._source = dataset._features = features
-        return dataset
-
-    def on_device(self, device: torch.device, *, processes: int = 1, is_exact: bool = False) -> "MILDataset":
-        """Return the dataset with its features on a device from their first use on, if they fit (see `DeviceFeatures`);
-        the dataset itself if its `cache` is "off".
-        """
-        if not self._may_keep:
-            return self
-        dataset = copy.copy(self)
-        dataset._features = DeviceFeatures(self._source, self.info, device, processes=processes, is_exact=is_exact)
-        return dataset
+        return self if features is self._source else _with_features(self, features, features)
 
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
         features = self.features(slide)
-        cuts = cut_chunks(len(features), self.largest_chunk, sequential=self.sequential, rng=rng)
-        cuts = cuts_on(cuts, features.device)
+        cuts = cuts_on(
+            cut_chunks(len(features), self.largest_chunk, sequential=self.sequential, rng=rng), features.device
+        )
         weight = 1 / (len(cuts) * per_slide)
         return [Chunk(features, cut, self.rows[slide].label, weight, slide) for cut in cuts]
 
     def _counts(self) -> str:
         return self.task.counts_text(self.labels, self.cases.tolist())
+
+
+def on_device(dataset: MILDataset, device: torch.device, *, processes: int = 1, is_exact: bool = False) -> MILDataset:
+    """Return the dataset with its features on a device from their first use on, if they fit (see `DeviceFeatures`); the
+    dataset itself if its `cache` is "off".
+    """
+    if dataset._cache == "off":
+        return dataset
+    source = dataset._source
+    features = DeviceFeatures(source, dataset.info, device, processes=processes, is_exact=is_exact)
+    return _with_features(dataset, source, features)
+
+
+def _with_features(dataset: MILDataset, source: Source, features: Source | DeviceFeatures) -> MILDataset:
+    dataset = copy.copy(dataset)
+    dataset._source, dataset._features = source, features
+    return dataset
 
 
 def slide_number(slide: SupportsIndex, count: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from MILS import build_mil
-from utils.bags.dataset import MILDataset
+from utils.bags.dataset import MILDataset, on_device
 from utils.core.device import repeatable
 from utils.core.errors import DivergedError, TrainingError
 from utils.core.processes import Send
@@ -67,13 +67,13 @@ class Trainer:
 
     def on_device(self, processes: int) -> "Trainer":
         """Return a trainer that keeps the features on its device, if that is a CUDA device and they fit (see
-        `MILDataset.on_device`). So many processes share the device.
+        `bags.dataset.on_device`). So many processes share the device.
         """
         if self.device.type != "cuda":
             return self
         # Whether features fit, and so are rounded, depends on what else runs on the device.
         is_exact = self.deterministic or self.training.amp_precision == "fp32"
-        return replace(self, dataset=self.dataset.on_device(self.device, processes=processes, is_exact=is_exact))
+        return replace(self, dataset=on_device(self.dataset, self.device, processes=processes, is_exact=is_exact))
 
     def __call__(self, job: TrainingJob, send: Send) -> None:
         keep_freed_memory()

@@ -64,9 +64,6 @@ class SlidePredictor:
     else 4. Raises CheckpointError.
     """
 
-    # A `--precision`: auto, tf32 or fp32.
-    precision = "auto"
-
     def __init__(
         self,
         model_path: str | Path | Sequence[str | Path],
@@ -86,7 +83,7 @@ class SlidePredictor:
         heads = claimed.get("num_heads") if num_heads is None else num_heads
         keep_freed_memory()
         self.device = resolve_device(device)
-        self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
+        self.feature_extractor, self.allow_mismatch, self.precision = feature_extractor, allow_mismatch, "auto"
         self.trained: list[TrainedModel] = []
         for path in map(chosen_checkpoint, paths):
             checkpoint = load_checkpoint(path, class_names=names, dataset=dataset, num_heads=heads)
@@ -173,8 +170,7 @@ class SlidePredictor:
         """
         self._check_bag(bag, path)
         set_tf32(self.device, uses_tf32(self.precision, self.device))
-        feed = self.feed(mode, chunk_size)
-        features = _features_of(bag)
+        features, feed = _features_of(bag), self.feed(mode, chunk_size)
         if compares_content(self.trained) and isinstance(features, StoredFeatures):
             features = DigestedFeatures(features)
         outputs = [predict_features(self.task, model, features, feed, True, evidence) for model in self.models]
