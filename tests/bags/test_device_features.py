@@ -1,13 +1,14 @@
 """Features that stay on a device: whether they fit, and that they are the source's."""
 
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
 from tests.cohort import write_cohort
-from utils.bags import device_features
+from utils.bags import device_features, device_stream
 from utils.bags.chunks import collate, cut_chunks, cuts_on
 from utils.bags.dataset import on_device
 from utils.bags.device_features import DeviceFeatures, fits_on_device, survives_float16
@@ -164,6 +165,38 @@ def test_a_stream_sends_what_lies_in_memory(cohort, device):
         assert {tensor.device.type for tensor in one.tensors} == {device.type}
         pairs = zip(one.tensors, other.tensors, strict=True)
         assert all(torch.equal(values.cpu(), wanted) for values, wanted in pairs)
+
+
+class FakeStream:
+    """Stands for a stream of a card: keeps what it was told."""
+
+    device = "cuda:1"
+
+    def __init__(self, *_):
+        self.events = []
+
+    def record_event(self):
+        self.events.append(f"copied {len(self.events)}")
+        return self.events[-1]
+
+    def wait_event(self, event):
+        self.events.append(event)
+
+
+def test_what_is_computed_waits_for_its_own_copy(monkeypatch):
+    computing, used = FakeStream(), []
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: used.append((tensor.item(), stream)))
+    items = [torch.tensor(number) for number in range(4)]
+    ahead = device_stream._ahead(items, torch.device("cuda"), lambda item: item + 10, lambda item: (item,))
+    for number, item in enumerate(ahead):
+        assert item.item() == number + 10
+        assert computing.events[-1] == f"copied {number}"
+        assert used[-1] == (number + 10, computing)
+    assert len(used) == 4
 
 
 @pytest.mark.parametrize("is_kept", [True, False])

@@ -43,10 +43,11 @@ def _ahead(
     copies = torch.cuda.Stream(device)
 
     def sent() -> Iterator[tuple[Item, Any]]:
-        for item in items:
-            with torch.cuda.stream(copies):
-                moved = send(item), copies.record_event()
-            yield moved
+        with torch.cuda.device(copies.device):  # a thread begins on the first one
+            for item in items:
+                with torch.cuda.stream(copies):
+                    moved = send(item), copies.record_event()
+                yield moved
 
     for item, arrived in prefetch(sent()):
         computing = torch.cuda.current_stream(device)

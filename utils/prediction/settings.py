@@ -90,7 +90,9 @@ class Prediction(Settings):
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "tf32", "fp32"] = option(
-        "auto", "precision of the models' products; auto: tf32 on a CUDA device that has it, fp32 elsewhere"
+        "auto",
+        "precision of the models' products, not of a raw slide's backbone; auto: tf32 on a CUDA device that has it, "
+        "fp32 elsewhere",
     )
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
     allow_mismatch: bool = option(False, "predict even if the features were made with another recipe than the model's")
