@@ -79,5 +79,6 @@ def test_prints_both_tables():
     assert [row[0] for row in rows if row[0] in names] == names
     for row in rows:
         if row[0] in names:
-            assert all(float(cell) >= 0 for cell in row[1:]), row
+            # A ratio to less processor time than is counted is no number.
+            assert not any(float(cell) < 0 for cell in row[1:]), row
     assert "12 slides of about 60 x 16" in out
