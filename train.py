@@ -56,7 +56,7 @@ def main() -> None:
     output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
     settings = {**asdict(training), **asdict(protocol), **asdict(cluster)}
     settings |= {"dataset_name": cohort.dataset, "preset": preset.preset}
-    settings |= {field: getattr(running, field) for field in ("device", "jobs", "figure_format")}
+    settings |= {field: getattr(running, field) for field in ("device", "jobs", "deterministic", "figure_format")}
     factory = model_factory(name, model, dataset)
     cv = NestedCrossValidation(factory, dataset, dataset.class_names, output_dir, **settings)
     if run.dry_run:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -118,6 +120,23 @@ def at_least_single(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def full_precision(like: Tensor) -> torch.autocast:
-    """Turn autocast off within the context, on the device of `like`."""
-    return torch.autocast(like.device.type, enabled=False)
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Turn autocast and TF32 off within the context, on the device of `like`."""
+    without_autocast = torch.autocast(like.device.type, enabled=False)
+    if like.device.type != "cuda" or torch.compiler.is_compiling():
+        return without_autocast
+    return _without_tf32(without_autocast)
+
+
+@contextmanager
+def _without_tf32(without_autocast: torch.autocast) -> Iterator[None]:
+    # By the newer name: it can be read whichever name it was set by.
+    was_on = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if was_on:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with without_autocast:
+            yield
+    finally:
+        if was_on:
+            torch.backends.cuda.matmul.allow_tf32 = True

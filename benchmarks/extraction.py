@@ -2,6 +2,7 @@
 
     uv run benchmarks/extraction.py
     uv run benchmarks/extraction.py --side 5000 --patches 300 --repeats 3
+    uv run benchmarks/extraction.py --device cuda
 
 A synthetic slide of each tile size is written as a JPEG pyramid. The contenders read it in alternating turns, in one
 process, from the system's cache, so that reading is measured and not the disk. Results are first checked to be equal:
@@ -9,6 +10,8 @@ pixels exactly, features to rounding.
 
 The first version's way is one patch after the other: OpenSlide, PIL, torchvision's transforms, and batches of 64 by
 the network as published. The memory part runs each extraction in a process of its own.
+
+On a card (see `extraction_on_card.py`): the network alone, reading alone, and both.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import card
 import imagecodecs
 import numpy as np
 import openslide
@@ -345,15 +349,31 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=20_000, help="px of the slides")
     parser.add_argument("--tiles", type=int, nargs="+", default=[256, 240], help="px of their tiles")
     parser.add_argument("--patch", type=int, default=256, help="px")
-    parser.add_argument("--patches", type=int, default=6000, help="read in a turn, from the first row on")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--patches", type=int, help="read in a turn, from the first row on (default: 6000; on a card 2000)"
+    )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="readers (default: 1 2; on a card 1, 2, 4, ... processors)"
+    )
     parser.add_argument("--extracted", type=int, default=12, help="rows and columns of patches that are extracted")
     parser.add_argument("--strides", type=int, nargs="+", default=[624, 64], help="px, of the memory part")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender")
     parser.add_argument("--folder", type=Path, help="where the slides go, a temporary folder by default")
+    parser.add_argument("--device", choices=card.DEVICES, default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=card.SECONDS, help="on a card: begin nothing more after so many"
+    )
     asked = parser.parse_args()
+    asked.patches = asked.patches or (2000 if asked.device == "cuda" else 6000)
     lines = []
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        if asked.device == "cuda":
+            from extraction_on_card import on_card
+
+            for text in on_card(asked, Path(folder)):
+                print(text, flush=True)
+            return
+        asked.threads = asked.threads or [1, 2]
         for part in asked.parts:
             lines += ["", *PARTS[part](Path(folder), asked)]
     print(", ".join(["\n" + processor(), f"{asked.repeats} turns", *versions()]))

@@ -2,27 +2,33 @@
 
     uv run benchmarks/models.py
     uv run benchmarks/models.py --sizes 1000 50000 200000 --threads 1
-    uv run benchmarks/models.py --device cuda --dtype float16
+    uv run benchmarks/models.py --device cuda --precisions bf16 fp16
 
 A step is forward, loss and backward. Times are medians of runs that take turns, in one process. Memory is the peak
 beyond input and weights, in a process of its own, after a warm-up on a small bag. Every model casts half-precision
 features to float32. On a CPU times are given as multiples of LiteMIL's: the ratio of two models carries over to another
 machine, a number of milliseconds does not.
+
+On a card, in one process, each model runs in every precision; features are float16 where products are. Times are also
+given as multiples of one read of the bags at the speed at which the card copies, and the forward pass's operations as a
+share of what the card does in a large product of that precision; both ceilings are measured first.
 """
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import card
 import torch
+from card import seconds
 from references import PlainLiteMIL, PublishedTransMIL
 from report import processor, table, versions
 from scipy.special import ndtri
@@ -36,6 +42,7 @@ from MILS.layers import ONEDNN_LINEAR
 
 INPUT_DIM, NUM_CLASSES = 1024, 2
 SIZES = (1_000, 10_000, 50_000, 100_000)
+SIZES_ON_CARD = (*SIZES, 1_000_000)
 BASE = "LiteMIL"
 PASSES = ("forward", "step")
 WARM_UP = 3_000  # instances: small, and long enough to be streamed
@@ -52,6 +59,7 @@ class Contender:
     build: Callable[[], nn.Module]
     call: Callable[..., Tensor]
     prepare: Callable[[list[Tensor]], tuple[Any, ...]] = padded
+    is_inference_only: bool = False
 
 
 def mil(name: str) -> nn.Module:
@@ -67,7 +75,7 @@ MODELS = {name: Contender(lambda name=name: mil(name), lambda m, x, mask: m(x, m
     "TransMIL as published": Contender(lambda: PublishedTransMIL(INPUT_DIM, NUM_CLASSES), lambda m, x, _: m(x.float())),
     "input projection alone": Contender(lambda: nn.Linear(INPUT_DIM, 256), lambda m, x, _: m(x.float())),
     "LiteMIL.forward_blocks": Contender(
-        lambda: mil(BASE), lambda m, bag: m.forward_blocks(bag.split(4096))[0], lambda bags: (bags[0],)
+        lambda: mil(BASE), lambda m, bag: m.forward_blocks(bag.split(4096))[0], lambda bags: (bags[0],), True
     ),
 }
 BATCHES = {
@@ -75,7 +83,6 @@ BATCHES = {
     "LiteMIL, padded": Contender(lambda: mil(BASE), lambda m, x, mask: m(x, mask)[0]),
     "LiteMIL by nn.MultiheadAttention, padded": Contender(plain, lambda m, x, mask: m(x.float(), mask)),
 }
-INFERENCE_ONLY = {"LiteMIL.forward_blocks"}
 # Sixteen bags whose lengths spread as those of a cohort's slides do: log-normal, the longest three times the mean.
 RAGGED = [round(10_000 * float(torch.exp(torch.tensor(0.75 * ndtri((i + 0.5) / 16) - 0.25)))) for i in range(16)]
 SCENES = {"sixteen ragged bags": RAGGED, "32 chunks of 1000": [1_000] * 32}
@@ -123,6 +130,7 @@ class Subject:
         self.model.requires_grad_(False)  # the counter trips over attention that could have gradients and has none
         with FlopCounterMode(display=False, custom_mapping={ONEDNN_LINEAR: linear_flops}) as counter:
             self.forward()
+        self.model.requires_grad_(True)
         return counter.get_total_flops()
 
 
@@ -137,49 +145,27 @@ def measure_times(setting: Setting, group: Group, which: str, lengths: Sequence[
     subjects = {name: Subject(contender, setting, bags) for name, contender in group.items()}
     runs = {}
     for name, subject in subjects.items():
-        taken = [seconds(getattr(subject, which), 1, setting.device)]
-        if taken[0] < 10 * TURN_SECONDS:  # the first run is the slowest, all the more on a GPU
-            taken.append(seconds(getattr(subject, which), 1, setting.device))
+        taken = [seconds(getattr(subject, which), 1, "cpu")]
+        if taken[0] < 10 * TURN_SECONDS:  # the first run is the slowest
+            taken.append(seconds(getattr(subject, which), 1, "cpu"))
         runs[name] = math.ceil(TURN_SECONDS / min(taken))
     times: dict[str, list[float]] = {name: [] for name in group}
     for _ in range(setting.repeats):
         for name, subject in subjects.items():
             if sum(times[name]) < LIMIT_SECONDS:
-                times[name].append(seconds(getattr(subject, which), runs[name], setting.device))
+                times[name].append(seconds(getattr(subject, which), runs[name], "cpu"))
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     return {name: (median, subjects[name].flops() if which == "forward" else 0.0) for name, median in medians.items()}
-
-
-def seconds(run: Callable[[], None], times: int, device: str) -> float:
-    """Return the seconds of one run, the mean of several."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(times):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / times
-    before = time.perf_counter()
-    for _ in range(times):
-        run()
-    return (time.perf_counter() - before) / times
 
 
 def measure_memory(setting: Setting, contender: Contender, which: str, lengths: Sequence[int]) -> float:
     """Return the peak bytes of pass `which` beyond input and weights; NaN if the system does not tell."""
     getattr(Subject(contender, setting, setting.bags([min(WARM_UP, max(1, max(lengths) // 4))])), which)()
-    return peak_of(getattr(Subject(contender, setting, setting.bags(lengths)), which), setting.device)
+    return peak_of(getattr(Subject(contender, setting, setting.bags(lengths)), which))
 
 
-def peak_of(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+def peak_of(run: Callable[[], None]) -> float:
+    """Return the most memory that a run takes beyond what is resident; NaN if the system does not tell."""
     if sys.platform != "linux":
         run()
         return float("nan")
@@ -230,7 +216,7 @@ def measure(setting: Setting, group: Group, lengths: Sequence[int]) -> list[list
     for which in PASSES:
         able = {}
         for name, contender in group.items():
-            if which == "step" and name in INFERENCE_ONLY:
+            if which == "step" and contender.is_inference_only:
                 cells[name] += ["", ""]
                 continue
             found = in_own_process(
@@ -245,7 +231,7 @@ def measure(setting: Setting, group: Group, lengths: Sequence[int]) -> list[list
         for name, (taken, flops) in times.items():
             ratio = f"{taken / base:.2f}"
             cells[name][2] = f"{flops / 1e9:.2f}" if which == "forward" else cells[name][2]
-            cells[name][-2] = f"{1e3 * taken:.2f} ms ({ratio})" if setting.device == "cuda" else ratio
+            cells[name][-2] = ratio
     progress("\n")
     return list(cells.values())
 
@@ -254,27 +240,94 @@ def progress(sign: str) -> None:
     print(sign, end="", file=sys.stderr, flush=True)
 
 
+def measure_on_card(
+    setting: Setting, contender: Contender, precision: str, lengths: Sequence[int], ceilings: card.Ceilings
+) -> list[str]:
+    """Return the cells of a contender in a precision: time, reads of the bags, and memory of each pass; of the forward
+    pass also its share of the products' ceiling.
+    """
+    bags = replace(setting, dtype=card.dtype_of(precision)).bags(lengths)
+    size, cells = sum(bag.nbytes for bag in bags), []
+    with card.computing(precision, setting.device):
+        subject = Subject(contender, setting, bags)
+        for which in PASSES:
+            share = [""] if which == "forward" else []
+            if which == "step" and contender.is_inference_only:
+                cells += [""] * 3
+                continue
+            run = getattr(subject, which)
+            taken = or_none(lambda run=run: card.median_seconds(run, setting.device))
+            if taken is None:
+                cells += ["out of memory", "", *share, ""]
+                continue
+            memory = card.peak_bytes(run)
+            if share:
+                share = [f"{ceilings.share(subject.flops(), taken, precision):.1%}"]
+            cells += [f"{1e3 * taken:.3f}", f"{ceilings.reads(taken, size):.1f}", *share, f"{memory / 1e6:,.0f}"]
+    return cells
+
+
+def on_card(asked: argparse.Namespace) -> Iterator[str]:
+    """Yield the tables of a card: a model in each precision a row."""
+    setting = Setting(asked.device, torch.float32, asked.threads, asked.repeats)
+    budget = card.Budget(asked.seconds)
+    ceilings = card.Ceilings.measured(asked.device)
+    yield f"{ceilings}\n"
+    heading = "precision | forward, ms | reads of the bags | of the products | MB | step, ms | reads of the bags | MB"
+    scenes = [(f"One bag of {size:,} instances", [size], MODELS) for size in asked.sizes or SIZES_ON_CARD]
+    scenes += [(f"{scene}: {sum(lengths):,} instances", lengths, BATCHES) for scene, lengths in SCENES.items()]
+    skipped = []
+    for title, lengths, group in scenes:
+        rows = []
+        for name, precision in itertools.product(group, asked.precisions):
+            if budget.is_spent:
+                skipped.append(f"{name} in {precision} ({title})")
+                continue
+            rows.append([name, precision, *on_card_or_not(setting, group[name], precision, lengths, ceilings)])
+            progress(".")
+        if rows:
+            yield f"### {title}\n\n{table(f'model | {heading}', rows)}\n"
+    progress("\n")
+    yield budget.note(skipped)
+
+
+def on_card_or_not(
+    setting: Setting, contender: Contender, precision: str, lengths: Sequence[int], ceilings: card.Ceilings
+) -> list[str]:
+    cells = or_none(lambda: measure_on_card(setting, contender, precision, lengths, ceilings))
+    if cells is None:
+        torch.cuda.empty_cache()
+    return cells or ["out of memory", *[""] * 6]
+
+
 def machine(setting: Setting) -> str:
-    """Return what ran the benchmark: processor or GPU, threads, versions."""
-    name = in_own_process(torch.cuda.get_device_name) if setting.device == "cuda" else processor()
+    """Return what ran the benchmark: processor, threads, versions."""
     dtype = str(setting.dtype).removeprefix("torch.")
-    return ", ".join([name, f"{setting.threads} threads", dtype, f"{setting.repeats} turns", *versions()])
+    return ", ".join([processor(), f"{setting.threads} threads", dtype, f"{setting.repeats} turns", *versions()])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="instances per bag")
+    parser.add_argument("--sizes", type=int, nargs="+", help="instances per bag (default: to 100,000; on a card 1e6)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on the CPU")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="type of the features")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each model")
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the features, on a CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each model, on a CPU")
+    parser.add_argument("--precisions", nargs="+", choices=card.PRECISIONS, default=card.PRECISIONS, help="on a card")
+    parser.add_argument("--device", choices=card.DEVICES, default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=card.SECONDS, help="on a card: begin nothing more after so many"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    if asked.device == "cuda":
+        for text in on_card(asked):
+            print(text, flush=True)
+        return
     setting = Setting(asked.device, getattr(torch, asked.dtype), asked.threads, asked.repeats)
-    unit = "ms (multiple of LiteMIL's)" if asked.device == "cuda" else "multiple of LiteMIL's"
+    unit = "multiple of LiteMIL's"
     heading = f"parameters | GFLOPs | forward, {unit} | forward, MB | step, {unit} | step, MB"
     print(f"{machine(setting)}\n")
-    for size in asked.sizes:
+    for size in asked.sizes or SIZES:
         print(f"### One bag of {size:,} instances\n")
         print(table(f"model | {heading}", measure(setting, MODELS, [size])), flush=True)
         print()

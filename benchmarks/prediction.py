@@ -2,6 +2,7 @@
 
     uv run benchmarks/prediction.py
     uv run benchmarks/prediction.py --patches 100000 --models LiteMIL ABMIL --repeats 5
+    uv run benchmarks/prediction.py --device cuda
 
 The slide is synthetic: normal numbers in float16, in one of our HDF5 files that was just written and is in the system's
 memory. Each model predicts it whole with `SlidePredictor`, attention included, in a process of its own.
@@ -11,16 +12,21 @@ time      of a prediction, as a multiple of what anyone would need: h5py's block
 memory    the most that the process takes during the prediction, beyond what it takes idle with the model loaded
 evidence  the time of a prediction with evidence, as a multiple of one without, and its memory; medians of turns
 faithfulness  the time of `--faithfulness`, as a multiple of reading and projecting
+
+On a card, in one process: seconds of a prediction from the file, with evidence and of faithfulness, as multiples of
+reading the file alone; of a prediction of features that lie on the card, as a multiple of one read of them at the speed
+at which the card copies; and the most memory on the card.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import card
 import h5py
 import numpy as np
 import torch
@@ -29,10 +35,10 @@ from report import processor, table, versions
 
 from MILS import build_mil, list_mils
 from MILS.mergeable import MergeableModel
-from utils.bags.store import bag_writer
+from utils.bags.store import StoredFeatures, bag_writer
 from utils.inference import SlidePredictor
 from utils.prediction.checkpoint import Checkpoint, save_checkpoint
-from utils.prediction.forward_pass import SlideFeed, set_references
+from utils.prediction.forward_pass import SlideFeed, blocks_of, predict_features, set_references
 from utils.prediction.slide_prediction import SlidePrediction
 
 _BLOCK = 4096
@@ -82,7 +88,7 @@ def predicted(predictor: SlidePredictor, slide: Path, evidence: bool = False) ->
 def peak(slide: Path, checkpoint: Path, evidence: bool) -> int:
     """Return the memory in bytes that a prediction takes beyond the loaded model, in a process that has made none."""
     predictor = SlidePredictor(checkpoint, device="cpu")
-    return peak_of(lambda: [predicted(predictor, slide, evidence)].clear(), "cpu")
+    return peak_of(lambda: [predicted(predictor, slide, evidence)].clear())
 
 
 def measured(slide: Path, checkpoint: Path, repeats: int) -> list[float]:
@@ -115,6 +121,57 @@ def cells(times: Sequence[float], peaks: Sequence[int]) -> list[str]:
     return [f"{whole:.2f}", memory, f"{argued:.2f}", evidence_memory, f"{faithfulness:.1f}"]
 
 
+def on_card(asked: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """Yield the tables of a card."""
+    budget, rows, skipped = card.Budget(asked.seconds), [], []
+    ceilings = card.Ceilings.measured(asked.device)
+    yield f"{ceilings}\n"
+    slide = write_slide(folder / "slide.h5", asked.patches, asked.dim)
+    for mil in asked.models:
+        if budget.is_spent:
+            skipped.append(mil)
+            continue
+        predictor = SlidePredictor(write_model(folder / f"{mil}.pth", mil, asked.dim), device=asked.device)
+        rows.append([mil, *cells_on_card(predictor, slide, ceilings, budget)])
+    yield f"{asked.patches:,} patches of {asked.dim} float16\n"
+    heading = "model | reading, s | from the file | with evidence | faithfulness | on the card, s | reads | MB"
+    yield table(heading, rows)
+    yield budget.note(skipped)
+
+
+def cells_on_card(predictor: SlidePredictor, slide: Path, ceilings: card.Ceilings, budget: card.Budget) -> list[str]:
+    """Return what a model's predictions cost on a card; no faithfulness, the longest, when half the time is over."""
+    device = ceilings.device
+    whole = predictor.bag(slide).features
+    assert isinstance(whole, StoredFeatures)  # noqa: S101 - for the type checker
+
+    def read() -> None:
+        for _ in blocks_of(whole, predictor.models[0]):
+            pass
+
+    predicted(predictor, slide)  # warm up
+    memory = card.peak_bytes(lambda: predicted(predictor, slide))
+    reading, taken, argued = (
+        seconds(work)
+        for work in (read, lambda: predicted(predictor, slide), lambda: predicted(predictor, slide, evidence=True))
+    )
+    features = whole.whole().to(device)
+    feed = SlideFeed(None, "merge")
+
+    def on_device() -> None:
+        predict_features(predictor.task, predictor.models[0], features, feed, attention=True)
+
+    alone = card.median_seconds(on_device, device)
+    faithful = ""
+    if budget.spent < 0.5:
+        prediction = predicted(predictor, slide)
+        faithful = f"{seconds(lambda: predictor.faithfulness(prediction)) / reading:.1f}"
+    return [
+        f"{reading:.2f}", f"{taken / reading:.2f}", f"{argued / reading:.2f}", faithful, f"{alone:.4f}",
+        f"{ceilings.reads(alone, features.nbytes):.1f}", f"{memory / 1e6:,.0f}",
+    ]  # fmt: skip
+
+
 def main() -> None:
     description, _, rest = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -124,11 +181,19 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--models", nargs="+", default=models, choices=models, metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--repeats", type=int, default=3, help="turns, on a CPU")
+    parser.add_argument("--device", choices=card.DEVICES, default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=card.SECONDS, help="on a card: begin nothing more after so many"
+    )
     asked = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if asked.device == "cuda":
+            for text in on_card(asked, folder):
+                print(text, flush=True)
+            return
         slide = write_slide(folder / "slide.h5", asked.patches, asked.dim)
         for mil in asked.models:
             # In a process of its own too: one that is forked after PyTorch has used its threads hangs.

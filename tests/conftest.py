@@ -26,6 +26,8 @@ from utils.core.ray_settings import Cluster
 from utils.core.runtime import log
 
 if TYPE_CHECKING:
+    import torch
+
     from tests.web import Server
 
 # The process that shares the tests out to others loads this file too, and they wait for it: PyTorch and timm, which
@@ -87,6 +89,28 @@ def _litemil_logger() -> Iterator[None]:
     yield
     log.propagate, log.handlers = state[0], state[2]
     log.setLevel(state[1])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> "torch.device":
+    """The CPU in the daily suite; with `-m gpu` the card, where there is one."""
+    import torch
+
+    return on_card() if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def card() -> "torch.device":
+    """The card, for tests marked `gpu`."""
+    return on_card()
+
+
+def on_card() -> "torch.device":
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +188,12 @@ def whole_demo(tmp_path_factory) -> Newcomer:
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory) -> Newcomer:
     """The same on a quarter of the slides, with nine short trainings and coarse figures."""
-    return _run_once(tmp_path_factory, "small_demo", "-c", _SMALL_DEMO, *FIRST_COMMAND, *SMALL_RUN)
+    return run_small_demo(tmp_path_factory, "small_demo", *FIRST_COMMAND, *SMALL_RUN)
+
+
+def run_small_demo(tmp_path_factory, name: str, *flags: str) -> Newcomer:
+    """Run train.py on a quarter of the demo's slides, in a folder of this name, once for all processes that test."""
+    return _run_once(tmp_path_factory, name, "-c", _SMALL_DEMO, *flags)
 
 
 def _run_once(tmp_path_factory, name: str, *arguments: str) -> Newcomer:

@@ -100,11 +100,11 @@ def test_a_batch_moves_as_a_whole():
 
 
 @pytest.mark.gpu
-def test_a_pinned_batch_arrives_as_it_was():
+def test_a_pinned_batch_arrives_as_it_was(card):
     chunks = [chunk(2), chunk(3, dtype="f2"), Chunk(torch.randn(9, 3), torch.tensor([0, 4, 8]), 1, 1.0, 1)]
     plain, pinned = collate(chunks), collate(chunks, pin_memory=True)
     assert all(bag.is_pinned() for bag in pinned.bags)
-    moved = pinned.to(torch.device("cuda"))
+    moved = pinned.to(card)
     torch.cuda.synchronize()
     assert all(torch.equal(one.cpu(), other) for one, other in zip(moved.bags, plain.bags, strict=True))
     assert torch.equal(moved.weights.cpu(), plain.weights)

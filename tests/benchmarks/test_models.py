@@ -92,7 +92,7 @@ def peak(group, name, which, lengths):
 def stream():
     model, block = models.mil("LiteMIL"), torch.randn(5000, 1024)
     model.forward_blocks(block for _ in range(2))
-    return models.peak_of(lambda: model.forward_blocks(block for _ in range(40)), "cpu") / 1e6
+    return models.peak_of(lambda: model.forward_blocks(block for _ in range(40))) / 1e6
 found = {
     "step": peak(models.MODELS, "LiteMIL", "step", [50_000]),
     "plain step": peak(models.MODELS, "LiteMIL by nn.MultiheadAttention", "step", [50_000]),

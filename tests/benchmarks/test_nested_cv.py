@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,13 +45,13 @@ def test_plain_items_hold_every_patch_once(benchmark, small, cohort):
     for slide, path in enumerate(read.paths):
         items = [chunks[item] for item in chunks.of(np.array([slide]))]
         assert {item[1:] for item in items} == {(int(read.labels[slide]), slide)}
-        with benchmark.h5py.File(path) as file:
+        with h5py.File(path) as file:
             np.testing.assert_array_equal(torch.cat([item[0] for item in items]), file["features"][()])
 
 
-def test_padding_is_masked(benchmark):
+def test_padding_is_masked():
     bags = [torch.ones(2, 3), torch.ones(5, 3)]
-    x, mask, labels, slides = benchmark.pad_and_mask([(bags[0], 0, 7), (bags[1], 1, 8)])
+    x, mask, labels, slides = imported("plain_training").pad_and_mask([(bags[0], 0, 7), (bags[1], 1, 8)])
     assert x.shape == (2, 5, 3)
     assert mask.tolist() == [[False, False, True, True, True], [False] * 5]
     assert x[mask].eq(0).all()
@@ -78,5 +79,6 @@ def test_prints_both_tables():
     assert [row[0] for row in rows if row[0] in names] == names
     for row in rows:
         if row[0] in names:
-            assert all(float(cell) >= 0 for cell in row[1:]), row
+            # A ratio to less processor time than is counted is no number.
+            assert not any(float(cell) < 0 for cell in row[1:]), row
     assert "12 slides of about 60 x 16" in out

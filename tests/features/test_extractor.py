@@ -557,6 +557,14 @@ def test_the_device_chooses_the_precision_and_a_batch_goes_on_elsewhere(slide_co
         extract_one(WSIFeatureExtractor(**settings, precision="fp32"), slide, tmp_path / "a.h5")
 
 
+@pytest.mark.parametrize(("backbone", "recorded"), [(BACKBONE, "tf32"), ("stain", "float32")])
+def test_a_card_with_tf32_is_recorded_and_a_descriptor_does_without(slide_cohort, monkeypatch, backbone, recorded):
+    weights = slide_cohort.weights if backbone == BACKBONE else None
+    extractor = WSIFeatureExtractor(backbone, PATCH, weights=weights, device="cpu")
+    monkeypatch.setattr("utils.features.extractor.uses_tf32", lambda precision, device: precision != "fp32")
+    assert extractor.recipe.precision == recorded
+
+
 def test_a_name_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     with pytest.raises(FeatureFileError, match=r"a\.txt: ends in '\.txt'"):
         WSIFeatureExtractor("stain").process("no slide", tmp_path / "a.txt")

@@ -51,7 +51,7 @@ class TestLargeSlides:
     ):
         monkeypatch.setattr(dry_run, "MANY_PATCHES", 100)
         monkeypatch.setattr(dry_run, "FORECAST_ROWS", (32, 64))
-        monkeypatch.setattr(dry_run, "available_memory", lambda: free)
+        monkeypatch.setattr(dry_run, "free_memory", lambda _: free)
         make_cv(MILDataset(*cohort, mode="full"), tmp_path / "run", lambda: small("TransMIL")).run()
         (record,) = [record for record in aloud.records if "TransMIL on whole slides" in record.getMessage()]
         assert re.search(r"\(8 slides, \d+ patches\) takes about \d+ seconds? and 0?\.?\d+.* MB", record.getMessage())

@@ -38,6 +38,10 @@ class Batch:
     weights: Tensor
     slides: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.bags, self.labels, self.weights, self.slides)
+
     def to(self, device: torch.device) -> "Batch":
         bags = tuple(bag.to(device, non_blocking=True) for bag in self.bags)
         labels, weights, slides = (
@@ -76,6 +80,14 @@ def cut_chunks(
     return [torch.from_numpy(np.sort(order[start::count])) for start in range(count)]
 
 
+def cuts_on(cuts: list[Cut], device: torch.device) -> list[Cut]:
+    """Return a slide's cuts with their indices on a device, to which they are sent together."""
+    indices = [cut for cut in cuts if isinstance(cut, Tensor)]
+    if device.type == "cpu" or not indices:
+        return cuts
+    return list(torch.cat(indices).to(device).split([len(cut) for cut in indices]))
+
+
 def take(features: Tensor, cut: Cut) -> Tensor:
     """Return the instances `(n, D)` of `features (N, D)` in a cut; a view of them if the cut is a range."""
     return features[cut.start : cut.stop : cut.step] if isinstance(cut, range) else features.index_select(0, cut)
@@ -84,7 +96,8 @@ def take(features: Tensor, cut: Cut) -> Tensor:
 def collate(chunks: Sequence[Chunk], pin_memory: bool = False) -> Batch:
     """Make one batch of the chunks, in their order; their features are copied, so that a batch may be changed.
 
-    `pin_memory` copies them into page-locked memory, from which a CUDA device fetches during the computation.
+    `pin_memory` copies them into page-locked memory, from which a CUDA device fetches during the computation; features
+    that are on a device stay there.
     """
     return Batch(
         tuple(_copied(chunk, pin_memory) for chunk in chunks),
@@ -96,7 +109,8 @@ def collate(chunks: Sequence[Chunk], pin_memory: bool = False) -> Batch:
 
 def _copied(chunk: Chunk, pin_memory: bool) -> Tensor:
     features, cut = chunk.features, chunk.cut
-    bag = torch.empty((len(cut), features.shape[1]), dtype=features.dtype, pin_memory=pin_memory)
+    shape, device = (len(cut), features.shape[1]), features.device
+    bag = torch.empty(shape, dtype=features.dtype, device=device, pin_memory=pin_memory and device.type == "cpu")
     if isinstance(cut, range):
         return bag.copy_(take(features, cut))
     return torch.index_select(features, 0, cut, out=bag)

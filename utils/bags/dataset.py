@@ -18,8 +18,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.bags import labels
-from utils.bags.chunks import Batch, Chunk, chunks_per_step, cut_chunks, num_chunks, shuffled_batches, windows
+from utils.bags.chunks import (
+    Batch,
+    Chunk,
+    chunks_per_step,
+    cut_chunks,
+    cuts_on,
+    num_chunks,
+    shuffled_batches,
+    windows,
+)
 from utils.bags.cohort_features import look_at_files, open_features, share
+from utils.bags.device_features import DeviceFeatures, Source
 from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import FileRecord, take_inventory
 from utils.bags.label_table import LabelTable, read_table
@@ -61,8 +71,8 @@ class MILDataset(Dataset):
     `group_column` names the column whose values splits keep together, instead of the patient. `no_patients` takes each
     slide as a patient where the table names none.
 
-    `cache` "off" reads feature files whenever they are needed, "ram" keeps features in memory, a folder holds them in
-    one packed file. Default: "ram" if the cohort fits in a quarter of the free memory, else "off".
+    `cache` "off" reads feature files whenever they are needed, on a CUDA device too, "ram" keeps features in memory, a
+    folder holds them in one packed file. Default: "ram" if the cohort fits in a quarter of the free memory, else "off".
     Slides are counted from 0 in the table's order, negative numbers from the end. `dataset[3:6]` is a list of three.
     Raises ConfigError, LabelsError for a table that does not account for every slide, FeatureFileError for files that
     are damaged or of different widths, RecipeError for files made in different ways.
@@ -128,7 +138,11 @@ class MILDataset(Dataset):
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
         paths = [row.path for row in self.rows]
         self.info = look_at_files(paths, feat_type, self.features_dir, packed)
-        self._features = open_features(FileFeatures(paths, self.info, feat_type, self.features_dir), cache, packed)
+        self._source: Source = open_features(
+            FileFeatures(paths, self.info, feat_type, self.features_dir), cache, packed
+        )
+        self._features: Source | DeviceFeatures = self._source
+        self._cache = cache
 
     @classmethod
     def of_cohort(cls, cohort: Cohort) -> "MILDataset":
@@ -211,14 +225,14 @@ class MILDataset(Dataset):
         return read_bag(self.rows[slide_number(slide, len(self))].path, self.feat_type)
 
     def features(self, slide: SupportsIndex) -> Tensor:
-        """`(N, D)`, float16 or float32 as stored; it may be the cache itself, so copy it before you change it."""
+        """`(N, D)`, as stored, or in float16 on a device; maybe the cache itself, so copy it before you change it."""
         return self._features(slide_number(slide, len(self)))
 
     def inventory(self, earlier: Mapping[str, FileRecord]) -> list[FileRecord]:
         """Return a record of each slide's feature file, in the table's order; only files that are not in `earlier`, or
         have changed since, are read. Raises FeatureFileError, naming all files that cannot be read.
         """
-        return take_inventory(self.rows, self.info, self._features, earlier)
+        return take_inventory(self.rows, self.info, self._source, earlier)
 
     def batches(
         self, slides: Sequence[int] | np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
@@ -244,30 +258,45 @@ class MILDataset(Dataset):
     @property
     def window(self) -> int:
         """Patches whose features are read from their files, and held, at a time."""
-        return SHUFFLE_WINDOW if isinstance(self._features, FileFeatures) else 0
+        return SHUFFLE_WINDOW if isinstance(self._source, FileFeatures) else 0
 
     @property
     def is_in_memory(self) -> bool:
         """Whether this process's memory holds the features once they are read."""
-        return isinstance(self._features, MemoryFeatures)
+        return isinstance(self._source, MemoryFeatures)
 
     def shared(self, folder: Path) -> "MILDataset":
         """Return the dataset for several processes: features that this one keeps in memory are packed into `folder`."""
-        features = share(self._features, packed_path(folder, self.features_dir, self.feat_type))
-        if features is self._features:
-            return self
-        dataset = copy.copy(self)
-        dataset._features = features
-        return dataset
+        features = share(self._source, packed_path(folder, self.features_dir, self.feat_type))
+        return self if features is self._source else _with_features(self, features, features)
 
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
         features = self.features(slide)
-        cuts = cut_chunks(len(features), self.largest_chunk, sequential=self.sequential, rng=rng)
+        cuts = cuts_on(
+            cut_chunks(len(features), self.largest_chunk, sequential=self.sequential, rng=rng), features.device
+        )
         weight = 1 / (len(cuts) * per_slide)
         return [Chunk(features, cut, self.rows[slide].label, weight, slide) for cut in cuts]
 
     def _counts(self) -> str:
         return self.task.counts_text(self.labels, self.cases.tolist())
+
+
+def on_device(dataset: MILDataset, device: torch.device, *, processes: int = 1, is_exact: bool = False) -> MILDataset:
+    """Return the dataset with its features on a device from their first use on, if they fit (see `DeviceFeatures`); the
+    dataset itself if its `cache` is "off".
+    """
+    if dataset._cache == "off":
+        return dataset
+    source = dataset._source
+    features = DeviceFeatures(source, dataset.info, device, processes=processes, is_exact=is_exact)
+    return _with_features(dataset, source, features)
+
+
+def _with_features(dataset: MILDataset, source: Source, features: Source | DeviceFeatures) -> MILDataset:
+    dataset = copy.copy(dataset)
+    dataset._source, dataset._features = source, features
+    return dataset
 
 
 def slide_number(slide: SupportsIndex, count: int) -> int:

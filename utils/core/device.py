@@ -1,16 +1,19 @@
 """The device and precision a process computes with, the seeds of its generators, and a record of them."""
 
+import os
 import platform
 import random
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 from utils.core.errors import ConfigError
-from utils.core.runtime import git_commit, versions
+from utils.core.runtime import available_memory, git_commit, versions
 
 
 def resolve_device(name: str) -> torch.device:
@@ -31,7 +34,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def amp_dtype(precision: str, device: torch.device, auto: str | None = None) -> torch.dtype | None:
-    """Return what autocast computes in on this device for a `--precision`; None if it is off.
+    """Return what autocast computes in on this device for a `--precision`; None if it is off,
+    as it is for tf32 (see `uses_tf32`).
 
     The precision `auto` is the one in `auto`, by default bf16 on a CUDA device that has it, else fp16; it is off on
     other devices. Raises ConfigError for a precision that the device lacks.
@@ -42,6 +46,10 @@ def amp_dtype(precision: str, device: torch.device, auto: str | None = None) -> 
         if precision != "auto":
             raise ConfigError(f"--precision {precision}: needs a CUDA device, not {device}; give auto or fp32")
         return None
+    if precision == "tf32":
+        if not has_tf32(device):
+            raise ConfigError("--precision tf32: this CUDA device has none; give fp16, auto or fp32")
+        return None
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slow
     if precision == "bf16" and not has_bf16:
         raise ConfigError("--precision bf16: this CUDA device has none; give fp16, auto or fp32")
@@ -50,6 +58,42 @@ def amp_dtype(precision: str, device: torch.device, auto: str | None = None) -> 
     return {"auto": torch.bfloat16 if has_bf16 else torch.float16, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
         precision
     )
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Return whether a CUDA device can multiply in TF32, which has the range of float32 and ten bits of fraction."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def uses_tf32(precision: str, device: torch.device) -> bool:
+    """Return whether products and convolutions of float32 numbers are in TF32 on this device for a `--precision`: in
+    all but fp32, where the device has it.
+    """
+    return device.type == "cuda" and precision != "fp32" and has_tf32(device)
+
+
+def set_tf32(device: torch.device, on: bool) -> None:
+    """Compute products and convolutions of float32 numbers in TF32 from now on, or in float32, if the device is a CUDA
+    device. The setting is that of the whole process. PyTorch's own is TF32 for convolutions alone.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = on
+        torch.backends.cudnn.allow_tf32 = on
+
+
+@contextmanager
+def repeatable(device: torch.device, on: bool) -> Iterator[None]:
+    """Let a CUDA device use only algorithms that give the same bytes each time, within the context, if `on`."""
+    if not on or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS's results may differ
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def seed_everything(seed: int) -> None:
@@ -70,6 +114,11 @@ def run_metadata(device: torch.device) -> dict[str, Any]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
     }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of free memory of a CUDA device, or of the machine; None if the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:

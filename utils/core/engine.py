@@ -41,6 +41,11 @@ class Engine(Protocol):
         """How many threads each task computes on."""
         ...
 
+    @property
+    def sharers(self) -> int:
+        """How many tasks share a GPU at a time, where they compute on one."""
+        ...
+
     def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
         """Run the work on all tasks. The first error that a task raises ends the run and is raised here."""
         ...
@@ -117,6 +122,10 @@ class Processes:
     def threads(self) -> int:
         return threads_each(self.jobs)
 
+    @property
+    def sharers(self) -> int:
+        return self.jobs
+
     def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
         if self.jobs == 1:
             for task in tasks:
@@ -161,6 +170,10 @@ class Threads:
         import torch
 
         return torch.get_num_threads()
+
+    @property
+    def sharers(self) -> int:
+        return 1
 
     def run(self, work: Work[Task], tasks: Sequence[Task], on_message: OnMessage[Task]) -> None:
         waiting, messages = deque(tasks), SimpleQueue()

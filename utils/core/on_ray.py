@@ -123,6 +123,10 @@ class OnRay:
     gpus: float
     retries: int
 
+    @property
+    def sharers(self) -> int:
+        return round(1 / self.gpus) if self.gpus else 1
+
     @classmethod
     def of_cluster(cls, ray: Any, cluster: Cluster, device: str) -> "OnRay":
         """Return an engine of as many actors as asked for, by default one per GPU or per as many processors as this

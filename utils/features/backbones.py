@@ -107,6 +107,11 @@ class Backbone:
         # Twice as fast for convolutions, and no other network minds.
         self.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - its stub lacks it
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether it computes in float32 whatever is asked for: a descriptor's densities need every digit."""
+        return isinstance(self.module, StainDescriptor)
+
     def to(self, device: torch.device | str) -> "Backbone":
         """Move the network; returns itself."""
         self.device = torch.device(device)

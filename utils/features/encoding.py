@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from utils.core.cli import is_flag
+from utils.core.device import set_tf32
 from utils.core.errors import FeatureFileError, SlideError
 from utils.core.runtime import log, processors, progress_bar
 from utils.features.backbones import Backbone
@@ -26,9 +27,15 @@ class Encoder:
     """A backbone on its device, fed as the settings say; `stop` ends the work at the next batch."""
 
     def __init__(
-        self, config: Extraction, backbone: Backbone, amp_dtype: torch.dtype | None, stop: threading.Event
+        self,
+        config: Extraction,
+        backbone: Backbone,
+        amp_dtype: torch.dtype | None,
+        uses_tf32: bool,
+        stop: threading.Event,
     ) -> None:
         self.config, self.backbone, self.amp_dtype, self.stop = config, backbone, amp_dtype, stop
+        self.uses_tf32 = uses_tf32
         self.device = backbone.device
         self._max_batch = config.batch_size  # less once the device's memory has run out
 
@@ -37,6 +44,7 @@ class Encoder:
         and the reasons `(B,)` why the others are dropped, "" for those that are kept.
         """
         config, on_gpu = self.config, self.device.type == "cuda"
+        set_tf32(self.device, self.uses_tf32)
         workers = processors() if config.num_workers == "auto" else config.num_workers
         bar = progress_bar(slide.name, len(plan), unit="patch", leave=False, delay=_BAR_DELAY_SECONDS)
         damage: dict[int, SlideError] = {}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from utils.bags.store import Bag, bag_writer, check_writable, write_bag
-from utils.core.device import amp_dtype, resolve_device
+from utils.core.device import amp_dtype, resolve_device, uses_tf32
 from utils.core.differences import first_differences
 from utils.core.errors import BackboneError
 from utils.core.passport import Passport
@@ -119,7 +119,7 @@ class WSIFeatureExtractor:
     @cached_property
     def amp_dtype(self) -> torch.dtype | None:
         """What the backbone computes in, None for single precision."""
-        return amp_dtype(self.config.precision, self.device, self.backbone.precision)
+        return amp_dtype(_precision_of(self), self.device, self.backbone.precision)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -129,7 +129,7 @@ class WSIFeatureExtractor:
             backbone=self.backbone.name,
             weights_digest=self.backbone.weights_digest,
             transform=self.backbone.transform.as_dict(),
-            precision=str(self.amp_dtype or torch.float32).removeprefix("torch."),
+            precision=str(self.amp_dtype or ("tf32" if _uses_tf32(self) else torch.float32)).removeprefix("torch."),
             dtype=config.dtype,
             patch_size=config.patch_size,
             stride=config.stride or config.patch_size,
@@ -234,7 +234,17 @@ class WSIFeatureExtractor:
     @cached_property
     def encoder(self) -> Encoder:
         """What turns patches into features on this extractor's device."""
-        return Encoder(self.config, self.backbone, self.amp_dtype, self.stop)
+        return Encoder(self.config, self.backbone, self.amp_dtype, _uses_tf32(self), self.stop)
+
+
+def _precision_of(extractor: WSIFeatureExtractor) -> str:
+    """Return the `--precision` that holds for the extractor's backbone."""
+    return "fp32" if extractor.backbone.is_exact else extractor.config.precision
+
+
+def _uses_tf32(extractor: WSIFeatureExtractor) -> bool:
+    """Return whether the backbone's products of float32 numbers are in TF32."""
+    return uses_tf32(_precision_of(extractor), extractor.device)
 
 
 def _check_user_mpp(slide: Slide) -> None:

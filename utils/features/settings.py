@@ -41,8 +41,9 @@ class Extraction(Settings):
     batch_size: int = option(64, "patches per forward pass", least=1)
     num_workers: int | Literal["auto"] = option("auto", "threads that read patches; auto: one per processor", least=1)
     device: str = option("auto", "auto, cpu, mps, cuda, cuda:N, or several that share the slides: cuda:0,cuda:1")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "precision of the backbone; auto: its own on a CUDA device, fp32 on others"
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = option(
+        "auto",
+        "precision of the backbone; auto: its own on a CUDA device, where TF32 stands for fp32; fp32 on other devices",
     )
     dtype: Literal["float16", "float32"] = option("float16", "precision of the stored features")
 

@@ -20,7 +20,7 @@ from MILS import ModelError
 from utils.bags.dataset import MILDataset
 from utils.bags.inventory import read_inventory
 from utils.bags.settings import CohortFiles
-from utils.core.device import amp_dtype, peak_memory, resolve_device, run_metadata
+from utils.core.device import amp_dtype, peak_memory, repeatable, resolve_device, run_metadata
 from utils.core.engine import Engine, Processes, open_engine, refuse_rerun, threads
 from utils.core.errors import ConfigError, first_few, plural
 from utils.core.files import read_json, write_json, write_records
@@ -113,7 +113,7 @@ class NestedCrossValidation:
         feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size, dataset.sequential)
         self.trainer = Trainer(
             model_factory, self.spec, tuple(self.settings), self.training, dataset, feed, self.device,
-            self.protocol.seed, self.output_dir / "resume",
+            self.protocol.seed, self.output_dir / "resume", self.running.deterministic,
         )  # fmt: skip
         _check_trainer(self.trainer, self._uses_workers)
 
@@ -122,7 +122,7 @@ class NestedCrossValidation:
         refuse_rerun()
         folds = self.folds()
         folder = RunFolder(self.output_dir)
-        with self._engine() as engine, folder.locked():
+        with self._engine() as engine, folder.locked(), repeatable(self.device, self.running.deterministic):
             begun, standardization, digests = self._begin(folder, folds, engine)
             if begun["finished"]:
                 log.info("%s: this run is finished; its results are shown, nothing is trained", self.output_dir)
@@ -217,11 +217,11 @@ class NestedCrossValidation:
         """Return the folds, and the time and memory that a run would take, from a short trial of every setting."""
         folds = self.folds()
         warn_of_few_patients(self.dataset, folds)
-        jobs = self.jobs(folds)
         with self._engine() as engine, threads(self._chosen_threads(engine, folds).threads):
             return dry_run.report(
-                self.trainer, folds, jobs, self.protocol.final, engine.jobs, self._uses_workers, self.output_dir
-            )
+                self.trainer.on_device(engine.sharers), folds, self.jobs(folds), self.protocol.final, engine.jobs,
+                self._uses_workers, self.output_dir,
+            )  # fmt: skip
 
     def folds(self) -> list[OuterFold]:
         """Return the outer folds of all repeats, drawn by the seed or read from the `splits` file."""
@@ -239,22 +239,23 @@ class NestedCrossValidation:
         trainer = self.trainer
         if self._uses_workers:
             trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
-            counts = plural(engine.jobs, "training"), plural(torch.get_num_threads(), "thread")
-            log.info("%s at a time, on %s each", *counts)
+            each = plural(torch.get_num_threads(), "thread")
+            log.info("%s at a time, on %s each", plural(engine.jobs, "training"), each)
+        kept = trainer.on_device(engine.sharers)
         jobs, remedy = self.jobs(folds, standardization.folds), _remedy(self.cluster, self.dataset)
         tester = FoldTester(
-            trainer, self.protocol.final, self.output_dir, self.dataset_name, self.cluster.is_asked_for, digests,
-            jobs[0].keep, self.protocol.operating_point,
+            trainer if self._uses_workers else kept, self.protocol.final, self.output_dir, self.dataset_name,
+            self.cluster.is_asked_for, digests, jobs[0].keep, self.protocol.operating_point,
         )  # fmt: skip
-        train_jobs(trainer, jobs, engine, remedy)
+        train_jobs(kept, jobs, engine, remedy)
         choices = [tester.choice(fold, [job for job in jobs if job.fold is fold]) for fold in folds]
         if self.protocol.final == "refit":
-            train_jobs(trainer, [tester.refit_job(choice) for choice in choices], engine, remedy)
+            train_jobs(kept, [tester.refit_job(choice) for choice in choices], engine, remedy)
         results = [tester.test(choice) for choice in choices]
         tester.save_best(results)
         if self.protocol.final == "all":
             job = tester.all_slides_job(choices, standardizes=2 * len(standardization.folds) > len(folds))
-            train_jobs(trainer, [job], engine, remedy)
+            train_jobs(kept, [job], engine, remedy)
             pooled = pooled_predictions(results, self.dataset, derive_seed(self.protocol.seed, "bootstrap"))
             tester.save_all_slides(job, choices, pooled.reported)
         return results

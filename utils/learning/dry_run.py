@@ -13,9 +13,9 @@ import torch
 from MILS.bag_model import BagModel
 from utils.bags.chunks import chunks_per_step, num_chunks
 from utils.bags.dataset import MILDataset
-from utils.core.device import peak_memory
+from utils.core.device import free_memory, peak_memory
 from utils.core.errors import DivergedError, plural
-from utils.core.runtime import available_memory, duration, file_size, log, progress
+from utils.core.runtime import duration, file_size, log, progress
 from utils.core.text import aligned
 from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.splits import InnerFold, OuterFold
@@ -138,7 +138,7 @@ def log_large_steps(trainer: Trainer, job: TrainingJob) -> None:
         f"{patches:,} patches) takes about {duration(seconds)} and {file_size(memory)} of memory, an epoch about "
         f"{duration(epoch_seconds)}; --mode chunked and a smaller --batch_size take less memory"
     )
-    free = _free_memory(trainer.device)
+    free = free_memory(trainer.device)
     if free is not None and memory > free:
         log.warning("%s (%s free)", text, file_size(free))
     else:
@@ -155,10 +155,6 @@ def _forecast(trainer: Trainer, job: TrainingJob, input_dim: int, patches: int) 
     factor = (patches - FORECAST_ROWS[0]) / (FORECAST_ROWS[1] - FORECAST_ROWS[0])
     seconds, memory = (low + factor * max(0, high - low) for low, high in zip(small, large, strict=True))
     return seconds, _PEAK_PER_SAVED * memory
-
-
-def _free_memory(device: torch.device) -> int | None:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def _measure_step(model: BagModel, bag: torch.Tensor) -> tuple[float, int]:

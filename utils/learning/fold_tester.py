@@ -12,6 +12,7 @@ import torch
 from MILS.bag_model import BagModel
 from MILS.ensemble import Ensemble, members_of
 from utils.bags.spelling import plain_spelling
+from utils.core.device import set_tf32, uses_tf32
 from utils.core.errors import TrainingError
 from utils.core.files import wait_for_file
 from utils.learning.fold_results import FoldResult
@@ -122,6 +123,8 @@ class FoldTester:
         states, changes, history = self._final_weights(choice)
         record |= changes
         model = self._model(choice.setting, states)
+        # The trainings may have run in other processes.
+        set_tf32(trainer.device, uses_tf32(trainer.training.amp_precision, trainer.device))
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
         record |= {**_decision_figures(data.task, choice.fitted_to_values), "settings": choice.scores}
         result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 
 from MILS import build_mil
-from utils.bags.dataset import MILDataset
+from utils.bags.dataset import MILDataset, on_device
+from utils.core.device import repeatable
 from utils.core.errors import DivergedError, TrainingError
 from utils.core.processes import Send
 from utils.core.runtime import derive_seed, keep_freed_memory, log
@@ -62,11 +63,23 @@ class Trainer:
     device: torch.device
     seed: int
     folder: Path
+    deterministic: bool = False
+
+    def on_device(self, processes: int) -> "Trainer":
+        """Return a trainer that keeps the features on its device, if that is a CUDA device and they fit (see
+        `bags.dataset.on_device`). So many processes share the device.
+        """
+        if self.device.type != "cuda":
+            return self
+        # Whether features fit, and so are rounded, depends on what else runs on the device.
+        is_exact = self.deterministic or self.training.amp_precision == "fp32"
+        return replace(self, dataset=on_device(self.dataset, self.device, processes=processes, is_exact=is_exact))
 
     def __call__(self, job: TrainingJob, send: Send) -> None:
         keep_freed_memory()
         try:
-            fitted = self._train(job, send)
+            with repeatable(self.device, self.deterministic):
+                fitted = self._train(job, send)
         except TrainingError as error:
             setting = str(self.settings[job.setting - 1])
             with_setting = f" with {setting}" if setting else ""

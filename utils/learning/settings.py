@@ -56,8 +56,10 @@ class Training(Settings):
     class_weights: Literal["balanced", "none"] = option(
         "balanced", "weights of the loss: each class weighs the same in all (balanced), or each slide does (none)"
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "precision of training; auto: bf16 on a CUDA device that has it, else fp16; fp32 on other devices"
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = option(
+        "auto",
+        "precision of training; auto: bf16 on a CUDA device that has it, else fp16; fp32 on other devices. On a CUDA "
+        "device products of float32 numbers are in TF32, but with fp32",
     )
     use_amp: bool = option(True, "the same as --precision fp32", flag="--no_amp", hidden=True)
     standardize: Literal["auto", "on", "off"] = option(
@@ -150,6 +152,10 @@ class Running(Settings):
     output_dir: Path | None = option(None, "folder for the results (default: outputs/<mil>/<dataset>)")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     jobs: int = option(1, "trainings in parallel, each in its own process with its share of the threads", least=1)
+    deterministic: bool = option(
+        False,
+        "on a CUDA device, compute by algorithms that give the same bytes again, which is slower; a CPU always does",
+    )
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
 
 

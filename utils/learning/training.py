@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from MILS.bag_model import BagModel, evaluating
 from utils.bags.chunks import Batch
 from utils.bags.dataset import MILDataset
-from utils.core.device import amp_dtype, seed_everything
+from utils.bags.device_stream import batches_ahead, slides_ahead
+from utils.core.device import amp_dtype, seed_everything, set_tf32, uses_tf32
 from utils.core.errors import DivergedError
-from utils.core.runtime import derive_seed, prefetch
+from utils.core.runtime import derive_seed
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.settings import Training
 from utils.learning.standardization import feature_scale, standardize
@@ -58,6 +59,7 @@ class ModelTraining:
         seed: int,
         device: torch.device,
     ) -> None:
+        set_tf32(device, uses_tf32(settings.amp_precision, device))
         seed_everything(seed)
         self.model = model_factory().to(device)
         if settings.standardize == "on":
@@ -96,19 +98,18 @@ class ModelTraining:
         self._steps(itertools.islice(self.dataset.batches(slides, batch_size, self.seed), 1))
 
     def _batches(self, seed: int) -> Iterable[Batch]:
-        """Return an epoch's batches; for a GPU, prefetched into page-locked memory."""
+        """Return an epoch's batches; those for a GPU come through page-locked memory."""
         size = self.settings.batch_size
         if self.device.type != "cuda":
             return self.dataset.batches(self.train, size, seed)
-        return prefetch(self.dataset.batches(self.train, size, seed, pin_memory=True))
+        return self.dataset.batches(self.train, size, seed, pin_memory=True)
 
     def _steps(self, batches: Iterable[Batch]) -> float:
         """Take a step on each batch and return the mean loss over chunks, each weighted by its share of its slide."""
         self.model.train()
         weights = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
         losses, sizes = [], []
-        for batch in batches:
-            batch = batch.to(self.device)
+        for batch in batches_ahead(batches, self.device):
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 logits, _ = self.model.forward_bags(batch.bags)
             chunk_losses = self.dataset.task.loss(logits, batch.labels, weights)
@@ -224,7 +225,8 @@ def validate(
     DivergedError if a value is not finite.
     """
     features = (dataset.features(int(slide)) for slide in slides)
-    values = predict_values(dataset.task, model, features, feed)
+    ahead = slides_ahead(features, next(model.parameters()).device)
+    values = predict_values(dataset.task, model, ahead, feed)
     _check_finite(model, values)
     figures = dataset.task.validation(dataset.labels[slides], values, loss_weights)
     return {f"val_{name}": value for name, value in figures.items()}, values

@@ -18,7 +18,7 @@ from MILS.mergeable import MergeableModel
 from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.settings import CohortFiles
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
-from utils.core.device import resolve_device
+from utils.core.device import resolve_device, set_tf32, uses_tf32
 from utils.core.differences import first_differences
 from utils.core.errors import CheckpointError, ConfigError, RecipeError
 from utils.core.recipe import ASKED_FIELDS, PATCH_CHOICE_FIELDS, Recipe
@@ -83,7 +83,7 @@ class SlidePredictor:
         heads = claimed.get("num_heads") if num_heads is None else num_heads
         keep_freed_memory()
         self.device = resolve_device(device)
-        self.feature_extractor, self.allow_mismatch = feature_extractor, allow_mismatch
+        self.feature_extractor, self.allow_mismatch, self.precision = feature_extractor, allow_mismatch, "auto"
         self.trained: list[TrainedModel] = []
         for path in map(chosen_checkpoint, paths):
             checkpoint = load_checkpoint(path, class_names=names, dataset=dataset, num_heads=heads)
@@ -169,8 +169,8 @@ class SlidePredictor:
         With `evidence` the prediction says what each patch argues, for one more pass over the patches.
         """
         self._check_bag(bag, path)
-        feed = self.feed(mode, chunk_size)
-        features = _features_of(bag)
+        set_tf32(self.device, uses_tf32(self.precision, self.device))
+        features, feed = _features_of(bag), self.feed(mode, chunk_size)
         if compares_content(self.trained) and isinstance(features, StoredFeatures):
             features = DigestedFeatures(features)
         outputs = [predict_features(self.task, model, features, feed, True, evidence) for model in self.models]

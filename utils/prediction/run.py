@@ -12,7 +12,7 @@ import numpy as np
 from utils.bags.labels import LabelRow
 from utils.core import cli
 from utils.core.cohorts import SYNTHETIC
-from utils.core.device import resolve_device
+from utils.core.device import amp_dtype, resolve_device
 from utils.core.engine import Threads, open_engine
 from utils.core.errors import ConfigError, first_few, plural
 from utils.core.files import clear_parts, read_json, read_record, wait_for_file
@@ -76,6 +76,8 @@ def _make_predictor(
         if recorded is not None and recorded.mpp is not None:
             flags = replace(flags, level=None)  # it gives the size of the patches to draw, in a file that lacks it
         predictor.require(recipe=flags)
+    amp_dtype(settings.precision, predictor.device)  # refuses what the device lacks
+    predictor.precision = settings.precision
     predictor.require(mil=settings.mil, input_dim=settings.input_dim)
     if settings.prevalence is not None:
         predictor.trained = [model.at_prevalence(settings.prevalence) for model in predictor.trained]

@@ -89,6 +89,11 @@ class Prediction(Settings):
         metavar="NAME=CLASS",
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "tf32", "fp32"] = option(
+        "auto",
+        "precision of the models' products, not of a raw slide's backbone; auto: tf32 on a CUDA device that has it, "
+        "fp32 elsewhere",
+    )
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
     allow_mismatch: bool = option(False, "predict even if the features were made with another recipe than the model's")
     # The checkpoint holds these, except some of the first version's; a flag that contradicts it is an error.
