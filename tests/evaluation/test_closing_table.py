@@ -6,6 +6,8 @@ from tests.evaluation.predicted import predicted
 from utils.evaluation.closing_table import closing_text, results_table
 from utils.evaluation.outputs import NO_PATIENTS, outputs_content
 
+PATIENTS = ["patients", "95%", "within", "95%"]
+
 
 def closed(folds: int = 3, patients_from: str | None = "the column case_id") -> dict:
     """The content of an `outputs.json`."""
@@ -31,21 +33,33 @@ def names_of(table: str) -> list[str]:
 def test_the_closing_table(results):
     table = results_table(results)
     assert len({len(line) for line in table.splitlines()}) == 1
-    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "pooled", "95%", "within", "95%"]
+    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "pooled", "95%", "within", "95%", *PATIENTS]
     for name in ("slide_auc_mean", "slide_accuracy_mean", "slide_auc_std"):
         assert f"{results[name]:.3f}" in table
 
 
 def test_many_folds_are_left_to_the_file():
     assert names_of(results_table(closed(folds=20))).count("fold") == 20
-    assert names_of(results_table(closed(folds=21))) == ["mean", "std", "pooled", "95%", "within", "95%"]
+    assert names_of(results_table(closed(folds=21))) == ["mean", "std", "pooled", "95%", "within", "95%", *PATIENTS]
 
 
 def test_a_figure_that_some_folds_lack_says_how_many_have_it(results):
     folds = [dict(fold) for fold in results["fold_results"]]
     folds[1]["slide"] = folds[1]["slide"] | {"auc": None}
     table = results_table(results | {"fold_results": folds, "slide_auc_folds": 2})
-    assert names_of(table) == ["fold", "fold", "fold", "mean", "std", "folds", "pooled", "95%", "within", "95%"]
+    assert names_of(table) == [
+        "fold",
+        "fold",
+        "fold",
+        "mean",
+        "std",
+        "folds",
+        "pooled",
+        "95%",
+        "within",
+        "95%",
+        *PATIENTS,
+    ]
     (line,) = [line for line in table.splitlines() if line.split()[:1] == ["folds"]]
     assert sorted(set(line.split()[1:])) == ["2", "3"]
     assert line.split().count("2") == 1
@@ -55,15 +69,17 @@ def test_sensitivity_and_specificity_of_each_class_close_the_run(results):
     for name in ("no", "yes"):
         (line,) = [line for line in closing_text(results).splitlines() if line.split()[:1] == [name]]
         for kind in ("sensitivity", "specificity"):
-            low, high = results["intervals_95"][f"{kind}_{name}"]
-            assert f"{results['pooled'][f'{kind}_{name}']:.3f}" in line
+            low, high = results["cases"]["intervals_95"][f"{kind}_{name}"]
+            assert f"{results['cases']['pooled'][f'{kind}_{name}']:.3f}" in line
             assert f"{low:.3f}-{high:.3f}" in line
 
 
 @pytest.mark.parametrize(("pooled", "is_explained"), [(0.96, True), (0.995, False)])
 def test_the_auc_within_folds_is_named_and_a_pooled_one_that_differs_is_explained(results, pooled, is_explained):
     within = results["within_folds"] | {"auc": 1.0}
-    words = closing_text(results | {"within_folds": within, "pooled": results["pooled"] | {"auc": pooled}})
+    words = closing_text(
+        results | {"cases": None, "within_folds": within, "pooled": results["pooled"] | {"auc": pooled}}
+    )
     assert "The AUC to report is 1.000: it ranks each fold's slides by that fold's own model." in words
     assert ("The pooled 0.960 ranks all slides together" in words) is is_explained
 
@@ -96,3 +112,12 @@ def test_repeats_and_chosen_settings_are_mentioned(results):
 def test_results_of_an_earlier_version_say_so(results):
     earlier = {name: value for name, value in results.items() if name not in ("interval_methods", "calibration")}
     assert "The 95% intervals are of an earlier version" in closing_text(earlier)
+
+
+def test_patients_of_several_slides_are_the_ones_to_report(results):
+    text, cases = closing_text(results), results["cases"]
+    assert "Report the figures of patients: 12 patients of 12 have several slides, whose answers are averaged." in text
+    assert f"The AUC to report is {cases['within_folds']['auc']:.3f}" in text
+    alone = closing_text(results | {"cases": None})
+    assert "Report the figures of patients" not in alone
+    assert f"The AUC to report is {results['within_folds']['auc']:.3f}" in alone

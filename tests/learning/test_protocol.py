@@ -51,7 +51,7 @@ class TestSelection:
         assert strict_json(tmp_path / "run" / "outputs.json") == results
         assert "the slide loss chooses" in aloud.text
         lacking = [line.split()[0] for line in results_table(results).splitlines() if "-" in line.split()]
-        assert lacking == ["fold", "std", "95%"], "no interval of the calibration error"
+        assert lacking == ["fold", "std", "95%", "95%"], "no interval of the calibration error"
         assert pd.read_csv(tmp_path / "run" / "history.csv")["val_auc"].isna().all()
 
 

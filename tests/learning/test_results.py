@@ -17,9 +17,9 @@ class TestOutputs:
     def test_the_files(self, finished):
         assert {path.name for path in finished.folder.iterdir()} == {
             *(f"fold_{k}_best.pth" for k in range(1, N_OUTER + 1)),
-            "all_folds_best.pth", "outputs.json", "splits.json", "predictions.csv", "history.csv", "run.json",
-            "features.csv", "gallery.csv", "roc.png", "precision_recall.png", "confusion_matrix.png",
-            "calibration.png", "learning_curves.png",
+            "all_folds_best.pth", "outputs.json", "splits.json", "predictions.csv", "predictions_cases.csv",
+            "history.csv", "run.json", "features.csv", "gallery.csv", "roc.png", "precision_recall.png",
+            "confusion_matrix.png", "calibration.png", "learning_curves.png",
         }  # fmt: skip
 
     def test_predictions_have_one_out_of_fold_row_per_slide_in_table_order(self, finished, dataset):

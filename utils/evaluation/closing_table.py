@@ -46,6 +46,11 @@ def case_rows(results: Mapping[str, Any], metrics: Sequence[str]) -> list[list[s
     return rows
 
 
+def primary_figures(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the content with the patients' figures in place of the slides', where there are some."""
+    return {**results, **(results.get("cases") or {})}
+
+
 def case_words(results: Mapping[str, Any]) -> str:
     """Return that the patients' figures are the ones to report; "" if there are none."""
     cases = results.get("cases")
@@ -102,12 +107,16 @@ def closing_text(results: dict[str, Any]) -> str:
     sentences = [f"{about}. {interval_words(results, task.main_metrics)}", *filter(None, [case_words(results)])]
     if results.get("patients_from") == NO_PATIENTS:
         sentences.append("No patients are known: where some have several slides, every figure above is too good.")
-    sentences += [*task.closing_sentences(results), *filter(None, [reliability_words(results.get("calibration", {}))])]
+    sentences += [
+        *task.closing_sentences(primary_figures(results)),
+        *filter(None, [reliability_words(results.get("calibration", {}))]),
+    ]
     settings = Counter(_setting_text(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:
         choices = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in settings.most_common()]
         sentences.append(f"Chosen in the inner loop: {'; '.join(choices)}.")
-    table = task.table(results["pooled"], results["intervals_95"])
+    figures = primary_figures(results)
+    table = task.table(figures["pooled"], figures["intervals_95"])
     return "\n".join([results_table(results), "", *([table, ""] if table else []), *sentences])
 
 

@@ -86,6 +86,7 @@ def case_figures(predictions: Predictions) -> dict[str, Any] | None:
         "interval_methods": methods(cases.pooled),
         **_ranking("within_folds", cases.within_folds),
         **thresholded(cases),
+        "pooled_calibrated": cases.calibrated_metrics,
     }
 
 

@@ -20,7 +20,15 @@ from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
 from utils.core.settings import FIGURE_FORMAT, SEED
 from utils.evaluation import localization
-from utils.evaluation.closing_table import case_rows, case_words, figures_row, interval_words, intervals_row, text_table
+from utils.evaluation.closing_table import (
+    case_rows,
+    case_words,
+    figures_row,
+    interval_words,
+    intervals_row,
+    primary_figures,
+    text_table,
+)
 from utils.evaluation.outputs import NO_PATIENTS, case_figures, methods, thresholded, write_table
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.reliability import reliability_figures, reliability_words
@@ -268,7 +276,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     if scores["patients_from"] == NO_PATIENTS:
         words.append("No patients are known: where some have several slides, the intervals are too narrow.")
     words += [
-        *task.closing_sentences(scores),
+        *task.closing_sentences(primary_figures(scores)),
         reliability_words(scores["calibration"]),
         *localization.means_text(scores["localization"] or {}),
     ]
@@ -281,7 +289,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         counts = f"{plural(unseen['n_slides'], 'slide')} of the other {plural(unseen['n_cases'], 'patient')}"
         reason = interval_words(unseen, metrics)
         words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores, metrics) else f" {reason}"))
-    table = task.table(scores["pooled"], scores["intervals_95"])
+    figures = primary_figures(scores)
+    table = task.table(figures["pooled"], figures["intervals_95"])
     return "\n".join([text_table(blocks, metrics), "", *([table, ""] if table else []), *filter(None, words)])
 
 
