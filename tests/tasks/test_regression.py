@@ -85,7 +85,9 @@ def test_the_signal_is_the_predicted_number():
     task = AGE.fitted_to(drawn()[0])
     logits, shares = torch.tensor([[0.5], [-1.0]]), torch.tensor([0.75, 0.25], dtype=torch.float64)
     values = task.activate(logits)
-    assert task.signals(logits, shares).item() == pytest.approx(np.average(values[:, 0], weights=[0.75, 0.25]), rel=1e-6)
+    assert task.signals(logits, shares).item() == pytest.approx(
+        np.average(values[:, 0], weights=[0.75, 0.25]), rel=1e-6
+    )
 
 
 def test_strata_are_fifths_or_fewer_where_patients_are_few():
