@@ -65,7 +65,7 @@ class PredictionFiles:
             return {}
         classes = cohort_classes(dataset)
         sources = {source.stem: source for source in self.sources}
-        table = read_table(settings.labels_csv)
+        table = read_table(settings.labels_csv, task.columns)
         self.patients_from = table.patients_from
         rows = labels.resolve_labels(
             table, task, sources.get, ids=sources.keys, allow=settings.allow,

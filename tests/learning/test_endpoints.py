@@ -1,0 +1,208 @@
+"""Numbers and survival from the label table to the scores of an external cohort."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.learning.runs import assert_same, contents
+from utils.bags.store import Bag, write_bag
+from utils.prediction.checkpoint import load_checkpoint
+
+PATIENTS, DIM = 40, 8
+SMALL = (
+    "--n_outer", 2, "--n_inner", 2, "--epochs", 30, "--hidden_dim", 16, "--num_heads", 2, "--device", "cpu", "--lr", "1e-2",
+    "--seed", 3,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The flags of a task, its primary metric with what a model that has learned something reaches, and the figures."""
+
+    flags: tuple[str, ...]
+    metric: str
+    least: float
+    figures: tuple[str, ...]
+
+
+ENDPOINTS = {
+    "regression": Endpoint(("--task", "regression", "--target_column", "share"), "r2", 0.3, ("scatter",)),
+    "survival": Endpoint(
+        ("--task", "survival", "--time_column", "days", "--event_column", "died"),
+        "c_index",
+        0.57,
+        ("kaplan_meier", "survival_calibration"),
+    ),
+}
+
+
+def write_patients(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Synthetic patients of one or two slides: feature 0 of a slide's patches says its share, and how soon they die."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for patient in range(PATIENTS):
+        share = rng.random()
+        days, followed = rng.exponential(1000 * np.exp(-4 * share)), rng.uniform(50, 1500)
+        for slide in range(1 + patient % 2):
+            name = f"P{patient:02d}-{slide}"
+            features = rng.standard_normal((int(rng.integers(5, 15)), DIM)).astype(np.float32)
+            features[:, 0] += 3 * share
+            write_bag(folder / "features" / f"{name}.h5", Bag(features))
+            rows.append((f"P{patient:02d}", name, share, min(days, followed) + 1, int(days <= followed)))
+    pd.DataFrame(rows, columns=["case_id", "wsi_id", "share", "days", "died"]).to_csv(
+        folder / "labels.csv", index=False
+    )
+    return folder / "labels.csv", folder / "features"
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> tuple[Path, Path]:
+    return write_patients(tmp_path_factory.mktemp("cohort"), 0)
+
+
+@pytest.fixture(scope="module")
+def external(tmp_path_factory) -> tuple[Path, Path]:
+    return write_patients(tmp_path_factory.mktemp("external"), 1)
+
+
+@pytest.fixture
+def train(script, cohort, tmp_path):
+    def run(task: str, *flags, labels: Path | None = None, name: str = "run"):
+        table, features = cohort
+        return script(
+            "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels or table,
+            "--features_dir", features, "--output_dir", tmp_path / name, *ENDPOINTS[task].flags, *SMALL, *flags,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.usefixtures("coarse_figures")
+@pytest.mark.parametrize("task", ENDPOINTS)
+def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, script, external, tmp_path):
+    endpoint = ENDPOINTS[task]
+    outcome = train(task)
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "run"
+    outputs = json.loads((run / "outputs.json").read_text())
+    assert (outputs["task"], outputs["n_slides"], outputs["n_cases"]) == (task, 60, PATIENTS)
+    assert outputs["cases"]["n_several_slides"] == PATIENTS // 2
+    assert outputs["pooled"][endpoint.metric] > endpoint.least, "it learns what is there"
+    low, high = outputs["cases"]["intervals_95"][endpoint.metric]
+    assert low < outputs["cases"]["pooled"][endpoint.metric] < high
+    assert {f"{name}.png" for name in (*endpoint.figures, "learning_curves")} <= {path.name for path in run.iterdir()}
+    assert "Report the figures of patients: 20 patients of 40 have several slides" in outcome.out
+    cases = pd.read_csv(run / "predictions_cases.csv")
+    assert len(cases) == PATIENTS
+    table = pd.read_csv(run / "predictions.csv")
+    assert cases.set_index("case_id").loc["P01"].get("predicted", 0) == pytest.approx(
+        table[table["case_id"] == "P01"].get("predicted", pd.Series([0])).mean()
+    )
+
+    # Each fold's model knows what it was fitted to, and a run gives its own values again.
+    checkpoint = load_checkpoint(run / "fold_1_best.pth")
+    assert checkpoint.task.record["task"] == task
+    again = script("predict", "--out_of_fold", run, "--output_dir", tmp_path / "again", "--device", "cpu")
+    assert again.code == 0, again.err
+    assert f"are those of {run / 'predictions.csv'}" in again.out
+
+    labels, features = external
+    scored = script(
+        "predict", "--checkpoint", run, "--input_dir", features, "--labels_csv", labels,
+        "--output_dir", tmp_path / "out", "--device", "cpu",
+    )  # fmt: skip
+    assert scored.code == 0, scored.err
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["pooled"][endpoint.metric] > endpoint.least
+    assert scores["cases"]["n_several_slides"] == PATIENTS // 2
+    assert {f"{name}.png" for name in endpoint.figures} <= {path.name for path in (tmp_path / "out").iterdir()}
+    first = json.loads((tmp_path / "out" / "P00-0_prediction.json").read_text())
+    predicted = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("wsi_id").loc["P00-0"]
+    for name, value in first["values"].items():
+        column = "predicted" if task == "regression" else name
+        assert predicted[column] == pytest.approx(value)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("<label hidden>") == 2, "no class is chosen, right or wrong"
+    refused = script(
+        "predict",
+        "--checkpoint",
+        run,
+        "--input",
+        features / "P00-0.h5",
+        "--output_dir",
+        tmp_path / "no",
+        "--faithfulness",
+    )
+    assert refused.code == 1
+    assert "--faithfulness: measures how a class's probability falls" in refused.errors[0]
+
+
+@pytest.mark.usefixtures("coarse_figures")
+@pytest.mark.parametrize("task", [pytest.param("regression", marks=pytest.mark.slow), "survival"])
+def test_a_run_goes_on_to_the_same_bytes_and_several_jobs_give_them_too(task, train, monkeypatch, tmp_path):
+    short = ("--epochs", 3)
+    assert train(task, *short, name="expected").code == 0
+    expected = contents(tmp_path / "expected")
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.learning.results.write_results", lambda *_: exit(9))
+        patch.setattr("utils.learning.cross_validation.write_results", lambda *_: exit(9))
+        train(task, *short, name="resumed")
+    assert train(task, *short, name="resumed").code == 0
+    assert_same(contents(tmp_path / "resumed"), expected)
+    assert train(task, *short, "--jobs", 2, name="jobs").code == 0
+    assert_same(contents(tmp_path / "jobs"), expected)
+
+
+@pytest.mark.parametrize("task", ENDPOINTS)
+def test_shuffled_targets_give_chance(task, train, cohort, tmp_path):
+    table = pd.read_csv(cohort[0])
+    columns, rng = ["share", "days", "died"], np.random.default_rng(7)
+    patients = table.groupby("case_id", sort=False)[columns].first()
+    shuffled = patients.iloc[rng.permutation(len(patients))].set_axis(patients.index)
+    table[columns] = shuffled.loc[table["case_id"]].to_numpy()
+    table["died"] = table["died"].astype(int)
+    table.to_csv(tmp_path / "shuffled.csv", index=False)
+    assert train(task, labels=tmp_path / "shuffled.csv").code == 0
+    figures = json.loads((tmp_path / "run" / "outputs.json").read_text())["cases"]["pooled"]
+    assert figures[ENDPOINTS[task].metric] < (0.1 if task == "regression" else 0.65)
+
+
+@pytest.mark.parametrize(("task", "column", "value", "message"), [
+    ("survival", "days", "-4", "1 row with a target that cannot be used (days must be a number above 0"),
+    ("survival", "died", "", "1 row with a target that cannot be used"),
+    ("regression", "share", "high", "1 row with a target that cannot be used (share must be a number): P00-0 ('high')"),
+])  # fmt: skip
+def test_a_target_that_cannot_be_used_is_named(task, column, value, message, train, cohort, tmp_path):
+    table = pd.read_csv(cohort[0], dtype=str)
+    table.loc[0, column] = value
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    outcome = train(task, labels=tmp_path / "labels.csv")
+    assert (outcome.code, len(outcome.errors)) == (1, 1)
+    assert message in outcome.errors[0]
+    assert "--allow unknown" in outcome.errors[0]
+    dry = train(task, "--allow", "unknown", "--dry_run", labels=tmp_path / "labels.csv")
+    assert dry.code == 0, dry.err
+    assert "warning  1 slide with a target that cannot be used" in dry.out
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--task", "survival", "--time_column", "days"), "--task survival: give --event_column"),
+    (("--target_column", "share"), "--target_column share: goes with --task regression"),
+    (("--task", "regression", "--target_column", "shares"), "no column shares to predict"),
+    (("--task", "regression", "--target_column", "share", "--class_names", "a", "b"), "a regression has no classes"),
+    (("--task", "regression", "--target_column", "share", "--monitor", "auc"), "a regression has loss, r2, mae"),
+    (("--task", "regression", "--target_column", "share", "--operating_point", "sensitivity=0.9"), "needs two classes"),
+])  # fmt: skip
+def test_flags_that_do_not_go_together(flags, message, script, cohort, tmp_path):
+    labels, features = cohort
+    outcome = script(
+        "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels, "--features_dir", features,
+        "--output_dir", tmp_path / "run", *flags,
+    )  # fmt: skip
+    assert (outcome.code, len(outcome.errors)) == (1, 1)
+    assert message in outcome.errors[0]
+    assert not (tmp_path / "run" / "run.json").exists()
