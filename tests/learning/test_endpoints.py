@@ -14,14 +14,14 @@ from utils.prediction.checkpoint import load_checkpoint
 
 PATIENTS, DIM = 40, 8
 SMALL = (
-    "--n_outer", 2, "--n_inner", 2, "--epochs", 30, "--hidden_dim", 16, "--num_heads", 2, "--device", "cpu", "--lr", "1e-2",
-    "--seed", 3,
+    "--n_outer", 2, "--n_inner", 2, "--epochs", 30, "--hidden_dim", 16, "--num_heads", 2, "--device", "cpu",
+    "--lr", "1e-2", "--seed", 3,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The flags of a task, its primary metric with what a model that has learned something reaches, and the figures."""
+    """The flags of a task, its primary metric, what a model that has learned something reaches, and the figures."""
 
     flags: tuple[str, ...]
     metric: str
