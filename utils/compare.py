@@ -19,8 +19,9 @@ class Comparison(Settings):
 
     runs: tuple[Path, ...] = option(REQUIRED, "folders of finished training runs", metavar="RUN", positional=True)
     metrics: tuple[str, ...] = option(
-        ("auc", "balanced_accuracy", "f1_macro"),
-        "metrics to compare, the primary one first (default: auc balanced_accuracy f1_macro)",
+        (),
+        "metrics to compare, the primary one first (default: of classes auc balanced_accuracy f1_macro, else those of "
+        "the task)",
         metavar="NAME",
     )
     output_dir: Path | None = option(
@@ -62,21 +63,22 @@ _RECORD, _TABLES, _FIGURES = "comparison.json", ("comparison.md", "comparison.cs
 def main() -> None:
     (settings,) = cli.parse(str(__doc__), _FLAGS)
     runs = read_runs(settings.runs)
-    check_metrics(runs, settings.metrics)
+    task = runs[0].predictions.task
+    metrics = settings.metrics or task.compared_metrics
+    check_metrics(runs, metrics)
     _warn_of_scale(runs)
-    differences = compare(runs, settings.metrics)
+    differences = compare(runs, metrics)
     text = report(runs, differences)
     folder = settings.output_dir or _FOLDER / folder_name([run.name for run in runs])
-    record = _record(runs, settings.metrics)
+    record = _record(runs, metrics)
     _set_aside_another(folder, record)
     write_json(folder / _RECORD, record)
     write_text(folder / _TABLES[0], text)
     write_records(folder / _TABLES[1], differences)
-    figures = (
-        comparison_figure(_intervals(differences, _titles(runs, settings.metrics))),
-        runs_roc_figure({run.name: run.predictions for run in runs}),
-    )
-    paths = write_figures(folder, dict(zip(_FIGURES, figures, strict=True)), settings.figure_format)
+    figures = {_FIGURES[0]: comparison_figure(_intervals(differences, _titles(runs, metrics)))}
+    if task.ranked_outputs:
+        figures[_FIGURES[1]] = runs_roc_figure({run.name: run.predictions for run in runs})
+    paths = write_figures(folder, figures, settings.figure_format)
     print(text)
     print(f"\n{', '.join([*_TABLES, *(path.name for path in paths)])} are in {folder} (took {cli.took()})")
     print("\nNext, a map of each slide by the model that did not see it:\n")
