@@ -53,7 +53,8 @@ def main() -> None:
     if run.dry_run:
         print(audit_text(cohort, protocol))
     dataset = MILDataset.of_cohort(cohort)
-    output_dir = running.output_dir or Path("outputs") / name / cohort.dataset
+    of_task = "" if cohort.task == "classification" else f"_{cohort.task}"
+    output_dir = running.output_dir or Path("outputs") / name / f"{cohort.dataset}{of_task}"
     settings = {**asdict(training), **asdict(protocol), **asdict(cluster)}
     settings |= {"dataset_name": cohort.dataset, "preset": preset.preset}
     settings |= {field: getattr(running, field) for field in ("device", "jobs", "deterministic", "figure_format")}

@@ -5,8 +5,9 @@
     uv run python -m datasets.demo --test_slide     makes testSlides/testSlide.svs and its features
 
 datasets/demo/ holds 48 slides of 24 patients from three sites (`wsi/`), masks of their lesions (`masks/`, white on
-black, a pixel per 16 level-0 pixels), `labels.csv`, and `stain-texture` features (`features/`); `holdout/` six slides
-of other patients, for prediction. The same versions of the packages draw the same pixels.
+black, a pixel per 16 level-0 pixels), `labels.csv` (with times to a made-up event, which depend on the pattern), and
+`stain-texture` features (`features/`); `holdout/` six slides of other patients, for prediction. The same versions of
+the packages draw the same pixels.
 """
 
 from dataclasses import dataclass
@@ -42,18 +43,22 @@ from utils.slides.settings import ExtractionFiles
 
 FOLDER, TEST_SLIDE = Path("datasets/demo"), Path("testSlides/testSlide.svs")
 PATIENTS, SLIDES_EACH, HELD_OUT = 24, 2, 6  # a whole number of each pattern at each site
+MEAN_MONTHS: dict[str, float] = {"glandular": 70, "solid": 20}  # until the event
+_SHAPE = 8  # of the gamma distribution of these times
 SIZE, TEST_SIZE = (1152, 960), (1536, 1280)  # level-0 px: of the cohort's slides, of the test slide
 RECIPE = Extraction(backbone="stain-texture", patch_size=128, mpp=MPP)
 
 
 @dataclass(frozen=True)
 class DemoSlide:
-    """A row of the cohort's `labels.csv`."""
+    """A row of the cohort's `labels.csv`; `time` is in months until the `event` (1) or the end of follow-up (0)."""
 
     case_id: str
     wsi_id: str
     label: str
     site: str
+    time: float
+    event: int
 
     def wsi(self, folder: Path) -> Path:
         """Return the slide's path in the cohort's folder, or in that of the held-out slides."""
@@ -80,8 +85,16 @@ def demo_slides(patients: int, slides_each: int, first: int = 0) -> list[DemoSli
     for number in range(first, first + patients):
         label, site = PATTERNS[number % 2], list(SITES)[number // 2 % len(SITES)]
         case = f"synthetic-{number + 1:02d}"
-        slides += [DemoSlide(case, f"{case}-{slide + 1}", label, site) for slide in range(slides_each)]
+        follow_up = _follow_up(number, label)
+        slides += [DemoSlide(case, f"{case}-{slide + 1}", label, site, *follow_up) for slide in range(slides_each)]
     return slides
+
+
+def _follow_up(number: int, label: str) -> tuple[float, int]:
+    """Return a patient's time in months and event, made up: one growth pattern is the worse one."""
+    rng = np.random.default_rng([number, 7])
+    until_event, until_end = MEAN_MONTHS[label] * rng.gamma(_SHAPE) / _SHAPE, rng.uniform(12, 96)
+    return round(float(min(until_event, until_end)) + 0.1, 1), int(until_event <= until_end)
 
 
 TRAINING, HOLDOUT = demo_slides(PATIENTS, SLIDES_EACH), demo_slides(HELD_OUT, 1, first=PATIENTS)
@@ -119,7 +132,7 @@ def next_command(checkpoint: Path, folder: Path = FOLDER) -> str:
 
 def make_test_slide(path: Path = TEST_SLIDE) -> None:
     """Draw the test slide, and extract its features beside it."""
-    DemoSlide("synthetic-99", "synthetic-99-1", PATTERNS[0], "A").draw(path, size=TEST_SIZE)
+    DemoSlide("synthetic-99", "synthetic-99-1", PATTERNS[0], "A", 0, 0).draw(path, size=TEST_SIZE)
     _extract(ExtractionFiles(input=path, overwrite=True))
 
 

@@ -190,7 +190,8 @@ def test_a_target_that_cannot_be_used_is_named(task, column, value, message, tra
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (("--task", "survival", "--time_column", "days"), "--task survival: give --event_column"),
+    (("--task", "survival", "--time_column", "days"), "no column event to predict"),
+    (("--task", "regression"), "--task regression: give --target_column"),
     (("--target_column", "share"), "--target_column share: goes with --task regression"),
     (("--task", "regression", "--target_column", "shares"), "no column shares to predict"),
     (("--task", "regression", "--target_column", "share", "--class_names", "a", "b"), "a regression has no classes"),

@@ -17,6 +17,7 @@ BatchSize = int | Literal["auto"]
 CHUNK_SIZE = 1000  # patches in a chunk at most, by default
 # The flags that name the columns of a task.
 _COLUMN_FLAGS = {"target_column": "regression", "time_column": "survival", "event_column": "survival"}
+_DEFAULT_COLUMNS = {"time_column": "time", "event_column": "event"}
 
 
 def batch_size_option() -> Any:
@@ -43,10 +44,14 @@ class CohortFiles(Settings):
     )
     target_column: str | None = option(None, "column of the number that a regression predicts", metavar="COLUMN")
     time_column: str | None = option(
-        None, "column of the time until the event or the end of follow-up, in any unit", metavar="COLUMN"
+        None,
+        "column of the time until the event or the end of follow-up, in any unit (default: time)",
+        metavar="COLUMN",
     )
     event_column: str | None = option(
-        None, "column that says whether the event occurred at that time (1) or not until then (0)", metavar="COLUMN"
+        None,
+        "column that says whether the event occurred at that time (1) or not until then (0) (default: event)",
+        metavar="COLUMN",
     )
     feat_type: str = option("features", "name of the features inside each file")
     no_patients: bool = option(False, "treat each slide as a patient of its own if the table names no patients")
@@ -66,14 +71,15 @@ class CohortFiles(Settings):
             value = getattr(self, name)
             if value is not None and self.task != kind:
                 raise ConfigError(f"--{name} {value}: goes with --task {kind}; give that, or leave it out")
-            if value is None and self.task == kind:
+            if value is None and self.task == kind and name not in _DEFAULT_COLUMNS:
                 raise ConfigError(f"--task {kind}: give --{name}, a column of the label table")
         if self.class_names is not None and self.task != "classification":
             raise ConfigError(f"--class_names {' '.join(self.class_names)}: a {self.task} has no classes; leave it out")
 
     def other_task(self) -> Task | None:
         """Return the task, None for a classification, whose classes are known with the label table only."""
-        columns = {name: getattr(self, name) for name, kind in _COLUMN_FLAGS.items() if kind == self.task}
+        names = [name for name, kind in _COLUMN_FLAGS.items() if kind == self.task]
+        columns = {name: getattr(self, name) or _DEFAULT_COLUMNS[name] for name in names}
         if not columns:
             return None
         from utils.tasks.records import new_task

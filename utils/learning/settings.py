@@ -149,7 +149,9 @@ class Protocol(Settings):
 class Running(Settings):
     """Where and how a run is done; it changes results at most by rounding."""
 
-    output_dir: Path | None = option(None, "folder for the results (default: outputs/<mil>/<dataset>)")
+    output_dir: Path | None = option(
+        None, "folder for the results (default: outputs/<mil>/<dataset>, or <dataset>_<task>)"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     jobs: int = option(1, "trainings in parallel, each in its own process with its share of the threads", least=1)
     deterministic: bool = option(
