@@ -125,30 +125,40 @@ def audit(
     files = CohortFiles(**paths_and_classes, feat_type=feat_type, **settings)
     folder = None if features_dir is None else FeatureFolder(features_dir)
     table = read_table(labels_csv, ("label",) if task is None else task.columns)
-    level = _level("unknown", files.allow)
     target_findings: list[Finding] = []
     if task is not None:
-        target_findings, table, class_names = stratified(table, task, level)
+        target_findings, table, class_names = stratified(table, task, _level("unknown", files.allow))
         files = replace(files, class_names=tuple(class_names))
     classes = files.class_names or labels.classes_in(table.rows, label_names=label_names, left_out=left_out)
     new_names = {old: new for old, new in (label_names or {}).items() if old not in classes}
     rows = [row | {"label": new_names.get(row["label"], row["label"])} for row in table.rows]
-    findings, slides = _table_findings(files, table, rows, classes, left_out)
-    findings = target_findings + findings
+    table_findings, slides = _table_findings(files, table, rows, classes, left_out)
+    findings = target_findings + table_findings
     case_of = {row["wsi_id"]: row["case_id"] for row in rows}
     if splits is not None:
         findings += check_splits(read_splits(splits, case_of), case_of, [slide.wsi_id for slide in slides])
     elif note := unused_split([slide.row for slide in slides]):
         findings.append(Finding("info", "splits", note))
-    bags: list[AuditedBag] = []
+    file_findings, bags = _file_findings(files, folder, slides, classes, case_of)
+    return findings + file_findings + check_confounding(slides, bags, classes)
+
+
+def _file_findings(
+    files: CohortFiles,
+    folder: FeatureFolder | None,
+    slides: Sequence[AuditedSlide],
+    classes: Sequence[str],
+    case_of: Mapping[str, str],
+) -> tuple[list[Finding], list[AuditedBag]]:
+    """Return the findings about the feature files, and what is in them; nothing is, without a folder."""
     if folder is None:
-        findings.append(Finding("info", "files", "no features folder: what needs files is skipped (--features_dir)"))
-    else:
-        file_findings, bags = check_files(slides, folder, feat_type, case_of.keys(), _level("missing", files.allow))
-        findings += file_findings + check_content(bags, feat_type, classes)
-        findings += [finding for finding in check_scale(bags, feat_type) if finding not in findings]
-        findings += check_bags(bags, classes) + check_recipes(bags)
-    return findings + check_confounding(slides, bags, classes)
+        why = "no features folder: what needs files is skipped (--features_dir)"
+        return [Finding("info", "files", why)], []
+    feat_type = files.feat_type
+    findings, bags = check_files(slides, folder, feat_type, case_of.keys(), _level("missing", files.allow))
+    findings += check_content(bags, feat_type, classes)
+    findings += [finding for finding in check_scale(bags, feat_type) if finding not in findings]
+    return findings + check_bags(bags, classes) + check_recipes(bags), bags
 
 
 def _table_findings(

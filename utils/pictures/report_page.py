@@ -53,9 +53,7 @@ def write_report(
     """
     picture, attention, style = overlay.picture, overlay.attention, overlay.style
     h, w = picture.shape
-    scales = dict.fromkeys((style.scale, *(() if attention.is_uniform else _SCALES)))
-    overlays = [overlay, *(replace(overlay, style=replace(style, scale=scale)) for scale in list(scales)[1:])]
-    layers = [*map(_attention_layer, overlays), *map(_evidence_layer, evidence[:_MOST_LAYERS])]
+    layers = _layers(overlay, evidence)
     values = {
         "slide": slide,
         "answer": caption.answer,
@@ -113,6 +111,14 @@ class _Layer:
     high: str
     text: str
     values: str | None = None
+
+
+def _layers(overlay: Overlay, evidence: Sequence[EvidenceOverlay]) -> list[_Layer]:
+    """Return the attention by its own scale and by the others, then the evidence for each class."""
+    style = overlay.style
+    scales = dict.fromkeys((style.scale, *(() if overlay.attention.is_uniform else _SCALES)))
+    overlays = [overlay, *(replace(overlay, style=replace(style, scale=scale)) for scale in list(scales)[1:])]
+    return [*map(_attention_layer, overlays), *map(_evidence_layer, evidence[:_MOST_LAYERS])]
 
 
 def _attention_layer(overlay: Overlay) -> _Layer:

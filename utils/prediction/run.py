@@ -35,6 +35,7 @@ from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.slide_status import STATUSES, SlideStatus
 from utils.tasks.records import Answer
+from utils.tasks.task import Task
 
 if TYPE_CHECKING:  # it imports what draws
     from utils.prediction.prediction_pictures import PredictionPictures
@@ -117,19 +118,10 @@ def predict_files(
     if silent and any(needing.values()):
         log.info("There is no evidence map: %s", no_evidence_reason(list(dict.fromkeys(silent))))
     first = predictors.first.checkpoint
-    if settings.faithfulness and not first.task.target_words:
-        raise ConfigError(
-            f"--faithfulness: measures how a class's probability falls, and {predictors.first.path} predicts no class "
-            f"({first.task.about}); leave it out"
-        )
     rows = files.label_rows(first.task, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
         warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
-    infos = earlier_slides(folder)
-    texts = first.task.target_text(np.array([row.label for row in rows.values()])) if rows else []
-    infos |= {slide: SlideInfo(row.case_id, str(text)) for (slide, row), text in zip(rows.items(), texts, strict=True)}
-    if files.run is not None:
-        infos |= {slide: SlideInfo(tested.case_id, tested.label) for slide, tested in files.run.slides.items()}
+    infos = earlier_slides(folder) | _slide_infos(files, first.task, rows)
     mpps = SlideMpps.read(recipe.slides_csv, recipe.slide_mpp)
     mpps.check(files.sources, settings.input or Path(str(settings.input_dir)))
     annotations = _annotations(predictors, files, recipe)
@@ -139,6 +131,15 @@ def predict_files(
     if cluster.is_asked_for:
         raise ConfigError("--ray distributes the slides of a folder; give --input_dir with it")
     return _predict_slide(worker, settings.input, files.targets(folder)[settings.input])
+
+
+def _slide_infos(files: PredictionFiles, task: Task, rows: Mapping[str, LabelRow]) -> dict[str, SlideInfo]:
+    """Return the patients and labels of the slides in the label table and in the training run."""
+    texts = task.target_text(np.array([row.label for row in rows.values()])) if rows else []
+    infos = {slide: SlideInfo(row.case_id, str(text)) for (slide, row), text in zip(rows.items(), texts, strict=True)}
+    if files.run is not None:
+        infos |= {slide: SlideInfo(tested.case_id, tested.label) for slide, tested in files.run.slides.items()}
+    return infos
 
 
 def _annotations(predictors: Predictors, files: PredictionFiles, recipe: PredictionRecipe) -> Annotations | None:
@@ -155,7 +156,13 @@ def _annotations(predictors: Predictors, files: PredictionFiles, recipe: Predict
 
 
 def _check_attention(predictors: Predictors, flags: Mapping[str, bool]) -> None:
-    """Raise ConfigError if a flag that is given needs attention and a model gives none."""
+    """Raise ConfigError if a flag that is given needs attention, or classes, and a model has none."""
+    task = predictors.first.task
+    if flags["--faithfulness"] and not task.target_words:
+        raise ConfigError(
+            f"--faithfulness: measures how a class's probability falls, and {predictors.first.path} predicts no class "
+            f"({task.about}); leave it out"
+        )
     names = " and ".join(flag for flag, is_given in flags.items() if is_given)
     for predictor in predictors.each if names else []:
         if not predictor.gives_attention():
