@@ -106,17 +106,12 @@ class MILDataset(Dataset):
         _check_arguments(csv_path, features_dir, label_names, left_out)
         self.features_dir = Path(features_dir)
         folder = FeatureFolder(self.features_dir)
-        table = read_table(csv_path, ("label",) if task is None else task.columns)
-        for note in table.notes:
-            log.info("%s: %s", csv_path, note)
+        table = _table_of(csv_path, cohort, task)
         if task is None:
             classes = cohort.class_names or labels.classes_of(table, label_names=label_names, left_out=left_out)
             task = _task(table, labels.with_positive_last(classes, positive_class, table.path))
         self.mode, self.chunk_size, self.sequential = cohort.mode, cohort.chunk_size, cohort.sequential
         self.feat_type = feat_type
-        for warning in (labels.missing_patients(table, no_patients), labels.doubted_patients(table)):
-            if warning:
-                log.warning(warning)
         self.patients_from = table.patients_from
         self.rows = labels.resolve_labels(
             table, task, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
@@ -125,10 +120,7 @@ class MILDataset(Dataset):
         folder.check_unique(row.wsi_id for row in self.rows)
         self.labels = np.array([row.label for row in self.rows])
         self.cases = np.array([row.case_id for row in self.rows])
-        try:
-            self.task = task.of_cohort(self.labels, self.cases.tolist())
-        except ValueError as error:
-            raise LabelsError(f"{csv_path}: {error}") from None
+        self.task = _of_cohort(task, table, self.labels, self.cases)
         groups = labels.group_rows(Path(csv_path), [row.columns for row in self.rows], group_column)
         if "spelling" not in allow:
             labels.check_names(table, self.rows, groups, group_column)
@@ -324,6 +316,31 @@ def _check_arguments(csv_path: Any, features_dir: Any, label_names: Any, left_ou
 
 def _are_text(values: Collection[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def _table_of(path: str | Path, cohort: Cohort, task: Task | None) -> LabelTable:
+    """Read the label table of a task; log how it was read, and warn of patients that are missing or doubtful. Raise
+    ConfigError for classes beside another task.
+    """
+    if task is not None and (cohort.class_names or cohort.positive_class):
+        raise ConfigError(
+            f"class_names, positive_class: the task is a {task.kind}, which has no classes; leave them out"
+        )
+    table = read_table(path, ("label",) if task is None else task.columns)
+    for note in table.notes:
+        log.info("%s: %s", path, note)
+    for warning in (labels.missing_patients(table, cohort.no_patients), labels.doubted_patients(table)):
+        if warning:
+            log.warning(warning)
+    return table
+
+
+def _of_cohort(task: Task, table: LabelTable, targets: np.ndarray, cases: np.ndarray) -> Task:
+    """Return the task for these targets. Raise LabelsError if they cannot be evaluated."""
+    try:
+        return task.of_cohort(targets, cases.tolist())
+    except ValueError as error:
+        raise LabelsError(f"{table.path}: {error}") from None
 
 
 def _task(table: LabelTable, class_names: tuple[str, ...]) -> Task:
