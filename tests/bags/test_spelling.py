@@ -2,7 +2,8 @@
 
 import pytest
 
-from utils.bags.spelling import classes_alike, is_placeholder, plain_spelling, spelled_alike, without_ending
+from utils.bags.spelling import classes_alike, plain_spelling, spelled_alike, without_ending
+from utils.core.placeholders import is_placeholder
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from utils.auditing.findings import AuditedSlide, Finding, Level, by_class
 from utils.bags import labels
 from utils.bags.label_table import LabelTable, Row, several_names
 from utils.bags.labels import is_plain
-from utils.bags.spelling import is_placeholder
 from utils.core.cohorts import tcga_case
 from utils.core.errors import LabelsError, first_few, plural
+from utils.core.placeholders import is_placeholder
 from utils.learning.settings import Protocol
 from utils.learning.split_files import NamedSplit, shared_cases
 from utils.tasks.counts import class_counts

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from utils.auditing.findings import IDENTITY, AuditedBag, AuditedSlide, Finding, field_names
-from utils.bags.spelling import is_placeholder
 from utils.core.cohorts import tcga_site
 from utils.core.errors import first_few, plural
 from utils.core.passport import Passport
+from utils.core.placeholders import is_placeholder
 from utils.core.recipe import Recipe
 from utils.core.runtime import progress
 from utils.evaluation.confounding import Confounding, Value, confounding, values_per_class

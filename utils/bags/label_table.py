@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.bags.spelling import is_placeholder, spelled_alike
+from utils.bags.spelling import spelled_alike
 from utils.core.cli import is_flag
 from utils.core.cohorts import tcga_case
 from utils.core.errors import LabelsError, did_you_mean, first_few, plural
+from utils.core.placeholders import is_placeholder
 from utils.core.table_headers import DELIMITERS, SLIDE_NAMES, plain_header
 
 Row = dict[str, str]

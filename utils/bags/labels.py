@@ -11,7 +11,6 @@ from utils.bags.label_table import LabelTable, OneInSeveral, Row, doubtful_patie
 from utils.bags.spelling import (
     NearIds,
     classes_alike,
-    is_placeholder,
     plain_class,
     why_missed,
     without_ending,
@@ -20,6 +19,7 @@ from utils.bags.spelling import (
 from utils.core.cli import is_flag
 from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, did_you_mean, first_few, plural
+from utils.core.placeholders import is_placeholder
 from utils.core.runtime import log
 from utils.tasks.task import Target, Task
 

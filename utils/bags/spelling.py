@@ -13,15 +13,6 @@ from pathlib import Path
 from utils.bags.store import is_feature_file
 from utils.slides.find import is_slide_file
 
-# How tables write an unknown value, in lower case without brackets and quotes.
-_PLACEHOLDERS = {
-    "", "-", "--", "---", ".", "?", "??", "na", "n/a", "n.a.", "n.a", "#n/a", "<na>", "nan", "none", "null", "nil",
-    "unknown", "unk", "missing", "not available", "not applicable", "not reported", "not known", "not specified",
-    "not determined", "undefined", "unspecified", "tbd", "#value!", "#ref!", "pd.na", "n.d.", "n.d", "no data",
-    "not assessed", "not evaluated", "not evaluable", "not done", "not tested", "not recorded", "not provided",
-    "not given", "not performed", "not collected", "unkown", "unknow", "unknwon", "unknonw", "unspecifed", "empty",
-    "undetermined", "-999", "-9999",
-}  # fmt: skip
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
 _QUOTES = "'\"`\u00b4\u2018\u2019\u201c\u201d"
 # Cyrillic letters that look like Latin ones.
@@ -43,12 +34,6 @@ _OPPOSITES = [
     ("hyper", "hypo"), ("micro", "macro"), ("intra", "inter"), ("intra", "extra"), ("endo", "exo"), ("homo", "hetero"),
     ("pre", "post"), ("super", "sub"), ("mono", "poly"), ("uni", "bi"), ("uni", "multi"),
 ]  # fmt: skip
-
-
-def is_placeholder(text: str) -> bool:
-    """Return whether the text stands for an unknown value: "NA", "nan", "[Not Available]", "unknown"."""
-    plain = unicodedata.normalize("NFKC", text).casefold().strip("[]()'\" \t")
-    return " ".join(plain.split()) in _PLACEHOLDERS
 
 
 def plain_spelling(name: str) -> str:
