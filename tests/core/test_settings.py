@@ -110,7 +110,7 @@ def test_numbers_out_of_range_are_refused_by_the_flags_name(cls, field):
         (Training, {"use_amp": 1}, "--no_amp 1: expected True or False"),
         (Training, {"epoch": 3}, "Training: no setting epoch; did you mean epochs?"),
         (Protocol, {"final": "Ensemble"}, "--final 'Ensemble': expected one of best, ensemble, refit, all; did you"),
-        (Protocol, {"monitor": "auroc"}, "--monitor 'auroc': expected one of slide_auc"),
+        (Protocol, {"monitor": "auroc"}, "--monitor 'auroc': expected one of auto, slide_loss, slide_auc"),
         (Protocol, {"monitor": "AUC"}, "--monitor 'AUC': expected one of .*; did you mean auc?"),
         (Protocol, {"monitor": "acu"}, "did you mean auc?"),
         (Protocol, {"monitor": "accuracy"}, "did you mean balanced_accuracy?"),

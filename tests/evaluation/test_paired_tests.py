@@ -9,6 +9,7 @@ from tests.small import TASK
 from utils.evaluation.intervals import ScoredRows, quantile
 from utils.evaluation.paired_tests import PairedTest, holm, nadeau_bengio, paired_test, training_inflation
 from utils.evaluation.resampling import left_out
+from utils.tasks.bases import Bounded, MeanLoss, Proportion, greatest_difference
 
 SLIDES = 120
 
@@ -193,3 +194,14 @@ def test_holm_of_what_is_undefined_and_of_ones():
     assert holm([0.9, 0.8]) == [1, 1]
     assert holm([]) == []
     assert holm([0.3]) == [0.3]
+
+
+def test_a_difference_has_the_limits_of_its_metric():
+    without = np.array([0.5, 1.5, 0.2, 0.9, 1.4])
+    assert paired_test(0.9, without, 20).interval == (-1, 1)
+    low, high = paired_test(0.9, without, 20, most=np.inf).interval or (0, 0)
+    assert low < -1
+    assert high > 1
+    assert greatest_difference(MeanLoss(without, np.inf)) == np.inf
+    assert greatest_difference(Bounded(-1, 1)) == 2
+    assert greatest_difference(Proportion(without > 0)) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,12 +14,20 @@ from utils.core.settings import REQUIRED, Settings, option
 if TYPE_CHECKING:
     from utils.tasks.task import Task
 
-TaskKind = Literal["classification", "regression", "survival"]
+TaskKind = Literal["classification", "regression", "survival", "ordinal", "multilabel"]
 BatchSize = int | Literal["auto"]
 CHUNK_SIZE = 1000  # patches in a chunk at most, by default
-# The flags that name the columns of a task.
-_COLUMN_FLAGS = {"target_column": "regression", "time_column": "survival", "event_column": "survival"}
+# The flags of each task but classification; the columns of those that may be left out; those that list names, separated
+# by commas; what they take.
+_TASK_FLAGS: Mapping[TaskKind, tuple[str, ...]] = {
+    "regression": ("target_column",),
+    "survival": ("time_column", "event_column"),
+    "ordinal": ("target_column", "order"),
+    "multilabel": ("target_columns",),
+}
 _DEFAULT_COLUMNS = {"time_column": "time", "event_column": "event"}
+_LISTS = "order", "target_columns"
+_ARE_TAKEN = {"order": "the grades, the lowest first", "target_columns": "columns of the label table"}
 
 
 def batch_size_option() -> Any:
@@ -39,10 +49,14 @@ class CohortFiles(Settings):
     )
     task: TaskKind = option(
         "classification",
-        "what is predicted: a class, a number (--target_column), or the time to an event (--time_column, "
-        "--event_column)",
+        "what is predicted: a class, a number (--target_column), the time to an event (--time_column, "
+        "--event_column), a grade (--target_column, --order), or several labels (--target_columns)",
     )
-    target_column: str | None = option(None, "column of the number that a regression predicts", metavar="COLUMN")
+    target_column: str | None = option(None, "column of the number or the grade that is predicted", metavar="COLUMN")
+    order: str | None = option(None, "grades from the lowest to the highest, such as low,mid,high", metavar="A,B,C")
+    target_columns: str | None = option(
+        None, "columns of labels, each 1 or 0, or empty where it is unknown, such as EGFR,KRAS", metavar="A,B,C"
+    )
     time_column: str | None = option(
         None,
         "column of the time until the event or the end of follow-up, in any unit (default: time)",
@@ -67,24 +81,39 @@ class CohortFiles(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, kind in _COLUMN_FLAGS.items():
+        own = _TASK_FLAGS.get(self.task, ())
+        for name in dict.fromkeys(itertools.chain(*_TASK_FLAGS.values())):
             value = getattr(self, name)
-            if value is not None and self.task != kind:
-                raise ConfigError(f"--{name} {value}: goes with --task {kind}; give that, or leave it out")
-            if value is None and self.task == kind and name not in _DEFAULT_COLUMNS:
-                raise ConfigError(f"--task {kind}: give --{name}, a column of the label table")
+            if value is not None and name not in own:
+                kinds = " or ".join(kind for kind, flags in _TASK_FLAGS.items() if name in flags)
+                raise ConfigError(f"--{name} {value}: goes with --task {kinds}; give that, or leave it out")
+            if value is None and name in own and name not in _DEFAULT_COLUMNS:
+                what = _ARE_TAKEN.get(name, "a column of the label table")
+                raise ConfigError(f"--task {self.task}: give --{name}, {what}")
         if self.class_names is not None and self.task != "classification":
             raise ConfigError(f"--class_names {' '.join(self.class_names)}: a {self.task} has no classes; leave it out")
 
     def other_task(self) -> Task | None:
         """Return the task, None for a classification, whose classes are known with the label table only."""
-        names = [name for name, kind in _COLUMN_FLAGS.items() if kind == self.task]
-        columns = {name: getattr(self, name) or _DEFAULT_COLUMNS[name] for name in names}
-        if not columns:
+        if self.task not in _TASK_FLAGS:
             return None
+        given = {name: getattr(self, name) for name in _TASK_FLAGS[self.task]}
+        flags = {name: _DEFAULT_COLUMNS[name] if value is None else value for name, value in given.items()}
         from utils.tasks.records import new_task
 
-        return new_task(self.task, columns)
+        lists = {name: _names_in(name, text) for name, text in flags.items() if name in _LISTS}
+        try:
+            return new_task(self.task, flags | lists)
+        except ValueError as error:
+            raise ConfigError(f"--task {self.task}: {error}") from None
+
+
+def _names_in(flag: str, text: str) -> tuple[str, ...]:
+    """Return the names in a flag, which commas separate. Raise ConfigError for an empty one."""
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names:
+        raise ConfigError(f"--{flag} {text}: a name is empty; separate the names by one comma each, as in A,B,C")
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import numpy as np
 from utils.evaluation.paired_tests import holm, nadeau_bengio, paired_test, training_inflation
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.resampling import left_out
+from utils.tasks.bases import greatest_difference
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ def compare(
     inflation = training_inflation(n_train, n_test, predictions[0].n_repeats)
     differences = []
     for metric in metrics:
+        most = greatest_difference(predictions[0].task.basis(metric, predictions[0].labels, predictions[0].values))
         for a, b in combinations(range(len(runs)), 2):
             difference = _minus(figures[a][metric], figures[b][metric])
             changes = without[a][metric] - without[b][metric]
-            algorithms = paired_test(difference, changes, patients, inflation)
-            models = paired_test(difference, changes, patients)
+            algorithms = paired_test(difference, changes, patients, inflation, most=most)
+            models = paired_test(difference, changes, patients, most=most)
             differences.append(
                 Difference(
                     names[a],

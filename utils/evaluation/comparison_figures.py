@@ -68,7 +68,7 @@ def runs_roc_figure(runs: Mapping[str, Predictions]) -> Figure:
         axes.set_title(fill(escape_mathtext(first.task.outputs[index]), 40), fontsize=9)
     for axes in plots[len(first.task.ranked_outputs) :]:
         axes.set_axis_off()
-    figure.suptitle(f"{title}\neach class against the rest", fontsize=10)
+    figure.suptitle(f"{title}\neach {first.task.output_word} against the rest", fontsize=10)
     return figure
 
 
@@ -81,5 +81,6 @@ def _draw_runs(axes: Axes, runs: Mapping[str, Predictions], index: int, width: i
     for (name, predictions), colour, style in zip(runs.items(), cycle(COLOURS), cycle(STYLES), strict=False):
         ranking = predictions.rankings[index]
         label = fill(f"{escape_mathtext(name)}: AUC {with_interval(ranking.auc, '')}", width)
-        curve = mean_roc(*predictions.one_against_rest(index), predictions.repeats)
+        ranked = predictions.ranked(index)
+        curve = mean_roc(ranked.is_positive, ranked.scores, ranked.repeats)
         axes.plot(*(curve or ([], [])), color=colour, ls=style, lw=1.6, label=label)

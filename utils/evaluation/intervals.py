@@ -216,7 +216,7 @@ class _Intervals:
             return f"fewer than {LEAST_PATIENTS} {self.patients.unit}s"
         sides: list[np.ndarray] = []
         if isinstance(basis, PairRanking | Precision):
-            sides = [*basis.positives, *~basis.positives]
+            sides = [*basis.positives, *basis.negatives]
         elif isinstance(basis, Proportion):
             sides = [basis.rows]
         elif isinstance(basis, Share):
@@ -258,8 +258,8 @@ class _Intervals:
 
     def _ranking(self, name: str, value: float, basis: PairRanking) -> Estimate:
         sizes = [
-            (self.patients.size(rows, self.likeness), self.patients.size(~rows, self.likeness))
-            for rows in basis.positives
+            (self.patients.size(positives, self.likeness), self.patients.size(negatives, self.likeness))
+            for positives, negatives in zip(basis.positives, basis.negatives, strict=True)
         ]
         positives, negatives = np.mean(sizes, axis=0)
         formula = pair_variance(value, positives, negatives)

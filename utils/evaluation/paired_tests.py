@@ -22,12 +22,14 @@ class PairedTest:
     p: float | None
 
 
-def paired_test(difference: float | None, without: np.ndarray, patients: int, inflation: float = 1) -> PairedTest:
+def paired_test(
+    difference: float | None, without: np.ndarray, patients: int, inflation: float = 1, most: float = 1
+) -> PairedTest:
     """Test a `difference` of two models by a jackknife over patients.
 
     `without (G,)` is the difference without each patient in turn; `patients` counts those of the rarest class, on which
-    the t quantile depends. The variance is multiplied by `inflation` (see `training_inflation`). Models that answer
-    alike have p = 1 and no interval; fewer than 5 patients have neither.
+    the t quantile depends. The variance is multiplied by `inflation` (see `training_inflation`); no difference exceeds
+    `most`. Models that answer alike have p = 1 and no interval; fewer than 5 patients have neither.
     """
     from scipy.stats import t as student
 
@@ -38,7 +40,7 @@ def paired_test(difference: float | None, without: np.ndarray, patients: int, in
         return PairedTest(None, 1.0 if abs(difference) <= _EQUAL else None)
     half = quantile(patients, len(without)) * error
     p = 2 * student.sf(abs(difference) / error, degrees(patients, len(without)))
-    return PairedTest((max(-1.0, float(difference - half)), min(1.0, float(difference + half))), float(p))
+    return PairedTest((max(-most, float(difference - half)), min(most, float(difference + half))), float(p))
 
 
 def training_inflation(n_train: Sequence[int], n_test: Sequence[int], repeats: int) -> float:

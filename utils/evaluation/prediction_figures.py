@@ -14,7 +14,7 @@ from utils.core.text import escape_mathtext
 from utils.evaluation.curves import mean_precision, mean_roc, roc_band
 from utils.evaluation.figure_text import pooled_title, with_interval
 from utils.evaluation.intervals import wilson
-from utils.evaluation.predictions import Predictions
+from utils.evaluation.predictions import Predictions, RankedRows
 from utils.evaluation.regression_figures import scatter_figure
 from utils.evaluation.survival_figures import kaplan_meier_figure, survival_calibration_figure
 from utils.tasks.metrics import BINS, probability_bins
@@ -48,15 +48,16 @@ def roc_figure(predictions: Predictions) -> Figure:
     figure, axes = _curve_axes("False positive rate (1 - specificity)", "True positive rate (sensitivity)")
     is_detailed = len(predictions.task.ranked_outputs) <= _MOST_BANDS
     for index, line in _class_lines(predictions):
-        is_class, scores = predictions.one_against_rest(index)
-        curve = mean_roc(is_class, scores, predictions.repeats)
+        ranked = predictions.ranked(index)
+        curve = mean_roc(ranked.is_positive, ranked.scores, ranked.repeats)
         if curve is None:
             continue
         if is_detailed:
-            _fold_curves(axes, predictions, index, line["color"])
+            _fold_curves(axes, ranked, line["color"])
             band = roc_band(
-                is_class, scores, predictions.scored.patients, predictions.seed, repeats=predictions.repeats
-            )
+                ranked.is_positive, ranked.scores, ranked.rows.scored.patients, predictions.seed,
+                repeats=ranked.repeats,
+            )  # fmt: skip
             if band is not None:
                 axes.fill_between(*band, color=line["color"], alpha=0.15, lw=0)
         ranking, name = predictions.rankings[index], escape_mathtext(predictions.task.outputs[index])
@@ -81,7 +82,8 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
     figure, axes = _curve_axes("Recall (sensitivity)", "Precision (positive predictive value)")
     has_baselines = len(predictions.task.ranked_outputs) <= _MOST_BANDS
     for index, line in _class_lines(predictions):
-        curve = mean_precision(*predictions.one_against_rest(index), predictions.repeats)
+        ranked = predictions.ranked(index)
+        curve = mean_precision(ranked.is_positive, ranked.scores, ranked.repeats)
         if curve is None:
             continue
         ranking, name = predictions.rankings[index], escape_mathtext(predictions.task.outputs[index])
@@ -90,13 +92,13 @@ def precision_recall_figure(predictions: Predictions) -> Figure:
         axes.plot(*curve, **line, label=label)
         if has_baselines:
             axes.axhline(ranking.prevalence, color=line["color"], ls=line["ls"], lw=0.8, alpha=0.6)
-    thin = "; thin: chance, the share of the class" if has_baselines else ""
+    thin = f"; thin: chance, the share of the {predictions.task.output_word}" if has_baselines else ""
     _finish_curves(figure, axes, predictions, f"AP: average precision{thin}")
     return figure
 
 
 def confusion_figure(predictions: Predictions) -> Figure:
-    """Draw the confusion matrix in slides, shaded by the fraction of the true class; each repeat counts."""
+    """Draw the confusion matrix in slides, shaded by the fraction of the true class or grade; each repeat counts."""
     num_classes = len(predictions.task.outputs)
     pairs = predictions.labels * num_classes + predictions.task.decide(predictions.values)
     counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
@@ -119,7 +121,7 @@ def confusion_figure(predictions: Predictions) -> Figure:
         axes.set_xticks(range(num_classes), wrapped, fontsize=9)
     axes.set_yticks(range(num_classes), wrapped, fontsize=9)
     slides = "Out-of-fold slides" + (f" x {predictions.n_repeats} repeats" if predictions.n_repeats > 1 else "")
-    axes.set_title(f"{predictions.title or slides} (% of the true class)", fontsize=10)
+    axes.set_title(f"{predictions.title or slides} (% of the true {predictions.task.output_word})", fontsize=10)
     return figure
 
 
@@ -175,23 +177,23 @@ def _class_lines(predictions: Predictions) -> Iterator[tuple[int, dict[str, Any]
 
 def _finish_curves(figure: Figure, axes: Axes, predictions: Predictions, explanation: str) -> None:
     """Add the legend below, and a title with the slides, the positive class and the explanation of the curves."""
-    positive = predictions.task.positive_output
-    meaning = "each class against the rest" if positive is None else f"positive: {escape_mathtext(positive)}"
+    positive, word = predictions.task.positive_output, predictions.task.output_word
+    meaning = f"each {word} against the rest" if positive is None else f"positive: {escape_mathtext(positive)}"
     about = f"{fill(meaning, _LINE_WIDTH)}\n({explanation})"
     if axes.lines:
         legend_below(figure)
     else:
-        about = "(undefined: the slides are of one class)"
+        about = f"(undefined: the slides are of one {word})"
     axes.set_title(f"{pooled_title(predictions)}\n{about}", fontsize=10)
 
 
-def _fold_curves(axes: Axes, predictions: Predictions, index: int, colour: str) -> None:
-    if predictions.folds is None:
+def _fold_curves(axes: Axes, ranked: RankedRows, colour: str) -> None:
+    folds = ranked.rows.folds
+    if folds is None:
         return
-    is_class, scores = predictions.one_against_rest(index)
-    for fold in np.unique(predictions.folds):
-        rows = predictions.folds == fold
-        curve = mean_roc(is_class[rows], scores[rows])
+    for fold in np.unique(folds):
+        rows = folds == fold
+        curve = mean_roc(ranked.is_positive[rows], ranked.scores[rows])
         if curve is not None:
             axes.plot(*curve, color=colour, alpha=0.3, lw=0.7)
 

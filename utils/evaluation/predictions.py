@@ -264,9 +264,18 @@ class Predictions:
         by_repeat = [self.task.decision_metrics(self.labels[rows], self.decisions[rows]) for rows in masks]
         return {name: mean_and_std([metrics[name] for metrics in by_repeat])[0] for name in by_repeat[0]}
 
-    def one_against_rest(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which rows are of a class, `(n,)` bool, and its probabilities `(n,)`."""
-        return self.labels == index, self.values[:, index]
+    def ranked(self, index: int) -> RankedRows:
+        """Return the rows that a ranked output ranks, as those of two classes."""
+        positive, negative = self.task.sides(index, self.labels)
+        known = positive | negative
+        scores = self.values[known, index]
+        two_classes = replace(
+            self.where(known),
+            task=task_of({"class_names": ("other classes", "the class")}),
+            labels=positive[known].astype(int),
+            values=np.stack([1 - scores, scores], axis=1),
+        )
+        return RankedRows(two_classes)
 
     @cached_property
     def rankings(self) -> dict[int, Ranking]:
@@ -274,15 +283,33 @@ class Predictions:
         return {index: self._ranking(index) for index in self.task.ranked_outputs}
 
     def _ranking(self, index: int) -> Ranking:
-        is_class, scores = self.one_against_rest(index)
-        binary = replace(
-            self,
-            task=task_of({"class_names": ("other classes", "the class")}),
-            labels=is_class.astype(int),
-            values=np.stack([1 - scores, scores], axis=1),
+        ranked, own = self.ranked(index), self.task.ranking_metrics(index)
+        source, (auc, precision) = (ranked.rows, ("auc", "average_precision")) if own is None else (self, own)
+        return Ranking(
+            source.pooled[auc], source.pooled[precision], source.within_folds.get(auc), float(ranked.is_positive.mean())
         )
-        pooled, within = binary.pooled, binary.within_folds
-        return Ranking(pooled["auc"], pooled["average_precision"], within.get("auc"), float(is_class.mean()))
+
+
+@dataclass(frozen=True, eq=False)
+class RankedRows:
+    """The predictions that a class, a label or the like ranks: `rows` of two classes, the second one is positive."""
+
+    rows: Predictions
+
+    @property
+    def is_positive(self) -> np.ndarray:
+        """Which rows are positive, `(n,)` bool."""
+        return self.rows.labels == 1
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The values `(n,)` that rank the rows."""
+        return self.rows.values[:, 1]
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """The repeats `(n,)` of the rows."""
+        return self.rows.repeats
 
 
 def _decisions(rows: Sequence[Mapping[str, str]], column: str | None) -> np.ndarray | None:

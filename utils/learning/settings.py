@@ -87,7 +87,8 @@ class Training(Settings):
 Keep = Literal["auto", "last", "best"]
 Monitor = Literal[
     "auto", "slide_loss", "slide_auc", "slide_balanced_accuracy", "slide_f1_macro", "slide_r2", "slide_mae",
-    "slide_spearman", "slide_c_index", "slide_c_index_ipcw",
+    "slide_spearman", "slide_c_index", "slide_c_index_ipcw", "slide_quadratic_kappa",
+    "slide_average_precision",
 ]  # fmt: skip
 Final = Literal["best", "ensemble", "refit", "all"]
 
@@ -113,7 +114,7 @@ class Protocol(Settings):
     monitor: Monitor = option(
         "auto",
         "metric of the inner validation that selects setting and model, and the epoch where the best is kept; auto: "
-        "the AUC of classes, else the loss",
+        "the AUC of classes and labels, else the loss",
         also={name.removeprefix("slide_"): name for name in typing.get_args(Monitor)},
     )
     keep: Keep = option(

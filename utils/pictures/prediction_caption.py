@@ -29,9 +29,8 @@ def _answer(record: Mapping[str, Any]) -> str:
     answer = Answer.of(record)
     if not answer.task.target_words:
         return answer.task.headline(answer.predicted)
-    predicted, members = answer.predicted, answer.members
-    agreeing = sum(max(member, key=member.__getitem__) == predicted for member in members)
-    counts = f", {agreeing} of {len(members)} models" if members else ""
+    predicted = answer.predicted
+    counts = f", {answer.agreeing} of {len(answer.members)} models" if answer.members else ""
     calibrated, other = record.get("calibrated_probabilities"), _calibrated_class(record)
     if calibrated is None:
         return f"{predicted} ({percent_text(record['confidence'])}{counts})"
@@ -115,8 +114,8 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     answer = Answer.of(record)
     if answer.members:
-        name = answer.predicted if answer.task.target_words else answer.task.outputs[0]
-        text = percent_text if answer.task.target_words else _number
+        name = answer.output
+        text = percent_text if name in answer.task.shares(answer.values)[1] else _number
         values, spread = ", ".join(text(member[name]) for member in answer.members), (answer.spread or {})[name]
         facts.append((f"{name} by each model", f"{values}; standard deviation {text(spread)}"))
     calibrated = answer.calibrated

@@ -257,7 +257,9 @@ class SlidePredictor:
 
 def _faithfulness_of(task: Task, models: Sequence[BagModel], prediction: SlidePrediction) -> Faithfulness:
     features, class_index = _features_of(prediction.bag), int(task.decide(prediction.probabilities))
-    evidence = None if prediction.evidence is None else prediction.evidence.contributions[class_index]
+    # Only what argues for this class by itself should lower its probability when it is taken away.
+    has_own = prediction.evidence is not None and task.signal_names == task.outputs
+    evidence = prediction.evidence.contributions[class_index] if prediction.evidence and has_own else None
     assert prediction.patch_attention is not None  # noqa: S101 - for the type checker: checked by the caller
     return measure_faithfulness(task, models, features, prediction.patch_attention, class_index, evidence=evidence)
 

@@ -48,7 +48,7 @@ class SlidePrediction:
     @property
     def confidence(self) -> float:
         """Return the predicted class's probability."""
-        return float(self.probabilities.max())
+        return float(self.probabilities[self.task.decide(self.probabilities)])
 
     @property
     def seen_in_training(self) -> bool | None:

@@ -28,16 +28,22 @@ class MeanOfProportions:
 
 @dataclass(frozen=True, eq=False)
 class PairRanking:
-    """The share of pairs in which the positive row scores higher: the mean over C kinds of `positives (C, n)` bool."""
+    """The share of pairs in which the positive row scores higher: the mean over C kinds of `positives` and `negatives`,
+    each `(C, n)` bool. A row that is neither does not count.
+    """
 
     positives: np.ndarray
+    negatives: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Precision:
-    """The average precision: the mean over C kinds of `positives (C, n)` bool."""
+    """The average precision: the mean over C kinds of `positives` among `positives` and `negatives`, each `(C, n)`
+    bool.
+    """
 
     positives: np.ndarray
+    negatives: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,3 +77,14 @@ class NoInterval:
 
 
 Basis = Proportion | MeanOfProportions | PairRanking | Precision | Share | MeanLoss | Bounded | NoInterval
+
+
+def greatest_difference(basis: Basis) -> float:
+    """Return how far two values of a metric can be apart; it may be infinite."""
+    match basis:
+        case MeanLoss():
+            return basis.most
+        case Bounded():
+            return basis.high - basis.low
+        case _:
+            return 1.0

@@ -12,11 +12,9 @@ import numpy as np
 from utils.core.text import aligned, figure_text, interval_text
 from utils.tasks.bases import Basis
 from utils.tasks.calibration import Scaling, fitted_scaling
-from utils.tasks.counts import class_counts
 from utils.tasks.metrics import (
     METRICS,
     auc_is_defined,
-    balanced_class_weights,
     basis,
     decision_metrics,
     log_loss,
@@ -25,8 +23,9 @@ from utils.tasks.metrics import (
     ranked_classes,
     weighted_metrics,
 )
+from utils.tasks.named_classes import NamedClasses
 from utils.tasks.operating_point import BALANCED, OperatingPoint
-from utils.tasks.task import Figures, FittedFigures, Row, Task, numbers_in
+from utils.tasks.task import Figures, FittedFigures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +35,8 @@ _NOTABLE_GAP = 0.01
 
 
 @dataclass(frozen=True)
-class Classification(Task):
-    """Two or more classes; of two, the last is positive. Targets are class indices, values are probabilities.
+class Classification(NamedClasses):
+    """Two or more classes without an order; of two, the last is positive.
 
     Raises ValueError if there are fewer than two classes, or if two have the same name.
     """
@@ -101,92 +100,6 @@ class Classification(Task):
     def metric_names(self) -> tuple[str, ...]:
         """Return `METRICS`, then sensitivity and specificity of each class."""
         return metric_names(self.class_names)
-
-    def target(self, row: Row) -> int:
-        """Return the index of the class that is the `label`. Raise ValueError for an unknown name."""
-        return self.class_names.index(row["label"])
-
-    @property
-    def no_target(self) -> str:
-        """Return that the label is none of the classes."""
-        return f"label that is none of {', '.join(self.class_names)}"
-
-    @property
-    def target_words(self) -> tuple[str, ...]:
-        """Return the names of the classes."""
-        return self.class_names
-
-    def target_text(self, targets: np.ndarray) -> np.ndarray:
-        """Return the names of the classes."""
-        return np.array(self.class_names)[targets]
-
-    def prediction_text(self, values: np.ndarray) -> np.ndarray:
-        """Return the names of the most probable classes."""
-        return self.target_text(self.decide(values))
-
-    def table_columns(
-        self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        """Return `label`, `predicted`, a column `prob_<class>` and, if calibrated, one `calibrated_<class>` each."""
-        columns = {"label": self.target_text(targets), "predicted": self.prediction_text(values)}
-        for prefix, numbers in (("prob", values), ("calibrated", calibrated)):
-            if numbers is not None:
-                columns |= {f"{prefix}_{name}": numbers[:, index] for index, name in enumerate(self.class_names)}
-        return columns
-
-    def answer_columns(
-        self, predicted: str, values: Mapping[str, float], calibrated: Mapping[str, float] | None
-    ) -> dict[str, Any]:
-        """Return `predicted`, the columns `prob_<class>` and, if calibrated, `calibrated_<class>`."""
-        columns: dict[str, Any] = {"predicted": predicted}
-        columns |= {f"prob_{name}": value for name, value in values.items()}
-        return columns | {f"calibrated_{name}": value for name, value in (calibrated or {}).items()}
-
-    def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the probabilities and the calibrated ones."""
-        scaled = [f"calibrated_{name}" for name in self.class_names]
-        values = numbers_in(rows, [f"prob_{name}" for name in self.class_names])
-        if not ((values >= 0) & (values <= 1)).all():
-            raise ValueError("a probability that is no number from 0 to 1")
-        return values, numbers_in(rows, scaled) if set(scaled) <= rows[0].keys() else None
-
-    def answer(
-        self, values: np.ndarray, calibrated: np.ndarray | None = None, members: np.ndarray | None = None
-    ) -> dict[str, Any]:
-        """Return the predicted class, its probability (`confidence`) and the probabilities by class."""
-        each = {} if members is None else {
-            "member_probabilities": [self._by_output(probabilities) for probabilities in members],
-            "spread": self._by_output(members.std(axis=0, ddof=1)),
-        }  # fmt: skip
-        return {
-            "predicted_class": str(self.prediction_text(values)),
-            "confidence": float(values.max()),
-            "probabilities": self._by_output(values),
-            "calibrated_probabilities": None if calibrated is None else self._by_output(calibrated),
-            **each,
-        }
-
-    def shares(self, values: Mapping[str, float]) -> tuple[str, dict[str, float]]:
-        """Return the probabilities of the classes."""
-        return "probability", dict(values)
-
-    def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
-        """Return how many slides and patients each class has, and which class is positive, if one is."""
-        slides = list(zip(targets.tolist(), cases, strict=True))
-        return class_counts(slides, self.class_names, self.positive_output)
-
-    @property
-    def strata_names(self) -> tuple[str, ...]:
-        """Return the names of the classes."""
-        return self.class_names
-
-    def strata(self, targets: np.ndarray) -> np.ndarray:
-        """Return the classes."""
-        return targets
-
-    def loss_weights(self, targets: np.ndarray) -> np.ndarray:
-        """Return weights `(C,)` that give each class the same total."""
-        return balanced_class_weights(targets, len(self.class_names))
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Return the cross-entropy `(B,)`, weighted by class."""
@@ -274,10 +187,6 @@ class Classification(Task):
         undecided = self.decide(values.mean(axis=0)) if point.label is None else 1 - point.label
         return np.where(share == 0.5, undecided, share > 0.5).astype(int)
 
-    def case_keys(self, targets: np.ndarray) -> np.ndarray:
-        """Return the classes: a patient with slides of two classes has two answers."""
-        return targets
-
     def decision_metrics(self, targets: np.ndarray, decisions: np.ndarray) -> Figures:
         """Return accuracy, balanced accuracy, macro F1, and each class's sensitivity and specificity."""
         return decision_metrics(targets, decisions, self.class_names)
@@ -310,10 +219,6 @@ class Classification(Task):
             return values[:, 1], targets == 1
         return values.max(axis=1), targets == self.decide(values)
 
-    def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the rows that are surest and correct, surest and wrong, and most uncertain."""
-        return _gallery(values, self.decide(values) == targets)
-
     def table(self, pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]) -> str:
         """Return the pooled sensitivity and specificity of each class, with their intervals."""
         return aligned(_class_rows(self.class_names, pooled, intervals))
@@ -336,14 +241,6 @@ class Classification(Task):
         what = "At the threshold fitted on inner validation" + ("" if point == BALANCED else f" for {point}")
         intervals = results.get("pooled_thresholded_intervals_95") or {}
         return _changes_sentence(what, results["pooled_thresholded"], results["pooled"], "at 0.5", names, intervals)
-
-
-def _gallery(values: np.ndarray, is_correct: np.ndarray) -> dict[str, np.ndarray]:
-    ordered = np.sort(values, axis=1)
-    surest = np.argsort(-ordered[:, -1], kind="stable")
-    uncertain = np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")
-    correct = is_correct[surest]
-    return {"surest correct": surest[correct], "surest wrong": surest[~correct], "most uncertain": uncertain}
 
 
 def _class_rows(

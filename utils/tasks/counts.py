@@ -29,3 +29,13 @@ def class_counts(
 def range_text(values: np.ndarray) -> str:
     """Return the least and greatest of some numbers and their median."""
     return f"{values.min():.4g} to {values.max():.4g}, median {np.median(values):.4g}"
+
+
+def label_counts(has_label: np.ndarray, is_known: np.ndarray, cases: Sequence[str], names: Sequence[str]) -> str:
+    """Return how many slides and patients each of K labels has, given `has_label` and `is_known (n, K)` bool."""
+    patients, texts = np.array(cases), []
+    for name, rows, known in zip(names, has_label.T, is_known.T, strict=True):
+        unknown = len(rows) - int(known.sum())
+        slides, owners = plural(int(rows.sum()), "slide"), plural(len(np.unique(patients[rows])), "patient")
+        texts.append(f"{name} in {slides} of {owners}" + (f" ({unknown} unknown)" if unknown else ""))
+    return f"{'; '.join(texts)}; {plural(len(patients), 'slide')} of {plural(len(set(cases)), 'patient')} in all"

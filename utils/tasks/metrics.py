@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from utils.tasks.bases import Basis, MeanLoss, MeanOfProportions, NoInterval, PairRanking, Precision, Proportion, Share
+from utils.tasks.ranking_metrics import auc_and_precision, within_strata
 from utils.tasks.task import single
+from utils.tasks.weighted import group_sums, ratio
 
 METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "auc", "average_precision", "brier", "ece")
 BINS, _LEAST_IN_BIN = 10, 5
@@ -42,17 +44,17 @@ def weighted_metrics(
     num_classes = probabilities.shape[1]
     predicted, total = probabilities.argmax(axis=1), weights.sum(axis=1)
     ranked = np.mean(
-        [_ranking(labels == index, probabilities[:, index], weights) for index in ranked_classes(num_classes)], 0
+        [auc_and_precision(labels == c, probabilities[:, c], weights) for c in ranked_classes(num_classes)], axis=0
     )
     errors = (probabilities - (labels[:, None] == np.arange(num_classes))) ** 2
     confidence = probabilities[np.arange(len(labels)), predicted]
-    gaps = _group_sums(weights * ((predicted == labels) - confidence), probability_bins(confidence), BINS)
+    gaps = group_sums(weights * ((predicted == labels) - confidence), probability_bins(confidence), BINS)
     figures = {
         **_decisions(labels, predicted, weights, num_classes, class_names),
         "auc": ranked[0],
         "average_precision": ranked[1],
-        "brier": _ratio(weights @ (errors[:, 1] if num_classes == 2 else errors.sum(axis=1)), total),
-        "ece": _ratio(np.abs(gaps).sum(axis=1), total),
+        "brier": ratio(weights @ (errors[:, 1] if num_classes == 2 else errors.sum(axis=1)), total),
+        "ece": ratio(np.abs(gaps).sum(axis=1), total),
     }
     return {name: figures[name] for name in metric_names(class_names)}
 
@@ -61,23 +63,14 @@ def metrics_within(
     labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, strata: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return AUC and average precision under each row of `weights (B, n)`, as `(B,)`, of slides compared with those of
-    the same stratum `(n,)` only; NaN if undefined.
-
-    The AUC is the share of all such pairs in which the positive scores higher; the average precision is the mean of the
-    strata's, weighted by their positives. Of more than two classes both are means over the classes.
+    the same stratum `(n,)` only (see `ranking_metrics.within_strata`). Of more than two classes both are means over the
+    classes.
     """
     probabilities = probabilities.astype(np.float64)
-    by_class = []
-    for index in ranked_classes(probabilities.shape[1]):
-        sums = np.zeros((4, len(weights)))  # of AUC and average precision, then of their weights
-        for stratum in np.unique(strata):
-            rows = strata == stratum
-            positive = labels[rows] == index
-            figures = _ranking(positive, probabilities[rows, index], weights[:, rows])
-            positives, negatives = weights[:, rows] @ positive, weights[:, rows] @ ~positive
-            shares = positives * negatives, positives * (negatives > 0)
-            sums += [*(np.nan_to_num(figure) * share for figure, share in zip(figures, shares, strict=True)), *shares]
-        by_class.append([_ratio(sums[0], sums[2]), _ratio(sums[1], sums[3])])
+    by_class = [
+        within_strata(labels == index, probabilities[:, index], weights, strata)
+        for index in ranked_classes(probabilities.shape[1])
+    ]
     return dict(zip(("auc", "average_precision"), np.mean(by_class, axis=0), strict=True))
 
 
@@ -93,7 +86,7 @@ def basis(metric: str, labels: np.ndarray, probabilities: np.ndarray, class_name
         return Proportion((labels == class_names.index(name)) == (kind == "sensitivity"))
     if metric in ("auc", "average_precision"):
         positives = np.stack([labels == index for index in ranked_classes(len(class_names))])
-        return PairRanking(positives) if metric == "auc" else Precision(positives)
+        return (PairRanking if metric == "auc" else Precision)(positives, ~positives)
     if metric == "brier":
         errors = (probabilities - (labels[:, None] == classes)) ** 2
         return MeanLoss(errors[:, 1], 1) if len(class_names) == 2 else MeanLoss(errors.sum(axis=1), 2)
@@ -103,32 +96,6 @@ def basis(metric: str, labels: np.ndarray, probabilities: np.ndarray, class_name
 def ranked_classes(num_classes: int) -> Sequence[int]:
     """Return the classes whose AUC and average precision are computed: of two the positive one, else all."""
     return [1] if num_classes == 2 else range(num_classes)
-
-
-def _ranking(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return AUC and average precision, each `(B,)`, of `scores (n,)` for `positive (n,)` bool under `weights (B, n)`.
-
-    AUC is the probability that a positive scores higher than a negative, ties counted half. Average precision is the
-    mean over the positives of the precision among all slides that score at least as high. NaN unless both positives
-    and negatives have weight.
-    """
-    order = np.argsort(-scores, kind="stable")
-    descending, positive = -scores[order], positive[order]
-    weights = np.take(weights, order, axis=1)
-    positive_weights = weights[:, positive]
-    # For each positive: the weight of all slides, and of all positives, that score higher, or at least as high.
-    higher, as_high = (np.searchsorted(descending, descending[positive], side) for side in ("left", "right"))
-    positives_until = np.concatenate([[0], positive.cumsum()])
-    sums, positive_sums = _from_zero(weights), _from_zero(positive_weights)
-    all_higher, all_as_high = sums[:, higher], sums[:, as_high]
-    positive_higher = positive_sums[:, positives_until[higher]]
-    positive_as_high = positive_sums[:, positives_until[as_high]]
-    positives = positive_sums[:, -1]
-    negatives = sums[:, -1] - positives
-    losses = (positive_weights * (all_higher - positive_higher + all_as_high - positive_as_high)).sum(axis=1) / 2
-    precision = _ratio(positive_as_high, all_as_high, empty=0)
-    defined = np.where(negatives > 0, positives, 0)
-    return 1 - _ratio(losses, defined * negatives), _ratio((positive_weights * precision).sum(axis=1), defined)
 
 
 def probability_bins(probabilities: np.ndarray) -> np.ndarray:
@@ -172,34 +139,19 @@ def auc_is_defined(labels: np.ndarray, num_classes: int) -> bool:
 def _decisions(
     labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray, num_classes: int, class_names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    pairs = _group_sums(weights, labels * num_classes + predicted, num_classes**2)
+    pairs = group_sums(weights, labels * num_classes + predicted, num_classes**2)
     counts = pairs.reshape(-1, num_classes, num_classes)
     correct, true, assigned = counts.diagonal(axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)
     total = true.sum(axis=1)
-    sensitivity = _ratio(correct, true)
+    sensitivity = ratio(correct, true)
     negatives = total[:, None] - true
-    specificity = _ratio(negatives - assigned + correct, negatives)
+    specificity = ratio(negatives - assigned + correct, negatives)
     present = true > 0
     figures = {
-        "accuracy": _ratio(correct.sum(axis=1), total),
-        "balanced_accuracy": _ratio(np.where(present, sensitivity, 0).sum(axis=1), present.sum(axis=1)),
-        "f1_macro": _ratio(_ratio(2 * correct, true + assigned, empty=0).sum(axis=1), present.sum(axis=1)),
+        "accuracy": ratio(correct.sum(axis=1), total),
+        "balanced_accuracy": ratio(np.where(present, sensitivity, 0).sum(axis=1), present.sum(axis=1)),
+        "f1_macro": ratio(ratio(2 * correct, true + assigned, empty=0).sum(axis=1), present.sum(axis=1)),
     }
     for index, name in enumerate(class_names):
         figures[f"sensitivity_{name}"], figures[f"specificity_{name}"] = sensitivity[:, index], specificity[:, index]
     return figures
-
-
-def _group_sums(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """Return the sums `(B, num_groups)` of `values (B, n)` over each of the `groups (n,)`."""
-    return values @ (groups[:, None] == np.arange(num_groups))
-
-
-def _from_zero(values: np.ndarray) -> np.ndarray:
-    sums = np.zeros((len(values), values.shape[1] + 1))
-    values.cumsum(axis=1, out=sums[:, 1:])
-    return sums
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float = np.nan) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.full(denominator.shape, empty, float), where=denominator > 0)

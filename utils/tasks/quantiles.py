@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
-_PATIENTS = 10  # at least, on average, in a stratum
+PATIENTS = 10  # at least, on average, in a stratum
 
 
 def inner_quantiles(values: np.ndarray, patients: int, most: int) -> tuple[float, ...]:
@@ -12,7 +12,7 @@ def inner_quantiles(values: np.ndarray, patients: int, most: int) -> tuple[float
 
     Each is one of the values, and none is the greatest, so that each stratum holds at least one value.
     """
-    parts = max(1, min(most, patients // _PATIENTS))
+    parts = max(1, min(most, patients // PATIENTS))
     cuts = np.unique(np.quantile(values, np.arange(1, parts) / parts, method="inverted_cdf")) if parts > 1 else []
     return tuple(float(cut) for cut in cuts if cut < values.max())
 

@@ -5,6 +5,8 @@ Each is computed for many weightings of the same slides at once; a weight of k c
 
 import numpy as np
 
+from utils.tasks.weighted import ratio
+
 METRICS = ("r2", "mae", "pearson", "spearman")
 
 
@@ -14,13 +16,13 @@ def regression_metrics(targets: np.ndarray, predicted: np.ndarray, weights: np.n
     """
     total = weights.sum(axis=1)
     errors = weights @ (predicted - targets) ** 2
-    mean = _ratio(weights @ targets, total)
+    mean = ratio(weights @ targets, total)
     # Around the middle of the targets, so that large numbers lose no digits.
     middle = targets.mean()
     spread = weights @ (targets - middle) ** 2 - total * (mean - middle) ** 2
     return {
-        "r2": 1 - _ratio(errors, np.where(spread > _least(targets) * total, spread, 0)),
-        "mae": _ratio(weights @ np.abs(predicted - targets), total),
+        "r2": 1 - ratio(errors, np.where(spread > _least(targets) * total, spread, 0)),
+        "mae": ratio(weights @ np.abs(predicted - targets), total),
         "pearson": _correlation(targets[None], predicted[None], weights),
         "spearman": _correlation(_ranks(targets, weights), _ranks(predicted, weights), weights),
     }
@@ -35,7 +37,7 @@ def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> 
     variances = [(shares * each**2).sum(axis=1) for each in deviations]
     is_flat = [variance <= _least(values) for variance, values in zip(variances, (first, second), strict=True)]
     scale = np.where(is_flat[0] | is_flat[1], 0, np.sqrt(variances[0] * variances[1]))
-    return np.clip(_ratio(covariance, scale), -1, 1)
+    return np.clip(ratio(covariance, scale), -1, 1)
 
 
 def _least(values: np.ndarray) -> float:
@@ -52,7 +54,3 @@ def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     ranks = np.empty(weights.shape)
     ranks[:, order] = middles[:, group_of]
     return ranks
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator > 0)

@@ -40,6 +40,8 @@ class Task(ABC):
         calibration_metrics: the metrics that calibration should improve.
         lower_is_better: the metrics of which a smaller value is better.
         metric_titles: the names of metrics in figures, if they differ from those in tables.
+        predicted_key, values_key: what the answer and its values are called in a slide's record.
+        output_word: what an output is called, such as "class".
     """
 
     kind: ClassVar[str]
@@ -51,6 +53,9 @@ class Task(ABC):
     calibration_metrics: ClassVar[tuple[str, ...]] = ()
     lower_is_better: ClassVar[tuple[str, ...]] = ()
     metric_titles: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    predicted_key: ClassVar[str] = "predicted"
+    values_key: ClassVar[str] = "values"
+    output_word: ClassVar[str] = "class"
 
     @property
     @abstractmethod
@@ -116,6 +121,14 @@ class Task(ABC):
         """Return the outputs whose values rank the slides, each against the rest, as ROC curves show."""
         return ()
 
+    def sides(self, output: int, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which slides are positive and which negative `(n,)` bool, as a ranked output should rank them."""
+        return targets == output, targets != output
+
+    def ranking_metrics(self, output: int) -> tuple[str, str] | None:
+        """Return the metrics that are AUC and average precision of a ranked output alone, if there are such."""
+        return None
+
     @property
     def positive_output(self) -> str | None:
         """Return the name of the only ranked output; None if each output is ranked against the rest, or none is."""
@@ -173,12 +186,12 @@ class Task(ABC):
         """Return the answer's entries in a slide's record: from its values `(C,)`, the calibrated ones, and those of
         each of several models, `members (M, C)`.
         """
-        answer = {"task": self.record, "predicted": str(self.prediction_text(values[None])[0])}
-        answer["values"] = self._by_output(values)
-        if members is not None:
-            answer["member_values"] = [self._by_output(each) for each in members]
-            answer["spread"] = self._by_output(members.std(axis=0, ddof=1))
-        return answer
+        return {
+            "task": self.record,
+            self.predicted_key: str(self.prediction_text(values[None])[0]),
+            self.values_key: self._by_output(values),
+            **self._by_member(members),
+        }
 
     def headline(self, predicted: str) -> str:
         """Return the answer of a slide in a few words, given its text (see `prediction_text`)."""
@@ -189,13 +202,24 @@ class Task(ABC):
         return "", {}
 
     def decide(self, values: np.ndarray) -> np.ndarray:
-        """Return which of the signals each answer is about, `(...)` int, for values `(..., C)`: of classes the decided
+        """Return which of the outputs each answer is about, `(...)` int, for values `(..., C)`: of classes the decided
         one.
         """
         return np.zeros(values.shape[:-1], int)
 
+    def signal_about(self, output: int) -> int:
+        """Return which of the signals argues for an output: its own one, if each output has one."""
+        return output if len(self.signal_names) == len(self.outputs) else 0
+
     def _by_output(self, values: np.ndarray) -> dict[str, float]:
         return dict(zip(self.outputs, values.tolist(), strict=True))
+
+    def _by_member(self, members: np.ndarray | None) -> dict[str, Any]:
+        """Return the values of each of several models, `members (M, C)`, and their standard deviation."""
+        if members is None:
+            return {}
+        each = [self._by_output(values) for values in members]
+        return {f"member_{self.values_key}": each, "spread": self._by_output(members.std(axis=0, ddof=1))}
 
     @abstractmethod
     def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
