@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.tasks.task import Target
+from utils.tasks.targets import Target
 
 # The indices of a chunk's patches in its slide: a range costs no copy of the features, a tensor one.
 Cut = range | Tensor

@@ -42,7 +42,8 @@ from utils.core.recipe import Recipe
 from utils.core.runtime import log
 from utils.core.settings import checked
 from utils.tasks.records import task_of
-from utils.tasks.task import Target, Task
+from utils.tasks.targets import Target
+from utils.tasks.task import Task
 
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.

@@ -21,7 +21,8 @@ from utils.core.cohorts import tcga_site
 from utils.core.errors import LabelsError, did_you_mean, first_few, plural
 from utils.core.placeholders import is_placeholder
 from utils.core.runtime import log
-from utils.tasks.task import Target, Task
+from utils.tasks.targets import Target
+from utils.tasks.task import Task
 
 FindFile = Callable[[str], Path | None]
 ListIds = Callable[[], Iterable[str]]

@@ -26,7 +26,8 @@ from utils.tasks.multilabel_metrics import (
     names_of,
 )
 from utils.tasks.probabilities import Probabilities
-from utils.tasks.task import Figures, Row
+from utils.tasks.targets import Row
+from utils.tasks.task import Figures
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ import numpy as np
 from utils.tasks.counts import class_counts
 from utils.tasks.metrics import balanced_class_weights
 from utils.tasks.probabilities import Probabilities
-from utils.tasks.task import Row
+from utils.tasks.targets import Row
 
 
 class NamedClasses(Probabilities):

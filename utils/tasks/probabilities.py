@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.tasks.task import Row, Task, numbers_in
+from utils.tasks.answers import numbers_in
+from utils.tasks.targets import Row
+from utils.tasks.task import Task
 
 
 class Probabilities(Task):

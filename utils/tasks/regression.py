@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from utils.core.errors import plural
+from utils.tasks.answers import numbers_in
 from utils.tasks.bases import Basis, Bounded, MeanLoss
 from utils.tasks.counts import range_text
 from utils.tasks.quantiles import inner_quantiles, stratum_names, stratum_of
 from utils.tasks.regression_metrics import METRICS, regression_metrics
-from utils.tasks.task import Figures, Row, Task, numbers_in
+from utils.tasks.targets import Row
+from utils.tasks.task import Figures, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
