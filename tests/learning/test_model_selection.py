@@ -171,7 +171,7 @@ class TestThreshold:
             assert fold["thresholded"] == expected
         expected = decision_metrics(dataset.labels, at_threshold, dataset.class_names)
         assert results["pooled_thresholded"] == expected
-        assert f"balanced accuracy {expected['balanced_accuracy']:.3f} (" in closing_text(results)
+        assert f"balanced accuracy {expected['balanced_accuracy']:.3f} (" in closing_text(results | {"cases": None})
 
     @pytest.mark.parametrize("final", ["best", "ensemble"])
     def test_for_a_wanted_sensitivity_is_recorded_and_told(self, final, dataset, tmp_path, no_figures):
@@ -192,7 +192,7 @@ class TestThreshold:
         low, high = results["pooled_thresholded_intervals_95"]["sensitivity_malignant"]
         assert low < sensitivity < high or low < high == sensitivity
         sentence = "At the threshold fitted on inner validation for sensitivity=0.8, pooled: sensitivity of malignant "
-        assert f"{sentence}{sensitivity:.3f} ({low:.3f}-{high:.3f}; " in closing_text(results)
+        assert f"{sentence}{sensitivity:.3f} ({low:.3f}-{high:.3f}; " in closing_text(results | {"cases": None})
         selection = load_checkpoint(tmp_path / "fold_1_best.pth").selection
         assert (selection["operating_point"], selection["threshold"]) == ("sensitivity=0.8", by_fold[1])
 
