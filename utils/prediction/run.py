@@ -222,7 +222,7 @@ def _next_step(worker: SlideWorker) -> str:
     if worker.drawing is None:
         wsi = "" if worker.files.are_raw else " --wsi SLIDE" if settings.input else " --wsi SLIDES_DIR"
         return f"the same command with --visualize{wsi} draws what the model attended to"
-    if not settings.faithfulness:
+    if not settings.faithfulness and worker.predictors.first.task.target_words:
         return "the same command with --faithfulness measures whether the attention matters"
     return "compare the maps with what you know of the slides"
 
