@@ -50,6 +50,9 @@ from utils.tasks.task import Task
 SHUFFLE_WINDOW = 2**18
 # Settings of a cohort that are arguments of the dataset by the same name.
 _SAME_NAMES = (
+    "mode",
+    "chunk_size",
+    "feat_type",
     "sequential",
     "group_column",
     "cache",
@@ -140,23 +143,7 @@ class MILDataset(Dataset):
     @classmethod
     def of_cohort(cls, cohort: Cohort) -> "MILDataset":
         """Return the dataset of a command line. A known cohort has its classes, every name its default folders."""
-        task = cohort.other_task()
-        classes = cohort_classes(cohort.dataset if task is None else None, cohort.class_names)
-        home = Path("datasets") / cohort.dataset
-        if cohort.labels_csv is None and not (home / "labels.csv").exists():
-            raise ConfigError(f"--dataset {cohort.dataset}: {_why_not_there(cohort.dataset, home)}")
-        return cls(
-            cohort.labels_csv or home / "labels.csv",
-            cohort.features_dir or home / "features",
-            classes.class_names or None,
-            cohort.mode,
-            cohort.chunk_size,
-            cohort.feat_type,
-            label_names=classes.label_names,
-            left_out=classes.left_out,
-            task=task,
-            **{name: getattr(cohort, name) for name in _SAME_NAMES},
-        )
+        return cls(**_arguments(cohort))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -317,6 +304,24 @@ def _check_arguments(csv_path: Any, features_dir: Any, label_names: Any, left_ou
 
 def _are_text(values: Collection[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def _arguments(cohort: Cohort) -> dict[str, Any]:
+    """Return the arguments of the dataset of a command line."""
+    task = cohort.other_task()
+    classes = cohort_classes(cohort.dataset if task is None else None, cohort.class_names)
+    home = Path("datasets") / cohort.dataset
+    if cohort.labels_csv is None and not (home / "labels.csv").exists():
+        raise ConfigError(f"--dataset {cohort.dataset}: {_why_not_there(cohort.dataset, home)}")
+    return {
+        "csv_path": cohort.labels_csv or home / "labels.csv",
+        "features_dir": cohort.features_dir or home / "features",
+        "class_names": classes.class_names or None,
+        "label_names": classes.label_names,
+        "left_out": classes.left_out,
+        "task": task,
+        **{name: getattr(cohort, name) for name in _SAME_NAMES},
+    }
 
 
 def _table_of(path: str | Path, cohort: Cohort, task: Task | None) -> LabelTable:

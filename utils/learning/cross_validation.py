@@ -135,7 +135,7 @@ class NestedCrossValidation:
                 content = splits_content(self.dataset, folds, self.protocol.seed)
                 write_json(self.output_dir / "splits.json", content)
                 if not folder.is_new:
-                    self._log_resumed(begun, engine)
+                    _log_resumed(begun, engine)
                 with threads(begun["threads"]):
                     results = self._run_folds(folds, engine, standardization, digests)
                     about = {
@@ -205,14 +205,6 @@ class NestedCrossValidation:
             log.info("%s", choice)
         return choice
 
-    def _log_resumed(self, begun: Mapping[str, Any], engine: Engine) -> None:
-        """Log the thread count and the PyTorch version that a resumed run began with, if this session's differ."""
-        if begun["threads"] != engine.threads:
-            log.info("each training goes on with %s, as the run began", plural(begun["threads"], "thread"))
-        torch_version = begun["versions"]["torch"]
-        if torch_version != versions()["torch"]:
-            log.warning("the run was begun with PyTorch %s; its last digits may differ", torch_version)
-
     def dry_run(self) -> str:
         """Return the folds, and the time and memory that a run would take, from a short trial of every setting."""
         folds = self.folds()
@@ -266,6 +258,15 @@ class NestedCrossValidation:
         preset = self.preset and preset_record(self.preset, asdict(self.training) | asdict(self.protocol))
         about = {"dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, "preset": preset}
         return about | run_metadata(self.device)
+
+
+def _log_resumed(begun: Mapping[str, Any], engine: Engine) -> None:
+    """Log the thread count and the PyTorch version that a resumed run began with, if this session's differ."""
+    if begun["threads"] != engine.threads:
+        log.info("each training goes on with %s, as the run began", plural(begun["threads"], "thread"))
+    torch_version = begun["versions"]["torch"]
+    if torch_version != versions()["torch"]:
+        log.warning("the run was begun with PyTorch %s; its last digits may differ", torch_version)
 
 
 def _remedy(cluster: Cluster, dataset: MILDataset) -> str:

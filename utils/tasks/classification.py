@@ -231,16 +231,7 @@ class Classification(NamedClasses):
         calibrated = _changes_sentence(
             "Calibrated on inner validation", results["pooled_calibrated"], pooled, "as it is", self.calibration_metrics
         )
-        return sentences + list(filter(None, [self._threshold_sentence(results), calibrated]))
-
-    def _threshold_sentence(self, results: Mapping[str, Any]) -> str:
-        """Return what the fitted threshold changes in the metrics that its operating point is about."""
-        point, names = results.get("operating_point") or BALANCED, ["accuracy", "balanced_accuracy", "f1_macro"]
-        if point != BALANCED:
-            names = [f"{rate}_{self.positive_output}" for rate in ("sensitivity", "specificity")]
-        what = "At the threshold fitted on inner validation" + ("" if point == BALANCED else f" for {point}")
-        intervals = results.get("pooled_thresholded_intervals_95") or {}
-        return _changes_sentence(what, results["pooled_thresholded"], results["pooled"], "at 0.5", names, intervals)
+        return sentences + list(filter(None, [_threshold_sentence(self, results), calibrated]))
 
 
 def _class_rows(
@@ -275,6 +266,16 @@ def _auc_sentences(within: float | None, pooled: float | None) -> list[str]:
             "probabilities on different scales."
         )
     return sentences
+
+
+def _threshold_sentence(task: Classification, results: Mapping[str, Any]) -> str:
+    """Return what the fitted threshold changes in the metrics that its operating point is about."""
+    point, names = results.get("operating_point") or BALANCED, ["accuracy", "balanced_accuracy", "f1_macro"]
+    if point != BALANCED:
+        names = [f"{rate}_{task.positive_output}" for rate in ("sensitivity", "specificity")]
+    what = "At the threshold fitted on inner validation" + ("" if point == BALANCED else f" for {point}")
+    intervals = results.get("pooled_thresholded_intervals_95") or {}
+    return _changes_sentence(what, results["pooled_thresholded"], results["pooled"], "at 0.5", names, intervals)
 
 
 def _changes_sentence(
