@@ -142,3 +142,10 @@ def test_the_folders_are_imported_from_their_files():
 @pytest.mark.parametrize("name", ["extractFeatures.py", "train.py", "predict.py"])
 def test_a_script_stays_a_recipe(name):
     assert len((ROOT / name).read_text().splitlines()) < 120
+
+
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_command_runs_when_it_is_called(path):
+    text = path.read_text()
+    if "cli.begin(" in text and path.name != "cli.py":
+        assert text.rstrip().endswith("cli.run(main)"), "it would answer --help and do nothing else"

@@ -199,3 +199,7 @@ def as_json(findings: Sequence[Finding]) -> str:
         "findings": [vars(finding) for finding in findings],
     }
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -207,3 +207,57 @@ def test_flags_that_do_not_go_together(flags, message, script, cohort, tmp_path)
     assert (outcome.code, len(outcome.errors)) == (1, 1)
     assert message in outcome.errors[0]
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_several_models_answer_by_what_each_was_fitted_to(train, script, external, tmp_path):
+    """The folds' models learn in the units of their own training slides."""
+    assert train("regression", "--epochs", 3).code == 0
+    paths = [tmp_path / "run" / f"fold_{fold}_best.pth" for fold in (1, 2)]
+    slide, answers = external[1] / "P01-0.h5", {}
+    for name, checkpoints in {"one": paths[:1], "two": paths[1:], "both": paths, "reverse": paths[::-1]}.items():
+        outcome = script(
+            "predict",
+            "--checkpoint",
+            *checkpoints,
+            "--input",
+            slide,
+            "--output_dir",
+            tmp_path / name,
+            "--device",
+            "cpu",
+        )
+        assert outcome.code == 0, outcome.err
+        record = json.loads((tmp_path / name / "P01-0_prediction.json").read_text())
+        answers[name] = [value["share"] for value in record["member_values"]]
+    assert answers["both"] == pytest.approx(answers["one"] + answers["two"])
+    assert sorted(answers["reverse"]) == pytest.approx(sorted(answers["both"]))
+
+
+def test_a_patient_with_two_outcomes_is_named(train, cohort, tmp_path):
+    table = pd.read_csv(cohort[0])
+    table.loc[table["wsi_id"] == "P01-1", "days"] += 1
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    outcome = train("survival", labels=tmp_path / "labels.csv")
+    assert outcome.code == 1
+    assert "patient P01 has two outcomes" in outcome.errors[0]
+    dry = train("survival", "--dry_run", labels=tmp_path / "labels.csv")
+    assert "patient P01 has two outcomes" in dry.out
+
+
+@pytest.mark.parametrize(("task", "change", "message"), [
+    ("regression", {"share": "high"}, "no row has a target that can be used"),
+    ("survival", {"died": "0"}, "no row has an event (1 in died)"),
+])  # fmt: skip
+def test_the_audit_says_what_no_training_can_use(task, change, message, train, cohort, tmp_path):
+    pd.read_csv(cohort[0], dtype=str).assign(**change).to_csv(tmp_path / "labels.csv", index=False)
+    assert message in train(task, "--dry_run", labels=tmp_path / "labels.csv").out
+
+
+def test_a_column_that_predictions_have_too_is_no_target(train, cohort, script, tmp_path):
+    pd.read_csv(cohort[0]).rename(columns={"share": "fold"}).to_csv(tmp_path / "labels.csv", index=False)
+    outcome = script(
+        "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", tmp_path / "labels.csv", "--features_dir",
+        cohort[1], "--task", "regression", "--target_column", "fold", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert "fold is also a column of predictions.csv" in outcome.errors[0]

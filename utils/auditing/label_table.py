@@ -103,9 +103,12 @@ def stratified(table: LabelTable, task: Task, level: Level) -> tuple[list[Findin
         message += "; mend the table, or train with --allow unknown"
         findings.append(Finding(level, "table", message, {"slides": unusable}))
     try:
+        if not rows:
+            raise ValueError("no row has a target that can be used")
         task = task.of_cohort(np.array(targets), [row["case_id"] for row in rows])
     except ValueError as error:
-        return [*findings, Finding("error", "table", str(error))], table, ("all",)
+        unstratified = [row | {"label": "all"} for row in table.rows]
+        return [*findings, Finding("error", "table", str(error))], replace(table, rows=unstratified), ("all",)
     findings.append(Finding("info", "table", task.counts_text(np.array(targets), [row["case_id"] for row in rows])))
     strata = [task.strata_names[stratum] for stratum in task.strata(np.array(targets))]
     labelled = [row | {"label": name} for row, name in zip(rows, strata, strict=True)]

@@ -28,6 +28,8 @@ _ALIASES = {"case_id": _PATIENT, "wsi_id": SLIDE_NAMES, "label": _LABEL}
 # Columns with such names, and slides with a common beginning, may mean patients of at most this many slides each.
 _MAY_NAME_PATIENTS = re.compile(r"pat|case|subj|person|donor|indiv|mrn|(^|[\W_])(id|no|nr|number)$|id$", re.IGNORECASE)
 _MOST_SLIDES_EACH = 8
+# Columns of predictions.csv, where a target of the same name would be lost.
+_OF_PREDICTIONS = {"wsi_id", "case_id", "predicted", "fold", "repeat", "group", "risk", "high_risk"}
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,11 @@ def _check_columns(path: Path, columns: Sequence[str], targets: Sequence[str]) -
         cure = " and ".join(f"the column that holds {holds[name]} to {name}" for name in missing)
         expected = EXPECTED if "label" in targets else f"expected case_id,wsi_id,{','.join(targets)}"
         raise LabelsError(f"{path}: no column {' and '.join(missing)}; found {listed}, {expected}; rename {cure}")
+    taken = [name for name in targets if name in _OF_PREDICTIONS]
+    if taken:
+        raise LabelsError(
+            f"{path}: {taken[0]} is also a column of predictions.csv; give the column to predict another name"
+        )
     absent = [name for name in targets if name != "label" and name not in columns]
     if absent:
         near = did_you_mean(absent[0], columns)

@@ -132,11 +132,12 @@ class PredictionRows:
             np.add.at(sums, row_of, values)
             return sums / np.bincount(row_of).reshape(-1, *[1] * (values.ndim - 1))
 
-        labels, values, decisions = mean(self.labels), mean(self.values), mean(self.decisions)
-        assert labels is not None  # noqa: S101 - for the type checker
+        values, decisions = mean(self.values), mean(self.decisions)
+        slides_of = np.split(np.argsort(row_of, kind="stable"), np.bincount(row_of).cumsum()[:-1])
+        labels = np.array([self.task.of_case(self.labels[rows]) for rows in slides_of])
         assert values is not None  # noqa: S101 - for the type checker
         return replace(
-            self.where(first), labels=labels.astype(self.labels.dtype), values=values, calibrated=mean(self.calibrated),
+            self.where(first), labels=labels, values=values, calibrated=mean(self.calibrated),
             decisions=None if decisions is None else (decisions >= 0.5).astype(int), slides=self.cases[first],
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from utils.core.errors import plural
 from utils.core.plots import COLOURS, LEGEND, SMALL, bare, bare_axes
 from utils.core.text import escape_mathtext
 from utils.evaluation.figure_text import with_interval
@@ -27,7 +28,7 @@ def kaplan_meier_figure(predictions: Predictions) -> Figure:
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     axes, table = figure.subplots(2, sharex=True, height_ratios=[5, 1])
     high = first.decisions
-    title = f"{_title(predictions)}\nC-index {with_interval(predictions.reported_estimates['c_index'])}"
+    title = f"{_title(predictions)}\nC-index {with_interval(predictions.by_case().reported_estimates['c_index'])}"
     if high is None:
         axes.set_title(f"{title}\n(the table does not say who is of high risk)", fontsize=10)
         return figure
@@ -77,7 +78,9 @@ def survival_calibration_figure(predictions: Predictions) -> Figure:
 
 
 def _title(predictions: Predictions) -> str:
-    return predictions.title or "Out-of-fold patients" + (", first repeat" if predictions.n_repeats > 1 else "")
+    if predictions.title:
+        return f"{plural(predictions.n_cases, 'patient')}, predicted"
+    return "Out-of-fold patients" + (", first repeat" if predictions.n_repeats > 1 else "")
 
 
 def _first_repeat(predictions: Predictions) -> tuple[Survival, Predictions]:

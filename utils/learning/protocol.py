@@ -1,5 +1,6 @@
 """Plan a nested cross-validation: its folds, and the training jobs of the inner loop."""
 
+import typing
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from utils.core.runtime import log
 from utils.learning.grid import Setting
 from utils.learning.jobs import TrainingJob
 from utils.learning.ranking import monitored_metric
-from utils.learning.settings import Keep, Protocol, Training
+from utils.learning.settings import Keep, Monitor, Protocol, Training
 from utils.learning.split_files import folds_from_file, unused_split
 from utils.learning.splits import OuterFold, few_patients, repeated_splits
 from utils.tasks.operating_point import OperatingPoint
@@ -78,7 +79,8 @@ def with_monitor(protocol: Protocol, task: Task) -> Protocol:
     """Return the protocol with the task's own monitor instead of "auto". Raise ConfigError for one that it lacks."""
     if protocol.monitor == "auto":
         return replace(protocol, monitor=task.default_monitor)  # type: ignore[arg-type]
-    names = ["slide_loss", *(f"slide_{metric}" for metric in task.main_metrics)]
+    words = typing.get_args(Monitor)
+    names = [name for name in ("slide_loss", *(f"slide_{metric}" for metric in task.main_metrics)) if name in words]
     if protocol.monitor not in names:
         own = ", ".join(name.removeprefix("slide_") for name in names)
         raise ConfigError(f"--monitor {monitored_metric(protocol.monitor)}: a {task.kind} has {own}; give one of those")

@@ -87,8 +87,8 @@ class Training(Settings):
 Keep = Literal["auto", "last", "best"]
 Monitor = Literal[
     "auto", "slide_loss", "slide_auc", "slide_balanced_accuracy", "slide_f1_macro", "slide_r2", "slide_mae",
-    "slide_spearman", "slide_c_index", "slide_c_index_ipcw", "slide_quadratic_kappa",
-    "slide_average_precision",
+    "slide_spearman", "slide_pearson", "slide_integrated_brier", "slide_c_index", "slide_c_index_ipcw",
+    "slide_quadratic_kappa", "slide_average_precision",
 ]  # fmt: skip
 Final = Literal["best", "ensemble", "refit", "all"]
 

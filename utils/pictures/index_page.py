@@ -90,7 +90,8 @@ def _columns(rows: Sequence[IndexRow]) -> list[str]:
     names, has_labels = list(rows[0].values), any(row.label for row in rows)
     value_columns = [] if len(names) > _MOST_CLASSES else names[-1:] if len(names) == 2 else names
     if not rows[0].is_classified:
-        answers = ["slide", *(value_columns or ["predicted"]), *(["label"] if has_labels else [])]
+        shown = names[:1] if len(names) > _MOST_CLASSES else names
+        answers = ["slide", *shown, *(["label"] if has_labels else [])]
     else:
         answers = [
             "slide", "predicted", "probability", *(["calibrated"] if any(row.calibrated for row in rows) else []),

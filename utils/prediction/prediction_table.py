@@ -170,11 +170,13 @@ class PredictedSlides:
         by_name = [record["seen_as"] == "" and record.get("seen_compared") != "content" for record in records]
         return sum(record["seen_in_training"] is True for record in records), sum(by_content), sum(by_name)
 
-    def draw(self, folder: Path, formats: Sequence[str]) -> None:
-        """Draw ROC, precision and recall, confusion matrix and calibration of the labelled slides."""
+    def draw(self, folder: Path, formats: Sequence[str], fitted: FittedFigures | None = None) -> None:
+        """Draw the figures of the task, such as ROC and confusion matrix, of the labelled slides; `fitted` as in
+        `scores`.
+        """
         from utils.evaluation.prediction_figures import prediction_figures
 
-        write_figures(folder, prediction_figures(self.predictions()), formats)
+        write_figures(folder, prediction_figures(self.predictions(fitted)), formats)
 
     def write(
         self,
@@ -204,7 +206,7 @@ class PredictedSlides:
         checkpoint = self.records[0]["checkpoint"]
         checkpoints = checkpoint if isinstance(checkpoint, list) else [checkpoint]
         write_json(folder / SCORES, {"checkpoint": checkpoint, "checkpoints": checkpoints, **scores})
-        self.draw(folder, formats)
+        self.draw(folder, formats, fitted)
         return scores_text(scores)
 
     def _set_table_aside(self, folder: Path) -> None:

@@ -173,7 +173,11 @@ class SlidePredictor:
         features, feed = _features_of(bag), self.feed(mode, chunk_size)
         if compares_content(self.trained) and isinstance(features, StoredFeatures):
             features = DigestedFeatures(features)
-        outputs = [predict_features(self.task, model, features, feed, True, evidence) for model in self.models]
+        # Each by its own task, which holds what is fitted to its training slides.
+        outputs = [
+            predict_features(trained.checkpoint.task, trained.model, features, feed, True, evidence)
+            for trained in self.trained
+        ]
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
             raise CheckpointError(f"{self.path}: its output for {path} is not finite; train the model again")

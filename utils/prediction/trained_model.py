@@ -133,6 +133,7 @@ def check_alike(models: Sequence[TrainedModel]) -> None:
     first = models[0]
     for model in models[1:]:
         pairs = {
+            "targets": (first.checkpoint.task.about, model.checkpoint.task.about),
             "classes": (first.checkpoint.class_names, model.checkpoint.class_names),
             "feature width": (first.checkpoint.model["input_dim"], model.checkpoint.model["input_dim"]),
         }

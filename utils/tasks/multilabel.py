@@ -165,9 +165,10 @@ class Multilabel(Probabilities):
         """Return in how many slides and patients each label is, and in how many slides it is unknown."""
         return label_counts(targets == 1, targets != UNKNOWN, cases, self.target_columns)
 
-    def case_keys(self, targets: np.ndarray) -> np.ndarray:
-        """Return a number for each different combination of labels."""
-        return np.unique(targets, axis=0, return_inverse=True)[1]
+    def of_case(self, targets: np.ndarray) -> np.ndarray:
+        """Return 1 for each label that a slide has, 0 for one that none has, NaN where all are unknown."""
+        known = np.where(np.isnan(targets), -1, targets).max(axis=0)
+        return np.where(known < 0, np.nan, known)
 
     def loss_weights(self, targets: np.ndarray) -> np.ndarray:
         """Return weights `(K, 2)` that give the slides without and with a label the same total."""

@@ -116,6 +116,10 @@ class Regression(Task):
             raise ValueError("a prediction that is no number")
         return values, None
 
+    def of_case(self, targets: np.ndarray) -> np.ndarray:
+        """Return the mean of the slides' numbers."""
+        return targets.mean(axis=0)
+
     def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
         """Return the range of the numbers, and how many slides and patients have them."""
         counts = f"{plural(len(targets), 'slide')} of {plural(len(set(cases)), 'patient')}"

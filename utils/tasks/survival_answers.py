@@ -71,6 +71,7 @@ class SurvivalAnswers(Answers):
         times, events = targets.T
         if not events.any():
             raise ValueError(f"no row has an event (1 in {self.event_column}), so that survival cannot be learned")
+        self._check_patients(targets, cases)
         patients = np.array(cases)
         cuts = [
             inner_quantiles(times[rows], len(np.unique(patients[rows])), _STRATA) if rows.any() else ()
@@ -139,6 +140,16 @@ class SurvivalAnswers(Answers):
             f"{plural(len(set(cases)), 'patient')}; {self.time_column} {range_text(targets[:, 0])}"
         )
 
+    def _check_patients(self, targets: np.ndarray, cases: Sequence[str]) -> None:
+        """Raise ValueError for a patient with two times or events."""
+        first: dict[str, np.ndarray] = {}
+        for case, target in zip(cases, targets, strict=True):
+            if (first.setdefault(case, target) != target).any():
+                texts = " and ".join(self.target_text(np.stack([first[case], target])))
+                raise ValueError(
+                    f"patient {case} has two outcomes ({texts}); a patient has one, so give all slides that"
+                )
+
     @property
     def strata_names(self) -> tuple[str, ...]:
         """Return whether the event occurred, and the ranges of the times."""
@@ -150,10 +161,6 @@ class SurvivalAnswers(Answers):
         times, events = targets.T
         after_events = len(self.event_cuts) + 1 + stratum_of(times, self.censored_cuts)
         return np.where(events == 1, stratum_of(times, self.event_cuts), after_events)
-
-    def case_keys(self, targets: np.ndarray) -> np.ndarray:
-        """Return a number for each different target."""
-        return np.unique(targets, axis=0, return_inverse=True)[1]
 
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows of the highest and lowest risk, and the early events of low and late ones of high risk."""

@@ -89,6 +89,10 @@ class Targets(ABC):
         """Return what must be equal, `(n,)`, for slides of one patient to be combined to one answer."""
         return np.zeros(len(targets))
 
+    def of_case(self, targets: np.ndarray) -> np.ndarray:
+        """Return the target of a patient, given those of the slides `(m,)` or `(m, k)` that are combined."""
+        return targets[0]
+
 
 def _fields(task: Any) -> tuple[Field, ...]:
     return fields(task)
