@@ -133,8 +133,8 @@ def check_alike(models: Sequence[TrainedModel]) -> None:
     first = models[0]
     for model in models[1:]:
         pairs = {
-            "targets": (first.checkpoint.task.about, model.checkpoint.task.about),
             "classes": (first.checkpoint.class_names, model.checkpoint.class_names),
+            "targets": (first.checkpoint.task.about, model.checkpoint.task.about),
             "feature width": (first.checkpoint.model["input_dim"], model.checkpoint.model["input_dim"]),
         }
         for name, (expected, value) in pairs.items():
