@@ -144,6 +144,7 @@ def test_risk_groups_and_dead_models_are_reported(cohort):
     assert decisions is not None
     figures = task.further_figures(targets, values, folds, decisions)
     assert figures["constant_folds"] == [2]
+    assert 0.3 < figures["tied_pairs"] < 0.7, "the pairs of the second fold"
     groups = figures["risk_groups"]
     assert groups["low risk"]["n"] + groups["high risk"]["n"] == 200
     assert groups["high risk"]["events"] == targets[decisions == 1, 1].sum()

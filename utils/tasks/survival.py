@@ -12,7 +12,14 @@ from utils.tasks.bases import Basis, Bounded
 from utils.tasks.hazards import bin_edges, curves_of, hazard_loss, risks_of, survival_at, time_bins
 from utils.tasks.survival_answers import SurvivalAnswers
 from utils.tasks.survival_curves import kaplan_meier, log_rank
-from utils.tasks.survival_metrics import concordance, concordance_ipcw, constant_strata, dynamic_auc, integrated_brier
+from utils.tasks.survival_metrics import (
+    concordance,
+    concordance_ipcw,
+    constant_strata,
+    dynamic_auc,
+    integrated_brier,
+    tied_share,
+)
 from utils.tasks.task import Figures, FittedFigures, Task
 
 if TYPE_CHECKING:
@@ -151,18 +158,23 @@ class Survival(SurvivalAnswers, Task):
     def further_figures(
         self, targets: np.ndarray, values: np.ndarray, folds: np.ndarray | None, decisions: np.ndarray | None
     ) -> dict[str, Any]:
-        """Return the folds whose model gives all the same risk, and both risk groups with the log-rank test."""
-        constant = [] if folds is None else constant_strata(values[:, 0], folds).tolist()
+        """Return the folds whose model gives all the same risk, the share of compared pairs with equal risks, and both
+        risk groups with the log-rank test.
+        """
+        tied = tied_share(targets, values[:, 0], folds)
+        ranking = {
+            "constant_folds": [] if folds is None else constant_strata(values[:, 0], folds).tolist(),
+            "tied_pairs": None if np.isnan(tied) else tied,
+        }
         if decisions is None:
-            return {"constant_folds": constant, "risk_groups": None}
+            return ranking | {"risk_groups": None}
         groups: dict[str, Any] = {}
         for number, name in enumerate(RISK_GROUPS):
             rows = targets[decisions == number]
             median = kaplan_meier(rows).median if len(rows) else None
             groups[name] = {"n": len(rows), "events": int(rows[:, 1].sum()), "median_survival": median}
         p = log_rank(targets, decisions)
-        return {
-            "constant_folds": constant,
+        return ranking | {
             "risk_groups": groups | {"log_rank_p": None if np.isnan(p) else p, "cut_at": "median risk of validation"},
         }
 
