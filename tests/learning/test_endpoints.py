@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,15 @@ import pytest
 
 from tests.learning.runs import assert_same, contents
 from utils.bags.store import Bag, write_bag
+from utils.core.errors import CheckpointError, ConfigError
+from utils.core.recipe import Recipe
+from utils.evaluation import prediction_figures
+from utils.mil_dataset import MILDataset
 from utils.prediction.checkpoint import load_checkpoint
+from utils.prediction.trained_model import check_alike
+from utils.tasks.classification import Classification
+from utils.tasks.ordinal import Ordinal
+from utils.tasks.regression import Regression
 
 PATIENTS, DIM = 40, 8
 SMALL = (
@@ -83,7 +92,7 @@ def train(script, cohort, tmp_path):
 
 @pytest.mark.usefixtures("coarse_figures")
 @pytest.mark.parametrize("task", ENDPOINTS)
-def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, script, external, tmp_path):
+def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, script, external, tmp_path, monkeypatch):
     endpoint = ENDPOINTS[task]
     outcome = train(task)
     assert outcome.code == 0, outcome.err
@@ -111,11 +120,14 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
     assert f"are those of {run / 'predictions.csv'}" in again.out
 
     labels, features = external
+    drawn, draw = [], prediction_figures.prediction_figures
+    monkeypatch.setattr(prediction_figures, "prediction_figures", lambda rows: drawn.append(rows) or draw(rows))
     scored = script(
         "predict", "--checkpoint", run, "--input_dir", features, "--labels_csv", labels,
         "--output_dir", tmp_path / "out", "--device", "cpu",
     )  # fmt: skip
     assert scored.code == 0, scored.err
+    assert (drawn[0].decisions is not None) == (task == "survival"), "risk groups are drawn"
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["pooled"][endpoint.metric] > endpoint.least
     assert scores["cases"]["n_several_slides"] == PATIENTS // 2
@@ -261,3 +273,21 @@ def test_a_column_that_predictions_have_too_is_no_target(train, cohort, script, 
     )  # fmt: skip
     assert outcome.code == 1
     assert "fold is also a column of predictions.csv" in outcome.errors[0]
+
+
+def test_classes_beside_another_task_are_refused(cohort):
+    with pytest.raises(ConfigError, match="the task is a regression, which has no classes"):
+        MILDataset(*cohort, ("a", "b"), task=Regression("share"))
+
+
+def test_models_of_different_tasks_are_not_averaged():
+    names = ("low", "mid", "high")
+    models = [
+        SimpleNamespace(
+            path=Path(task.kind), recipe=Recipe(),
+            checkpoint=SimpleNamespace(task=task, class_names=names, model={"input_dim": 8}),
+        )
+        for task in (Classification(names), Ordinal("grade", names))
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match="its targets are"):
+        check_alike(models)

@@ -212,3 +212,8 @@ def test_the_gallery_shows_known_labels_only():
     values = np.array([[0.9, 0.1, 0.5], [0.9, 0.5, 0.7], [0.6, 0.9, 0.1]])
     rows = {kind: order.tolist() for kind, order in TASK.gallery(targets, values).items()}
     assert rows == {"surest correct": [0, 2], "surest wrong": [1], "most uncertain": [2, 1, 0]}
+
+
+def test_a_patient_has_a_label_that_a_slide_has_and_lacks_one_that_none_has():
+    slides = np.array([[1, 0, np.nan, np.nan], [np.nan, 0, 0, np.nan], [0, 0, 1, np.nan]])
+    assert Multilabel(("A", "B", "C", "D")).of_case(slides).tolist() == pytest.approx([1, 0, 1, np.nan], nan_ok=True)

@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.metrics import mean_absolute_error, r2_score
 
 from utils.evaluation.intervals import ScoredRows
+from utils.tasks.quantiles import inner_quantiles
 from utils.tasks.records import Answer, task_of
 from utils.tasks.regression import Regression
 from utils.tasks.regression_metrics import METRICS, regression_metrics
@@ -101,6 +102,7 @@ def test_strata_are_fifths_or_fewer_where_patients_are_few():
     assert not few.strata(targets[:12]).any()
     ties = AGE.of_cohort(np.repeat([0.0, 1.0], [80, 20]), cases)
     assert np.bincount(ties.strata(np.array([0.0, 1.0]))).tolist() == [1, 1], "no stratum is empty"
+    assert inner_quantiles(np.repeat([0.0, 1.0], [10, 90]), 100, 5) == (), "nothing is above the greatest number"
 
 
 @pytest.mark.parametrize("cell", ["", "NA", "old", "nan", "inf"])

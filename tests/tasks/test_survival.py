@@ -142,6 +142,7 @@ def test_risk_groups_and_dead_models_are_reported(cohort):
     fitted = task.fit_on_validation(targets, values, "balanced_accuracy", is_balanced=True)
     decisions = task.decide_by(fitted, values[None])
     assert decisions is not None
+    assert decisions.tolist() == (values[:, 0] > np.median(values[:, 0])).tolist(), "above the median is high"
     figures = task.further_figures(targets, values, folds, decisions)
     assert figures["constant_folds"] == [2]
     assert 0.3 < figures["tied_pairs"] < 0.7, "the pairs of the second fold"

@@ -71,8 +71,8 @@ class CohortFiles(Settings):
     no_patients: bool = option(False, "treat each slide as a patient of its own if the table names no patients")
     allow: tuple[Literal["missing", "unknown", "duplicate", "spelling"], ...] = option(
         (),
-        "leave out rows without a feature file (missing), without a label or target that can be used (unknown), or with "
-        "a repeated wsi_id (duplicate); treat patients whose names hardly differ as different (spelling)",
+        "leave out rows without a feature file (missing), without a label or target that can be used (unknown), or "
+        "with a repeated wsi_id (duplicate); treat patients whose names hardly differ as different (spelling)",
     )
     group_column: str | None = option(
         None,
