@@ -7,9 +7,9 @@ Coverage: cohorts of synthetic scores with a known AUC; patients of one slide, o
 by 0.5. Half of the cells have normal scores, for which the formulas were made; the others exponential ones, for which
 they were not. The AUC within folds is that of five models, each of which tests a fold with a shift of its own. Level
 and power: two algorithms (linear discriminants) are cross-validated on synthetic features, once as good as each other,
-once with a stronger first one. They differ in the features that they see, or in their seeds alone. Fitted: what a
-threshold for a sensitivity of 0.9 and a calibration, both fitted to inner validation, do on other slides, for one inner
-model and for the mean of all. By default few cohorts a cell, in minutes; --full takes 1000.
+once with a stronger first one. They see 10, 40 or 3 features each, or choose two of ten; or they differ in their seeds
+alone. Fitted: what a threshold for a sensitivity of 0.9 and a calibration, both fitted to inner validation, do on other
+slides, for one inner model and for the mean of all. By default few cohorts a cell, in minutes; --full takes 1000.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from report import processor, table, versions
@@ -141,8 +142,22 @@ def discriminant(features: np.ndarray, labels: np.ndarray, ridge: float) -> np.n
 
 def of_features(rows: slice) -> Fit:
     def fit(features: np.ndarray, labels: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
-        weights = np.zeros(FEATURES)
+        weights = np.zeros(features.shape[1])
         weights[rows] = discriminant(features[:, rows], labels, 0.3)
+        return weights
+
+    return fit
+
+
+def of_chosen_features(rows: slice) -> Fit:
+    """Return an algorithm that uses the two features by which the classes differ most."""
+
+    def fit(features: np.ndarray, labels: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
+        differences = np.zeros(features.shape[1])
+        differences[rows] = np.subtract(*(features[labels == label][:, rows].mean(axis=0) for label in (1, 0)))
+        chosen = np.argsort(np.abs(differences))[-2:]
+        weights = np.zeros_like(differences)
+        weights[chosen] = differences[chosen]
         return weights
 
     return fit
@@ -154,6 +169,32 @@ def with_noise(share: float) -> Fit:
         return weights + rng.normal(size=FEATURES) * np.linalg.norm(weights) * share / np.sqrt(FEATURES)
 
     return fit
+
+
+class Kind(NamedTuple):
+    """Two algorithms that see other features: how far apart the classes are in those of each, and how it learns."""
+
+    distances: tuple[float, ...]
+    algorithm: Callable[[slice], Fit]
+
+
+KINDS = {
+    "other features": Kind((DISTANCE,) * 10, of_features),
+    "40 features": Kind((0.25,) * 40, of_features),
+    "3 features": Kind((0.6,) * 3, of_features),
+    "2 features of 10": Kind((1.0, 0.8, 0.6, *(0.0,) * 7), of_chosen_features),
+}
+OTHER_SEEDS = "other seeds"
+
+
+def two_algorithms(kind: str, is_stronger: bool) -> tuple[np.ndarray, dict[str, Fit]]:
+    """Return how far apart the classes are in each feature `(D,)`, and the algorithms; the first may be stronger."""
+    if kind == OTHER_SEEDS:
+        return np.full(FEATURES, DISTANCE * 0.7), {"a": with_noise(0.2 if is_stronger else 1), "b": with_noise(1)}
+    distances, algorithm = np.asarray(KINDS[kind].distances), KINDS[kind].algorithm
+    half = len(distances)
+    fits = {"a": algorithm(slice(0, half)), "b": algorithm(slice(half, None))}
+    return np.concatenate([distances * (GAIN if is_stronger else 1), distances]), fits
 
 
 def cross_validate(
@@ -189,15 +230,9 @@ def rejections(
     rng = np.random.default_rng(derive_seed(seed, kind, patients, str(prevalence), repeats, is_stronger))
     labels = (np.arange(patients) < round(prevalence * patients)).astype(int)
     found = []
+    distances, fits = two_algorithms(kind, is_stronger)
     for _ in range(cohorts):
-        distances = np.full(FEATURES, DISTANCE)
-        if kind == "other features":
-            distances[: FEATURES // 2] *= GAIN if is_stronger else 1
-            fits = {"a": of_features(slice(0, FEATURES // 2)), "b": of_features(slice(FEATURES // 2, None))}
-        else:
-            distances *= 0.7
-            fits = {"a": with_noise(0.2 if is_stronger else 1), "b": with_noise(1)}
-        features = rng.normal(size=(patients, FEATURES)) + labels[:, None] * distances
+        features = rng.normal(size=(patients, len(distances))) + labels[:, None] * distances
         runs = cross_validate(features, labels, fits, repeats, rng)
         size = patients // FOLDS
         (test,) = compare(runs, [(patients - size, size)] * (FOLDS * repeats), ["auc"])
@@ -245,8 +280,7 @@ def coverage_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterato
 
 
 def rejection_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterator[list[str]]:
-    kinds = "other features", "other seeds"
-    for kind, count, prevalence, repeats in product(kinds, patients, (0.5, 0.2), (1, 3, 5)):
+    for kind, count, prevalence, repeats in product((*KINDS, OTHER_SEEDS), patients, (0.5, 0.2), (1, 3, 5)):
         name = f"{kind}, {count} patients, {prevalence:.0%} positive, {repeats} repeat{'s' if repeats > 1 else ''}"
         shares = [
             share

@@ -117,9 +117,10 @@ def test_the_inflation_widens_the_interval_by_its_root():
     assert inflated.p > plain.p
 
 
-def test_repeats_enlarge_the_share_of_the_training_slides():
-    assert training_inflation([80] * 5, [20] * 5, 1) == pytest.approx(1.375)
-    assert training_inflation([80] * 15, [20] * 15, 3) == pytest.approx(1 + 0.25 * 13 / 6)
+def test_repeats_enlarge_the_share_of_the_training_slides_and_patients_make_it_smaller():
+    assert training_inflation([60] * 5, [15] * 5, 1, patients=75) == pytest.approx(1.375)
+    assert training_inflation([60] * 15, [15] * 15, 3, patients=75) == pytest.approx(1 + 0.25 * 13 / 6)
+    assert training_inflation([240] * 5, [60] * 5, 1, patients=300) == pytest.approx(1 + 0.375 / 2)
 
 
 def test_equal_models_are_rarely_found_different():

@@ -61,7 +61,8 @@ def compare(
     folds = [_fold_metrics(run) for run in predictions]
     n_train, n_test = zip(*sizes, strict=True)
     patients = _fewest_patients(predictions[0])
-    inflation = training_inflation(n_train, n_test, predictions[0].n_repeats)
+    all_patients = len(np.unique(predictions[0].scored.patients))
+    inflation = training_inflation(n_train, n_test, predictions[0].n_repeats, all_patients)
     differences = []
     for metric in metrics:
         most = greatest_difference(predictions[0].task.basis(metric, predictions[0].labels, predictions[0].values))
