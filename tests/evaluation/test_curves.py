@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.stats import norm
 from sklearn.metrics import roc_curve
 
 from tests.evaluation.predicted import noisy_answers, repeated
@@ -8,35 +9,68 @@ from utils.evaluation.curves import mean_precision, mean_roc, roc_band
 from utils.evaluation.resampling import pooled_metrics
 
 
-def brute_force(labels, probabilities, cases, repeats, seed, resamples):
-    """Rows of each resample, copied out."""
-    rng, patients = np.random.default_rng(seed), np.unique(cases)
-    for _ in range(resamples):
-        chosen = rng.integers(len(patients), size=len(patients))
-        rows = np.concatenate([np.flatnonzero(cases == patients[index]) for index in chosen])
-        yield labels[rows], probabilities[rows], repeats[rows]
-
-
-def test_one_patient_has_no_roc_band():
+def test_a_class_of_one_patient_has_no_roc_band():
     labels = np.arange(8) % 2
     scores = np.random.default_rng(0).random(8)
-    assert roc_band(labels == 1, scores, np.array(["P1"] * 8), 0, resamples=50) is None
-    assert roc_band(labels == 1, scores, np.arange(8).astype(str), 0, resamples=50) is not None
+    names = np.arange(8).astype(str)
+    assert roc_band(labels == 1, scores, names) is not None
+    assert roc_band(labels == 1, scores, np.where(labels == 1, "P1", names)) is None
 
 
-def test_the_roc_band_holds_the_curve_and_its_corners():
+def test_the_roc_band_holds_the_curve():
     labels = np.arange(80) % 2
     scores = noisy_answers(np.random.default_rng(0), labels, 0.7)[:, 1]
-    rate, low, high = roc_band(labels == 1, scores, np.arange(80).astype(str), 0)
+    rate, low, high = roc_band(labels == 1, scores, np.arange(80).astype(str))
+    assert (rate[0], rate[-1]) == (0, 1)
     for curve in (low, high):
         assert curve.shape == rate.shape
-        assert (curve[0], curve[-1]) == (0, 1)
         assert (np.diff(curve) >= 0).all()
-    assert (rate[0], rate[-1]) == (0, 1)
-    middle = np.interp(rate[1:], *mean_roc(labels == 1, scores))
-    assert (low[1:] <= middle + 1e-9).all()
-    assert (middle <= high[1:] + 1e-9).all()
+    middle = np.interp(rate, *mean_roc(labels == 1, scores))
+    assert (low <= middle + 1e-9).all()
+    assert (middle <= high + 1e-9).all()
     assert (high - low).max() > 0.1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_roc_band_is_what_the_rectangles_around_the_points_cover(several):
+    labels, probabilities, cases, repeats = repeated(2)
+    repeats = repeats if several else None
+    rate, low, high = roc_band(labels == 1, probabilities[:, 1], cases, repeats)
+    counts = [len(np.unique(cases[labels == label])) for label in (0, 1)]
+    corners = [
+        (*proportion(false, counts[0]), *proportion(true, counts[1]))
+        for false, true in zip(*mean_roc(labels == 1, probabilities[:, 1], repeats), strict=True)
+    ]
+    for at, bottom, top in zip(rate, low, high, strict=True):
+        reached = [corner for corner in corners if corner[0] <= at + 1e-12 and corner[1] >= at - 1e-12]
+        assert top == pytest.approx(max(corner[3] for corner in reached), abs=1e-6)
+        assert bottom == pytest.approx(min(corner[2] for corner in reached), abs=1e-6)
+
+
+def proportion(share: float, count: int) -> tuple[float, float]:
+    """The 90% interval by Wilson's formula."""
+    z = norm.isf(0.05)
+    ends = np.roots([1 + z**2 / count, -(2 * share + z**2 / count), share**2])
+    return float(ends.real.min()), float(ends.real.max())
+
+
+def test_separated_classes_have_a_roc_band_with_width():
+    labels = np.arange(60) % 2
+    _, low, high = roc_band(labels == 1, labels + np.linspace(0, 0.5, 60), np.arange(60).astype(str))
+    assert (high == 1).all()
+    assert (low < 0.95).all()
+
+
+@pytest.mark.parametrize("auc", [0.7, 0.9, 0.99])
+def test_the_roc_band_holds_the_true_curve(auc):
+    rng, distance, rates = np.random.default_rng(1), np.sqrt(2) * norm.ppf(auc), np.array([0.02, 0.05, 0.1, 0.2, 0.5])
+    truth = norm.cdf(distance - norm.isf(rates))
+    is_class, held = np.arange(60) < 30, []
+    for _ in range(100):
+        rate, low, high = roc_band(is_class, rng.normal(size=60) + distance * is_class, np.arange(60).astype(str))
+        at = np.searchsorted(rate, rates)
+        held.append((low[at] <= truth) & (truth <= high[at]))
+    assert np.mean(held, axis=0).min() > 0.87
 
 
 def area(curve: tuple[np.ndarray, np.ndarray]) -> float:
@@ -87,28 +121,8 @@ def test_precision_by_hand():
     assert list(precision) == pytest.approx([1, 1, 2 / 3, 2 / 3])
 
 
-def test_the_roc_band_agrees_with_a_brute_force():
-    labels, probabilities, cases, repeats = repeated(2)
-    rate, low, high = roc_band(labels == 1, probabilities[:, 1], cases, 4, repeats=repeats, resamples=50)
-
-    def curve(labels, probabilities, repeats):
-        curves = []
-        for repeat in np.unique(repeats):
-            rows = repeats == repeat
-            if len(set(labels[rows])) == 2:
-                false, true, _ = roc_curve(labels[rows], probabilities[rows, 1])
-                curves.append(np.interp(rate[1:], false, true))
-        return np.mean(curves, axis=0) if curves else None
-
-    drawn = [curve(*part) for part in brute_force(labels, probabilities, cases, repeats, 4, 50)]
-    expected = np.percentile([one for one in drawn if one is not None], [2.5, 97.5], axis=0)
-    assert np.stack([low, high])[:, 1:] == pytest.approx(expected)
-
-
 def test_an_undefined_roc_band():
     scores, cases = np.array([0.1, 0.9]), np.array(["a", "b"])
     assert mean_roc(np.array([True, True]), scores) is mean_precision(np.array([True, True]), scores) is None
-    assert roc_band(np.array([True, True]), scores, cases, 0) is None
-    # Of two patients, half the resamples hold one class; by seed 2 more than half do.
-    assert roc_band(np.array([False, True]), scores, cases, 2, resamples=101) is None
+    assert roc_band(np.array([True, True]), scores, cases) is None
     assert mean_roc(np.array([False, True]), scores) is not None

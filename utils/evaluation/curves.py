@@ -1,11 +1,12 @@
-"""ROC and precision-recall curves, averaged over repeats, with a band over resampled patients."""
+"""ROC and precision-recall curves, averaged over repeats, with a band over patients."""
 
 import numpy as np
 
-from utils.evaluation.resampling import RESAMPLES, mean_of_defined, repeat_rows, resampled
+from utils.evaluation.intervals import LEAST_OF_A_CLASS, wilson
+from utils.evaluation.resampling import repeat_rows
 
-# False positive rates of the band; 0 is there twice, since a curve may rise before its first false positive.
-_GRID = np.append(0, np.arange(201) / 200)
+_GRID = np.arange(201) / 200  # false positive rates of the band
+_EACH_RATE = 1.644854  # standard errors to either side of a 90% interval
 
 
 def mean_roc(
@@ -52,39 +53,27 @@ def mean_precision(
 
 
 def roc_band(
-    is_class: np.ndarray,
-    scores: np.ndarray,
-    patients: np.ndarray,
-    seed: int,
-    *,
-    repeats: np.ndarray | None = None,
-    resamples: int = RESAMPLES,
+    is_class: np.ndarray, scores: np.ndarray, patients: np.ndarray, repeats: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return the 95% percentile interval of the ROC curve over resampled patients: false positive rates, low and high,
-    each `(G,)`. None if the curve is undefined for the slides, or for more than half of the resamples, and for one
-    patient.
+    """Return a band around the points of `mean_roc`: false positive rates, its lower and its upper end, each `(G,)`.
+
+    Around each point lies the rectangle of the Wilson intervals of both rates, of 90% each (joint confidence
+    rectangles: Campbell 1994, https://doi.org/10.1002/sim.4780130508); slides of a patient count as one. The band is
+    what the rectangles cover. At a false positive rate it held the truth in at least 0.91, mostly 0.96, of simulated
+    cohorts. None if a class has fewer than two patients.
     """
-    if len(np.unique(patients)) == 1:
+    curve = mean_roc(is_class, scores, repeats)
+    counts = [len(np.unique(patients[rows])) for rows in (~is_class, is_class)]
+    if curve is None or min(counts) < LEAST_OF_A_CLASS:
         return None
-    blocks = [_curves(is_class, scores, weights, repeats) for weights in resampled(patients, seed, resamples)]
-    curves = np.concatenate(blocks)
-    defined = curves[~np.isnan(curves).any(axis=1)]
-    if mean_roc(is_class, scores, repeats) is None or len(defined) < resamples / 2:
-        return None
-    low, high = np.percentile(defined, [2.5, 97.5], axis=0)
-    return _GRID, low, high
-
-
-def _curves(is_class: np.ndarray, scores: np.ndarray, weights: np.ndarray, repeats: np.ndarray | None) -> np.ndarray:
-    """Return true positive rates `(B, G)` at `_GRID` under `weights (B, n)`; NaN if a class has no weight."""
-    rows_of = _rows_by_repeat(scores, repeats)
-    curves = np.full((len(rows_of), len(weights), len(_GRID)), np.nan)
-    for repeat, rows in zip(curves, rows_of, strict=True):
-        for curve, true, false in zip(repeat, *_positives(is_class[rows], scores[rows], weights[:, rows]), strict=True):
-            if true[-1] > 0 and false[-1] > 0:
-                curve[0] = 0
-                curve[1:] = np.interp(_GRID[1:], np.append(0, false / false[-1]), np.append(0, true / true[-1]))
-    return mean_of_defined(curves)
+    limits = np.array(
+        [[wilson(rate, count, _EACH_RATE) for rate in rates] for rates, count in zip(curve, counts, strict=True)]
+    )
+    (false_low, false_high), (true_low, true_high) = limits.transpose(0, 2, 1)
+    # Both ends rise along the curve, so the outermost rectangle that reaches a rate decides.
+    last = np.searchsorted(false_low, _GRID, side="right") - 1
+    first = np.minimum(np.searchsorted(false_high, _GRID), len(false_high) - 1)
+    return _GRID, true_low[first], true_high[last]
 
 
 def _positives(is_class: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -54,10 +54,7 @@ def roc_figure(predictions: Predictions) -> Figure:
             continue
         if is_detailed:
             _fold_curves(axes, ranked, line["color"])
-            band = roc_band(
-                ranked.is_positive, ranked.scores, ranked.rows.scored.patients, predictions.seed,
-                repeats=ranked.repeats,
-            )  # fmt: skip
+            band = roc_band(ranked.is_positive, ranked.scores, ranked.rows.scored.patients, ranked.repeats)
             if band is not None:
                 axes.fill_between(*band, color=line["color"], alpha=0.15, lw=0)
         ranking, name = predictions.rankings[index], escape_mathtext(predictions.task.outputs[index])
