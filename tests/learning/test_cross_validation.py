@@ -31,6 +31,7 @@ from tests.learning.runs import (
     strict_json,
 )
 from tests.small import TASK
+from utils.bags.dataset import shared
 from utils.core.engine import threads
 from utils.core.errors import ConfigError, SplitError
 from utils.core.files import read_json
@@ -329,13 +330,13 @@ class TestJobs:
     def test_processes_share_one_packed_file(self, cache, cohort, tmp_path, aloud):
         data = MILDataset(*cohort, cache=str(tmp_path / "cache") if cache == "folder" else cache)
         data.features(0)
-        shared = data.shared(tmp_path / "resume")
+        for_all = shared(data, tmp_path / "resume")
         packed = list((tmp_path / "resume").glob("*.packed"))
         assert len(packed) == (cache == "ram")
-        assert (shared is data) is (cache != "ram")
+        assert (for_all is data) is (cache != "ram")
         assert ("--cache DIR packs them for all" in aloud.text) is (cache == "off")
-        assert all(torch.equal(shared.features(slide), data.features(slide)) for slide in range(len(data)))
-        assert not shared.is_in_memory
+        assert all(torch.equal(for_all.features(slide), data.features(slide)) for slide in range(len(data)))
+        assert not for_all.is_in_memory
 
 
 class TestKeywords:

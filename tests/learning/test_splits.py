@@ -226,7 +226,7 @@ def test_our_own_split_file_reads_back(tmp_path):
     labels, cases = one_class_patients(4, 4)
     folds = split(labels, cases)
     ids = [f"S{slide}" for slide in range(len(labels))]
-    data = SimpleNamespace(rows=[SimpleNamespace(wsi_id=wsi_id) for wsi_id in ids])
+    data = SimpleNamespace(rows=[SimpleNamespace(wsi_id=wsi_id) for wsi_id in ids], unit="slide")
     write_json(tmp_path / "splits.json", splits_content(data, folds, seed=0))  # type: ignore[arg-type]
     found = read_splits(tmp_path / "splits.json")
     expected = [(fold.number, inner.train, inner.val, fold.test) for fold in folds for inner in fold.inner]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.bags import labels
+from utils.bags.cases import CaseFeatures, case_info, case_rows
 from utils.bags.chunks import (
     Batch,
     Chunk,
@@ -33,8 +34,9 @@ from utils.bags.device_features import DeviceFeatures, Source
 from utils.bags.feature_folder import FeatureFolder
 from utils.bags.inventory import FileRecord, take_inventory
 from utils.bags.label_table import LabelTable, read_table
+from utils.bags.labels import LabelRow
 from utils.bags.packed import FileFeatures, MemoryFeatures, packed_path
-from utils.bags.settings import CHUNK_SIZE, BatchSize, Cohort, batch_size_option
+from utils.bags.settings import CHUNK_SIZE, BatchSize, Cohort, Unit, batch_size_option
 from utils.bags.store import Bag, read_bag
 from utils.core.cohorts import KNOWN_COHORTS, cohort_classes
 from utils.core.errors import ConfigError, LabelsError, did_you_mean
@@ -45,11 +47,14 @@ from utils.tasks.records import task_of
 from utils.tasks.targets import Target
 from utils.tasks.task import Task
 
+BagFeatures = Source | CaseFeatures | DeviceFeatures
+
 # Chunks are shuffled among slides that together hold about this many patches, so that an epoch reads each slide once
 # whatever the cohort's size. Fixed: the numbers a training gives must not depend on the machine's memory.
 SHUFFLE_WINDOW = 2**18
 # Settings of a cohort that are arguments of the dataset by the same name.
 _SAME_NAMES = (
+    "unit",
     "mode",
     "chunk_size",
     "feat_type",
@@ -63,7 +68,7 @@ _SAME_NAMES = (
 
 
 class MILDataset(Dataset):
-    """The slides of a label table, in its order.
+    """The slides of a label table, in its order; or, for the `unit` "case", the patients, each a bag of all slides.
 
     `csv_path` has the columns `case_id,wsi_id,label`, or others that say the same (see `utils.bags.label_table`); slide
     `wsi_id` has its features in `features_dir/<wsi_id>.h5` (or `.pt`, `.pth`), or in a subfolder, under the name
@@ -78,6 +83,8 @@ class MILDataset(Dataset):
     `cache` "off" reads feature files whenever they are needed, on a CUDA device too, "ram" keeps features in memory, a
     folder holds them in one packed file. Default: "ram" if the cohort fits in a quarter of the free memory, else "off".
     Slides are counted from 0 in the table's order, negative numbers from the end. `dataset[3:6]` is a list of three.
+    By patients, what is said of a slide is said of a patient: `rows`, `labels`, `info` and `features` are those of the
+    bags, `slide_rows` and `slide_info` those of the slides, and `slides_of[bag]` are the numbers of a bag's slides.
     Raises ConfigError, LabelsError for a table that does not account for every slide, FeatureFileError for files that
     are damaged or of different widths, RecipeError for files made in different ways.
     """
@@ -100,12 +107,13 @@ class MILDataset(Dataset):
         no_patients: bool = False,
         positive_class: str | None = None,
         task: Task | None = None,
+        unit: Unit = "slide",
     ) -> None:
         cohort = Cohort(
             dataset="", labels_csv=csv_path, features_dir=features_dir, class_names=class_names, mode=mode,  # type: ignore[arg-type]
             chunk_size=chunk_size, feat_type=feat_type, sequential=sequential, group_column=group_column,
             cache=str(cache) if isinstance(cache, Path) else cache, allow=allow, no_patients=no_patients,  # type: ignore[arg-type]
-            positive_class=positive_class,
+            positive_class=positive_class, unit=unit,
         )  # fmt: skip
         _check_arguments(csv_path, features_dir, label_names, left_out)
         self.features_dir = Path(features_dir)
@@ -116,28 +124,30 @@ class MILDataset(Dataset):
             task = _task(table, labels.with_positive_last(classes, positive_class, table.path))
         self.mode, self.chunk_size, self.sequential = cohort.mode, cohort.chunk_size, cohort.sequential
         self.feat_type = feat_type
+        self.unit: Unit = unit
         self.patients_from = table.patients_from
-        self.rows = labels.resolve_labels(
+        self.slide_rows = labels.resolve_labels(
             table, task, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
             allow=allow,
         )  # fmt: skip
-        folder.check_unique(row.wsi_id for row in self.rows)
+        folder.check_unique(row.wsi_id for row in self.slide_rows)
+        self.rows, self.slides_of = _bags(self.slide_rows, unit, table.path)
         self.labels = np.array([row.label for row in self.rows])
         self.cases = np.array([row.case_id for row in self.rows])
         self.task = _of_cohort(task, table, self.labels, self.cases)
-        groups = labels.group_rows(Path(csv_path), [row.columns for row in self.rows], group_column)
+        groups = labels.group_rows(Path(csv_path), [row.columns for row in self.slide_rows], group_column)
         if "spelling" not in allow:
-            labels.check_names(table, self.rows, groups, group_column)
-        self.groups = np.array(groups)
+            labels.check_names(table, self.slide_rows, groups, group_column)
+        self.groups = np.array([groups[slides[0]] for slides in self.slides_of])
         self.group_column, self.allow = group_column, cohort.allow
         log.info("%s", self._counts())
         packed = None if cache in (None, "off", "ram") else packed_path(Path(cache), self.features_dir, feat_type)
-        paths = [row.path for row in self.rows]
-        self.info = look_at_files(paths, feat_type, self.features_dir, packed)
-        self._source: Source = open_features(
-            FileFeatures(paths, self.info, feat_type, self.features_dir), cache, packed
-        )
-        self._features: Source | DeviceFeatures = self._source
+        paths = [row.path for row in self.slide_rows]
+        self.slide_info = look_at_files(paths, feat_type, self.features_dir, packed)
+        self.info = self.slide_info if unit == "slide" else case_info(self.slide_info, self.slides_of)
+        files = FileFeatures(paths, self.slide_info, feat_type, self.features_dir)
+        self._source: Source = open_features(files, cache, packed)
+        self._features: BagFeatures = _of_bags(self, self._source)
         self._cache = cache
 
     @classmethod
@@ -150,7 +160,8 @@ class MILDataset(Dataset):
 
     def __repr__(self) -> str:
         feed = "whole" if self.largest_chunk is None else f"in chunks of up to {self.chunk_size} patches"
-        return f"MILDataset({len(self)} slides, fed {feed}; features {self.input_dim} wide; {self._counts()})"
+        bags = "slides" if self.unit == "slide" else f"patients with {len(self.slide_rows)} slides"
+        return f"MILDataset({len(self)} {bags}, fed {feed}; features {self.input_dim} wide; {self._counts()})"
 
     @overload
     def __getitem__(self, slide: SupportsIndex) -> tuple[Tensor, Target]: ...
@@ -191,18 +202,18 @@ class MILDataset(Dataset):
     @cached_property
     def recipe(self) -> Recipe | None:
         """How the features were made, by the first file that records it; None if none does."""
-        return next((info.passport.recipe for info in self.info if info.passport), None)
+        return next((info.passport.recipe for info in self.slide_info if info.passport), None)
 
     @cached_property
     def mpp_range(self) -> tuple[float, float] | None:
         """The least and greatest um/px at which patches were read; None if unknown."""
-        slides = [info.passport.slide for info in self.info if info.passport]
+        slides = [info.passport.slide for info in self.slide_info if info.passport]
         mpps = [slide["mpp_delivered"] for slide in slides if slide.get("mpp_delivered") is not None]
         return (min(mpps), max(mpps)) if mpps else None
 
     def bag(self, slide: SupportsIndex) -> Bag:
         """One slide with coordinates and passport, read from its file."""
-        return read_bag(self.rows[slide_number(slide, len(self))].path, self.feat_type)
+        return read_bag(self.slide_rows[slide_number(slide, len(self.slide_rows))].path, self.feat_type)
 
     def features(self, slide: SupportsIndex) -> Tensor:
         """`(N, D)`, as stored, or in float16 on a device; maybe the cache itself, so copy it before you change it."""
@@ -212,7 +223,7 @@ class MILDataset(Dataset):
         """Return a record of each slide's feature file, in the table's order; only files that are not in `earlier`, or
         have changed since, are read. Raises FeatureFileError, naming all files that cannot be read.
         """
-        return take_inventory(self.rows, self.info, self._source, earlier)
+        return take_inventory(self.slide_rows, self.slide_info, self._source, earlier)
 
     def batches(
         self, slides: Sequence[int] | np.ndarray, batch_size: int | Literal["auto"], seed: int, pin_memory: bool = False
@@ -245,11 +256,6 @@ class MILDataset(Dataset):
         """Whether this process's memory holds the features once they are read."""
         return isinstance(self._source, MemoryFeatures)
 
-    def shared(self, folder: Path) -> "MILDataset":
-        """Return the dataset for several processes: features that this one keeps in memory are packed into `folder`."""
-        features = share(self._source, packed_path(folder, self.features_dir, self.feat_type))
-        return self if features is self._source else _with_features(self, features, features)
-
     def _chunks(self, slide: int, rng: np.random.Generator, per_slide: float) -> list[Chunk]:
         features = self.features(slide)
         cuts = cuts_on(
@@ -259,7 +265,19 @@ class MILDataset(Dataset):
         return [Chunk(features, cut, self.rows[slide].label, weight, slide) for cut in cuts]
 
     def _counts(self) -> str:
-        return self.task.counts_text(self.labels, self.cases.tolist())
+        targets, cases = zip(*((row.label, row.case_id) for row in self.slide_rows), strict=True)
+        bags = "" if self.unit == "slide" else "; all slides of a patient are one bag"
+        return f"{self.task.counts_text(np.array(targets), cases)}{bags}"
+
+    def num_slides(self, bags: np.ndarray) -> int:
+        """Return the number of slides in these bags."""
+        return sum(len(self.slides_of[bag]) for bag in bags.tolist())
+
+
+def shared(dataset: MILDataset, folder: Path) -> MILDataset:
+    """Return the dataset for several processes: features that this one keeps in memory are packed into `folder`."""
+    features = share(dataset._source, packed_path(folder, dataset.features_dir, dataset.feat_type))
+    return dataset if features is dataset._source else _with_features(dataset, features, _of_bags(dataset, features))
 
 
 def on_device(dataset: MILDataset, device: torch.device, *, processes: int = 1, is_exact: bool = False) -> MILDataset:
@@ -268,12 +286,22 @@ def on_device(dataset: MILDataset, device: torch.device, *, processes: int = 1, 
     """
     if dataset._cache == "off":
         return dataset
-    source = dataset._source
+    source = _of_bags(dataset, dataset._source)
     features = DeviceFeatures(source, dataset.info, device, processes=processes, is_exact=is_exact)
-    return _with_features(dataset, source, features)
+    return _with_features(dataset, dataset._source, features)
 
 
-def _with_features(dataset: MILDataset, source: Source, features: Source | DeviceFeatures) -> MILDataset:
+def _bags(rows: list[LabelRow], unit: Unit, path: Path) -> tuple[list[LabelRow], list[list[int]]]:
+    """Return the rows of the bags, and the numbers of the slides of each."""
+    return (rows, [[number] for number in range(len(rows))]) if unit == "slide" else case_rows(rows, path)
+
+
+def _of_bags(dataset: MILDataset, source: Source) -> Source | CaseFeatures:
+    """Return the features of the bags, from those of the slides."""
+    return source if dataset.unit == "slide" else CaseFeatures(source, dataset.slides_of)
+
+
+def _with_features(dataset: MILDataset, source: Source, features: BagFeatures) -> MILDataset:
     dataset = copy.copy(dataset)
     dataset._source, dataset._features = source, features
     return dataset

@@ -44,7 +44,7 @@ class DeviceFeatures:
 
     def __init__(
         self,
-        source: Source,
+        source: Callable[[int], Tensor],
         info: Sequence[BagInfo],
         device: torch.device,
         *,
@@ -108,7 +108,7 @@ class DeviceFeatures:
 
 
 def _of(
-    source: Source, info: Sequence[BagInfo], device: torch.device, processes: int, is_exact: bool
+    source: Callable[[int], Tensor], info: Sequence[BagInfo], device: torch.device, processes: int, is_exact: bool
 ) -> DeviceFeatures:
     return DeviceFeatures(source, info, device, processes=processes, is_exact=is_exact)
 

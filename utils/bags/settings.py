@@ -14,6 +14,7 @@ from utils.core.settings import REQUIRED, Settings, option
 if TYPE_CHECKING:
     from utils.tasks.task import Task
 
+Unit = Literal["slide", "case"]  # what a bag is: one slide, or all slides of a patient
 TaskKind = Literal["classification", "regression", "survival", "ordinal", "multilabel"]
 BatchSize = int | Literal["auto"]
 CHUNK_SIZE = 1000  # patches in a chunk at most, by default
@@ -128,6 +129,9 @@ class Cohort(CohortFiles):
         "of two classes the positive one, whose AUC, average precision and threshold are given (default: the last of "
         "--class_names or of a public cohort, else the rarer one)",
         metavar="NAME",
+    )
+    unit: Unit = option(
+        "slide", "what has a label and an answer, and is a bag of patches: a slide, or all slides of a patient (case)"
     )
     mode: Literal["chunked", "full"] = option("chunked", "train on chunks of a slide, or on whole slides")
     chunk_size: int = option(CHUNK_SIZE, "most patches in a chunk", least=1)

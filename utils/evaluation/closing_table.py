@@ -100,7 +100,8 @@ def text_table(blocks: Sequence[Sequence[Sequence[str]]], metrics: Sequence[str]
 
 def closing_text(results: dict[str, Any]) -> str:
     """Return the closing table, followed by sentences on how to read it."""
-    about = f"{plural(results['n_slides'], 'slide')} of {plural(results['n_cases'], 'patient')}, tested once"
+    bags = ", each patient's as one bag" if results.get("unit") == "case" else ""
+    about = f"{plural(results['n_slides'], 'slide')} of {plural(results['n_cases'], 'patient')}{bags}, tested once"
     if results["n_repeats"] > 1:
         about += f" in each of {results['n_repeats']} repeats (pooled: the repeats' mean)"
     task = task_of(results)

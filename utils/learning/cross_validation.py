@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from MILS import ModelError
-from utils.bags.dataset import MILDataset
+from utils.bags.dataset import MILDataset, shared
 from utils.bags.inventory import read_inventory
 from utils.bags.settings import CohortFiles
 from utils.core.device import amp_dtype, peak_memory, repeatable, resolve_device, run_metadata
@@ -110,7 +110,7 @@ class NestedCrossValidation:
         self.spec = _spec_for(model_factory, dataset)
         grid = read_grid(grid, self.spec["name"]) if isinstance(grid, str) else grid or {}
         self.settings = grid_settings(grid, self.spec["name"])
-        feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size, dataset.sequential)
+        feed = SlideFeed.of_mode(dataset.mode, dataset.chunk_size, dataset.sequential, dataset.unit)
         self.trainer = Trainer(
             model_factory, self.spec, tuple(self.settings), self.training, dataset, feed, self.device,
             self.protocol.seed, self.output_dir / "resume", self.running.deterministic,
@@ -230,7 +230,7 @@ class NestedCrossValidation:
     ) -> list[FoldResult]:
         trainer = self.trainer
         if self._uses_workers:
-            trainer = replace(trainer, dataset=self.dataset.shared(trainer.folder))
+            trainer = replace(trainer, dataset=shared(self.dataset, trainer.folder))
             each = plural(torch.get_num_threads(), "thread")
             log.info("%s at a time, on %s each", plural(engine.jobs, "training"), each)
         kept = trainer.on_device(engine.sharers)

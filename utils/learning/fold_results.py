@@ -56,7 +56,7 @@ class FoldResult:
         return {
             "fold": self.fold.number,
             "repeat": self.fold.repeat,
-            "n_slides": len(labels),
+            "n_slides": data.num_slides(self.fold.test),
             "n_cases": len(set(data.cases[self.fold.test])),
             "n_train": len(self.fold.train),
             "chunk": task.unweighted_metrics(chunk_labels, chunks),

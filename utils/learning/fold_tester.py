@@ -213,13 +213,14 @@ class FoldTester:
             ),
         )
 
-    def _seen(self, slides: Sequence[int]) -> dict[str, list[str]]:
-        """Return what identifies these slides, by its kind (see `Checkpoint.seen`)."""
+    def _seen(self, bags: Sequence[int]) -> dict[str, list[str]]:
+        """Return what identifies the slides of these bags, by its kind (see `Checkpoint.seen`)."""
         data = self.trainer.dataset
-        passports = [data.info[slide].passport for slide in slides]
-        cases = [str(data.cases[slide]) for slide in slides]
+        slides = [slide for bag in bags for slide in data.slides_of[bag]]
+        passports = [data.slide_info[slide].passport for slide in slides]
+        cases = [data.slide_rows[slide].case_id for slide in slides]
         seen = {
-            "slide": [data.rows[slide].wsi_id for slide in slides],
+            "slide": [data.slide_rows[slide].wsi_id for slide in slides],
             "case": cases,
             "case_spelling": [plain_spelling(name) for name in cases],
             "slide_hash": [name for passport in passports if passport and (name := passport.slide_hash)],

@@ -30,7 +30,7 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
     """Return the outer folds of all repeats, drawn by the seed or read from the `splits` file."""
     strata, unit = data.task.strata(data.labels), data.group_column or "patient"
     if protocol.splits is None:
-        if note := unused_split([row.columns for row in data.rows]):
+        if note := unused_split([row.columns for row in data.slide_rows]):
             log.warning(note)
         return repeated_splits(
             strata, data.groups, data.task.strata_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
@@ -39,7 +39,7 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
     wsi_ids = [row.wsi_id for row in data.rows]
     folds = folds_from_file(
         protocol.splits, wsi_ids, strata, data.groups, data.task.strata_names, unit=unit,
-        allow_missing="missing" in data.allow,
+        allow_missing="missing" in data.allow, other_names=_other_names(data),
     )  # fmt: skip
     for name, count in (("n_outer", len(folds)), ("n_inner", len(folds[0].inner))):
         value = getattr(protocol, name)
@@ -49,6 +49,17 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
     if unused:
         log.warning("%s: %d of %d slides are tested by no fold", protocol.splits, unused, len(data))
     return folds
+
+
+def _other_names(data: MILDataset) -> dict[str, list[str]]:
+    """Return the names by which other runs' splits may mean bags of this cohort: of patients, which stand for all of
+    their slides, or of slides, which stand for their patient.
+    """
+    names: dict[str, list[str]] = {}
+    for row in data.slide_rows:
+        name, bag = (row.case_id, row.wsi_id) if data.unit == "slide" else (row.wsi_id, row.case_id)
+        names.setdefault(name, []).append(bag)
+    return names
 
 
 def check_operating_point(data: MILDataset, operating_point: str, folds: Sequence[OuterFold]) -> None:
@@ -165,6 +176,7 @@ def splits_content(data: MILDataset, folds: Sequence[OuterFold], seed: int) -> d
 
     return {
         "seed": seed,
+        **({} if data.unit == "slide" else {"slides_of_cases": _slides_of_cases(data)}),
         "folds": [
             {
                 "fold": fold.number,
@@ -175,3 +187,8 @@ def splits_content(data: MILDataset, folds: Sequence[OuterFold], seed: int) -> d
             for fold in folds
         ],
     }
+
+
+def _slides_of_cases(data: MILDataset) -> dict[str, list[str]]:
+    bags = zip(data.rows, data.slides_of, strict=True)
+    return {row.case_id: [data.slide_rows[slide].wsi_id for slide in slides] for row, slides in bags}

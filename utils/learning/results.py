@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from utils.bags.dataset import MILDataset
@@ -35,5 +36,6 @@ def write_results(
     monitors = {fold.fold.number: fold.selection["monitor"] for fold in folds}
     run_figures.draw_figures(folder, predictions, history, monitors, formats)
     figures = [fold.figures(data) for fold in folds]
-    content = {**about, **outputs.outputs_content(predictions, figures, data.patients_from)}
+    content = {**about, "unit": data.unit, **outputs.outputs_content(predictions, figures, data.patients_from)}
+    content["n_slides"] = data.num_slides(np.unique(np.concatenate([fold.fold.test for fold in folds])))
     write_json(folder / "outputs.json", content)

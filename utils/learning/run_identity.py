@@ -36,7 +36,7 @@ def settings_identity(trainer: Trainer, protocol: Protocol, folds: Sequence[Oute
 def slides_identity(data: MILDataset, records: Sequence[FileRecord], standardized: Sequence[int]) -> dict[str, Any]:
     """Return the identity's fields of the slides: rows, features, and in which folds features are standardised."""
     return {
-        "slides": digest(*(f"{row.wsi_id}\t{row.case_id}\t{row.label}" for row in data.rows)),
+        "slides": digest(*(f"{row.wsi_id}\t{row.case_id}\t{row.label}" for row in data.slide_rows)),
         "features": digest(*(record.sha256 for record in records)),
         "standardized": list(standardized),
     }
@@ -44,6 +44,6 @@ def slides_identity(data: MILDataset, records: Sequence[FileRecord], standardize
 
 def slides_by_time(data: MILDataset) -> str:
     """Return the digest by which earlier versions identified the slides: of ids, labels, file sizes and times."""
-    files = [(row, row.path.stat()) for row in data.rows]
+    files = [(row, row.path.stat()) for row in data.slide_rows]
     lines = [(row.wsi_id, row.case_id, row.label, stat.st_size, stat.st_mtime_ns) for row, stat in files]
     return digest("\n".join("\t".join(map(str, line)) for line in lines))

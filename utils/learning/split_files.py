@@ -91,14 +91,16 @@ def folds_from_file(
     *,
     unit: str = "patient",
     allow_missing: bool = False,
+    other_names: Mapping[str, Sequence[str]] | None = None,
 ) -> list[OuterFold]:
     """Return the folds in a file (see `read_splits`) for slides `wsi_ids` of `labels (n,)` and `cases (n,)`.
 
-    If test sets overlap, as in repeated random splits, each split is a repeat of its own. `allow_missing` leaves out
+    A name in the file that is no wsi_id stands for the wsi_ids that `other_names` gives for it, such as a patient's. If
+    test sets overlap, as in repeated random splits, each split is a repeat of its own. `allow_missing` leaves out
     slides of the file that are not among the `wsi_ids`. Raises SplitError for such slides otherwise, for a patient on
     both sides of a split, for an empty subset, and for a training set without one of the classes.
     """
-    splits = read_splits(path, wsi_ids)
+    splits = _by_wsi_id(path, read_splits(path, [*wsi_ids, *(other_names or {})]), wsi_ids, other_names or {})
     index_of = {wsi_id: index for index, wsi_id in enumerate(wsi_ids)}
     if not allow_missing:
         _check_in_cohort(path, splits, wsi_ids)
@@ -118,6 +120,27 @@ def folds_from_file(
         fold = folds.setdefault(key, OuterFold(split.fold, slides["test"], (), key[0]))
         folds[key] = replace(fold, inner=(*fold.inner, inner))
     return _numbered(path, list(folds.values()), all(split.repeat is not None for split in splits))
+
+
+def _by_wsi_id(
+    path: Path, splits: Sequence[NamedSplit], wsi_ids: Collection[str], other_names: Mapping[str, Sequence[str]]
+) -> list[NamedSplit]:
+    """Return the splits with the wsi_ids that other names in them stand for; log that there are such names."""
+    known, used = set(wsi_ids), set()
+
+    def resolved(names: Sequence[str]) -> list[str]:
+        ids: dict[str, None] = {}
+        for name in names:
+            is_other = name not in known and name in other_names
+            used.update([name] if is_other else [])
+            ids |= dict.fromkeys(other_names[name] if is_other else [name])
+        return list(ids)
+
+    splits = [replace(split, slides={part: resolved(ids) for part, ids in split.slides.items()}) for split in splits]
+    if used:
+        example = min(used)
+        log.info("%s: %s stands for %s, and so on", path, example, first_few(list(other_names[example])))
+    return splits
 
 
 def _check_in_cohort(path: Path, splits: Sequence[NamedSplit], wsi_ids: Sequence[str]) -> None:

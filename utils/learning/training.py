@@ -143,7 +143,7 @@ class ModelTraining:
         strata = self.dataset.task.strata(self.dataset.labels[self.train])
         is_balanced = self.settings.class_weights == "balanced"
         shares = 1 / np.bincount(strata)[strata] if is_balanced else np.ones(len(strata))
-        feed = SlideFeed.of_mode(self.dataset.mode, self.dataset.chunk_size, self.dataset.sequential)
+        feed = SlideFeed.of_mode(self.dataset.mode, self.dataset.chunk_size, self.dataset.sequential, self.dataset.unit)
         set_references(self.model, lambda: map(self.dataset.features, self.train), feed, shares)
         return self.weights()
 

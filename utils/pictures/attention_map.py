@@ -45,12 +45,18 @@ def is_uniform(values: NDArray) -> bool:
 class AttentionMap:
     """`attention (N,)`, which sums to 1, of the patches at `coords (N, 2)`, level-0 px of their top-left corners, each
     `size_level0` px wide and high. `name` is what the weights are.
+
+    Of a slide that was answered together with its patient's others, `of_case (M,)` is the attention of all their
+    patches, which sums to 1; the slide's are those from number `first` on. Colours then compare all of them, while
+    ranks and shares are those within the slide.
     """
 
     coords: NDArray[np.int64]
     attention: NDArray
     size_level0: int
     name: str = ATTENTION
+    of_case: NDArray | None = None
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -70,7 +76,23 @@ class AttentionMap:
     @cached_property
     def percentiles(self) -> NDArray[np.float64]:
         """Percentile (N,) of each patch by attention, 0 to 100; ties share their mean (all equal: 50)."""
+        compared = self.compared
+        if compared is not self:
+            return compared.percentiles[self.first : self.first + len(self)]
         return np.full(1, 50.0) if len(self) == 1 else (len(self) - self.mean_ranks) / (len(self) - 1) * 100
+
+    @cached_property
+    def compared(self) -> "AttentionMap":
+        """All patches that colours compare: the slide's own, or those of all slides of its patient, without places."""
+        if self.of_case is None:
+            return self
+        nowhere = np.zeros((len(self.of_case), 2), dtype=np.int64)
+        return AttentionMap(nowhere, self.of_case, self.size_level0, self.name)
+
+    @property
+    def compared_text(self) -> str:
+        """The words for what colours compare the patches of."""
+        return "slide" if self.of_case is None else "patient's slides"
 
     @cached_property
     def mean_ranks(self) -> NDArray[np.float64]:
@@ -90,11 +112,13 @@ class AttentionMap:
     @property
     def is_uniform(self) -> bool:
         """Whether all of several patches weigh the same."""
-        return is_uniform(self.attention)
+        return is_uniform(self.compared.attention)
 
     @property
     def is_unranked(self) -> NDArray[np.bool_]:
         """Whether (N,) so many patches have a patch's attention that it has no rank to show."""
+        if self.compared is not self:
+            return self.compared.is_unranked[self.first : self.first + len(self)]
         return (self.equals > 1) & (self.equals > _MOST_EQUAL * len(self))
 
     @property
@@ -126,18 +150,18 @@ class AttentionMap:
     def effective_count(self) -> float:
         """The number of patches of equal weight that are as spread out: exp of the entropy, from 1 to N."""
         weights = self.attention[self.attention > 0].astype(np.float64)
-        weights /= weights.sum()
+        weights /= weights.sum() or 1
         return float(np.exp(-(weights * np.log(weights)).sum()))
 
     @property
     def multiples(self) -> NDArray[np.float64]:
         """Attention (N,) as a multiple of uniform attention."""
-        return self.attention.astype(np.float64) * len(self)
+        return self.attention.astype(np.float64) * len(self.compared)
 
     @property
     def peak(self) -> float:
         """The highest attention, as a multiple of uniform attention."""
-        return float(self.attention.max()) * len(self)
+        return float(self.attention.max()) * len(self.compared)
 
     @cached_property
     def cumulative(self) -> NDArray[np.float64]:

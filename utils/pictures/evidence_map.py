@@ -27,6 +27,9 @@ _NOTABLE = 0.05
 class EvidenceMap:
     """Signed `contributions (C, N)` of patches to the log-odds of each of the classes, or to another `quantity`; over
     the patches they add up to `log_odds (C,)` less those of the `reference (C,)`.
+
+    Of a slide that was answered together with its patient's others, they add up so with `of_case (C, M)`, the
+    contributions of all their patches, which colours then compare.
     """
 
     class_names: Sequence[str]
@@ -34,6 +37,7 @@ class EvidenceMap:
     log_odds: NDArray[np.float64]
     reference: NDArray[np.float64]
     quantity: str = "log-odds"
+    of_case: NDArray[np.float32] | None = None
 
     def of_class(self, name: str) -> NDArray[np.float32]:
         """Return the contributions (N,) to a class."""
@@ -41,7 +45,8 @@ class EvidenceMap:
 
     def limit(self, name: str) -> float:
         """Return where a class's colours end, on either side of 0."""
-        sizes = np.abs(self.of_class(name))
+        compared = self.contributions if self.of_case is None else self.of_case
+        sizes = np.abs(compared[self.class_names.index(name)])
         sizes = sizes[sizes > 0]
         return float(np.quantile(sizes, _WITHIN)) if len(sizes) else 1.0
 

@@ -353,7 +353,7 @@ def _scale_bar(axes: Axes, um_per_pixel: float, width: int, height: int) -> None
 
 def _draw_distribution(axes: Axes, attention: AttentionMap) -> None:
     bins = min(50, max(10, len(attention) // 4))
-    axes.hist(attention.attention * len(attention), bins=bins, range=(0, 1.05 * attention.peak), color="#555555")
+    axes.hist(attention.multiples, bins=bins, range=(0, 1.05 * attention.peak), color="#555555")
     axes.axvline(1, color=_TOP_COLOUR, lw=1, ls="--")
     if len(attention) >= _LOG_FROM:
         axes.set_yscale("log")

@@ -50,8 +50,8 @@ class Picture:
 @dataclass(frozen=True)
 class MapStyle:
     """The colours of attention: a Matplotlib colour map over `scale`, "attention" (from 0 to the highest),
-    "percentile" (within the slide) or "uniform" (log2 of the multiple of uniform attention, 0 in the middle), with the
-    opacity `alpha`. The raster is computed on `device`.
+    "percentile" (within the slide, or the slides of a patient that were answered together) or "uniform" (log2 of the
+    multiple of uniform attention, 0 in the middle), with the opacity `alpha`. The raster is computed on `device`.
 
     Raises ConfigError for an unknown colour map or scale, or an opacity outside 0 to 1.
     """
@@ -78,16 +78,16 @@ class MapStyle:
     def limits(self, attention: AttentionMap) -> tuple[float, float]:
         """Return the lower and the upper end of the scale."""
         if self.scale == "uniform":
-            end = min(max(1, math.ceil(math.log2(attention.peak) - 1e-9)), _MOST_DOUBLINGS)
+            end = min(max(1, math.ceil(math.log2(attention.compared.peak) - 1e-9)), _MOST_DOUBLINGS)
             return -end, end
-        return 0, 100 if self.scale == "percentile" else float(attention.attention.max())
+        return 0, 100 if self.scale == "percentile" else float(attention.compared.attention.max())
 
     def end_texts(self, attention: AttentionMap) -> tuple[str, str]:
         """Return the texts at the ends of the scale."""
         low, high = self.limits(attention)
         if self.scale == "uniform":
-            below = " or less" if attention.multiples.min() < 2.0**low else ""
-            above = " or more" if attention.peak > 2.0**high * (1 + 1e-9) else ""
+            below = " or less" if attention.compared.multiples.min() < 2.0**low else ""
+            above = " or more" if attention.compared.peak > 2.0**high * (1 + 1e-9) else ""
             return f"{doublings_text(low)}{below}", f"{doublings_text(high)}{above}"
         return f"{low:g}", f"{high:.3g}"
 
@@ -109,10 +109,11 @@ class MapStyle:
         if self.scale == "percentile":
             equal = int(attention.is_unranked.sum())
             ties = f"; grey: {equal:,} of {len(attention):,} patches, equal and so without a rank" if equal else ""
-            return f"{attention.name} percentile within the slide ({peak}){ties}"
+            return f"{attention.name} percentile within the {attention.compared_text} ({peak}){ties}"
         if self.scale == "uniform":
             return f"{attention.name} as a multiple of uniform, logarithmic, 1 in the middle ({peak})"
-        return f"{attention.name}, which sums to 1 over {len(attention):,} patches ({peak})"
+        whose = "" if attention.of_case is None else " of the patient's slides"
+        return f"{attention.name}, which sums to 1 over {len(attention.compared):,} patches{whose} ({peak})"
 
     def title(self, attention: AttentionMap) -> str:
         """Return the name of the map on this scale; all scales of equal weights are alike."""

@@ -22,7 +22,9 @@ _DIGEST_LENGTH, _SHORT_LENGTH = 64, 16  # characters of a digest, and of its pri
 
 def prediction_title(record: Mapping[str, Any]) -> str:
     """Return the title of every picture of a prediction."""
-    return f"{record['slide']}: {_answer(record)}" + (", seen in training" if record["seen_in_training"] else "")
+    case, seen = record.get("case"), ", seen in training" if record["seen_in_training"] else ""
+    whose = f" (answer of all {len(case['slides'])} slides of patient {case['case_id']})" if case else ""
+    return f"{record['slide']}{whose}: {_answer(record)}{seen}"
 
 
 def _answer(record: Mapping[str, Any]) -> str:
@@ -111,6 +113,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("checkpoints" if several else "checkpoint", _paths_text(checkpoints)),
         *([("answered", f"out of fold, by the model of fold {record['fold']}")] if "fold" in record else []),
         ("fed", _feed_text(record)),
+        *_case_facts(record.get("case"), weight_name(record)),
     ]
     answer = Answer.of(record)
     if answer.members:
@@ -136,6 +139,14 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = _RECIPE if delivered is None else [name for name in _RECIPE if name != "mpp"]
     facts += [(name, _short(str(recipe[name]))) for name in names if recipe.get(name) is not None]
     return facts if delivered is None else [*facts, ("µm/px of the patches", _mpp_text(delivered, recipe.get("mpp")))]
+
+
+def _case_facts(case: Mapping[str, Any] | None, weights: str) -> list[tuple[str, str]]:
+    """Return which slides of a patient were answered together, and how much of the weights this one has."""
+    if case is None:
+        return []
+    share = "" if case["share"] is None else f"; of the {weights}, {percent_text(case['share'])} is on this slide"
+    return [("patient", f"{case['case_id']}, all slides as one bag: {', '.join(case['slides'])}{share}")]
 
 
 def _number(value: float) -> str:
@@ -264,9 +275,11 @@ def evidence_text(record: Mapping[str, Any]) -> str:
     largest = max(map(abs, (log_odds, start, favourable, adverse)))
     decimals = max(0, 3 - math.floor(math.log10(largest))) if largest > 0 else 3  # the same, so that they add up
     total, begin, gain, loss = (f"{value:+.{decimals}f}" for value in (log_odds, start, favourable, adverse))
+    others = evidence.get("other_slides")
+    rest = "" if others is None else f", the patient's other slides {others[name]:+.{decimals}f}"
     return (
         f"{task.quantity} of {name} {total}: {evidence['begins_at']} {begin}, patches for it {gain}, patches against "
-        f"it {loss}"
+        f"it {loss}{rest}"
     )
 
 

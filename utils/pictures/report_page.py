@@ -95,6 +95,8 @@ def _data(picture: Picture, attention: AttentionMap, quantity: str) -> dict[str,
         "is_uniform": attention.is_uniform,
         "coords": _base64(attention.coords.astype("<i4").tobytes()),
         "attention": _base64(attention.attention.astype("<f4").tobytes()),
+        "compared": len(attention.compared),
+        "percentiles": None if attention.of_case is None else _base64(attention.percentiles.astype("<f4").tobytes()),
     }
 
 
@@ -212,7 +214,7 @@ def _gallery(attention: AttentionMap, patches: Sequence[tuple[int, str]], group:
     items = []
     for (index, image), caption in zip(patches, group.captions, strict=False):
         (x, y), weight = attention.coords[index], attention.attention[index]
-        rank, times = rank_text(attention, index), multiple_text(weight * len(attention))
+        rank, times = rank_text(attention, index), multiple_text(weight * len(attention.compared))
         position = f"level-0 px ({x}, {y})"
         title = f"Rank {rank} of {len(attention)}: {attention.name} {weight:.3g}, {times} times uniform, at {position}"
         lines = [caption] if group.is_evidence else [f"rank {rank}", f"{weight:.3g} ({times} x)"]

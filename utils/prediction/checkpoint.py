@@ -83,7 +83,10 @@ class Checkpoint:
 
     @property
     def slide_feed(self) -> SlideFeed:
-        return SlideFeed(self.feed["chunk_size"], self.feed["aggregation"], self.feed.get("sequential", False))
+        feed = self.feed
+        return SlideFeed(
+            feed["chunk_size"], feed["aggregation"], feed.get("sequential", False), feed.get("unit", "slide")
+        )
 
     @cached_property
     def weights_digest(self) -> str:

@@ -49,7 +49,7 @@ def request_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
         **request,
         "num_heads": sorted({model.get("num_heads") or 0 for model in models_of(record)}),
         "class_names": list(answer.values),
-        "feed": {name: record[name] for name in _FEED},
+        "feed": {name: record[name] for name in (*_FEED, "unit") if name in record},
         "recipe": _comparable(record["recipe"]) if is_slide_file(request["input"]) else None,
     }
 

@@ -18,6 +18,7 @@ from MILS.bag_model import BagModel, evaluating
 from MILS.ensemble import Ensemble, members_of
 from MILS.mergeable import BLOCK_ROWS, MergeableModel
 from utils.bags.chunks import Cut, cut_chunks, take
+from utils.bags.settings import Unit
 from utils.bags.store import StoredFeatures
 from utils.prediction.evidence import Evidence, ReadBag, evidence_of, mean_evidence, mean_pooled, merged
 from utils.tasks.task import FittedFigures, Task
@@ -26,28 +27,34 @@ from utils.tasks.task import FittedFigures, Task
 @dataclass(frozen=True)
 class SlideFeed:
     """How a slide is fed to a model: `chunk_size` None is the whole slide; `aggregation` is "mean" or "merge"; chunks
-    are consecutive patches if `sequential`, else each is spread over the slide.
+    are consecutive patches if `sequential`, else each is spread over the slide. For the `unit` "case" all slides of a
+    patient are fed as one.
     """
 
     chunk_size: int | None
     aggregation: str
     sequential: bool = False
+    unit: Unit = "slide"
 
     @classmethod
-    def of_mode(cls, mode: str, chunk_size: int, sequential: bool = False) -> "SlideFeed":
+    def of_mode(cls, mode: str, chunk_size: int, sequential: bool = False, unit: Unit = "slide") -> "SlideFeed":
         """Return the feed of a mode: "chunked" averages chunks, "full" merges the slide."""
-        return cls(chunk_size, "mean", sequential) if mode == "chunked" else cls(None, "merge")
+        if mode == "chunked":
+            return cls(chunk_size, "mean", sequential, unit)
+        return cls(None, "merge", unit=unit)
 
     @property
     def mode(self) -> str:
         return "full" if self.chunk_size is None else "chunked"
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the entries of records, which name the unit only if it is no slide."""
         return {
             "mode": self.mode,
             "chunk_size": self.chunk_size,
             "aggregation": self.aggregation,
             "sequential": self.sequential,
+            **({} if self.unit == "slide" else {"unit": self.unit}),
         }
 
 

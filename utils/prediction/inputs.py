@@ -1,5 +1,6 @@
 """Find the slides that `predict.py` predicts, and name the file of each prediction."""
 
+from itertools import chain
 from pathlib import Path
 
 from utils.bags import labels
@@ -7,7 +8,7 @@ from utils.bags.label_table import read_table
 from utils.bags.labels import LabelRow
 from utils.bags.store import is_feature_file
 from utils.core.cohorts import cohort_classes
-from utils.core.errors import ConfigError, FeatureFileError, did_you_mean_path, plural
+from utils.core.errors import ConfigError, FeatureFileError, LabelsError, did_you_mean_path, first_few, plural
 from utils.core.files import check_distinct
 from utils.core.runtime import log
 from utils.prediction.existing_records import ENDING
@@ -48,10 +49,56 @@ class PredictionFiles:
             check_input(source)
         check_distinct(self.targets(Path()))
         self.are_raw = not is_feature_file(self.sources[0])
+        self._slides_of: dict[Path, tuple[Path, ...]] = {}
+        self.case_names: dict[Path, str] = {}  # of a model that predicts patients, the patient of each input
 
     def targets(self, folder: Path) -> dict[Path, Path]:
         """Map each input to the file of its prediction in `folder`."""
         return {source: folder / f"{source.stem}{ENDING}" for source in self.sources}
+
+    def case_of(self, source: Path) -> tuple[Path, ...]:
+        """Return the files that are answered together with an input, in their order; the input itself among them."""
+        return self._slides_of.get(source, (source,))
+
+    def join_cases(self, about: str) -> None:
+        """Take all slides of a patient as one bag, in the order of the table that says whose they are, for a model that
+        predicts patients; `about` names it.
+
+        The table is `cases_csv`, else `labels_csv`, else that of the run. Raises ConfigError without one, for slides
+        that it does not name, and for raw slides; LabelsError for slides of a patient that are not among the inputs,
+        unless missing ones are allowed.
+        """
+        settings = self.settings
+        if settings.input is not None:
+            log.warning("%s: %s; this slide is taken as all slides of its patient", settings.input, about)
+            return
+        if self.are_raw:
+            raise ConfigError(
+                f"--input_dir {settings.input_dir}: {about}, whose features must all be there; run extractFeatures.py "
+                "first, and give its folder (and these slides with --wsi, for maps)"
+            )
+        slides_of = (
+            cases_in(settings.cases_csv or settings.labels_csv, about) if self.run is None else self.run.slides_of
+        )
+        source_of = {source.stem: source for source in self.sources}
+        unknown = sorted(source_of.keys() - set(chain.from_iterable(slides_of.values())))
+        if unknown:
+            raise ConfigError(
+                f"{settings.cases_csv or settings.labels_csv}: no row for {plural(len(unknown), 'slide')} of "
+                f"{settings.input_dir} ({first_few(unknown)}); {about}, so add their patients"
+            )
+        cases = {case: slides for case, slides in slides_of.items() if source_of.keys() & set(slides)}
+        missing = [slide for slides in cases.values() for slide in slides if slide not in source_of]
+        if missing and "missing" not in settings.allow:
+            raise LabelsError(
+                f"{plural(len(missing), 'slide')} of these patients without a feature file: {first_few(missing)}; "
+                f"{about}, so add them, or leave them out with --allow missing"
+            )
+        for case, slides in cases.items():
+            sources = tuple(source_of[slide] for slide in slides if slide in source_of)
+            self._slides_of |= dict.fromkeys(sources, sources)
+            self.case_names |= dict.fromkeys(sources, case)
+        self.sources = list(self._slides_of)
 
     @property
     def feat_type(self) -> str:
@@ -81,6 +128,26 @@ class PredictionFiles:
         if unlabelled > 0:
             log.info("%s of %s have no label, and are not scored", plural(unlabelled, "slide"), len(sources))
         return {row.wsi_id: row for row in rows}
+
+
+def cases_in(path: Path | None, about: str) -> dict[str, list[str]]:
+    """Return the slides of each patient in a table, in its order. Raises ConfigError without one, and LabelsError if it
+    names no patients.
+    """
+    if path is None:
+        raise ConfigError(f"{about}: which slides are one patient's? Give --cases_csv, a table case_id,wsi_id")
+    table = read_table(path, ())
+    if table.patients_from is None:
+        raise LabelsError(f"{labels.unknown_patients(table)}; {about}: call the column of patients case_id")
+    slides_of: dict[str, list[str]] = {}
+    case_of: dict[str, str] = {}
+    for row in table.rows:
+        case, slide = row["case_id"], row["wsi_id"]
+        if case_of.setdefault(slide, case) != case:
+            raise LabelsError(f"{path}: slide {slide} is of patient {case_of[slide]} and of {case}; give it one")
+        if slide not in slides_of.setdefault(case, []):
+            slides_of[case].append(slide)
+    return slides_of
 
 
 def check_input(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,7 +72,8 @@ class TestedSlide:
 @dataclass(frozen=True)
 class OutOfFold:
     """The slides of a finished run, each with the fold that tested it, in the first or the chosen one of `repeats`.
-    `features_dir` is None if the run does not record it.
+    `features_dir` is None if the run does not record it. `slides_of` has the slides of each patient, if the run
+    predicted patients.
     """
 
     folder: Path
@@ -80,6 +81,7 @@ class OutOfFold:
     repeats: int
     features_dir: Path | None
     feat_type: str
+    slides_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, repeat: int | None = None) -> Self:
@@ -93,9 +95,11 @@ class OutOfFold:
             raise ConfigError(f"--repeat {repeat}: {folder} has {plural(repeats, 'repeat')}; give one of those")
         if repeat is not None:
             predictions = predictions.where(predictions.repeats == repeat)
-        slides = _first_test_of_each(predictions)
+        tested = _first_test_of_each(predictions)
+        slides_of = read_record(folder / "splits.json").get("slides_of_cases", {})
+        slides = {slide: each for name, each in tested.items() for slide in slides_of.get(name, [name])}
         feat_type = record.get("identity", {}).get("feat_type", "features")
-        return cls(folder, slides, repeats, _features_dir(record), feat_type)
+        return cls(folder, slides, repeats, _features_dir(record), feat_type, slides_of)
 
     @property
     def folds(self) -> list[int]:

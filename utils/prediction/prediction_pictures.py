@@ -99,7 +99,9 @@ class PredictionPictures:
         ground = slide or BlankSlide.of(prediction.slide, prediction.bag, size_level0)
         coords, attention = prediction.coords, prediction.attention
         assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
-        attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0, weight_name(record))
+        case = prediction.of_case
+        compared = (None, 0) if case is None else (case.attention, case.first)
+        attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0, weight_name(record), *compared)
         check_patches_fit(ground, coords, attention_map.attention, size_level0)
         values = prediction.evidence
         evidence = values and EvidenceMap(
@@ -108,6 +110,7 @@ class PredictionPictures:
             values.signals,
             values.reference,
             prediction.task.quantity,
+            None if case is None or case.evidence is None else case.evidence.contributions,
         )
         for note in attention_map.notes:
             log.info("%s: %s", record["slide"], note)

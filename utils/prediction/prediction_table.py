@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.bags.labels import LabelRow
-from utils.core.errors import ConfigError, plural
+from utils.core.errors import ConfigError, LabelsError, plural
 from utils.core.files import digest, read_record, set_aside, write_json
 from utils.core.plots import FORMATS, figure_paths, write_figures
 from utils.core.runtime import derive_seed, log
@@ -100,15 +100,17 @@ class PredictedSlides:
         return row | ({"group": self.groups.get(record["slide"])} if self.groups else {})
 
     def predictions(self, fitted: FittedFigures | None = None) -> Predictions:
-        """Return the predictions of the labelled slides, also decided by what was `fitted` with the model, if any.
+        """Return the predictions of the labelled slides, also decided by what was `fitted` with the model, if any; of
+        slides that were answered together one, which stands for their patient.
 
-        Raises ConfigError if no labelled slide was predicted.
+        Raises ConfigError if no labelled slide was predicted, LabelsError for a patient of several labels.
         """
-        scored = [record for record in self.records if record["slide"] in self.rows]
+        scored = self._scored
         if not scored:
             raise ConfigError("--labels_csv: none of its slides could be predicted, so there is nothing to score")
         rows = [self.rows[record["slide"]] for record in scored]
         num_seen = sum(record["seen_in_training"] is True for record in scored)
+        unit = "patient" if _is_of_cases(scored) else "slide"
         values = self._by_class([Answer.of(record).values for record in scored])
         scaled = [calibrated for record in scored if (calibrated := Answer.of(record).calibrated) is not None]
         return Predictions(
@@ -122,8 +124,25 @@ class PredictedSlides:
             calibrated=self._by_class(scaled) if len(scaled) == len(scored) else None,
             decisions=None if fitted is None else self.task.decide_by(fitted, self._by_model(scored)),
             groups=np.array([self.groups[row.wsi_id] for row in rows]) if self.groups else None,
-            title=f"{plural(len(rows), 'slide')}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
+            title=f"{plural(len(rows), unit)}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
         )
+
+    @property
+    def _scored(self) -> list[Mapping[str, Any]]:
+        """Return the records of labelled slides; of slides that were answered together, that of the first."""
+        records = [record for record in self.records if record["slide"] in self.rows]
+        if not _is_of_cases(records):
+            return records
+        first: dict[str, Mapping[str, Any]] = {}
+        for record in records:
+            row = self.rows[record["slide"]]
+            stands = self.rows[first.setdefault(row.case_id, record)["slide"]]
+            if str(stands.label) != str(row.label):
+                raise LabelsError(
+                    f"--labels_csv: patient {row.case_id}, who has one answer, has slides of different labels "
+                    f"({stands.wsi_id}, {row.wsi_id}); give all slides one label"
+                )
+        return list(first.values())
 
     def scores(self, fitted: FittedFigures | None) -> dict[str, Any]:
         """Return the figures of the labelled slides, named as a training's, with 95% intervals over patients.
@@ -132,14 +151,14 @@ class PredictedSlides:
         `unseen` has the figures of the other slides.
         """
         predictions = self.predictions(fitted)
-        in_training = {record["slide"]: record["seen_in_training"] for record in self.records}
-        is_seen = np.array([in_training[slide] is True for slide in predictions.slides])
-        is_unseen = np.array([in_training[slide] is False for slide in predictions.slides])
-        scored = [record for record in self.records if record["slide"] in self.rows]
+        scored = self._scored
+        is_seen = np.array([record["seen_in_training"] is True for record in scored])
+        is_unseen = np.array([record["seen_in_training"] is False for record in scored])
         _, num_renamed, num_by_name = self._seen_counts(scored)
         return {
             **self.task.record,
             "positive_class": self.task.positive_output,
+            "unit": "case" if _is_of_cases(scored) else "slide",
             **_figures(predictions),
             "threshold": fitted and fitted.get("threshold"),
             "operating_point": fitted and fitted.get("operating_point"),
@@ -235,6 +254,11 @@ class PredictedSlides:
         return np.array([[by_name[name] for name in self.task.outputs] for by_name in values])
 
 
+def _is_of_cases(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the answers are for patients, each a bag of all slides."""
+    return any(record.get("unit") == "case" for record in records)
+
+
 def _figures(predictions: Predictions) -> dict[str, Any]:
     return {
         "n_slides": len(predictions),
@@ -270,8 +294,11 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     """Return the closing words about the scores of `scores.json`."""
     task = task_of(scores)
     metrics = task.main_metrics
-    blocks = [[figures_row("slides", scores["pooled"], metrics), intervals_row(scores["intervals_95"], metrics)]]
+    unit = "patients" if scores.get("unit") == "case" else "slides"
+    blocks = [[figures_row(unit, scores["pooled"], metrics), intervals_row(scores["intervals_95"], metrics)]]
     counts = f"{plural(scores['n_slides'], 'slide')} of {plural(scores['n_cases'], 'patient')}."
+    if scores.get("unit") == "case":
+        counts = f"{plural(scores['n_cases'], 'patient')}, each a bag of all slides."
     if scores.get("cases"):
         blocks.append(case_rows(scores, metrics))
     words = [f"{counts} {interval_words(scores, metrics)}", case_words(scores)]
@@ -283,7 +310,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         *localization.means_text(scores["localization"] or {}),
     ]
     counts = ("n_seen_in_training", "n_seen_under_another_name", "n_unseen_by_name_alone")
-    words.append(_seen_words(*(scores[name] for name in counts)))
+    words.append(_seen_words(*(scores[name] for name in counts), unit=unit.removesuffix("s")))
     if scores["unseen"] is not None:
         unseen = scores["unseen"]
         rows = [figures_row("unseen", unseen["pooled"], metrics), intervals_row(unseen["intervals_95"], metrics)]
@@ -296,15 +323,16 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     return "\n".join([text_table(blocks, metrics), "", *([table, ""] if table else []), *filter(None, words)])
 
 
-def _seen_words(num_seen: int, num_renamed: int, num_by_name: int) -> str:
+def _seen_words(num_seen: int, num_renamed: int, num_by_name: int, unit: str = "slide") -> str:
     """Return the sentences on slides that were seen in training, or that may have been under another name."""
     sentences = []
     if num_seen:
         renamed = f" ({num_renamed} under another name)" if num_renamed else ""
+        of_patients = ", or of patients seen there" if unit == "slide" else ""
         sentences.append(
-            f"{plural(num_seen, 'slide')} seen in training, or of patients seen there{renamed}: their predictions "
-            "are not independent evidence."
+            f"{plural(num_seen, unit)} seen in training{of_patients}{renamed}: their predictions are not independent "
+            "evidence."
         )
     if num_by_name:
-        sentences.append(f"{plural(num_by_name, 'slide')} {BY_NAME}.")
+        sentences.append(f"{plural(num_by_name, unit)} {BY_NAME}.")
     return " ".join(sentences)

@@ -4,7 +4,7 @@ predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from MILS.bag_model import BagModel
 from MILS.ensemble import members_of
 from MILS.mergeable import MergeableModel
+from utils.bags.cases import JoinedFeatures
 from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.settings import CohortFiles
 from utils.bags.store import Bag, StoredBag, StoredFeatures, is_feature_file, open_bag
 from utils.core.device import resolve_device, set_tf32, uses_tf32
 from utils.core.differences import first_differences
-from utils.core.errors import CheckpointError, ConfigError, RecipeError
+from utils.core.errors import CheckpointError, ConfigError, RecipeError, first_few
 from utils.core.recipe import ASKED_FIELDS, PATCH_CHOICE_FIELDS, Recipe
 from utils.core.runtime import keep_freed_memory, log
 from utils.core.settings import check_setting
@@ -34,7 +35,7 @@ from utils.prediction.forward_pass import SlideFeed, mean_calibrated, mean_outpu
 from utils.prediction.inputs import check_input
 from utils.prediction.out_of_fold import chosen_checkpoint
 from utils.prediction.settings import Prediction, PredictionRecipe
-from utils.prediction.slide_prediction import SEEN, SlidePrediction
+from utils.prediction.slide_prediction import SEEN, SlidePrediction, parts_of
 from utils.prediction.trained_model import (
     TrainedModel,
     check_alike,
@@ -168,11 +169,28 @@ class SlidePredictor:
 
         With `evidence` the prediction says what each patch argues, for one more pass over the patches.
         """
-        self._check_bag(bag, path)
+        return self.predict_bags({path: bag}, mode, chunk_size, case_id, evidence=evidence)[0]
+
+    def predict_bags(
+        self,
+        bags: Mapping[Path, Bag | StoredBag],
+        mode: str | None = None,
+        chunk_size: int | None = None,
+        case_id: str | None = None,
+        *,
+        evidence: bool = False,
+    ) -> list[SlidePrediction]:
+        """Predict the bags of a patient's slides, by their files, as one bag; return what it says of each slide.
+
+        The answer is the same for all. Attention sums to 1 over the patches of all slides.
+        """
+        for path, bag in bags.items():
+            self._check_bag(bag, path)
         set_tf32(self.device, uses_tf32(self.precision, self.device))
-        features, feed = _features_of(bag), self.feed(mode, chunk_size)
-        if compares_content(self.trained) and isinstance(features, StoredFeatures):
-            features = DigestedFeatures(features)
+        each, feed = [_features_of(bag) for bag in bags.values()], self.feed(mode, chunk_size)
+        if compares_content(self.trained):
+            each = [DigestedFeatures(part) if isinstance(part, StoredFeatures) else part for part in each]
+        features = each[0] if len(each) == 1 else JoinedFeatures(each)
         # Each by its own task, which holds what is fitted to its training slides.
         outputs = [
             predict_features(trained.checkpoint.task, trained.model, features, feed, True, evidence)
@@ -180,13 +198,19 @@ class SlidePredictor:
         ]
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
-            raise CheckpointError(f"{self.path}: its output for {path} is not finite; train the model again")
+            paths = first_few([str(path) for path in bags])
+            raise CheckpointError(f"{self.path}: its output for {paths} is not finite; train the model again")
         fitted = [model.fitted_to(feed) for model in self.trained]
-        seen = seen_as(self.trained, path.stem, case_id, _content(bag, features, self.trained))
-        return SlidePrediction(
-            path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, fitted),
-            output.attention, bag, feed, seen, output.members, output.evidence,
+        calibrated = mean_calibrated(self.task, outputs, fitted)
+        seen = [
+            seen_as(self.trained, path.stem, case_id, _content(bag, part, self.trained))
+            for (path, bag), part in zip(bags.items(), each, strict=True)
+        ]
+        whole = SlidePrediction(
+            "", self.task, output.probabilities, calibrated, output.attention, next(iter(bags.values())), feed, None,
+            output.members, output.evidence,
         )  # fmt: skip
+        return parts_of(whole, bags, seen, case_id)
 
     def faithfulness(self, prediction: SlidePrediction) -> Faithfulness:
         """Measure whether the prediction's attention and evidence matter (see `measure_faithfulness`)."""

@@ -118,6 +118,8 @@ def predict_files(
     if silent and any(needing.values()):
         log.info("There is no evidence map: %s", no_evidence_reason(list(dict.fromkeys(silent))))
     first = predictors.first.checkpoint
+    if predictors.first.feed(settings.mode, settings.chunk_size).unit == "case":
+        _join_cases(files, predictors)
     rows = files.label_rows(first.task, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
         warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
@@ -133,10 +135,19 @@ def predict_files(
     return _predict_slide(worker, settings.input, files.targets(folder)[settings.input])
 
 
+def _join_cases(files: PredictionFiles, predictors: Predictors) -> None:
+    """Take all slides of a patient as one bag, as the models were trained to."""
+    about = f"{predictors.first.path} predicts patients, each a bag of all slides (--unit case)"
+    if files.settings.faithfulness:
+        raise ConfigError(f"--faithfulness: measures the answer for one slide, and {about}; leave it out")
+    files.join_cases(about)
+
+
 def _slide_infos(files: PredictionFiles, task: Task, rows: Mapping[str, LabelRow]) -> dict[str, SlideInfo]:
     """Return the patients and labels of the slides in the label table and in the training run."""
     texts = task.target_text(np.array([row.label for row in rows.values()])) if rows else []
-    infos = {slide: SlideInfo(row.case_id, str(text)) for (slide, row), text in zip(rows.items(), texts, strict=True)}
+    infos = {source.stem: SlideInfo(case) for source, case in files.case_names.items()}
+    infos |= {slide: SlideInfo(row.case_id, str(text)) for (slide, row), text in zip(rows.items(), texts, strict=True)}
     if files.run is not None:
         infos |= {slide: SlideInfo(tested.case_id, tested.label) for slide, tested in files.run.slides.items()}
     return infos
@@ -222,7 +233,8 @@ def _next_step(worker: SlideWorker) -> str:
     if worker.drawing is None:
         wsi = "" if worker.files.are_raw else " --wsi SLIDE" if settings.input else " --wsi SLIDES_DIR"
         return f"the same command with --visualize{wsi} draws what the model attended to"
-    if not settings.faithfulness and worker.predictors.first.task.target_words:
+    has_measure = worker.predictors.first.task.target_words and not worker.files.case_names
+    if not settings.faithfulness and has_measure:
         return "the same command with --faithfulness measures whether the attention matters"
     return "compare the maps with what you know of the slides"
 

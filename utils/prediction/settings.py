@@ -44,6 +44,11 @@ class Prediction(Settings):
     labels_csv: Path | None = option(
         None, "table case_id,wsi_id,label, to score the predictions of --input_dir, as for an external cohort"
     )
+    cases_csv: Path | None = option(
+        None,
+        "table case_id,wsi_id of which slides of --input_dir are one patient's, for a model that was trained with "
+        "--unit case (default: as --labels_csv says)",
+    )
     allow: tuple[Literal["missing", "unknown", "duplicate"], ...] = option(
         (),
         "leave out rows of --labels_csv without a slide (missing), with a label that is no class (unknown), or with a "
@@ -123,7 +128,7 @@ class Prediction(Settings):
             raise ConfigError(
                 "give exactly one of --input (a feature file or slide) and --input_dir (a folder of them)"
             )
-        for name in ("labels_csv", "extensions"):
+        for name in ("labels_csv", "cases_csv", "extensions"):
             if self.input is not None and getattr(self, name):
                 raise ConfigError(f"--{name} goes with --input_dir; leave it out with --input")
         if self.annotation_class and self.annotations is None:
@@ -135,14 +140,14 @@ class Prediction(Settings):
             raise ConfigError(
                 f"--group_column {self.group_column}: is a column of --labels_csv; give it, or leave --group_column out"
             )
-        if self.allow and self.labels_csv is None and self.out_of_fold is None:
+        if self.allow and self.out_of_fold is None and (self.labels_csv or self.cases_csv) is None:
             raise ConfigError(
                 f"--allow {' '.join(self.allow)}: is about rows of --labels_csv; give it, or leave --allow out"
             )
 
     def _check_out_of_fold(self) -> None:
         """Raise ConfigError for flags that contradict a run, which has its own models, slides and labels."""
-        for name in ("checkpoint", "input", "labels_csv", "extensions"):
+        for name in ("checkpoint", "input", "labels_csv", "cases_csv", "extensions"):
             if getattr(self, name):
                 raise ConfigError(
                     f"--out_of_fold {self.out_of_fold}: knows its models, slides and labels; leave --{name} out"

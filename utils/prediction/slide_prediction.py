@@ -1,6 +1,8 @@
 """The prediction of trained models for one slide."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,21 @@ SEEN = "%s: this model was trained on this %s; its prediction is not independent
 
 
 @dataclass(frozen=True)
+class PartOfCase:
+    """A slide in the bag of all `slides` of a patient: its patches are those of the bag from number `first` on.
+
+    Attributes
+        attention: `(M,)`, the mean over the heads, of all patches of the bag, or None; evidence: that of the bag.
+    """
+
+    case_id: str
+    slides: tuple[str, ...]
+    first: int
+    attention: NDArray[np.float32] | None
+    evidence: Evidence | None
+
+
+@dataclass(frozen=True)
 class SlidePrediction:
     """The prediction for a slide.
 
@@ -24,6 +41,8 @@ class SlidePrediction:
         seen_as: "slide" or "case" if a model was trained on it, "" if none was, None if a checkpoint does not say.
         member_probabilities: `(M, C)` of each of several models, or None.
         evidence: what the patches argue for and against each class, if it was asked for and the models give it.
+        of_case: where the slide is in the bag of its patient, if it was answered together with others; attention and
+            evidence are then those of its own patches, and the answer is that for the patient.
     """
 
     slide: str
@@ -36,6 +55,7 @@ class SlidePrediction:
     seen_as: str | None
     member_probabilities: NDArray[np.float64] | None = None
     evidence: Evidence | None = None
+    of_case: PartOfCase | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -77,9 +97,18 @@ class SlidePrediction:
             **self.task.answer(self.probabilities, self.calibrated, self.member_probabilities),
             "num_instances": self.num_instances,
             **self.feed.as_dict(),
+            **self._case_entry(),
             "seen_in_training": self.seen_in_training,
             "seen_as": self.seen_as,
         }
+
+    def _case_entry(self) -> dict[str, Any]:
+        """Return the entry on the patient's slides, with the share of the attention that is on this one."""
+        case, own = self.of_case, self.patch_attention
+        if case is None:
+            return {}
+        share = None if own is None else float(own.sum(dtype=np.float64))
+        return {"case": {"case_id": case.case_id, "slides": list(case.slides), "share": share}}
 
     def evidence_entry(self) -> dict[str, Any] | None:
         """Return the entry on evidence in `<slide>_prediction.json`: each class's log-odds, or the other signals of the
@@ -88,13 +117,48 @@ class SlidePrediction:
         if self.evidence is None:
             return None
         contributions = self.evidence.contributions.astype(np.float64)
+        others = {}
+        if self.of_case is not None and self.of_case.evidence is not None:
+            all_slides = self.of_case.evidence.contributions.sum(axis=1, dtype=np.float64)
+            others = {"other_slides": self._by_class(all_slides - contributions.sum(axis=1))}
         return {
             self.task.quantity_key: self._by_class(self.evidence.signals),
             "reference": self._by_class(self.evidence.reference),
             "for": self._by_class(contributions.clip(min=0).sum(axis=1)),
             "against": self._by_class(contributions.clip(max=0).sum(axis=1)),
+            **others,
             "begins_at": "mean of the slide's patches" if self.evidence.is_own_mean else "mean training slide",
         }
 
     def _by_class(self, values: NDArray[np.float64]) -> dict[str, float]:
         return dict(zip(self.task.signal_names, values.tolist(), strict=True))
+
+
+def parts_of(
+    whole: SlidePrediction, bags: Mapping[Path, Bag | StoredBag], seen: Sequence[str | None], case_id: str | None
+) -> list[SlidePrediction]:
+    """Return what the prediction of several slides' bags as one, in this order, says of each of them.
+
+    `seen` says of each slide what a model was trained on (see `SlidePrediction.seen_as`); with a slide that was trained
+    on, its patient's others count as seen, too.
+    """
+    if len(bags) == 1:
+        (path,), (bag,) = bags.keys(), bags.values()
+        return [replace(whole, slide=path.stem, bag=bag, seen_as=seen[0])]
+    slides, first, parts = tuple(path.stem for path in bags), 0, []
+    for (path, bag), own in zip(bags.items(), seen, strict=True):
+        rows = slice(first, first + len(bag.features))
+        evidence = whole.evidence and replace(whole.evidence, contributions=whole.evidence.contributions[:, rows])
+        parts.append(
+            replace(
+                whole,
+                slide=path.stem,
+                bag=bag,
+                attention=None if whole.attention is None else whole.attention[:, rows],
+                evidence=evidence,
+                seen_as="case" if own == "" and any(seen) else own,
+                of_case=PartOfCase(case_id or path.stem, slides, first, whole.patch_attention, whole.evidence),
+            )
+        )
+        first = rows.stop
+    return parts

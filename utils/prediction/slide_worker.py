@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.bags.direct_read import Fingerprint
 from utils.bags.store import Bag, StoredBag
 from utils.core.errors import FeatureFileError, LiteMILError, SlideError
 from utils.core.files import digest, write_json
@@ -72,6 +74,25 @@ class Predictors:
         return re.sub(r"[^\w.+-]+", "_", f"{'+'.join(models)}_{'+'.join(datasets)}").strip("._")
 
 
+class LastCase:
+    """The answers for the slides of the last patient, which were predicted as one bag. A pickled copy is empty."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sources: Sequence[Path] = ()
+        self._answers: list[SlidePrediction] = []
+
+    def answers(self, sources: Sequence[Path], predict: Callable[[], list[SlidePrediction]]) -> list[SlidePrediction]:
+        """Return the answers for the slides with these files, in their order; predict them if they are not the last."""
+        with self._lock:
+            if self._sources != sources:
+                self._answers, self._sources = predict(), sources
+            return self._answers
+
+    def __reduce__(self) -> tuple[type[LastCase], tuple[()]]:
+        return LastCase, ()
+
+
 @dataclass(frozen=True)
 class SlideWorker:
     """Predicts a slide and draws its pictures, unless they exist; `infos` has patients and labels, as far as known."""
@@ -83,10 +104,11 @@ class SlideWorker:
     infos: Mapping[str, SlideInfo]
     mpps: SlideMpps
     annotations: Annotations | None = None
+    last_case: LastCase = field(default_factory=LastCase)
 
     def __call__(self, source: Path, target: Path) -> SlideStatus:
         started = time.perf_counter()
-        request = request_of(source, self.settings_of(source.stem) | self._user_mpp(source))
+        request = request_of(source, self.settings_of(source.stem) | self._user_mpp(source) | self._others(source))
         earlier = None if self.files.settings.overwrite else read_finished(target, request)
         if earlier is not None and self._is_complete(earlier, source, target.parent):
             record, status, seconds = earlier, "skipped", None
@@ -113,11 +135,8 @@ class SlideWorker:
             slide = self._open(source, open_files)
             bag = self._bag(source, slide, predictor, folder if self.recipe.save_features else Path(scratch))
             size = None if self.drawing is None else self.drawing.check(slide, source, bag)
-            case_id = self._case_of(source)
             wants_evidence = self.drawing is not None or settings.faithfulness or self.annotations is not None
-            prediction = predictor.predict_bag(
-                bag, source, settings.mode, settings.chunk_size, case_id, evidence=wants_evidence
-            )
+            prediction = self._prediction(source, bag, predictor, wants_evidence)
             record = _with_entries_of(earlier, self._record(prediction, predictor, request))
             if wants_evidence:
                 record["evidence"] = prediction.evidence_entry()
@@ -139,6 +158,29 @@ class SlideWorker:
             if pictures is not None:
                 pictures.write()
         return record
+
+    def _prediction(
+        self, source: Path, bag: Bag | StoredBag, predictor: SlidePredictor, wants_evidence: bool
+    ) -> SlidePrediction:
+        """Return the prediction of a slide; together with its patient's others, if the model predicts patients."""
+        settings, sources = self.files.settings, self.files.case_of(source)
+
+        def predict() -> list[SlidePrediction]:
+            bags = {path: bag if path == source else predictor.bag(path, self.files.feat_type) for path in sources}
+            return predictor.predict_bags(
+                bags, settings.mode, settings.chunk_size, self._case_of(source), evidence=wants_evidence
+            )
+
+        answers = predict() if len(sources) == 1 else self.last_case.answers(sources, predict)
+        return replace(answers[sources.index(source)], bag=bag)
+
+    def _others(self, source: Path) -> dict[str, Any]:
+        """Return the request's entry of the files that are answered together with a slide, if there are any."""
+        sources = self.files.case_of(source)
+        if len(sources) == 1:
+            return {}
+        files = [(path, Fingerprint.at(path)) for path in sources]
+        return {"case_slides": [[path.name, file and file.size, file and file.mtime_ns] for path, file in files]}
 
     def _measure_maps(
         self,

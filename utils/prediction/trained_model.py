@@ -78,7 +78,7 @@ class TrainedModel:
         own = self.checkpoint.slide_feed
         if mode is None or mode == own.mode:
             return own if own.mode == "full" else replace(own, chunk_size=chunk_size or own.chunk_size)
-        return SlideFeed.of_mode(mode, chunk_size or CHUNK_SIZE)
+        return SlideFeed.of_mode(mode, chunk_size or CHUNK_SIZE, unit=own.unit)
 
     def check_width(self, width: int, recipe: Recipe, path: Path) -> None:
         """Raise FeatureFileError unless the model takes features `width` wide, which the file `path` holds."""
@@ -174,7 +174,8 @@ def common_feed(models: Sequence[TrainedModel], mode: str | None, chunk_size: in
 
 
 def _feed_text(feed: SlideFeed) -> str:
-    return "whole" if feed.mode == "full" else f"in chunks of {feed.chunk_size}"
+    bags = "" if feed.unit == "slide" else "all of a patient as one, "
+    return bags + ("whole" if feed.mode == "full" else f"in chunks of {feed.chunk_size}")
 
 
 def seen_as(
