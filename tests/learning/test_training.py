@@ -122,6 +122,7 @@ class TestLoss:
         class Spy:
             labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
             mode, chunk_size, sequential = dataset.mode, dataset.chunk_size, dataset.sequential
+            unit = dataset.unit
 
             @staticmethod
             def batches(*arguments):
@@ -219,6 +220,7 @@ class TestReproducibility:
         class Spy:
             labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
             mode, chunk_size, sequential = dataset.mode, dataset.chunk_size, dataset.sequential
+            unit = dataset.unit
 
             @staticmethod
             def batches(*arguments):
@@ -280,6 +282,7 @@ class TestRefit:
         class Spy:
             labels, task = dataset.labels, dataset.task
             mode, chunk_size, sequential = dataset.mode, dataset.chunk_size, dataset.sequential
+            unit = dataset.unit
 
             @staticmethod
             def features(slide):
@@ -340,6 +343,7 @@ class TestTrouble:
         class Spoilt:
             labels, task, features = dataset.labels, dataset.task, staticmethod(dataset.features)
             mode, chunk_size, sequential = dataset.mode, dataset.chunk_size, dataset.sequential
+            unit = dataset.unit
 
             @staticmethod
             def batches(*arguments):

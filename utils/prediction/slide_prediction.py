@@ -117,7 +117,7 @@ class SlidePrediction:
         if self.evidence is None:
             return None
         contributions = self.evidence.contributions.astype(np.float64)
-        others = {}
+        others, unit = {}, "slide" if self.feed.unit == "slide" else "patient"
         if self.of_case is not None and self.of_case.evidence is not None:
             all_slides = self.of_case.evidence.contributions.sum(axis=1, dtype=np.float64)
             others = {"other_slides": self._by_class(all_slides - contributions.sum(axis=1))}
@@ -127,7 +127,7 @@ class SlidePrediction:
             "for": self._by_class(contributions.clip(min=0).sum(axis=1)),
             "against": self._by_class(contributions.clip(max=0).sum(axis=1)),
             **others,
-            "begins_at": "mean of the slide's patches" if self.evidence.is_own_mean else "mean training slide",
+            "begins_at": f"mean of the {unit}'s patches" if self.evidence.is_own_mean else f"mean training {unit}",
         }
 
     def _by_class(self, values: NDArray[np.float64]) -> dict[str, float]:
