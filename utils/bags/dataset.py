@@ -116,7 +116,7 @@ class MILDataset(Dataset):
             task = _task(table, labels.with_positive_last(classes, positive_class, table.path))
         self.mode, self.chunk_size, self.sequential = cohort.mode, cohort.chunk_size, cohort.sequential
         self.feat_type = feat_type
-        self.patients_from = table.patients_from
+        self.labels_csv, self.patients_from = table.path, table.patients_from
         self.rows = labels.resolve_labels(
             table, task, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
             allow=allow,

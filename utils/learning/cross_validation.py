@@ -28,6 +28,7 @@ from utils.core.ray_settings import Cluster
 from utils.core.runtime import derive_seed, log, versions
 from utils.core.settings import check_names
 from utils.learning import dry_run
+from utils.learning.described import Described
 from utils.learning.finished_runs import draw_missing
 from utils.learning.fold_results import FoldResult, pooled_predictions
 from utils.learning.fold_tester import FoldTester
@@ -48,7 +49,7 @@ from utils.learning.results import write_results
 from utils.learning.run_folder import RunFolder
 from utils.learning.run_identity import settings_identity, slides_by_time, slides_identity
 from utils.learning.scheduler import train_jobs
-from utils.learning.settings import Preset, Protocol, Running, Training, preset_record
+from utils.learning.settings import Analyses, Preset, Protocol, Running, Training, preset_record
 from utils.learning.splits import OuterFold
 from utils.learning.standardization import Standardization
 from utils.learning.threads import THREADS, ThreadChoice, choose_threads
@@ -97,8 +98,9 @@ class NestedCrossValidation:
         _check_dataset(dataset, class_names)
         settings |= {"n_outer": n_outer, "n_inner": n_inner, "batch_size": batch_size, "epochs": epochs}
         settings |= {"patience": patience, "use_amp": use_amp, "device": str(device), "output_dir": output_dir}
-        kinds = Training, Protocol, Running, Cluster
-        self.training, self.protocol, self.running, self.cluster = _configs(settings, *kinds)
+        kinds = Training, Protocol, Running, Cluster, Analyses
+        self.training, self.protocol, self.running, self.cluster, analyses = _configs(settings, *kinds)
+        self.described = Described.read(dataset, analyses)
         self.protocol = with_monitor(self.protocol, dataset.task)
         self.dataset, self.dataset_name = dataset, dataset_name
         self.preset = Preset(preset=preset).preset  # type: ignore[arg-type]
@@ -150,6 +152,7 @@ class NestedCrossValidation:
                     record = self._record(engine) | {name: begun[name] for name in THREADS if name in begun}
                     folder.finish(record | {"seconds": seconds, "peak_memory": memory})
             folder.clear_leftovers()
+            self.described.write(self.output_dir, folds, is_balanced=self.training.class_weights == "balanced")
         return read_json(self.output_dir / "outputs.json")
 
     def _begin(
