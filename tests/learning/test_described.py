@@ -16,6 +16,7 @@ from utils.bags.store import write_bag
 from utils.core.errors import ConfigError, LabelsError
 from utils.evaluation.closing_table import closing_text
 from utils.evaluation.predictions import Predictions
+from utils.evaluation.subgroups import subgroup_figures
 from utils.learning.covariates import ALONE, BOTH, SLIDES, compared_predictions
 from utils.learning.inner_predictions import FILE, InnerPredictions
 from utils.mil_dataset import MILDataset
@@ -129,6 +130,18 @@ def test_every_group_has_its_figures_and_patients(kind, ended):
     assert "sex: unknown" in text
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_group_of_few_patients_has_reasons_instead_of_intervals(kind, ended):
+    cv = ended(kind)
+    predictions = Predictions.read(cv.output_dir / "predictions.csv", 0, cv.dataset.task)
+    numbers = np.unique(predictions.cases, return_inverse=True)[1]
+    groups = {str(count): numbers < count for count in (1, 2, 4)}
+    for figures in subgroup_figures(predictions, {"few": groups})["few"].values():
+        assert not any(figures["intervals_95"].values())
+        assert all(reason.startswith("none: ") for reason in figures["interval_methods"].values())
+
+
 def test_a_finished_run_gets_them_without_training(patients, tmp_path, no_figures, monkeypatch):
     first = cv_of(patients, "classification", tmp_path / "run", covariates=None, subgroups=None)
     before = first.run()
@@ -140,6 +153,21 @@ def test_a_finished_run_gets_them_without_training(patients, tmp_path, no_figure
     (tmp_path / "run" / FILE).unlink()
     with pytest.raises(ConfigError, match=rf"{FILE}: not there or damaged .*; train again into another --output_dir"):
         cv_of(patients, "classification", tmp_path / "run").run()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"final": "refit", "repeats": 2}, {"final": "all", "grid": "lr=1e-2,1e-3"}, {"class_weights": "none"}]
+)
+def test_of_any_tested_model(settings, patients, tmp_path, no_figures):
+    cv = cv_of(patients, "classification", tmp_path / "run", **({"n_outer": 2} | settings))
+    results = cv.run()
+    tested = pd.read_csv(cv.output_dir / FILE).query("subset == 'test' and fold == 1")
+    assert tested["model"].nunique() == (1 if "final" in settings else cv.protocol.n_inner)
+    assert results["covariates"]["models"][ALONE]["within_folds"]["auc"] > 0.7
+    repeats = settings.get("repeats", 1)
+    table = pd.read_csv(cv.output_dir / "predictions_covariates.csv")
+    assert len(table) == 3 * repeats * len(cv.dataset)
+    assert table[["prob_no", "prob_yes"]].sum(axis=1).to_numpy() == pytest.approx(np.ones(len(table)))
 
 
 def test_a_killed_run_ends_with_the_same_bytes(patients, ended, tmp_path, no_figures):

@@ -66,9 +66,9 @@ class NestedCrossValidation:
     setting of the `grid`) is trained on the other inner folds and validated on that one. The setting with the best
     mean inner validation gives the model that is tested on the outer fold. All figures are out of fold.
 
-    Every field of `Training`, `Protocol`, `Running` (`utils.learning.settings`) and `Cluster` is a keyword argument:
-    `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`, `jobs`,
-    `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable: `functools.partial(build_mil, ...)`,
+    Every field of `Training`, `Protocol`, `Running`, `Analyses` (`utils.learning.settings`) and `Cluster` is a keyword
+    argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`,
+    `jobs`, `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable: `functools.partial(build_mil, ...)`,
     not a lambda. `preset` names for run.json the one of `settings.PRESETS` that the settings are from.
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
