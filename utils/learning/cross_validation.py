@@ -28,13 +28,13 @@ from utils.core.ray_settings import Cluster
 from utils.core.runtime import derive_seed, log, versions
 from utils.core.settings import check_names
 from utils.learning import dry_run
-from utils.learning.described import Described
 from utils.learning.finished_runs import draw_missing
 from utils.learning.fold_results import FoldResult, pooled_predictions
 from utils.learning.fold_tester import FoldTester
 from utils.learning.grid import grid_settings, read_grid
 from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.model_factory import ModelFactory, spec_of
+from utils.learning.patient_columns import PatientColumns
 from utils.learning.protocol import (
     check_operating_point,
     inner_jobs,
@@ -68,8 +68,9 @@ class NestedCrossValidation:
 
     Every field of `Training`, `Protocol`, `Running`, `Analyses` (`utils.learning.settings`) and `Cluster` is a keyword
     argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`,
-    `jobs`, `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable: `functools.partial(build_mil, ...)`,
-    not a lambda. `preset` names for run.json the one of `settings.PRESETS` that the settings are from.
+    `jobs`, `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable:
+    `functools.partial(build_mil, ...)`, not a lambda. `preset` names for run.json the one of `settings.PRESETS` that
+    the settings are from.
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
     dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when
@@ -100,7 +101,7 @@ class NestedCrossValidation:
         settings |= {"patience": patience, "use_amp": use_amp, "device": str(device), "output_dir": output_dir}
         kinds = Training, Protocol, Running, Cluster, Analyses
         self.training, self.protocol, self.running, self.cluster, analyses = _configs(settings, *kinds)
-        self.described = Described.read(dataset, analyses)
+        self.columns = PatientColumns.read(dataset, analyses)
         self.protocol = with_monitor(self.protocol, dataset.task)
         self.dataset, self.dataset_name = dataset, dataset_name
         self.preset = Preset(preset=preset).preset  # type: ignore[arg-type]
@@ -152,7 +153,7 @@ class NestedCrossValidation:
                     record = self._record(engine) | {name: begun[name] for name in THREADS if name in begun}
                     folder.finish(record | {"seconds": seconds, "peak_memory": memory})
             folder.clear_leftovers()
-            self.described.write(self.output_dir, folds, is_balanced=self.training.class_weights == "balanced")
+            self.columns.write(self.output_dir, folds, is_balanced=self.training.class_weights == "balanced")
         return read_json(self.output_dir / "outputs.json")
 
     def _begin(

@@ -24,7 +24,7 @@ from utils.learning.splits import OuterFold
 
 
 @dataclass(frozen=True, eq=False)
-class Described:
+class PatientColumns:
     """The `covariates` and the columns of `subgroups` of a dataset's slides, in its order."""
 
     data: MILDataset
@@ -32,7 +32,7 @@ class Described:
     subgroups: Sequence[Column]
 
     @classmethod
-    def read(cls, data: MILDataset, analyses: Analyses) -> Described:
+    def read(cls, data: MILDataset, analyses: Analyses) -> PatientColumns:
         """Read the columns. Raise LabelsError if they cannot be used (see `described_columns`)."""
         rows = [row.columns for row in data.rows]
         covariates = read_covariates(data.labels_csv, data.rows, analyses.columns("covariates"), data.task)

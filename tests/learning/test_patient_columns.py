@@ -178,6 +178,21 @@ def test_a_killed_run_ends_with_the_same_bytes(patients, ended, tmp_path, no_fig
         assert (cv.output_dir / name).read_bytes() == (ended("classification").output_dir / name).read_bytes(), name
 
 
+def test_the_command_shows_what_is_unknown_before_and_the_tables_after(patients, script, tmp_path, no_figures):
+    flags = (
+        "train", "--mil", "meanPool", "--dataset", "mine", "--labels_csv", patients[0], "--features_dir", patients[1],
+        "--output_dir", tmp_path / "run", "--n_outer", 2, "--n_inner", 2, "--epochs", 2, "--device", "cpu",
+        "--covariates", "age,sex", "--subgroups", "sex",
+    )  # fmt: skip
+    planned = script(*flags, "--dry_run")
+    assert "--covariates sex: 2 words, unknown for 10 of 48 patients" in planned.err
+    assert not (tmp_path / "run").exists()
+    outcome = script(*flags)
+    assert (outcome.code, planned.code) == (0, 0)
+    assert "slides and covariates - covariates alone" in outcome.out
+    assert "sex: unknown        10      15" in outcome.out
+
+
 def test_columns_are_checked_before_anything_is_trained(patients, tmp_path):
     with pytest.raises(LabelsError, match=r"labels.csv: --covariates agee: no such column; .*; did you mean age"):
         cv_of(patients, "classification", tmp_path / "run", covariates="agee")
@@ -198,12 +213,12 @@ def test_test_slides_have_no_say_in_their_answers(kind, ended):
         rows = predictions.folds == fold.number
         return {name: dict(zip(run.slides[rows], run.values[rows], strict=True)) for name, run in runs.items()}
 
-    before = answers(data, cv.described.covariates, inner)
+    before = answers(data, cv.columns.covariates, inner)
     kept, changed = data.rows[fold.test[0]].wsi_id, fold.test[1:]
     others = np.random.default_rng(0).permutation(len(data))[: len(changed)]
     labels, columns = data.labels.copy(), []
     labels[changed] = labels[others]
-    for column in cv.described.covariates:
+    for column in cv.columns.covariates:
         values = column.values.copy()
         values[changed] = 1e6 if column.is_number else "x"
         columns.append(replace(column, values=values))
