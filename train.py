@@ -17,7 +17,7 @@ from utils.core import cli
 from utils.core.errors import ConfigError
 from utils.core.model_help import model_help
 from utils.core.ray_settings import Cluster
-from utils.learning.settings import PRESETS, DryRun, Model, Preset, Protocol, Running, Training
+from utils.learning.settings import PRESETS, Analyses, DryRun, Model, Preset, Protocol, Running, Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "cohort": Cohort, "model": Model, "training": Training, "training as published": Preset,
-    "cross-validation": Protocol, "running": Running, "beyond one machine": Cluster, "before a long run": DryRun,
+    "cross-validation": Protocol, "covariates and subgroups": Analyses, "running": Running,
+    "beyond one machine": Cluster, "before a long run": DryRun,
 }  # fmt: skip
 
 
 def main() -> None:
     epilog = model_help(Path(__file__).parent / "MILS")
-    cohort, model, training, preset, protocol, running, cluster, run = cli.parse(
+    cohort, model, training, preset, protocol, analyses, running, cluster, run = cli.parse(
         str(__doc__), FLAGS, epilog=epilog, presets=PRESETS
     )
     from datasets.demo import make_demo
@@ -55,7 +56,7 @@ def main() -> None:
     dataset = MILDataset.of_cohort(cohort)
     of_task = "" if cohort.task == "classification" else f"_{cohort.task}"
     output_dir = running.output_dir or Path("outputs") / name / f"{cohort.dataset}{of_task}"
-    settings = {**asdict(training), **asdict(protocol), **asdict(cluster)}
+    settings = {**asdict(training), **asdict(protocol), **asdict(cluster), **asdict(analyses)}
     settings |= {"dataset_name": cohort.dataset, "preset": preset.preset}
     settings |= {field: getattr(running, field) for field in ("device", "jobs", "deterministic", "figure_format")}
     factory = model_factory(name, model, dataset)

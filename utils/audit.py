@@ -56,6 +56,7 @@ from utils.auditing.label_table import (
     stratified,
 )
 from utils.auditing.shortcuts import check_confounding
+from utils.auditing.table_columns import check_table_columns
 from utils.bags import labels
 from utils.bags.feature_folder import FeatureFolder
 from utils.bags.label_table import LabelTable, Row, read_table
@@ -140,7 +141,8 @@ def audit(
     elif note := unused_split([slide.row for slide in slides]):
         findings.append(Finding("info", "splits", note))
     file_findings, bags = _file_findings(files, folder, slides, classes, case_of)
-    return findings + file_findings + check_confounding(slides, bags, classes)
+    columns = check_table_columns(slides, ("label",) if task is None else task.columns)
+    return findings + file_findings + check_confounding(slides, bags, classes) + columns
 
 
 def _file_findings(

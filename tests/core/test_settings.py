@@ -21,7 +21,7 @@ from utils.core.errors import ConfigError
 from utils.core.ray_settings import Cluster
 from utils.core.settings import flag_of
 from utils.features.settings import Extraction
-from utils.learning.settings import DryRun, Model, Preset, Protocol, Running, Training
+from utils.learning.settings import Analyses, DryRun, Model, Preset, Protocol, Running, Training
 from utils.mil_dataset import MILDataset
 from utils.nested_cv import NestedCrossValidation
 from utils.pictures.settings import Pictures
@@ -40,6 +40,7 @@ GIVEN = {
     Training: {},
     Protocol: {},
     Running: {},
+    Analyses: {},
     Cluster: {"ray": "local"},
     DryRun: {},
     Comparison: {"runs": (Path("a"), Path("b"))},

@@ -20,6 +20,7 @@ class TestOutputs:
             "all_folds_best.pth", "outputs.json", "splits.json", "predictions.csv", "predictions_cases.csv",
             "history.csv", "run.json", "features.csv", "gallery.csv", "roc.png", "precision_recall.png",
             "confusion_matrix.png", "calibration.png", "learning_curves.png",
+            "inner_predictions.csv",
         }  # fmt: skip
 
     def test_predictions_have_one_out_of_fold_row_per_slide_in_table_order(self, finished, dataset):

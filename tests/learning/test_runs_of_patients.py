@@ -161,3 +161,22 @@ def test_a_run_of_patients_goes_on_to_the_same_bytes_and_several_jobs_give_them_
     assert_same(contents(tmp_path / "resumed"), expected)
     assert train("--unit", "case", "--jobs", 2, name="jobs").code == 0
     assert_same(contents(tmp_path / "jobs"), expected)
+
+
+@pytest.mark.usefixtures("coarse_figures")
+def test_patients_have_covariates_and_subgroups(train, cohort, tmp_path):
+    table = pd.read_csv(cohort[0])
+    number = table["case_id"].str[1:].astype(int)
+    table["age"], table["sex"] = 40 + number * 7 % 31, np.where(number % 3 == 0, "f", "m")
+    table.loc[1, "age"] = np.nan  # the patient's other slide says it
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    outcome = train("--unit", "case", "--covariates", "age", "--subgroups", "sex", table=tmp_path / "labels.csv")
+    assert outcome.code == 0, outcome.err
+    outputs = json.loads((tmp_path / "run" / "outputs.json").read_text())
+    assert outputs["covariates"]["columns"][0]["missing"] == 0
+    assert sum(group["n_cases"] for group in outputs["subgroups"]["sex"].values()) == table["case_id"].nunique()
+
+    table.loc[1, "sex"] = "m" if table["sex"][0] == "f" else "f"
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    refused = train("--unit", "case", "--subgroups", "sex", table=tmp_path / "labels.csv", name="other")
+    assert "--subgroups sex: patient P000 has" in refused.errors[0]

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("blank_figures")
         ((), "exactly one of --input"),
         (("--input", "a.h5", "--labels_csv", "l.csv"), "--labels_csv goes with --input_dir"),
         (("--input_dir", "b", "--group_column", "site"), "--group_column site: is a column of --labels_csv"),
+        (("--input_dir", "b", "--subgroups", "sex"), "--subgroups sex: is a column of --labels_csv"),
         (("--input_dir", "b", "--allow", "missing"), "is about rows of --labels_csv"),
         (("--input_dir", "nowhere"), "--input_dir nowhere: no such folder"),
         (("--input", "/"), "/: is a folder; give it with --input_dir"),

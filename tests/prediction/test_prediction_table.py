@@ -125,6 +125,28 @@ def test_intervals_are_over_the_groups_of_a_column(cohort, models, predict, tmp_
     assert "did you mean centre?" in missing.err
 
 
+def test_the_groups_of_columns_are_scored(cohort, models, predict, tmp_path):
+    labels = pd.read_csv(cohort[0])
+    numbers = labels["case_id"].str[1:].astype(int)
+    labels["sex"] = ["f" if number < 8 else "" if number == 11 else "m" for number in numbers]
+    labels["age"] = 50 + numbers
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    flags = ("--checkpoint", models[0], "--input_dir", cohort[1], "--labels_csv", tmp_path / "labels.csv")
+    outcome = predict(*flags, "--subgroups", "sex,age")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    counts = {name: group["n_cases"] for name, group in scores["subgroups"]["sex"].items()}
+    assert counts == {"f": 8, "m": 3, "unknown": 1}
+    assert list(scores["subgroups"]["age"]) == ["at most 55.5", "above 55.5"]
+    few = scores["subgroups"]["sex"]["m"]
+    assert few["intervals_95"]["auc"] is None
+    assert few["interval_methods"]["auc"] == "none: fewer than 5 patients"
+    assert "sex: f         8" in outcome.out
+    assert "-: fewer than 5 patients; undefined for these slides" in outcome.out
+    missing = predict(*flags, "--subgroups", "Sex")
+    assert "--subgroups Sex: no such column" in missing.err
+    assert "did you mean sex?" in missing.err
+
+
 @pytest.mark.parametrize(("patients", "reason"), [
     (("Q",) * 3, "3 slides of 1 patient. No 95% intervals: fewer than 5 patients."),
     (("Q", "R", "R"), "3 slides of 2 patients. No 95% intervals: fewer than 5 patients."),

@@ -21,7 +21,7 @@ from utils.learning.settings import Protocol
 ORIGIN_COLUMNS = ("site", "scanner", "center", "centre", "hospital", "institution", "batch")
 # A field is a warning if its p-value is at most this, and its AUC exceeds the shuffled median by at least this.
 _MOST_P, _LEAST_EXCESS = 0.01, 0.1
-_NEAR_PERFECT_AUC = 0.9
+NEAR_PERFECT_AUC = 0.9
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _report(nuisance: Nuisance, result: Confounding, slides: Sequence[AuditedSli
         )
     if result.auc - middle < _LEAST_EXCESS:
         return Finding("info", "confounding", f"{nuisance.name} alone predicts the label a little ({numbers})", details)
-    verb = "gives the label away" if result.auc >= _NEAR_PERFECT_AUC else "predicts the label"
+    verb = "gives the label away" if result.auc >= NEAR_PERFECT_AUC else "predicts the label"
     message = f"{nuisance.name} alone {verb} ({numbers}); {_remedy(nuisance, counts, slides)}"
     return Finding("warning", "confounding", message, details)
 

@@ -125,7 +125,7 @@ class MILDataset(Dataset):
         self.mode, self.chunk_size, self.sequential = cohort.mode, cohort.chunk_size, cohort.sequential
         self.feat_type = feat_type
         self.unit: Unit = unit
-        self.patients_from = table.patients_from
+        self.labels_csv, self.patients_from = table.path, table.patients_from
         self.slide_rows = labels.resolve_labels(
             table, task, folder.find, ids=lambda: folder.files, label_names=label_names, left_out=left_out,
             allow=allow,

@@ -128,6 +128,12 @@ def _are_patients(groups: int, slides: int) -> bool:
     return 1 < groups < slides <= groups * _MOST_SLIDES_EACH
 
 
+def names_slide_or_patient(column: str) -> bool:
+    """Return whether a column is called as one of slides or of patients is."""
+    kinds = [*_ALIASES["wsi_id"], *_ALIASES["case_id"]]
+    return any(plain_header(column) in aliases.split() for aliases in kinds)
+
+
 def several_names(
     rows: Sequence[Row], groups: Sequence[str], patient_columns: Sequence[str] = (), group_column: str | None = None
 ) -> list[OneInSeveral]:

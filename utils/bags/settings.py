@@ -102,14 +102,14 @@ class CohortFiles(Settings):
         flags = {name: _DEFAULT_COLUMNS[name] if value is None else value for name, value in given.items()}
         from utils.tasks.records import new_task
 
-        lists = {name: _names_in(name, text) for name, text in flags.items() if name in _LISTS}
+        lists = {name: names_in(name, text) for name, text in flags.items() if name in _LISTS}
         try:
             return new_task(self.task, flags | lists)
         except ValueError as error:
             raise ConfigError(f"--task {self.task}: {error}") from None
 
 
-def _names_in(flag: str, text: str) -> tuple[str, ...]:
+def names_in(flag: str, text: str) -> tuple[str, ...]:
     """Return the names in a flag, which commas separate. Raise ConfigError for an empty one."""
     names = tuple(name.strip() for name in text.split(","))
     if "" in names:

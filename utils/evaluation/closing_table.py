@@ -6,8 +6,10 @@ from typing import Any
 
 from utils.core.errors import plural
 from utils.core.text import aligned, figure_text, interval_text
+from utils.evaluation.covariates import covariates_text
 from utils.evaluation.outputs import NO_PATIENTS
 from utils.evaluation.reliability import reliability_words
+from utils.evaluation.subgroups import subgroups_text
 from utils.tasks.records import task_of
 
 # With more folds, the closing table leaves them to outputs.json.
@@ -118,7 +120,8 @@ def closing_text(results: dict[str, Any]) -> str:
         sentences.append(f"Chosen in the inner loop: {'; '.join(choices)}.")
     figures = primary_figures(results)
     table = task.table(figures["pooled"], figures["intervals_95"])
-    return "\n".join([results_table(results), "", *([table, ""] if table else []), *sentences])
+    described = [f"\n{text}" for text in (covariates_text(results), subgroups_text(results)) if text]
+    return "\n".join([results_table(results), "", *([table, ""] if table else []), *sentences, *described])
 
 
 def _setting_text(setting: Mapping[str, Any]) -> str:

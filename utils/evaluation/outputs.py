@@ -56,10 +56,7 @@ def outputs_content(
     for level in ("chunk", "slide", "thresholded"):
         summary |= _over_folds(level, [fold[level] or {} for fold in fold_figures])
     return summary | {
-        "pooled": predictions.metrics,
-        "intervals_95": predictions.intervals,
-        "interval_methods": methods(predictions.pooled),
-        **_ranking("within_folds", predictions.within_folds),
+        **figures_of(predictions),
         **_ranking("mean_of_folds", predictions.mean_of_folds),
         **thresholded(predictions),
         "pooled_calibrated": predictions.calibrated_metrics,
@@ -81,12 +78,19 @@ def case_figures(predictions: Predictions) -> dict[str, Any] | None:
     per_case = np.unique(predictions.cases[predictions.repeats == predictions.repeats.min()], return_counts=True)[1]
     return {
         "n_several_slides": int((per_case > 1).sum()),
-        "pooled": cases.metrics,
-        "intervals_95": cases.intervals,
-        "interval_methods": methods(cases.pooled),
-        **_ranking("within_folds", cases.within_folds),
+        **figures_of(cases),
         **thresholded(cases),
         "pooled_calibrated": cases.calibrated_metrics,
+    }
+
+
+def figures_of(predictions: Predictions) -> dict[str, Any]:
+    """Return every metric with its interval; those that rank slides within folds, too."""
+    return {
+        "pooled": predictions.metrics,
+        "intervals_95": predictions.intervals,
+        "interval_methods": methods(predictions.pooled),
+        **_ranking("within_folds", predictions.within_folds),
     }
 
 

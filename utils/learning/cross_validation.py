@@ -34,6 +34,7 @@ from utils.learning.fold_tester import FoldTester
 from utils.learning.grid import grid_settings, read_grid
 from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.model_factory import ModelFactory, spec_of
+from utils.learning.patient_columns import PatientColumns
 from utils.learning.protocol import (
     check_operating_point,
     inner_jobs,
@@ -48,7 +49,7 @@ from utils.learning.results import write_results
 from utils.learning.run_folder import RunFolder
 from utils.learning.run_identity import settings_identity, slides_by_time, slides_identity
 from utils.learning.scheduler import train_jobs
-from utils.learning.settings import Preset, Protocol, Running, Training, preset_record
+from utils.learning.settings import Analyses, Preset, Protocol, Running, Training, preset_record
 from utils.learning.splits import OuterFold
 from utils.learning.standardization import Standardization
 from utils.learning.threads import THREADS, ThreadChoice, choose_threads
@@ -65,10 +66,11 @@ class NestedCrossValidation:
     setting of the `grid`) is trained on the other inner folds and validated on that one. The setting with the best
     mean inner validation gives the model that is tested on the outer fold. All figures are out of fold.
 
-    Every field of `Training`, `Protocol`, `Running` (`utils.learning.settings`) and `Cluster` is a keyword argument:
-    `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`, `jobs`,
-    `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable: `functools.partial(build_mil, ...)`,
-    not a lambda. `preset` names for run.json the one of `settings.PRESETS` that the settings are from.
+    Every field of `Training`, `Protocol`, `Running`, `Analyses` (`utils.learning.settings`) and `Cluster` is a keyword
+    argument: `lr`, `weight_decay`, `repeats`, `splits`, `grid` (text, or names and values), `final`, `monitor`, `seed`,
+    `jobs`, `ray` and so on. With several `jobs`, or on Ray, the factory must be picklable:
+    `functools.partial(build_mil, ...)`, not a lambda. `preset` names for run.json the one of `settings.PRESETS` that
+    the settings are from.
 
     Raises ConfigError for settings out of range, a factory that returns one shared model or models that do not fit the
     dataset, class names that are not the dataset's, or an output folder that holds something else; SplitError when
@@ -97,8 +99,9 @@ class NestedCrossValidation:
         _check_dataset(dataset, class_names)
         settings |= {"n_outer": n_outer, "n_inner": n_inner, "batch_size": batch_size, "epochs": epochs}
         settings |= {"patience": patience, "use_amp": use_amp, "device": str(device), "output_dir": output_dir}
-        kinds = Training, Protocol, Running, Cluster
-        self.training, self.protocol, self.running, self.cluster = _configs(settings, *kinds)
+        kinds = Training, Protocol, Running, Cluster, Analyses
+        self.training, self.protocol, self.running, self.cluster, analyses = _configs(settings, *kinds)
+        self.columns = PatientColumns.read(dataset, analyses)
         self.protocol = with_monitor(self.protocol, dataset.task)
         self.dataset, self.dataset_name = dataset, dataset_name
         self.preset = Preset(preset=preset).preset  # type: ignore[arg-type]
@@ -150,6 +153,7 @@ class NestedCrossValidation:
                     record = self._record(engine) | {name: begun[name] for name in THREADS if name in begun}
                     folder.finish(record | {"seconds": seconds, "peak_memory": memory})
             folder.clear_leftovers()
+            self.columns.write(self.output_dir, folds, is_balanced=self.training.class_weights == "balanced")
         return read_json(self.output_dir / "outputs.json")
 
     def _begin(

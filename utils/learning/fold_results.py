@@ -16,7 +16,8 @@ from utils.tasks.task import FittedFigures, Task
 @dataclass(frozen=True)
 class FoldResult:
     """The result of an outer fold: the tested model's output for each test slide; what was fitted to inner validation
-    (see `Task.fit_on_validation`); the record of the model's selection; and the epochs of all trainings.
+    (see `Task.fit_on_validation`); the record of the model's selection; the epochs of all trainings; and the values
+    `validated` of the inner validation slides, `(n, C)` of each inner fold.
     """
 
     task: Task
@@ -25,6 +26,7 @@ class FoldResult:
     fitted: FittedFigures
     selection: dict[str, Any]
     history: list[dict[str, Any]]
+    validated: Sequence[np.ndarray] = ()
 
     @property
     def probabilities(self) -> np.ndarray:

@@ -127,7 +127,8 @@ class FoldTester:
         set_tf32(trainer.device, uses_tf32(trainer.training.amp_precision, trainer.device))
         outputs = predict_slides(model.to(trainer.device), data, choice.fold.test, trainer.feed)
         record |= {**_decision_figures(data.task, choice.fitted_to_values), "settings": choice.scores}
-        result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history)
+        validated = [fitted.val_probabilities.numpy() for fitted in choice.fitted]
+        result = FoldResult(data.task, choice.fold, outputs, choice.fitted_to_values, record, history, validated)
         selection = result.selection | {"best_of_all_folds": False}
         self._save(self._path(result), model.cpu(), data.task, result.fold.train, selection, result.fitted)
         return result

@@ -10,7 +10,7 @@ import pandas as pd
 from utils.bags.dataset import MILDataset
 from utils.core.files import write_json
 from utils.evaluation import outputs
-from utils.learning import run_figures
+from utils.learning import inner_predictions, run_figures
 from utils.learning.fold_results import FoldResult, pooled_predictions
 
 
@@ -33,6 +33,7 @@ def write_results(
     outputs.write_table(folder / "gallery.csv", outputs.gallery_table(predictions))
     history = pd.DataFrame([row for fold in folds for row in fold.history])
     outputs.write_table(folder / "history.csv", history)
+    outputs.write_table(folder / inner_predictions.FILE, inner_predictions.inner_table(folds, data))
     monitors = {fold.fold.number: fold.selection["monitor"] for fold in folds}
     run_figures.draw_figures(folder, predictions, history, monitors, formats)
     figures = [fold.figures(data) for fold in folds]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.bags.settings import BatchSize, batch_size_option
+from utils.bags.settings import BatchSize, batch_size_option, names_in
 from utils.core.errors import ConfigError
 from utils.core.settings import REQUIRED, SEED, FigureFormat, Settings, figure_format_option, option
 from utils.tasks.operating_point import BALANCED, OperatingPoint
@@ -160,6 +160,28 @@ class Running(Settings):
         "on a CUDA device, compute by algorithms that give the same bytes again, which is slower; a CPU always does",
     )
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analyses(Settings):
+    """What is computed from the predictions of a run, also of a finished one; nothing is trained for it."""
+
+    covariates: str | None = option(
+        None,
+        "columns of the label table that describe patients, such as age,sex: on the same folds, a plain model of these "
+        "alone is compared with the slides alone and with both",
+        metavar="A,B,C",
+    )
+    subgroups: str | None = option(
+        None,
+        "columns of the label table, such as sex,site: figures of each group of slides",
+        metavar="A,B,C",
+    )
+
+    def columns(self, flag: str) -> tuple[str, ...]:
+        """Return the columns that a flag names. Raise ConfigError for an empty name."""
+        text = getattr(self, flag)
+        return () if text is None else names_in(flag, text)
 
 
 # What `--preset` sets, unless another flag does.

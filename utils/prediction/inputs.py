@@ -4,8 +4,10 @@ from itertools import chain
 from pathlib import Path
 
 from utils.bags import labels
+from utils.bags.described_columns import read_columns
 from utils.bags.label_table import read_table
 from utils.bags.labels import LabelRow
+from utils.bags.settings import names_in
 from utils.bags.store import is_feature_file
 from utils.core.cohorts import cohort_classes
 from utils.core.errors import ConfigError, FeatureFileError, LabelsError, did_you_mean_path, first_few, plural
@@ -32,9 +34,11 @@ class PredictionFiles:
 
     def __init__(self, settings: Prediction) -> None:
         self.settings = settings
-        # Of the label table, once it is read: where it has the patients from, and the group of each slide.
+        # Of the label table, once it is read: where it has the patients from, the group of each slide, and the columns
+        # whose groups are scored.
         self.patients_from: str | None = None
         self.groups: dict[str, str] = {}
+        self.subgroups: tuple[str, ...] = ()
         self.run = None if settings.out_of_fold is None else OutOfFold.read(settings.out_of_fold, settings.repeat)
         if settings.output_dir is not None and (settings.output_dir / RECORD).exists():
             raise ConfigError(
@@ -124,6 +128,9 @@ class PredictionFiles:
         if settings.group_column is not None:
             groups = labels.group_rows(table.path, [row.columns for row in rows], settings.group_column)
             self.groups = {row.wsi_id: group for row, group in zip(rows, groups, strict=True)}
+        if settings.subgroups is not None:
+            self.subgroups = names_in("subgroups", settings.subgroups)
+            read_columns(table.path, [row.columns for row in rows], self.subgroups, "--subgroups")
         unlabelled = len(sources) - len(rows)
         if unlabelled > 0:
             log.info("%s of %s have no label, and are not scored", plural(unlabelled, "slide"), len(sources))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.bags.described_columns import Column
 from utils.bags.labels import LabelRow
 from utils.core.errors import ConfigError, LabelsError, plural
 from utils.core.files import digest, read_record, set_aside, write_json
@@ -32,6 +33,7 @@ from utils.evaluation.closing_table import (
 from utils.evaluation.outputs import NO_PATIENTS, case_figures, methods, thresholded, write_table
 from utils.evaluation.predictions import Predictions
 from utils.evaluation.reliability import reliability_figures, reliability_words
+from utils.evaluation.subgroups import subgroup_figures, subgroups_text
 from utils.prediction.existing_records import ENDING
 from utils.prediction.trained_model import BY_NAME
 from utils.tasks.records import FIGURE_NAMES, Answer, task_of
@@ -72,6 +74,7 @@ class PredictedSlides:
     """The records of predicted slides, in their order; by slide, the label rows of those to be scored, and patients and
     labels as far as known. `patients_from` says where the label table has the patients from; None if from nowhere.
     `groups`, by slide, are those that intervals are computed over; none if they are computed over patients.
+    `subgroups` are columns of the label table: each group of slides is scored, too.
     """
 
     records: Sequence[Mapping[str, Any]]
@@ -80,6 +83,7 @@ class PredictedSlides:
     infos: Mapping[str, SlideInfo] = field(default_factory=dict)
     patients_from: str | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
+    subgroups: Sequence[str] = ()
 
     def table(self) -> pd.DataFrame:
         """Return a row per slide, with the columns of a training's `predictions.csv` that apply."""
@@ -167,8 +171,15 @@ class PredictedSlides:
             "n_seen_under_another_name": num_renamed,
             "n_unseen_by_name_alone": num_by_name,
             "localization": self.localization(),
+            "subgroups": self._subgroups(predictions),
             "unseen": _figures(predictions.where(is_unseen)) if is_seen.any() and is_unseen.any() else None,
         }
+
+    def _subgroups(self, predictions: Predictions) -> dict[str, Any] | None:
+        """Return the figures of each group of labelled slides by column; None if no column is asked for."""
+        rows = [self.rows[slide].columns for slide in predictions.slides.tolist()]
+        groups = {name: Column.of(name, [row[name] for row in rows]).groups() for name in self.subgroups}
+        return subgroup_figures(predictions, groups) or None
 
     def localization(self) -> dict[str, Any] | None:
         """Return the mean scores of the maps against annotations, by class; None if no slide's maps are scored.
@@ -320,7 +331,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores, metrics) else f" {reason}"))
     figures = primary_figures(scores)
     table = task.table(figures["pooled"], figures["intervals_95"])
-    return "\n".join([text_table(blocks, metrics), "", *([table, ""] if table else []), *filter(None, words)])
+    lines = [text_table(blocks, metrics), "", *([table, ""] if table else []), *filter(None, words)]
+    return "\n".join([*lines, *[f"\n{text}" for text in (subgroups_text(scores),) if text]])
 
 
 def _seen_words(num_seen: int, num_renamed: int, num_by_name: int, unit: str = "slide") -> str:

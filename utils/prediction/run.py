@@ -251,7 +251,7 @@ def _conclude(
     earlier = [record for record in earlier if has_settings(record, worker.settings_of(str(record.get("slide"))))]
     all_records = sorted([*records, *earlier], key=lambda record: record["slide"])
     task = worker.predictors.first.checkpoint.task
-    slides = PredictedSlides(all_records, rows, task, worker.infos, files.patients_from, files.groups)
+    slides = PredictedSlides(all_records, rows, task, worker.infos, files.patients_from, files.groups, files.subgroups)
     first_settings, formats = worker.all_settings[0], settings.figure_format
     words = [slides.write(folder, worker.fitted, first_settings, settings.overwrite, formats)]
     notes = _notes(worker) + ([f"{plural(failed, 'slide')} without an answer: see {REPORT}."] if failed else [])

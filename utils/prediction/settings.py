@@ -59,6 +59,9 @@ class Prediction(Settings):
         "column of --labels_csv, such as site, over whose groups the intervals of the scores are computed (default: "
         "over patients; site is read from TCGA barcodes)",
     )
+    subgroups: str | None = option(
+        None, "columns of --labels_csv, such as sex,site: the scores of each group of slides", metavar="A,B,C"
+    )
     output_dir: Path | None = option(
         None, "folder for the results (default: outputs/inference/<model>_<dataset>)", alias="--output"
     )
@@ -136,10 +139,10 @@ class Prediction(Settings):
                 f"--annotation_class {' '.join(self.annotation_class)}: goes with --annotations; give it, or leave "
                 "--annotation_class out"
             )
-        if self.group_column is not None and self.labels_csv is None:
-            raise ConfigError(
-                f"--group_column {self.group_column}: is a column of --labels_csv; give it, or leave --group_column out"
-            )
+        for name in ("group_column", "subgroups"):
+            column = getattr(self, name)
+            if column is not None and self.labels_csv is None:
+                raise ConfigError(f"--{name} {column}: is a column of --labels_csv; give it, or leave --{name} out")
         if self.allow and self.out_of_fold is None and (self.labels_csv or self.cases_csv) is None:
             raise ConfigError(
                 f"--allow {' '.join(self.allow)}: is about rows of --labels_csv; give it, or leave --allow out"

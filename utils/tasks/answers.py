@@ -58,6 +58,10 @@ class Answers(Targets):
         return None
 
     @abstractmethod
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        """Return values `(..., C)` as numbers `(..., S)` on scales without limits, as a linear model takes them."""
+
+    @abstractmethod
     def prediction_text(self, values: np.ndarray) -> np.ndarray:
         """Return the answers of values `(n, C)` as a reader sees them, `(n,)`."""
 

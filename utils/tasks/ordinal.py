@@ -68,6 +68,15 @@ class Ordinal(NamedClasses):
         return len(self.order) - 1
 
     @property
+    def effects(self) -> np.ndarray:
+        """Return that one sum raises the first logit, and with it those of all higher grades (proportional odds)."""
+        return np.eye(1, self.num_logits)
+
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        """Return the expected grade, counted from 0."""
+        return values @ np.arange(len(self.order))[:, None]
+
+    @property
     def signal_names(self) -> tuple[str, ...]:
         """Return the column's name."""
         return (self.target_column,)

@@ -11,9 +11,16 @@ from utils.tasks.answers import numbers_in
 from utils.tasks.targets import Row
 from utils.tasks.task import Task
 
+_NO_CHANCE = 1e-6  # at least, so that log-odds are finite
+
 
 class Probabilities(Task):
     """A task whose values are a probability of each of the `outputs`, in columns of their own."""
+
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        """Return the log-odds of the ranked outputs."""
+        chances = values[..., list(self.ranked_outputs)].clip(_NO_CHANCE, 1 - _NO_CHANCE)
+        return np.log(chances / (1 - chances))
 
     def answer_columns(
         self, predicted: str, values: Mapping[str, float], calibrated: Mapping[str, float] | None

@@ -92,6 +92,10 @@ class Regression(Task):
         """Return the numbers with four digits."""
         return np.array([f"{number:.4g}" for number in targets])
 
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        """Return the predicted numbers."""
+        return values
+
     def prediction_text(self, values: np.ndarray) -> np.ndarray:
         """Return the predicted numbers with four digits."""
         return self.target_text(values[:, 0])

@@ -49,6 +49,11 @@ class Survival(SurvivalAnswers, Task):
         """Return the number of bins."""
         return self.bins
 
+    @property
+    def effects(self) -> np.ndarray:
+        """Return that one sum raises the hazards of all bins alike."""
+        return np.ones((1, self.bins))
+
     def fitted_to(self, targets: np.ndarray) -> Self:
         """Return the task with bins that end at quantiles of the training slides' events."""
         return replace(self, edges=tuple(bin_edges(targets, self.bins).tolist()))

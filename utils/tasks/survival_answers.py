@@ -104,6 +104,10 @@ class SurvivalAnswers(Answers):
         """Return "event at" or "censored at" with the times."""
         return np.array([f"{'event' if event else 'censored'} at {time:.4g}" for time, event in targets])
 
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        """Return the risks."""
+        return values[..., :1]
+
     def prediction_text(self, values: np.ndarray) -> np.ndarray:
         """Return the risks with four digits."""
         return np.array([f"{risk:.4g}" for risk in values[:, 0]])

@@ -54,6 +54,13 @@ class Task(Answers):
         """Return the task for a model that is trained on slides with these targets: with what is fitted to them."""
         return self
 
+    @property
+    def effects(self) -> np.ndarray:
+        """Return how a linear model of few inputs gives logits: each of its K sums raises the logits by a row of
+        `(K, L)`, and each logit has a constant. By default each logit has a sum of its own.
+        """
+        return np.eye(self.num_logits)
+
     def ranking_metrics(self, output: int) -> tuple[str, str] | None:
         """Return the metrics that are AUC and average precision of a ranked output alone, if there are such."""
         return None
