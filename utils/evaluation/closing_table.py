@@ -62,6 +62,11 @@ def case_words(results: Mapping[str, Any]) -> str:
     )
 
 
+def level_words(results: Mapping[str, Any]) -> str:
+    """Return what the rows of the closing table are of."""
+    return "slides and patients" if results.get("cases") else f"{task_of(results).unit} level"
+
+
 def figures_row(name: str, figures: Mapping[str, float | None], metrics: Sequence[str]) -> list[str]:
     """Return a row of the closing table: a name, then the `metrics`; blank for one that `figures` lack."""
     return [name, *[figure_text(figures[metric]) if metric in figures else "" for metric in metrics]]

@@ -40,6 +40,7 @@ class SurvivalAnswers(Answers):
     censored_cuts: tuple[float, ...] = ()
 
     kind, flags = "survival", "--task survival --time_column --event_column"
+    unit = "patient"
 
     @property
     def columns(self) -> tuple[str, ...]:

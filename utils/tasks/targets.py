@@ -19,10 +19,12 @@ class Targets(ABC):
 
     Attributes
         kind: the name of the task in records and on the command line; flags: those that say what is predicted.
+        unit: what has a target, a "slide" or a "patient".
     """
 
     kind: ClassVar[str]
     flags: ClassVar[str]
+    unit: ClassVar[str] = "slide"
 
     @property
     @abstractmethod
