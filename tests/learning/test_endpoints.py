@@ -96,6 +96,7 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
     endpoint = ENDPOINTS[task]
     outcome = train(task)
     assert outcome.code == 0, outcome.err
+    assert "class" not in outcome.out + outcome.err, "there are none"
     run = tmp_path / "run"
     outputs = json.loads((run / "outputs.json").read_text())
     assert (outputs["task"], outputs["n_slides"], outputs["n_cases"]) == (task, 60, PATIENTS)
@@ -117,7 +118,7 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
     assert checkpoint.task.record["task"] == task
     again = script("predict", "--out_of_fold", run, "--output_dir", tmp_path / "again", "--device", "cpu")
     assert again.code == 0, again.err
-    assert f"are those of {run / 'predictions.csv'}" in again.out
+    assert f"The values are those of {run / 'predictions.csv'}" in again.out
 
     labels, features = external
     drawn, draw = [], prediction_figures.prediction_figures
@@ -127,6 +128,7 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
         "--output_dir", tmp_path / "out", "--device", "cpu",
     )  # fmt: skip
     assert scored.code == 0, scored.err
+    assert "class" not in scored.out + scored.err
     assert (drawn[0].decisions is not None) == (task == "survival"), "risk groups are drawn"
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["pooled"][endpoint.metric] > endpoint.least
@@ -254,6 +256,17 @@ def test_a_patient_with_two_outcomes_is_named(train, cohort, tmp_path):
     assert "patient P01 has two outcomes" in outcome.errors[0]
     dry = train("survival", "--dry_run", labels=tmp_path / "labels.csv")
     assert "patient P01 has two outcomes" in dry.out
+
+
+@pytest.mark.parametrize(("task", "n_inner"), [("regression", 4), ("survival", 2)])
+def test_strata_are_not_called_classes(task, n_inner, train, tmp_path):
+    dry = train(task, "--dry_run", "--n_inner", n_inner)
+    assert dry.code == 0, dry.err
+    assert "class" not in dry.out + dry.err
+    assert "inner folds validate on one patient of a stratum or none" in dry.err
+    short = train(task, "--n_outer", 15)
+    assert "with stratum '" in short.errors[0]
+    assert "class" not in short.errors[0]
 
 
 @pytest.mark.parametrize(("task", "change", "message"), [

@@ -34,12 +34,12 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
             log.warning(note)
         return repeated_splits(
             strata, data.groups, data.task.strata_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
-            protocol.seed, unit,
+            protocol.seed, unit, data.task.stratum_words[0],
         )  # fmt: skip
     wsi_ids = [row.wsi_id for row in data.rows]
     folds = folds_from_file(
         protocol.splits, wsi_ids, strata, data.groups, data.task.strata_names, unit=unit,
-        allow_missing="missing" in data.allow,
+        stratum=data.task.stratum_words[0], allow_missing="missing" in data.allow,
     )  # fmt: skip
     for name, count in (("n_outer", len(folds)), ("n_inner", len(folds[0].inner))):
         value = getattr(protocol, name)
@@ -53,11 +53,11 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
 
 def check_operating_point(data: MILDataset, operating_point: str, folds: Sequence[OuterFold]) -> None:
     """Raise ConfigError for a wanted sensitivity or specificity that inner validation cannot place a threshold for."""
-    point, names = OperatingPoint.of(operating_point), data.task.strata_names
+    point, names = OperatingPoint.of(operating_point), data.task.outputs
     if point.label is None:
         return
     if data.task.positive_output is None:
-        raise ConfigError(f"--operating_point {point}: needs two classes, the cohort has {len(names)}; leave it out")
+        raise ConfigError(f"--operating_point {point}: needs two classes, not {data.task.about}; leave it out")
     for fold in folds:
         validated = data.labels[np.concatenate([inner.val for inner in fold.inner])]
         count = int((validated == point.label).sum())
@@ -70,7 +70,8 @@ def check_operating_point(data: MILDataset, operating_point: str, folds: Sequenc
 
 def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
     """Warn if inner folds validate on a single patient of a stratum (a class), or on none."""
-    warning = few_patients(folds, data.task.strata(data.labels), data.cases, data.task.strata_names)
+    task = data.task
+    warning = few_patients(folds, task.strata(data.labels), data.cases, task.strata_names, task.stratum_words[0])
     if warning:
         log.warning(warning)
 
@@ -122,8 +123,8 @@ def log_kept_epoch(
         flags = " and ".join(idle)
         log.warning("%s: nothing depends on it, as each training keeps its last epoch; give --keep best", flags)
     if keep == "auto":
-        text = "inner folds validate on as few as %s of a class, so each training keeps its last epoch (--keep auto)"
-        log.info(text, plural(_fewest_validated(data, folds), "slide"))
+        text = "inner folds validate on as few as %s of a %s, so each training keeps its last epoch (--keep auto)"
+        log.info(text, plural(_fewest_validated(data, folds), "slide"), data.task.stratum_words[0])
 
 
 def _fewest_validated(data: MILDataset, folds: Sequence[OuterFold]) -> int:

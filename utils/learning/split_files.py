@@ -90,6 +90,7 @@ def folds_from_file(
     class_names: Sequence[str],
     *,
     unit: str = "patient",
+    stratum: str = "class",
     allow_missing: bool = False,
 ) -> list[OuterFold]:
     """Return the folds in a file (see `read_splits`) for slides `wsi_ids` of `labels (n,)` and `cases (n,)`.
@@ -111,7 +112,7 @@ def folds_from_file(
         absent = [name for label, name in enumerate(class_names) if label not in labels[slides["train"]]]
         if absent:
             raise SplitError(
-                f"{path}: the train part of {split.name} has no slide of class {first_few(absent)}; mend it"
+                f"{path}: the train part of {split.name} has no slide of {stratum} {first_few(absent)}; mend it"
             )
         inner = InnerFold(slides["train"], slides["val"])
         key = (split.repeat or 1, split.fold)

@@ -128,7 +128,7 @@ class OutOfFold:
         return files
 
     def agreement(self, records: Sequence[Mapping[str, Any]]) -> str:
-        """Return whether the probabilities of new predictions agree with the run's own; warn if they do not."""
+        """Return whether the values of new predictions agree with the run's own; warn if they do not."""
         differences = {
             record["slide"]: max(
                 abs(Answer.of(record).values.get(name, math.inf) - value)
@@ -136,17 +136,18 @@ class OutOfFold:
             )
             for record in records
         }
+        word = Answer.of(records[0]).task.values_key
         largest, table = max(differences.values()), self.folder / PREDICTIONS
         unlike = [slide for slide, value in differences.items() if value > _ROUNDING]
         if not unlike:
-            return f"The probabilities are those of {table} (largest difference {largest:.1g})."
+            return f"The {word} are those of {table} (largest difference {largest:.1g})."
         unlike.sort(key=lambda slide: -differences[slide])
         log.warning(
             "%s: of %d of %d slides the values differ by up to %.2g (%s): perhaps their "
             "features have changed since, or the device or versions differ",
             table, len(unlike), len(differences), largest, first_few(unlike, 3),
         )  # fmt: skip
-        return f"{len(unlike)} of {plural(len(differences), 'slide')} have other probabilities than in {table}."
+        return f"{len(unlike)} of {plural(len(differences), 'slide')} have other {word} than in {table}."
 
 
 def _features_dir(record: Mapping[str, Any]) -> Path | None:

@@ -16,12 +16,16 @@ class Answers(Targets):
 
     Attributes
         predicted_key, values_key: what the answer and its values are called in a slide's record.
+        names_key: what the names of the values are called in a slide's arrays.
         output_word: what an output is called, such as "class".
+        side_word: whom a figure needs several patients of, such as "of a class".
     """
 
     predicted_key: ClassVar[str] = "predicted"
     values_key: ClassVar[str] = "values"
+    names_key: ClassVar[str] = "value_names"
     output_word: ClassVar[str] = "class"
+    side_word: ClassVar[str] = "of a class"
 
     @property
     @abstractmethod

@@ -44,6 +44,7 @@ class Classification(NamedClasses):
     class_names: tuple[str, ...]
 
     kind, flags = "classification", "--class_names"
+    stratum_words = ("class", "classes")
     figure_names = ("roc", "precision_recall", "confusion_matrix", "calibration")
     decision_figures = ("threshold", "operating_point")
     main_metrics = METRICS

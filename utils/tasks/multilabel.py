@@ -55,7 +55,7 @@ class Multilabel(Probabilities):
     main_metrics = METRICS
     compared_metrics = METRICS
     metric_titles = {"auc": "AUC"}  # noqa: RUF012 - a constant of the class
-    output_word = "label"
+    output_word, side_word = "label", "with or without a label"
 
     def __post_init__(self) -> None:
         if len(self.target_columns) < 2 or len(set(self.target_columns)) < len(self.target_columns):

@@ -16,7 +16,7 @@ from utils.tasks.targets import Row
 class NamedClasses(Probabilities):
     """One of several classes, the `outputs`. Targets are their indices."""
 
-    predicted_key, values_key = "predicted_class", "probabilities"
+    predicted_key, values_key, names_key = "predicted_class", "probabilities", "class_names"
 
     def target(self, row: Row) -> int:
         """Return the index of the class that the column names. Raise ValueError for an unknown name."""

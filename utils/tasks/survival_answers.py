@@ -155,7 +155,11 @@ class SurvivalAnswers(Answers):
     def strata_names(self) -> tuple[str, ...]:
         """Return whether the event occurred, and the ranges of the times."""
         names = [("event", self.event_cuts), ("censored", self.censored_cuts)]
-        return tuple(f"{kind}, {self.time_column} {part}" for kind, cuts in names for part in stratum_names(cuts))
+        return tuple(
+            f"{kind}, {self.time_column} {part}" if cuts else kind
+            for kind, cuts in names
+            for part in stratum_names(cuts)
+        )
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
         """Return the stratum of each target: those with an event come first, both kinds ordered by time."""

@@ -20,11 +20,13 @@ class Targets(ABC):
     Attributes
         kind: the name of the task in records and on the command line; flags: those that say what is predicted.
         unit: what has a target, a "slide" or a "patient".
+        stratum_words: what a stratum is called, and several of them.
     """
 
     kind: ClassVar[str]
     flags: ClassVar[str]
     unit: ClassVar[str] = "slide"
+    stratum_words: ClassVar[tuple[str, str]] = ("stratum", "strata")
 
     @property
     @abstractmethod
