@@ -11,6 +11,7 @@ import pytest
 from tests.cohort import synthetic_bag
 from tests.learning.runs import assert_same, contents
 from utils.bags.store import write_bag
+from utils.pictures.prediction_caption import Caption
 from utils.prediction.checkpoint import load_checkpoint
 
 GRADES, LABELS, PATIENTS, DIM = ("low", "mid", "high"), ("A", "B"), 36, 8
@@ -147,7 +148,18 @@ def test_a_run_goes_on_to_the_same_bytes_is_compared_and_drawn(task, train, scri
     outcome = script("predict", *flags, "--input", external[1] / "P01.h5", "--visualize")
     assert outcome.code == 0, outcome.err
     assert (drawn / "P01_evidence.png").exists()
-    evidence = json.loads((drawn / "P01_prediction.json").read_text())["evidence"]
+    record = json.loads((drawn / "P01_prediction.json").read_text())
+    caption, values = Caption.of(record), record[ENDPOINTS[task].values_key]
+    with np.load(drawn / "P01_attention.npz") as arrays:
+        assert arrays[ENDPOINTS[task].values_key].tolist() == list(values.values())
+        assert arrays["class_names" if task == "ordinal" else "value_names"].tolist() == list(values)
+    if task == "ordinal":
+        assert caption.answer.startswith(f"{record['predicted_class']} (median, ")
+        assert caption.marked == (record["predicted_class"],)
+        assert caption.evidence.startswith("expected value of grade ")
+    else:
+        assert set(caption.marked) == {name for name, value in values.items() if value >= 0.5}
+    evidence = record["evidence"]
     names = ["grade"] if task == "ordinal" else list(LABELS)
     assert list(evidence[ENDPOINTS[task].quantity]) == names
     for name in names:

@@ -233,5 +233,5 @@ def captioned_figure(
     facts = [*caption.facts, *(("note", note) for note in notes)]
     return detailed_figure(
         overlay, title=title, top_k=top_k, probabilities=caption.probabilities, facts=facts, evidence=evidence,
-        probability_title=caption.probability_title,
+        probability_title=caption.probability_title, marked=caption.marked,
     )  # fmt: skip

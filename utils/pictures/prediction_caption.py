@@ -29,11 +29,11 @@ def _answer(record: Mapping[str, Any]) -> str:
     answer = Answer.of(record)
     if not answer.task.target_words:
         return answer.task.headline(answer.predicted)
-    predicted = answer.predicted
+    predicted, word = answer.predicted, f"{answer.task.answer_word}, " if answer.task.answer_word else ""
     counts = f", {answer.agreeing} of {len(answer.members)} models" if answer.members else ""
     calibrated, other = record.get("calibrated_probabilities"), _calibrated_class(record)
     if calibrated is None:
-        return f"{predicted} ({percent_text(record['confidence'])}{counts})"
+        return f"{predicted} ({word}{percent_text(record['confidence'])}{counts})"
     differing = "" if other == predicted else f"; {other} {percent_text(calibrated[other])}"
     return f"{predicted} ({percent_text(calibrated[predicted])} calibrated{counts}{differing})"
 
@@ -80,7 +80,8 @@ def _decision_notes(record: Mapping[str, Any]) -> list[str]:
 class Caption:
     """The result of a prediction in one line; `probabilities` by class, calibrated ones if there are, or other shares
     of the task, with the `probability_title`; `facts` (pairs of a name and a text) on how it was made; `notes`, which
-    are warnings; and what `evidence` of the `quantity` adds up to, if there is any.
+    are warnings; what `evidence` of the `quantity` adds up to, if there is any; and which probabilities are the answer,
+    `marked`.
     """
 
     answer: str = ""
@@ -90,6 +91,7 @@ class Caption:
     evidence: str = ""
     probability_title: str = "probability"
     quantity: str = "log-odds"
+    marked: Sequence[str] = ()
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
@@ -98,8 +100,9 @@ class Caption:
         title, shown = answer.task.shares(answer.calibrated or answer.values)
         title = f"calibrated {title}" if answer.calibrated else title
         return cls(
-            _answer(record), shown, _facts(record), _notes(record), evidence_text(record), title, answer.task.quantity
-        )
+            _answer(record), shown, _facts(record), _notes(record), evidence_text(record), title, answer.task.quantity,
+            answer.marked,
+        )  # fmt: skip
 
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -71,7 +71,9 @@ def write_report(
         "evidence": caption.evidence,
         "quantity": caption.quantity,
         "probability_title": caption.probability_title.capitalize(),
-        "probabilities": [(name, value, percent_text(value)) for name, value in caption.probabilities.items()],
+        "probabilities": [
+            (name, value, percent_text(value), name in caption.marked) for name, value in caption.probabilities.items()
+        ],
         "concentration": _concentration(attention),
         "facts": caption.facts,
         "data": _data(picture, attention, caption.quantity) | {"layers": [asdict(layer) for layer in layers]},

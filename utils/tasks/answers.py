@@ -19,6 +19,7 @@ class Answers(Targets):
         names_key: what the names of the values are called in a slide's arrays.
         output_word: what an output is called, such as "class".
         side_word: whom a figure needs several patients of, such as "of a class".
+        answer_word: what the answer is of its values where that is not plain, such as "median".
     """
 
     predicted_key: ClassVar[str] = "predicted"
@@ -26,6 +27,7 @@ class Answers(Targets):
     names_key: ClassVar[str] = "value_names"
     output_word: ClassVar[str] = "class"
     side_word: ClassVar[str] = "of a class"
+    answer_word: ClassVar[str] = ""
 
     @property
     @abstractmethod
@@ -104,6 +106,10 @@ class Answers(Targets):
     def shares(self, values: Mapping[str, float]) -> tuple[str, dict[str, float]]:
         """Return a title, and those of a slide's values by output that are shares from 0 to 1, to be drawn as bars."""
         return "", {}
+
+    def marked(self, values: np.ndarray) -> tuple[str, ...]:
+        """Return which of the shares are the answer of values `(C,)`, as bars mark them."""
+        return ()
 
     def decide(self, values: np.ndarray) -> np.ndarray:
         """Return which of the outputs each answer is about, `(...)` int, for values `(..., C)`: of classes the decided

@@ -161,6 +161,10 @@ class Multilabel(Probabilities):
         """Return the most probable label, which pictures show first."""
         return values.argmax(axis=-1)
 
+    def marked(self, values: np.ndarray) -> tuple[str, ...]:
+        """Return the labels with a probability of at least one half."""
+        return tuple(np.array(self.target_columns)[values >= 0.5].tolist())
+
     def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
         """Return in how many slides and patients each label is, and in how many slides it is unknown."""
         return label_counts(targets == 1, targets != UNKNOWN, cases, self.target_columns)

@@ -65,6 +65,10 @@ class NamedClasses(Probabilities):
             **self._by_member(members),
         }
 
+    def marked(self, values: np.ndarray) -> tuple[str, ...]:
+        """Return the decided class."""
+        return (str(self.prediction_text(values)),)
+
     def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
         """Return how many slides and patients each class has, and which class is positive, if one is."""
         slides = list(zip(targets.tolist(), cases, strict=True))

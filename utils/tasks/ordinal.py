@@ -46,6 +46,7 @@ class Ordinal(NamedClasses):
     compared_metrics = METRICS
     lower_is_better = ("mae",)
     metric_titles = {"quadratic_kappa": "quadratic kappa", "mae": "MAE"}  # noqa: RUF012 - a constant of the class
+    answer_word = "median"
     output_word, side_word, stratum_words = "grade", "of a grade", ("grade", "grades")
 
     def __post_init__(self) -> None:
@@ -104,6 +105,10 @@ class Ordinal(NamedClasses):
     ) -> dict[str, Any]:
         """Return the task, the predicted grade, its probability and the probabilities by grade."""
         return {"task": self.record, **super().answer(values, calibrated, members)}
+
+    def shares(self, values: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Return the probabilities."""
+        return "probability (marked: the median)", dict(values)
 
     def decide(self, values: np.ndarray) -> np.ndarray:
         """Return the median of the grades: the lowest one that, with those below it, has half of the probability.
