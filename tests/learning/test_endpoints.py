@@ -15,6 +15,7 @@ from utils.core.errors import CheckpointError, ConfigError
 from utils.core.recipe import Recipe
 from utils.evaluation import prediction_figures
 from utils.mil_dataset import MILDataset
+from utils.pictures.prediction_caption import Caption
 from utils.prediction.checkpoint import load_checkpoint
 from utils.prediction.trained_model import check_alike
 from utils.tasks.classification import Classification
@@ -136,6 +137,10 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
     assert {f"{name}.png" for name in endpoint.figures} <= {path.name for path in (tmp_path / "out").iterdir()}
     first = json.loads((tmp_path / "out" / "P00-0_prediction.json").read_text())
     predicted = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("wsi_id").loc["P00-0"]
+    own = pd.read_csv(labels).set_index("wsi_id").loc["P00-0"]
+    for column in ("share",) if task == "regression" else ("days", "died"):
+        assert predicted[column] == pytest.approx(own[column])
+    assert ("risk_group" in first) is (task == "survival")
     for name, value in first["values"].items():
         column = "predicted" if task == "regression" else name
         assert predicted[column] == pytest.approx(value)
@@ -304,3 +309,34 @@ def test_models_of_different_tasks_are_not_averaged():
     ]  # fmt: skip
     with pytest.raises(CheckpointError, match="its targets are"):
         check_alike(models)
+
+
+def test_a_risk_is_called_high_or_low(train, script, external, tmp_path):
+    """By the median of the risks that the model was validated on; of several models, each of which has its own, not."""
+    assert train("survival", "--epochs", 3).code == 0
+    paths = [tmp_path / "run" / f"fold_{fold}_best.pth" for fold in (1, 2)]
+    flags = ("--labels_csv", external[0], "--device", "cpu", "--input_dir", external[1])
+    outcome = script("predict", "--checkpoint", paths[0], *flags, "--output_dir", tmp_path / "one")
+    assert outcome.code == 0, outcome.err
+    median = load_checkpoint(paths[0]).selection["median_risk"]
+    table = pd.read_csv(tmp_path / "one" / "predictions.csv")
+    assert (table["risk_group"] == np.where(table["risk"] > median, "high risk", "low risk")).all()
+    assert table["risk_group"].nunique() == 2
+    slide = table.iloc[0]
+    record = json.loads((tmp_path / "one" / f"{slide['wsi_id']}_prediction.json").read_text())
+    assert record["risk_group"] == slide["risk_group"]
+    assert Caption.of(record).answer.endswith(f"; {slide['risk_group']}")
+    facts = dict(Caption.of(record).facts)
+    assert facts["risk group"] == f"{slide['risk_group']}; median risk of inner validation {median:.4g}"
+    alone = script("predict", "--checkpoint", paths[0], "--input", external[1] / f"{slide['wsi_id']}.h5",
+                   "--output_dir", tmp_path / "alone", "--device", "cpu")  # fmt: skip
+    assert f"; {slide['risk_group']}" in alone.out
+    both = script("predict", "--checkpoint", *paths, *flags, "--output_dir", tmp_path / "both")
+    assert both.code == 0, both.err
+    assert pd.read_csv(tmp_path / "both" / "predictions.csv")["risk_group"].isna().all()
+    again = script("predict", "--out_of_fold", tmp_path / "run", "--output_dir", tmp_path / "again", "--device", "cpu")
+    assert again.code == 0, again.err
+    own = pd.read_csv(tmp_path / "run" / "predictions.csv").set_index("wsi_id")
+    other = pd.read_csv(tmp_path / "again" / "predictions.csv").set_index("wsi_id").loc[own.index]
+    assert ((other["risk_group"] == "high risk") == own["high_risk"]).all()
+    assert (other[["days", "died"]] == own[["days", "died"]]).all().all()

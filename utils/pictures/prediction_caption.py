@@ -28,7 +28,7 @@ def prediction_title(record: Mapping[str, Any]) -> str:
 def _answer(record: Mapping[str, Any]) -> str:
     answer = Answer.of(record)
     if not answer.task.target_words:
-        return answer.task.headline(answer.predicted)
+        return "; ".join(filter(None, [answer.task.headline(answer.predicted), record.get(answer.task.decided_key)]))
     predicted, word = answer.predicted, f"{answer.task.answer_word}, " if answer.task.answer_word else ""
     counts = f", {answer.agreeing} of {len(answer.members)} models" if answer.members else ""
     calibrated, other = record.get("calibrated_probabilities"), _calibrated_class(record)
@@ -116,6 +116,13 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("fed", _feed_text(record)),
     ]
     answer = Answer.of(record)
+    if decided := record.get(answer.task.decided_key):
+        selection = record["models"][0]["selection"]
+        cuts = [
+            f"{name.replace('_', ' ')} of inner validation {selection[name]:.4g}"
+            for name in answer.task.decision_figures
+        ]
+        facts.append((answer.task.decided_key.replace("_", " "), "; ".join([decided, *cuts])))
     if answer.members:
         name = answer.output
         text = percent_text if name in answer.task.shares(answer.values)[1] else _number

@@ -61,12 +61,15 @@ def _instead(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class TestedSlide:
-    """A slide of a run: its patient and label, the fold that tested it, and its `values` by output."""
+    """A slide of a run: its patient and label, the fold that tested it, its `values` by output, and its cells in the
+    columns of the target.
+    """
 
     case_id: str
     label: str
     fold: int
     values: Mapping[str, float]
+    cells: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,9 @@ def _first_test_of_each(predictions: Predictions) -> dict[str, TestedSlide]:
     folds, names = predictions.folds, predictions.task.outputs
     assert folds is not None  # noqa: S101 - for the type checker: a training's table has folds
     slides: dict[str, TestedSlide] = {}
+    texts, cells = predictions.target_texts, predictions.task.label_cells(predictions.labels)
     for row in np.lexsort((folds, predictions.repeats)).tolist():
         values = dict(zip(names, predictions.values[row].tolist(), strict=True))
-        tested = TestedSlide(str(predictions.cases[row]), str(predictions.target_texts[row]), int(folds[row]), values)
+        tested = TestedSlide(str(predictions.cases[row]), str(texts[row]), int(folds[row]), values, cells[row])
         slides.setdefault(str(predictions.slides[row]), tested)
     return slides

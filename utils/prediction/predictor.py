@@ -186,6 +186,8 @@ class SlidePredictor:
         return SlidePrediction(
             path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, fitted),
             output.attention, bag, feed, seen, output.members, output.evidence,
+            # What was fitted to one model says nothing of several.
+            self.task.decision_text(fitted[0], output.each) if len(fitted) == 1 and fitted[0] is not None else None,
         )  # fmt: skip
 
     def faithfulness(self, prediction: SlidePrediction) -> Faithfulness:

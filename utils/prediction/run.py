@@ -121,7 +121,7 @@ def predict_files(
     rows = files.label_rows(first.task, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
         warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
-    infos = earlier_slides(folder) | _slide_infos(files, first.task, rows)
+    infos = earlier_slides(folder, first.task.columns) | _slide_infos(files, first.task, rows)
     mpps = SlideMpps.read(recipe.slides_csv, recipe.slide_mpp)
     mpps.check(files.sources, settings.input or Path(str(settings.input_dir)))
     annotations = _annotations(predictors, files, recipe)
@@ -135,10 +135,13 @@ def predict_files(
 
 def _slide_infos(files: PredictionFiles, task: Task, rows: Mapping[str, LabelRow]) -> dict[str, SlideInfo]:
     """Return the patients and labels of the slides in the label table and in the training run."""
-    texts = task.target_text(np.array([row.label for row in rows.values()])) if rows else []
-    infos = {slide: SlideInfo(row.case_id, str(text)) for (slide, row), text in zip(rows.items(), texts, strict=True)}
+    infos = {}
+    if rows:
+        targets = np.array([row.label for row in rows.values()])
+        told = zip(rows.items(), task.target_text(targets), task.label_cells(targets), strict=True)
+        infos = {slide: SlideInfo(row.case_id, str(text), cells) for (slide, row), text, cells in told}
     if files.run is not None:
-        infos |= {slide: SlideInfo(tested.case_id, tested.label) for slide, tested in files.run.slides.items()}
+        infos |= {slide: SlideInfo(test.case_id, test.label, test.cells) for slide, test in files.run.slides.items()}
     return infos
 
 

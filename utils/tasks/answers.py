@@ -20,6 +20,7 @@ class Answers(Targets):
         output_word: what an output is called, such as "class".
         side_word: whom a figure needs several patients of, such as "of a class".
         answer_word: what the answer is of its values where that is not plain, such as "median".
+        decided_key: what the decision by what was fitted is called in a slide's record; "" if records have none.
     """
 
     predicted_key: ClassVar[str] = "predicted"
@@ -28,6 +29,7 @@ class Answers(Targets):
     output_word: ClassVar[str] = "class"
     side_word: ClassVar[str] = "of a class"
     answer_word: ClassVar[str] = ""
+    decided_key: ClassVar[str] = ""
 
     @property
     @abstractmethod
@@ -66,6 +68,15 @@ class Answers(Targets):
     @abstractmethod
     def prediction_text(self, values: np.ndarray) -> np.ndarray:
         """Return the answers of values `(n, C)` as a reader sees them, `(n,)`."""
+
+    @abstractmethod
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the columns `(n,)` of predictions.csv with the targets, named as in the label table."""
+
+    def label_cells(self, targets: np.ndarray) -> list[dict[str, str]]:
+        """Return the cells of these columns by name, for each of n slides."""
+        columns = self.label_columns(targets)
+        return [dict(zip(columns, map(str, cells), strict=True)) for cells in zip(*columns.values(), strict=True)]
 
     @abstractmethod
     def table_columns(

@@ -145,13 +145,16 @@ class Multilabel(Probabilities):
     def _names(self, chosen: np.ndarray) -> str:
         return ", ".join(np.array(self.target_columns)[chosen])
 
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the columns of the labels, empty where they are unknown."""
+        texts = np.where(targets == UNKNOWN, "", targets.astype(str))
+        return {name: texts[:, index] for index, name in enumerate(self.target_columns)}
+
     def table_columns(
         self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Return the columns of the labels, empty where they are unknown, then a column `prob_<label>` each."""
-        texts = np.where(targets == UNKNOWN, "", targets.astype(str))
-        columns = {name: texts[:, index] for index, name in enumerate(self.target_columns)}
-        return columns | self.probability_columns(values, calibrated)
+        return self.label_columns(targets) | self.probability_columns(values, calibrated)
 
     def headline(self, predicted: str) -> str:
         """Return the labels."""

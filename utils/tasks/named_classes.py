@@ -40,11 +40,15 @@ class NamedClasses(Probabilities):
         """Return the names of the decided classes."""
         return self.target_text(self.decide(values))
 
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the column of the class."""
+        return {self.columns[0]: self.target_text(targets)}
+
     def table_columns(
         self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Return the class, `predicted`, a column `prob_<class>` and, if calibrated, one `calibrated_<class>` each."""
-        columns = {self.columns[0]: self.target_text(targets), "predicted": self.prediction_text(values)}
+        columns = self.label_columns(targets) | {"predicted": self.prediction_text(values)}
         return columns | self.probability_columns(values, calibrated)
 
     def answer_columns(

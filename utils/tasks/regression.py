@@ -96,12 +96,16 @@ class Regression(Task):
         """Return the predicted numbers with four digits."""
         return self.target_text(values[:, 0])
 
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the column of the number."""
+        return {self.target_column: targets}
+
     def table_columns(
         self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Return the column of the number, and `predicted`."""
         assert calibrated is None  # noqa: S101 - nothing calibrates a number
-        return {self.target_column: targets, "predicted": values[:, 0]}
+        return self.label_columns(targets) | {"predicted": values[:, 0]}
 
     def answer_columns(
         self, predicted: str, values: Mapping[str, float], calibrated: Mapping[str, float] | None

@@ -150,6 +150,11 @@ class Survival(SurvivalAnswers, Task):
         median = fitted.get("median_risk")
         return None if median is None else (values[..., 0].mean(axis=0) > median).astype(int)
 
+    def decision_text(self, fitted: FittedFigures, values: np.ndarray) -> str | None:
+        """Return "high risk" or "low risk"."""
+        decisions = self.decide_by(fitted, values[:, None])
+        return None if decisions is None else RISK_GROUPS[int(decisions[0])]
+
     @property
     def decision_column(self) -> str | None:
         """Return `high_risk`."""

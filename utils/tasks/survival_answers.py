@@ -41,6 +41,7 @@ class SurvivalAnswers(Answers):
 
     kind, flags = "survival", "--task survival --time_column --event_column"
     unit = "patient"
+    decided_key = "risk_group"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -109,11 +110,15 @@ class SurvivalAnswers(Answers):
         """Return the risks with four digits."""
         return np.array([f"{risk:.4g}" for risk in values[:, 0]])
 
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the columns of time and event."""
+        return {self.time_column: targets[:, 0], self.event_column: targets[:, 1].astype(int)}
+
     def table_columns(
         self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Return time, event, risk and the survival at each of the times."""
-        columns = {self.time_column: targets[:, 0], self.event_column: targets[:, 1].astype(int)}
+        columns = self.label_columns(targets)
         return columns | {name: values[:, index] for index, name in enumerate(self.outputs)}
 
     def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:

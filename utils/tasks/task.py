@@ -137,6 +137,13 @@ class Task(Answers):
         """
         return None
 
+    def decision_text(self, fitted: FittedFigures, values: np.ndarray) -> str | None:
+        """Return the decision of a slide in words, for its record (see `decided_key`); None if nothing decides.
+
+        `values (M, C)` are those of each model.
+        """
+        return None
+
     @property
     def decision_column(self) -> str | None:
         """Return the column of predictions.csv with the decisions by what was fitted; None if they are not kept."""
