@@ -254,10 +254,6 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
     ranking = " and the ".join(name.replace("_", " ") for name in predictions.ranked_within if name in metrics)
     units = list(dict.fromkeys(difference.unit for difference in differences))
     pairs = len(differences) // len(metrics) // len(units)
-    families = [f"the {pairs} pairs of {metrics[0]}"] if pairs > 1 else []
-    of_each = ", of patients and of slides apart" if len(units) > 1 else ""
-    if pairs * (len(metrics) - 1) > 1:
-        families.append(f"the {pairs * (len(metrics) - 1)} tests of the other metrics")
     items = [
         [
             f"{plural(predictions.n_slides, 'slide')} of {plural(predictions.n_cases, 'patient')}, tested in "
@@ -283,7 +279,7 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
         ],
         [
             f"{metrics[0]} is the primary metric, as the first one named." if len(metrics) > 1 else "",
-            f"Holm: p corrected for {' and for '.join(families)}{of_each}." if families else "",
+            _holm_words(metrics, pairs, units),
         ],
         [
             "A large p does not show that two models are equally good: the interval gives the differences that are "
@@ -291,6 +287,15 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
         ],
     ]
     return "\n".join("- " + " ".join(filter(None, item)) for item in items if any(item))
+
+
+def _holm_words(metrics: Sequence[str], pairs: int, units: Sequence[str]) -> str:
+    """Return for what p is corrected; "" for a single pair in a single metric."""
+    families = [f"the {pairs} pairs of {metrics[0]}"] if pairs > 1 else []
+    if pairs * (len(metrics) - 1) > 1:
+        families.append(f"the {pairs * (len(metrics) - 1)} tests of the other metrics")
+    of_each = ", of patients and of slides apart" if len(units) > 1 else ""
+    return f"Holm: p corrected for {' and for '.join(families)}{of_each}." if families else ""
 
 
 def _limits(low: float | None, high: float | None) -> tuple[float, float] | None:

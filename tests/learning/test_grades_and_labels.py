@@ -167,6 +167,16 @@ def test_a_run_goes_on_to_the_same_bytes_is_compared_and_drawn(task, train, scri
         assert total == pytest.approx(evidence[ENDPOINTS[task].quantity][name], abs=1e-4)
 
 
+def test_of_several_labels_none_is_taken_for_the_numbers_of_patches(train, script, external, tmp_path):
+    assert train("multilabel", "--epochs", 1).code == 0
+    outcome = script(
+        "predict", "--checkpoint", tmp_path / "run", "--input_dir", external[1], "--output_dir", tmp_path / "out",
+        "--device", "cpu", "--annotations", "inst_labels",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert "which of A, B do its numbers stand for? Give --annotation_class 1=B" in outcome.errors[0]
+
+
 @pytest.mark.parametrize("task", ENDPOINTS)
 def test_the_cohort_is_audited_by_the_strata_of_the_task(task, script, cohort, train):
     audited = script("utils.audit", "--labels_csv", cohort[0], "--features_dir", cohort[1], *ENDPOINTS[task].flags)

@@ -78,21 +78,14 @@ def compare(
             changes = without[a][metric] - without[b][metric]
             algorithms = paired_test(difference, changes, patients, inflation, most=most)
             models = paired_test(difference, changes, patients, most=most)
+            by_fold = _over_folds([fold[metric] for fold in folds[a]], [fold[metric] for fold in folds[b]], sizes)
             differences.append(
                 Difference(
-                    names[a],
-                    names[b],
-                    metric,
-                    unit,
-                    is_primary,
-                    difference,
-                    *(algorithms.interval or (None, None)),
-                    algorithms.p,
-                    *(models.interval or (None, None)),
-                    models.p,
-                    *_over_folds([fold[metric] for fold in folds[a]], [fold[metric] for fold in folds[b]], sizes),
+                    names[a], names[b], metric, unit, is_primary, difference,
+                    *(algorithms.interval or (None, None)), algorithms.p,
+                    *(models.interval or (None, None)), models.p, *by_fold,
                 )
-            )
+            )  # fmt: skip
     return _adjusted(differences, metrics[0])
 
 

@@ -13,6 +13,7 @@ from utils.core.text import percent_text
 from utils.pictures.attention_map import UNIFORM, models_of, weight_name
 from utils.pictures.faithfulness_text import doubts, verdict
 from utils.tasks.records import Answer
+from utils.tasks.task import Task
 
 _RECIPE = (
     "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
@@ -116,13 +117,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("fed", _feed_text(record)),
     ]
     answer = Answer.of(record)
-    if decided := record.get(answer.task.decided_key):
-        selection = record["models"][0]["selection"]
-        cuts = [
-            f"{name.replace('_', ' ')} of inner validation {selection[name]:.4g}"
-            for name in answer.task.decision_figures
-        ]
-        facts.append((answer.task.decided_key.replace("_", " "), "; ".join([decided, *cuts])))
+    facts += _decided_facts(record, answer.task)
     if answer.members:
         name = answer.output
         text = percent_text if name in answer.task.shares(answer.values)[1] else _number
@@ -146,6 +141,16 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = _RECIPE if delivered is None else [name for name in _RECIPE if name != "mpp"]
     facts += [(name, _short(str(recipe[name]))) for name in names if recipe.get(name) is not None]
     return facts if delivered is None else [*facts, ("µm/px of the patches", _mpp_text(delivered, recipe.get("mpp")))]
+
+
+def _decided_facts(record: Mapping[str, Any], task: Task) -> list[tuple[str, str]]:
+    """Return what was decided by what was fitted, and by which number; nothing if nothing was."""
+    decided = record.get(task.decided_key)
+    if not decided:
+        return []
+    selection = record["models"][0]["selection"]
+    cuts = [f"{name.replace('_', ' ')} of inner validation {selection[name]:.4g}" for name in task.decision_figures]
+    return [(task.decided_key.replace("_", " "), "; ".join([decided, *cuts]))]
 
 
 def _number(value: float) -> str:

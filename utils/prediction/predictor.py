@@ -50,7 +50,7 @@ from utils.slides.batch import SlideNotes
 from utils.slides.find import is_slide_file
 from utils.slides.open_slides import slide_mpp
 from utils.slides.slide import Slide
-from utils.tasks.task import Task
+from utils.tasks.task import FittedFigures, Task
 
 
 class SlidePredictor:
@@ -186,8 +186,7 @@ class SlidePredictor:
         return SlidePrediction(
             path.stem, self.task, output.probabilities, mean_calibrated(self.task, outputs, fitted),
             output.attention, bag, feed, seen, output.members, output.evidence,
-            # What was fitted to one model says nothing of several.
-            self.task.decision_text(fitted[0], output.each) if len(fitted) == 1 and fitted[0] is not None else None,
+            _decided(self.task, fitted, output.each),
         )  # fmt: skip
 
     def faithfulness(self, prediction: SlidePrediction) -> Faithfulness:
@@ -268,6 +267,11 @@ def _faithfulness_of(task: Task, models: Sequence[BagModel], prediction: SlidePr
     evidence = prediction.evidence.contributions[class_index] if prediction.evidence and has_own else None
     assert prediction.patch_attention is not None  # noqa: S101 - for the type checker: checked by the caller
     return measure_faithfulness(task, models, features, prediction.patch_attention, class_index, evidence=evidence)
+
+
+def _decided(task: Task, fitted: Sequence[FittedFigures | None], values: np.ndarray) -> str | None:
+    """Return the decision of a slide in words; what was fitted to one model says nothing of several."""
+    return task.decision_text(fitted[0], values) if len(fitted) == 1 and fitted[0] is not None else None
 
 
 def _without_evidence(models: Sequence[BagModel]) -> list[str]:

@@ -151,7 +151,7 @@ def _annotations(predictors: Predictors, files: PredictionFiles, recipe: Predict
     if settings.annotations is None:
         return None
     annotations = Annotations(
-        settings.annotations, settings.annotation_class, predictors.first.task.signal_names, recipe,
+        settings.annotations, settings.annotation_class, predictors.first.task, recipe,
         feat_type=files.feat_type, is_folder=settings.input is None,
     )  # fmt: skip
     annotations.log_unused(files.sources)

@@ -42,6 +42,11 @@ class Answers(Targets):
         return self.outputs
 
     @property
+    def main_signal(self) -> str | None:
+        """Return the signal that a 1 stands for by itself: the only one, or that of the positive output."""
+        return self.signal_names[0] if len(self.signal_names) == 1 else self.positive_output
+
+    @property
     @abstractmethod
     def quantity(self) -> str:
         """Return what the signals are, as in "log-odds of malignant"."""
