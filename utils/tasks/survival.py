@@ -71,6 +71,11 @@ class Survival(SurvivalAnswers, Task):
         """Return the loss of equally likely bins."""
         return float(np.log(self.bins))
 
+    @property
+    def loss_titles(self) -> tuple[str, ...]:
+        """Return that training counts bins of time, and validation the intervals between the `times`."""
+        return f"Training loss, of {self.bins} bins of time", f"Validation loss, of {len(self.times) + 1} intervals"
+
     def activate(self, logits: Tensor) -> np.ndarray:
         """Return risk and survival in float64, between the bins' ends as if events were spread evenly."""
         rows = logits.cpu().double().numpy()

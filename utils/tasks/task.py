@@ -76,6 +76,11 @@ class Task(Answers):
     def chance_loss(self) -> float:
         """Return the loss of a model that knows nothing of the slides."""
 
+    @property
+    def loss_titles(self) -> tuple[str, ...]:
+        """Return what curves call the losses: one title if training and validation have the same loss, else two."""
+        return ("Loss",)
+
     @abstractmethod
     def activate(self, logits: Tensor) -> np.ndarray:
         """Return the values `(..., C)` in float64 for logits `(..., L)`."""
