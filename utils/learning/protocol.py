@@ -68,14 +68,6 @@ def check_operating_point(data: MILDataset, operating_point: str, folds: Sequenc
             )
 
 
-def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
-    """Warn if inner folds validate on a single patient of a stratum (a class), or on none."""
-    task = data.task
-    warning = few_patients(folds, task.strata(data.labels), data.cases, task.strata_names, task.stratum_words[0])
-    if warning:
-        log.warning(warning)
-
-
 def with_monitor(protocol: Protocol, task: Task) -> Protocol:
     """Return the protocol with the task's own monitor instead of "auto". Raise ConfigError for one that it lacks."""
     if protocol.monitor == "auto":
@@ -88,16 +80,28 @@ def with_monitor(protocol: Protocol, task: Task) -> Protocol:
     return protocol
 
 
-def fold_monitor(data: MILDataset, monitor: str, fold: OuterFold) -> str:
-    """Return the monitor of an outer fold: `monitor`, or the loss if that is undefined in an inner fold."""
+def changed_monitors(data: MILDataset, monitor: str, folds: Sequence[OuterFold]) -> dict[int, str]:
+    """Return why the loss chooses instead of the `monitor`, by the number of each outer fold with an inner fold where
+    it is undefined.
+    """
     metric = monitored_metric(monitor)
-    reasons = [data.task.why_undefined(metric, data.labels[inner.val]) for inner in fold.inner]
-    reason = next(filter(None, reasons), "")
-    if not reason:
-        return monitor
-    text = "outer fold %d: an inner fold %s, so the slide loss chooses instead of the %s"
-    log.info(text, fold.number, reason, metric.upper())
-    return "slide_loss"
+    title = data.task.metric_titles.get(metric, metric.replace("_", " "))
+    changed = {}
+    for fold in folds:
+        reasons = [data.task.why_undefined(metric, data.labels[inner.val]) for inner in fold.inner]
+        if reason := next(filter(None, reasons), ""):
+            changed[fold.number] = f"an inner fold {reason}, so the slide loss chooses instead of the {title}"
+    return changed
+
+
+def warn_of_folds(data: MILDataset, monitor: str, folds: Sequence[OuterFold]) -> None:
+    """Warn if inner folds validate on too few patients, or cannot be compared by the `monitor`."""
+    task = data.task
+    few = few_patients(folds, task.strata(data.labels), data.cases, task.strata_names, task.stratum_words[0])
+    if few:
+        log.warning(few)
+    for fold, text in changed_monitors(data, monitor, folds).items():
+        log.warning("outer fold %d: %s", fold, text)
 
 
 def kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold]) -> Literal["last", "best"]:
@@ -142,7 +146,8 @@ def inner_jobs(
     standardized: Collection[int] = (),
 ) -> list[TrainingJob]:
     """Return the inner trainings; in the folds numbered `standardized`, the models standardise features."""
-    monitors = {fold.number: fold_monitor(data, protocol.monitor, fold) for fold in folds}
+    changed = changed_monitors(data, protocol.monitor, folds)
+    monitors = {fold.number: "slide_loss" if fold.number in changed else protocol.monitor for fold in folds}
     keep = kept_epoch(data, protocol.keep, folds)
     epochs = [with_setting(training, setting).epochs for setting in settings]
     return [

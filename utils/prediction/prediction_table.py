@@ -296,7 +296,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     if scores["unseen"] is not None:
         unseen = scores["unseen"]
         rows = [figures_row("unseen", unseen["pooled"], metrics), intervals_row(unseen["intervals_95"], metrics)]
-        blocks.append(rows)
+        blocks.append([*rows, *case_rows(unseen, metrics, "unseen patients")])
         counts = f"{plural(unseen['n_slides'], 'slide')} of the other {plural(unseen['n_cases'], 'patient')}"
         reason = interval_words(unseen, metrics)
         words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores, metrics) else f" {reason}"))

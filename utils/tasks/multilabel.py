@@ -52,8 +52,7 @@ class Multilabel(Probabilities):
 
     kind, flags = "multilabel", "--task multilabel --target_columns"
     figure_names = ("roc", "precision_recall")
-    main_metrics = METRICS
-    compared_metrics = METRICS
+    main_metrics = compared_metrics = METRICS
     metric_titles = {"auc": "AUC"}  # noqa: RUF012 - a constant of the class
     output_word, side_word = "label", "with or without a label"
 
@@ -96,7 +95,8 @@ class Multilabel(Probabilities):
 
     def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
         """Return the task with the strata of a cohort. Raise ValueError if no slide has, or lacks, a label."""
-        _check_labels(self.target_columns, targets)
+        for name, cell in _absent(self.target_columns, targets):
+            raise ValueError(f"no row has a {cell} in {name}, so that it cannot be learned; leave it out")
         chosen = stratum_labels(targets == 1, np.array(cases))
         return replace(self, stratum_labels=tuple(self.target_columns[label] for label in chosen))
 
@@ -217,8 +217,8 @@ class Multilabel(Probabilities):
 
     def why_undefined(self, metric: str, targets: np.ndarray) -> str:
         """Return that the slides with or without a label are missing, unless `metric` is the loss."""
-        has_sides = all((column == cell).any() for column in targets.T for cell in (1, 0))
-        return "" if metric == "loss" or has_sides else "lacks slides with or without a label"
+        absent = [f"{'with' if cell else 'without'} {name}" for name, cell in _absent(self.target_columns, targets)]
+        return f"lacks slides {absent[0]}" if absent and metric != "loss" else ""
 
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows whose known labels are surest and correct, surest and wrong, and most uncertain."""
@@ -235,11 +235,10 @@ class Multilabel(Probabilities):
         return [f"AUC and average precision are means over the labels {', '.join(self.target_columns)}.{report}"]
 
 
-def _check_labels(names: Sequence[str], targets: np.ndarray) -> None:
-    """Raise ValueError if no slide has, or lacks, a label."""
-    for (name, column), cell in product(zip(names, targets.T, strict=True), (1, 0)):
-        if not (column == cell).any():
-            raise ValueError(f"no row has a {cell} in {name}, so that it cannot be learned; leave it out")
+def _absent(names: Sequence[str], targets: np.ndarray) -> list[tuple[str, int]]:
+    """Return each label that no slide has, with 1, and each that none is known to lack, with 0."""
+    columns = product(zip(names, targets.T, strict=True), (1, 0))
+    return [(name, cell) for (name, column), cell in columns if not (column == cell).any()]
 
 
 def _label_table(
