@@ -169,6 +169,23 @@ def test_records_give_the_task_and_its_answer_back(cohort):
     assert task.headline(answer.predicted).startswith(f"risk {values[0]:.4g}: days lost on average until ")
 
 
+@pytest.mark.parametrize(("events", "has_interval"), [(4, False), (5, True)])
+def test_few_events_give_no_interval(events, has_interval):
+    rng = np.random.default_rng(0)
+    times = rng.permutation(40) + 1.0
+    targets = np.stack([times, np.isin(times, np.sort(times)[:: 40 // events][:events])], axis=1).astype(float)
+    task = Survival("days", "died", times=(10.0, 20.0, 30.0, 40.0)).of_cohort(targets, np.arange(40).astype(str))
+    survival = np.tile([0.9, 0.7, 0.5, 0.3], (40, 1))
+    values = np.concatenate([rng.normal(size=(40, 1)) - times[:, None] / 20, survival], axis=1)
+    rows = ScoredRows(task, targets, values, np.arange(40), np.ones(40))
+    estimates = rows.estimates(rows.pooled, 0)
+    for name in ("c_index", "c_index_ipcw", "integrated_brier"):
+        assert (estimates[name].interval is not None) is (has_interval and estimates[name].value is not None), name
+    if not has_interval:
+        assert estimates["c_index"].reason == "fewer than 5 patients with an event"
+    assert estimates["auc_20"].reason == "fewer than 5 patients with an event by then, or without one"
+
+
 def test_intervals_of_the_c_index_hold_the_truth():
     """In simulated cohorts of 80 patients, 150 times."""
     rng, held, within = np.random.default_rng(5), [], []

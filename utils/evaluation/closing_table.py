@@ -35,7 +35,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def case_rows(results: Mapping[str, Any], metrics: Sequence[str], name: str = "patients") -> list[list[str]]:
-    """Return the rows of the patients' figures of an `outputs.json` or `scores.json`, by this name; none if it has none."""
+    """Return the rows, of this name, of the patients' figures of an `outputs.json` or `scores.json`, if it has some."""
     cases = results.get("cases")
     if not cases:
         return []

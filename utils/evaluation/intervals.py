@@ -217,6 +217,8 @@ class _Intervals:
     def _too_few(self, basis: Basis) -> str:
         if self.patients.count < LEAST_PATIENTS:
             return f"fewer than {LEAST_PATIENTS} {self.patients.unit}s"
+        if isinstance(basis, Bounded) and any(len(self.patients.slides(rows)) < LEAST_PATIENTS for rows in basis.kinds):
+            return f"fewer than {LEAST_PATIENTS} {self.patients.unit}s {basis.words}"
         sides: list[np.ndarray] = []
         if isinstance(basis, PairRanking | Precision):
             sides = [*basis.positives, *basis.negatives]

@@ -117,8 +117,15 @@ class Survival(SurvivalAnswers, Task):
         }
 
     def basis(self, metric: str, targets: np.ndarray, values: np.ndarray) -> Basis:
-        """Return that all metrics are numbers from 0 to 1."""
-        return Bounded(0, 1)
+        """Return that all metrics are from 0 to 1 and rest on patients with an event; an AUC also on those who are
+        followed beyond its time.
+        """
+        times, events = targets.T
+        if not metric.startswith("auc_"):
+            return Bounded(0, 1, (events == 1,), "with an event")
+        horizon = self.horizons[self.metric_names.index(metric) - len(self.main_metrics)]
+        kinds = (events == 1) & (times <= horizon), times > horizon
+        return Bounded(0, 1, kinds, "with an event by then, or without one")
 
     def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:
         """Return the negative log-likelihood of the outcomes, and the main metrics.
