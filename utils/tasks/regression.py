@@ -64,9 +64,9 @@ class Regression(Task):
 
     def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
         """Return the task with the strata of a cohort: fifths of its numbers, or fewer where patients are few."""
-        return replace(self, cuts=inner_quantiles(targets, len(set(cases)), _STRATA))
+        return replace(self, cuts=inner_quantiles(targets, cases, _STRATA))
 
-    def fitted_to(self, targets: np.ndarray) -> Self:
+    def fitted_to(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
         """Return the task with mean and standard deviation of the training slides' numbers."""
         scale = float(targets.std())
         return replace(self, center=float(targets.mean()), scale=scale if scale > 0 else 1.0)

@@ -32,7 +32,7 @@ _NO_CHANCE = 1e-6  # of an outcome, at least, in the validation loss
 @dataclass(frozen=True)
 class Survival(SurvivalAnswers, Task):
     """The time to an event (see `SurvivalAnswers`). `edges` are the ends of the bins, of which the first is 0; they are
-    fitted to the training slides.
+    fitted to the training patients.
     """
 
     edges: tuple[float, ...] = ()
@@ -49,9 +49,9 @@ class Survival(SurvivalAnswers, Task):
         """Return the number of bins."""
         return self.bins
 
-    def fitted_to(self, targets: np.ndarray) -> Self:
-        """Return the task with bins that end at quantiles of the training slides' events."""
-        return replace(self, edges=tuple(bin_edges(targets, self.bins).tolist()))
+    def fitted_to(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
+        """Return the task with bins that end at quantiles of the training patients' events."""
+        return replace(self, edges=tuple(bin_edges(targets, cases, self.bins).tolist()))
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -148,10 +148,11 @@ class Survival(SurvivalAnswers, Task):
         return "has no event" if metric != "loss" and not targets[:, 1].any() else ""
 
     def fit_on_validation(
-        self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
+        self, targets: np.ndarray, values: np.ndarray, cases: Sequence[str], operating_point: str, is_balanced: bool
     ) -> FittedFigures:
-        """Return the median risk, above which a risk is high."""
-        return {"median_risk": float(np.median(values[:, 0]))}
+        """Return the median of the patients' mean risks, above which a risk is high."""
+        patient = np.unique(np.asarray(cases), return_inverse=True)[1]
+        return {"median_risk": float(np.median(np.bincount(patient, values[:, 0]) / np.bincount(patient)))}
 
     def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
         """Return the median risk."""

@@ -11,7 +11,7 @@ import numpy as np
 from utils.core.errors import plural
 from utils.tasks.answers import Answers, numbers_in
 from utils.tasks.counts import range_text
-from utils.tasks.quantiles import inner_quantiles, stratum_names, stratum_of
+from utils.tasks.quantiles import inner_quantiles, patient_quantiles, stratum_names, stratum_of
 from utils.tasks.targets import Row
 
 _STRATA = 4
@@ -76,10 +76,10 @@ class SurvivalAnswers(Answers):
         self._check_patients(targets, cases)
         patients = np.array(cases)
         cuts = [
-            inner_quantiles(times[rows], len(np.unique(patients[rows])), _STRATA) if rows.any() else ()
+            inner_quantiles(times[rows], patients[rows].tolist(), _STRATA) if rows.any() else ()
             for rows in (events == 1, events == 0)
         ]
-        chosen = np.quantile(times[events == 1], np.arange(1, _PARTS) / _PARTS, method="inverted_cdf")
+        chosen = patient_quantiles(times[events == 1], patients[events == 1].tolist(), _PARTS)
         return replace(
             self,
             times=self.times or tuple(float(time) for time in np.unique(chosen)),

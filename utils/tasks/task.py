@@ -50,8 +50,10 @@ class Task(Answers):
         """Return the number L of logits that a model gives."""
         return len(self.outputs)
 
-    def fitted_to(self, targets: np.ndarray) -> Self:
-        """Return the task for a model that is trained on slides with these targets: with what is fitted to them."""
+    def fitted_to(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
+        """Return the task for a model that is trained on slides with these targets and patients `(n,)`: with what is
+        fitted to them.
+        """
         return self
 
     def ranking_metrics(self, output: int) -> tuple[str, str] | None:
@@ -120,12 +122,12 @@ class Task(Answers):
         return "slide_loss"
 
     def fit_on_validation(
-        self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
+        self, targets: np.ndarray, values: np.ndarray, cases: Sequence[str], operating_point: str, is_balanced: bool
     ) -> FittedFigures:
         """Return what is fitted to inner validation slides, by name; None if it is undefined for them.
 
-        `operating_point` is what a decision threshold is fitted for (see `tasks.operating_point`); `is_balanced` says
-        whether the loss was weighted by `loss_weights`.
+        `cases (n,)` are their patients. `operating_point` is what a decision threshold is fitted for (see
+        `tasks.operating_point`); `is_balanced` says whether the loss was weighted by `loss_weights`.
         """
         return {}
 
