@@ -103,6 +103,8 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
     assert (outputs["task"], outputs["n_slides"], outputs["n_cases"]) == (task, 60, PATIENTS)
     assert outputs["cases"]["n_several_slides"] == PATIENTS // 2
     assert outputs["pooled"][endpoint.metric] > endpoint.least, "it learns what is there"
+    assert not {"center", "scale", "edges", "operating_point"} & outputs.keys(), "they mean nothing for all folds"
+    assert outputs["pooled_thresholded"] is None
     low, high = outputs["cases"]["intervals_95"][endpoint.metric]
     assert low < outputs["cases"]["pooled"][endpoint.metric] < high
     assert {f"{name}.png" for name in (*endpoint.figures, "learning_curves")} <= {path.name for path in run.iterdir()}
@@ -133,6 +135,8 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
     assert (drawn[0].decisions is not None) == (task == "survival"), "risk groups are drawn"
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["pooled"][endpoint.metric] > endpoint.least
+    assert not {"center", "scale", "edges", "operating_point", "threshold"} & scores.keys()
+    assert scores["pooled_thresholded"] is None
     assert scores["cases"]["n_several_slides"] == PATIENTS // 2
     assert {f"{name}.png" for name in endpoint.figures} <= {path.name for path in (tmp_path / "out").iterdir()}
     first = json.loads((tmp_path / "out" / "P00-0_prediction.json").read_text())

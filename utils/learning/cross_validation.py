@@ -39,6 +39,7 @@ from utils.learning.protocol import (
     check_operating_point,
     inner_jobs,
     log_kept_epoch,
+    operating_point_entry,
     outer_folds,
     splits_content,
     warn_of_folds,
@@ -139,11 +140,9 @@ class NestedCrossValidation:
                     _log_resumed(begun, engine)
                 with threads(begun["threads"]):
                     results = self._run_folds(folds, engine, standardization, digests)
-                    about = {
-                        "model": self.spec, "dataset": self.dataset_name,
-                        "standardize": standardization.as_dict(), "operating_point": self.protocol.operating_point,
-                        "changed_monitors": changed_monitors(self.dataset, self.protocol.monitor, folds),
-                    }  # fmt: skip
+                    about = {"model": self.spec, "dataset": self.dataset_name, "standardize": standardization.as_dict()}
+                    about |= operating_point_entry(self.dataset.task, self.protocol.operating_point)
+                    about["changed_monitors"] = changed_monitors(self.dataset, self.protocol.monitor, folds)
                     seed, formats = derive_seed(self.protocol.seed, "bootstrap"), self.running.figure_format
                     write_results(self.output_dir, results, self.dataset, about, seed, formats)
                     seconds = round(time.time() - started, 1)

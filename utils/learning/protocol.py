@@ -94,6 +94,11 @@ def changed_monitors(data: MILDataset, monitor: str, folds: Sequence[OuterFold])
     return changed
 
 
+def operating_point_entry(task: Task, operating_point: str) -> dict[str, str]:
+    """Return the entry of `outputs.json` that says what thresholds were fitted for, if the task has thresholds."""
+    return {"operating_point": operating_point} if "operating_point" in task.decision_figures else {}
+
+
 def warn_of_folds(data: MILDataset, monitor: str, folds: Sequence[OuterFold]) -> None:
     """Warn if inner folds validate on too few patients, or cannot be compared by the `monitor`."""
     task = data.task

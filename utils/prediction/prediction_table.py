@@ -147,11 +147,10 @@ class PredictedSlides:
         scored = [record for record in self.records if record["slide"] in self.rows]
         _, num_renamed, num_by_name = self._seen_counts(scored)
         return {
-            **self.task.record,
+            **self.task.cohort_record,
             "positive_class": self.task.positive_output,
             **_figures(predictions),
-            "threshold": fitted and fitted.get("threshold"),
-            "operating_point": fitted and fitted.get("operating_point"),
+            **{name: fitted and fitted.get(name) for name in self.task.decision_figures},
             "patients_from": self.patients_from or NO_PATIENTS,
             "n_seen_in_training": int(is_seen.sum()),
             "n_seen_under_another_name": num_renamed,

@@ -93,8 +93,9 @@ def _make_predictor(
 
 
 def output_folder(files: PredictionFiles, predictors: Predictors) -> Path:
-    """Return the output folder: the one given, else one named after the model."""
-    name = predictors.folder_name + ("_out_of_fold" if files.run else "")
+    """Return the output folder: the one given, else one named after the model, and after its run or its data set."""
+    run = "" if files.run is None else files.run.folder.resolve().name
+    name = predictors.folder_name(run) + ("_out_of_fold" if run else "")
     return files.settings.output_dir or DEFAULT_FOLDER / name
 
 

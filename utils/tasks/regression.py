@@ -45,6 +45,7 @@ class Regression(Task):
     main_metrics = METRICS
     compared_metrics = METRICS
     lower_is_better = ("mae",)
+    fitted_fields = ("center", "scale")
     metric_titles = {"r2": "R2", "mae": "MAE"}  # noqa: RUF012 - a constant of the class, as the others
 
     @property

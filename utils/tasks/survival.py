@@ -42,6 +42,7 @@ class Survival(SurvivalAnswers, Task):
     main_metrics = ("c_index", "c_index_ipcw", "integrated_brier")
     compared_metrics = main_metrics
     lower_is_better = ("integrated_brier",)
+    fitted_fields = ("edges",)
     metric_titles = {"c_index": "C-index", "c_index_ipcw": "C-index (Uno)"}  # noqa: RUF012 - a constant of the class
 
     @property
