@@ -1,7 +1,6 @@
 """Numbers and survival from the label table to the scores of an external cohort."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.learning.endpoints import (
+    Endpoint,
+    check_flags_are_refused,
+    check_target_is_named,
+    cohort_fixture,
+    train_fixture,
+)
 from tests.learning.runs import assert_same, contents
 from utils.bags.store import Bag, write_bag
 from utils.core.errors import CheckpointError, ConfigError
@@ -23,22 +29,6 @@ from utils.tasks.ordinal import Ordinal
 from utils.tasks.regression import Regression
 
 PATIENTS, DIM = 40, 8
-SMALL = (
-    "--n_outer", 2, "--n_inner", 2, "--epochs", 30, "--hidden_dim", 16, "--num_heads", 2, "--device", "cpu",
-    "--lr", "1e-2", "--seed", 3,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """The flags of a task, its primary metric, what a model that has learned something reaches, and the figures."""
-
-    flags: tuple[str, ...]
-    metric: str
-    least: float
-    figures: tuple[str, ...]
-
-
 ENDPOINTS = {
     "regression": Endpoint(("--task", "regression", "--target_column", "share"), "r2", 0.3, ("scatter",)),
     "survival": Endpoint(
@@ -69,26 +59,8 @@ def write_patients(folder: Path, seed: int) -> tuple[Path, Path]:
     return folder / "labels.csv", folder / "features"
 
 
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory) -> tuple[Path, Path]:
-    return write_patients(tmp_path_factory.mktemp("cohort"), 0)
-
-
-@pytest.fixture(scope="module")
-def external(tmp_path_factory) -> tuple[Path, Path]:
-    return write_patients(tmp_path_factory.mktemp("external"), 1)
-
-
-@pytest.fixture
-def train(script, cohort, tmp_path):
-    def run(task: str, *flags, labels: Path | None = None, name: str = "run"):
-        table, features = cohort
-        return script(
-            "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels or table,
-            "--features_dir", features, "--output_dir", tmp_path / name, *ENDPOINTS[task].flags, *SMALL, *flags,
-        )  # fmt: skip
-
-    return run
+cohort, external = cohort_fixture(write_patients, 0), cohort_fixture(write_patients, 1)
+train = train_fixture(ENDPOINTS)
 
 
 @pytest.mark.usefixtures("coarse_figures")
@@ -200,14 +172,8 @@ def test_shuffled_targets_give_chance(task, train, cohort, tmp_path):
     ("regression", "share", "high", "1 row with a target that cannot be used (share must be a number): P00-0 ('high')"),
 ])  # fmt: skip
 def test_a_target_that_cannot_be_used_is_named(task, column, value, message, train, cohort, tmp_path):
-    table = pd.read_csv(cohort[0], dtype=str)
-    table.loc[0, column] = value
-    table.to_csv(tmp_path / "labels.csv", index=False)
-    outcome = train(task, labels=tmp_path / "labels.csv")
-    assert (outcome.code, len(outcome.errors)) == (1, 1)
-    assert message in outcome.errors[0]
-    assert "--allow unknown" in outcome.errors[0]
-    dry = train(task, "--allow", "unknown", "--dry_run", labels=tmp_path / "labels.csv")
+    labels = check_target_is_named(train, cohort, tmp_path, task, column, value, message)
+    dry = train(task, "--allow", "unknown", "--dry_run", labels=labels)
     assert dry.code == 0, dry.err
     assert "warning  1 slide with a target that cannot be used" in dry.out
 
@@ -222,14 +188,7 @@ def test_a_target_that_cannot_be_used_is_named(task, column, value, message, tra
     (("--task", "regression", "--target_column", "share", "--operating_point", "sensitivity=0.9"), "needs two classes"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(flags, message, script, cohort, tmp_path):
-    labels, features = cohort
-    outcome = script(
-        "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels, "--features_dir", features,
-        "--output_dir", tmp_path / "run", *flags,
-    )  # fmt: skip
-    assert (outcome.code, len(outcome.errors)) == (1, 1)
-    assert message in outcome.errors[0]
-    assert not (tmp_path / "run" / "run.json").exists()
+    check_flags_are_refused(script, cohort, tmp_path, flags, message)
 
 
 def test_several_models_answer_by_what_each_was_fitted_to(train, script, external, tmp_path):

@@ -1,7 +1,6 @@
 """Grades and several labels from the label table to the scores of an external cohort."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,32 +8,19 @@ import pandas as pd
 import pytest
 
 from tests.cohort import synthetic_bag
+from tests.learning.endpoints import (
+    Endpoint,
+    check_flags_are_refused,
+    check_target_is_named,
+    cohort_fixture,
+    train_fixture,
+)
 from tests.learning.runs import assert_same, contents
 from utils.bags.store import write_bag
 from utils.pictures.prediction_caption import Caption
 from utils.prediction.checkpoint import load_checkpoint
 
 GRADES, LABELS, PATIENTS, DIM = ("low", "mid", "high"), ("A", "B"), 36, 8
-SMALL = (
-    "--n_outer", 2, "--n_inner", 2, "--epochs", 30, "--hidden_dim", 16, "--num_heads", 2, "--device", "cpu",
-    "--lr", "1e-2", "--seed", 3,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """The flags of a task, its primary metric with what a model that has learned something reaches, the figures, what
-    the values are called in a slide's record, and what evidence is the sum of.
-    """
-
-    flags: tuple[str, ...]
-    metric: str
-    least: float
-    figures: tuple[str, ...]
-    values_key: str
-    quantity: str
-
-
 ENDPOINTS = {
     "ordinal": Endpoint(
         ("--task", "ordinal", "--target_column", "grade", "--order", ",".join(GRADES)),
@@ -66,26 +52,8 @@ def write_patients(folder: Path, seed: int) -> tuple[Path, Path]:
     return folder / "labels.csv", folder / "features"
 
 
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory) -> tuple[Path, Path]:
-    return write_patients(tmp_path_factory.mktemp("cohort"), 0)
-
-
-@pytest.fixture(scope="module")
-def external(tmp_path_factory) -> tuple[Path, Path]:
-    return write_patients(tmp_path_factory.mktemp("external"), 1)
-
-
-@pytest.fixture
-def train(script, cohort, tmp_path):
-    def run(task: str, *flags, labels: Path | None = None, name: str = "run"):
-        table, features = cohort
-        return script(
-            "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels or table,
-            "--features_dir", features, "--output_dir", tmp_path / name, *ENDPOINTS[task].flags, *SMALL, *flags,
-        )  # fmt: skip
-
-    return run
+cohort, external = cohort_fixture(write_patients, 0), cohort_fixture(write_patients, 1)
+train = train_fixture(ENDPOINTS)
 
 
 def known(table: pd.DataFrame) -> list[tuple[str, ...]]:
@@ -192,13 +160,7 @@ def test_the_cohort_is_audited_by_the_strata_of_the_task(task, script, cohort, t
     ("multilabel", "A", "2", "1 row with a target that cannot be used (A, B must be 1, 0 or empty, and not all of"),
 ])  # fmt: skip
 def test_a_target_that_cannot_be_used_is_named(task, column, value, message, train, cohort, tmp_path):
-    table = pd.read_csv(cohort[0], dtype=str, keep_default_na=False)
-    table.loc[0, column] = value
-    table.to_csv(tmp_path / "labels.csv", index=False)
-    outcome = train(task, labels=tmp_path / "labels.csv")
-    assert (outcome.code, len(outcome.errors)) == (1, 1)
-    assert message in outcome.errors[0]
-    assert "--allow unknown" in outcome.errors[0]
+    check_target_is_named(train, cohort, tmp_path, task, column, value, message)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -212,9 +174,4 @@ def test_a_target_that_cannot_be_used_is_named(task, column, value, message, tra
     (("--task", "multilabel", "--target_columns", "A,Q"), "no column Q to predict"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(flags, message, script, cohort, tmp_path):
-    outcome = script(
-        "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", cohort[0], "--features_dir", cohort[1],
-        "--output_dir", tmp_path / "run", *flags,
-    )  # fmt: skip
-    assert (outcome.code, len(outcome.errors)) == (1, 1)
-    assert message in outcome.errors[0]
+    check_flags_are_refused(script, cohort, tmp_path, flags, message)
