@@ -63,7 +63,6 @@ from utils.bags.settings import CohortFiles
 from utils.core.cohorts import cohort_classes
 from utils.core.errors import plural
 from utils.learning.split_files import read_splits, unused_split
-from utils.tasks.classification import Classification
 from utils.tasks.task import Task
 
 
@@ -126,7 +125,7 @@ def audit(
     files = CohortFiles(**paths_and_classes, feat_type=feat_type, **settings)
     folder = None if features_dir is None else FeatureFolder(features_dir)
     table = read_table(labels_csv, ("label",) if task is None else task.columns)
-    words = (Classification if task is None else task).stratum_words
+    words = ("class", "classes") if task is None else task.stratum_words
     target_findings: list[Finding] = []
     if task is not None:
         target_findings, table, class_names = stratified(table, task, _level("unknown", files.allow))
