@@ -41,7 +41,7 @@ def main() -> None:
     )
     from datasets.demo import make_demo
     from utils.core.engine import check_engine
-    from utils.evaluation.closing_table import closing_text
+    from utils.evaluation.closing_table import closing_text, level_words
     from utils.mil_dataset import MILDataset
     from utils.nested_cv import NestedCrossValidation
     from utils.prediction.trained_model import model_name
@@ -66,7 +66,7 @@ def main() -> None:
         print("Next: the same command without --dry_run")
         return
     results = cv.run()
-    print(f"\n{name} on {cohort.dataset}: out-of-fold, slide level\n\n{closing_text(results)}\n")
+    print(f"\n{name} on {cohort.dataset}: out-of-fold, {level_words(results)}\n\n{closing_text(results)}\n")
     chosen = output_dir / "all_folds_best.pth"
     if protocol.final == "all":
         print(f"A model of all slides, for use elsewhere, is {output_dir / 'all_slides.pth'}; expect the figures above")

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +122,16 @@ def refusal(*paths: Path, metrics: tuple[str, ...] = METRICS) -> str:
     return str(caught.value)
 
 
+def of_slides(paths: list[Path], metrics: Sequence[str]) -> list[Difference]:
+    return [one for one in compare(read_runs(paths), metrics) if one.unit == "slide"]
+
+
 def by_metric(differences: list[Difference], metric: str) -> list[Difference]:
     return [one for one in differences if one.metric == metric]
 
 
 def test_every_pair_in_every_metric(runs):
-    differences = compare(read_runs(runs), METRICS)
+    differences = of_slides(runs, METRICS)
     names = ("LiteMIL/mine", "ABMIL/mine", "meanPool/mine")
     pairs = [(names[0], names[1]), (names[0], names[2]), (names[1], names[2])]
     assert [(one.first, one.second) for one in differences] == pairs * 3
@@ -142,9 +146,27 @@ def test_every_pair_in_every_metric(runs):
     assert by_metric(differences, "brier")[1].high < 0
 
 
+def test_patients_of_several_slides_are_compared_first_by_the_mean_of_their_slides(runs):
+    """By another way: runs of one row per patient, whose answer is that mean."""
+    differences = [one for one in compare(read_runs(runs[:2]), METRICS) if one.unit == "patient"]
+    assert all(one.is_primary for one in differences)
+    for path in runs[:2]:
+        table = pd.read_csv(path / "predictions.csv")
+        how = {name: "mean" if name.startswith("prob_") else "first" for name in table}
+        table = table.groupby(["repeat", "case_id"], as_index=False).agg(how)
+        table.to_csv(path / "predictions.csv", index=False)
+        splits = (path / "splits.json").read_text()
+        (path / "splits.json").write_text(re.sub(r',\s*"P\d\d-2"|"P\d\d-2",\s*', "", splits))
+    alone = compare(read_runs(runs[:2]), METRICS)
+    assert [one.unit for one in alone] == ["slide"] * 3, "a patient has one slide"
+    for one, other in zip(alone, differences, strict=True):
+        for field in ("difference", "low", "p", "models_high", "fold_mean", "p_corrected_t", "p_holm"):
+            assert getattr(one, field) == pytest.approx(getattr(other, field)), (one.metric, field)
+
+
 def test_the_differences_are_those_of_the_runs_own_figures(runs):
     """By another way: from the files, the folds' figures and the sizes of the folds."""
-    (difference,) = compare(read_runs(runs[:2]), ["auc"])
+    (difference,) = of_slides(runs[:2], ["auc"])
     tables = [pd.read_csv(run / "predictions.csv") for run in runs[:2]]
     folds = []
     for fold in range(1, 2 * FOLDS + 1):
@@ -164,12 +186,12 @@ def test_the_differences_are_those_of_the_runs_own_figures(runs):
 
 
 def test_a_pair_is_the_same_in_any_company_and_order(runs, tmp_path):
-    among = by_metric(compare(read_runs(runs), METRICS), "brier")
-    (alone,) = compare(read_runs(runs[:2]), ["brier"])
+    among = by_metric(of_slides(runs, METRICS), "brier")
+    (alone,) = of_slides(runs[:2], ["brier"])
     shuffled = write_run(tmp_path / "shuffled" / "ABMIL" / "mine", 0.7, 1, shuffle=5)
     assert (shuffled / "splits.json").read_bytes() != (runs[1] / "splits.json").read_bytes()
-    (reordered,) = compare(read_runs([runs[0], shuffled]), ["brier"])
-    (backward,) = compare(read_runs([runs[1], runs[0]]), ["brier"])
+    (reordered,) = of_slides([runs[0], shuffled], ["brier"])
+    (backward,) = of_slides([runs[1], runs[0]], ["brier"])
     for field in ("difference", "low", "high", "p", "models_low", "p_models", "fold_mean", "folds", "p_corrected_t"):
         assert getattr(alone, field) == getattr(among[0], field) == pytest.approx(getattr(reordered, field))
     assert backward.p == pytest.approx(alone.p)
@@ -177,7 +199,7 @@ def test_a_pair_is_the_same_in_any_company_and_order(runs, tmp_path):
 
 
 def test_holm_is_over_the_pairs_of_the_primary_metric_and_over_all_others(runs):
-    differences = compare(read_runs(runs), METRICS)
+    differences = of_slides(runs, METRICS)
     primary = by_metric(differences, METRICS[0])
     others = [one for one in differences if one.metric != METRICS[0]]
     assert (len(primary), len(others)) == (3, 6)
@@ -188,7 +210,7 @@ def test_holm_is_over_the_pairs_of_the_primary_metric_and_over_all_others(runs):
 
 def test_runs_that_answer_alike_are_not_told_apart(runs, tmp_path):
     copy = shutil.copytree(runs[0], tmp_path / "copy")
-    (difference,) = compare(read_runs([runs[0], copy]), ["auc"])
+    (difference,) = of_slides([runs[0], copy], ["auc"])
     assert (difference.difference, difference.low, difference.high, difference.p) == (0, None, None, 1)
     assert difference.p_corrected_t is None
     assert difference.folds == 2 * FOLDS
@@ -200,7 +222,7 @@ def test_slides_are_ranked_within_a_repeat(runs, tmp_path):
     table = pd.read_csv(squeezed / "predictions.csv")
     table["prob_malignant"] *= np.where(table["repeat"] == 2, 0.1, 1)
     table.to_csv(squeezed / "predictions.csv", index=False)
-    auc, brier = compare(read_runs([runs[0], squeezed]), ["auc", "brier"])
+    auc, brier = of_slides([runs[0], squeezed], ["auc", "brier"])
     assert (auc.difference, auc.low, auc.high, auc.p, auc.fold_mean) == (0, None, None, 1, 0)
     assert brier.high < 0
 
@@ -223,7 +245,7 @@ def test_folds_where_a_figure_is_undefined_do_not_count(tmp_path):
             for number, test in enumerate(tests, start=1)
         ]
         write_json(run / "splits.json", {"folds": folds})
-    auc, accuracy = compare(read_runs(runs), ["auc", "accuracy"])
+    auc, accuracy = of_slides(runs, ["auc", "accuracy"])
     assert (auc.fold_mean, auc.folds, auc.p_corrected_t) == (None, 0, None)
     pooled = [run.predictions.metrics["auc"] for run in read_runs(runs)]
     assert auc.difference == pytest.approx(pooled[0] - pooled[1]), "of all slides, as no fold can rank its own"
@@ -392,16 +414,21 @@ def test_the_report_and_its_files(runs, tmp_path, script):
     assert f"comparison.md, comparison.csv, comparison.png, roc.png are in {folder} (took " in outcome.out
     text = (folder / "comparison.md").read_text()
     assert outcome.out.startswith(text + "\n")
-    assert len(re.findall(r"^\| \w+/mine - \w+/mine ", text, re.MULTILINE)) == 9
-    for words in ("48 slides of 24 patients", "8 folds", "trained on cohorts like this", "With --repeats 3 or more",
+    assert len(re.findall(r"^\| \w+/mine - \w+/mine +\| patients ", text, re.MULTILINE)) == 9
+    assert len(re.findall(r"^\| \w+/mine - \w+/mine +\| slides ", text, re.MULTILINE)) == 9
+    for words in ("The figures of patients are primary", "of patients and of slides apart",
+                  "48 slides of 24 patients", "8 folds", "trained on cohorts like this", "With --repeats 3 or more",
                   "the 3 pairs of auc and for the 6 tests of the other metrics", "auc is the primary"):  # fmt: skip
         assert words in text
     auc = read_runs(runs)[0].predictions.within_folds["auc"]
     low, high = auc.interval
     assert f"{auc.value:.3f} ({low:.3f} to {high:.3f})" in text
-    assert re.search(r"\| LiteMIL/mine +\| meanPool \| +38,018 \|", text)
+    assert re.search(r"\| LiteMIL/mine +\| patients \| meanPool \| +38,018 \|", text)
     table = pd.read_csv(folder / "comparison.csv")
-    assert table.groupby("metric").size().to_dict() == {"auc": 3, "balanced_accuracy": 3, "f1_macro": 3}
+    assert table.groupby("metric").size().to_dict() == {"auc": 6, "balanced_accuracy": 6, "f1_macro": 6}
+    assert table["unit"].tolist() == ["patient"] * 9 + ["slide"] * 9
+    assert table["is_primary"].tolist() == [True] * 9 + [False] * 9
+    assert json.loads((folder / "comparison.json").read_text())["units"] == ["patient", "slide"]
     for name in ("comparison.png", "roc.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 600
@@ -534,7 +561,7 @@ def test_two_runs_need_no_holm_and_a_refusal_writes_nothing(runs, tmp_path, scri
     outcome = script("utils.compare", *runs[:2], "--metrics", "brier", "--output_dir", folder)
     assert "Holm" not in outcome.out
     assert "brier (lower is better)" in outcome.out
-    assert "primary" not in outcome.out
+    assert "primary metric" not in outcome.out
     before = (folder / "comparison.md").read_bytes()
     outcome = script("utils.compare", runs[0], tmp_path, "--output_dir", folder)
     assert outcome.code == 1
@@ -546,7 +573,7 @@ def test_two_runs_need_no_holm_and_a_refusal_writes_nothing(runs, tmp_path, scri
 def test_parameters_of_a_model(runs, tmp_path):
     def parameters(run: Path) -> str:
         pair = read_runs([run, next(other for other in runs if other != run)])
-        return report(pair, compare(pair, ["auc"])).splitlines()[4].split("|")[3].strip()
+        return report(pair, compare(pair, ["auc"])).splitlines()[4].split("|")[4].strip()
 
     def choose(content: dict) -> None:
         for fold, width in zip(content["fold_results"], [64, 256] * FOLDS, strict=True):
@@ -568,7 +595,8 @@ def test_parameters_of_a_model(runs, tmp_path):
 
 def test_the_figure_draws_each_difference(tmp_path):
     pairs = {("a", "b"): (0.1, -0.2, 0.3), ("a", "$c$"): (-0.05, -0.1, -0.01)}
-    axes = comparison_figure({"auc": pairs, "brier": pairs}).axes[0]
+    axes = comparison_figure({"auc": pairs, "brier": pairs}, "patient").axes[0]
+    assert axes.get_xlabel().startswith("Difference of the patients' figures")
     assert [label.get_text() for label in axes.get_yticklabels()][:3] == ["auc", "a\n- b", "a\n- \\$c\\$"]
     spans = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
     assert spans == [(-0.2, 0.3), (-0.1, -0.01)] * 2 + [(0, 0)]
@@ -576,7 +604,7 @@ def test_the_figure_draws_each_difference(tmp_path):
     top, bottom = axes.get_ylim()[::-1]
     assert all(top < line.get_ydata()[0] < bottom for line in axes.lines[:-1])
     for content in ({"auc": {("a", "b"): (0.1, -0.2, 0.3)}}, {}):
-        save_figure(comparison_figure(content), tmp_path / "figure.png")
+        save_figure(comparison_figure(content, "slide"), tmp_path / "figure.png")
 
 
 @pytest.mark.usefixtures("coarse_figures")
@@ -599,6 +627,8 @@ def test_runs_of_train_py(tmp_path, script):
     interval = json.loads((folders[0] / "outputs.json").read_text())["intervals_95"]["auc"]
     assert list(run.predictions.rankings[1].auc.interval) == pytest.approx(interval)
     assert "12 slides of 12 patients, tested in 4 folds" in outcome.out
+    assert set(pd.read_csv(tmp_path / "comparison.csv")["unit"]) == {"slide"}
+    assert "of patients" not in outcome.out.split("12 slides of 12 patients")[1]
 
 
 def name_groups(run: Path, size: int) -> None:
@@ -609,12 +639,12 @@ def name_groups(run: Path, size: int) -> None:
 
 def test_groups_that_one_run_names_count_for_both(runs):
     """A run of an earlier version does not name them, though its splits are the same."""
-    (by_patient,) = compare(read_runs(runs[:2]), ["brier"])
+    (by_patient,) = of_slides(runs[:2], ["brier"])
     name_groups(runs[1], 2)
-    (by_group,) = compare(read_runs(runs[:2]), ["brier"])
+    (by_group,) = of_slides(runs[:2], ["brier"])
     assert by_group.difference == by_patient.difference
     assert by_group.low != by_patient.low
     name_groups(runs[0], 2)
-    assert compare(read_runs(runs[:2]), ["brier"]) == [by_group]
+    assert of_slides(runs[:2], ["brier"]) == [by_group]
     name_groups(runs[0], 3)
     assert "with another group" in refusal(*runs[:2])

@@ -126,6 +126,7 @@ def audit(
     files = CohortFiles(**paths_and_classes, feat_type=feat_type, **settings)
     folder = None if features_dir is None else FeatureFolder(features_dir)
     table = read_table(labels_csv, ("label",) if task is None else task.columns)
+    words = ("class", "classes") if task is None else task.stratum_words
     target_findings: list[Finding] = []
     if task is not None:
         target_findings, table, class_names = stratified(table, task, _level("unknown", files.allow))
@@ -133,7 +134,7 @@ def audit(
     classes = files.class_names or labels.classes_in(table.rows, label_names=label_names, left_out=left_out)
     new_names = {old: new for old, new in (label_names or {}).items() if old not in classes}
     rows = [row | {"label": new_names.get(row["label"], row["label"])} for row in table.rows]
-    table_findings, slides = _table_findings(files, table, rows, classes, left_out)
+    table_findings, slides = _table_findings(files, table, rows, classes, left_out, words)
     findings = target_findings + table_findings
     case_of = {row["wsi_id"]: row["case_id"] for row in rows}
     if splits is not None:
@@ -142,7 +143,7 @@ def audit(
         findings.append(Finding("info", "splits", note))
     file_findings, bags = _file_findings(files, folder, slides, classes, case_of)
     columns = check_table_columns(slides, ("label",) if task is None else task.columns)
-    return findings + file_findings + check_confounding(slides, bags, classes) + columns
+    return findings + file_findings + check_confounding(slides, bags, classes, words[0]) + columns
 
 
 def _file_findings(
@@ -164,7 +165,12 @@ def _file_findings(
 
 
 def _table_findings(
-    files: CohortFiles, table: LabelTable, rows: list[Row], classes: Sequence[str], left_out: Collection[str]
+    files: CohortFiles,
+    table: LabelTable,
+    rows: list[Row],
+    classes: Sequence[str],
+    left_out: Collection[str],
+    words: tuple[str, str],
 ) -> tuple[list[Finding], list[AuditedSlide]]:
     """Return the findings about the label table, and its slides that can be used."""
     id_findings, rows = check_ids(rows)
@@ -174,7 +180,7 @@ def _table_findings(
         findings += check_names(table, rows, groups, files.group_column)
     if not files.class_names and (doubts := labels.doubtful_classes(classes)):
         findings.append(Finding("error", "table", doubts))
-    label_findings, slides = check_labels(rows, classes, left_out, _level("unknown", files.allow))
+    label_findings, slides = check_labels(rows, classes, left_out, _level("unknown", files.allow), words)
     return findings + label_findings, slides
 
 

@@ -53,6 +53,7 @@ from utils.core.runtime import log
 from utils.evaluation import comparison
 from utils.evaluation.comparison import Difference
 from utils.evaluation.comparison_figures import comparison_figure, runs_roc_figure
+from utils.evaluation.predictions import Predictions
 from utils.learning.finished_runs import Run, read_runs
 
 _ENOUGH_REPEATS = 3
@@ -69,15 +70,16 @@ def main() -> None:
     _warn_of_scale(runs)
     differences = compare(runs, metrics)
     text = report(runs, differences)
+    primary, predictions = next(iter(_by_unit(runs).items()))
     folder = settings.output_dir or _FOLDER / folder_name([run.name for run in runs])
     record = _record(runs, metrics)
     _set_aside_another(folder, record)
     write_json(folder / _RECORD, record)
     write_text(folder / _TABLES[0], text)
     write_records(folder / _TABLES[1], differences)
-    figures = {_FIGURES[0]: comparison_figure(_intervals(differences, _titles(runs, metrics)))}
+    figures = {_FIGURES[0]: comparison_figure(_intervals(differences, _titles(runs, metrics)), primary)}
     if task.ranked_outputs:
-        figures[_FIGURES[1]] = runs_roc_figure({run.name: run.predictions for run in runs})
+        figures[_FIGURES[1]] = runs_roc_figure(predictions)
     paths = write_figures(folder, figures, settings.figure_format)
     print(text)
     print(f"\n{', '.join([*_TABLES, *(path.name for path in paths)])} are in {folder} (took {cli.took()})")
@@ -99,13 +101,16 @@ def folder_name(names: Sequence[str]) -> str:
 
 
 def _record(runs: Sequence[Run], metrics: Sequence[str]) -> dict[str, Any]:
-    """Return what identifies a comparison: the runs with a digest of their files, and the metrics."""
+    """Return what identifies a comparison: the runs with a digest of their files, the metrics, and what they are of,
+    the primary one first.
+    """
     files = "outputs.json", "predictions.csv", "splits.json"
     return {
         "runs": [
             {"name": run.name, "digest": digest(*((run.path / file).read_bytes() for file in files))} for run in runs
         ],
         "metrics": list(metrics),
+        "units": list(_by_unit(runs)),
     }
 
 
@@ -162,16 +167,33 @@ def _warn_of_scale(runs: Sequence[Run]) -> None:
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str]) -> list[Difference]:
-    """Compare every pair of runs in every metric, in the order of `metrics` (see `comparison.compare`)."""
-    return comparison.compare({run.name: run.predictions for run in runs}, _fold_sizes(runs[0]), metrics)
+    """Compare every pair of runs in every metric, in the order of `metrics` (see `comparison.compare`): of patients
+    first, where a patient has several slides, then of slides.
+    """
+    by_unit = _by_unit(runs)
+    return [
+        difference
+        for number, (unit, predictions) in enumerate(by_unit.items())
+        for difference in comparison.compare(predictions, _fold_sizes(runs[0], unit), metrics, unit, number == 0)
+    ]
 
 
-def _fold_sizes(run: Run) -> list[tuple[int, int]]:
-    """Return how many slides each outer fold was trained on, with inner validation, and tested on."""
+def _by_unit(runs: Sequence[Run]) -> dict[str, dict[str, Predictions]]:
+    """Return the predictions of the runs, by unit (see `PredictionRows.by_unit`) and by the run's name."""
+    of_runs = {run.name: run.predictions.by_unit() for run in runs}
+    return {unit: {name: units[unit] for name, units in of_runs.items()} for unit in of_runs[runs[0].name]}
+
+
+def _fold_sizes(run: Run, unit: str) -> list[tuple[int, int]]:
+    """Return how many slides or patients each outer fold was trained on, with inner validation, and tested on."""
+    slides = run.predictions.slides.tolist()
+    owners = dict(zip(slides, run.predictions.cases.tolist() if unit == "patient" else slides, strict=True))
     trained: dict[int, set[str]] = {}
-    tested = {split.fold: len(set(split.slides["test"])) for split in run.splits}
+    tested: dict[int, int] = {}
     for split in run.splits:
-        trained.setdefault(split.fold, set()).update(split.slides["train"], split.slides["val"])
+        train, val, test = ({owners[slide] for slide in split.slides[part]} for part in ("train", "val", "test"))
+        trained.setdefault(split.fold, set()).update(train, val)
+        tested[split.fold] = len(test)
     return [(len(trained[fold]), tested[fold]) for fold in sorted(tested)]
 
 
@@ -190,14 +212,15 @@ def report(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
 
 
 def _runs_table(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
-    rows = [["run", "model", "parameters", *[f"{title}, 95% CI" for title in titles.values()]]]
-    for run in runs:
-        model = run.outputs.get("model")
-        name = model.get("name") if isinstance(model, dict) else None
-        estimates = run.predictions.pooled | run.predictions.ranked_within
-        cells = [f"{_figure(estimates[metric].value)} ({_range(estimates[metric].interval)})" for metric in titles]
-        rows.append([run.name, name or "-", _parameters(run) if name in list_mils() else "-", *cells])
-    return _table(rows, texts=2)
+    rows = [["run", "of", "model", "parameters", *[f"{title}, 95% CI" for title in titles.values()]]]
+    for unit, by_run in _by_unit(runs).items():
+        for run in runs:
+            model = run.outputs.get("model")
+            name = model.get("name") if isinstance(model, dict) else None
+            estimates = by_run[run.name].reported_estimates
+            cells = [f"{_figure(estimates[metric].value)} ({_range(estimates[metric].interval)})" for metric in titles]
+            rows.append([run.name, f"{unit}s", name or "-", _parameters(run) if name in list_mils() else "-", *cells])
+    return _table(rows, texts=3)
 
 
 def _parameters(run: Run) -> str:
@@ -213,31 +236,34 @@ def _parameters(run: Run) -> str:
 
 
 def _differences_table(differences: Sequence[Difference], titles: Mapping[str, str]) -> str:
-    holm = ["Holm"] if len(differences) > 1 else []
-    header = ["pair", "metric", "difference", "95% CI", "p", *holm, "95% CI, these models", "p, these models"]
+    holm = ["Holm"] if sum(pair.is_primary for pair in differences) > 1 else []
+    header = ["pair", "of", "metric", "difference", "95% CI", "p", *holm, "95% CI, these models", "p, these models"]
     rows = [
         [
-            pair.pair, titles[pair.metric], _figure(pair.difference, "+"),
+            pair.pair, f"{pair.unit}s", titles[pair.metric], _figure(pair.difference, "+"),
             _range(_limits(pair.low, pair.high), "+"), _p(pair.p), *(_p(pair.p_holm) for _ in holm),
             _range(_limits(pair.models_low, pair.models_high), "+"), _p(pair.p_models),
         ]
         for pair in differences
     ]  # fmt: skip
-    return _table([header, *rows], texts=2)
+    return _table([header, *rows], texts=3)
 
 
 def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]) -> str:
     predictions = run.predictions
     ranking = " and the ".join(name.replace("_", " ") for name in predictions.ranked_within if name in metrics)
-    pairs = len(differences) // len(metrics)
-    families = [f"the {pairs} pairs of {metrics[0]}"] if pairs > 1 else []
-    if pairs * (len(metrics) - 1) > 1:
-        families.append(f"the {pairs * (len(metrics) - 1)} tests of the other metrics")
+    units = list(dict.fromkeys(difference.unit for difference in differences))
+    pairs = len(differences) // len(metrics) // len(units)
     items = [
         [
             f"{plural(predictions.n_slides, 'slide')} of {plural(predictions.n_cases, 'patient')}, tested in "
             f"{plural(predictions.n_folds, 'fold')}. A difference is the first run's metric minus the second's.",
-            f"The {ranking} of a run compares slides of a fold only, as one model ranked them." if ranking else "",
+            f"The {ranking} of a run compares {units[0]}s of a fold only, as one model ranked them." if ranking else "",
+        ],
+        [
+            "The figures of patients are primary, and average their slides' answers; those of slides stand beside."
+            if len(units) > 1
+            else ""
         ],
         [
             "95% CI and p: is the first algorithm better than the second when both are trained on cohorts like this "
@@ -253,7 +279,7 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
         ],
         [
             f"{metrics[0]} is the primary metric, as the first one named." if len(metrics) > 1 else "",
-            f"Holm: p corrected for {' and for '.join(families)}." if families else "",
+            _holm_words(metrics, pairs, units),
         ],
         [
             "A large p does not show that two models are equally good: the interval gives the differences that are "
@@ -263,6 +289,15 @@ def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]
     return "\n".join("- " + " ".join(filter(None, item)) for item in items if any(item))
 
 
+def _holm_words(metrics: Sequence[str], pairs: int, units: Sequence[str]) -> str:
+    """Return for what p is corrected; "" for a single pair in a single metric."""
+    families = [f"the {pairs} pairs of {metrics[0]}"] if pairs > 1 else []
+    if pairs * (len(metrics) - 1) > 1:
+        families.append(f"the {pairs * (len(metrics) - 1)} tests of the other metrics")
+    of_each = ", of patients and of slides apart" if len(units) > 1 else ""
+    return f"Holm: p corrected for {' and for '.join(families)}{of_each}." if families else ""
+
+
 def _limits(low: float | None, high: float | None) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
@@ -270,11 +305,11 @@ def _limits(low: float | None, high: float | None) -> tuple[float, float] | None
 def _intervals(
     differences: Sequence[Difference], titles: Mapping[str, str]
 ) -> dict[str, dict[tuple[str, str], tuple[float, float, float]]]:
-    """Return the difference and its interval by metric and pair, where both are defined."""
+    """Return the primary differences with their intervals by metric and pair, where both are defined."""
     intervals: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {}
     for pair in differences:
         limits = _limits(pair.low, pair.high)
-        if pair.difference is not None and limits is not None:
+        if pair.is_primary and pair.difference is not None and limits is not None:
             intervals.setdefault(titles[pair.metric], {})[pair.first, pair.second] = (pair.difference, *limits)
     return intervals
 

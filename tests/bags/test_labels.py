@@ -351,7 +351,7 @@ def test_an_empty_id_is_an_error_with_its_row(table, row, number):
 def test_cases_with_slides_of_several_classes_are_told_and_kept(table, said):
     rows = table.write("P1,S1,benign", "P1,S2,malignant", "P2,S3,benign", "P2,S4,benign").resolve_labels()
     assert len(rows) == 4
-    assert said().endswith("patients with slides of several classes, which stay in one fold: P1")
+    assert said().endswith("patients whose slides differ in label, which stay in one fold: P1")
 
 
 # Names of labels

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evaluation.predicted import predicted
-from utils.evaluation.closing_table import closing_text, results_table
+from utils.evaluation.closing_table import closing_text, level_words, results_table
 from utils.evaluation.outputs import NO_PATIENTS, outputs_content
 
 PATIENTS = ["patients", "95%", "within", "95%"]
@@ -118,6 +118,8 @@ def test_patients_of_several_slides_are_the_ones_to_report(results):
     text, cases = closing_text(results), results["cases"]
     assert "Report the figures of patients: 12 patients of 12 have several slides, whose answers are averaged." in text
     assert f"The AUC to report is {cases['within_folds']['auc']:.3f}" in text
+    assert level_words(results) == "slides and patients"
+    assert level_words(results | {"cases": None}) == "slide level"
     alone = closing_text(results | {"cases": None})
     assert "Report the figures of patients" not in alone
     assert f"The AUC to report is {results['within_folds']['auc']:.3f}" in alone

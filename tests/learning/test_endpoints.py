@@ -1,7 +1,6 @@
 """Numbers and survival from the label table to the scores of an external cohort."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.learning.endpoints import (
+    Endpoint,
+    check_flags_are_refused,
+    check_target_is_named,
+    cohort_fixture,
+    train_fixture,
+)
 from tests.learning.runs import assert_same, contents
 from utils.bags.store import Bag, write_bag
 from utils.core.errors import CheckpointError, ConfigError
 from utils.core.recipe import Recipe
 from utils.evaluation import prediction_figures
 from utils.mil_dataset import MILDataset
+from utils.pictures.prediction_caption import Caption
 from utils.prediction.checkpoint import load_checkpoint
 from utils.prediction.trained_model import check_alike
 from utils.tasks.classification import Classification
@@ -22,22 +29,6 @@ from utils.tasks.ordinal import Ordinal
 from utils.tasks.regression import Regression
 
 PATIENTS, DIM = 40, 8
-SMALL = (
-    "--n_outer", 2, "--n_inner", 2, "--epochs", 30, "--hidden_dim", 16, "--num_heads", 2, "--device", "cpu",
-    "--lr", "1e-2", "--seed", 3,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """The flags of a task, its primary metric, what a model that has learned something reaches, and the figures."""
-
-    flags: tuple[str, ...]
-    metric: str
-    least: float
-    figures: tuple[str, ...]
-
-
 ENDPOINTS = {
     "regression": Endpoint(("--task", "regression", "--target_column", "share"), "r2", 0.3, ("scatter",)),
     "survival": Endpoint(
@@ -68,26 +59,8 @@ def write_patients(folder: Path, seed: int) -> tuple[Path, Path]:
     return folder / "labels.csv", folder / "features"
 
 
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory) -> tuple[Path, Path]:
-    return write_patients(tmp_path_factory.mktemp("cohort"), 0)
-
-
-@pytest.fixture(scope="module")
-def external(tmp_path_factory) -> tuple[Path, Path]:
-    return write_patients(tmp_path_factory.mktemp("external"), 1)
-
-
-@pytest.fixture
-def train(script, cohort, tmp_path):
-    def run(task: str, *flags, labels: Path | None = None, name: str = "run"):
-        table, features = cohort
-        return script(
-            "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels or table,
-            "--features_dir", features, "--output_dir", tmp_path / name, *ENDPOINTS[task].flags, *SMALL, *flags,
-        )  # fmt: skip
-
-    return run
+cohort, external = cohort_fixture(write_patients, 0), cohort_fixture(write_patients, 1)
+train = train_fixture(ENDPOINTS)
 
 
 @pytest.mark.usefixtures("coarse_figures")
@@ -96,11 +69,14 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
     endpoint = ENDPOINTS[task]
     outcome = train(task)
     assert outcome.code == 0, outcome.err
+    assert "class" not in outcome.out + outcome.err, "there are none"
     run = tmp_path / "run"
     outputs = json.loads((run / "outputs.json").read_text())
     assert (outputs["task"], outputs["n_slides"], outputs["n_cases"]) == (task, 60, PATIENTS)
     assert outputs["cases"]["n_several_slides"] == PATIENTS // 2
     assert outputs["pooled"][endpoint.metric] > endpoint.least, "it learns what is there"
+    assert not {"center", "scale", "edges", "operating_point"} & outputs.keys(), "they mean nothing for all folds"
+    assert outputs["pooled_thresholded"] is None
     low, high = outputs["cases"]["intervals_95"][endpoint.metric]
     assert low < outputs["cases"]["pooled"][endpoint.metric] < high
     assert {f"{name}.png" for name in (*endpoint.figures, "learning_curves")} <= {path.name for path in run.iterdir()}
@@ -117,7 +93,7 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
     assert checkpoint.task.record["task"] == task
     again = script("predict", "--out_of_fold", run, "--output_dir", tmp_path / "again", "--device", "cpu")
     assert again.code == 0, again.err
-    assert f"are those of {run / 'predictions.csv'}" in again.out
+    assert f"The values are those of {run / 'predictions.csv'}" in again.out
 
     labels, features = external
     drawn, draw = [], prediction_figures.prediction_figures
@@ -127,13 +103,20 @@ def test_from_the_label_table_to_the_scores_of_an_external_cohort(task, train, s
         "--output_dir", tmp_path / "out", "--device", "cpu",
     )  # fmt: skip
     assert scored.code == 0, scored.err
+    assert "class" not in scored.out + scored.err
     assert (drawn[0].decisions is not None) == (task == "survival"), "risk groups are drawn"
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["pooled"][endpoint.metric] > endpoint.least
+    assert not {"center", "scale", "edges", "operating_point", "threshold"} & scores.keys()
+    assert scores["pooled_thresholded"] is None
     assert scores["cases"]["n_several_slides"] == PATIENTS // 2
     assert {f"{name}.png" for name in endpoint.figures} <= {path.name for path in (tmp_path / "out").iterdir()}
     first = json.loads((tmp_path / "out" / "P00-0_prediction.json").read_text())
     predicted = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("wsi_id").loc["P00-0"]
+    own = pd.read_csv(labels).set_index("wsi_id").loc["P00-0"]
+    for column in ("share",) if task == "regression" else ("days", "died"):
+        assert predicted[column] == pytest.approx(own[column])
+    assert ("risk_group" in first) is (task == "survival")
     for name, value in first["values"].items():
         column = "predicted" if task == "regression" else name
         assert predicted[column] == pytest.approx(value)
@@ -189,14 +172,8 @@ def test_shuffled_targets_give_chance(task, train, cohort, tmp_path):
     ("regression", "share", "high", "1 row with a target that cannot be used (share must be a number): P00-0 ('high')"),
 ])  # fmt: skip
 def test_a_target_that_cannot_be_used_is_named(task, column, value, message, train, cohort, tmp_path):
-    table = pd.read_csv(cohort[0], dtype=str)
-    table.loc[0, column] = value
-    table.to_csv(tmp_path / "labels.csv", index=False)
-    outcome = train(task, labels=tmp_path / "labels.csv")
-    assert (outcome.code, len(outcome.errors)) == (1, 1)
-    assert message in outcome.errors[0]
-    assert "--allow unknown" in outcome.errors[0]
-    dry = train(task, "--allow", "unknown", "--dry_run", labels=tmp_path / "labels.csv")
+    labels = check_target_is_named(train, cohort, tmp_path, task, column, value, message)
+    dry = train(task, "--allow", "unknown", "--dry_run", labels=labels)
     assert dry.code == 0, dry.err
     assert "warning  1 slide with a target that cannot be used" in dry.out
 
@@ -211,14 +188,7 @@ def test_a_target_that_cannot_be_used_is_named(task, column, value, message, tra
     (("--task", "regression", "--target_column", "share", "--operating_point", "sensitivity=0.9"), "needs two classes"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(flags, message, script, cohort, tmp_path):
-    labels, features = cohort
-    outcome = script(
-        "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels, "--features_dir", features,
-        "--output_dir", tmp_path / "run", *flags,
-    )  # fmt: skip
-    assert (outcome.code, len(outcome.errors)) == (1, 1)
-    assert message in outcome.errors[0]
-    assert not (tmp_path / "run" / "run.json").exists()
+    check_flags_are_refused(script, cohort, tmp_path, flags, message)
 
 
 def test_several_models_answer_by_what_each_was_fitted_to(train, script, external, tmp_path):
@@ -256,6 +226,17 @@ def test_a_patient_with_two_outcomes_is_named(train, cohort, tmp_path):
     assert "patient P01 has two outcomes" in dry.out
 
 
+@pytest.mark.parametrize(("task", "n_inner"), [("regression", 4), ("survival", 2)])
+def test_strata_are_not_called_classes(task, n_inner, train, tmp_path):
+    dry = train(task, "--dry_run", "--n_inner", n_inner)
+    assert dry.code == 0, dry.err
+    assert "class" not in dry.out + dry.err
+    assert "inner folds validate on one patient of a stratum or none" in dry.err
+    short = train(task, "--n_outer", 15)
+    assert "with stratum '" in short.errors[0]
+    assert "class" not in short.errors[0]
+
+
 @pytest.mark.parametrize(("task", "change", "message"), [
     ("regression", {"share": "high"}, "no row has a target that can be used"),
     ("survival", {"died": "0"}, "no row has an event (1 in died)"),
@@ -291,3 +272,34 @@ def test_models_of_different_tasks_are_not_averaged():
     ]  # fmt: skip
     with pytest.raises(CheckpointError, match="its targets are"):
         check_alike(models)
+
+
+def test_a_risk_is_called_high_or_low(train, script, external, tmp_path):
+    """By the median of the risks that the model was validated on; of several models, each of which has its own, not."""
+    assert train("survival", "--epochs", 3).code == 0
+    paths = [tmp_path / "run" / f"fold_{fold}_best.pth" for fold in (1, 2)]
+    flags = ("--labels_csv", external[0], "--device", "cpu", "--input_dir", external[1])
+    outcome = script("predict", "--checkpoint", paths[0], *flags, "--output_dir", tmp_path / "one")
+    assert outcome.code == 0, outcome.err
+    median = load_checkpoint(paths[0]).selection["median_risk"]
+    table = pd.read_csv(tmp_path / "one" / "predictions.csv")
+    assert (table["risk_group"] == np.where(table["risk"] > median, "high risk", "low risk")).all()
+    assert table["risk_group"].nunique() == 2
+    slide = table.iloc[0]
+    record = json.loads((tmp_path / "one" / f"{slide['wsi_id']}_prediction.json").read_text())
+    assert record["risk_group"] == slide["risk_group"]
+    assert Caption.of(record).answer.endswith(f"; {slide['risk_group']}")
+    facts = dict(Caption.of(record).facts)
+    assert facts["risk group"] == f"{slide['risk_group']}; median risk of inner validation {median:.4g}"
+    alone = script("predict", "--checkpoint", paths[0], "--input", external[1] / f"{slide['wsi_id']}.h5",
+                   "--output_dir", tmp_path / "alone", "--device", "cpu")  # fmt: skip
+    assert f"; {slide['risk_group']}" in alone.out
+    both = script("predict", "--checkpoint", *paths, *flags, "--output_dir", tmp_path / "both")
+    assert both.code == 0, both.err
+    assert pd.read_csv(tmp_path / "both" / "predictions.csv")["risk_group"].isna().all()
+    again = script("predict", "--out_of_fold", tmp_path / "run", "--output_dir", tmp_path / "again", "--device", "cpu")
+    assert again.code == 0, again.err
+    own = pd.read_csv(tmp_path / "run" / "predictions.csv").set_index("wsi_id")
+    other = pd.read_csv(tmp_path / "again" / "predictions.csv").set_index("wsi_id").loc[own.index]
+    assert ((other["risk_group"] == "high risk") == own["high_risk"]).all()
+    assert (other[["days", "died"]] == own[["days", "died"]]).all().all()

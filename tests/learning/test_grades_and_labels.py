@@ -1,7 +1,6 @@
 """Grades and several labels from the label table to the scores of an external cohort."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,31 +8,19 @@ import pandas as pd
 import pytest
 
 from tests.cohort import synthetic_bag
+from tests.learning.endpoints import (
+    Endpoint,
+    check_flags_are_refused,
+    check_target_is_named,
+    cohort_fixture,
+    train_fixture,
+)
 from tests.learning.runs import assert_same, contents
 from utils.bags.store import write_bag
+from utils.pictures.prediction_caption import Caption
 from utils.prediction.checkpoint import load_checkpoint
 
 GRADES, LABELS, PATIENTS, DIM = ("low", "mid", "high"), ("A", "B"), 36, 8
-SMALL = (
-    "--n_outer", 2, "--n_inner", 2, "--epochs", 30, "--hidden_dim", 16, "--num_heads", 2, "--device", "cpu",
-    "--lr", "1e-2", "--seed", 3,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """The flags of a task, its primary metric with what a model that has learned something reaches, the figures, what
-    the values are called in a slide's record, and what evidence is the sum of.
-    """
-
-    flags: tuple[str, ...]
-    metric: str
-    least: float
-    figures: tuple[str, ...]
-    values_key: str
-    quantity: str
-
-
 ENDPOINTS = {
     "ordinal": Endpoint(
         ("--task", "ordinal", "--target_column", "grade", "--order", ",".join(GRADES)),
@@ -65,26 +52,8 @@ def write_patients(folder: Path, seed: int) -> tuple[Path, Path]:
     return folder / "labels.csv", folder / "features"
 
 
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory) -> tuple[Path, Path]:
-    return write_patients(tmp_path_factory.mktemp("cohort"), 0)
-
-
-@pytest.fixture(scope="module")
-def external(tmp_path_factory) -> tuple[Path, Path]:
-    return write_patients(tmp_path_factory.mktemp("external"), 1)
-
-
-@pytest.fixture
-def train(script, cohort, tmp_path):
-    def run(task: str, *flags, labels: Path | None = None, name: str = "run"):
-        table, features = cohort
-        return script(
-            "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels or table,
-            "--features_dir", features, "--output_dir", tmp_path / name, *ENDPOINTS[task].flags, *SMALL, *flags,
-        )  # fmt: skip
-
-    return run
+cohort, external = cohort_fixture(write_patients, 0), cohort_fixture(write_patients, 1)
+train = train_fixture(ENDPOINTS)
 
 
 def known(table: pd.DataFrame) -> list[tuple[str, ...]]:
@@ -147,12 +116,33 @@ def test_a_run_goes_on_to_the_same_bytes_is_compared_and_drawn(task, train, scri
     outcome = script("predict", *flags, "--input", external[1] / "P01.h5", "--visualize")
     assert outcome.code == 0, outcome.err
     assert (drawn / "P01_evidence.png").exists()
-    evidence = json.loads((drawn / "P01_prediction.json").read_text())["evidence"]
+    record = json.loads((drawn / "P01_prediction.json").read_text())
+    caption, values = Caption.of(record), record[ENDPOINTS[task].values_key]
+    with np.load(drawn / "P01_attention.npz") as arrays:
+        assert arrays[ENDPOINTS[task].values_key].tolist() == list(values.values())
+        assert arrays["class_names" if task == "ordinal" else "value_names"].tolist() == list(values)
+    if task == "ordinal":
+        assert caption.answer.startswith(f"{record['predicted_class']} (median, ")
+        assert caption.marked == (record["predicted_class"],)
+        assert caption.evidence.startswith("expected value of grade ")
+    else:
+        assert set(caption.marked) == {name for name, value in values.items() if value >= 0.5}
+    evidence = record["evidence"]
     names = ["grade"] if task == "ordinal" else list(LABELS)
     assert list(evidence[ENDPOINTS[task].quantity]) == names
     for name in names:
         total = sum(evidence[part][name] for part in ("reference", "for", "against"))
         assert total == pytest.approx(evidence[ENDPOINTS[task].quantity][name], abs=1e-4)
+
+
+def test_of_several_labels_none_is_taken_for_the_numbers_of_patches(train, script, external, tmp_path):
+    assert train("multilabel", "--epochs", 1).code == 0
+    outcome = script(
+        "predict", "--checkpoint", tmp_path / "run", "--input_dir", external[1], "--output_dir", tmp_path / "out",
+        "--device", "cpu", "--annotations", "inst_labels",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert "which of A, B do its numbers stand for? Give --annotation_class 1=B" in outcome.errors[0]
 
 
 @pytest.mark.parametrize("task", ENDPOINTS)
@@ -170,13 +160,7 @@ def test_the_cohort_is_audited_by_the_strata_of_the_task(task, script, cohort, t
     ("multilabel", "A", "2", "1 row with a target that cannot be used (A, B must be 1, 0 or empty, and not all of"),
 ])  # fmt: skip
 def test_a_target_that_cannot_be_used_is_named(task, column, value, message, train, cohort, tmp_path):
-    table = pd.read_csv(cohort[0], dtype=str, keep_default_na=False)
-    table.loc[0, column] = value
-    table.to_csv(tmp_path / "labels.csv", index=False)
-    outcome = train(task, labels=tmp_path / "labels.csv")
-    assert (outcome.code, len(outcome.errors)) == (1, 1)
-    assert message in outcome.errors[0]
-    assert "--allow unknown" in outcome.errors[0]
+    check_target_is_named(train, cohort, tmp_path, task, column, value, message)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -190,9 +174,4 @@ def test_a_target_that_cannot_be_used_is_named(task, column, value, message, tra
     (("--task", "multilabel", "--target_columns", "A,Q"), "no column Q to predict"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(flags, message, script, cohort, tmp_path):
-    outcome = script(
-        "train", "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", cohort[0], "--features_dir", cohort[1],
-        "--output_dir", tmp_path / "run", *flags,
-    )  # fmt: skip
-    assert (outcome.code, len(outcome.errors)) == (1, 1)
-    assert message in outcome.errors[0]
+    check_flags_are_refused(script, cohort, tmp_path, flags, message)

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 from tests.small import TASK
 from utils.core.plots import save_figure
 from utils.learning.learning_curves import learning_figure
+from utils.tasks.survival import Survival
 
 
 @pytest.fixture(autouse=True)
@@ -228,3 +229,17 @@ def test_no_text_is_small_nor_a_formula():
     for text in figure.findobj(Text):
         assert text.get_fontsize() >= 8
         assert text.get_text().count("$") == text.get_text().count(r"\$")
+
+
+def test_two_different_losses_do_not_share_an_axis():
+    """Survival counts bins of time in training, and the intervals between its times in validation."""
+    table = history(flat([3, 3], [0.8, 0.9]), per_fold=2).rename(columns={"val_auc": "val_c_index"})
+    task = Survival("days", "died", bins=4, times=(1.0, 2.0, 3.0))
+    figure = learning_figure(task, table, {1: "slide_loss"})
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "Training loss, of 4 bins of time", "Validation loss, of 4 intervals",
+    ]  # fmt: skip
+    assert [len(dots(axes)) for axes in figure.axes] == [0, 2], "the kept epochs are those of validation"
+    several = pd.concat([table.assign(setting="a"), table.assign(setting="b")])
+    figure = learning_figure(task, several, {1: "slide_loss"})
+    assert [axes.get_ylabel().split(",")[0] for axes in figure.axes] == ["Training loss", "Validation loss"]

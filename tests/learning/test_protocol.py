@@ -49,7 +49,11 @@ class TestSelection:
         assert results["slide_auc_mean"] == results["fold_results"][1]["slide"]["auc"]
         assert (results["slide_auc_std"], results["slide_auc_folds"]) == (None, 1)
         assert strict_json(tmp_path / "run" / "outputs.json") == results
-        assert "the slide loss chooses" in aloud.text
+        text = "an inner fold lacks a class, so the slide loss chooses instead of the AUC"
+        assert aloud.text.count(f"outer fold 1: {text}") == 1
+        assert [line.levelname for line in aloud.records if text in line.getMessage()] == ["WARNING"] * 2
+        assert results["changed_monitors"] == {"1": text, "2": text}
+        assert f"In 2 of 2 folds (1, 2) {text}." in closing_text(results)
         lacking = [line.split()[0] for line in results_table(results).splitlines() if "-" in line.split()]
         assert lacking == ["fold", "std", "95%", "95%"], "no interval of the calibration error"
         assert pd.read_csv(tmp_path / "run" / "history.csv")["val_auc"].isna().all()

@@ -157,6 +157,19 @@ def test_a_shortage_of_groups_is_called_by_their_name():
         nested_splits(labels, cases, ("benign", "malignant"), 5, 4, 0, unit="site")
 
 
+def test_strata_that_are_no_classes_are_not_called_so():
+    """Strata of numbers have names that are alike, and are no misspelt labels of each other."""
+    names = ("ki67 up to 0.2", "ki67 over 0.2")
+    with pytest.raises(
+        SplitError, match=r"only 1 patient with stratum 'ki67 over 0.2'; .* slides of that stratum"
+    ) as caught:
+        nested_splits(*one_class_patients(12, 1), names, 5, 4, 0, stratum="stratum")
+    assert "mend the label" not in str(caught.value)
+    labels, cases = table([[0], [1]] * 8)
+    thin = nested_splits(labels, cases, names, 2, 4, seed=1)
+    assert "on one patient of a stratum or none" in few_patients(thin, labels, cases, names, "stratum")
+
+
 def test_the_seed_alone_decides():
     labels, cases = one_class_patients(10, 10)
     assert as_lists(split(labels, cases, seed=3)) == as_lists(split(labels, cases, seed=3))

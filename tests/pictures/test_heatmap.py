@@ -141,11 +141,13 @@ def test_the_detailed_figure_says_how_concentrated_attention_is():
         top_k=3,
         probabilities={"a": 0.25, "b": 0.75},
         facts=[("model", "LiteMIL")],
+        marked=["a"],
     )
     above, below = figure.subfigs
     distribution, concentration, classes, text = below.axes
     assert concentration.get_title() == "half is held by 2 of 48 (4.2%)"
     assert [bar.get_width() for bar in classes.patches] == [0.25, 0.75]
+    assert [bar.get_facecolor()[0] < 0.5 for bar in classes.patches] == [True, False], "the answer, not the largest"
     assert "LiteMIL" in text.texts[0].get_text()
     assert sum(bar.get_height() for bar in distribution.patches) == 48
     assert len(above.axes) == 3  # slide, heatmap, colour bar

@@ -220,4 +220,4 @@ def test_a_file_for_a_folder_and_labels_of_several_classes_are_refused(home, pre
     outcome = predict("--input_dir", home / "features", "--annotations", drawn / "s1.geojson")
     assert "a file of one slide; give the folder of the slides' files" in outcome.errors[0]
     outcome = predict("--input", home / "features" / "s1.h5", "--annotations", "inst_labels", model=3)
-    assert "which of the classes a, b, c are its numbers? Give --annotation_class 1=c" in outcome.errors[0]
+    assert "which of a, b, c do its numbers stand for? Give --annotation_class 1=c" in outcome.errors[0]

@@ -158,7 +158,8 @@ def test_every_slide_is_drawn_and_the_index_page_shows_them(cohort, run, predict
     some = ("--input_dir", tmp_path / "some", "--allow", "missing")
     outcome = predict(*some, "--visualize", "--wsi", cohort / "slides", "--top_k", 1, output=None)
     assert outcome.code == 0, outcome.err
-    out = tmp_path / "outputs/inference/LiteMIL_mine_out_of_fold"
+    out = tmp_path / f"outputs/inference/LiteMIL_{run.name}_out_of_fold"  # another run has another folder
+    assert run.name != "mine"
     assert len(list(out.glob("*_heatmap.png"))) == 3
     page = (out / "index.html").read_text()
     assert page.count('src="data:image/jpeg;base64,') == 3

@@ -47,7 +47,11 @@ def test_two_classes_have_a_threshold_and_all_a_temperature():
     for task in (TWO, THREE):
         targets = np.arange(30) % len(task.outputs)
         fitted = task.fit_on_validation(
-            targets, rng.dirichlet(np.ones(len(task.outputs)), size=30), "balanced_accuracy", True
+            targets,
+            rng.dirichlet(np.ones(len(task.outputs)), size=30),
+            list(map(str, range(30))),
+            "balanced_accuracy",
+            True,
         )
         assert (fitted["threshold"] is None) is (task is THREE)
         assert fitted["temperature"] > 0

@@ -16,11 +16,16 @@ def time_bins(targets: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return tensor_bins(torch.tensor(targets), torch.tensor(edges)).numpy()
 
 
+def edges_of(targets: np.ndarray, bins: int) -> np.ndarray:
+    """The edges for patients of one slide each."""
+    return bin_edges(targets, [f"P{number}" for number in range(len(targets))], bins)
+
+
 @given(st.integers(2, 80), st.integers(1, 9), st.integers(0, 10_000))
 def test_each_bin_ends_at_an_event(count, bins, seed):
     targets, _ = drawn_patients(count, seed)
     targets[0, 1] = 1
-    edges, event_times = bin_edges(targets, bins), targets[targets[:, 1] == 1, 0]
+    edges, event_times = edges_of(targets, bins), targets[targets[:, 1] == 1, 0]
     assert 2 <= len(edges) <= bins + 1
     assert edges[0] == 0
     assert edges[-1] == event_times.max()
@@ -32,19 +37,26 @@ def test_each_bin_ends_at_an_event(count, bins, seed):
 
 def test_bins_hold_equally_many_events_not_patients():
     targets = np.concatenate([[[time, 1] for time in range(1, 13)], [[0.5, 0]] * 50]).astype(float)
-    edges = bin_edges(targets, 4)
+    edges = edges_of(targets, 4)
     assert edges.tolist() == [0, 3, 6, 9, 12]
     assert np.bincount(time_bins(targets, edges)[:12]).tolist() == [3, 3, 3, 3]
 
 
+def test_bins_count_a_patient_once_however_many_slides_there_are():
+    once = np.array([[time, 1.0] for time in range(1, 13)])
+    slides = np.repeat(np.arange(12), [30, *[1] * 11])
+    cases = [f"P{number}" for number in slides]
+    assert bin_edges(once[slides], cases, 4).tolist() == edges_of(once, 4).tolist() == [0, 3, 6, 9, 12]
+
+
 def test_ties_leave_fewer_bins():
-    assert bin_edges(np.array([[4.0, 1], [4, 1], [4, 1], [9, 0]]), 4).tolist() == [0, 4]
-    assert bin_edges(np.array([[4.0, 1], [4, 1], [4, 1], [9, 1]]), 4).tolist() == [0, 4, 9]
+    assert edges_of(np.array([[4.0, 1], [4, 1], [4, 1], [9, 0]]), 4).tolist() == [0, 4]
+    assert edges_of(np.array([[4.0, 1], [4, 1], [4, 1], [9, 1]]), 4).tolist() == [0, 4, 9]
 
 
 def test_without_an_event_there_are_no_bins():
     with pytest.raises(ValueError, match="none of 2 patients has an event"):
-        bin_edges(np.array([[4.0, 0], [9, 0]]), 4)
+        edges_of(np.array([[4.0, 0], [9, 0]]), 4)
 
 
 def test_bin_of_an_event_is_that_of_its_time():
@@ -124,7 +136,7 @@ def test_risk_rises_where_survival_falls():
 
 
 def test_one_bin():
-    edges = bin_edges(np.array([[3.0, 1], [8, 1]]), 1)
+    edges = edges_of(np.array([[3.0, 1], [8, 1]]), 1)
     assert edges.tolist() == [0, 8]
     assert survival_at(np.array([[0.5]]), edges, np.array([4.0])) == pytest.approx(0.75)
 
@@ -134,7 +146,7 @@ def test_most_likely_hazards_are_the_kaplan_meier_curve(follow_up):
     rng = np.random.default_rng(0)
     times, ends = rng.exponential(20, size=4000), rng.uniform(0, follow_up, size=4000)
     targets = np.stack([np.minimum(times, ends), times <= ends], axis=1)
-    edges = bin_edges(targets, 4)
+    edges = edges_of(targets, 4)
     logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
     bins, events = torch.tensor(time_bins(targets, edges)), torch.tensor(targets[:, 1])
     optimizer = torch.optim.LBFGS([logits], max_iter=100, line_search_fn="strong_wolfe")

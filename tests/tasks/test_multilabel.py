@@ -61,7 +61,7 @@ def test_a_label_that_no_slide_has_leaves_the_mean_undefined():
     figures = TASK.unweighted_metrics(targets, values)
     undefined = {name for name, value in figures.items() if value is None}
     assert undefined == {"auc", "average_precision", "auc_EGFR", "average_precision_EGFR"}
-    assert TASK.why_undefined("auc", targets) == "lacks slides with or without a label"
+    assert TASK.why_undefined("auc", targets) == "lacks slides with EGFR"
     assert not TASK.why_undefined("loss", targets)
     with pytest.raises(ValueError, match="no row has a 1 in EGFR, so that it cannot be learned; leave it out"):
         TASK.of_cohort(targets, ["P"] * 60)

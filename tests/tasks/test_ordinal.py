@@ -52,6 +52,18 @@ def test_a_weight_counts_as_copies_of_a_slide():
             assert weighted[name][row] == pytest.approx(repeated[name][0]), name
 
 
+def test_the_median_is_marked_where_another_grade_is_more_probable():
+    values = np.array([0.4, 0.25, 0.2, 0.15])
+    assert TASK.marked(values) == ("II",)
+    assert "median" in TASK.shares({})[0]
+
+
+def test_a_grade_without_a_row_is_named():
+    assert TASK.of_cohort(np.arange(4), list("abcd")) is TASK
+    with pytest.raises(ValueError, match="no row has the grade III; leave it out of --order"):
+        TASK.of_cohort(np.array([0, 1, 3]), list("abc"))
+
+
 def test_kappa_is_undefined_where_nothing_differs():
     alike, once = np.full(5, 2), np.ones((1, 5))
     assert np.isnan(ordinal_metrics(alike, alike, once, 4)["quadratic_kappa"])

@@ -68,7 +68,7 @@ def test_large_numbers_lose_no_digits():
 
 def test_models_learn_the_numbers_of_the_training_slides_in_standard_deviations():
     targets, _ = drawn()
-    task = AGE.fitted_to(targets)
+    task = AGE.fitted_to(targets, ())
     assert (task.center, task.scale) == pytest.approx((targets.mean(), targets.std()))
     logits = torch.randn(40, 1, dtype=torch.float64)
     assert task.activate(logits)[:, 0] == pytest.approx(targets.mean() + targets.std() * logits[:, 0].numpy())
@@ -79,11 +79,11 @@ def test_models_learn_the_numbers_of_the_training_slides_in_standard_deviations(
     assert loss.numpy() == pytest.approx(by_hand, abs=1e-5)
     validation = task.validation(targets, task.activate(logits), np.ones(1))
     assert validation["loss"] == pytest.approx(by_hand.mean(), abs=1e-5)
-    assert AGE.fitted_to(np.full(4, 2.0)).scale == 1, "equal numbers have no spread"
+    assert AGE.fitted_to(np.full(4, 2.0), ()).scale == 1, "equal numbers have no spread"
 
 
 def test_the_signal_is_the_predicted_number():
-    task = AGE.fitted_to(drawn()[0])
+    task = AGE.fitted_to(drawn()[0], ())
     logits, shares = torch.tensor([[0.5], [-1.0]]), torch.tensor([0.75, 0.25], dtype=torch.float64)
     values = task.activate(logits)
     assert task.signals(logits, shares).item() == pytest.approx(
@@ -102,7 +102,7 @@ def test_strata_are_fifths_or_fewer_where_patients_are_few():
     assert not few.strata(targets[:12]).any()
     ties = AGE.of_cohort(np.repeat([0.0, 1.0], [80, 20]), cases)
     assert np.bincount(ties.strata(np.array([0.0, 1.0]))).tolist() == [1, 1], "no stratum is empty"
-    assert inner_quantiles(np.repeat([0.0, 1.0], [10, 90]), 100, 5) == (), "nothing is above the greatest number"
+    assert inner_quantiles(np.repeat([0.0, 1.0], [10, 90]), cases, 5) == (), "nothing is above the greatest number"
 
 
 @pytest.mark.parametrize("cell", ["", "NA", "old", "nan", "inf"])
@@ -113,7 +113,7 @@ def test_what_is_no_number_is_no_target(cell):
 
 
 def test_records_give_the_task_and_its_answer_back(tmp_path: Path):
-    task = AGE.of_cohort(np.arange(100.0), list(map(str, range(100)))).fitted_to(np.arange(50.0))
+    task = AGE.of_cohort(np.arange(100.0), list(map(str, range(100)))).fitted_to(np.arange(50.0), ())
     assert task_of(task.record) == task
     members = np.array([[30.0], [34.0]])
     answer = Answer.of({"slide": "S1", **task.answer(members.mean(axis=0), None, members)})

@@ -13,14 +13,19 @@ from utils.tasks.survival_curves import kaplan_meier
 OS = Survival("days", "died")
 
 
+def patients(targets: np.ndarray) -> list[str]:
+    """Patients of one slide each."""
+    return [f"P{number}" for number in range(len(targets))]
+
+
 def of_cohort(targets: np.ndarray) -> Survival:
-    return OS.of_cohort(targets, [f"P{number}" for number in range(len(targets))])
+    return OS.of_cohort(targets, patients(targets))
 
 
 @pytest.fixture
 def cohort() -> tuple[np.ndarray, Survival]:
     targets, _ = drawn_patients(200, 0)
-    return targets, of_cohort(targets).fitted_to(targets)
+    return targets, of_cohort(targets).fitted_to(targets, patients(targets))
 
 
 def test_time_and_event_are_read_and_what_is_neither_is_refused():
@@ -96,7 +101,7 @@ def test_the_loss_is_least_at_the_hazards_of_the_cohort(cohort):
 
 def test_fewer_different_event_times_than_bins_leave_logits_unused():
     targets = np.array([[4.0, 1], [4, 1], [9, 1], [12, 0]])
-    task = of_cohort(targets).fitted_to(targets)
+    task = of_cohort(targets).fitted_to(targets, patients(targets))
     assert task.edges == (0, 4, 9)
     logits = torch.randn(4, 4, requires_grad=True)
     task.loss(logits, torch.tensor(targets, dtype=torch.float32), torch.ones(1)).sum().backward()
@@ -139,7 +144,7 @@ def test_risk_groups_and_dead_models_are_reported(cohort):
     folds = np.repeat([1, 2], 100)
     values = task.activate(torch.randn(200, 4, dtype=torch.float64))
     values[folds == 2] = values[0]
-    fitted = task.fit_on_validation(targets, values, "balanced_accuracy", is_balanced=True)
+    fitted = task.fit_on_validation(targets, values, patients(targets), "balanced_accuracy", is_balanced=True)
     decisions = task.decide_by(fitted, values[None])
     assert decisions is not None
     assert decisions.tolist() == (values[:, 0] > np.median(values[:, 0])).tolist(), "above the median is high"
@@ -156,6 +161,20 @@ def test_risk_groups_and_dead_models_are_reported(cohort):
     assert task.decide_by({"median_risk": None}, values[None]) is None
 
 
+def test_a_patient_of_many_slides_counts_once():
+    """In the times and strata of the cohort, and in the median risk."""
+    once, _ = drawn_patients(200, 0)
+    slides = np.repeat(np.arange(200), np.where(np.arange(200) < 20, 30, 1))
+    cases = [f"P{number}" for number in slides]
+    assert OS.of_cohort(once[slides], cases) == of_cohort(once)
+    values = once[:, :1]
+    fitted = [
+        OS.fit_on_validation(targets, risks, names, "balanced_accuracy", is_balanced=True)
+        for targets, risks, names in ((once, values, patients(once)), (once[slides], values[slides], cases))
+    ]
+    assert fitted[0]["median_risk"] == pytest.approx(fitted[1]["median_risk"]) == pytest.approx(np.median(values))
+
+
 def test_records_give_the_task_and_its_answer_back(cohort):
     _, task = cohort
     assert task_of(task.record) == task
@@ -169,6 +188,23 @@ def test_records_give_the_task_and_its_answer_back(cohort):
     assert task.headline(answer.predicted).startswith(f"risk {values[0]:.4g}: days lost on average until ")
 
 
+@pytest.mark.parametrize(("events", "has_interval"), [(4, False), (5, True)])
+def test_few_events_give_no_interval(events, has_interval):
+    rng = np.random.default_rng(0)
+    times = rng.permutation(40) + 1.0
+    targets = np.stack([times, np.isin(times, np.sort(times)[:: 40 // events][:events])], axis=1).astype(float)
+    task = Survival("days", "died", times=(10.0, 20.0, 30.0, 40.0)).of_cohort(targets, np.arange(40).astype(str))
+    survival = np.tile([0.9, 0.7, 0.5, 0.3], (40, 1))
+    values = np.concatenate([rng.normal(size=(40, 1)) - times[:, None] / 20, survival], axis=1)
+    rows = ScoredRows(task, targets, values, np.arange(40), np.ones(40))
+    estimates = rows.estimates(rows.pooled, 0)
+    for name in ("c_index", "c_index_ipcw", "integrated_brier"):
+        assert (estimates[name].interval is not None) is (has_interval and estimates[name].value is not None), name
+    if not has_interval:
+        assert estimates["c_index"].reason == "fewer than 5 patients with an event"
+    assert estimates["auc_20"].reason == "fewer than 5 patients with an event by then, or without one"
+
+
 def test_intervals_of_the_c_index_hold_the_truth():
     """In simulated cohorts of 80 patients, 150 times."""
     rng, held, within = np.random.default_rng(5), [], []
@@ -179,7 +215,7 @@ def test_intervals_of_the_c_index_hold_the_truth():
         return np.stack([np.minimum(times, ends), times <= ends], axis=1).astype(float), risk
 
     targets, risks = drawn(3000)
-    task = of_cohort(targets).fitted_to(targets)
+    task = of_cohort(targets).fitted_to(targets, patients(targets))
     template = task.activate(torch.zeros(1, 4, dtype=torch.float64))
     truth = task.unweighted_metrics(targets, np.concatenate([risks[:, None], np.repeat(template[:, 1:], 3000, 0)], 1))
     for number in range(150):

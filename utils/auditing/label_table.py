@@ -116,9 +116,9 @@ def stratified(table: LabelTable, task: Task, level: Level) -> tuple[list[Findin
 
 
 def check_labels(
-    rows: Sequence[Row], classes: Sequence[str], left_out: Collection[str], level: Level
+    rows: Sequence[Row], classes: Sequence[str], left_out: Collection[str], level: Level, words: tuple[str, str]
 ) -> tuple[list[Finding], list[AuditedSlide]]:
-    """Return the findings, and the slides that belong to a class."""
+    """Return the findings, and the slides that belong to a class; `words` are what a class and several are called."""
     rare = Counter(row["label"] for row in rows if row["label"] in left_out)
     unknown = {row["wsi_id"]: row["label"] for row in rows if row["label"] not in {*classes, *left_out}}
     slides = [AuditedSlide(row, classes.index(row["label"])) for row in rows if row["label"] in classes]
@@ -137,7 +137,7 @@ def check_labels(
         findings.append(Finding("info", "table", message, {"slides": dict(sorted(rare.items()))}))
     if not slides:
         return [*findings, Finding("error", "table", "no slide belongs to a class; check labels and classes")], slides
-    return findings + _check_patients(slides, classes), slides
+    return findings + _check_patients(slides, classes, words[1]), slides
 
 
 def _class_counts(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> Finding:
@@ -149,7 +149,7 @@ def _class_counts(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> Fin
     return Finding("info", "table", message, counts)
 
 
-def _check_patients(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> list[Finding]:
+def _check_patients(slides: Sequence[AuditedSlide], classes: Sequence[str], word: str) -> list[Finding]:
     per_patient = Counter(slide.case_id for slide in slides)
     spread = quartiles(per_patient.values())
     message = f"slides per patient: {spread['least']:g} to {spread['greatest']:g}, median {spread['median']:g}"
@@ -159,9 +159,7 @@ def _check_patients(slides: Sequence[AuditedSlide], classes: Sequence[str]) -> l
         classes_of[slide.case_id].add(classes[slide.label])
     mixed = sorted(case_id for case_id, case_classes in classes_of.items() if len(case_classes) > 1)
     if mixed:
-        message = (
-            f"{plural(len(mixed), 'patient')} with slides of several classes: {first_few(mixed)}; check the labels"
-        )
+        message = f"{plural(len(mixed), 'patient')} with slides of several {word}: {first_few(mixed)}; check the labels"
         findings.append(Finding("warning", "table", message, {"patients": mixed}))
     for name, class_slides in by_class(slides, classes).items():
         patients = len({slide.case_id for slide in class_slides})

@@ -37,8 +37,9 @@ class Nuisance:
 
 
 def check_confounding(
-    slides: Sequence[AuditedSlide], bags: Sequence[AuditedBag], classes: Sequence[str]
+    slides: Sequence[AuditedSlide], bags: Sequence[AuditedBag], classes: Sequence[str], word: str
 ) -> list[Finding]:
+    """Return how well each known origin of the slides predicts their classes, or what `word` calls them."""
     labels = np.array([slide.label for slide in slides], dtype=int)
     cases = np.array([slide.case_id for slide in slides])
     findings = []
@@ -47,17 +48,19 @@ def check_confounding(
     ):
         result = confounding(nuisance.values, labels, cases)
         if result is None:
-            message = f"{nuisance.name}: one value or one class only, nothing to test"
+            message = f"{nuisance.name}: one value or one {word} only, nothing to test"
             findings.append(Finding("info", "confounding", message))
         else:
-            findings.append(_report(nuisance, result, slides, classes))
+            findings.append(_report(nuisance, result, slides, classes, word))
     if not findings:
         message = "no site, scanner or other origin is known, nor a bag's size: nothing to test"
         findings.append(Finding("info", "confounding", message))
     return findings
 
 
-def _report(nuisance: Nuisance, result: Confounding, slides: Sequence[AuditedSlide], classes: Sequence[str]) -> Finding:
+def _report(
+    nuisance: Nuisance, result: Confounding, slides: Sequence[AuditedSlide], classes: Sequence[str], word: str
+) -> Finding:
     low, middle, high = result.shuffled
     numbers = (
         f"AUC {result.auc:.2f} by patient-grouped cross-validation; "
@@ -74,18 +77,18 @@ def _report(nuisance: Nuisance, result: Confounding, slides: Sequence[AuditedSli
     if result.auc - middle < _LEAST_EXCESS:
         return Finding("info", "confounding", f"{nuisance.name} alone predicts the label a little ({numbers})", details)
     verb = "gives the label away" if result.auc >= NEAR_PERFECT_AUC else "predicts the label"
-    message = f"{nuisance.name} alone {verb} ({numbers}); {_remedy(nuisance, counts, slides)}"
+    message = f"{nuisance.name} alone {verb} ({numbers}); {_remedy(nuisance, counts, slides, word)}"
     return Finding("warning", "confounding", message, details)
 
 
-def _remedy(nuisance: Nuisance, counts: Mapping[str, int], slides: Sequence[AuditedSlide]) -> str:
+def _remedy(nuisance: Nuisance, counts: Mapping[str, int], slides: Sequence[AuditedSlide], word: str) -> str:
     """Return the remedy: folds that keep each value on one side, or why they are impossible."""
     if nuisance.column is None:
         return "a model that does not clearly beat this AUC may have learned no more"
     fewest = min(counts, key=lambda name: counts[name])
     if counts[fewest] < Protocol.n_outer:
         reason = f"{fewest} comes with {plural(counts[fewest], 'value')} of it for {Protocol.n_outer} outer folds"
-        return f"{reason}, so that no split can separate the two: add slides of that class from elsewhere"
+        return f"{reason}, so that no split can separate the two: add slides of that {word} from elsewhere"
     values_of: dict[str, set[Value]] = defaultdict(set)
     for slide, value in zip(slides, nuisance.values, strict=True):
         values_of[slide.case_id].add(value)

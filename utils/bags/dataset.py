@@ -186,7 +186,7 @@ class MILDataset(Dataset):
     def fitted_to(self, slides: np.ndarray) -> "MILDataset":
         """Return the dataset for models that are trained on these slides: its task is fitted to their targets."""
         dataset = copy.copy(self)
-        dataset.task = self.task.fitted_to(self.labels[slides])
+        dataset.task = self.task.fitted_to(self.labels[slides], self.cases[slides].tolist())
         return dataset
 
     @property

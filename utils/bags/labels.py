@@ -155,7 +155,7 @@ def resolve_labels(
         sources = "the labels, --class_names and --features_dir" if is_flag("features_dir") else "its labels and wsi_id"
         raise LabelsError(f"{table.path}: no usable row is left; check {sources}")
     if task.target_words:
-        _log_mixed_patients(table.path, usable)
+        _log_mixed_patients(table.path, usable, task.columns)
     return usable
 
 
@@ -324,13 +324,16 @@ def _contradiction(earlier: Row, row: Row, columns: Sequence[str]) -> str:
     return f"{row['wsi_id']} ({changes})" if changes else row["wsi_id"]
 
 
-def _log_mixed_patients(csv_path: Path, rows: Sequence[LabelRow]) -> None:
+def _log_mixed_patients(csv_path: Path, rows: Sequence[LabelRow], columns: Sequence[str]) -> None:
     classes_of: dict[str, set[Target]] = {}
     for row in rows:
         classes_of.setdefault(row.case_id, set()).add(row.label)
     mixed = [case_id for case_id, classes in classes_of.items() if len(classes) > 1]
     if mixed:
-        log.info("%s: patients with slides of several classes, which stay in one fold: %s", csv_path, first_few(mixed))
+        log.info(
+            "%s: patients whose slides differ in %s, which stay in one fold: %s",
+            csv_path, ", ".join(columns), first_few(mixed),
+        )  # fmt: skip
 
 
 def _check_ids(csv_path: Path, rows: Sequence[Row]) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.core.errors import plural
+from utils.core.errors import first_few, plural
 from utils.core.text import aligned, figure_text, interval_text
 from utils.evaluation.covariates import covariates_text
 from utils.evaluation.outputs import NO_PATIENTS
@@ -36,12 +36,12 @@ def results_table(results: dict[str, Any]) -> str:
     return text_table([fold_rows, summary, pooled, case_rows(results, metrics)], metrics)
 
 
-def case_rows(results: Mapping[str, Any], metrics: Sequence[str]) -> list[list[str]]:
-    """Return the rows of the patients' figures of an `outputs.json` or `scores.json`; none if it has none."""
+def case_rows(results: Mapping[str, Any], metrics: Sequence[str], name: str = "patients") -> list[list[str]]:
+    """Return the rows, of this name, of the patients' figures of an `outputs.json` or `scores.json`, if it has some."""
     cases = results.get("cases")
     if not cases:
         return []
-    rows = [figures_row("patients", cases["pooled"], metrics), intervals_row(cases["intervals_95"], metrics)]
+    rows = [figures_row(name, cases["pooled"], metrics), intervals_row(cases["intervals_95"], metrics)]
     if cases.get("within_folds"):
         rows.append(figures_row("within folds", cases["within_folds"], metrics))
         rows.append(intervals_row(cases["within_folds_intervals_95"], metrics))
@@ -62,6 +62,11 @@ def case_words(results: Mapping[str, Any]) -> str:
         f"Report the figures of patients: {plural(cases['n_several_slides'], 'patient')} of {results['n_cases']} "
         f"{'has' if cases['n_several_slides'] == 1 else 'have'} several slides, whose answers are averaged."
     )
+
+
+def level_words(results: Mapping[str, Any]) -> str:
+    """Return what the rows of the closing table are of."""
+    return "slides and patients" if results.get("cases") else f"{task_of(results).unit} level"
 
 
 def figures_row(name: str, figures: Mapping[str, float | None], metrics: Sequence[str]) -> list[str]:
@@ -114,6 +119,7 @@ def closing_text(results: dict[str, Any]) -> str:
         *task.closing_sentences(primary_figures(results)),
         *filter(None, [reliability_words(results.get("calibration", {}))]),
     ]
+    sentences += _changed_words(results)
     settings = Counter(_setting_text(fold["selection"]["setting"]) for fold in results["fold_results"])
     if len(results["fold_results"][0]["selection"]["settings"]) > 1:
         choices = [f"{setting} in {count} of {results['n_folds']} folds" for setting, count in settings.most_common()]
@@ -122,6 +128,17 @@ def closing_text(results: dict[str, Any]) -> str:
     table = task.table(figures["pooled"], figures["intervals_95"])
     described = [f"\n{text}" for text in (covariates_text(results), subgroups_text(results)) if text]
     return "\n".join([results_table(results), "", *([table, ""] if table else []), *sentences, *described])
+
+
+def _changed_words(results: Mapping[str, Any]) -> list[str]:
+    """Return in which folds the loss chose instead of the metric that was asked for, and why."""
+    folds_of: dict[str, list[str]] = {}
+    for fold, text in (results.get("changed_monitors") or {}).items():
+        folds_of.setdefault(text, []).append(str(fold))
+    return [
+        f"In {len(folds)} of {results['n_folds']} folds ({first_few(folds)}) {text}."
+        for text, folds in folds_of.items()
+    ]
 
 
 def _setting_text(setting: Mapping[str, Any]) -> str:

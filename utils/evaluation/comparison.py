@@ -17,9 +17,10 @@ class Difference:
     """`first - second` in one metric; None if undefined.
 
     Attributes
+        unit: what the metric is of, "patient" or "slide"; is_primary: whether its figures are the ones to report.
         difference: of all slides; of a metric that ranks slides, of the slides of each fold.
         low, high, p: its 95% interval and p for the algorithms, trained on cohorts like this one.
-        p_holm: p adjusted for the pairs; of the metrics after the first, for all their pairs.
+        p_holm: p adjusted for the pairs; of the metrics after the first, for all their pairs. Units are adjusted apart.
         models_low, models_high, p_models: the same for these trained models, as they are.
         fold_mean, folds, p_corrected_t: the mean over the folds in which both runs have the metric, their number, and
             the p of the corrected resampled t test (`paired_tests.nadeau_bengio`).
@@ -28,6 +29,8 @@ class Difference:
     first: str
     second: str
     metric: str
+    unit: str
+    is_primary: bool
     difference: float | None
     low: float | None
     high: float | None
@@ -46,12 +49,17 @@ class Difference:
 
 
 def compare(
-    runs: Mapping[str, Predictions], sizes: Sequence[tuple[int, int]], metrics: Sequence[str]
+    runs: Mapping[str, Predictions],
+    sizes: Sequence[tuple[int, int]],
+    metrics: Sequence[str],
+    unit: str = "slide",
+    is_primary: bool = True,
 ) -> list[Difference]:
     """Compare every pair of runs in every metric, in the order of `metrics`.
 
-    `runs` maps names to predictions for the same slides in the same folds; `sizes` are the numbers of slides that each
-    fold was trained and tested on. The result for a pair does not depend on the other runs, except for `p_holm`.
+    `runs` maps names to predictions for the same slides, or patients (see `PredictionRows.by_unit`), in the same folds;
+    `sizes` are the numbers of them that each fold was trained and tested on. The result for a pair does not depend on
+    the other runs, except for `p_holm`.
     """
     # A run of an earlier version does not name the groups that its splits kept together, as another does.
     groups = next((run.groups for run in runs.values() if run.groups is not None), None)
@@ -71,19 +79,14 @@ def compare(
             changes = without[a][metric] - without[b][metric]
             algorithms = paired_test(difference, changes, patients, inflation, most=most)
             models = paired_test(difference, changes, patients, most=most)
+            by_fold = _over_folds([fold[metric] for fold in folds[a]], [fold[metric] for fold in folds[b]], sizes)
             differences.append(
                 Difference(
-                    names[a],
-                    names[b],
-                    metric,
-                    difference,
-                    *(algorithms.interval or (None, None)),
-                    algorithms.p,
-                    *(models.interval or (None, None)),
-                    models.p,
-                    *_over_folds([fold[metric] for fold in folds[a]], [fold[metric] for fold in folds[b]], sizes),
+                    names[a], names[b], metric, unit, is_primary, difference,
+                    *(algorithms.interval or (None, None)), algorithms.p,
+                    *(models.interval or (None, None)), models.p, *by_fold,
                 )
-            )
+            )  # fmt: skip
     return _adjusted(differences, metrics[0])
 
 

@@ -17,12 +17,16 @@ from utils.evaluation.predictions import Predictions
 _COLUMNS = 3
 
 
-def comparison_figure(differences: Mapping[str, Mapping[tuple[str, str], tuple[float, float, float]]]) -> Figure:
-    """Draw a forest plot of pairs of runs for each metric: `(difference, low, high)`, the first minus the second."""
+def comparison_figure(
+    differences: Mapping[str, Mapping[tuple[str, str], tuple[float, float, float]]], unit: str
+) -> Figure:
+    """Draw a forest plot of pairs of runs for each metric, of slides or patients as `unit` says: `(difference, low,
+    high)`, the first minus the second.
+    """
     pairs = list(dict.fromkeys(pair for by_pair in differences.values() for pair in by_pair))
     names: list[str] = []
     figure, axes = bare_axes(6, 4)
-    bare(axes, "Difference, first minus second (95% interval)")
+    bare(axes, f"Difference of the {unit}s' figures, first minus second (95% interval)")
     for (metric, by_pair), colour, marker in zip(differences.items(), cycle(COLOURS), cycle("osD^vP"), strict=False):
         if len(pairs) > 1:
             names.append(metric)

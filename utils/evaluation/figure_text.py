@@ -12,6 +12,8 @@ def with_interval(estimate: Estimate, kind: str = "95% CI ") -> str:
 
 
 def pooled_title(predictions: Predictions) -> str:
-    """Return a title that names the slides and, if there are several, the number of repeats."""
+    """Return a title that names the slides, or patients, and, if there are several, the number of repeats."""
     times = predictions.n_repeats
-    return predictions.title or "Out-of-fold slides, " + (f"mean of {times} repeats" if times > 1 else "pooled")
+    return predictions.title or f"Out-of-fold {predictions.unit}s, " + (
+        f"mean of {times} repeats" if times > 1 else "pooled"
+    )

@@ -129,7 +129,9 @@ class ScoredRows:
         strata = self.task.strata(self.labels)
         figures = single(weigh(np.ones((1, len(self.labels)))))
         variances = {name: jackknife_variance(values) for name, values in left_out(self.patients, weigh).items()}
-        intervals = _Intervals(patients, score_likeness(patients, strata, scores), figures, variances, seed)
+        intervals = _Intervals(
+            patients, score_likeness(patients, strata, scores), figures, variances, seed, self.task.side_word
+        )
         return intervals.all({name: self.task.basis(name, self.labels, self.values) for name in figures})
 
 
@@ -177,6 +179,7 @@ class _Intervals:
     figures: Figures
     variances: Mapping[str, float]
     seed: int
+    side_word: str
 
     def all(self, bases: Mapping[str, Basis]) -> dict[str, Estimate]:
         """Return the estimate of each metric from its basis."""
@@ -214,6 +217,8 @@ class _Intervals:
     def _too_few(self, basis: Basis) -> str:
         if self.patients.count < LEAST_PATIENTS:
             return f"fewer than {LEAST_PATIENTS} {self.patients.unit}s"
+        if isinstance(basis, Bounded) and any(len(self.patients.slides(rows)) < LEAST_PATIENTS for rows in basis.kinds):
+            return f"fewer than {LEAST_PATIENTS} {self.patients.unit}s {basis.words}"
         sides: list[np.ndarray] = []
         if isinstance(basis, PairRanking | Precision):
             sides = [*basis.positives, *basis.negatives]
@@ -222,7 +227,7 @@ class _Intervals:
         elif isinstance(basis, Share):
             sides = [rows for rows in basis.kinds if rows.any()]
         if any(len(self.patients.slides(rows)) < LEAST_OF_A_CLASS for rows in sides):
-            return f"fewer than {LEAST_OF_A_CLASS} {self.patients.unit}s of a class"
+            return f"fewer than {LEAST_OF_A_CLASS} {self.patients.unit}s {self.side_word}"
         return ""
 
     def _quantile(self, patients: int) -> float:

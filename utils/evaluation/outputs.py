@@ -44,7 +44,7 @@ def outputs_content(
 ) -> dict[str, Any]:
     """Return the metrics of `outputs.json`; `fold_figures` are those of each outer fold, with its record."""
     summary: dict[str, Any] = {
-        **predictions.task.record,
+        **predictions.task.cohort_record,
         "positive_class": predictions.task.positive_output,
         "n_slides": predictions.n_slides,
         "n_cases": predictions.n_cases,

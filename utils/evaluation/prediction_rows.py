@@ -31,6 +31,7 @@ class PredictionRows:
         decisions (n,): int, the class at a threshold fitted on inner validation, or None.
         seed: of the resampled patients of some intervals.
         title: names the slides; by default they are the out-of-fold slides.
+        unit: what a row is of, "slide" or "patient".
     """
 
     slides: np.ndarray
@@ -45,6 +46,7 @@ class PredictionRows:
     decisions: np.ndarray | None = None
     groups: np.ndarray | None = None
     title: str = ""
+    unit: str = "slide"
 
     @classmethod
     def read(cls, path: Path, seed: int, task: Task | None = None) -> Self:
@@ -139,7 +141,15 @@ class PredictionRows:
         return replace(
             self.where(first), labels=labels, values=values, calibrated=mean(self.calibrated),
             decisions=None if decisions is None else (decisions >= 0.5).astype(int), slides=self.cases[first],
+            unit="patient",
         )  # fmt: skip
+
+    def by_unit(self) -> dict[str, Self]:
+        """Return the rows by what they are of, those to be reported first: where a patient has several
+        slides, those of patients, then those of slides; else one of each slide, named by the task's unit.
+        """
+        cases = self.by_case()
+        return {cases.unit: cases, self.unit: self} if len(cases) < len(self) else {self.task.unit: self}
 
     @property
     def target_texts(self) -> np.ndarray:

@@ -108,12 +108,12 @@ class Predictions(PredictionRows):
 
     @property
     def decision_metrics(self) -> Figures | None:
-        """The metrics of the decisions at a threshold, the mean over the repeats."""
+        """The metrics of the decisions at a threshold, the mean over the repeats; None if the task has none."""
         if self.decisions is None:
             return None
         masks = [self.repeats == repeat for repeat in np.unique(self.repeats)]
         by_repeat = [self.task.decision_metrics(self.labels[rows], self.decisions[rows]) for rows in masks]
-        return {name: mean_and_std([metrics[name] for metrics in by_repeat])[0] for name in by_repeat[0]}
+        return {name: mean_and_std([metrics[name] for metrics in by_repeat])[0] for name in by_repeat[0]} or None
 
     def ranked(self, index: int) -> RankedRows:
         """Return the rows that a ranked output ranks, as those of two classes."""

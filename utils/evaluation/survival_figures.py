@@ -22,7 +22,7 @@ def kaplan_meier_figure(predictions: Predictions) -> Figure:
     """Draw Kaplan-Meier curves of the patients of low and of high predicted risk, with 95% limits, marks where patients
     are censored, the log-rank test and the numbers at risk; of several repeats the first.
 
-    High is above the median risk of the slides that each fold's model was validated on.
+    High is above the median of the mean risks of the patients that each fold's model was validated on.
     """
     task, first = _first_repeat(predictions)
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")

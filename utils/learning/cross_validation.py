@@ -36,12 +36,14 @@ from utils.learning.jobs import Trainer, TrainingJob
 from utils.learning.model_factory import ModelFactory, spec_of
 from utils.learning.patient_columns import PatientColumns
 from utils.learning.protocol import (
+    changed_monitors,
     check_operating_point,
     inner_jobs,
     log_kept_epoch,
+    operating_point_entry,
     outer_folds,
     splits_content,
-    warn_of_few_patients,
+    warn_of_folds,
     with_monitor,
     with_setting,
 )
@@ -132,7 +134,7 @@ class NestedCrossValidation:
                 draw_missing(self.output_dir, self.running.figure_format)
             else:
                 started = time.time()
-                warn_of_few_patients(self.dataset, folds)
+                warn_of_folds(self.dataset, self.protocol.monitor, folds)
                 log_kept_epoch(self.dataset, self.protocol.keep, folds, self.training, self.settings)
                 dry_run.log_large_steps(self.trainer, self.jobs(folds)[0])
                 content = splits_content(self.dataset, folds, self.protocol.seed)
@@ -141,17 +143,16 @@ class NestedCrossValidation:
                     _log_resumed(begun, engine)
                 with threads(begun["threads"]):
                     results = self._run_folds(folds, engine, standardization, digests)
-                    about = {
-                        "model": self.spec, "dataset": self.dataset_name,
-                        "standardize": standardization.as_dict(), "operating_point": self.protocol.operating_point,
-                    }  # fmt: skip
+                    about = {"model": self.spec, "dataset": self.dataset_name, "standardize": standardization.as_dict()}
+                    about |= operating_point_entry(self.dataset.task, self.protocol.operating_point)
+                    about["changed_monitors"] = changed_monitors(self.dataset, self.protocol.monitor, folds)
                     seed, formats = derive_seed(self.protocol.seed, "bootstrap"), self.running.figure_format
                     write_results(self.output_dir, results, self.dataset, about, seed, formats)
                     seconds = round(time.time() - started, 1)
                     # On Ray, other processes used the memory.
                     memory = None if self.cluster.is_asked_for else peak_memory(self.device)
-                    record = self._record(engine) | {name: begun[name] for name in THREADS if name in begun}
-                    folder.finish(record | {"seconds": seconds, "peak_memory": memory})
+                    threads_used = {name: begun[name] for name in THREADS if name in begun}
+                    folder.finish(self._record(engine) | threads_used | {"seconds": seconds, "peak_memory": memory})
             folder.clear_leftovers()
             self.columns.write(self.output_dir, folds, is_balanced=self.training.class_weights == "balanced")
         return read_json(self.output_dir / "outputs.json")
@@ -212,7 +213,7 @@ class NestedCrossValidation:
     def dry_run(self) -> str:
         """Return the folds, and the time and memory that a run would take, from a short trial of every setting."""
         folds = self.folds()
-        warn_of_few_patients(self.dataset, folds)
+        warn_of_folds(self.dataset, self.protocol.monitor, folds)
         with self._engine() as engine, threads(self._chosen_threads(engine, folds).threads):
             return dry_run.report(
                 self.trainer.on_device(engine.sharers), folds, self.jobs(folds), self.protocol.final, engine.jobs,
@@ -257,8 +258,7 @@ class NestedCrossValidation:
         return results
 
     def _record(self, engine: Engine) -> dict[str, Any]:
-        # `predict.py --out_of_fold` finds the features by it.
-        features = str(self.dataset.features_dir.resolve())
+        features = str(self.dataset.features_dir.resolve())  # `predict.py --out_of_fold` finds them by it
         preset = self.preset and preset_record(self.preset, asdict(self.training) | asdict(self.protocol))
         about = {"dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, "preset": preset}
         return about | run_metadata(self.device)

@@ -79,7 +79,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         raise ConfigError(f"{twice[0]}: given twice; name each run once")
     runs = [read_run(path, name) for path, name in zip(paths, _short_names(folders), strict=True)]
     for run in runs[1:]:
-        _check_same_slides(runs[0], run)
+        check_same_slides(runs[0], run)
         _check_same_splits(runs[0], run)
     return runs
 
@@ -163,11 +163,12 @@ def _folds(predictions: Predictions) -> np.ndarray:
     return predictions.folds
 
 
-def _check_same_slides(first: Run, second: Run) -> None:
+def check_same_slides(first: Run, second: Run) -> None:
+    """Raise ConfigError if two runs differ in slides, patients, targets or what they predict."""
     if not set(first.predictions.slides) & set(second.predictions.slides):
         raise ConfigError(f"{second.path}: not one slide of {first.path}; give runs of one cohort")
     task, other = first.predictions.task, second.predictions.task
-    if (task.kind, task.outputs, task.columns) != (other.kind, other.outputs, other.columns):
+    if (task.kind, task.about) != (other.kind, other.about):
         raise ConfigError(
             f"{second.path}: {other.about}, those of {first.path} are {task.about}; train both with the same "
             f"{task.flags}"
@@ -180,7 +181,7 @@ def _check_same_slides(first: Run, second: Run) -> None:
                 f"{both}: {plural(len(only_here), 'slide')} in {run.path} alone: {first_few(sorted(only_here))}; train "
                 "both on the same labels.csv and splits"
             )
-    for column, name in (("label", "label"), ("case_id", "patient"), ("group", "group")):
+    for column, name in (("label", " or ".join(task.columns)), ("case_id", "patient"), ("group", "group")):
         pairs = {wsi_id: (slides[wsi_id][column], second_slides[wsi_id][column]) for wsi_id in sorted(slides)}
         unlike = [f"{wsi_id} ({', '.join(pair)})" for wsi_id, pair in pairs.items() if pair[0] != pair[1] and all(pair)]
         if unlike:
@@ -188,6 +189,11 @@ def _check_same_slides(first: Run, second: Run) -> None:
                 f"{both}: {plural(len(unlike), 'slide')} with another {name}: {first_few(unlike)}; train both on the "
                 "same labels.csv"
             )
+    if task.outputs != other.outputs:
+        raise ConfigError(
+            f"{second.path}: it predicts {', '.join(other.outputs)}, {first.path} predicts {', '.join(task.outputs)}; "
+            "train both with the same settings of the task"
+        )
 
 
 def _check_same_splits(first: Run, second: Run) -> None:

@@ -58,12 +58,15 @@ class FoldTester:
             fitted = self._read(job)
             trained[job.setting - 1].append(fitted)
             history += self._history(job, fitted)
-        return choose(data.task, fold, jobs[0].monitor, settings, trained, data.labels, history, self._fit)
+        return choose(data.task, fold, jobs[0].monitor, settings, trained, history, self._fit)
 
-    def _fit(self, setting: Setting, labels: np.ndarray, values: np.ndarray) -> FittedFigures:
-        """Return what the task fits to inner validation slides of trainings of this setting."""
-        is_balanced = with_setting(self.trainer.training, setting).class_weights == "balanced"
-        return self.trainer.dataset.task.fit_on_validation(labels, values, self.operating_point, is_balanced)
+    def _fit(self, setting: Setting, slides: np.ndarray, values: np.ndarray) -> FittedFigures:
+        """Return what the task fits to inner validation `slides` of trainings of this setting."""
+        data, training = self.trainer.dataset, with_setting(self.trainer.training, setting)
+        return data.task.fit_on_validation(
+            data.labels[slides], values, data.cases[slides].tolist(), self.operating_point,
+            training.class_weights == "balanced",
+        )  # fmt: skip
 
     def refit_job(self, choice: Choice) -> TrainingJob:
         """Return the training of the chosen setting on the whole outer training set."""

@@ -136,12 +136,14 @@ def _ordered_settings(trainings: Sequence[_Training]) -> list[str]:
 
 
 def _panels_of_single_setting(trainings: Sequence[_Training]) -> dict[str, list[_Curve]]:
-    """Return one plot of both losses, and one of the metric that compared the epochs."""
-    losses = [
-        _Curve(trainings, "train_loss", 0, "training, mean"),
-        _Curve(trainings, "val_loss", 1, "validation, mean"),
-    ]
-    return {"Loss": losses} | {name: [_Curve(group, column, 1, None)] for name, column, group in _scores(trainings)}
+    """Return one plot of both losses, or two if they are not the same loss, and one of the metric that compared the
+    epochs.
+    """
+    titles = trainings[0].task.loss_titles
+    panels: dict[str, list[_Curve]] = {title: [] for title in titles}
+    panels[titles[0]].append(_Curve(trainings, "train_loss", 0, "training, mean"))
+    panels[titles[-1]].append(_Curve(trainings, "val_loss", 1, "validation, mean"))
+    return panels | {name: [_Curve(group, column, 1, None)] for name, column, group in _scores(trainings)}
 
 
 def _panels_of_settings(trainings: Sequence[_Training], settings: Sequence[str]) -> dict[str, list[_Curve]]:
@@ -150,7 +152,9 @@ def _panels_of_settings(trainings: Sequence[_Training], settings: Sequence[str])
     chosen = Counter(order[0] for order in orders)
     finished = Counter(training.setting for training in trainings)
     most = max(finished.values())
-    columns = [("Training loss", "train_loss", trainings), ("Validation loss", "val_loss", trainings)]
+    titles = trainings[0].task.loss_titles
+    titles = titles if len(titles) > 1 else ("Training loss", "Validation loss")
+    columns = [(titles[0], "train_loss", trainings), (titles[1], "val_loss", trainings)]
     panels: dict[str, list[_Curve]] = {}
     for name, column, group in [*columns, *_scores(trainings)]:
         for number, setting in enumerate(settings):

@@ -37,12 +37,11 @@ def choose(
     monitor: str,
     settings: Sequence[Setting],
     trained: Sequence[Sequence[Fitted | Diverged]],
-    labels: np.ndarray,
     history: list[dict[str, Any]],
     fit_on_validation: Callable[[Setting, np.ndarray, np.ndarray], FittedFigures],
 ) -> Choice:
-    """Choose by `monitor` among the settings, given each one's inner trainings in the order of the inner folds, and the
-    cohort's `labels`; then `fit_on_validation` what the task fits to the labels and values of all inner validation.
+    """Choose by `monitor` among the settings, given each one's inner trainings in the order of the inner folds; then
+    `fit_on_validation` what the task fits to all slides of inner validation, given as indices, and their values.
 
     A setting with a training that diverged is not chosen, with a warning. Raises TrainingError if every setting has
     one.
@@ -66,9 +65,9 @@ def choose(
         scores.append({"setting": setting.values, **means})
     best = best_of([rank(task, model.validation, monitor) for model in models])
     # All inner validation slides, each predicted by the model that was not trained on it.
-    val_labels = labels[np.concatenate([inner.val for inner in fold.inner])]
+    slides = np.concatenate([inner.val for inner in fold.inner])
     values = np.concatenate([model.val_probabilities.numpy() for model in models])
-    fitted = fit_on_validation(settings[chosen], val_labels, values)
+    fitted = fit_on_validation(settings[chosen], slides, values)
     return Choice(fold, monitor, chosen + 1, models, best, fitted, scores, history)
 
 

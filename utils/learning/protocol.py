@@ -34,12 +34,12 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
             log.warning(note)
         return repeated_splits(
             strata, data.groups, data.task.strata_names, protocol.n_outer, protocol.n_inner, protocol.repeats,
-            protocol.seed, unit,
+            protocol.seed, unit, data.task.stratum_words[0],
         )  # fmt: skip
     wsi_ids = [row.wsi_id for row in data.rows]
     folds = folds_from_file(
         protocol.splits, wsi_ids, strata, data.groups, data.task.strata_names, unit=unit,
-        allow_missing="missing" in data.allow, other_names=_other_names(data),
+        stratum=data.task.stratum_words[0], allow_missing="missing" in data.allow, other_names=_other_names(data),
     )  # fmt: skip
     for name, count in (("n_outer", len(folds)), ("n_inner", len(folds[0].inner))):
         value = getattr(protocol, name)
@@ -64,11 +64,11 @@ def _other_names(data: MILDataset) -> dict[str, list[str]]:
 
 def check_operating_point(data: MILDataset, operating_point: str, folds: Sequence[OuterFold]) -> None:
     """Raise ConfigError for a wanted sensitivity or specificity that inner validation cannot place a threshold for."""
-    point, names = OperatingPoint.of(operating_point), data.task.strata_names
+    point, names = OperatingPoint.of(operating_point), data.task.outputs
     if point.label is None:
         return
     if data.task.positive_output is None:
-        raise ConfigError(f"--operating_point {point}: needs two classes, the cohort has {len(names)}; leave it out")
+        raise ConfigError(f"--operating_point {point}: needs two classes, not {data.task.about}; leave it out")
     for fold in folds:
         validated = data.labels[np.concatenate([inner.val for inner in fold.inner])]
         count = int((validated == point.label).sum())
@@ -77,13 +77,6 @@ def check_operating_point(data: MILDataset, operating_point: str, folds: Sequenc
                 f"--operating_point {point}: takes {plural(point.least_slides, 'slide')} of {names[point.label]} in "
                 f"inner validation, outer fold {fold.number} has {count}; give a lower rate, or leave it out"
             )
-
-
-def warn_of_few_patients(data: MILDataset, folds: Sequence[OuterFold]) -> None:
-    """Warn if inner folds validate on a single patient of a stratum (a class), or on none."""
-    warning = few_patients(folds, data.task.strata(data.labels), data.cases, data.task.strata_names)
-    if warning:
-        log.warning(warning)
 
 
 def with_monitor(protocol: Protocol, task: Task) -> Protocol:
@@ -98,16 +91,33 @@ def with_monitor(protocol: Protocol, task: Task) -> Protocol:
     return protocol
 
 
-def fold_monitor(data: MILDataset, monitor: str, fold: OuterFold) -> str:
-    """Return the monitor of an outer fold: `monitor`, or the loss if that is undefined in an inner fold."""
+def changed_monitors(data: MILDataset, monitor: str, folds: Sequence[OuterFold]) -> dict[int, str]:
+    """Return why the loss chooses instead of the `monitor`, by the number of each outer fold with an inner fold where
+    it is undefined.
+    """
     metric = monitored_metric(monitor)
-    reasons = [data.task.why_undefined(metric, data.labels[inner.val]) for inner in fold.inner]
-    reason = next(filter(None, reasons), "")
-    if not reason:
-        return monitor
-    text = "outer fold %d: an inner fold %s, so the slide loss chooses instead of the %s"
-    log.info(text, fold.number, reason, metric.upper())
-    return "slide_loss"
+    title = data.task.metric_titles.get(metric, metric.replace("_", " "))
+    changed = {}
+    for fold in folds:
+        reasons = [data.task.why_undefined(metric, data.labels[inner.val]) for inner in fold.inner]
+        if reason := next(filter(None, reasons), ""):
+            changed[fold.number] = f"an inner fold {reason}, so the slide loss chooses instead of the {title}"
+    return changed
+
+
+def operating_point_entry(task: Task, operating_point: str) -> dict[str, str]:
+    """Return the entry of `outputs.json` that says what thresholds were fitted for, if the task has thresholds."""
+    return {"operating_point": operating_point} if "operating_point" in task.decision_figures else {}
+
+
+def warn_of_folds(data: MILDataset, monitor: str, folds: Sequence[OuterFold]) -> None:
+    """Warn if inner folds validate on too few patients, or cannot be compared by the `monitor`."""
+    task = data.task
+    few = few_patients(folds, task.strata(data.labels), data.cases, task.strata_names, task.stratum_words[0])
+    if few:
+        log.warning(few)
+    for fold, text in changed_monitors(data, monitor, folds).items():
+        log.warning("outer fold %d: %s", fold, text)
 
 
 def kept_epoch(data: MILDataset, keep: Keep, folds: Sequence[OuterFold]) -> Literal["last", "best"]:
@@ -133,8 +143,8 @@ def log_kept_epoch(
         flags = " and ".join(idle)
         log.warning("%s: nothing depends on it, as each training keeps its last epoch; give --keep best", flags)
     if keep == "auto":
-        text = "inner folds validate on as few as %s of a class, so each training keeps its last epoch (--keep auto)"
-        log.info(text, plural(_fewest_validated(data, folds), "slide"))
+        text = "inner folds validate on as few as %s of a %s, so each training keeps its last epoch (--keep auto)"
+        log.info(text, plural(_fewest_validated(data, folds), "slide"), data.task.stratum_words[0])
 
 
 def _fewest_validated(data: MILDataset, folds: Sequence[OuterFold]) -> int:
@@ -152,7 +162,8 @@ def inner_jobs(
     standardized: Collection[int] = (),
 ) -> list[TrainingJob]:
     """Return the inner trainings; in the folds numbered `standardized`, the models standardise features."""
-    monitors = {fold.number: fold_monitor(data, protocol.monitor, fold) for fold in folds}
+    changed = changed_monitors(data, protocol.monitor, folds)
+    monitors = {fold.number: "slide_loss" if fold.number in changed else protocol.monitor for fold in folds}
     keep = kept_epoch(data, protocol.keep, folds)
     epochs = [with_setting(training, setting).epochs for setting in settings]
     return [

@@ -90,6 +90,7 @@ def folds_from_file(
     class_names: Sequence[str],
     *,
     unit: str = "patient",
+    stratum: str = "class",
     allow_missing: bool = False,
     other_names: Mapping[str, Sequence[str]] | None = None,
 ) -> list[OuterFold]:
@@ -113,7 +114,7 @@ def folds_from_file(
         absent = [name for label, name in enumerate(class_names) if label not in labels[slides["train"]]]
         if absent:
             raise SplitError(
-                f"{path}: the train part of {split.name} has no slide of class {first_few(absent)}; mend it"
+                f"{path}: the train part of {split.name} has no slide of {stratum} {first_few(absent)}; mend it"
             )
         inner = InnerFold(slides["train"], slides["val"])
         key = (split.repeat or 1, split.fold)

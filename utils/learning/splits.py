@@ -13,6 +13,7 @@ from utils.core.errors import SplitError, plural
 from utils.core.runtime import derive_seed
 
 _SHUFFLES = 10
+_CELLS = "class", "grade"  # strata whose names are cells of the label table
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,18 @@ def nested_splits(
     n_inner: int,
     seed: int,
     unit: str = "patient",
+    stratum: str = "class",
 ) -> list[OuterFold]:
     """Return outer and inner folds, stratified by class and grouped by case at both levels, numbered from 1.
 
-    `labels (n,)` int are the classes, `cases (n,)` the groups that no split divides: patients, or what `unit` names.
-    Raises SplitError, with the most folds that would work, if a class has fewer patients than folds.
+    `labels (n,)` int are the classes, or what `stratum` names; `cases (n,)` are the groups that no split divides:
+    patients, or what `unit` names. Raises SplitError, with the most folds that would work, if a class has fewer
+    patients than folds.
     """
     tests = _grouped_folds(labels, cases, n_outer, derive_seed(seed, "outer"))
     patients = _patients(labels, cases, len(class_names))
     if patients.min() < n_outer or _most_inner(labels, cases, len(class_names), tests) < n_inner:
-        raise SplitError(_shortage(labels, cases, class_names, n_outer, n_inner, seed, unit))
+        raise SplitError(_shortage(labels, cases, class_names, n_outer, n_inner, seed, unit, stratum))
     folds = []
     for number, test in enumerate(tests, start=1):
         train = np.setdiff1d(np.arange(len(labels)), test)
@@ -74,20 +77,27 @@ def repeated_splits(
     repeats: int,
     seed: int,
     unit: str = "patient",
+    stratum: str = "class",
 ) -> list[OuterFold]:
     """Return the folds of so many `nested_splits`, each with a seed of its own; the first has `seed` itself."""
     folds = []
     for repeat in range(1, repeats + 1):
         repeat_seed = seed if repeat == 1 else derive_seed(seed, "repeat", repeat)
-        for fold in nested_splits(labels, cases, class_names, n_outer, n_inner, repeat_seed, unit):
+        for fold in nested_splits(labels, cases, class_names, n_outer, n_inner, repeat_seed, unit, stratum):
             folds.append(replace(fold, number=len(folds) + 1, repeat=repeat))
     return folds
 
 
-def few_patients(folds: Sequence[OuterFold], labels: np.ndarray, cases: np.ndarray, class_names: Sequence[str]) -> str:
+def few_patients(
+    folds: Sequence[OuterFold],
+    labels: np.ndarray,
+    cases: np.ndarray,
+    class_names: Sequence[str],
+    stratum: str = "class",
+) -> str:
     """Return a warning if inner folds validate on a single patient of a class, or on none; empty if none do.
 
-    `labels (n,)` and `cases (n,)` are the slides' classes and patients.
+    `labels (n,)` and `cases (n,)` are the slides' classes, or what `stratum` names, and patients.
     """
     validated = [
         (f"outer fold {fold.number}, inner {number}", _patients(labels[inner.val], cases[inner.val], len(class_names)))
@@ -100,7 +110,7 @@ def few_patients(folds: Sequence[OuterFold], labels: np.ndarray, cases: np.ndarr
     name, rarest = thin[0]
     advice = "add patients" if len(folds[0].inner) == 2 else "give a smaller --n_inner"
     return (
-        f"{len(thin)} of {plural(len(validated), 'inner fold')} validate on one patient of a class or none (the "
+        f"{len(thin)} of {plural(len(validated), 'inner fold')} validate on one patient of a {stratum} or none (the "
         f"first: {name}, {rarest}); what is chosen there, from epoch to threshold, is mostly chance: {advice}"
     )
 
@@ -124,13 +134,14 @@ def _shortage(
     n_inner: int,
     seed: int,
     unit: str,
+    stratum: str,
 ) -> str:
     """Return the error text for too few patients, with the nearest numbers of folds that work."""
     patients = _patients(labels, cases, len(class_names))
     fewest, rarest = int(patients.min()), class_names[int(patients.argmin())]
     if fewest == 0:
         return f"no slide has the class {rarest!r}; leave it out of --class_names"
-    problem = f"--n_outer {n_outer} --n_inner {n_inner}: only {plural(fewest, unit)} with class {rarest!r}"
+    problem = f"--n_outer {n_outer} --n_inner {n_inner}: only {plural(fewest, unit)} with {stratum} {rarest!r}"
     for outer in sorted(range(2, fewest + 1), key=lambda outer: abs(outer - n_outer)):
         tests = _grouped_folds(labels, cases, outer, derive_seed(seed, "outer"))
         inner = min(n_inner, _most_inner(labels, cases, len(class_names), tests))
@@ -141,9 +152,10 @@ def _shortage(
         most = "at most " if outer < n_outer else ""
         with_inner = f", with --n_inner {inner}" if inner < n_inner else ""
         return f"{problem}; {most}--n_outer {outer} would work{with_inner}"
-    near = get_close_matches(rarest, [name for name in class_names if name != rarest], n=1, cutoff=0.8)
+    others = [name for name in class_names if name != rarest and stratum in _CELLS]
+    near = get_close_matches(rarest, others, n=1, cutoff=0.8)
     hint = f"mend the label if {near[0]!r} is meant, or " if near else ""
-    return f"{problem}; no split would work; {hint}add slides of that class from more {unit}s"
+    return f"{problem}; no split would work; {hint}add slides of that {stratum} from more {unit}s"
 
 
 def _grouped_folds(labels: np.ndarray, cases: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:

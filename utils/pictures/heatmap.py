@@ -84,10 +84,11 @@ def detailed_figure(
     facts: Sequence[tuple[str, str]],
     evidence: EvidenceOverlay | None = None,
     probability_title: str = "probability",
+    marked: Sequence[str] = (),
 ) -> Figure:
     """Draw the slide beside the heatmap, and beside the `evidence` for a class if there is any; below them the
-    distribution and the concentration of attention, the probabilities of the classes under their title, and `facts`,
-    pairs of a name and a text.
+    distribution and the concentration of attention, the probabilities of the classes under their title, those that are
+    `marked` darker, and `facts`, pairs of a name and a text.
     """
     picture, attention = overlay.picture, overlay.attention
     h, w = picture.shape
@@ -105,7 +106,9 @@ def detailed_figure(
     figure = Figure(figsize=(_DETAILED, total_height), layout="constrained")
     above, below = _rows(figure, [above_height, below_height])
     _draw_maps(above, overlay, evidence, top_k, height, map_titles)
-    _draw_statistics(below, attention, names, list(probabilities.values()), probability_title, fact_text)
+    bars = _draw_statistics(below, attention, fact_text)
+    is_marked = [name in marked for name in probabilities]
+    _draw_probabilities(bars, names, list(probabilities.values()), is_marked, probability_title)
     figure.suptitle(escape_mathtext(title), fontsize=12)
     return with_notice(figure)
 
@@ -147,27 +150,16 @@ def _draw_maps(
         _draw_evidence(panels[-1], evidence, top_k, overlay.style.alpha, height)
 
 
-def _draw_statistics(
-    figure: SubFigure,
-    attention: AttentionMap,
-    names: Sequence[str],
-    probabilities: Sequence[float],
-    probability_title: str,
-    fact_text: str,
-) -> None:
-    """Draw how attention is spread and concentrated, the probabilities of the classes, and the facts."""
-    distribution, concentration, classes, text = figure.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
+def _draw_statistics(figure: SubFigure, attention: AttentionMap, fact_text: str) -> Axes:
+    """Draw how attention is spread and concentrated, and the facts; return the axes between them."""
+    distribution, concentration, between, text = figure.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.4])
     _draw_distribution(distribution, attention)
     _draw_concentration(concentration, attention)
-    if names:
-        _draw_probabilities(classes, names, probabilities)
-        classes.set_title(wrapped(probability_title, _PLOT_WIDTH, 10), fontsize=10)
-    else:
-        classes.set_axis_off()
     text.set_axis_off()
     text.text(
         0, 1, escape_mathtext(fact_text), va="top", fontsize=_FACTS_SIZE, linespacing=1.4, transform=text.transAxes
     )
+    return between
 
 
 def reduced(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -375,10 +367,17 @@ def _draw_concentration(axes: Axes, attention: AttentionMap) -> None:
     axes.set_title(wrapped(text, _PLOT_WIDTH, 10), fontsize=10)
 
 
-def _draw_probabilities(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
-    best, lines = values.index(max(values)), np.array([name.count("\n") + 1 for name in names])
+def _draw_probabilities(
+    axes: Axes, names: Sequence[str], values: Sequence[float], is_marked: Sequence[bool], title: str
+) -> None:
+    """Draw a bar of each value, dark if it is marked; nothing without values."""
+    if not names:
+        axes.set_axis_off()
+        return
+    axes.set_title(wrapped(title, _PLOT_WIDTH, 10), fontsize=10)
+    lines = np.array([name.count("\n") + 1 for name in names])
     middles = np.cumsum(lines) - lines / 2  # a bar has as much room as its name
-    colours = ["#222222" if index == best else "#aaaaaa" for index in range(len(values))]
+    colours = ["#222222" if is_dark else "#aaaaaa" for is_dark in is_marked]
     bars = axes.barh(middles, values, height=0.7, color=colours)
     axes.set_yticks(middles, [escape_mathtext(name) for name in names], fontsize=SMALL)
     axes.bar_label(bars, [percent_text(value) for value in values], padding=3, fontsize=SMALL)

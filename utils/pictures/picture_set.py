@@ -215,8 +215,9 @@ class PictureSet:
         with whole_file(self._path(_DATA)) as unfinished, unfinished.open("wb") as file:
             np.savez(
                 file, coords=attention.coords, attention=attention.attention, attention_heads=self.heads,
-                patch_size_level0=attention.size_level0, class_names=list(answer.values),
-                probabilities=list(answer.values.values()), prediction=answer.predicted,
+                patch_size_level0=attention.size_level0,
+                **{answer.task.names_key: list(answer.values)},
+                **{answer.task.values_key: list(answer.values.values())}, prediction=answer.predicted,
                 mpp=slide.get("mpp") or self.slide.mpp or np.nan, mpp_patches=slide.get("mpp_delivered") or np.nan,
                 checkpoints=[model["checkpoint"] for model in models],
                 weights_digests=[model["weights_digest"] for model in models],
@@ -232,5 +233,5 @@ def captioned_figure(
     facts = [*caption.facts, *(("note", note) for note in notes)]
     return detailed_figure(
         overlay, title=title, top_k=top_k, probabilities=caption.probabilities, facts=facts, evidence=evidence,
-        probability_title=caption.probability_title,
+        probability_title=caption.probability_title, marked=caption.marked,
     )  # fmt: skip

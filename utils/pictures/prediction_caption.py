@@ -13,6 +13,7 @@ from utils.core.text import percent_text
 from utils.pictures.attention_map import UNIFORM, models_of, weight_name
 from utils.pictures.faithfulness_text import doubts, verdict
 from utils.tasks.records import Answer
+from utils.tasks.task import Task
 
 _RECIPE = (
     "backbone", "weights_digest", "patch_size", "stride", "level", "mpp", "tissue_threshold", "edge", "precision",
@@ -30,12 +31,12 @@ def prediction_title(record: Mapping[str, Any]) -> str:
 def _answer(record: Mapping[str, Any]) -> str:
     answer = Answer.of(record)
     if not answer.task.target_words:
-        return answer.task.headline(answer.predicted)
-    predicted = answer.predicted
+        return "; ".join(filter(None, [answer.task.headline(answer.predicted), record.get(answer.task.decided_key)]))
+    predicted, word = answer.predicted, f"{answer.task.answer_word}, " if answer.task.answer_word else ""
     counts = f", {answer.agreeing} of {len(answer.members)} models" if answer.members else ""
     calibrated, other = record.get("calibrated_probabilities"), _calibrated_class(record)
     if calibrated is None:
-        return f"{predicted} ({percent_text(record['confidence'])}{counts})"
+        return f"{predicted} ({word}{percent_text(record['confidence'])}{counts})"
     differing = "" if other == predicted else f"; {other} {percent_text(calibrated[other])}"
     return f"{predicted} ({percent_text(calibrated[predicted])} calibrated{counts}{differing})"
 
@@ -82,7 +83,8 @@ def _decision_notes(record: Mapping[str, Any]) -> list[str]:
 class Caption:
     """The result of a prediction in one line; `probabilities` by class, calibrated ones if there are, or other shares
     of the task, with the `probability_title`; `facts` (pairs of a name and a text) on how it was made; `notes`, which
-    are warnings; and what `evidence` of the `quantity` adds up to, if there is any.
+    are warnings; what `evidence` of the `quantity` adds up to, if there is any; and which probabilities are the answer,
+    `marked`.
     """
 
     answer: str = ""
@@ -92,6 +94,7 @@ class Caption:
     evidence: str = ""
     probability_title: str = "probability"
     quantity: str = "log-odds"
+    marked: Sequence[str] = ()
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
@@ -100,8 +103,9 @@ class Caption:
         title, shown = answer.task.shares(answer.calibrated or answer.values)
         title = f"calibrated {title}" if answer.calibrated else title
         return cls(
-            _answer(record), shown, _facts(record), _notes(record), evidence_text(record), title, answer.task.quantity
-        )
+            _answer(record), shown, _facts(record), _notes(record), evidence_text(record), title, answer.task.quantity,
+            answer.marked,
+        )  # fmt: skip
 
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -116,6 +120,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_case_facts(record.get("case"), weight_name(record)),
     ]
     answer = Answer.of(record)
+    facts += _decided_facts(record, answer.task)
     if answer.members:
         name = answer.output
         text = percent_text if name in answer.task.shares(answer.values)[1] else _number
@@ -147,6 +152,16 @@ def _case_facts(case: Mapping[str, Any] | None, weights: str) -> list[tuple[str,
         return []
     share = "" if case["share"] is None else f"; of the {weights}, {percent_text(case['share'])} is on this slide"
     return [("patient", f"{case['case_id']}, all slides as one bag: {', '.join(case['slides'])}{share}")]
+
+
+def _decided_facts(record: Mapping[str, Any], task: Task) -> list[tuple[str, str]]:
+    """Return what was decided by what was fitted, and by which number; nothing if nothing was."""
+    decided = record.get(task.decided_key)
+    if not decided:
+        return []
+    selection = record["models"][0]["selection"]
+    cuts = [f"{name.replace('_', ' ')} of inner validation {selection[name]:.4g}" for name in task.decision_figures]
+    return [(task.decided_key.replace("_", " "), "; ".join([decided, *cuts]))]
 
 
 def _number(value: float) -> str:

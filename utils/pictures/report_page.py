@@ -71,13 +71,18 @@ def write_report(
         "evidence": caption.evidence,
         "quantity": caption.quantity,
         "probability_title": caption.probability_title.capitalize(),
-        "probabilities": [(name, value, percent_text(value)) for name, value in caption.probabilities.items()],
+        "probabilities": _bars(caption),
         "concentration": _concentration(attention),
         "facts": caption.facts,
         "data": _data(picture, attention, caption.quantity) | {"layers": [asdict(layer) for layer in layers]},
         "version": versions()["litemil"],
     }
     write_page(path, _TEMPLATE, values)
+
+
+def _bars(caption: Caption) -> list[tuple[str, float, str, bool]]:
+    """Return name, value, percentage of each probability, and whether it is the answer."""
+    return [(name, value, percent_text(value), name in caption.marked) for name, value in caption.probabilities.items()]
 
 
 def _data(picture: Picture, attention: AttentionMap, quantity: str) -> dict[str, Any]:

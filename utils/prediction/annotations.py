@@ -21,6 +21,7 @@ from utils.slides.annotated_patches import annotated_patches
 from utils.slides.find import is_slide_file
 from utils.slides.outline_folder import OutlineFolder
 from utils.slides.slide import Slide
+from utils.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,23 @@ class Annotations:
     """Which patches of a slide show which class, by `--annotations`: a file or a folder of QuPath's areas, or
     "inst_labels", the labels in the feature files.
 
-    `words` maps the names of areas' classes, or the numbers of `inst_labels`, to classes of the model; by default an
-    area's class has the name of the model's, and of two classes 1 is the positive one. Raises ConfigError.
+    `words` maps the names of areas' classes, or the numbers of `inst_labels`, to classes of the model, or to the other
+    signals of its `task`; by default an area's class has the name of the model's, and 1 is the task's `main_signal`.
+    Raises ConfigError.
     """
 
     def __init__(
         self,
         source: Path,
         words: Sequence[str],
-        classes: Sequence[str],
+        task: Task,
         recipe: PredictionRecipe,
         *,
         feat_type: str,
         is_folder: bool,
     ) -> None:
-        self.source, self.recipe, self.classes, self.feat_type = source, recipe, tuple(classes), feat_type
+        self.source, self.recipe, self.classes, self.feat_type = source, recipe, task.signal_names, feat_type
+        self._main = task.main_signal  # what 1 stands for
         self._words = dict(_pair(word, self.classes) for word in words)
         self.uses_labels = str(source) == INST_LABELS
         self._folder: OutlineFolder | None = None
@@ -132,7 +135,7 @@ class Annotations:
 
     def _labelled(self, path: Path) -> _Truth:
         labels = self._labels_of(path)
-        numbers = {int(name): cls for name, cls in self._words.items()} or {1: self.classes[-1]}
+        numbers = {int(name): cls for name, cls in self._words.items()} or {1: str(self._main)}
         if not self._words:
             log.info("%s: %s 1 is taken as %s; --annotation_class 1=CLASS names another", path, INST_LABELS, numbers[1])
         unknown = sorted(set(labels[labels > 0].tolist()) - numbers.keys())
@@ -150,9 +153,9 @@ class Annotations:
         for name in self._words:
             if not name.isdigit():
                 raise ConfigError(f"--annotation_class {name}={self._words[name]}: {INST_LABELS} are numbers: 1=CLASS")
-        if not self._words and len(self.classes) > 2:
+        if not self._words and self._main is None:
             raise ConfigError(
-                f"--annotations {INST_LABELS}: which of the classes {', '.join(self.classes)} are its numbers? Give "
+                f"--annotations {INST_LABELS}: which of {', '.join(self.classes)} do its numbers stand for? Give "
                 f"--annotation_class 1={self.classes[-1]}"
             )
 

@@ -61,12 +61,15 @@ def _instead(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class TestedSlide:
-    """A slide of a run: its patient and label, the fold that tested it, and its `values` by output."""
+    """A slide of a run: its patient and label, the fold that tested it, its `values` by output, and its cells in the
+    columns of the target.
+    """
 
     case_id: str
     label: str
     fold: int
     values: Mapping[str, float]
+    cells: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class OutOfFold:
         return files
 
     def agreement(self, records: Sequence[Mapping[str, Any]]) -> str:
-        """Return whether the probabilities of new predictions agree with the run's own; warn if they do not."""
+        """Return whether the values of new predictions agree with the run's own; warn if they do not."""
         differences = {
             record["slide"]: max(
                 abs(Answer.of(record).values.get(name, math.inf) - value)
@@ -140,17 +143,18 @@ class OutOfFold:
             )
             for record in records
         }
+        word = Answer.of(records[0]).task.values_key
         largest, table = max(differences.values()), self.folder / PREDICTIONS
         unlike = [slide for slide, value in differences.items() if value > _ROUNDING]
         if not unlike:
-            return f"The probabilities are those of {table} (largest difference {largest:.1g})."
+            return f"The {word} are those of {table} (largest difference {largest:.1g})."
         unlike.sort(key=lambda slide: -differences[slide])
         log.warning(
             "%s: of %d of %d slides the values differ by up to %.2g (%s): perhaps their "
             "features have changed since, or the device or versions differ",
             table, len(unlike), len(differences), largest, first_few(unlike, 3),
         )  # fmt: skip
-        return f"{len(unlike)} of {plural(len(differences), 'slide')} have other probabilities than in {table}."
+        return f"{len(unlike)} of {plural(len(differences), 'slide')} have other {word} than in {table}."
 
 
 def _features_dir(record: Mapping[str, Any]) -> Path | None:
@@ -174,8 +178,9 @@ def _first_test_of_each(predictions: Predictions) -> dict[str, TestedSlide]:
     folds, names = predictions.folds, predictions.task.outputs
     assert folds is not None  # noqa: S101 - for the type checker: a training's table has folds
     slides: dict[str, TestedSlide] = {}
+    texts, cells = predictions.target_texts, predictions.task.label_cells(predictions.labels)
     for row in np.lexsort((folds, predictions.repeats)).tolist():
         values = dict(zip(names, predictions.values[row].tolist(), strict=True))
-        tested = TestedSlide(str(predictions.cases[row]), str(predictions.target_texts[row]), int(folds[row]), values)
+        tested = TestedSlide(str(predictions.cases[row]), str(texts[row]), int(folds[row]), values, cells[row])
         slides.setdefault(str(predictions.slides[row]), tested)
     return slides

@@ -47,14 +47,17 @@ REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """A slide's patient and label; empty if unknown."""
+    """A slide's patient and label, and its cells in the columns of the target; empty if unknown."""
 
     case_id: str = ""
     label: str = ""
+    cells: Mapping[str, str] = field(default_factory=dict)
 
 
-def earlier_slides(folder: Path) -> dict[str, SlideInfo]:
-    """Return the slides in the table of an earlier run, if there is one. Any other file of its name is set aside."""
+def earlier_slides(folder: Path, columns: Sequence[str] = ()) -> dict[str, SlideInfo]:
+    """Return the slides in the table of an earlier run, if there is one, with their cells in these `columns`. Any other
+    file of its name is set aside.
+    """
     path = folder / TABLE
     if not path.exists():
         return {}
@@ -63,7 +66,12 @@ def earlier_slides(folder: Path) -> dict[str, SlideInfo]:
             rows = list(csv.DictReader(file, strict=True))
         if rows and "seen_in_training" not in rows[0]:
             raise ValueError("other columns")
-        return {row["wsi_id"]: SlideInfo(row.get("case_id") or "", row.get("label") or "") for row in rows}
+        return {
+            row["wsi_id"]: SlideInfo(
+                row.get("case_id") or "", row.get("label") or "", {name: row[name] for name in columns if row.get(name)}
+            )
+            for row in rows
+        }
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError):
         log.warning("%s: not a table of predictions that can be read; moved to %s", path, *set_aside(path))
         return {}
@@ -95,9 +103,10 @@ class PredictedSlides:
         row = {"wsi_id": record["slide"]}
         if any(info.label or info.case_id for info in self.infos.values()):
             info = self.infos.get(record["slide"], SlideInfo())
-            row |= {"case_id": info.case_id or None, "label": info.label or None}
+            row |= {"case_id": info.case_id or None, "label": info.label or None, **info.cells}
         answer = Answer.of(record)
         columns = self.task.answer_columns(answer.predicted, answer.values, answer.calibrated)
+        row |= {self.task.decided_key: record.get(self.task.decided_key)} if self.task.decided_key else {}
         row |= columns | {f"spread_{name}": value for name, value in (answer.spread or {}).items()}
         row |= {name: record[name] for name in ("num_instances", "seen_in_training")}
         row |= {"fold": record["fold"]} if "fold" in record else {}
@@ -160,12 +169,11 @@ class PredictedSlides:
         is_unseen = np.array([record["seen_in_training"] is False for record in scored])
         _, num_renamed, num_by_name = self._seen_counts(scored)
         return {
-            **self.task.record,
+            **self.task.cohort_record,
             "positive_class": self.task.positive_output,
             "unit": "case" if _is_of_cases(scored) else "slide",
             **_figures(predictions),
-            "threshold": fitted and fitted.get("threshold"),
-            "operating_point": fitted and fitted.get("operating_point"),
+            **{name: fitted and fitted.get(name) for name in self.task.decision_figures},
             "patients_from": self.patients_from or NO_PATIENTS,
             "n_seen_in_training": int(is_seen.sum()),
             "n_seen_under_another_name": num_renamed,
@@ -325,7 +333,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     if scores["unseen"] is not None:
         unseen = scores["unseen"]
         rows = [figures_row("unseen", unseen["pooled"], metrics), intervals_row(unseen["intervals_95"], metrics)]
-        blocks.append(rows)
+        blocks.append([*rows, *case_rows(unseen, metrics, "unseen patients")])
         counts = f"{plural(unseen['n_slides'], 'slide')} of the other {plural(unseen['n_cases'], 'patient')}"
         reason = interval_words(unseen, metrics)
         words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores, metrics) else f" {reason}"))

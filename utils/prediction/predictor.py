@@ -51,7 +51,7 @@ from utils.slides.batch import SlideNotes
 from utils.slides.find import is_slide_file
 from utils.slides.open_slides import slide_mpp
 from utils.slides.slide import Slide
-from utils.tasks.task import Task
+from utils.tasks.task import FittedFigures, Task
 
 
 class SlidePredictor:
@@ -208,7 +208,7 @@ class SlidePredictor:
         ]
         whole = SlidePrediction(
             "", self.task, output.probabilities, calibrated, output.attention, next(iter(bags.values())), feed, None,
-            output.members, output.evidence,
+            output.members, output.evidence, _decided(self.task, fitted, output.each),
         )  # fmt: skip
         return parts_of(whole, bags, seen, case_id)
 
@@ -290,6 +290,11 @@ def _faithfulness_of(task: Task, models: Sequence[BagModel], prediction: SlidePr
     evidence = prediction.evidence.contributions[class_index] if prediction.evidence and has_own else None
     assert prediction.patch_attention is not None  # noqa: S101 - for the type checker: checked by the caller
     return measure_faithfulness(task, models, features, prediction.patch_attention, class_index, evidence=evidence)
+
+
+def _decided(task: Task, fitted: Sequence[FittedFigures | None], values: np.ndarray) -> str | None:
+    """Return the decision of a slide in words; what was fitted to one model says nothing of several."""
+    return task.decision_text(fitted[0], values) if len(fitted) == 1 and fitted[0] is not None else None
 
 
 def _without_evidence(models: Sequence[BagModel]) -> list[str]:

@@ -93,8 +93,9 @@ def _make_predictor(
 
 
 def output_folder(files: PredictionFiles, predictors: Predictors) -> Path:
-    """Return the output folder: the one given, else one named after the model."""
-    name = predictors.folder_name + ("_out_of_fold" if files.run else "")
+    """Return the output folder: the one given, else one named after the model, and after its run or its data set."""
+    run = "" if files.run is None else files.run.folder.resolve().name
+    name = predictors.folder_name(run) + ("_out_of_fold" if run else "")
     return files.settings.output_dir or DEFAULT_FOLDER / name
 
 
@@ -123,7 +124,7 @@ def predict_files(
     rows = files.label_rows(first.task, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
         warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
-    infos = earlier_slides(folder) | _slide_infos(files, first.task, rows)
+    infos = earlier_slides(folder, first.task.columns) | _slide_infos(files, first.task, rows)
     mpps = SlideMpps.read(recipe.slides_csv, recipe.slide_mpp)
     mpps.check(files.sources, settings.input or Path(str(settings.input_dir)))
     annotations = _annotations(predictors, files, recipe)
@@ -145,11 +146,13 @@ def _join_cases(files: PredictionFiles, predictors: Predictors) -> None:
 
 def _slide_infos(files: PredictionFiles, task: Task, rows: Mapping[str, LabelRow]) -> dict[str, SlideInfo]:
     """Return the patients and labels of the slides in the label table and in the training run."""
-    texts = task.target_text(np.array([row.label for row in rows.values()])) if rows else []
     infos = {source.stem: SlideInfo(case) for source, case in files.case_names.items()}
-    infos |= {slide: SlideInfo(row.case_id, str(text)) for (slide, row), text in zip(rows.items(), texts, strict=True)}
+    if rows:
+        targets = np.array([row.label for row in rows.values()])
+        told = zip(rows.items(), task.target_text(targets), task.label_cells(targets), strict=True)
+        infos |= {slide: SlideInfo(row.case_id, str(text), cells) for (slide, row), text, cells in told}
     if files.run is not None:
-        infos |= {slide: SlideInfo(tested.case_id, tested.label) for slide, tested in files.run.slides.items()}
+        infos |= {slide: SlideInfo(test.case_id, test.label, test.cells) for slide, test in files.run.slides.items()}
     return infos
 
 
@@ -159,7 +162,7 @@ def _annotations(predictors: Predictors, files: PredictionFiles, recipe: Predict
     if settings.annotations is None:
         return None
     annotations = Annotations(
-        settings.annotations, settings.annotation_class, predictors.first.task.signal_names, recipe,
+        settings.annotations, settings.annotation_class, predictors.first.task, recipe,
         feat_type=files.feat_type, is_folder=settings.input is None,
     )  # fmt: skip
     annotations.log_unused(files.sources)

@@ -93,7 +93,7 @@ class Prediction(Settings):
     annotation_class: tuple[str, ...] = option(
         (),
         "the class of the model that a class of --annotations, or a number of inst_labels, stands for, such as "
-        "Tumor=malignant (default: the class of the same name; of two classes 1 is the last)",
+        "Tumor=malignant (default: the class of the same name; of two classes 1 is the last; of several labels none)",
         metavar="NAME=CLASS",
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")

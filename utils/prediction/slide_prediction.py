@@ -41,6 +41,7 @@ class SlidePrediction:
         seen_as: "slide" or "case" if a model was trained on it, "" if none was, None if a checkpoint does not say.
         member_probabilities: `(M, C)` of each of several models, or None.
         evidence: what the patches argue for and against each class, if it was asked for and the models give it.
+        decided: the decision by what was fitted, in words (see `Task.decision_text`), or None.
         of_case: where the slide is in the bag of its patient, if it was answered together with others; attention and
             evidence are then those of its own patches, and the answer is that for the patient.
     """
@@ -55,6 +56,7 @@ class SlidePrediction:
     seen_as: str | None
     member_probabilities: NDArray[np.float64] | None = None
     evidence: Evidence | None = None
+    decided: str | None = None
     of_case: PartOfCase | None = None
 
     @property
@@ -95,6 +97,7 @@ class SlidePrediction:
         return {
             "slide": self.slide,
             **self.task.answer(self.probabilities, self.calibrated, self.member_probabilities),
+            **({self.task.decided_key: self.decided} if self.task.decided_key else {}),
             "num_instances": self.num_instances,
             **self.feed.as_dict(),
             **self._case_entry(),

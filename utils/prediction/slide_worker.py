@@ -64,14 +64,13 @@ class Predictors:
         """Return the first predictor; they share classes, data set, and whether they extract features."""
         return self.each[0]
 
-    @property
-    def folder_name(self) -> str:
-        """Return the folder name of the models and their data sets: LiteMIL_mine."""
+    def folder_name(self, run: str = "") -> str:
+        """Return the folder name of the models and their data sets, or of the models and a `run`: LiteMIL_mine."""
         trained = [model for predictor in self.each for model in predictor.trained]
         models = dict.fromkeys(model.checkpoint.model["name"] for model in trained)
         # Checkpoints of the first version may not record their data set.
         datasets = dict.fromkeys(model.checkpoint.dataset or model.path.absolute().parent.name for model in trained)
-        return re.sub(r"[^\w.+-]+", "_", f"{'+'.join(models)}_{'+'.join(datasets)}").strip("._")
+        return re.sub(r"[^\w.+-]+", "_", f"{'+'.join(models)}_{run or '+'.join(datasets)}").strip("._")
 
 
 class LastCase:

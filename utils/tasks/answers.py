@@ -16,12 +16,20 @@ class Answers(Targets):
 
     Attributes
         predicted_key, values_key: what the answer and its values are called in a slide's record.
+        names_key: what the names of the values are called in a slide's arrays.
         output_word: what an output is called, such as "class".
+        side_word: whom a figure needs several patients of, such as "of a class".
+        answer_word: what the answer is of its values where that is not plain, such as "median".
+        decided_key: what the decision by what was fitted is called in a slide's record; "" if records have none.
     """
 
     predicted_key: ClassVar[str] = "predicted"
     values_key: ClassVar[str] = "values"
+    names_key: ClassVar[str] = "value_names"
     output_word: ClassVar[str] = "class"
+    side_word: ClassVar[str] = "of a class"
+    answer_word: ClassVar[str] = ""
+    decided_key: ClassVar[str] = ""
 
     @property
     @abstractmethod
@@ -32,6 +40,11 @@ class Answers(Targets):
     def signal_names(self) -> tuple[str, ...]:
         """Return what each of the `signals` argues for."""
         return self.outputs
+
+    @property
+    def main_signal(self) -> str | None:
+        """Return the signal that a 1 stands for by itself: the only one, or that of the positive output."""
+        return self.signal_names[0] if len(self.signal_names) == 1 else self.positive_output
 
     @property
     @abstractmethod
@@ -64,6 +77,15 @@ class Answers(Targets):
     @abstractmethod
     def prediction_text(self, values: np.ndarray) -> np.ndarray:
         """Return the answers of values `(n, C)` as a reader sees them, `(n,)`."""
+
+    @abstractmethod
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the columns `(n,)` of predictions.csv with the targets, named as in the label table."""
+
+    def label_cells(self, targets: np.ndarray) -> list[dict[str, str]]:
+        """Return the cells of these columns by name, for each of n slides."""
+        columns = self.label_columns(targets)
+        return [dict(zip(columns, map(str, cells), strict=True)) for cells in zip(*columns.values(), strict=True)]
 
     @abstractmethod
     def table_columns(
@@ -104,6 +126,10 @@ class Answers(Targets):
     def shares(self, values: Mapping[str, float]) -> tuple[str, dict[str, float]]:
         """Return a title, and those of a slide's values by output that are shares from 0 to 1, to be drawn as bars."""
         return "", {}
+
+    def marked(self, values: np.ndarray) -> tuple[str, ...]:
+        """Return which of the shares are the answer of values `(C,)`, as bars mark them."""
+        return ()
 
     def decide(self, values: np.ndarray) -> np.ndarray:
         """Return which of the outputs each answer is about, `(...)` int, for values `(..., C)`: of classes the decided

@@ -5,6 +5,7 @@ Rows are slides, in each repeat of a cross-validation once more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,12 +62,16 @@ class MeanLoss:
     most: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bounded:
-    """A figure between two limits, such as a correlation; the lower one may be minus infinity."""
+    """A figure between two limits, such as a correlation; the lower one may be minus infinity. It may rest on several
+    `kinds (C, n)` bool of rows, all of which must have patients enough; `words` name them, such as "with an event".
+    """
 
     low: float
     high: float
+    kinds: Sequence[np.ndarray] = ()
+    words: str = ""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Classification(NamedClasses):
     class_names: tuple[str, ...]
 
     kind, flags = "classification", "--class_names"
+    stratum_words = ("class", "classes")
     figure_names = ("roc", "precision_recall", "confusion_matrix", "calibration")
     decision_figures = ("threshold", "operating_point")
     main_metrics = METRICS
@@ -150,7 +151,7 @@ class Classification(NamedClasses):
         return "" if is_defined else "lacks a class"
 
     def fit_on_validation(
-        self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
+        self, targets: np.ndarray, values: np.ndarray, cases: Sequence[str], operating_point: str, is_balanced: bool
     ) -> FittedFigures:
         """Return the scaling and, of two classes, the `threshold` for the `operating_point`."""
         is_binary = len(self.class_names) == 2

@@ -7,24 +7,29 @@ for the loss and its bins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from utils.tasks.quantiles import patient_quantiles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def bin_edges(targets: np.ndarray, bins: int) -> np.ndarray:
-    """Return the edges `(C + 1,)` of at most `bins` bins with about equally many events of `targets (n, 2)`.
+def bin_edges(targets: np.ndarray, cases: Sequence[str], bins: int) -> np.ndarray:
+    """Return the edges `(C + 1,)` of at most `bins` bins with about equally many events of the patients `cases (n,)`,
+    whose slides have the `targets (n, 2)`.
 
     Each bin ends at the time of an event; ties leave fewer bins. Raise ValueError if there is no event.
     """
-    event_times = targets[targets[:, 1] == 1, 0]
-    if not len(event_times):
-        raise ValueError(f"none of {len(targets)} patients has an event: survival cannot be learned from them")
-    ends = np.quantile(event_times, np.arange(1, bins + 1) / bins, method="inverted_cdf")
-    return np.concatenate([[0], np.unique(ends)])
+    has_event = targets[:, 1] == 1
+    if not has_event.any():
+        raise ValueError(f"none of {len(set(cases))} patients has an event: survival cannot be learned from them")
+    times = targets[has_event, 0]
+    ends = patient_quantiles(times, np.asarray(cases)[has_event].tolist(), bins)
+    return np.concatenate([[0], np.unique([*ends, times.max()])])
 
 
 def time_bins(targets: Tensor, edges: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from utils.core.text import aligned, figure_text, interval_text
 from utils.tasks.bases import Basis
 from utils.tasks.counts import label_counts
 from utils.tasks.label_strata import stratum_labels, stratum_of_labels
-from utils.tasks.multilabel_loss import label_log_loss, label_loss, label_weights
+from utils.tasks.multilabel_loss import label_log_loss, label_loss, label_signals, label_weights
 from utils.tasks.multilabel_metrics import (
     METRICS,
     UNKNOWN,
@@ -52,10 +52,9 @@ class Multilabel(Probabilities):
 
     kind, flags = "multilabel", "--task multilabel --target_columns"
     figure_names = ("roc", "precision_recall")
-    main_metrics = METRICS
-    compared_metrics = METRICS
+    main_metrics = compared_metrics = METRICS
     metric_titles = {"auc": "AUC"}  # noqa: RUF012 - a constant of the class
-    output_word = "label"
+    output_word, side_word = "label", "with or without a label"
 
     def __post_init__(self) -> None:
         if len(self.target_columns) < 2 or len(set(self.target_columns)) < len(self.target_columns):
@@ -96,9 +95,8 @@ class Multilabel(Probabilities):
 
     def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
         """Return the task with the strata of a cohort. Raise ValueError if no slide has, or lacks, a label."""
-        for (name, column), cell in product(zip(self.target_columns, targets.T, strict=True), (1, 0)):
-            if not (column == cell).any():
-                raise ValueError(f"no row has a {cell} in {name}, so that it cannot be learned; leave it out")
+        for name, cell in _absent(self.target_columns, targets):
+            raise ValueError(f"no row has a {cell} in {name}, so that it cannot be learned; leave it out")
         chosen = stratum_labels(targets == 1, np.array(cases))
         return replace(self, stratum_labels=tuple(self.target_columns[label] for label in chosen))
 
@@ -145,13 +143,16 @@ class Multilabel(Probabilities):
     def _names(self, chosen: np.ndarray) -> str:
         return ", ".join(np.array(self.target_columns)[chosen])
 
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the columns of the labels, empty where they are unknown."""
+        texts = np.where(targets == UNKNOWN, "", targets.astype(str))
+        return {name: texts[:, index] for index, name in enumerate(self.target_columns)}
+
     def table_columns(
         self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Return the columns of the labels, empty where they are unknown, then a column `prob_<label>` each."""
-        texts = np.where(targets == UNKNOWN, "", targets.astype(str))
-        columns = {name: texts[:, index] for index, name in enumerate(self.target_columns)}
-        return columns | self.probability_columns(values, calibrated)
+        return self.label_columns(targets) | self.probability_columns(values, calibrated)
 
     def headline(self, predicted: str) -> str:
         """Return the labels."""
@@ -160,6 +161,10 @@ class Multilabel(Probabilities):
     def decide(self, values: np.ndarray) -> np.ndarray:
         """Return the most probable label, which pictures show first."""
         return values.argmax(axis=-1)
+
+    def marked(self, values: np.ndarray) -> tuple[str, ...]:
+        """Return the labels with a probability of at least one half."""
+        return tuple(np.array(self.target_columns)[values >= 0.5].tolist())
 
     def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
         """Return in how many slides and patients each label is, and in how many slides it is unknown."""
@@ -189,10 +194,7 @@ class Multilabel(Probabilities):
 
     def signals(self, logits: Tensor, shares: Tensor) -> Tensor:
         """Return each label's log-odds."""
-        from torch.nn.functional import logsigmoid
-
-        counts = shares.log().to(logits).unsqueeze(-1)
-        return (logsigmoid(logits) + counts).logsumexp(dim=0) - (logsigmoid(-logits) + counts).logsumexp(dim=0)
+        return label_signals(logits, shares)
 
     def metrics(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return every metric `(B,)` (see `multilabel_metrics`)."""
@@ -215,8 +217,8 @@ class Multilabel(Probabilities):
 
     def why_undefined(self, metric: str, targets: np.ndarray) -> str:
         """Return that the slides with or without a label are missing, unless `metric` is the loss."""
-        sides = [(column == cell).any() for column in targets.T for cell in (1, 0)]
-        return "" if metric == "loss" or all(sides) else "lacks slides with or without a label"
+        absent = [f"{'with' if cell else 'without'} {name}" for name, cell in _absent(self.target_columns, targets)]
+        return f"lacks slides {absent[0]}" if absent and metric != "loss" else ""
 
     def gallery(self, targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows whose known labels are surest and correct, surest and wrong, and most uncertain."""
@@ -224,17 +226,29 @@ class Multilabel(Probabilities):
 
     def table(self, pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]) -> str:
         """Return the pooled AUC and average precision of each label, with their intervals."""
-        rows = []
-        for name in self.target_columns:
-            cells = [(figure_text(pooled[metric]), interval_text(intervals[metric])) for metric in names_of(name)]
-            rows.append([name, *cells[0], *cells[1]])
-        return aligned([[["pooled", "AUC", "95% CI", "average precision", "95% CI"]], rows])
+        return _label_table(self.target_columns, pooled, intervals)
 
     def closing_sentences(self, results: Mapping[str, Any]) -> list[str]:
         """Return what the figures are the means of, and which ones to report."""
         has_folds = (results.get("within_folds") or {}).get("auc") is not None
         report = " Report those within folds: each fold's slides as its own model ranks them." if has_folds else ""
         return [f"AUC and average precision are means over the labels {', '.join(self.target_columns)}.{report}"]
+
+
+def _absent(names: Sequence[str], targets: np.ndarray) -> list[tuple[str, int]]:
+    """Return each label that no slide has, with 1, and each that none is known to lack, with 0."""
+    columns = product(zip(names, targets.T, strict=True), (1, 0))
+    return [(name, cell) for (name, column), cell in columns if not (column == cell).any()]
+
+
+def _label_table(
+    names: Sequence[str], pooled: Mapping[str, float | None], intervals: Mapping[str, Sequence[float] | None]
+) -> str:
+    rows = []
+    for name in names:
+        cells = [(figure_text(pooled[metric]), interval_text(intervals[metric])) for metric in names_of(name)]
+        rows.append([name, *cells[0], *cells[1]])
+    return aligned([[["pooled", "AUC", "95% CI", "average precision", "95% CI"]], rows])
 
 
 def _gallery(targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:

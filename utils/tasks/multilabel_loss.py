@@ -42,3 +42,11 @@ def label_log_loss(targets: np.ndarray, probabilities: np.ndarray, weights: np.n
 def _by_truth(weights: Any, truth: Any) -> Any:
     """Return the weight `(B, K)` of each label of each bag, of `weights (K, 2)`; arrays or tensors."""
     return weights[:, 0] + (weights[:, 1] - weights[:, 0]) * truth
+
+
+def label_signals(logits: Tensor, shares: Tensor) -> Tensor:
+    """Return each label's log-odds `(K,)`, given the logits `(P, K)` of parts of a slide with these `shares (P,)`."""
+    from torch.nn.functional import logsigmoid
+
+    counts = shares.log().to(logits).unsqueeze(-1)
+    return (logsigmoid(logits) + counts).logsumexp(dim=0) - (logsigmoid(-logits) + counts).logsumexp(dim=0)

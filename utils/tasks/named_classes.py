@@ -16,7 +16,7 @@ from utils.tasks.targets import Row
 class NamedClasses(Probabilities):
     """One of several classes, the `outputs`. Targets are their indices."""
 
-    predicted_key, values_key = "predicted_class", "probabilities"
+    predicted_key, values_key, names_key = "predicted_class", "probabilities", "class_names"
 
     def target(self, row: Row) -> int:
         """Return the index of the class that the column names. Raise ValueError for an unknown name."""
@@ -40,11 +40,15 @@ class NamedClasses(Probabilities):
         """Return the names of the decided classes."""
         return self.target_text(self.decide(values))
 
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the column of the class."""
+        return {self.columns[0]: self.target_text(targets)}
+
     def table_columns(
         self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Return the class, `predicted`, a column `prob_<class>` and, if calibrated, one `calibrated_<class>` each."""
-        columns = {self.columns[0]: self.target_text(targets), "predicted": self.prediction_text(values)}
+        columns = self.label_columns(targets) | {"predicted": self.prediction_text(values)}
         return columns | self.probability_columns(values, calibrated)
 
     def answer_columns(
@@ -64,6 +68,10 @@ class NamedClasses(Probabilities):
             "calibrated_probabilities": None if calibrated is None else self._by_output(calibrated),
             **self._by_member(members),
         }
+
+    def marked(self, values: np.ndarray) -> tuple[str, ...]:
+        """Return the decided class."""
+        return (str(self.prediction_text(values)),)
 
     def counts_text(self, targets: np.ndarray, cases: Sequence[str]) -> str:
         """Return how many slides and patients each class has, and which class is positive, if one is."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -46,7 +46,8 @@ class Ordinal(NamedClasses):
     compared_metrics = METRICS
     lower_is_better = ("mae",)
     metric_titles = {"quadratic_kappa": "quadratic kappa", "mae": "MAE"}  # noqa: RUF012 - a constant of the class
-    output_word = "grade"
+    answer_word = "median"
+    output_word, side_word, stratum_words = "grade", "of a grade", ("grade", "grades")
 
     def __post_init__(self) -> None:
         if len(self.order) < _LEAST_GRADES or len(set(self.order)) < len(self.order):
@@ -83,13 +84,25 @@ class Ordinal(NamedClasses):
 
     @property
     def quantity(self) -> str:
-        """Return that the signal is the expected grade."""
-        return "expected grade"
+        """Return that the signal is the expected grade, which takes the column's name."""
+        return "expected value"
+
+    @property
+    def quantity_key(self) -> str:
+        """Return that records call it the expected grade."""
+        return "expected_grade"
 
     @property
     def about(self) -> str:
         """Return the column and the grades."""
         return f"{self.target_column} in the order {', '.join(self.order)}"
+
+    def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
+        """Return the task. Raise ValueError if a grade has no row."""
+        absent = [name for grade, name in enumerate(self.order) if not (targets == grade).any()]
+        if absent:
+            raise ValueError(f"no row has the grade {', '.join(absent)}; leave it out of --order")
+        return self
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -101,6 +114,10 @@ class Ordinal(NamedClasses):
     ) -> dict[str, Any]:
         """Return the task, the predicted grade, its probability and the probabilities by grade."""
         return {"task": self.record, **super().answer(values, calibrated, members)}
+
+    def shares(self, values: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Return the probabilities."""
+        return "probability (marked: the median)", dict(values)
 
     def decide(self, values: np.ndarray) -> np.ndarray:
         """Return the median of the grades: the lowest one that, with those below it, has half of the probability.

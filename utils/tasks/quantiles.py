@@ -1,5 +1,6 @@
 """Strata of numbers: parts of about equal size, over which folds are balanced."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -7,13 +8,23 @@ import numpy as np
 PATIENTS = 10  # at least, on average, in a stratum
 
 
-def inner_quantiles(values: np.ndarray, patients: int, most: int) -> tuple[float, ...]:
-    """Return the numbers at which `values (n,)` are cut into at most `most` strata, fewer where patients are few.
+def patient_quantiles(values: np.ndarray, cases: Sequence[str], parts: int) -> np.ndarray:
+    """Return the numbers between `parts` equal parts of the slides' `values (n,)`, where each patient counts once,
+    however many slides there are. Each is one of the values.
+    """
+    _, patient, counts = np.unique(np.asarray(cases), return_inverse=True, return_counts=True)
+    shares = np.arange(1, parts) / parts
+    return np.quantile(values, shares, weights=1 / counts[patient], method="inverted_cdf")
+
+
+def inner_quantiles(values: np.ndarray, cases: Sequence[str], most: int) -> tuple[float, ...]:
+    """Return the numbers at which the slides' `values (n,)` are cut into at most `most` strata with about equally many
+    patients, fewer where patients are few.
 
     Each is one of the values, and none is the greatest, so that each stratum holds at least one value.
     """
-    parts = max(1, min(most, patients // PATIENTS))
-    cuts = np.unique(np.quantile(values, np.arange(1, parts) / parts, method="inverted_cdf")) if parts > 1 else []
+    parts = max(1, min(most, len(set(cases)) // PATIENTS))
+    cuts = np.unique(patient_quantiles(values, cases, parts)) if parts > 1 else []
     return tuple(float(cut) for cut in cuts if cut < values.max())
 
 

@@ -79,6 +79,11 @@ class Answer:
         """How many of several models say by themselves what they say together."""
         return sum(self.task.outputs[self._decided(member)] == self.output for member in self.members)
 
+    @property
+    def marked(self) -> tuple[str, ...]:
+        """The names of the values that are the answer, as bars mark them."""
+        return self.task.marked(np.array([self.values[name] for name in self.task.outputs]))
+
     def _decided(self, values: Mapping[str, float]) -> int:
         return int(self.task.decide(np.array([values[name] for name in self.task.outputs])))
 

@@ -45,6 +45,7 @@ class Regression(Task):
     main_metrics = METRICS
     compared_metrics = METRICS
     lower_is_better = ("mae",)
+    fitted_fields = ("center", "scale")
     metric_titles = {"r2": "R2", "mae": "MAE"}  # noqa: RUF012 - a constant of the class, as the others
 
     @property
@@ -64,9 +65,9 @@ class Regression(Task):
 
     def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
         """Return the task with the strata of a cohort: fifths of its numbers, or fewer where patients are few."""
-        return replace(self, cuts=inner_quantiles(targets, len(set(cases)), _STRATA))
+        return replace(self, cuts=inner_quantiles(targets, cases, _STRATA))
 
-    def fitted_to(self, targets: np.ndarray) -> Self:
+    def fitted_to(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
         """Return the task with mean and standard deviation of the training slides' numbers."""
         scale = float(targets.std())
         return replace(self, center=float(targets.mean()), scale=scale if scale > 0 else 1.0)
@@ -100,12 +101,16 @@ class Regression(Task):
         """Return the predicted numbers with four digits."""
         return self.target_text(values[:, 0])
 
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the column of the number."""
+        return {self.target_column: targets}
+
     def table_columns(
         self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Return the column of the number, and `predicted`."""
         assert calibrated is None  # noqa: S101 - nothing calibrates a number
-        return {self.target_column: targets, "predicted": values[:, 0]}
+        return self.label_columns(targets) | {"predicted": values[:, 0]}
 
     def answer_columns(
         self, predicted: str, values: Mapping[str, float], calibrated: Mapping[str, float] | None

@@ -32,7 +32,7 @@ _NO_CHANCE = 1e-6  # of an outcome, at least, in the validation loss
 @dataclass(frozen=True)
 class Survival(SurvivalAnswers, Task):
     """The time to an event (see `SurvivalAnswers`). `edges` are the ends of the bins, of which the first is 0; they are
-    fitted to the training slides.
+    fitted to the training patients.
     """
 
     edges: tuple[float, ...] = ()
@@ -42,6 +42,7 @@ class Survival(SurvivalAnswers, Task):
     main_metrics = ("c_index", "c_index_ipcw", "integrated_brier")
     compared_metrics = main_metrics
     lower_is_better = ("integrated_brier",)
+    fitted_fields = ("edges",)
     metric_titles = {"c_index": "C-index", "c_index_ipcw": "C-index (Uno)"}  # noqa: RUF012 - a constant of the class
 
     @property
@@ -54,9 +55,9 @@ class Survival(SurvivalAnswers, Task):
         """Return that one sum raises the hazards of all bins alike."""
         return np.ones((1, self.bins))
 
-    def fitted_to(self, targets: np.ndarray) -> Self:
-        """Return the task with bins that end at quantiles of the training slides' events."""
-        return replace(self, edges=tuple(bin_edges(targets, self.bins).tolist()))
+    def fitted_to(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
+        """Return the task with bins that end at quantiles of the training patients' events."""
+        return replace(self, edges=tuple(bin_edges(targets, cases, self.bins).tolist()))
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -75,6 +76,11 @@ class Survival(SurvivalAnswers, Task):
     def chance_loss(self) -> float:
         """Return the loss of equally likely bins."""
         return float(np.log(self.bins))
+
+    @property
+    def loss_titles(self) -> tuple[str, ...]:
+        """Return that training counts bins of time, and validation the intervals between the `times`."""
+        return f"Training loss, of {self.bins} bins of time", f"Validation loss, of {len(self.times) + 1} intervals"
 
     def activate(self, logits: Tensor) -> np.ndarray:
         """Return risk and survival in float64, between the bins' ends as if events were spread evenly."""
@@ -117,8 +123,15 @@ class Survival(SurvivalAnswers, Task):
         }
 
     def basis(self, metric: str, targets: np.ndarray, values: np.ndarray) -> Basis:
-        """Return that all metrics are numbers from 0 to 1."""
-        return Bounded(0, 1)
+        """Return that all metrics are from 0 to 1 and rest on patients with an event; an AUC also on those who are
+        followed beyond its time.
+        """
+        times, events = targets.T
+        if not metric.startswith("auc_"):
+            return Bounded(0, 1, (events == 1,), "with an event")
+        horizon = self.horizons[self.metric_names.index(metric) - len(self.main_metrics)]
+        kinds = (events == 1) & (times <= horizon), times > horizon
+        return Bounded(0, 1, kinds, "with an event by then, or without one")
 
     def validation(self, targets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Figures:
         """Return the negative log-likelihood of the outcomes, and the main metrics.
@@ -141,10 +154,11 @@ class Survival(SurvivalAnswers, Task):
         return "has no event" if metric != "loss" and not targets[:, 1].any() else ""
 
     def fit_on_validation(
-        self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
+        self, targets: np.ndarray, values: np.ndarray, cases: Sequence[str], operating_point: str, is_balanced: bool
     ) -> FittedFigures:
-        """Return the median risk, above which a risk is high."""
-        return {"median_risk": float(np.median(values[:, 0]))}
+        """Return the median of the patients' mean risks, above which a risk is high."""
+        patient = np.unique(np.asarray(cases), return_inverse=True)[1]
+        return {"median_risk": float(np.median(np.bincount(patient, values[:, 0]) / np.bincount(patient)))}
 
     def fitted_figures(self, fitted: FittedFigures, targets: np.ndarray, values: np.ndarray) -> dict[str, Any]:
         """Return the median risk."""
@@ -154,6 +168,11 @@ class Survival(SurvivalAnswers, Task):
         """Return 1 where the mean risk of the models is above the median risk of validation, else 0."""
         median = fitted.get("median_risk")
         return None if median is None else (values[..., 0].mean(axis=0) > median).astype(int)
+
+    def decision_text(self, fitted: FittedFigures, values: np.ndarray) -> str | None:
+        """Return "high risk" or "low risk"."""
+        decisions = self.decide_by(fitted, values[:, None])
+        return None if decisions is None else RISK_GROUPS[int(decisions[0])]
 
     @property
     def decision_column(self) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 from utils.core.errors import plural
 from utils.tasks.answers import Answers, numbers_in
 from utils.tasks.counts import range_text
-from utils.tasks.quantiles import inner_quantiles, stratum_names, stratum_of
+from utils.tasks.quantiles import inner_quantiles, patient_quantiles, stratum_names, stratum_of
 from utils.tasks.targets import Row
 
 _STRATA = 4
@@ -40,6 +40,8 @@ class SurvivalAnswers(Answers):
     censored_cuts: tuple[float, ...] = ()
 
     kind, flags = "survival", "--task survival --time_column --event_column"
+    unit = "patient"
+    decided_key = "risk_group"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -74,10 +76,10 @@ class SurvivalAnswers(Answers):
         self._check_patients(targets, cases)
         patients = np.array(cases)
         cuts = [
-            inner_quantiles(times[rows], len(np.unique(patients[rows])), _STRATA) if rows.any() else ()
+            inner_quantiles(times[rows], patients[rows].tolist(), _STRATA) if rows.any() else ()
             for rows in (events == 1, events == 0)
         ]
-        chosen = np.quantile(times[events == 1], np.arange(1, _PARTS) / _PARTS, method="inverted_cdf")
+        chosen = patient_quantiles(times[events == 1], patients[events == 1].tolist(), _PARTS)
         return replace(
             self,
             times=self.times or tuple(float(time) for time in np.unique(chosen)),
@@ -112,11 +114,15 @@ class SurvivalAnswers(Answers):
         """Return the risks with four digits."""
         return np.array([f"{risk:.4g}" for risk in values[:, 0]])
 
+    def label_columns(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the columns of time and event."""
+        return {self.time_column: targets[:, 0], self.event_column: targets[:, 1].astype(int)}
+
     def table_columns(
         self, targets: np.ndarray, values: np.ndarray, calibrated: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Return time, event, risk and the survival at each of the times."""
-        columns = {self.time_column: targets[:, 0], self.event_column: targets[:, 1].astype(int)}
+        columns = self.label_columns(targets)
         return columns | {name: values[:, index] for index, name in enumerate(self.outputs)}
 
     def values_in(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -158,7 +164,11 @@ class SurvivalAnswers(Answers):
     def strata_names(self) -> tuple[str, ...]:
         """Return whether the event occurred, and the ranges of the times."""
         names = [("event", self.event_cuts), ("censored", self.censored_cuts)]
-        return tuple(f"{kind}, {self.time_column} {part}" for kind, cuts in names for part in stratum_names(cuts))
+        return tuple(
+            f"{kind}, {self.time_column} {part}" if cuts else kind
+            for kind, cuts in names
+            for part in stratum_names(cuts)
+        )
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
         """Return the stratum of each target: those with an event come first, both kinds ordered by time."""

@@ -19,10 +19,16 @@ class Targets(ABC):
 
     Attributes
         kind: the name of the task in records and on the command line; flags: those that say what is predicted.
+        unit: what has a target, a "slide" or a "patient".
+        stratum_words: what a stratum is called, and several of them.
+        fitted_fields: the fields that are fitted to training slides.
     """
 
     kind: ClassVar[str]
     flags: ClassVar[str]
+    unit: ClassVar[str] = "slide"
+    stratum_words: ClassVar[tuple[str, str]] = ("stratum", "strata")
+    fitted_fields: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -42,10 +48,16 @@ class Targets(ABC):
             name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
         }
 
+    @property
+    def cohort_record(self) -> dict[str, Any]:
+        """Return what records keep of the task of several models: nothing that was fitted to the slides of one."""
+        return {name: value for name, value in self.record.items() if name not in self.fitted_fields}
+
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """Return the task that `record` has written."""
-        values = {field.name: record[field.name] for field in _fields(cls)}
+        """Return the task that `record` or `cohort_record` has written."""
+        names = [field.name for field in _fields(cls) if field.name in record or field.name not in cls.fitted_fields]
+        values = {name: record[name] for name in names}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def of_cohort(self, targets: np.ndarray, cases: Sequence[str]) -> Self:

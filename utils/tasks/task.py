@@ -50,8 +50,10 @@ class Task(Answers):
         """Return the number L of logits that a model gives."""
         return len(self.outputs)
 
-    def fitted_to(self, targets: np.ndarray) -> Self:
-        """Return the task for a model that is trained on slides with these targets: with what is fitted to them."""
+    def fitted_to(self, targets: np.ndarray, cases: Sequence[str]) -> Self:
+        """Return the task for a model that is trained on slides with these targets and patients `(n,)`: with what is
+        fitted to them.
+        """
         return self
 
     @property
@@ -82,6 +84,11 @@ class Task(Answers):
     @abstractmethod
     def chance_loss(self) -> float:
         """Return the loss of a model that knows nothing of the slides."""
+
+    @property
+    def loss_titles(self) -> tuple[str, ...]:
+        """Return what curves call the losses: one title if training and validation have the same loss, else two."""
+        return ("Loss",)
 
     @abstractmethod
     def activate(self, logits: Tensor) -> np.ndarray:
@@ -122,12 +129,12 @@ class Task(Answers):
         return "slide_loss"
 
     def fit_on_validation(
-        self, targets: np.ndarray, values: np.ndarray, operating_point: str, is_balanced: bool
+        self, targets: np.ndarray, values: np.ndarray, cases: Sequence[str], operating_point: str, is_balanced: bool
     ) -> FittedFigures:
         """Return what is fitted to inner validation slides, by name; None if it is undefined for them.
 
-        `operating_point` is what a decision threshold is fitted for (see `tasks.operating_point`); `is_balanced` says
-        whether the loss was weighted by `loss_weights`.
+        `cases (n,)` are their patients. `operating_point` is what a decision threshold is fitted for (see
+        `tasks.operating_point`); `is_balanced` says whether the loss was weighted by `loss_weights`.
         """
         return {}
 
@@ -141,6 +148,13 @@ class Task(Answers):
         """Return the decision `(n,)` int by what was fitted on validation; None if nothing of it decides.
 
         `values (M, n, C)` are those of M models, each of which decides, as it was fitted to single models: they vote.
+        """
+        return None
+
+    def decision_text(self, fitted: FittedFigures, values: np.ndarray) -> str | None:
+        """Return the decision of a slide in words, for its record (see `decided_key`); None if nothing decides.
+
+        `values (M, C)` are those of each model.
         """
         return None
 
