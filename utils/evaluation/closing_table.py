@@ -66,7 +66,8 @@ def case_words(results: Mapping[str, Any]) -> str:
 
 def level_words(results: Mapping[str, Any]) -> str:
     """Return what the rows of the closing table are of."""
-    return "slides and patients" if results.get("cases") else f"{task_of(results).unit} level"
+    unit = "patient" if results.get("unit") == "case" else task_of(results).unit
+    return "slides and patients" if results.get("cases") else f"{unit} level"
 
 
 def figures_row(name: str, figures: Mapping[str, float | None], metrics: Sequence[str]) -> list[str]:

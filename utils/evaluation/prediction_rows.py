@@ -146,10 +146,13 @@ class PredictionRows:
 
     def by_unit(self) -> dict[str, Self]:
         """Return the rows by what they are of, those to be reported first: where a patient has several
-        slides, those of patients, then those of slides; else one of each slide, named by the task's unit.
+        slides, those of patients, then those of slides; else the rows as they are, named by the task's unit if they
+        are of slides.
         """
         cases = self.by_case()
-        return {cases.unit: cases, self.unit: self} if len(cases) < len(self) else {self.task.unit: self}
+        if len(cases) < len(self):
+            return {cases.unit: cases, self.unit: self}
+        return {self.task.unit if self.unit == "slide" else self.unit: self}
 
     @property
     def target_texts(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Read finished training runs from their folders, to compare them or to draw their figures again."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,25 @@ class Run:
             ) from failure
 
     @property
+    def is_of_cases(self) -> bool:
+        """Whether it predicted patients, each a bag of all slides."""
+        return self.outputs.get("unit") == "case"
+
+    def of_patients(self) -> "Run":
+        """Return the run with an answer for each patient, as it has where patients are its bags."""
+        if self.is_of_cases:
+            return self
+        case_of = dict(zip(self.predictions.slides.tolist(), self.predictions.cases.tolist(), strict=True))
+        cases = self.predictions.by_case()
+        splits = [
+            replace(split, slides={part: list(dict.fromkeys(map(case_of.__getitem__, ids))) for part, ids in
+                                   split.slides.items()})
+            for split in self.splits
+        ]  # fmt: skip
+        rows = cases.where(np.lexsort((cases.slides, cases.repeats)))
+        return replace(self, outputs=self.outputs | (self.outputs.get("cases") or {}), predictions=rows, splits=splits)
+
+    @property
     def monitors(self) -> dict[int, str]:
         """Return the monitor of each outer fold."""
         return {fold["fold"]: fold["selection"]["monitor"] for fold in self.outputs["fold_results"]}
@@ -68,7 +87,8 @@ def draw_missing(folder: Path, formats: Sequence[str]) -> None:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Return the finished runs in the folders `paths`, at least two, on the same slides and splits.
+    """Return the finished runs in the folders `paths`, at least two, on the same slides and splits. Beside a run that
+    predicted patients, all are those of patients.
 
     Raises ConfigError for a folder that holds no finished run, one given twice, and runs that differ in classes,
     slides, patients, labels or splits.
@@ -78,6 +98,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if twice:
         raise ConfigError(f"{twice[0]}: given twice; name each run once")
     runs = [read_run(path, name) for path, name in zip(paths, _short_names(folders), strict=True)]
+    if any(run.is_of_cases for run in runs):
+        runs = [run.of_patients() for run in runs]
     for run in runs[1:]:
         check_same_slides(runs[0], run)
         _check_same_splits(runs[0], run)
@@ -111,6 +133,8 @@ def read_run(path: Path, name: str) -> Run:
     identity = record.get("identity")
     seed = identity.get("seed", Protocol.seed) if isinstance(identity, dict) else Protocol.seed
     predictions = _read_predictions(path / "predictions.csv", task, derive_seed(seed, "bootstrap"))
+    if outputs.get("unit") == "case":
+        predictions = replace(predictions, unit="patient")
     splits = read_splits(path / "splits.json", set(predictions.slides.tolist()))
     tested = {(split.fold, wsi_id) for split in splits for wsi_id in split.slides["test"]}
     unmatched = sorted(tested ^ set(zip(_folds(predictions).tolist(), predictions.slides.tolist(), strict=True)))

@@ -89,5 +89,6 @@ def pooled_predictions(results: Sequence[FoldResult], data: MILDataset, seed: in
         calibrated=np.concatenate(scaled) if len(scaled) == len(results) else None,
         decisions=np.concatenate(decisions) if len(decisions) == len(results) else None,
         groups=None if data.group_column is None else data.groups[slides],
+        unit="slide" if data.unit == "slide" else "patient",
     )
     return predictions.where(np.lexsort((slides, predictions.repeats)))
