@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 
 from tests.learning.runs import assert_same, contents
+from utils.compare import check_metrics, compare
 from utils.core.files import write_text
+from utils.learning.finished_runs import read_runs
 from utils.prediction.predictor import SlidePredictor
 
 SMALL = (
@@ -148,6 +150,17 @@ def test_runs_of_slides_and_of_patients_share_their_splits(train, tmp_path, alou
     for first, second, third in zip(*(folds[name]["folds"] for name in folds), strict=True):
         assert {case_of[slide] for slide in first["test"]} == set(second["test"])
         assert sorted(third["test"]) == sorted(first["test"])
+
+    # Beside a run of patients, a run of slides is one of patients too, whose answers are averaged.
+    runs = read_runs([tmp_path / "slides", tmp_path / "cases"])
+    cases = pd.read_csv(tmp_path / "slides" / "predictions_cases.csv").sort_values("case_id")
+    assert runs[0].predictions.values[:, 1].tolist() == pytest.approx(cases["prob_malignant"].tolist())
+    (difference,) = compare(runs, ["auc"])
+    assert (difference.unit, difference.is_primary) == ("patient", True)
+    outputs = [json.loads((tmp_path / name / "outputs.json").read_text()) for name in ("slides", "cases")]
+    expected = outputs[0]["cases"]["within_folds"]["auc"] - outputs[1]["within_folds"]["auc"]
+    assert difference.difference == pytest.approx(expected)
+    check_metrics(runs, ["auc", "brier"])
 
 
 @pytest.mark.usefixtures("coarse_figures")
