@@ -9,7 +9,9 @@ they were not. The AUC within folds is that of five models, each of which tests 
 and power: two algorithms (linear discriminants) are cross-validated on synthetic features, once as good as each other,
 once with a stronger first one. They see 10, 40 or 3 features each, or choose two of ten; or they differ in their seeds
 alone. Fitted: what a threshold for a sensitivity of 0.9 and a calibration, both fitted to inner validation, do on other
-slides, for one inner model and for the mean of all. By default few cohorts a cell, in minutes; --full takes 1000.
+slides, for one inner model and for the mean of all. Endpoints: coverage as above, of numbers, grades, several labels
+and survival, whose answers correlate with what a patient's target depends on. By default few cohorts a cell, in minutes;
+--full takes 1000.
 """
 
 import argparse
@@ -30,7 +32,12 @@ from utils.evaluation.intervals import ScoredRows
 from utils.evaluation.predictions import Predictions
 from utils.tasks.calibration import calibration_lines, fitted_scaling
 from utils.tasks.classification import Classification
+from utils.tasks.multilabel import Multilabel
 from utils.tasks.operating_point import OperatingPoint
+from utils.tasks.ordinal import Ordinal
+from utils.tasks.regression import Regression
+from utils.tasks.survival import Survival
+from utils.tasks.task import Task
 
 TASK = Classification(("negative", "positive"))
 LIKENESS = 0.5  # intraclass correlation of the slides of a patient
@@ -43,6 +50,7 @@ FEATURES, FOLDS = 20, 5
 FOLD_SHIFT = 0.5  # standard deviation of what the model of a fold adds to all its log-odds
 # How far apart the classes are in a feature; the first algorithm's advantage where there is one.
 DISTANCE, GAIN = 0.42, 1.6
+LARGE_COHORTS = 50  # of 2000 patients, whose mean figures are the truth of endpoints
 INNER, TESTED, WANTED = 4, 4000, OperatingPoint("sensitivity", 0.9)
 
 
@@ -273,6 +281,90 @@ def fitted(patients: int, prevalence: float, cohorts: int, seed: int) -> list[fl
     return np.where(np.arange(6) % 3 == 2, np.nanmedian(found, axis=0), np.mean(found, axis=0)).tolist()
 
 
+class Endpoint(NamedTuple):
+    """A task, and the targets and values of slides by what their patients' targets depend on `(n, 2)` and by the
+    answers `(n, 2)` to it, all standard normal.
+    """
+
+    task: Task
+    targets: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    values: Callable[[np.ndarray], np.ndarray]
+    may_have_several_slides: bool = True
+
+
+CUTS, TIMES, EFFECT = np.array([-0.5, 0.7]), (0.3, 0.6, 1.2), 1.0
+
+
+def grade_probabilities(answers: np.ndarray) -> np.ndarray:
+    above = expit(3 * (answers[:, :1] - CUTS))
+    return -np.diff(above, axis=1, prepend=1, append=0)
+
+
+def survival_targets(latent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    times = rng.exponential(np.exp(-EFFECT * latent[:, 0]))
+    followed = rng.uniform(0.2, 3, len(times))
+    return np.stack([np.minimum(times, followed), (times <= followed).astype(float)], axis=1)
+
+
+def survival_values(answers: np.ndarray) -> np.ndarray:
+    curves = np.exp(-np.exp(EFFECT * answers[:, :1]) * np.array(TIMES))
+    return np.concatenate([-curves.mean(axis=1, keepdims=True), curves], axis=1)
+
+
+ENDPOINTS = {
+    "number": Endpoint(Regression("number"), lambda latent, _: latent[:, 0], lambda answers: answers[:, :1]),
+    "three grades": Endpoint(
+        Ordinal("grade", ("low", "mid", "high")), lambda latent, _: np.searchsorted(CUTS, latent[:, 0]),
+        grade_probabilities,
+    ),
+    "two labels": Endpoint(
+        Multilabel(("A", "B")), lambda latent, _: (latent > CUTS[1]).astype(float), lambda answers: expit(3 * answers)
+    ),
+    "survival": Endpoint(Survival("time", "event", times=TIMES), survival_targets, survival_values, False),
+}  # fmt: skip
+
+
+def draw_endpoint(
+    endpoint: Endpoint, patients: int, correlation: float, has_several_slides: bool, rng: np.random.Generator
+) -> ScoredRows:
+    """Return a cohort whose answers have this correlation with what the targets depend on."""
+    slides = rng.integers(1, 8, patients) if has_several_slides else np.ones(patients, int)
+    patient = np.repeat(np.arange(patients), slides)
+    latent = rng.normal(size=(patients, 2))
+    noise = np.sqrt(LIKENESS) * rng.normal(size=(patients, 2))[patient]
+    noise += np.sqrt(1 - LIKENESS) * rng.normal(size=(len(patient), 2))
+    answers = correlation * latent[patient] + np.sqrt(1 - correlation**2) * noise
+    targets = endpoint.targets(latent, rng)[patient]
+    task = endpoint.task.of_cohort(targets, patient.astype(str).tolist())
+    return ScoredRows(task, targets, endpoint.values(answers), patient, np.ones(len(patient)))
+
+
+def endpoint_coverage(
+    name: str, patients: int, correlation: float, has_several_slides: bool, cohorts: int, seed: int
+) -> str:
+    """Return the share of the intervals of each metric that hold the truth, the mean of large cohorts."""
+    endpoint, rng = ENDPOINTS[name], np.random.default_rng(derive_seed(seed, name, patients, str(correlation)))
+    large = [draw_endpoint(endpoint, 2000, correlation, False, rng) for _ in range(LARGE_COHORTS)]
+    found = [rows.pooled(np.ones((1, len(rows.labels)))) for rows in large]
+    true = {metric: float(np.mean([figures[metric][0] for figures in found])) for metric in endpoint.task.metric_names}
+    held: dict[str, list[bool]] = defaultdict(list)
+    for number in range(cohorts):
+        rows = draw_endpoint(endpoint, patients, correlation, has_several_slides, rng)
+        for metric, estimate in rows.estimates(rows.pooled, number).items():
+            if estimate.interval is not None:
+                held[metric].append(estimate.interval[0] <= true[metric] <= estimate.interval[1])
+    return ", ".join(f"{metric} {np.mean(held[metric]):.3f}" for metric in endpoint.task.metric_names if held[metric])
+
+
+def endpoint_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterator[list[str]]:
+    for name, count, correlation, several in product(ENDPOINTS, patients, (0.3, 0.6, 0.9), (False, True)):
+        if several and not ENDPOINTS[name].may_have_several_slides:
+            continue
+        slides = "1 to 7 slides" if several else "1 slide"
+        shares = endpoint_coverage(name, count, correlation, several, cohorts, seed)
+        yield [f"{name}, {count} patients, correlation {correlation}, {slides}", shares]
+
+
 def coverage_rows(patients: tuple[int, ...], cohorts: int, seed: int) -> Iterator[list[str]]:
     for cell in cells(patients):
         shares = coverage(cell, cohorts, seed)
@@ -303,6 +395,7 @@ PARTS = {
         "two algorithms | level: p | p, these models | corrected t | power: p | p, these models | corrected t",
         rejection_rows,
     ),
+    "endpoints": ("cohorts | share of the intervals that hold the truth", endpoint_rows),
     "fitted": (
         "cohorts | one model: sensitivity | specificity | slope | mean of four: sensitivity | specificity | slope",
         fitted_rows,

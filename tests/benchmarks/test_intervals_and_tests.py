@@ -42,11 +42,20 @@ def test_what_is_fitted_to_single_models_holds_for_their_vote_and_is_cautious_fo
     assert mean[2] > 1.2
 
 
+def test_answers_have_the_correlation_that_was_asked_for(simulation):
+    rows = simulation.draw_endpoint(simulation.ENDPOINTS["number"], 20000, 0.6, False, np.random.default_rng(0))
+    figures = rows.pooled(np.ones((1, len(rows.labels))))
+    assert figures["pearson"][0] == pytest.approx(0.6, abs=0.02)
+    assert figures["r2"][0] == pytest.approx(2 * 0.6 - 1, abs=0.04)
+
+
 def test_the_benchmark_prints_its_tables(simulation, monkeypatch, capsys):
     monkeypatch.setattr(simulation, "truth", partial(simulation.truth, size=2000))
+    monkeypatch.setattr(simulation, "LARGE_COHORTS", 1)
     monkeypatch.setattr(sys, "argv", ["intervals_and_tests.py", "--patients", "20", "--cohorts", "2"])
     simulation.main()
     printed = capsys.readouterr().out
     assert printed.count("| 20 patients, ") == 48 + 1
     assert printed.count("| other seeds, 20 patients, ") == 6
+    assert printed.count("| survival, 20 patients, correlation ") == 3
     assert printed.count("| 20 patients, 50% positive | ") == 1, "4 positive slides are too few for a threshold"
