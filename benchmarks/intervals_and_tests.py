@@ -10,8 +10,8 @@ and power: two algorithms (linear discriminants) are cross-validated on syntheti
 once with a stronger first one. They see 10, 40 or 3 features each, or choose two of ten; or they differ in their seeds
 alone. Fitted: what a threshold for a sensitivity of 0.9 and a calibration, both fitted to inner validation, do on other
 slides, for one inner model and for the mean of all. Endpoints: coverage as above, of numbers, grades, several labels
-and survival, whose answers correlate with what a patient's target depends on. By default few cohorts a cell, in minutes;
---full takes 1000.
+and survival, whose answers correlate with what a patient's target depends on. By default few cohorts a cell, in
+minutes; --full takes 1000.
 """
 
 import argparse
