@@ -5,6 +5,7 @@ from typing import cast
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from utils.core.errors import plural
 from utils.core.plots import COLOURS, LEGEND, SMALL, bare, bare_axes
@@ -14,7 +15,7 @@ from utils.evaluation.predictions import Predictions
 from utils.tasks.survival import RISK_GROUPS, Survival
 from utils.tasks.survival_curves import calibration_at, kaplan_meier, log_rank
 
-_TICKS = 6
+_TICKS = 8
 _LOOKS = ((COLOURS[0], "-"), (COLOURS[1], "--"))
 
 
@@ -32,7 +33,9 @@ def kaplan_meier_figure(predictions: Predictions) -> Figure:
     if high is None:
         axes.set_title(f"{title}\n(the table does not say who is of high risk)", fontsize=10)
         return figure
-    ticks = np.linspace(0, first.labels[:, 0].max(), _TICKS)
+    longest = first.labels[:, 0].max()
+    ticks = MaxNLocator(_TICKS).tick_values(0, longest)
+    ticks = ticks[ticks <= longest]
     for group, (name, (colour, style)) in enumerate(zip(RISK_GROUPS, _LOOKS, strict=True)):
         targets = first.labels[high == group]
         if len(targets):
@@ -41,7 +44,7 @@ def kaplan_meier_figure(predictions: Predictions) -> Figure:
     p = log_rank(first.labels, high)
     text = "" if np.isnan(p) else f"; log-rank p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
     axes.set_title(f"{title}{text}", fontsize=10)
-    axes.set(ylim=(0, 1.02), xlim=(-0.03 * ticks[-1], ticks[-1] * 1.02))
+    axes.set(ylim=(0, 1.02), xlim=(-0.03 * longest, longest * 1.02), xticks=ticks)
     bare(axes, "", f"Share without {escape_mathtext(task.event_column)}")
     table.set(ylim=(1.6, -0.6), yticks=(0, 1), yticklabels=RISK_GROUPS)
     table.tick_params(left=False, labelsize=SMALL, pad=8)
