@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from utils.core.errors import BackboneError
 from utils.features.transform import Transform
 from utils.features.weights import HUB_FAILURES, load_strictly, read_weights, unavailable
+
+_HUB = "hf-hub:"
 
 
 def load_timm() -> Any:
@@ -75,10 +78,13 @@ def swiglu_vit(model: str, **settings: Any) -> nn.Module:
 def timm_network(name: str, model: str, path: Path | None) -> tuple[nn.Module, Transform]:
     """Return a model of timm with its weights, from the file `path` or published, and its transform.
 
-    Raises BackboneError, which calls the backbone `name`.
+    `model` is one of timm's own, or `hf-hub:<owner>/<repo>`, one that its repository on the Hugging Face hub describes,
+    at `@<revision>` or the newest. Raises BackboneError, which calls the backbone `name`.
     """
     timm = load_timm()
-    if not timm.is_model(model):
+    if model.startswith(_HUB):
+        _check_repo(name, model.removeprefix(_HUB))
+    elif not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise BackboneError(
@@ -87,13 +93,30 @@ def timm_network(name: str, model: str, path: Path | None) -> tuple[nn.Module, T
     try:
         network: Any = timm.create_model(model, pretrained=path is None, num_classes=0)
     except HUB_FAILURES as error:
-        raise unavailable(name, f"timm's weights of {model}", error) from error
+        file = f"config.json or weights of huggingface.co/{model.removeprefix(_HUB)}"
+        raise unavailable(name, file if model.startswith(_HUB) else f"timm's weights of {model}", error) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a config.json of another kind
+        if not model.startswith(_HUB):
+            raise
+        raise BackboneError(
+            f"backbone {name!r}: its config.json describes no model that timm {timm.__version__} can build "
+            f"({type(error).__name__}: {error}); choose a repository whose page shows timm.create_model"
+        ) from error
     except RuntimeError as error:  # no such tag, or a model nobody published weights for
         reason = " ".join(str(error).split())[:160]
         raise BackboneError(f"backbone {name!r}: timm has no weights for it ({reason}); give --weights FILE") from error
     if path is not None:
         load_strictly(network, read_weights(path), path, _classifier_prefixes(network))
     return network, _timm_transform(name, network.pretrained_cfg)
+
+
+def _check_repo(name: str, repo: str) -> None:
+    """Raise BackboneError unless `repo` is owner/name, with or without @revision."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", repo):
+        raise BackboneError(
+            f"backbone {name!r}: {repo!r} names no repository of the hub; give timm:hf-hub:OWNER/NAME, or "
+            "timm:hf-hub:OWNER/NAME@REVISION"
+        )
 
 
 def _classifier_prefixes(network: Any) -> tuple[str, ...]:

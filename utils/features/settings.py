@@ -13,7 +13,9 @@ class Extraction(Settings):
     """The recipe of the features, and how they are computed."""
 
     backbone: str = option(
-        "resnet50", "a name in README's table (resnet50, uni, virchow2, gigapath, stain, ...) or timm:<any timm model>"
+        "resnet50",
+        "a name in README's table (resnet50, uni, virchow2, gigapath, stain, ...) or timm:<any timm model>, "
+        "also of the Hugging Face hub: timm:hf-hub:OWNER/NAME or ...@REVISION",
     )
     weights: Path | None = option(None, "local weights (.pth, .bin, .safetensors) instead of a download")
     patch_size: int = option(256, "patch edge in pixels, at --level, --mpp or --magnification", least=1)
