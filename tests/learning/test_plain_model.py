@@ -33,7 +33,7 @@ def test_of_two_classes_it_is_logistic_regression():
 
 def test_of_numbers_with_small_errors_it_is_ridge_regression():
     numbers = 50 + 10 * SIGNAL + 0.1 * RNG.standard_normal(N)
-    task = Regression("x").fitted_to(numbers)
+    task = Regression("x").fitted_to(numbers, CASES.tolist())
     expected = Ridge(alpha=1).fit(INPUTS, numbers).predict(INPUTS)
     np.testing.assert_allclose(fit(task, numbers).values(INPUTS)[:, 0], expected, atol=0.1)
 
@@ -43,7 +43,7 @@ def test_a_higher_sum_means_a_higher_grade_and_an_earlier_event():
     ordinal = Ordinal("grade", ("low", "mid", "high"))
     assert np.corrcoef(ordinal.scores(fit(ordinal, grades).values(INPUTS))[:, 0], SIGNAL)[0, 1] > 0.95
     times = np.stack([RNG.exponential(np.exp(-2 * SIGNAL)) + 0.01, RNG.random(N) < 0.7], axis=1)
-    survival = Survival("t", "e").of_cohort(times, CASES.tolist()).fitted_to(times)
+    survival = Survival("t", "e").of_cohort(times, CASES.tolist()).fitted_to(times, CASES.tolist())
     model = fit(survival, times)
     assert model.weights.shape == (3, 1), "proportional: a weight for all bins"
     assert survival.unweighted_metrics(times, model.values(INPUTS))["c_index"] > 0.75

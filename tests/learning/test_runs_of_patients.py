@@ -44,7 +44,7 @@ def records(folder: Path) -> dict[str, dict]:
     return {path.stem.removesuffix("_prediction"): json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-@pytest.mark.usefixtures("coarse_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_patients_have_one_answer_each_and_a_map_for_each_slide(train, predict, cohort, tmp_path):
     labels, features = cohort
     outcome = train("--unit", "case")
@@ -60,7 +60,7 @@ def test_patients_have_one_answer_each_and_a_map_for_each_slide(train, predict, 
     assert sorted(tested.index) == sorted(table["case_id"].unique())
 
     # Every slide of a patient has the answer of the fold that did not see the patient.
-    again = predict("--out_of_fold", run, "--visualize")
+    again = predict("--out_of_fold", run)
     assert again.code == 0, again.err
     assert f"are those of {run / 'predictions.csv'} (largest difference 0)" in again.out
     of_slide = {name: record for name, record in records(tmp_path / "out").items() if "slide" in record}
@@ -70,14 +70,26 @@ def test_patients_have_one_answer_each_and_a_map_for_each_slide(train, predict, 
         for record in own:
             assert record["probabilities"]["malignant"] == pytest.approx(tested.loc[case, "prob_malignant"], abs=1e-6)
             assert record["case"]["slides"] == list(slides)
-            terms = record["evidence"]
-            for name, total in terms["log_odds"].items():
-                parts = (terms[part][name] for part in ("reference", "for", "against", "other_slides"))
-                assert sum(parts) == pytest.approx(total, abs=1e-4)
         assert sum(record["case"]["share"] for record in own) == pytest.approx(1, abs=1e-5)
-    page = (tmp_path / "out" / f"{table['wsi_id'][0]}_report.html").read_text()
-    assert "all slides as one bag" in page
-    assert features.is_dir()
+
+    # Its maps compare the patches of all slides.
+    slides = table[table["case_id"] == table["case_id"][0]]["wsi_id"].tolist()
+    (tmp_path / "one").mkdir()
+    for slide in slides:
+        (tmp_path / "one" / f"{slide}.h5").write_bytes((features / f"{slide}.h5").read_bytes())
+    drawn = predict(
+        "--checkpoint", run, "--input_dir", tmp_path / "one", "--cases_csv", labels, "--visualize", "--allow",
+        "missing", name="drawn",
+    )  # fmt: skip
+    assert drawn.code == 0, drawn.err
+    for slide in slides:
+        terms = json.loads((tmp_path / "drawn" / f"{slide}_prediction.json").read_text())["evidence"]
+        for name, total in terms["log_odds"].items():
+            parts = (terms[part][name] for part in ("reference", "for", "against", "other_slides"))
+            assert sum(parts) == pytest.approx(total, abs=1e-4)
+        page = (tmp_path / "drawn" / f"{slide}_report.html").read_text()
+        assert f"all slides as one bag: {', '.join(slides)}" in page
+        assert "percentile within the patient&#39;s slides" in page or "percentile within the patient's slides" in page
 
 
 @pytest.mark.usefixtures("coarse_figures")
