@@ -251,12 +251,13 @@ def _differences_table(differences: Sequence[Difference], titles: Mapping[str, s
 
 def _reading(run: Run, differences: Sequence[Difference], metrics: Sequence[str]) -> str:
     predictions = run.predictions
+    slides = f"{plural(predictions.n_slides, 'slide')} of " if predictions.unit == "slide" else ""
     ranking = " and the ".join(name.replace("_", " ") for name in predictions.ranked_within if name in metrics)
     units = list(dict.fromkeys(difference.unit for difference in differences))
     pairs = len(differences) // len(metrics) // len(units)
     items = [
         [
-            f"{plural(predictions.n_slides, 'slide')} of {plural(predictions.n_cases, 'patient')}, tested in "
+            f"{slides}{plural(predictions.n_cases, 'patient')}, tested in "
             f"{plural(predictions.n_folds, 'fold')}. A difference is the first run's metric minus the second's.",
             f"The {ranking} of a run compares {units[0]}s of a fold only, as one model ranked them." if ranking else "",
         ],

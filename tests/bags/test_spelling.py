@@ -74,7 +74,7 @@ def test_classes_that_mean_to_differ(classes):
 
 
 @pytest.mark.parametrize(
-    "text", ["NA", "n.d.", "Not assessed", "[Not Available]", "unkown", "pd.NA", "no data", "-999"]
+    "text", ["NA", "n.d.", "Not assessed", "[Not Available]", "unkown", "pd.NA", "no data", "[Discrepancy]", "-999"]
 )
 def test_a_placeholder(text):
     assert is_placeholder(text)

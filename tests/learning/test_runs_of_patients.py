@@ -200,6 +200,8 @@ def test_patients_have_covariates_and_subgroups(train, cohort, tmp_path):
     outputs = json.loads((tmp_path / "run" / "outputs.json").read_text())
     assert outputs["covariates"]["columns"][0]["missing"] == 0
     assert sum(group["n_cases"] for group in outputs["subgroups"]["sex"].values()) == table["case_id"].nunique()
+    assert {group["n_slides"] for group in outputs["subgroups"]["sex"].values()} == {None}
+    assert "slides" not in pd.read_csv(tmp_path / "run" / "subgroups.csv")
 
     table.loc[1, "sex"] = "m" if table["sex"][0] == "f" else "f"
     table.to_csv(tmp_path / "labels.csv", index=False)

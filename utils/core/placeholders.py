@@ -9,7 +9,7 @@ _PLACEHOLDERS = {
     "not determined", "undefined", "unspecified", "tbd", "#value!", "#ref!", "pd.na", "n.d.", "n.d", "no data",
     "not assessed", "not evaluated", "not evaluable", "not done", "not tested", "not recorded", "not provided",
     "not given", "not performed", "not collected", "unkown", "unknow", "unknwon", "unknonw", "unspecifed", "empty",
-    "undetermined", "-999", "-9999",
+    "undetermined", "discrepancy", "-999", "-9999",
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def subgroup_figures(predictions: Predictions, groups: Mapping[str, Mapping[str,
 def _figures(predictions: Predictions) -> dict[str, Any]:
     by_case = predictions.by_case()
     return {
-        "n_slides": predictions.n_slides,
+        "n_slides": predictions.n_slides if predictions.unit == "slide" else None,
         "n_cases": predictions.n_cases,
         **figures_of(by_case),
         "interval_methods": methods(by_case.reported_estimates),
@@ -46,7 +46,8 @@ def subgroup_table(content: Groups) -> pd.DataFrame:
     rows = []
     for column, groups in content.items():
         for group, figures in groups.items():
-            head = {"column": column, "group": group, "patients": figures["n_cases"], "slides": figures["n_slides"]}
+            head = {"column": column, "group": group, "patients": figures["n_cases"]}
+            head |= {} if figures["n_slides"] is None else {"slides": figures["n_slides"]}
             for metric in figures["pooled"]:
                 value, interval = reported(figures, metric)
                 low, high = interval or (None, None)
@@ -64,15 +65,16 @@ def subgroups_text(results: Mapping[str, Any]) -> str:
         return ""
     metric = task_of(results).compared_metrics[0]
     blocks, reasons = [], {}
+    of_slides = any(figures["n_slides"] is not None for groups in content.values() for figures in groups.values())
     for column, groups in content.items():
         rows = []
         for group, figures in groups.items():
             value, interval = reported(figures, metric)
-            counts = [str(figures["n_cases"]), str(figures["n_slides"])]
+            counts = [str(figures["n_cases"]), *([str(figures["n_slides"])] if of_slides else [])]
             rows.append([f"{column}: {group}", *counts, figure_text(value), interval_text(interval)])
             if interval is None:
                 reasons[figures["interval_methods"][metric].removeprefix("none: ")] = None
         blocks.append(rows)
-    head = [["subgroup", "patients", "slides", metric.replace("_", " "), "95% CI"]]
+    head = [["subgroup", "patients", *(["slides"] if of_slides else []), metric.replace("_", " "), "95% CI"]]
     why = f"\n-: {'; '.join(reasons)}" if reasons else ""
     return f"{aligned([head, *blocks])}{why}"
