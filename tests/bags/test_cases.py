@@ -89,3 +89,12 @@ def test_joined_features_are_read_slide_by_slide(tmp_path):
     blocks = list(joined.blocks(4))
     assert max(map(len, blocks)) == 4
     assert np.array_equal(torch.cat(blocks).numpy(), whole)
+
+
+def test_of_several_labels_a_patient_has_what_is_known_of_any_slide():
+    nan = float("nan")
+    rows = [row("a", "P", (1.0, nan, nan)), row("b", "P", (nan, 0.0, nan))]  # type: ignore[arg-type]
+    (merged,), _ = case_rows(rows, Path("labels.csv"))
+    assert str(merged.label) == "(1.0, 0.0, nan)"
+    with pytest.raises(LabelsError, match="different labels: P"):
+        case_rows([*rows, row("c", "P", (0.0, nan, nan))], Path("labels.csv"))  # type: ignore[arg-type]

@@ -111,3 +111,20 @@ class TestReading:
     def test_a_column_that_tells_the_target_is_doubted(self, cells, is_doubted, caplog):
         read_covariates(TABLE, rows({"marker": cells}), ["marker"], CLASSES)
         assert ("each of its values comes with one target only" in caplog.text) is is_doubted
+
+
+def test_a_number_that_differs_in_each_patient_is_no_target_that_does():
+    cases = [f"P{number // 2}" for number in range(16)]
+    days = [str(100 + 7 * (number // 2)) for number in range(16)]
+    measured = [str(number * 37 % 101) for number in range(8) for _ in range(2)]
+    cohort = rows({"bmi": measured, "days": days, "died": ["1"] * 16}, cases)
+    (column,) = read_covariates(TABLE, cohort, ["bmi"], Survival("days", "died"))
+    assert column.is_number
+
+
+def test_a_patient_s_other_slides_say_what_is_unknown_where_they_agree():
+    cases = np.array(["P0", "P0", "P1", "P1", "P1"])
+    column = Column.of("sex", ["f", "NA", "m", "f", ""])
+    assert column.filled(cases).values.tolist() == ["f", "f", "m", "f", ""]
+    with pytest.raises(ValueError, match="patient P1 has m and f"):
+        column.of_patients(cases)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.cohort import write_cohort
 from tests.learning.runs import assert_same, contents
 from utils.compare import check_metrics, compare
 from utils.core.files import write_text
@@ -186,6 +187,37 @@ def test_a_run_of_patients_goes_on_to_the_same_bytes_and_several_jobs_give_them_
     assert_same(contents(tmp_path / "resumed"), expected)
     assert train("--unit", "case", "--jobs", 2, name="jobs").code == 0
     assert_same(contents(tmp_path / "jobs"), expected)
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_a_slide_called_as_a_patient_is_split_with_the_patient(script, tmp_path):
+    labels, features = write_cohort(tmp_path / "cohort")
+    table = pd.read_csv(labels)
+    for case in table["case_id"].unique():  # the first slide of each patient has the patient's name
+        (features / f"{case}-S1.h5").rename(features / f"{case}.h5")
+    table["wsi_id"] = table["wsi_id"].str.removesuffix("-S1")
+    table.to_csv(labels, index=False)
+    flags = "--mil", "LiteMIL", "--dataset", "mine", "--labels_csv", labels, "--features_dir", features, *SMALL
+    cases = script("train", *flags, "--unit", "case", "--output_dir", tmp_path / "cases")
+    assert cases.code == 0, cases.err
+    slides = script("train", *flags, "--splits", tmp_path / "cases", "--output_dir", tmp_path / "slides")
+    assert slides.code == 0, slides.err
+    assert "tested by no fold" not in slides.err
+    assert len(pd.read_csv(tmp_path / "slides" / "predictions.csv")) == len(table)
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_a_model_of_slides_takes_no_table_of_patients(train, predict, cohort, tmp_path):
+    labels, features = cohort
+    assert train().code == 0
+    outputs = json.loads((tmp_path / "run" / "outputs.json").read_text())
+    assert outputs["primary_unit"] == "patient"
+    inputs = "--checkpoint", tmp_path / "run", "--input_dir", features
+    assert "answers for each slide; leave it out" in predict(*inputs, "--cases_csv", labels).errors[0]
+    assert predict(*inputs, "--labels_csv", labels).code == 0
+    cases = pd.read_csv(tmp_path / "out" / "predictions_cases.csv")
+    slides = pd.read_csv(tmp_path / "out" / "predictions.csv").groupby("case_id")["prob_malignant"].mean()
+    assert cases.set_index("case_id")["prob_malignant"].sort_index().tolist() == pytest.approx(slides.tolist())
 
 
 @pytest.mark.usefixtures("coarse_figures")

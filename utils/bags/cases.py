@@ -1,5 +1,6 @@
 """Bags of cases: all slides of a patient as one bag."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from utils.bags.labels import LabelRow
 from utils.bags.store import BagInfo, StoredFeatures
 from utils.core.errors import LabelsError, first_few, plural
+from utils.tasks.targets import Target
 
 
 class CaseFeatures:
@@ -59,21 +61,37 @@ def case_rows(rows: Sequence[LabelRow], path: Path) -> tuple[list[LabelRow], lis
     slides_of: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         slides_of.setdefault(row.case_id, []).append(number)
-    mixed = [case for case, slides in slides_of.items() if len({str(rows[slide].label) for slide in slides}) > 1]
+    targets = {case: _one_target([rows[slide].label for slide in slides]) for case, slides in slides_of.items()}
+    mixed = [case for case, target in targets.items() if target is None]
     if mixed:
         raise LabelsError(
             f"{path}: --unit case: {plural(len(mixed), 'patient')} with slides of different labels: "
             f"{first_few(mixed)}; a bag of all slides has one label, so mend the table, or give --unit slide"
         )
-    cases = [_case_row(case, [rows[slide] for slide in slides]) for case, slides in slides_of.items()]
+    cases = [
+        _case_row(case, target, [rows[slide] for slide in slides_of[case]])
+        for case, target in targets.items()
+        if target is not None
+    ]
     return cases, list(slides_of.values())
 
 
-def _case_row(case: str, rows: Sequence[LabelRow]) -> LabelRow:
+def _one_target(targets: Sequence[Target]) -> Target | None:
+    """Return the target of all slides, None if they differ; of several numbers each where it is known (no NaN)."""
+    columns = [target if isinstance(target, tuple) else (target,) for target in targets]
+    known = [[value for value in values if not math.isnan(value)] for values in zip(*columns, strict=True)]
+    if any(len(set(values)) > 1 for values in known):
+        return None
+    if not isinstance(targets[0], tuple):
+        return targets[0]
+    return tuple(values[0] if values else math.nan for values in known)
+
+
+def _case_row(case: str, target: Target, rows: Sequence[LabelRow]) -> LabelRow:
     agreed: dict[str, Any] = {
         name: value for name, value in rows[0].columns.items() if all(row.columns[name] == value for row in rows)
     }
-    return replace(rows[0], wsi_id=case, columns=agreed | {"wsi_id": case})
+    return replace(rows[0], wsi_id=case, label=target, columns=agreed | {"wsi_id": case})
 
 
 def case_info(info: Sequence[BagInfo], slides_of: Sequence[Sequence[int]]) -> list[BagInfo]:

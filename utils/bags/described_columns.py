@@ -76,14 +76,25 @@ class Column:
 
     def of_patients(self, cases: np.ndarray) -> Column:
         """Return the column with each patient's value in all rows. Raise ValueError for a patient with two values."""
-        known, values = self.is_known, self.values.copy()
-        value_of: dict[str, Any] = {}
-        for case, value in zip(cases[known].tolist(), values[known].tolist(), strict=True):
-            if value_of.setdefault(case, value) != value:
-                raise ValueError(f"patient {case} has {value_of[case]} and {value}; give all slides of a patient one")
-        for row in np.flatnonzero(~known):
-            values[row] = value_of.get(cases[row], values[row])
+        for case, values in self._values_of(cases).items():
+            if len(values) > 1:
+                raise ValueError(f"patient {case} has {values[0]} and {values[1]}; give all slides of a patient one")
+        return self.filled(cases)
+
+    def filled(self, cases: np.ndarray) -> Column:
+        """Return the column with a patient's value in the rows where it is unknown, if all others say the same."""
+        values_of, values = self._values_of(cases), self.values.copy()
+        for row in np.flatnonzero(~self.is_known):
+            known = values_of.get(cases[row], [])
+            values[row] = known[0] if len(known) == 1 else values[row]
         return replace(self, values=values)
+
+    def _values_of(self, cases: np.ndarray) -> dict[str, list[Any]]:
+        """Return the different known values of each patient."""
+        values_of: dict[str, dict[Any, None]] = {}
+        for case, value in zip(cases[self.is_known].tolist(), self.values[self.is_known].tolist(), strict=True):
+            values_of.setdefault(case, {})[value] = None
+        return {case: list(values) for case, values in values_of.items()}
 
     def where(self, rows: np.ndarray) -> Column:
         """Return the column of these rows `(m,)`, given by their numbers."""
@@ -163,7 +174,9 @@ def _target_told(column: Column, rows: Sequence[LabelRow], task: Task) -> str:
             return "is"
         pairs = {(value, cell) for value, cell in zip(values.tolist(), cells.tolist(), strict=True)}
         many, few = len(np.unique(values)), len(np.unique(cells))
-        if len(pairs) == many == few < len(values):
+        patients = len({row.case_id for row, is_known in zip(rows, known.tolist(), strict=True) if is_known})
+        # Two columns that are different in each patient determine each other, whatever they mean.
+        if len(pairs) == many == few <= patients / 2:
             return "is"
         codes = np.unique(cells, return_inverse=True)[1]
         runs = 1 + int((np.diff(codes[np.argsort(values)]) != 0).sum())

@@ -46,4 +46,6 @@ def figure_text(value: float | None) -> str:
 
 def interval_text(limits: Sequence[float] | None) -> str:
     """Return an interval with three decimals, "-" if it is undefined."""
-    return "-" if limits is None else f"{limits[0]:.3f}-{limits[1]:.3f}"
+    if limits is None:
+        return "-"
+    return f"{limits[0]:.3f}-{limits[1]:.3f}" if min(limits) >= 0 else f"{limits[0]:.3f} to {limits[1]:.3f}"

@@ -51,6 +51,7 @@ def outputs_content(
         "n_groups": predictions.n_groups,
         "n_folds": len(fold_figures),
         "n_repeats": predictions.n_repeats,
+        "primary_unit": predictions.primary_unit,
         "patients_from": patients_from or NO_PATIENTS,
     }
     for level in ("chunk", "slide", "thresholded"):

@@ -155,6 +155,13 @@ class PredictionRows:
         return {self.task.unit if self.unit == "slide" else self.unit: self}
 
     @property
+    def primary_unit(self) -> str:
+        """What the figures to report are of: "patient" where a patient has several slides, else "slide"; of a task that
+        has one target a patient always "patient".
+        """
+        return next(iter(self.by_unit()))
+
+    @property
     def target_texts(self) -> np.ndarray:
         """The targets as a reader sees them, `(n,)`."""
         return self.task.target_text(self.labels)

@@ -11,7 +11,7 @@ from utils.bags.dataset import MILDataset
 from utils.bags.described_columns import Column
 from utils.evaluation.predictions import Predictions
 from utils.learning.inner_predictions import InnerPredictions
-from utils.learning.plain_model import PlainModel, encoded, standardized
+from utils.learning.plain_model import PlainModel, encoded, scaled
 from utils.learning.splits import OuterFold
 
 BOTH, ALONE, SLIDES = "slides and covariates", "covariates alone", "slides alone"
@@ -57,17 +57,26 @@ class _FoldModels:
         return self._fit(inputs[self.fold.train], self.fold.train).values(inputs[test])
 
     def both(self, inner: InnerPredictions, test: np.ndarray) -> np.ndarray:
-        """Return the values `(n, C)` of the test slides by both."""
-        validated = inner.validation(self.fold.number)
-        train = _numbers(self.data, validated.slides)
-        inputs, scores = encoded(self.columns, train), self.task.scores(validated.values)
-        model = self._fit(np.concatenate([inputs[train], standardized(scores, scores)], axis=1), train)
+        """Return the values `(n, C)` of the test slides by both.
+
+        Models differ in the scale of their answers, which is that of each one's own validation slides; of a tested
+        model that is none of the inner ones, their mean.
+        """
+        validated, tested = inner.validation(self.fold.number), inner.tested(self.fold.number)
+        train = np.concatenate([_numbers(self.data, rows.slides) for rows in validated])
+        inputs, scores = encoded(self.columns, train), [self.task.scores(rows.values) for rows in validated]
+        scales = [(each.mean(axis=0), each.std(axis=0)) for each in scores]
+        known = np.concatenate([scaled(each, *scale) for each, scale in zip(scores, scales, strict=True)])
+        model = self._fit(np.concatenate([inputs[train], known], axis=1), train)
+        if len(tested) != len(validated):
+            scales = [tuple(np.mean(part, axis=0) for part in zip(*scales, strict=True))] * len(tested)
         answers = []
-        for tested in inner.tested(self.fold.number):
-            place = {wsi_id: row for row, wsi_id in enumerate(tested.slides.tolist())}
-            values = tested.values[[place[self.data.rows[slide].wsi_id] for slide in test.tolist()]]
-            known = standardized(self.task.scores(values), scores)
-            answers.append(model.values(np.concatenate([inputs[test], known], axis=1)))
+        for rows, scale in zip(tested, scales, strict=True):
+            place = {wsi_id: row for row, wsi_id in enumerate(rows.slides.tolist())}
+            values = rows.values[[place[self.data.rows[slide].wsi_id] for slide in test.tolist()]]
+            answers.append(
+                model.values(np.concatenate([inputs[test], scaled(self.task.scores(values), *scale)], axis=1))
+            )
         return np.mean(answers, axis=0)
 
     def _fit(self, inputs: np.ndarray, slides: np.ndarray) -> PlainModel:

@@ -52,14 +52,16 @@ class InnerPredictions:
             ) from failure
         return cls(rows, (columns["subset"] == _VALIDATION).to_numpy(), columns["model"].to_numpy())
 
-    def validation(self, fold: int) -> Predictions:
-        """Return the predictions of the inner validation slides of an outer fold."""
-        return self.rows.where((self.rows.folds == fold) & self.is_validation)
+    def validation(self, fold: int) -> list[Predictions]:
+        """Return the predictions of an outer fold's inner validation slides by each of the inner models."""
+        return self._by_model((self.rows.folds == fold) & self.is_validation)
 
     def tested(self, fold: int) -> list[Predictions]:
         """Return the predictions of an outer fold's test slides by each of the tested models."""
-        of_fold = (self.rows.folds == fold) & ~self.is_validation
-        return [self.rows.where(of_fold & (self.models == model)) for model in np.unique(self.models[of_fold])]
+        return self._by_model((self.rows.folds == fold) & ~self.is_validation)
+
+    def _by_model(self, rows: np.ndarray) -> list[Predictions]:
+        return [self.rows.where(rows & (self.models == model)) for model in np.unique(self.models[rows])]
 
 
 def inner_table(results: Sequence[FoldResult], data: MILDataset) -> pd.DataFrame:

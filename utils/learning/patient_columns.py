@@ -38,9 +38,10 @@ class PatientColumns:
         rows = [row.columns for row in data.slide_rows]
         covariates = read_covariates(data.labels_csv, data.slide_rows, analyses.columns("covariates"), data.task)
         subgroups = read_columns(data.labels_csv, rows, analyses.columns("subgroups"), "--subgroups")
+        cases = np.array([row.case_id for row in data.slide_rows])
         if data.unit == "case":
-            cases = np.array([row.case_id for row in data.slide_rows])
             subgroups = of_all_slides(data.labels_csv, subgroups, cases, "--subgroups")
+        subgroups = [column.filled(cases) for column in subgroups]
         firsts = np.array([slides[0] for slides in data.slides_of])
         return cls(data, *([column.where(firsts) for column in columns] for columns in (covariates, subgroups)))
 

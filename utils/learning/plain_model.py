@@ -82,5 +82,9 @@ def encoded(columns: Sequence[Column], train: np.ndarray) -> np.ndarray:
 
 def standardized(numbers: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Return numbers `(n,)` or `(n, k)` less the mean of the training numbers, in their standard deviations."""
-    deviation = train.std(axis=0)
-    return (numbers - train.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    return scaled(numbers, train.mean(axis=0), train.std(axis=0))
+
+
+def scaled(numbers: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Return numbers `(n,)` or `(n, k)` less a mean, in standard deviations; a deviation of 0 counts as 1."""
+    return (numbers - mean) / np.where(deviation > 0, deviation, 1)

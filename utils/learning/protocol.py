@@ -3,6 +3,7 @@
 import typing
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from utils.learning.grid import Setting
 from utils.learning.jobs import TrainingJob
 from utils.learning.ranking import monitored_metric
 from utils.learning.settings import Keep, Monitor, Protocol, Training
-from utils.learning.split_files import folds_from_file, unused_split
+from utils.learning.split_files import folds_from_file, is_of_cases, unused_split
 from utils.learning.splits import OuterFold, few_patients, repeated_splits
 from utils.tasks.operating_point import OperatingPoint
 from utils.tasks.task import Task
@@ -39,7 +40,7 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
     wsi_ids = [row.wsi_id for row in data.rows]
     folds = folds_from_file(
         protocol.splits, wsi_ids, strata, data.groups, data.task.strata_names, unit=unit,
-        stratum=data.task.stratum_words[0], allow_missing="missing" in data.allow, other_names=_other_names(data),
+        stratum=data.task.stratum_words[0], allow_missing="missing" in data.allow, names=_names(data, protocol.splits),
     )  # fmt: skip
     for name, count in (("n_outer", len(folds)), ("n_inner", len(folds[0].inner))):
         value = getattr(protocol, name)
@@ -51,15 +52,19 @@ def outer_folds(data: MILDataset, protocol: Protocol) -> list[OuterFold]:
     return folds
 
 
-def _other_names(data: MILDataset) -> dict[str, list[str]]:
-    """Return the names by which other runs' splits may mean bags of this cohort: of patients, which stand for all of
-    their slides, or of slides, which stand for their patient.
+def _names(data: MILDataset, splits: Path) -> dict[str, list[str]]:
+    """Return the bags that names in splits stand for: that of a patient for all slides, that of a slide for its bag. A
+    name of both is a slide's, unless the splits are of patients.
     """
-    names: dict[str, list[str]] = {}
+    is_of_slides = not is_of_cases(splits)
+    by_case: dict[str, list[str]] = {}
+    by_slide: dict[str, list[str]] = {}
     for row in data.slide_rows:
-        name, bag = (row.case_id, row.wsi_id) if data.unit == "slide" else (row.wsi_id, row.case_id)
-        names.setdefault(name, []).append(bag)
-    return names
+        bag = row.wsi_id if data.unit == "slide" else row.case_id
+        by_case.setdefault(row.case_id, [])
+        by_case[row.case_id] += [] if bag in by_case[row.case_id] else [bag]
+        by_slide[row.wsi_id] = [bag]
+    return by_case | by_slide if is_of_slides else by_slide | by_case
 
 
 def check_operating_point(data: MILDataset, operating_point: str, folds: Sequence[OuterFold]) -> None:

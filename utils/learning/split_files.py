@@ -16,7 +16,7 @@ import numpy as np
 from utils.bags.labels import id_hint, missed_id, near_ids
 from utils.bags.spelling import without_ending
 from utils.core.errors import SplitError, first_few, plural
-from utils.core.files import read_json
+from utils.core.files import read_json, read_record
 from utils.core.runtime import log
 from utils.learning.splits import InnerFold, OuterFold
 
@@ -92,16 +92,16 @@ def folds_from_file(
     unit: str = "patient",
     stratum: str = "class",
     allow_missing: bool = False,
-    other_names: Mapping[str, Sequence[str]] | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> list[OuterFold]:
     """Return the folds in a file (see `read_splits`) for slides `wsi_ids` of `labels (n,)` and `cases (n,)`.
 
-    A name in the file that is no wsi_id stands for the wsi_ids that `other_names` gives for it, such as a patient's. If
-    test sets overlap, as in repeated random splits, each split is a repeat of its own. `allow_missing` leaves out
+    A name in the file stands for the wsi_ids that `names` gives for it, by default for itself. If test sets overlap, as
+    in repeated random splits, each split is a repeat of its own. `allow_missing` leaves out
     slides of the file that are not among the `wsi_ids`. Raises SplitError for such slides otherwise, for a patient on
     both sides of a split, for an empty subset, and for a training set without one of the classes.
     """
-    splits = _by_wsi_id(path, read_splits(path, [*wsi_ids, *(other_names or {})]), wsi_ids, other_names or {})
+    splits = _by_wsi_id(path, read_splits(path, [*wsi_ids, *(names or {})]), names or {})
     index_of = {wsi_id: index for index, wsi_id in enumerate(wsi_ids)}
     if not allow_missing:
         _check_in_cohort(path, splits, wsi_ids)
@@ -123,24 +123,28 @@ def folds_from_file(
     return _numbered(path, list(folds.values()), all(split.repeat is not None for split in splits))
 
 
-def _by_wsi_id(
-    path: Path, splits: Sequence[NamedSplit], wsi_ids: Collection[str], other_names: Mapping[str, Sequence[str]]
-) -> list[NamedSplit]:
-    """Return the splits with the wsi_ids that other names in them stand for; log that there are such names."""
-    known, used = set(wsi_ids), set()
+def is_of_cases(path: Path) -> bool:
+    """Return whether splits are those of a run of ours that predicted patients, whom they name."""
+    file = path / "splits.json" if path.is_dir() else path
+    return file.suffix.lower() == ".json" and "slides_of_cases" in read_record(file)
 
-    def resolved(names: Sequence[str]) -> list[str]:
+
+def _by_wsi_id(path: Path, splits: Sequence[NamedSplit], names: Mapping[str, Sequence[str]]) -> list[NamedSplit]:
+    """Return the splits with the wsi_ids that their names stand for; log an example of a name that is another's."""
+    others: set[str] = set()
+
+    def resolved(given: Sequence[str]) -> list[str]:
         ids: dict[str, None] = {}
-        for name in names:
-            is_other = name not in known and name in other_names
-            used.update([name] if is_other else [])
-            ids |= dict.fromkeys(other_names[name] if is_other else [name])
+        for name in given:
+            meant = names.get(name, [name])
+            others.update([] if list(meant) == [name] else [name])
+            ids |= dict.fromkeys(meant)
         return list(ids)
 
     splits = [replace(split, slides={part: resolved(ids) for part, ids in split.slides.items()}) for split in splits]
-    if used:
-        example = min(used)
-        log.info("%s: %s stands for %s, and so on", path, example, first_few(list(other_names[example])))
+    if others:
+        example = min(others)
+        log.info("%s: %s stands for %s, and so on", path, example, first_few(list(names[example])))
     return splits
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.bags.described_columns import Column
+from utils.bags.described_columns import Column, of_all_slides
 from utils.bags.labels import LabelRow
 from utils.core.errors import ConfigError, LabelsError, plural
 from utils.core.files import digest, read_record, set_aside, write_json
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 REPORT, TABLE, SCORES = "prediction_report.csv", "predictions.csv", "scores.json"
+CASES = "predictions_cases.csv"
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class PredictedSlides:
             decisions=None if fitted is None else self.task.decide_by(fitted, self._by_model(scored)),
             groups=np.array([self.groups[row.wsi_id] for row in rows]) if self.groups else None,
             title=f"{plural(len(rows), unit)}, predicted" + (f"; {num_seen} seen in training" if num_seen else ""),
+            unit=unit,
         )
 
     @property
@@ -173,6 +175,8 @@ class PredictedSlides:
             "positive_class": self.task.positive_output,
             "unit": "case" if _is_of_cases(scored) else "slide",
             **_figures(predictions),
+            "n_slides": sum(record["slide"] in self.rows for record in self.records),
+            "primary_unit": predictions.primary_unit,
             **{name: fitted and fitted.get(name) for name in self.task.decision_figures},
             "patients_from": self.patients_from or NO_PATIENTS,
             "n_seen_in_training": int(is_seen.sum()),
@@ -184,9 +188,17 @@ class PredictedSlides:
         }
 
     def _subgroups(self, predictions: Predictions) -> dict[str, Any] | None:
-        """Return the figures of each group of labelled slides by column; None if no column is asked for."""
-        rows = [self.rows[slide].columns for slide in predictions.slides.tolist()]
-        groups = {name: Column.of(name, [row[name] for row in rows]).groups() for name in self.subgroups}
+        """Return the figures of each group of labelled slides by column; None if no column is asked for.
+
+        Raises LabelsError for a patient with two values who has one answer.
+        """
+        slides, rows = list(self.rows), list(self.rows.values())
+        cases = np.array([row.case_id for row in rows])
+        columns = [Column.of(name, [row.columns[name] for row in rows]) for name in self.subgroups]
+        if predictions.unit == "patient":
+            columns = of_all_slides(Path("--labels_csv"), columns, cases, "--subgroups")
+        numbers = np.array([slides.index(slide) for slide in predictions.slides.tolist()])
+        groups = {column.name: column.filled(cases).where(numbers).groups() for column in columns}
         return subgroup_figures(predictions, groups) or None
 
     def localization(self) -> dict[str, Any] | None:
@@ -244,6 +256,10 @@ class PredictedSlides:
         checkpoint = self.records[0]["checkpoint"]
         checkpoints = checkpoint if isinstance(checkpoint, list) else [checkpoint]
         write_json(folder / SCORES, {"checkpoint": checkpoint, "checkpoints": checkpoints, **scores})
+        predictions = self.predictions(fitted)
+        cases = predictions.by_case()
+        if len(cases) < len(predictions):
+            write_table(folder / CASES, cases.table().drop(columns=["wsi_id", "repeat"]))
         self.draw(folder, formats, fitted)
         return scores_text(scores)
 
@@ -334,7 +350,9 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         unseen = scores["unseen"]
         rows = [figures_row("unseen", unseen["pooled"], metrics), intervals_row(unseen["intervals_95"], metrics)]
         blocks.append([*rows, *case_rows(unseen, metrics, "unseen patients")])
-        counts = f"{plural(unseen['n_slides'], 'slide')} of the other {plural(unseen['n_cases'], 'patient')}"
+        counts = f"other {plural(unseen['n_cases'], 'patient')}"
+        if scores.get("unit") != "case":
+            counts = f"{plural(unseen['n_slides'], 'slide')} of the {counts}"
         reason = interval_words(unseen, metrics)
         words.append(f"Unseen: the {counts}." + ("" if reason == interval_words(scores, metrics) else f" {reason}"))
     figures = primary_figures(scores)

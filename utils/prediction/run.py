@@ -121,6 +121,11 @@ def predict_files(
     first = predictors.first.checkpoint
     if predictors.first.feed(settings.mode, settings.chunk_size).unit == "case":
         _join_cases(files, predictors)
+    elif settings.cases_csv is not None:
+        raise ConfigError(
+            f"--cases_csv {settings.cases_csv}: {predictors.first.path} answers for each slide; leave it out, or train "
+            "with --unit case"
+        )
     rows = files.label_rows(first.task, settings.dataset or first.dataset)
     if settings.labels_csv is not None:
         warn_of_spelling(predictors.first.trained, (row.case_id for row in rows.values()), settings.labels_csv)
