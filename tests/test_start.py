@@ -54,7 +54,7 @@ def test_the_models_flags_in_the_help_are_the_models_own():
 def test_every_hyperparameter_of_a_model_is_a_flag():
     flags = {field.name for field in fields(Model)}
     options = {name for model in list_mils() for name in mil_options(model)}
-    assert options == flags - {"mil", "input_dim"}
+    assert options == flags - {"mil", "mil_args", "input_dim"}
 
 
 def test_gated_attention_can_be_given_and_left():

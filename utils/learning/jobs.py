@@ -1,13 +1,15 @@
 """Training jobs: each is trained once, in this process or another, saved to a file and read back from it."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from MILS import build_mil
+from MILS import ModelError, build_mil
 from utils.bags.dataset import MILDataset, on_device
 from utils.core.device import repeatable
 from utils.core.errors import DivergedError, TrainingError
@@ -50,6 +52,15 @@ class TrainingJob:
         return f"fold_{self.fold.number}_setting_{self.setting}_inner_{self.inner}"
 
 
+@contextmanager
+def _as_training_errors() -> Iterator[None]:
+    """Raise what a model cannot do with a bag, such as an error in other people's code, as a TrainingError."""
+    try:
+        yield
+    except ModelError as error:
+        raise TrainingError(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Trainer:
     """Trains jobs and saves each to a file in `folder`; can be sent to other processes."""
@@ -78,7 +89,7 @@ class Trainer:
     def __call__(self, job: TrainingJob, send: Send) -> None:
         keep_freed_memory()
         try:
-            with repeatable(self.device, self.deterministic):
+            with repeatable(self.device, self.deterministic), _as_training_errors():
                 fitted = self._train(job, send)
         except TrainingError as error:
             setting = str(self.settings[job.setting - 1])

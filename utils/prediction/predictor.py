@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from MILS.bag_model import BagModel
+from MILS.bag_model import BagModel, ModelError
 from MILS.ensemble import members_of
 from MILS.mergeable import MergeableModel
+from MILS.registry import makes_others
 from utils.bags.cases import JoinedFeatures
 from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.settings import CohortFiles
@@ -41,6 +42,7 @@ from utils.prediction.trained_model import (
     check_alike,
     common_feed,
     compares_content,
+    model_name,
     models_provenance,
     seen_as,
     seen_compared,
@@ -192,10 +194,13 @@ class SlidePredictor:
             each = [DigestedFeatures(part) if isinstance(part, StoredFeatures) else part for part in each]
         features = each[0] if len(each) == 1 else JoinedFeatures(each)
         # Each by its own task, which holds what is fitted to its training slides.
-        outputs = [
-            predict_features(trained.checkpoint.task, trained.model, features, feed, True, evidence)
-            for trained in self.trained
-        ]
+        try:
+            outputs = [
+                predict_features(trained.checkpoint.task, trained.model, features, feed, True, evidence)
+                for trained in self.trained
+            ]
+        except ModelError as error:
+            raise CheckpointError(f"{first_few([str(path) for path in bags])}: {error}") from error
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
             paths = first_few([str(path) for path in bags])
@@ -422,10 +427,16 @@ def flags_recipe(settings: PredictionRecipe) -> Recipe:
 
 
 def _claimed_spec(model_class: Any) -> dict[str, Any]:
-    """Return what a name, a class or a factory says of the model: its name and, for our factories, its whole spec."""
+    """Return what a name, a class or a factory says of the model: its name and, for our factories, its whole spec.
+    Other people's code may run from here on, as it is named.
+    """
     if model_class is None:
         return {}
-    if isinstance(model_class, str | type):
-        return {"name": model_class if isinstance(model_class, str) else model_class.__name__}
+    if isinstance(model_class, str):
+        return {"name": model_name(model_class) if ":" in model_class else model_class}
+    if makes_others(model_class):
+        return {"name": model_name(model_class)}
+    if isinstance(model_class, type):
+        return {"name": model_class.__name__}
     model = model_class()
     return getattr(model, "spec", {"name": type(model).__name__})

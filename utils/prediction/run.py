@@ -30,7 +30,7 @@ from utils.prediction.predictor import SlidePredictor, extractPredict, flags_rec
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.prediction.slide_prediction import SEEN
 from utils.prediction.slide_worker import Predictors, SlideWorker
-from utils.prediction.trained_model import BY_NAME, compares_content, seen_words, warn_of_spelling
+from utils.prediction.trained_model import BY_NAME, compares_content, model_name, seen_words, warn_of_spelling
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.slide_status import STATUSES, SlideStatus
@@ -49,6 +49,8 @@ def make_predictors(files: PredictionFiles, recipe: PredictionRecipe) -> Predict
     Raises ConfigError for settings that go with raw slides only, and what SlidePredictor and extractPredict raise.
     """
     run, settings = files.run, files.settings
+    if settings.mil is not None:
+        model_name(settings.mil)  # other people's code runs because it is named here
     if run is None:
         return Predictors([_make_predictor(settings, recipe, files.are_raw, settings.checkpoint)])
     fold_of = {source.stem: run.slides[source.stem].fold for source in files.sources}
