@@ -50,7 +50,8 @@ class BagModel(nn.Module):
     A subclass passes its hyperparameters to `super().__init__`, which checks and remembers them: `model.spec` rebuilds
     the model with `build_mil(**model.spec)`. Its forward passes x through `cast`, which also standardises features if a
     scale is set (`set_feature_scale`): the scale is saved with the weights, so users of the model need not know of it.
-    So is `pooled_reference` (R, d), the pooled embedding that evidence begins at (`MILS.evidence`), if it is set.
+    So is `pooled_reference` (R, d), the pooled embedding that evidence begins at (`MILS.evidence`), if it is set; of a
+    model whose evidence is by its gradients, the instance (1, D).
     """
 
     feature_mean: Tensor | None
@@ -95,6 +96,11 @@ class BagModel(nn.Module):
             "num_classes": self.num_classes,
             **self.hyperparameters,
         }
+
+    @property
+    def gives_evidence(self) -> bool:
+        """Whether what each instance contributes to the answer is defined: by the model or by its gradients."""
+        return False
 
     @property
     def notes(self) -> tuple[str, ...]:

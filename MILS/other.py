@@ -71,10 +71,14 @@ class OtherModel(BagModel):
         self._is_raw = bool((heads < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
 
     @property
+    def gives_evidence(self) -> bool:
+        return True
+
+    @property
     def notes(self) -> tuple[str, ...]:
         notes = []
         if self._place is None:
-            notes.append("gives no attention, so there is no attention map")
+            notes.append("gives no attention, so there is no attention map; its evidence is by gradients")
         elif self._is_raw:
             notes.append("gives raw attention scores; their softmax over the patches is taken")
         if self.is_binary_only:

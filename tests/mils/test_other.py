@@ -140,7 +140,7 @@ class TestAttention:
         model = model_of(given(answer))
         assert model(X)[1] == {"attn": None}
         assert model.forward_bags([X[0]])[1] == {}
-        assert model.notes[0].endswith("gives no attention, so there is no attention map")
+        assert model.notes[0].endswith("so there is no attention map; its evidence is by gradients")
 
     def test_two_patches_and_two_heads_are_not_mixed_up(self):
         model = model_of(given(lambda logits, h, a: (logits, a)))

@@ -34,7 +34,7 @@ from utils.learning.fold_results import FoldResult, pooled_predictions
 from utils.learning.fold_tester import FoldTester
 from utils.learning.grid import grid_settings, read_grid
 from utils.learning.jobs import Trainer, TrainingJob
-from utils.learning.model_factory import ModelFactory, spec_of, weight_count
+from utils.learning.model_factory import ModelFactory, as_training_errors, spec_of, weight_count
 from utils.learning.patient_columns import PatientColumns
 from utils.learning.protocol import (
     changed_monitors,
@@ -124,6 +124,7 @@ class NestedCrossValidation:
         )  # fmt: skip
         _check_trainer(self.trainer, self._uses_workers)
 
+    @as_training_errors()
     def run(self) -> dict[str, Any]:
         """Train what is not trained yet, write all results and return the content of `outputs.json`."""
         refuse_rerun()
@@ -215,6 +216,7 @@ class NestedCrossValidation:
             log.info("%s", choice)
         return choice
 
+    @as_training_errors()
     def dry_run(self) -> str:
         """Return the folds, and the time and memory that a run would take, from a short trial of every setting."""
         folds = self.folds()

@@ -1,15 +1,13 @@
 """Training jobs: each is trained once, in this process or another, saved to a file and read back from it."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from MILS import ModelError, build_mil
+from MILS import build_mil
 from utils.bags.dataset import MILDataset, on_device
 from utils.core.device import repeatable
 from utils.core.errors import DivergedError, TrainingError
@@ -18,7 +16,7 @@ from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.core.tensor_files import load_tensors, save_tensors
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.grid import Setting
-from utils.learning.model_factory import ModelFactory
+from utils.learning.model_factory import ModelFactory, as_training_errors
 from utils.learning.settings import Training
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted, fit, refit
@@ -52,15 +50,6 @@ class TrainingJob:
         return f"fold_{self.fold.number}_setting_{self.setting}_inner_{self.inner}"
 
 
-@contextmanager
-def _as_training_errors() -> Iterator[None]:
-    """Raise what a model cannot do with a bag, such as an error in other people's code, as a TrainingError."""
-    try:
-        yield
-    except ModelError as error:
-        raise TrainingError(str(error)) from error
-
-
 @dataclass(frozen=True)
 class Trainer:
     """Trains jobs and saves each to a file in `folder`; can be sent to other processes."""
@@ -89,7 +78,7 @@ class Trainer:
     def __call__(self, job: TrainingJob, send: Send) -> None:
         keep_freed_memory()
         try:
-            with repeatable(self.device, self.deterministic), _as_training_errors():
+            with repeatable(self.device, self.deterministic), as_training_errors():
                 fitted = self._train(job, send)
         except TrainingError as error:
             setting = str(self.settings[job.setting - 1])

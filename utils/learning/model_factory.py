@@ -1,16 +1,26 @@
 """Check that a function makes models that cross-validation can train, save and load again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from MILS import ModelError, build_mil
 from MILS.bag_model import BagModel
-from utils.core.errors import ConfigError
+from utils.core.errors import ConfigError, TrainingError
 from utils.core.runtime import log
 
 ModelFactory = Callable[[], BagModel]
+
+
+@contextmanager
+def as_training_errors() -> Iterator[None]:
+    """Raise what a model cannot do with a bag, such as an error in other people's code, as a TrainingError."""
+    try:
+        yield
+    except ModelError as error:
+        raise TrainingError(str(error)) from error
 
 
 def spec_of(model_factory: ModelFactory, *, has_two_classes: bool = True) -> dict[str, Any]:
