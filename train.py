@@ -101,7 +101,9 @@ def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], 
     from utils.learning.grid import model_arguments
 
     if model.input_dim not in (None, dataset.input_dim):
-        raise ConfigError(f"--input_dim {model.input_dim}: features are {dataset.input_dim} wide; leave the flag out")
+        raise ConfigError(
+            f"--input_dim {model.input_dim}: the features are {dataset.input_dim} wide; leave the flag out"
+        )
     flags, arguments = model.hyperparameters(), model_arguments(model.mil_args, name)
     if twice := flags.keys() & arguments.keys():
         raise ConfigError(f"--mil_args {min(twice)}: is given as --{min(twice)}, too; drop one")

@@ -187,12 +187,12 @@ TASKS = {
 class TestTasks:
     @pytest.fixture
     def labels(self, cohort, tmp_path):
-        """The cohort with a column of each kind."""
+        """The cohort, of two slides of each patient, with a column of each kind."""
         head, *lines = cohort[0].read_text().splitlines()
         grades = "low", "middle", "high"
         rows = [
-            f"{line},{number + 0.5},{10 + number},{number % 2},{number % 3 == 0:d},{grades[number % 3]}"
-            for number, line in enumerate(lines)
+            f"{line},{patient + 0.5},{10 + patient},{patient % 2},{patient % 3 == 0:d},{grades[patient % 3]}"
+            for patient, line in ((number // 2, line) for number, line in enumerate(lines))
         ]
         (tmp_path / "labels.csv").write_text("\n".join([f"{head},number,time,event,other,grade", *rows]) + "\n")
         return tmp_path / "labels.csv"

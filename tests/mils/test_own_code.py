@@ -182,3 +182,13 @@ class TestFactories:
             lambda: build_mil("ABMIL", input_dim=4, num_classes=2),
         ):
             assert factory_of(factory, 16, 2) is factory
+
+
+@pytest.mark.parametrize("name", ["ABMIL", "DSMIL", "CLAM_SB", "TransformerABMIL"])
+def test_models_of_torchmil(name):
+    pytest.importorskip("torchmil", reason="torchmil is no dependency: uv pip install torchmil")
+    model = mil_factory(f"torchmil.models:{name}", input_dim=16, num_classes=2)().eval()
+    logits, aux = model(torch.randn(2, 5, 16))
+    assert logits.shape == (2, 2)
+    assert model.is_binary_only
+    torch.testing.assert_close(aux["attn"].sum(dim=-1), torch.ones(2, 1))
