@@ -224,7 +224,7 @@ class TestEvidence:
             assert not evidence.is_own_mean
             assert prediction.attention is None
             change = evidence.signals - evidence.reference
-            np.testing.assert_allclose(evidence.contributions.sum(axis=1), change, atol=3e-3)
+            np.testing.assert_allclose(evidence.contributions.sum(axis=1), change, atol=5e-4)
             assert np.abs(change).max() > 1e-2
             assert prediction.evidence_strength is not None
             assert prediction.evidence_strength.sum() == pytest.approx(1, abs=1e-5)

@@ -19,7 +19,7 @@ from MILS.mergeable import MergeableModel
 from utils.tasks.task import Task
 
 # By gradients, the contributions add up to this share of the signals: each point costs a pass over all patches.
-_TOLERANCE, _MOST_POINTS = 1e-3, 64
+_TOLERANCE, _MOST_POINTS = 1e-4, 128
 
 
 @dataclass(frozen=True)
