@@ -8,7 +8,6 @@ uv run train.py --mil TransMIL --dataset breast --mode full --batch_size 16
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,20 +70,20 @@ def main() -> None:
     if protocol.final == "all":
         print(f"A model of all slides, for use elsewhere, is {output_dir / 'all_slides.pth'}; expect the figures above")
     print(f"Results are in {output_dir} (took {cli.took()}); the model chosen on inner validation is {chosen}")
-    print(next_words(output_dir, chosen, is_demo))
+    print(next_words(output_dir, chosen, is_demo, f" --mil {model.mil}" if ":" in model.mil else ""))
 
 
-def next_words(output_dir: Path, chosen: Path, is_demo: bool) -> str:
-    """Return the commands to try after a training."""
+def next_words(output_dir: Path, chosen: Path, is_demo: bool, mil: str) -> str:
+    """Return the commands to try after a training; `mil` names other people's code there."""
     from datasets.demo import next_command
 
     if is_demo:
         title = "The slides are synthetic. Next, one that no model has seen, with its heatmap:"
-        return f"\n{title}\n\n  {next_command(chosen)}"
+        return f"\n{title}\n\n  {next_command(chosen)}{mil}"
     return (
         "\nNext, each slide by the model that did not see it, and a new slide, with heatmaps:\n\n"
-        f"  uv run predict.py --out_of_fold {output_dir} --visualize --wsi SLIDES_DIR\n"
-        f"  uv run predict.py --checkpoint {chosen} --input SLIDE --visualize"
+        f"  uv run predict.py --out_of_fold {output_dir} --visualize --wsi SLIDES_DIR{mil}\n"
+        f"  uv run predict.py --checkpoint {chosen} --input SLIDE --visualize{mil}"
     )
 
 
@@ -98,20 +97,21 @@ def audit_text(cohort: Cohort, protocol: Protocol) -> str:
 
 def model_factory(name: str, model: Model, dataset: MILDataset) -> Callable[[], BagModel]:
     """Return a function that makes a fresh model for each training. Raises ConfigError for settings it cannot have."""
-    from MILS import ModelError, build_mil
+    from MILS import ModelError, mil_factory
+    from utils.learning.grid import model_arguments
 
     if model.input_dim not in (None, dataset.input_dim):
         raise ConfigError(
             f"--input_dim {model.input_dim}: the features are {dataset.input_dim} wide; leave the flag out"
         )
-
-    make = partial(
-        build_mil, name, input_dim=dataset.input_dim, num_classes=dataset.task.num_logits, **model.hyperparameters()
-    )
+    flags, arguments = model.hyperparameters(), model_arguments(model.mil_args, name)
+    if twice := flags.keys() & arguments.keys():
+        raise ConfigError(f"--mil_args {min(twice)}: is given as --{min(twice)}, too; drop one")
+    make = mil_factory(name, input_dim=dataset.input_dim, num_classes=dataset.task.num_logits, **flags | arguments)
     try:
         make()
     except ModelError as error:
-        raise ConfigError(f"--mil {name}: {error}") from error
+        raise ConfigError(f"--mil {model.mil}: {error}") from error
     return make
 
 

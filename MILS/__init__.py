@@ -4,7 +4,11 @@
 # isort: off
 from MILS import LiteMIL, MABMIL, TransMIL, pool  # noqa: F401
 from MILS.bag_model import BagModel, ModelError
-from MILS.registry import build_mil, list_mils, mil_name, mil_options, register_mil
+from MILS.own_code import CodeError
+from MILS.registry import build_mil, list_mils, mil_factory, mil_kinds, mil_name, mil_options, register_mil, use_mil
 # isort: on
 
-__all__ = ["BagModel", "ModelError", "build_mil", "list_mils", "mil_name", "mil_options", "register_mil"]
+__all__ = [
+    "BagModel", "CodeError", "ModelError", "build_mil", "list_mils", "mil_factory", "mil_kinds", "mil_name",
+    "mil_options", "register_mil", "use_mil",
+]  # fmt: skip

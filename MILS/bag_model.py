@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,16 @@ class ModelError(ValueError):
     """A model, a hyperparameter or a bag that cannot be used; the message says what is expected."""
 
 
+class Origin(NamedTuple):
+    """Where a model of other people's code comes from: what makes a fresh one, in another process too; its name for
+    messages; and its spec.
+    """
+
+    make: Callable[[], BagModel]
+    code: str
+    spec: dict[str, Any]
+
+
 class BagModel(nn.Module):
     """Base of every model: `model(x, mask=None) -> (logits, aux)`.
 
@@ -40,12 +50,15 @@ class BagModel(nn.Module):
     A subclass passes its hyperparameters to `super().__init__`, which checks and remembers them: `model.spec` rebuilds
     the model with `build_mil(**model.spec)`. Its forward passes x through `cast`, which also standardises features if a
     scale is set (`set_feature_scale`): the scale is saved with the weights, so users of the model need not know of it.
-    So is `pooled_reference` (R, d), the pooled embedding that evidence begins at (`MILS.evidence`), if it is set.
+    So is `pooled_reference` (R, d), the pooled embedding that evidence begins at (`MILS.evidence`), if it is set; of a
+    model whose evidence is by its gradients, the instance (1, D).
     """
 
     feature_mean: Tensor | None
     feature_std: Tensor | None
     pooled_reference: Tensor | None
+    origin: Origin | None = None  # of a model that other people's code makes
+    is_binary_only = False  # whether it gives a single logit for two outputs
 
     def __init__(self, input_dim: int, num_classes: int, **hyperparameters: Any) -> None:
         super().__init__()
@@ -75,6 +88,8 @@ class BagModel(nn.Module):
     @property
     def spec(self) -> dict[str, Any]:
         """The arguments of `build_mil` that rebuild this model without its weights, for JSON."""
+        if self.origin is not None:
+            return dict(self.origin.spec)
         return {
             "name": type(self).__name__,
             "input_dim": self.input_dim,
@@ -83,13 +98,34 @@ class BagModel(nn.Module):
         }
 
     @property
+    def gives_evidence(self) -> bool:
+        """Whether what each instance contributes to the answer is defined: by the model or by its gradients."""
+        return False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users should know of how the model's answers are taken."""
+        return ()
+
+    @property
+    def title(self) -> str:
+        """The name of the model in messages."""
+        return type(self).__name__ if self.origin is None else self.origin.code
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Other people's code is loaded by its origin where the model is unpickled."""
+        if self.origin is None:
+            return super().__reduce_ex__(protocol)
+        return _restored, (self.origin.make, self.state_dict(), self.training)
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
     def require(self, condition: bool, message: str) -> None:
         """Raise a ModelError that begins with the model's name unless `condition` holds."""
         if not condition:
-            raise ModelError(f"{type(self).__name__}: {message}")
+            raise ModelError(f"{self.title}: {message}")
 
     def check_bags(self, x: Tensor, mask: Tensor | None) -> None:
         """Raise ModelError unless `forward` accepts x and mask, and every bag has a real instance."""
@@ -108,9 +144,7 @@ class BagModel(nn.Module):
         empty = mask.all(dim=1)
         if empty.any():
             bags = ", ".join(map(str, empty.nonzero().flatten().tolist()))
-            raise ModelError(
-                f"{type(self).__name__}: all {x.shape[1]} instances are padding in bag {bags} of the batch"
-            )
+            raise ModelError(f"{self.title}: all {x.shape[1]} instances are padding in bag {bags} of the batch")
 
     def forward_bags(self, bags: Sequence[Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Predict a batch of bags of different lengths, each (n_i, D), at the cost of their instances alone.
@@ -140,6 +174,12 @@ class BagModel(nn.Module):
         if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
             return x
         return x.to(self.dtype)
+
+
+def _restored(make: Callable[[], BagModel], state: dict[str, Tensor], is_training: bool) -> BagModel:
+    model = make()
+    model.load_state_dict(state, assign=True)
+    return model.train(is_training)
 
 
 def class_options(cls: type[BagModel]) -> dict[str, Any]:

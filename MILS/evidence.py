@@ -32,12 +32,20 @@ class Slopes(NamedTuple):
     end: Tensor
 
 
-def path_slopes(answers: Callable[[Tensor], Tensor], pooled: Tensor, reference: Tensor) -> Slopes:
+def path_slopes(
+    answers: Callable[[Tensor], Tensor],
+    pooled: Tensor,
+    reference: Tensor,
+    tolerance: float | None = None,
+    most_points: int = _MOST_POINTS,
+) -> Slopes:
     """Integrate the gradients of `answers`, from (K, R, d) to (A,), on the straight way from the reference to `pooled`.
 
     Arguments
         pooled: (K, R, d), the parts of a bag, whose answer is one.
         reference: (R, d), the same for all parts.
+        tolerance: what the sum may be off by, in units of the answers; by default a few roundings.
+        most_points: of the quadrature, if the tolerance is not reached.
     """
     with torch.inference_mode(False), torch.enable_grad():
         end = pooled.detach().clone()
@@ -50,7 +58,8 @@ def path_slopes(answers: Callable[[Tensor], Tensor], pooled: Tensor, reference: 
             reached = (mean * (end - start)).flatten(1).sum(dim=1)
             error = (reached - (values[1] - values[0])).abs().max()
             scale = 1 + torch.stack(values).abs().max()
-            if error <= _ROUNDINGS * torch.finfo(end.dtype).eps * scale or points >= _MOST_POINTS:
+            enough = _ROUNDINGS * torch.finfo(end.dtype).eps if tolerance is None else tolerance
+            if error <= enough * scale or points >= most_points:
                 return Slopes(mean, *values)
             points *= 2
 

@@ -124,8 +124,10 @@ def test_a_library_is_imported_only_in_its_place(path):
 
 
 def test_the_models_are_pure_torch():
+    loads_code = {"dataclasses", "hashlib", "importlib", "pathlib", "sys", "traceback", "types"}
     for path in (ROOT / "MILS").glob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {"MILS", "torch", "__future__"}
+        outside -= loads_code if path.name == "own_code.py" else set()
         assert outside <= {"collections", "contextlib", "difflib", "functools", "inspect", "math", "typing"}, path
 
 

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from MILS import ModelError, build_mil, list_mils
+from MILS import ModelError, build_mil
 from utils.core.errors import plural
 from utils.core.files import digest, read_record, set_aside, write_json, write_records, write_text
 from utils.core.plots import FORMATS, figure_paths, write_figures
@@ -219,20 +219,25 @@ def _runs_table(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
             name = model.get("name") if isinstance(model, dict) else None
             estimates = by_run[run.name].reported_estimates
             cells = [f"{_figure(estimates[metric].value)} ({_range(estimates[metric].interval)})" for metric in titles]
-            rows.append([run.name, f"{unit}s", name or "-", _parameters(run) if name in list_mils() else "-", *cells])
+            rows.append([run.name, f"{unit}s", name or "-", _parameters(run), *cells])
     return _table(rows, texts=3)
 
 
 def _parameters(run: Run) -> str:
     """Return the number of weights of the run's models; the range if the folds chose models of several sizes."""
-    spec = run.outputs["model"]
+    counts = run.outputs.get("parameters")  # earlier runs lack it
     try:
-        settings = [fold["selection"].get("setting", {}) for fold in run.outputs["fold_results"]]
-        specs = [spec | {name: value for name, value in setting.items() if name in spec} for setting in settings]
-        counts = {sum(weights.numel() for weights in build_mil(**fold_spec).parameters()) for fold_spec in specs}
+        counts = counts or [sum(weights.numel() for weights in build_mil(**spec).parameters()) for spec in _specs(run)]
     except (ModelError, KeyError, TypeError, AttributeError):  # a model of another version
         return "-"
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else "-"
+
+
+def _specs(run: Run) -> list[dict[str, Any]]:
+    """Return the spec of each fold's model, with the setting that the fold chose."""
+    spec, folds = run.outputs["model"], run.outputs["fold_results"]
+    settings = [fold["selection"].get("setting", {}) for fold in folds]
+    return [spec | {name: value for name, value in setting.items() if name in spec} for setting in settings]
 
 
 def _differences_table(differences: Sequence[Difference], titles: Mapping[str, str]) -> str:

@@ -29,8 +29,8 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"a function that makes a model, found a LiteMIL; each .* a fresh one"):
             make_cv(dataset, tmp_path, small())
 
-    def test_models_that_cannot_be_rebuilt(self, dataset, tmp_path):
-        with pytest.raises(ConfigError, match="Linear has no spec to rebuild it by"):
+    def test_models_that_cannot_be_named(self, dataset, tmp_path):
+        with pytest.raises(ConfigError, match=r"lambda.*no name by which a checkpoint could find it; give a class"):
             make_cv(dataset, tmp_path, lambda: torch.nn.Linear(16, 2))
 
     def test_a_model_that_is_not_registered(self, dataset, tmp_path):

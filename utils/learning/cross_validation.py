@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from MILS import ModelError
+from MILS.registry import factory_of
 from utils.bags.dataset import MILDataset, shared
 from utils.bags.inventory import read_inventory
 from utils.bags.settings import CohortFiles
@@ -33,7 +34,7 @@ from utils.learning.fold_results import FoldResult, pooled_predictions
 from utils.learning.fold_tester import FoldTester
 from utils.learning.grid import grid_settings, read_grid
 from utils.learning.jobs import Trainer, TrainingJob
-from utils.learning.model_factory import ModelFactory, spec_of
+from utils.learning.model_factory import ModelFactory, as_training_errors, spec_of, weight_count
 from utils.learning.patient_columns import PatientColumns
 from utils.learning.protocol import (
     changed_monitors,
@@ -112,6 +113,7 @@ class NestedCrossValidation:
         self.output_dir = self.running.output_dir.absolute()
         self.device = resolve_device(self.running.device)
         amp_dtype(self.training.amp_precision, self.device)
+        model_factory = _factory_for(model_factory, dataset)
         self.spec = _spec_for(model_factory, dataset)
         grid = read_grid(grid, self.spec["name"]) if isinstance(grid, str) else grid or {}
         self.settings = grid_settings(grid, self.spec["name"])
@@ -122,6 +124,7 @@ class NestedCrossValidation:
         )  # fmt: skip
         _check_trainer(self.trainer, self._uses_workers)
 
+    @as_training_errors()
     def run(self) -> dict[str, Any]:
         """Train what is not trained yet, write all results and return the content of `outputs.json`."""
         refuse_rerun()
@@ -145,6 +148,7 @@ class NestedCrossValidation:
                     results = self._run_folds(folds, engine, standardization, digests)
                     about = {"model": self.spec, "dataset": self.dataset_name, "standardize": standardization.as_dict()}
                     about |= operating_point_entry(self.dataset.task, self.protocol.operating_point)
+                    about["parameters"] = self._weight_counts(results)
                     about["changed_monitors"] = changed_monitors(self.dataset, self.protocol.monitor, folds)
                     seed, formats = derive_seed(self.protocol.seed, "bootstrap"), self.running.figure_format
                     write_results(self.output_dir, results, self.dataset, about, seed, formats)
@@ -179,6 +183,8 @@ class NestedCrossValidation:
         identity |= slides_identity(self.dataset, records, standardization.folds)
         changed = [new.wsi_id for new in records if new.wsi_id in before and before[new.wsi_id].sha256 != new.sha256]
         details = {"features": f"features of {first_few(changed)}"} if changed else {}
+        if _has_other_code(recorded.get("model"), self.spec):
+            details["model"] = f"the code of {self.spec['code']}"
 
         def new_record() -> dict[str, Any]:
             return self._record(engine) | self._chosen_threads(engine, folds).as_dict()
@@ -210,6 +216,7 @@ class NestedCrossValidation:
             log.info("%s", choice)
         return choice
 
+    @as_training_errors()
     def dry_run(self) -> str:
         """Return the folds, and the time and memory that a run would take, from a short trial of every setting."""
         folds = self.folds()
@@ -257,11 +264,23 @@ class NestedCrossValidation:
             tester.save_all_slides(job, choices, pooled.reported)
         return results
 
+    def _weight_counts(self, results: Sequence[FoldResult]) -> list[int]:
+        """Return the number of weights of each fold's model, of one member of an ensemble."""
+        chosen = [result.selection["setting"] for result in results]
+        settings = [next(each for each in self.settings if each.values == values) for values in chosen]
+        return [weight_count(self.trainer.factory(setting)) for setting in settings]
+
     def _record(self, engine: Engine) -> dict[str, Any]:
         features = str(self.dataset.features_dir.resolve())  # `predict.py --out_of_fold` finds them by it
         preset = self.preset and preset_record(self.preset, asdict(self.training) | asdict(self.protocol))
         about = {"dataset": self.dataset_name, "features_dir": features, "jobs": engine.jobs, "preset": preset}
         return about | run_metadata(self.device)
+
+
+def _has_other_code(recorded: Any, spec: Mapping[str, Any]) -> bool:
+    """Return whether a recorded spec differs from a model's in the digest of other people's code alone."""
+    digests = [each.get("digest") for each in (recorded, spec) if isinstance(each, Mapping)]
+    return len(set(digests)) == 2 and {**recorded, "digest": ""} == {**spec, "digest": ""}
 
 
 def _log_resumed(begun: Mapping[str, Any], engine: Engine) -> None:
@@ -303,9 +322,19 @@ def _check_dataset(dataset: Any, class_names: Sequence[str]) -> None:
         )
 
 
+def _factory_for(model_factory: ModelFactory, dataset: MILDataset) -> ModelFactory:
+    """Return a factory of bag models, also for other people's class. Raises ConfigError if it cannot be used."""
+    if not callable(model_factory) or isinstance(model_factory, torch.nn.Module):
+        return model_factory  # which is refused
+    try:
+        return factory_of(model_factory, dataset.input_dim, dataset.task.num_logits)
+    except ModelError as error:
+        raise ConfigError(f"model_factory: {error}") from error
+
+
 def _spec_for(model_factory: ModelFactory, dataset: MILDataset) -> dict[str, Any]:
     """Return the spec of the factory's models. Raise ConfigError unless they fit the dataset."""
-    spec = spec_of(model_factory)
+    spec = spec_of(model_factory, has_two_classes=dataset.task.positive_output is not None)
     for name, expected in (("input_dim", dataset.input_dim), ("num_classes", dataset.task.num_logits)):
         if spec.get(name, expected) != expected:
             raise ConfigError(f"model_factory: its models' {name} is {spec[name]}, the dataset's {expected}")

@@ -1,5 +1,6 @@
 """Parse a grid of hyperparameters and list its settings, of which the inner loop chooses one."""
 
+import ast
 import dataclasses
 import itertools
 import typing
@@ -7,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from MILS import mil_options
+from MILS import ModelError, mil_kinds
 from utils.core.errors import ConfigError, did_you_mean
 from utils.core.settings import checked, converted, kinds_of
 from utils.learning.settings import Model, Training
@@ -48,6 +49,24 @@ def read_grid(text: str, model: str) -> dict[str, tuple[Any, ...]]:
     return grid
 
 
+def model_arguments(texts: Sequence[str], model: str) -> dict[str, Any]:
+    """Return the hyperparameters of `model` in texts such as "hidden=64". Raises ConfigError for a text without a name,
+    and for a value of another type than the model's signature says; the model itself checks the names.
+    """
+    try:
+        kinds = mil_kinds(model)
+    except ModelError as error:
+        raise ConfigError(f"--mil {model}: {error}") from error
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or name in arguments:
+            raise ConfigError(f"--mil_args {text}: not understood; write each name once, as in hidden=64 dropout=0.25")
+        kind = kinds.get(name, object)
+        arguments[name] = _checked(name, _value(value, kind), kind, "--mil_args")
+    return arguments
+
+
 def grid_settings(grid: Mapping[str, Any], model: str) -> list[Setting]:
     """Return every combination of the grid's values, those of the last name varying fastest; one empty setting for no
     grid. Values are checked like those of flags.
@@ -63,7 +82,7 @@ def grid_settings(grid: Mapping[str, Any], model: str) -> list[Setting]:
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise ConfigError(f"--grid {name}: give a list of values, at least one; found {values!r}")
         valid[name] = [_checked(name, value, kinds[name]) for value in values]
-        if len(set(valid[name])) < len(values):
+        if len(set(map(repr, valid[name]))) < len(values):
             raise ConfigError(f"--grid {name}: give each value once; found {list(values)}")
     training_kinds = _training_kinds()
     settings = []
@@ -83,7 +102,7 @@ def _training_kinds() -> dict[str, type]:
 
 def _kinds(model: str) -> dict[str, type]:
     """Return the type of each hyperparameter."""
-    return _training_kinds() | {name: type(default) for name, default in mil_options(model).items()}
+    return _training_kinds() | mil_kinds(model)
 
 
 def _check_name(name: str, kinds: Mapping[str, type], model: str) -> None:
@@ -94,23 +113,31 @@ def _check_name(name: str, kinds: Mapping[str, type], model: str) -> None:
         )
 
 
-def _checked(name: str, value: Any, kind: type) -> Any:
-    """Return a value as its type; if a flag has the name, check it against the flag's limits."""
+def _checked(name: str, value: Any, kind: Any, flag: str = "--grid") -> Any:
+    """Return a value as its type, `object` for any; if a flag has the name, check it against the flag's limits."""
+    if kind is object:
+        return value
     try:
         value = converted(kind, value)
     except ValueError as error:
-        raise ConfigError(f"--grid {name}={value!r}: expected {error}") from None
+        raise ConfigError(f"{flag} {name}={value!r}: expected {error}") from None
     for config in (Training, Model):
         for setting in dataclasses.fields(config):
             if setting.name == name:
-                checked(setting, kind, value, f"--grid {name}=")
+                checked(setting, kind, value, f"{flag} {name}=")
     return value
 
 
-def _value(text: str, kind: type) -> Any:
-    """Return a grid's text as a number or truth; other text as it is, which `_checked` refuses."""
-    truths = {"true": True, "false": False}
+def _value(text: str, kind: Any) -> Any:
+    """Return a grid's text as a value of its type, or as Python would read it if any type will do; other text as it is,
+    which `_checked` refuses unless text is expected.
+    """
+    words = {"true": True, "false": False, "none": None}
     try:
-        return truths[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
+        if kind is bool:
+            return words[text.lower()]
+        if kind in (int, float, str):
+            return kind(text)
+        return words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+    except (ValueError, KeyError, SyntaxError):
         return text

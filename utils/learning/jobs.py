@@ -16,7 +16,7 @@ from utils.core.runtime import derive_seed, keep_freed_memory, log
 from utils.core.tensor_files import load_tensors, save_tensors
 from utils.learning.early_stopping import EarlyStopping
 from utils.learning.grid import Setting
-from utils.learning.model_factory import ModelFactory
+from utils.learning.model_factory import ModelFactory, as_training_errors
 from utils.learning.settings import Training
 from utils.learning.splits import OuterFold
 from utils.learning.training import Diverged, Fitted, fit, refit
@@ -78,7 +78,7 @@ class Trainer:
     def __call__(self, job: TrainingJob, send: Send) -> None:
         keep_freed_memory()
         try:
-            with repeatable(self.device, self.deterministic):
+            with repeatable(self.device, self.deterministic), as_training_errors():
                 fitted = self._train(job, send)
         except TrainingError as error:
             setting = str(self.settings[job.setting - 1])

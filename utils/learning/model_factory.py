@@ -1,19 +1,31 @@
 """Check that a function makes models that cross-validation can train, save and load again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from MILS import ModelError, build_mil
 from MILS.bag_model import BagModel
-from utils.core.errors import ConfigError
+from utils.core.errors import ConfigError, TrainingError
+from utils.core.runtime import log
 
 ModelFactory = Callable[[], BagModel]
 
 
-def spec_of(model_factory: ModelFactory) -> dict[str, Any]:
-    """Return the spec of the factory's models.
+@contextmanager
+def as_training_errors() -> Iterator[None]:
+    """Raise what a model cannot do with a bag, such as an error in other people's code, as a TrainingError."""
+    try:
+        yield
+    except ModelError as error:
+        raise TrainingError(str(error)) from error
+
+
+def spec_of(model_factory: ModelFactory, *, has_two_classes: bool = True) -> dict[str, Any]:
+    """Return the spec of the factory's models. `has_two_classes`: the task is to tell two classes apart, so that one
+    logit may stand for both.
 
     Raises ConfigError for a factory whose models share weights (training would leak from fold to fold, into the test
     data) or cannot be rebuilt from a checkpoint.
@@ -25,7 +37,10 @@ def spec_of(model_factory: ModelFactory) -> dict[str, Any]:
             f"model_factory: expected a function that makes a model, found a {type(model_factory).__name__}; each "
             "training needs a fresh one: give functools.partial(build_mil, ...)"
         )
-    first, second = model_factory(), model_factory()
+    try:
+        first, second = model_factory(), model_factory()
+    except ModelError as error:
+        raise ConfigError(f"model_factory: {error}") from error
     shared = {parameter.data_ptr() for parameter in first.parameters()} & {p.data_ptr() for p in second.parameters()}
     if first is second or shared:
         raise ConfigError(
@@ -35,7 +50,16 @@ def spec_of(model_factory: ModelFactory) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise ConfigError(f"{type(first).__name__} has no spec to rebuild it by; make it with MILS.register_mil")
     _check_rebuilt(first, spec)
+    if first.is_binary_only and not has_two_classes:
+        raise ConfigError(f"{first.title} gives a single logit, but the outputs are two, and not two classes")
+    for note in first.notes:
+        log.info(note)
     return spec
+
+
+def weight_count(factory: ModelFactory) -> int:
+    """Return the number of weights of a factory's models."""
+    return sum(weights.numel() for weights in factory().parameters())
 
 
 def _check_rebuilt(model: torch.nn.Module, spec: Mapping[str, Any]) -> None:

@@ -18,7 +18,13 @@ class Model(Settings):
     """The model. A hyperparameter that is not given has the model's default; one that the model lacks is an error."""
 
     mil: str = option(
-        REQUIRED, "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool", metavar="MODEL"
+        REQUIRED,
+        "LiteMIL, ABMIL, ABMIL_Multihead (or MADMIL), TransMIL, meanPool or maxPool; or a class of other people, an "
+        "nn.Module: path/to/file.py:Class or package.module:Class (docs/own_model.md)",
+        metavar="MODEL",
+    )
+    mil_args: tuple[str, ...] = option(
+        (), "hyperparameters of the model, those of other people's too, such as hidden=64", metavar="NAME=VALUE"
     )
     input_dim: int | None = option(None, "feature width (default: that of the features)", least=1, hidden=True)
     hidden_dim: int | None = option(None, "hidden width", least=1, most=65536)
@@ -29,9 +35,10 @@ class Model(Settings):
     dropout: float | None = option(None, "dropout probability", least=0, most=1)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return the hyperparameters that were given."""
+        """Return the hyperparameters that were given as flags of their own."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if name not in ("mil", "input_dim") and value is not None}
+        others = ("mil", "mil_args", "input_dim")
+        return {name: value for name, value in values.items() if name not in others and value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 ATTENTION, UNIFORM, _MIXED = "attention", "uniform weight", "mean weight"
+# What is drawn of other people's models without attention.
+EVIDENCE_STRENGTH = "strength of the evidence"
 # What models without attention give instead.
 _NAMES = {"meanPool": UNIFORM, "maxPool": "share of winning features"}
 # Equal patches have no rank to show if they are more than this share of a slide's.

@@ -216,7 +216,7 @@ def model_text(record: Mapping[str, Any]) -> str:
 
 
 def _settings_text(model: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{name} {value}" for name, value in model.items() if name != "name")
+    settings = ", ".join(f"{name} {_short(str(value))}" for name, value in model.items() if name != "name")
     return f"{model['name']} ({settings})"
 
 

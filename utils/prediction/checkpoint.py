@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from MILS import build_mil
+from MILS import CodeError, build_mil
 from MILS.bag_model import BagModel, ModelError
 from MILS.ensemble import Ensemble
 from utils.core.errors import CheckpointError
@@ -98,7 +98,9 @@ class Checkpoint:
         return digest(*contents)
 
     def build(self) -> BagModel:
-        """Return the trained model, in evaluation mode, on the CPU."""
+        """Return the trained model, in evaluation mode, on the CPU. Raises CodeError for other people's code that the
+        user has not named, or that has changed.
+        """
         members = {_MEMBER.match(name) and name.split(".")[1] for name in self.state_dict}
         is_ensemble = bool(members) and None not in members
         model = Ensemble([build_mil(**self.model) for _ in members]) if is_ensemble else build_mil(**self.model)
@@ -140,6 +142,8 @@ def load_checkpoint(
         if is_first_version:
             content = first_version.checkpoint_fields(path, content, class_names, dataset, num_heads)
         checkpoint = _parse(content)
+    except CodeError as failure:
+        raise CheckpointError(f"{path}: {failure}") from failure
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ModelError, RuntimeError) as failure:
         reason = textwrap.shorten(str(failure), 400, placeholder=" ...")
         raise CheckpointError(f"{path}: its parts do not fit together ({reason}); train the model again") from failure

@@ -13,9 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from MILS.bag_model import BagModel
 from MILS.evidence import path_slopes
 from MILS.mergeable import MergeableModel
 from utils.tasks.task import Task
+
+# By gradients, the contributions add up to this share of the signals: each point costs a pass over all patches.
+_TOLERANCE, _MOST_POINTS = 1e-4, 128
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,34 @@ def evidence_of(task: Task, model: MergeableModel, bags: Sequence[ReadBag]) -> E
     ]
     return Evidence(
         torch.cat(contributions, dim=1).float().cpu().numpy(),
+        slopes.end.cpu().double().numpy(),
+        slopes.start.cpu().double().numpy(),
+        is_own_mean=training_mean is None,
+    )
+
+
+def gradient_evidence(task: Task, model: BagModel, bags: Sequence[Tensor]) -> Evidence:
+    """Return the evidence in the bags `(n_k, D)` of one slide, by the gradients of a model that does not merge.
+
+    All patches go from the reference, the mean training patch, straight to what they are: a patch contributes the sum
+    of its features' changes, each times the mean slope of the signal on the way (integrated gradients). The reference
+    slide has as many patches, all alike.
+    """
+    sizes = [len(bag) for bag in bags]
+    shares = (torch.tensor(sizes, dtype=torch.float64) / sum(sizes)).to(bags[0].device, model.dtype)
+    patches = torch.cat(list(bags)).to(model.dtype)
+    training_mean = model.pooled_reference
+    reference = (patches.mean(dim=0, keepdim=True) if training_mean is None else training_mean.to(patches)).expand_as(
+        patches
+    )
+
+    def signals(x: Tensor) -> Tensor:
+        logits = torch.cat([model(part.unsqueeze(0))[0] for part in x[0].split(sizes)])
+        return task.signals(logits, shares)
+
+    slopes = path_slopes(signals, patches.unsqueeze(0), reference, _TOLERANCE, _MOST_POINTS)
+    return Evidence(
+        (slopes.mean[:, 0] * (patches - reference)).sum(dim=-1).float().cpu().numpy(),
         slopes.end.cpu().double().numpy(),
         slopes.start.cpu().double().numpy(),
         is_own_mean=training_mean is None,

@@ -20,7 +20,15 @@ from MILS.mergeable import BLOCK_ROWS, MergeableModel
 from utils.bags.chunks import Cut, cut_chunks, take
 from utils.bags.settings import Unit
 from utils.bags.store import StoredFeatures
-from utils.prediction.evidence import Evidence, ReadBag, evidence_of, mean_evidence, mean_pooled, merged
+from utils.prediction.evidence import (
+    Evidence,
+    ReadBag,
+    evidence_of,
+    gradient_evidence,
+    mean_evidence,
+    mean_pooled,
+    merged,
+)
 from utils.tasks.task import FittedFigures, Task
 
 
@@ -102,7 +110,8 @@ def predict_features(
         bags = _cut(features, cuts)
         if isinstance(model, MergeableModel):
             return _merged_output(task, model, bags, cuts, attention, evidence and model.gives_evidence)
-        return _stitched_output(task, model, [bag for bag in bags if isinstance(bag, torch.Tensor)], cuts, attention)
+        tensors = [bag for bag in bags if isinstance(bag, torch.Tensor)]
+        return _stitched_output(task, model, tensors, cuts, attention, evidence and model.gives_evidence)
 
 
 def set_references(
@@ -112,14 +121,25 @@ def set_references(
     weights: Iterable[float] = itertools.repeat(1.0),
 ) -> None:
     """Keep the mean pooled embedding of the slides, each `(N, D)`, in a model, or in each member of an ensemble, as
-    what its evidence begins at; by default all slides have the same weight. A model that does not merge is left as it
-    is.
+    what its evidence begins at; by default all slides have the same weight. Of a model that does not merge it is their
+    mean patch. A model without evidence is left as it is.
     """
     for member in members_of(model):
-        if isinstance(member, MergeableModel) and member.gives_evidence:
+        if not member.gives_evidence:
+            continue
+        if not isinstance(member, MergeableModel):
+            member.pooled_reference = _mean_patch(slides(), weights).to(next(member.parameters()))
+        else:
             chunks = (_read(member, _cut(features, _cuts(features, feed)), keep_traces=False) for features in slides())
             with evaluating(member):
                 member.pooled_reference = mean_pooled(member, chunks, weights)
+
+
+def _mean_patch(slides: Iterable[torch.Tensor], weights: Iterable[float]) -> torch.Tensor:
+    """Return the weighted mean `(1, D)` of the slides' mean patches."""
+    means = torch.stack([slide.mean(dim=0, dtype=torch.float64).cpu() for slide in slides])
+    shares = torch.tensor(list(itertools.islice(weights, len(means))), dtype=torch.float64)
+    return (shares / shares.sum()).unsqueeze(0) @ means
 
 
 def _merged_output(
@@ -139,20 +159,24 @@ def _merged_output(
         whole = merged(chunks)
         weights = _in_place(model.attention(whole.summary, whole.traced)[0], order)
     if evidence:
-        unordered = evidence_of(task, model, chunks)
-        contributions = _in_place(torch.from_numpy(unordered.contributions), order)
-        slide_evidence = replace(unordered, contributions=contributions)
+        slide_evidence = _ordered(evidence_of(task, model, chunks), order)
     return SlideOutput(_mean(each, sizes), each, sizes, weights, evidence=slide_evidence)
 
 
 def _stitched_output(
-    task: Task, model: BagModel, bags: Sequence[torch.Tensor], cuts: Sequence[Cut], attention: bool
+    task: Task,
+    model: BagModel,
+    bags: Sequence[torch.Tensor],
+    cuts: Sequence[Cut],
+    attention: bool,
+    evidence: bool,
 ) -> SlideOutput:
     """Return the output of a model that does not merge. The attention of its chunks is put together, each chunk in
     proportion to its size.
     """
     device = next(model.parameters()).device
-    answers = [model(bag.to(device)[None]) for bag in bags]
+    bags = [bag.to(device) for bag in bags]
+    answers = [model(bag[None]) for bag in bags]
     each = np.stack([task.activate(logits[0]) for logits, _ in answers])
     sizes = np.array([len(bag) for bag in bags])
     rows = [
@@ -161,7 +185,8 @@ def _stitched_output(
         if attention and (attn := aux["attn"]) is not None
     ]
     weights = _in_place(torch.cat(rows, dim=1), _order(cuts)) if len(rows) == len(bags) else None
-    return SlideOutput(_mean(each, sizes), each, sizes, weights)
+    found = _ordered(gradient_evidence(task, model, bags), _order(cuts)) if evidence else None
+    return SlideOutput(_mean(each, sizes), each, sizes, weights, evidence=found)
 
 
 def _cuts(features: torch.Tensor | StoredFeatures, feed: SlideFeed) -> list[Cut]:
@@ -195,6 +220,11 @@ def _in_place(values: torch.Tensor, order: torch.Tensor | None) -> np.ndarray:
     placed = torch.empty_like(values)
     placed[..., order] = values
     return placed.numpy()
+
+
+def _ordered(evidence: Evidence, order: torch.Tensor | None) -> Evidence:
+    """Return the evidence in patches, which are in this order, in that of the slide."""
+    return replace(evidence, contributions=_in_place(torch.from_numpy(evidence.contributions), order))
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 from utils.bags.store import Bag, StoredBag, is_feature_file
 from utils.core.errors import ConfigError, did_you_mean_path
 from utils.core.runtime import log
-from utils.pictures.attention_map import AttentionMap, weight_name
+from utils.pictures.attention_map import EVIDENCE_STRENGTH, AttentionMap, weight_name
 from utils.pictures.blank_slide import BlankSlide
 from utils.pictures.evidence_map import EvidenceMap
 from utils.pictures.overlay import MapStyle
@@ -97,11 +97,13 @@ class PredictionPictures:
     ) -> PictureSet:
         """Return the set of pictures of a slide's record, ready to be written."""
         ground = slide or BlankSlide.of(prediction.slide, prediction.bag, size_level0)
-        coords, attention = prediction.coords, prediction.attention
-        assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
+        coords, attention, name = prediction.coords, prediction.attention, weight_name(record)
         case = prediction.of_case
         compared = (None, 0) if case is None else (case.attention, case.first)
-        attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0, weight_name(record), *compared)
+        if attention is None:
+            attention, name, compared = prediction.evidence_strength, EVIDENCE_STRENGTH, (None, 0)
+        assert coords is not None and attention is not None  # noqa: S101, PT018 - for the type checker: checked before
+        attention_map = AttentionMap(coords, attention.mean(axis=0), size_level0, name, *compared)
         check_patches_fit(ground, coords, attention_map.attention, size_level0)
         values = prediction.evidence
         evidence = values and EvidenceMap(

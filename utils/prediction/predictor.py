@@ -4,7 +4,8 @@ predictor = SlidePredictor("outputs/LiteMIL/mine/all_folds_best.pth")
 prediction = predictor.predict("slide.h5")
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from MILS.bag_model import BagModel
+from MILS.bag_model import BagModel, ModelError
 from MILS.ensemble import members_of
-from MILS.mergeable import MergeableModel
+from MILS.registry import makes_others
 from utils.bags.cases import JoinedFeatures
 from utils.bags.content_digest import DigestedFeatures, features_digest
 from utils.bags.settings import CohortFiles
@@ -41,6 +42,7 @@ from utils.prediction.trained_model import (
     check_alike,
     common_feed,
     compares_content,
+    model_name,
     models_provenance,
     seen_as,
     seen_compared,
@@ -192,10 +194,11 @@ class SlidePredictor:
             each = [DigestedFeatures(part) if isinstance(part, StoredFeatures) else part for part in each]
         features = each[0] if len(each) == 1 else JoinedFeatures(each)
         # Each by its own task, which holds what is fitted to its training slides.
-        outputs = [
-            predict_features(trained.checkpoint.task, trained.model, features, feed, True, evidence)
-            for trained in self.trained
-        ]
+        with _as_checkpoint_errors(first_few([str(path) for path in bags])):
+            outputs = [
+                predict_features(trained.checkpoint.task, trained.model, features, feed, True, evidence)
+                for trained in self.trained
+            ]
         output = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         if not np.isfinite(output.probabilities).all():
             paths = first_few([str(path) for path in bags])
@@ -216,13 +219,19 @@ class SlidePredictor:
         """Measure whether the prediction's attention and evidence matter (see `measure_faithfulness`)."""
         if prediction.patch_attention is None:
             raise CheckpointError(f"{self.path}: its model gives no attention, so there is no faithfulness to measure")
-        return _faithfulness_of(self.task, self.models, prediction)
+        with _as_checkpoint_errors(prediction.slide):
+            return _faithfulness_of(self.task, self.models, prediction)
 
     def gives_attention(self) -> bool:
         """Return whether every model returns attention, for a bag of two patches."""
         bag, feed = torch.zeros(2, self.checkpoint.model["input_dim"]), SlideFeed.of_mode("full", 2)
-        outputs = (predict_features(self.task, model, bag, feed, attention=True) for model in self.models)
+        with _as_checkpoint_errors(str(self.path)):
+            outputs = [predict_features(self.task, model, bag, feed, attention=True) for model in self.models]
         return all(output.attention is not None for output in outputs)
+
+    def notes(self) -> list[str]:
+        """Return what users should know of how the models' answers are taken."""
+        return [note for model in self.models for member in members_of(model) for note in member.notes]
 
     def models_without_evidence(self) -> list[str]:
         """Return the names of the models that do not say what each patch argues."""
@@ -283,6 +292,15 @@ class SlidePredictor:
             self._warned = True
 
 
+@contextmanager
+def _as_checkpoint_errors(about: str) -> Iterator[None]:
+    """Raise what a model cannot do with a bag, such as an error in other people's code, as a CheckpointError."""
+    try:
+        yield
+    except ModelError as error:
+        raise CheckpointError(f"{about}: {error}") from error
+
+
 def _faithfulness_of(task: Task, models: Sequence[BagModel], prediction: SlidePrediction) -> Faithfulness:
     features, class_index = _features_of(prediction.bag), int(task.decide(prediction.probabilities))
     # Only what argues for this class by itself should lower its probability when it is taken away.
@@ -298,7 +316,7 @@ def _decided(task: Task, fitted: Sequence[FittedFigures | None], values: np.ndar
 
 
 def _without_evidence(models: Sequence[BagModel]) -> list[str]:
-    silent = [model for model in models if not (isinstance(model, MergeableModel) and model.gives_evidence)]
+    silent = [model for model in models if not model.gives_evidence]
     return list(dict.fromkeys(str(model.spec["name"]) for model in silent))
 
 
@@ -422,10 +440,16 @@ def flags_recipe(settings: PredictionRecipe) -> Recipe:
 
 
 def _claimed_spec(model_class: Any) -> dict[str, Any]:
-    """Return what a name, a class or a factory says of the model: its name and, for our factories, its whole spec."""
+    """Return what a name, a class or a factory says of the model: its name and, for our factories, its whole spec.
+    Other people's code may run from here on, as it is named.
+    """
     if model_class is None:
         return {}
-    if isinstance(model_class, str | type):
-        return {"name": model_class if isinstance(model_class, str) else model_class.__name__}
+    if isinstance(model_class, str):
+        return {"name": model_name(model_class) if ":" in model_class else model_class}
+    if makes_others(model_class):
+        return {"name": model_name(model_class)}
+    if isinstance(model_class, type):
+        return {"name": model_class.__name__}
     model = model_class()
     return getattr(model, "spec", {"name": type(model).__name__})

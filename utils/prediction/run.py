@@ -30,7 +30,7 @@ from utils.prediction.predictor import SlidePredictor, extractPredict, flags_rec
 from utils.prediction.settings import Prediction, PredictionRecipe
 from utils.prediction.slide_prediction import SEEN
 from utils.prediction.slide_worker import Predictors, SlideWorker
-from utils.prediction.trained_model import BY_NAME, compares_content, seen_words, warn_of_spelling
+from utils.prediction.trained_model import BY_NAME, compares_content, model_name, seen_words, warn_of_spelling
 from utils.slides.batch import work_through
 from utils.slides.slide_mpps import SlideMpps
 from utils.slides.slide_status import STATUSES, SlideStatus
@@ -49,6 +49,8 @@ def make_predictors(files: PredictionFiles, recipe: PredictionRecipe) -> Predict
     Raises ConfigError for settings that go with raw slides only, and what SlidePredictor and extractPredict raise.
     """
     run, settings = files.run, files.settings
+    if settings.mil is not None:
+        model_name(settings.mil)  # other people's code runs because it is named here
     if run is None:
         return Predictors([_make_predictor(settings, recipe, files.are_raw, settings.checkpoint)])
     fold_of = {source.stem: run.slides[source.stem].fold for source in files.sources}
@@ -116,6 +118,8 @@ def predict_files(
     needing["--annotations"] = settings.annotations is not None
     _check_attention(predictors, needing)
     silent = [name for predictor in predictors.each for name in predictor.models_without_evidence()]
+    for note in dict.fromkeys(note for predictor in predictors.each for note in predictor.notes()):
+        log.info(note)
     if silent and any(needing.values()):
         log.info("There is no evidence map: %s", no_evidence_reason(list(dict.fromkeys(silent))))
     first = predictors.first.checkpoint
@@ -182,10 +186,14 @@ def _check_attention(predictors: Predictors, flags: Mapping[str, bool]) -> None:
             f"--faithfulness: measures how a class's probability falls, and {predictors.first.path} predicts no class "
             f"({task.about}); leave it out"
         )
-    names = " and ".join(flag for flag, is_given in flags.items() if is_given)
-    for predictor in predictors.each if names else []:
-        if not predictor.gives_attention():
-            raise ConfigError(f"{predictor.path}: its model gives no attention; leave {names} out")
+    given = [flag for flag, is_given in flags.items() if is_given]
+    for predictor in predictors.each if given else []:
+        if predictor.gives_attention():
+            continue
+        # Evidence can be drawn in its place.
+        names = [flag for flag in given if flag != "--visualize" or predictor.models_without_evidence()]
+        if names:
+            raise ConfigError(f"{predictor.path}: its model gives no attention; leave {' and '.join(names)} out")
 
 
 def _predict_slide(worker: SlideWorker, source: Path, target: Path) -> tuple[list[SlideStatus], str]:
@@ -241,7 +249,8 @@ def _next_step(worker: SlideWorker) -> str:
     if worker.drawing is None:
         wsi = "" if worker.files.are_raw else " --wsi SLIDE" if settings.input else " --wsi SLIDES_DIR"
         return f"the same command with --visualize{wsi} draws what the model attended to"
-    has_measure = worker.predictors.first.task.target_words and not worker.files.case_names
+    first = worker.predictors.first
+    has_measure = first.task.target_words and not worker.files.case_names and first.gives_attention()
     if not settings.faithfulness and has_measure:
         return "the same command with --faithfulness measures whether the attention matters"
     return "compare the maps with what you know of the slides"

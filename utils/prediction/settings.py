@@ -105,7 +105,12 @@ class Prediction(Settings):
     figure_format: tuple[FigureFormat, ...] = figure_format_option()
     allow_mismatch: bool = option(False, "predict even if the features were made with another recipe than the model's")
     # The checkpoint holds these, except some of the first version's; a flag that contradicts it is an error.
-    mil: str | None = option(None, "architecture the checkpoint must hold", hidden=True)
+    mil: str | None = option(
+        None,
+        "the model that the checkpoint must hold; other people's code (path/to/file.py:Class or package.module:Class) "
+        "runs only if it is named here",
+        metavar="MODEL",
+    )
     dataset: str | None = option(
         None,
         "cohort the checkpoint must have been trained on; gives the classes if a checkpoint of the first version "

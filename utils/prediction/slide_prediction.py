@@ -90,6 +90,16 @@ class SlidePrediction:
         """Return the mean over heads, `(N,)`, which sums to 1."""
         return None if self.attention is None else self.attention.mean(axis=0)
 
+    @property
+    def evidence_strength(self) -> NDArray[np.float32] | None:
+        """Return the size of each patch's evidence on the predicted output, `(1, N)`, which sums to 1; None without."""
+        if self.evidence is None:
+            return None
+        signal = self.task.signal_about(int(self.task.decide(self.probabilities)))
+        sizes = np.abs(self.evidence.contributions[signal])
+        total = sizes.sum(dtype=np.float64)
+        return (sizes / total if total else np.full_like(sizes, 1 / len(sizes))).astype(np.float32)[None]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the slide's entries in `<slide>_prediction.json`; of several models also each one's values, and their
         (sample) standard deviation.

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from MILS import ModelError, mil_name
+from MILS import ModelError, use_mil
 from MILS.bag_model import BagModel
+from MILS.ensemble import members_of
 from utils.bags.settings import CHUNK_SIZE
 from utils.bags.spelling import plain_spelling
 from utils.core.cohorts import tcga_case
@@ -42,8 +43,10 @@ class TrainedModel:
         `dataset`, `input_dim`, `num_heads`; None expects nothing.
         """
         checkpoint, model = self.checkpoint, self.checkpoint.model
+        # Other people's code may lie in a file of another name since.
+        name = members_of(self.model)[0].spec["name"]
         recorded = {
-            "mil": model["name"], "model_class": model["name"], "class_names": checkpoint.class_names,
+            "mil": name, "model_class": name, "class_names": checkpoint.class_names,
             "dataset": checkpoint.dataset, "input_dim": model["input_dim"], "num_heads": model.get("num_heads"),
         }  # fmt: skip
         for name, value in expected.items():
@@ -241,8 +244,10 @@ def seen_words(seen: str, compared: str | None) -> str:
 
 
 def model_name(mil: str) -> str:
-    """Return the model's own name for `--mil`, which may be an alias. Raises ConfigError for an unknown one."""
+    """Return the model's own name for `--mil`, which may be an alias, or name other people's code, which is run. Raises
+    ConfigError for an unknown one.
+    """
     try:
-        return mil_name(mil)
+        return use_mil(mil)
     except ModelError as error:
         raise ConfigError(f"--mil {mil}: {error}") from error
