@@ -80,7 +80,7 @@ def test_the_auc_within_folds_is_named_and_a_pooled_one_that_differs_is_explaine
     words = closing_text(
         results | {"cases": None, "within_folds": within, "pooled": results["pooled"] | {"auc": pooled}}
     )
-    assert "The AUC to report is 1.000: it ranks each fold's slides by that fold's own model." in words
+    assert "The AUC to report is 1.000: it ranks each fold's patients by that fold's own model." in words
     assert ("The pooled 0.960 ranks all slides together" in words) is is_explained
 
 

@@ -228,7 +228,8 @@ class Classification(NamedClasses):
         """Return which class is positive, which AUC to report, and what threshold and calibration change."""
         pooled = results["pooled"]
         sentences = [] if self.positive_output is None else [f"Positive is {self.positive_output}."]
-        sentences += _auc_sentences((results.get("within_folds") or {}).get("auc"), pooled["auc"])
+        unit = results.get("primary_unit", "slide")
+        sentences += _auc_sentences((results.get("within_folds") or {}).get("auc"), pooled["auc"], unit)
         calibrated = _changes_sentence(
             "Calibrated on inner validation", results["pooled_calibrated"], pooled, "as it is", self.calibration_metrics
         )
@@ -256,14 +257,14 @@ def _record_of(scaling: Scaling | None) -> dict[str, Any]:
     return dict.fromkeys(("temperature", "intercepts", "prior")) if scaling is None else vars(scaling)
 
 
-def _auc_sentences(within: float | None, pooled: float | None) -> list[str]:
+def _auc_sentences(within: float | None, pooled: float | None, unit: str) -> list[str]:
     """Return which AUC to report, and why the pooled one differs, if it does."""
     if within is None:
         return []
-    sentences = [f"The AUC to report is {figure_text(within)}: it ranks each fold's slides by that fold's own model."]
+    sentences = [f"The AUC to report is {figure_text(within)}: it ranks each fold's {unit}s by that fold's own model."]
     if pooled is not None and abs(within - pooled) >= _NOTABLE_GAP:
         sentences.append(
-            f"The pooled {figure_text(pooled)} ranks all slides together, though the folds' models may put their "
+            f"The pooled {figure_text(pooled)} ranks all {unit}s together, though the folds' models may put their "
             "probabilities on different scales."
         )
     return sentences
