@@ -74,14 +74,16 @@ def test_sensitivity_and_specificity_of_each_class_close_the_run(results):
             assert f"{low:.3f}-{high:.3f}" in line
 
 
+@pytest.mark.parametrize("unit", ["slide", "patient"])
 @pytest.mark.parametrize(("pooled", "is_explained"), [(0.96, True), (0.995, False)])
-def test_the_auc_within_folds_is_named_and_a_pooled_one_that_differs_is_explained(results, pooled, is_explained):
+def test_the_auc_within_folds_is_named_and_a_pooled_one_that_differs_is_explained(results, unit, pooled, is_explained):
     within = results["within_folds"] | {"auc": 1.0}
     words = closing_text(
-        results | {"cases": None, "within_folds": within, "pooled": results["pooled"] | {"auc": pooled}}
+        results
+        | {"cases": None, "primary_unit": unit, "within_folds": within, "pooled": results["pooled"] | {"auc": pooled}}
     )
-    assert "The AUC to report is 1.000: it ranks each fold's patients by that fold's own model." in words
-    assert ("The pooled 0.960 ranks all slides together" in words) is is_explained
+    assert f"The AUC to report is 1.000: it ranks each fold's {unit}s by that fold's own model." in words
+    assert (f"The pooled 0.960 ranks all {unit}s together" in words) is is_explained
 
 
 def test_an_interval_that_is_missing_has_its_reason(results):
