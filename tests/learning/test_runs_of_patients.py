@@ -102,7 +102,7 @@ def test_the_slides_of_a_table_are_scored_as_patients(train, predict, cohort, tm
     assert scored.code == 0, scored.err
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     table = pd.read_csv(labels)
-    assert (scores["unit"], scores["n_slides"]) == ("case", table["case_id"].nunique())
+    assert (scores["unit"], scores["n_slides"], scores["n_cases"]) == ("case", len(table), table["case_id"].nunique())
     assert f"{table['case_id'].nunique()} patients, each a bag of all slides." in scored.out
 
     # As a bag in memory, of the same patches in the same order.
