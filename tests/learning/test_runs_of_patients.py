@@ -90,6 +90,7 @@ def test_patients_have_one_answer_each_and_a_map_for_each_slide(train, predict, 
             assert sum(parts) == pytest.approx(total, abs=1e-4)
         page = (tmp_path / "drawn" / f"{slide}_report.html").read_text()
         assert f"all slides as one bag: {', '.join(slides)}" in page
+        assert f"(answer for all {len(slides)} slides of patient {table['case_id'][0]})" in page
         assert "percentile within the patient&#39;s slides" in page or "percentile within the patient's slides" in page
 
 

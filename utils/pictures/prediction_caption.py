@@ -23,9 +23,14 @@ _DIGEST_LENGTH, _SHORT_LENGTH = 64, 16  # characters of a digest, and of its pri
 
 def prediction_title(record: Mapping[str, Any]) -> str:
     """Return the title of every picture of a prediction."""
-    case, seen = record.get("case"), ", seen in training" if record["seen_in_training"] else ""
-    whose = f" (answer of all {len(case['slides'])} slides of patient {case['case_id']})" if case else ""
-    return f"{record['slide']}{whose}: {_answer(record)}{seen}"
+    seen = ", seen in training" if record["seen_in_training"] else ""
+    return f"{record['slide']}{_whose(record)}: {_answer(record)}{seen}"
+
+
+def _whose(record: Mapping[str, Any]) -> str:
+    """Return whose answer it is, if it is not the slide's own."""
+    case = record.get("case")
+    return f" (answer for all {len(case['slides'])} slides of patient {case['case_id']})" if case else ""
 
 
 def _answer(record: Mapping[str, Any]) -> str:
@@ -103,8 +108,8 @@ class Caption:
         title, shown = answer.task.shares(answer.calibrated or answer.values)
         title = f"calibrated {title}" if answer.calibrated else title
         return cls(
-            _answer(record), shown, _facts(record), _notes(record), evidence_text(record), title, answer.task.quantity,
-            answer.marked,
+            _answer(record) + _whose(record), shown, _facts(record), _notes(record), evidence_text(record), title,
+            answer.task.quantity, answer.marked,
         )  # fmt: skip
 
 
