@@ -13,6 +13,7 @@ from utils.compare import check_metrics, compare
 from utils.core.files import write_text
 from utils.learning.finished_runs import read_runs
 from utils.prediction.predictor import SlidePredictor
+from utils.prediction.slide_prediction import parts_of
 
 SMALL = (
     "--n_outer", 3, "--n_inner", 2, "--epochs", 3, "--hidden_dim", 16, "--num_heads", 2, "--device", "cpu",
@@ -119,6 +120,12 @@ def test_the_slides_of_a_table_are_scored_as_patients(train, predict, cohort, tm
     for part in joined:
         rows = slice(part.of_case.first, part.of_case.first + part.num_instances)
         assert np.array_equal(part.of_case.attention[rows], part.patch_attention)
+
+    # A slide that a model was not trained on is seen with another one of its patient.
+    bags = {path: part.bag for path, part in zip(paths, joined, strict=True)}
+    seen = [part.seen_as for part in parts_of(joined[0], bags, ["", "slide"], "P000")]
+    assert seen == ["case", "slide"]
+    assert [part.seen_as for part in parts_of(joined[0], bags, ["", ""], "P000")] == ["", ""]
 
     # Nothing is predicted twice, until a slide of the patient changes.
     once_more = predict("--checkpoint", checkpoint, "--input_dir", features, "--labels_csv", labels)
