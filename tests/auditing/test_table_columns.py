@@ -68,6 +68,9 @@ def test_a_column_that_gives_the_label_away_is_a_warning(tmp_path):
     (told,) = [line for line in lines(audit(path)) if line.startswith("warning confounding")]
     assert "the column code (AUC 1.00, p 0." in told
     assert told.endswith("is it known before the label is?")
+    (others,) = [line for line in lines(audit(path)) if "alone predict the label" in line]
+    assert "code (AUC 1.00" in others
+    assert "code" not in others.partition("--covariates")[2], "it is doubtful, so it is not suggested"
 
 
 @pytest.mark.parametrize(

@@ -128,3 +128,9 @@ def test_a_patient_s_other_slides_say_what_is_unknown_where_they_agree():
     assert column.filled(cases).values.tolist() == ["f", "f", "m", "f", ""]
     with pytest.raises(ValueError, match="patient P1 has m and f"):
         column.of_patients(cases)
+
+
+def test_a_column_whose_name_holds_a_comma_is_to_be_renamed():
+    cohort = rows({"ki,67": ["1", "2", "3", "4"]})
+    with pytest.raises(LabelsError, match=r"no such column; .*commas separate names, so rename the column 'ki,67'"):
+        read_columns(TABLE, [row.columns for row in cohort], ["ki", "67"], "--covariates")

@@ -80,9 +80,10 @@ def _report(measured: dict[str, Confounding]) -> list[Finding]:
         return [Finding("ok", "confounding", message, {"columns": details})]
     names = first_few(list(texts.values()), most=_MOST_NAMED)
     message = f"of {looked_at}, {len(telling)} alone predict the label {corrected}: {names}"
-    message += (
-        f"; --covariates {','.join(by_auc[:_MOST_NAMED])} tells what slides add to those known before the label is"
-    )
+    # Not those of which it is doubtful below, nor names that the flag would take as two.
+    usable = [name for name in by_auc if telling[name].auc < NEAR_PERFECT_AUC and "," not in name][:_MOST_NAMED]
+    if usable:
+        message += f"; --covariates {','.join(usable)} tells what slides add to those known before the label is"
     findings = [Finding("info", "confounding", message, {"columns": details})]
     for name in by_auc:
         if telling[name].auc >= NEAR_PERFECT_AUC:

@@ -122,6 +122,8 @@ def read_columns(path: Path, rows: Sequence[Row], names: Sequence[str], flag: st
     for name in dict.fromkeys(names):
         if name not in rows[0]:
             near = did_you_mean(name, rows[0])
+            whole = next((column for column in rows[0] if "," in column and name in column.split(",")), None)
+            near = near if whole is None else f"; commas separate names, so rename the column {whole!r}"
             raise LabelsError(f"{path}: {flag} {name}: no such column; found {', '.join(rows[0])}{near}")
         column = Column.of(name, [row[name] for row in rows])
         if fault := column.fault(cases):
