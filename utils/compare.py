@@ -11,6 +11,7 @@ from pathlib import Path
 from utils.core import cli
 from utils.core.errors import ConfigError
 from utils.core.settings import REQUIRED, FigureFormat, Settings, figure_format_option, option
+from utils.core.text import figure_text, p_text, range_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +151,9 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
             value, _ = run.pooled_figure(metric)
             if (value is None) != (computed[metric] is None) or abs((value or 0) - (computed[metric] or 0)) > 1e-6:
                 raise ConfigError(
-                    f"{run.path}: {metric} is {_figure(value)} in outputs.json and {_figure(computed[metric])} by "
-                    "predictions.csv; one of them was changed, so train the run again"
+                    f"{run.path}: {metric} is {figure_text(value)} in outputs.json and "
+                    f"{figure_text(computed[metric])} by predictions.csv; one of them was changed, so train the run "
+                    "again"
                 )
 
 
@@ -218,7 +220,10 @@ def _runs_table(runs: Sequence[Run], titles: Mapping[str, str]) -> str:
             model = run.outputs.get("model")
             name = model.get("name") if isinstance(model, dict) else None
             estimates = by_run[run.name].reported_estimates
-            cells = [f"{_figure(estimates[metric].value)} ({_range(estimates[metric].interval)})" for metric in titles]
+            cells = [
+                f"{figure_text(estimates[metric].value)} ({range_text(estimates[metric].interval)})"
+                for metric in titles
+            ]
             rows.append([run.name, f"{unit}s", name or "-", _parameters(run), *cells])
     return _table(rows, texts=3)
 
@@ -245,9 +250,9 @@ def _differences_table(differences: Sequence[Difference], titles: Mapping[str, s
     header = ["pair", "of", "metric", "difference", "95% CI", "p", *holm, "95% CI, these models", "p, these models"]
     rows = [
         [
-            pair.pair, f"{pair.unit}s", titles[pair.metric], _figure(pair.difference, "+"),
-            _range(_limits(pair.low, pair.high), "+"), _p(pair.p), *(_p(pair.p_holm) for _ in holm),
-            _range(_limits(pair.models_low, pair.models_high), "+"), _p(pair.p_models),
+            pair.pair, f"{pair.unit}s", titles[pair.metric], figure_text(pair.difference, "+"),
+            range_text(_limits(pair.low, pair.high), "+"), p_text(pair.p), *(p_text(pair.p_holm) for _ in holm),
+            range_text(_limits(pair.models_low, pair.models_high), "+"), p_text(pair.p_models),
         ]
         for pair in differences
     ]  # fmt: skip
@@ -327,18 +332,6 @@ def _titles(runs: Sequence[Run], metrics: Sequence[str]) -> dict[str, str]:
         metric: metric.replace("_", " ") + (" (lower is better)" if metric in lower_is_better else "")
         for metric in metrics
     }
-
-
-def _figure(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}z.3f}"
-
-
-def _range(interval: Sequence[float] | None, sign: str = "") -> str:
-    return "-" if interval is None else f"{interval[0]:{sign}z.3f} to {interval[1]:{sign}z.3f}"
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
 def _table(rows: Sequence[Sequence[str]], texts: int) -> str:

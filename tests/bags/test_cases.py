@@ -24,14 +24,14 @@ def row(slide: str, case: str, label: int = 0, **columns: str) -> LabelRow:
     return LabelRow(slide, case, label, Path(f"{slide}.h5"), {"wsi_id": slide, "case_id": case, **columns})
 
 
-def test_a_patient_has_the_columns_in_which_all_slides_agree():
+def test_a_patient_has_a_row_in_the_order_of_the_first_slides():
     rows, slides_of = case_rows(
         [row("a", "P", age="61", stain="1"), row("b", "Q", 1, age="50"), row("c", "P", age="61", stain="2")],
         Path("labels.csv"),
     )
     assert [(each.wsi_id, each.case_id, each.label) for each in rows] == [("P", "P", 0), ("Q", "Q", 1)]
     assert slides_of == [[0, 2], [1]]
-    assert rows[0].columns == {"wsi_id": "P", "case_id": "P", "age": "61"}
+    assert rows[0].columns == {}, "they stay with the slides"
 
 
 def test_slides_of_one_patient_must_share_their_label():

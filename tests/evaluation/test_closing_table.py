@@ -121,7 +121,8 @@ def test_patients_of_several_slides_are_the_ones_to_report(results):
     assert "Report the figures of patients: 12 patients of 12 have several slides, whose answers are averaged." in text
     assert f"The AUC to report is {cases['within_folds']['auc']:.3f}" in text
     assert level_words(results) == "slides and patients"
-    assert level_words(results | {"cases": None}) == "slide level"
+    assert level_words(results | {"cases": None, "primary_unit": "patient"}) == "patient level"
+    assert level_words({**results, "cases": None, "primary_unit": None}) == "slide level", "of an earlier version"
     alone = closing_text(results | {"cases": None})
     assert "Report the figures of patients" not in alone
     assert f"The AUC to report is {results['within_folds']['auc']:.3f}" in alone

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ class JoinedFeatures(StoredFeatures):
 def case_rows(rows: Sequence[LabelRow], path: Path) -> tuple[list[LabelRow], list[list[int]]]:
     """Return a row for each patient, in the order of their first slides, and the numbers of each one's slides.
 
-    A patient's row has the patient's name as `wsi_id`, and the columns in which all slides agree. Raises LabelsError,
+    A patient's row has the patient's name as `wsi_id`; columns and files stay with the slides. Raises LabelsError,
     which names the table, for patients whose slides differ in their target.
     """
     slides_of: dict[str, list[int]] = {}
@@ -69,7 +68,7 @@ def case_rows(rows: Sequence[LabelRow], path: Path) -> tuple[list[LabelRow], lis
             f"{first_few(mixed)}; a bag of all slides has one label, so mend the table, or give --unit slide"
         )
     cases = [
-        _case_row(case, target, [rows[slide] for slide in slides_of[case]])
+        replace(rows[slides_of[case][0]], wsi_id=case, label=target, columns={})
         for case, target in targets.items()
         if target is not None
     ]
@@ -85,13 +84,6 @@ def _one_target(targets: Sequence[Target]) -> Target | None:
     if not isinstance(targets[0], tuple):
         return targets[0]
     return tuple(values[0] if values else math.nan for values in known)
-
-
-def _case_row(case: str, target: Target, rows: Sequence[LabelRow]) -> LabelRow:
-    agreed: dict[str, Any] = {
-        name: value for name, value in rows[0].columns.items() if all(row.columns[name] == value for row in rows)
-    }
-    return replace(rows[0], wsi_id=case, label=target, columns=agreed | {"wsi_id": case})
 
 
 def case_info(info: Sequence[BagInfo], slides_of: Sequence[Sequence[int]]) -> list[BagInfo]:

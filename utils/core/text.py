@@ -39,13 +39,23 @@ def multiple_text(value: float) -> str:
     return "<0.001" if 0 < value < 0.001 else f"{value:.3g}"
 
 
-def figure_text(value: float | None) -> str:
-    """Return a number with three decimals, "-" if it is undefined."""
-    return "-" if value is None else f"{value:.3f}"
+def figure_text(value: float | None, sign: str = "") -> str:
+    """Return a number with three decimals, "-" if it is undefined; with a `sign` of "+", what is positive has one."""
+    return "-" if value is None else f"{value:{sign}z.3f}"
+
+
+def range_text(limits: Sequence[float] | None, sign: str = "") -> str:
+    """Return an interval as two such numbers, "-" if it is undefined."""
+    return "-" if limits is None else f"{figure_text(limits[0], sign)} to {figure_text(limits[1], sign)}"
+
+
+def p_text(p: float | None) -> str:
+    """Return a p with three decimals, "-" if it is undefined."""
+    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def interval_text(limits: Sequence[float] | None) -> str:
     """Return an interval with three decimals, "-" if it is undefined."""
     if limits is None:
         return "-"
-    return f"{limits[0]:.3f}-{limits[1]:.3f}" if min(limits) >= 0 else f"{limits[0]:.3f} to {limits[1]:.3f}"
+    return f"{limits[0]:.3f}-{limits[1]:.3f}" if min(limits) >= 0 else range_text(limits)

@@ -66,7 +66,7 @@ def case_words(results: Mapping[str, Any]) -> str:
 
 def level_words(results: Mapping[str, Any]) -> str:
     """Return what the rows of the closing table are of."""
-    unit = "patient" if results.get("unit") == "case" else task_of(results).unit
+    unit = results.get("primary_unit") or task_of(results).unit  # an earlier version's files lack it
     return "slides and patients" if results.get("cases") else f"{unit} level"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from utils.core.text import aligned, figure_text, interval_text
+from utils.core.text import aligned, figure_text, interval_text, p_text, range_text
 from utils.evaluation.comparison import compare
 from utils.evaluation.outputs import figures_of
 from utils.evaluation.predictions import Predictions
@@ -46,9 +46,9 @@ def covariates_text(results: Mapping[str, Any]) -> str:
     differences = [
         [
             f"{pair['first']} - {pair['second']}",
-            _signed(pair["difference"]),
-            "-" if pair["low"] is None else f"{_signed(pair['low'])} to {_signed(pair['high'])}",
-            _p_text(pair["p"]),
+            figure_text(pair["difference"], "+"),
+            range_text(None if pair["low"] is None else (pair["low"], pair["high"]), "+"),
+            p_text(pair["p"]),
         ]
         for pair in content["differences"]
         if pair["metric"] == metric
@@ -64,11 +64,3 @@ def reported(figures: Mapping[str, Any], metric: str) -> tuple[float | None, Seq
     if figures["within_folds"].get(metric) is not None:
         return figures["within_folds"][metric], figures["within_folds_intervals_95"][metric]
     return figures["pooled"][metric], figures["intervals_95"][metric]
-
-
-def _p_text(p: float | None) -> str:
-    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"

@@ -60,7 +60,7 @@ class FoldResult:
             "repeat": self.fold.repeat,
             "n_slides": data.num_slides(self.fold.test),
             "n_cases": len(set(data.cases[self.fold.test])),
-            "n_train": len(self.fold.train),
+            "n_train": data.num_slides(self.fold.train),
             "chunk": task.unweighted_metrics(chunk_labels, chunks),
             "slide": task.unweighted_metrics(labels, self.probabilities),
             **task.fitted_figures(self.fitted, labels, self.each),
