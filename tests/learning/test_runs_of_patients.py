@@ -58,6 +58,7 @@ def test_patients_have_one_answer_each_and_a_map_for_each_slide(train, predict, 
     assert (outputs["unit"], outputs["n_slides"], outputs["n_cases"]) == ("case", len(table), patients)
     assert outputs["cases"] is None
     assert sum(fold["n_slides"] for fold in outputs["fold_results"]) == len(table)
+    assert all(fold["n_train"] == len(table) - fold["n_slides"] for fold in outputs["fold_results"])
     tested = pd.read_csv(run / "predictions.csv").set_index("wsi_id")
     assert sorted(tested.index) == sorted(table["case_id"].unique())
 
